@@ -1,0 +1,115 @@
+"""Which artifact of the workspace a step works on: by version when one is named, otherwise the newest that fits the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from htcl_ray.config import Config
+from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.storage import Workspace
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact: where it lies below the workspace's root, its version, and its manifest."""
+
+    path: str
+    version: str
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, for a person: one row of the demo's summary table."""
+
+    step: str
+    location: str
+    """Path or URI of what came out."""
+    summary: str
+    """What came out, in a phrase."""
+    seconds: float
+    skipped: bool = False
+    """The artifact was already there."""
+
+
+def features(workspace: Workspace, config: Config) -> Artifact:
+    """The newest features of this catalogue, or of any when the configuration names none. Raises when their recipe is another."""
+    found = [Artifact(f"features/{name}", name, manifest) for name, manifest in workspace.finished("features")]
+    if config.data.catalog:
+        wanted = list(config.data.catalog)
+        found = [item for item in found if item.manifest["config"]["data"]["catalog"] == wanted]
+    if not found:
+        of = f" of {', '.join(config.data.catalog)}" if config.data.catalog else ""
+        raise WorkspaceError(f"the workspace {workspace.uri} holds no features{of}; run 'htcl preprocess' first")
+    newest = found[-1]
+    theirs, ours = newest.manifest["config"]["audio"], config.audio.model_dump(mode="json")
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise MismatchError(
+                f"the features {newest.version} were made with audio.{key}={theirs.get(key)}, but the configuration says {value}; "
+                "run 'htcl preprocess' with this configuration or give the one they were made with"
+            )
+    return newest
+
+
+def pairs(workspace: Workspace, features_version: str) -> Artifact | None:
+    """The newest preference pairs mined on these features, or None."""
+    return _newest_from(workspace, "pairs", "features", features_version)
+
+
+def events(workspace: Workspace, features_version: str) -> Artifact | None:
+    """The newest accepted log rows on these features, or None."""
+    return _newest_from(workspace, "events", "features", features_version)
+
+
+def _newest_from(workspace: Workspace, kind: str, input_name: str, version: str) -> Artifact | None:
+    for name, manifest in reversed(workspace.finished(kind)):
+        if manifest["inputs"].get(input_name) == version:
+            return Artifact(f"{kind}/{name}", name, manifest)
+    return None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The model(s) that embed a catalogue: the semantic one and, after stage 2, the preference one that grew from it."""
+
+    semantic: Artifact
+    preference: Artifact | None
+
+
+def models(workspace: Workspace, version: str | None = None) -> Models:
+    """The models to use.
+
+    Without `version`: the newest semantic model, with the newest preference model fine-tuned from it, if there is one. With one: that
+    preference model and its parent, or that semantic model alone.
+    """
+    semantic = {name: Artifact(f"models/semantic/{name}", name, m) for name, m in workspace.finished("models/semantic")}
+    preference = {name: Artifact(f"models/preference/{name}", name, m) for name, m in workspace.finished("models/preference")}
+    if not semantic:
+        raise WorkspaceError(f"the workspace {workspace.uri} holds no model; run 'htcl pretrain' first")
+    if version is None:
+        newest = list(semantic.values())[-1]
+        children = [item for item in preference.values() if item.manifest["inputs"]["model"] == newest.version]
+        return Models(newest, children[-1] if children else None)
+    if version in semantic:
+        return Models(semantic[version], None)
+    if version in preference:
+        parent = preference[version].manifest["inputs"]["model"]
+        if parent not in semantic:
+            raise WorkspaceError(f"model {version} was fine-tuned from semantic model {parent}, which is missing from {workspace.uri}/models")
+        return Models(semantic[parent], preference[version])
+    known = ", ".join([*semantic, *preference])
+    raise WorkspaceError(f"there is no model '{version}' in {workspace.uri}/models; expected one of {known}")
+
+
+def index(workspace: Workspace, version: str | None = None) -> Artifact:
+    """An index by version, or the newest."""
+    found = {name: Artifact(f"index/{name}", name, manifest) for name, manifest in workspace.finished("index")}
+    if not found:
+        raise WorkspaceError(f"the workspace {workspace.uri} holds no index; run 'htcl index' first")
+    if version is None:
+        return list(found.values())[-1]
+    if version not in found:
+        raise WorkspaceError(f"there is no index '{version}' in {workspace.uri}/index; expected one of {', '.join(found)}")
+    return found[version]

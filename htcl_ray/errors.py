@@ -1,0 +1,61 @@
+"""Every error that this package raises on purpose.
+
+    HtclError                 anything below; exit code 1
+    ├── InputError            the user's input or configuration is wrong; exit code 2, one sentence, no traceback
+    │   ├── ConfigError       an unknown key, a value out of range, keys that contradict each other
+    │   ├── TableError        a catalogue or log table that cannot be used at all
+    │   ├── WorkspaceError    a workspace that cannot be read or written, or an artifact missing from it
+    │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
+    │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
+    └── StepError             a step that started and could not finish
+
+Messages are one sentence for a person: what is wrong and where, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+from htcl_ray.schemas import Reason
+
+
+class HtclError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(HtclError):
+    """The user's input or configuration is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration key or value is wrong."""
+
+
+class TableError(InputError):
+    """A catalogue or log table cannot be used."""
+
+
+class WorkspaceError(InputError):
+    """The workspace cannot be used, or lacks an artifact that the step needs."""
+
+
+class MismatchError(InputError):
+    """Two artifacts do not fit each other."""
+
+
+class AudioError(InputError):
+    """One audio file cannot be used; `reason` says why in the quarantine table's vocabulary."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[AudioError], tuple[Reason, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class StepError(HtclError):
+    """A step started and could not finish."""

@@ -1,0 +1,94 @@
+"""Connecting to Ray, and keeping its noise out of the terminal.
+
+Ray's own logs go to files, whose folder is printed once. What a person should see of remote work arrives through `progress_lines`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from htcl_ray.config import Config
+from htcl_ray.errors import ConfigError, StepError
+
+
+def connect(config: Config) -> None:
+    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+    refuse_relative_workspace(config, address)
+    local_only: dict[str, Any] = {}
+    if address == "local":
+        local_only = {
+            "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
+            "object_store_memory": config.ray.object_store_bytes,
+            "include_dashboard": False,
+        }
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
+    _quiet_ray_data()
+    session = ray._private.worker.global_worker.node.get_session_dir_path() if address == "local" else "the cluster's head node"
+    print(f"Ray: {'private cluster on this machine' if address == 'local' else address}; its logs are in {session}", flush=True)
+
+
+def refuse_relative_workspace(config: Config, address: str) -> None:
+    """A submitted job runs in a temporary directory of another machine, so a relative workspace would vanish with it."""
+    if address == "local":
+        return
+    given = config.workspace
+    if "://" not in given and not os.path.isabs(os.path.expanduser(given)):
+        raise ConfigError(
+            f"the workspace '{given}' is relative, and on a remote cluster the job's directory is temporary; "
+            "give an absolute path that every node sees, or s3:// or gs://, with --workspace"
+        )
+
+
+def _quiet_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+@contextlib.contextmanager
+def progress_lines() -> Iterator[Any]:
+    """A queue for remote workers: `queue.put_nowait("line")`; each line is printed here until the block ends."""
+    from ray.util.queue import Empty, Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    stop = threading.Event()
+
+    def drain() -> None:
+        while True:
+            last_round = stop.is_set()
+            with contextlib.suppress(Empty):
+                while True:
+                    print(queue.get_nowait(), flush=True)
+            if last_round or stop.wait(0.3):
+                if last_round:
+                    return
+
+    printer = threading.Thread(target=drain, name="progress-lines", daemon=True)
+    printer.start()
+    try:
+        yield queue
+    finally:
+        stop.set()
+        printer.join(timeout=10)
+        queue.shutdown()

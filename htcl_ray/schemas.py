@@ -1,0 +1,152 @@
+"""Every record that crosses disk, process or wire: column names, types and enumerations.
+
+The tables are the contract of the workspace: other systems read them, so a change here is a change of format version.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+"""Version of every manifest and table in a workspace; raised when an old reader would misread a new file."""
+
+
+class Split(StrEnum):
+    """Which part of the data a song or pair belongs to."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class Feedback(StrEnum):
+    """What a user did with a song."""
+
+    LIKE = "like"
+    COLLECT = "collect"
+    SHARE = "share"
+    COMPLETE = "complete"
+    PLAY = "play"
+    SKIP = "skip"
+    DISLIKE = "dislike"
+
+
+class Reason(StrEnum):
+    """Why a row was rejected. One vocabulary for catalogue rows, log rows and uploads."""
+
+    MISSING_SONG_ID = "missing_song_id"
+    MISSING_AUDIO_PATH = "missing_audio_path"
+    AUDIO_NOT_FOUND = "audio_not_found"
+    AUDIO_EMPTY = "audio_empty"
+    UNDECODABLE = "undecodable"
+    DECODER_MISSING = "decoder_missing"
+    TOO_SHORT = "too_short"
+    NOT_FINITE = "not_finite"
+    MISSING_TEXT = "missing_text"
+    UNKNOWN_SPLIT = "unknown_split"
+    MISSING_USER_ID = "missing_user_id"
+    UNKNOWN_SONG = "unknown_song"
+    UNKNOWN_TRIGGER_SONG = "unknown_trigger_song"
+    BAD_TIMESTAMP = "bad_timestamp"
+    BAD_FEEDBACK = "bad_feedback"
+    BAD_PLAYED_RATIO = "bad_played_ratio"
+    BAD_WEIGHT = "bad_weight"
+
+
+TEXT_METADATA = ("title", "artist", "album", "lyrics", "licence")
+LIST_METADATA = ("genre", "mood", "tags", "language")
+"""Catalogue columns that may hold several values; stored as lists whatever the input wrote."""
+METADATA = pa.schema(
+    [pa.field(name, pa.string()) for name in TEXT_METADATA]
+    + [pa.field(name, pa.list_(pa.string())) for name in LIST_METADATA]
+    + [pa.field("year", pa.int32())]
+)
+"""Optional catalogue columns as they are carried through features, index and answers; absent ones are null."""
+
+CATALOG_COLUMNS = ("song_id", "audio_path", *METADATA.names)
+LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "played_ratio", "weight")
+
+
+def features_schema(frames: int, mels: int) -> pa.Schema:
+    """Schema of `features/<fingerprint>/*.parquet`.
+
+    `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames are sound, the rest is padding
+    that no reader may use. `audio_path` is absolute or a URI.
+    """
+    return pa.schema(
+        [
+            pa.field("song_id", pa.string(), nullable=False),
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("log_mel", pa.fixed_shape_tensor(pa.float16(), (frames, mels)), nullable=False),
+            pa.field("valid_frames", pa.int32(), nullable=False),
+            pa.field("split", pa.string(), nullable=False),
+            pa.field("duplicate_group", pa.string(), nullable=False),
+            pa.field("audio_path", pa.string(), nullable=False),
+            *METADATA,
+        ]
+    )
+
+
+EVENTS = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("song_id", pa.string(), nullable=False),
+        pa.field("trigger_song_id", pa.string()),
+        pa.field("value", pa.float32(), nullable=False),
+        pa.field("timestamp", pa.float64()),
+        pa.field("held_out_user", pa.bool_(), nullable=False),
+        pa.field("period", pa.string(), nullable=False),
+    ]
+)
+"""`events/<fingerprint>/*.parquet`: accepted log rows in one shape, whatever shape they came in.
+
+`value`: > 0 positive (its size is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds, null for affinity logs.
+`period`: train, validation or test, by time (affinity logs: train). `held_out_user`: this user's events are in no training pair.
+"""
+
+PAIRS = pa.schema(
+    [
+        pa.field("trigger_song_id", pa.string(), nullable=False),
+        pa.field("song_id", pa.string(), nullable=False),
+        pa.field("weight", pa.float64(), nullable=False),
+        pa.field("support", pa.int64(), nullable=False),
+        pa.field("first_timestamp", pa.float64()),
+        pa.field("last_timestamp", pa.float64()),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("song_id", pa.string()),
+        pa.field("row", pa.int64()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+def embeddings_schema(dim: int) -> pa.Schema:
+    """Schema of `embeddings/<fingerprint>/*.parquet`: unit-norm fp32 vectors; `preference` is null without stage 2."""
+    vector = pa.list_(pa.float32(), dim)
+    return pa.schema(
+        [
+            pa.field("song_id", pa.string(), nullable=False),
+            pa.field("semantic", vector, nullable=False),
+            pa.field("preference", vector),
+        ]
+    )
+
+
+INDEX_SONGS = pa.schema(
+    [
+        pa.field("song_id", pa.string(), nullable=False),
+        pa.field("audio_path", pa.string()),
+        pa.field("duplicate_group", pa.string()),
+        *METADATA,
+    ]
+)
+"""`index/<version>/songs.parquet`: row i describes vector i of `index.faiss`."""
