@@ -25,8 +25,8 @@ def connect(config: Config) -> None:
 
     if ray.is_initialized():
         return
-    address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
-    refuse_relative_workspace(config, address)
+    address = address_of(config)
+    refuse_relative_workspace(config)
     local_only: dict[str, Any] = {}
     if address == "local":
         local_only = {
@@ -46,9 +46,14 @@ def connect(config: Config) -> None:
     print(f"Ray: {'private cluster on this machine' if address == 'local' else address}; its logs are in {session}", flush=True)
 
 
-def refuse_relative_workspace(config: Config, address: str) -> None:
+def address_of(config: Config) -> str:
+    """Where `connect` will connect: a cluster's address, or `local` for a private cluster on this machine."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def refuse_relative_workspace(config: Config) -> None:
     """A submitted job runs in a temporary directory of another machine, so a relative workspace would vanish with it."""
-    if address == "local":
+    if address_of(config) == "local":
         return
     given = config.workspace
     if "://" not in given and not os.path.isabs(os.path.expanduser(given)):

@@ -1,0 +1,180 @@
+"""The `htcl` command. Each step is also a file in `jobs/` that calls `run_step`, so that both read the same flags and do the same work.
+
+Exit codes: 0 done; 2 the user's input or configuration is wrong (one sentence on stderr); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from htcl_ray import __version__
+from htcl_ray.config import PRESETS, Config, json_schema, resolve
+from htcl_ray.errors import ConfigError, HtclError, InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it says of itself, which flags it adds to the common ones, and what it runs."""
+
+    help: str
+    run: Callable[[Config, argparse.Namespace], None]
+    flags: Callable[[argparse.ArgumentParser], None] = field(default=lambda parser: None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `htcl` and return its exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+        COMMANDS[options.command].run(_config(options), options)
+    except KeyboardInterrupt:
+        print("htcl: stopped; the same command continues where it can", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _report(error)
+    return 0
+
+
+def run_step(step: str) -> int:
+    """Run one step with this process's arguments: what every file of `jobs/` does."""
+    return main([step, *sys.argv[1:]])
+
+
+def _report(error: BaseException) -> int:
+    ours = _ours(error)
+    if isinstance(ours, InputError):
+        print(f"htcl: error: {ours}", file=sys.stderr)
+        return ours.exit_code
+    if ours is not None:
+        print(f"htcl: failed: {ours}", file=sys.stderr)
+        return ours.exit_code
+    traceback.print_exception(error)
+    return 1
+
+
+def _ours(error: BaseException | None) -> HtclError | None:
+    """The error that we raised on purpose, also when Ray carried it here inside errors of its own."""
+    for _ in range(10):
+        if error is None or isinstance(error, HtclError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; '{self.prog} --help' lists what there is")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="htcl", description="Music representations learned from sound, words and taste, on Ray.")
+    parser.add_argument("--version", action="version", version=f"htcl-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        sub.add_argument("--preset", help=f"shipped configuration: {', '.join(PRESETS)}")
+        sub.add_argument("--config", metavar="FILE.yaml", help="configuration file, over the preset")
+        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments", help="one key, over both; repeatable")
+        sub.add_argument("--workspace", metavar="DIR_OR_URI", help="where everything that is written lies (default ./workspace)")
+        command.flags(sub)
+    return parser
+
+
+def _config(options: argparse.Namespace) -> Config:
+    preset = options.preset or ("demo" if options.command == "demo" and not options.config else None)
+    config = resolve(preset, options.config, options.assignments)
+    return config.with_overrides({"workspace": options.workspace}) if options.workspace else config
+
+
+def _model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="VERSION", help="model version (default: the newest)")
+
+
+def _index_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest)")
+
+
+def _search_flags(parser: argparse.ArgumentParser) -> None:
+    _index_flag(parser)
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--text", help="words")
+    query.add_argument("--audio", metavar="FILE", help="an audio file")
+    query.add_argument("--song-id", metavar="ID", help="a song of the index")
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="number of songs (default 10)")
+    parser.add_argument("--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["show", "schema"], help="the resolved configuration as YAML, or its JSON Schema")
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo made in this workspace, and start over")
+
+
+def _step(module: str, function: str, *, takes_model: bool = False) -> Callable[[Config, argparse.Namespace], None]:
+    def run(config: Config, options: argparse.Namespace) -> None:
+        import importlib
+
+        from htcl_ray.pipelines.cluster import refuse_relative_workspace
+        from htcl_ray.storage import Workspace
+
+        refuse_relative_workspace(config)
+        Workspace(config.workspace).check_writable()
+        step = getattr(importlib.import_module(module), function)
+        result = step(config, options.model) if takes_model else step(config)
+        state = "already done" if result.skipped else f"done in {result.seconds:.0f} s"
+        print(f"{result.step}: {state}: {result.summary} → {result.location}", flush=True)
+
+    return run
+
+
+def _demo(config: Config, options: argparse.Namespace) -> None:
+    from htcl_ray.demo import demo
+
+    demo(config, fresh=options.fresh)
+
+
+def _serve(config: Config, options: argparse.Namespace) -> None:
+    from htcl_ray.serving.application import serve_until_stopped
+
+    serve_until_stopped(config, options.index)
+
+
+def _search(config: Config, options: argparse.Namespace) -> None:
+    from htcl_ray.search import search
+
+    query = {"text": options.text, "audio": Path(options.audio) if options.audio else None, "song_id": options.song_id}
+    search(config, options.index, k=options.k, blend=options.blend, as_json=options.json, **query)
+
+
+def _show_config(config: Config, options: argparse.Namespace) -> None:
+    print(config.as_yaml().rstrip() if options.what == "show" else json.dumps(json_schema(), indent=2))
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("the whole path on a sample catalogue: every step, the service, three queries", _demo, _demo_flags),
+    "preprocess": Command("catalogue → log-mel features; logs → preference pairs", _step("htcl_ray.pipelines.preprocess", "preprocess")),
+    "pretrain": Command("stage 1: audio ↔ text", _step("htcl_ray.pipelines.train", "pretrain")),
+    "finetune": Command(
+        "stage 2: preference pairs, from a stage-1 model", _step("htcl_ray.pipelines.train", "finetune", takes_model=True), _model_flag
+    ),
+    "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", takes_model=True), _model_flag),
+    "index": Command("vectors → FAISS index", _step("htcl_ray.pipelines.index", "build_index", takes_model=True), _model_flag),
+    "evaluate": Command(
+        "held-out songs and users → report.json, report.html",
+        _step("htcl_ray.pipelines.evaluate", "evaluate", takes_model=True),
+        _model_flag,
+    ),
+    "serve": Command("start the HTTP application", _serve, _index_flag),
+    "search": Command("one query from the shell, no server needed", _search, _search_flags),
+    "config": Command("print the configuration", _show_config, _config_flags),
+}
