@@ -1,0 +1,120 @@
+"""Rules of the layout that a reader relies on, checked on the source text and on fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.unit
+
+SOURCES = sorted((REPOSITORY / "htcl_ray").rglob("*.py"))
+MAY_IMPORT = {
+    "ray": ("htcl_ray/pipelines/", "htcl_ray/serving/"),
+    "faiss": ("htcl_ray/retrieval/index.py",),
+    "torch.distributed": ("htcl_ray/objectives/gather.py", "htcl_ray/pipelines/train.py"),
+    "optuna": ("htcl_ray/pipelines/",),
+    "pickle": (),
+}
+PURE = ("htcl_ray/audio/", "htcl_ray/catalog/", "htcl_ray/interactions/", "htcl_ray/sample/", "htcl_ray/evaluation/metrics.py")
+"""Plain functions on arrays and tables: no torch, so that the processes of Ray Data that run them stay small."""
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def imports(path: Path, library: str) -> bool:
+    return any(name == library or name.startswith(f"{library}.") for name in imported_modules(path))
+
+
+def test_there_are_sources_to_check():
+    assert len(SOURCES) > 30
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_only_the_edges_import(library: str):
+    offenders = [relative(path) for path in SOURCES if imports(path, library) and not relative(path).startswith(MAY_IMPORT[library] or ("-",))]
+    assert not offenders, f"{library} may be imported in {MAY_IMPORT[library] or 'no file'}, but is imported in {offenders}"
+
+
+def test_pure_layers_import_no_torch():
+    offenders = [relative(path) for path in SOURCES if relative(path).startswith(PURE) and imports(path, "torch")]
+    assert not offenders
+
+
+def test_files_hold_one_concern():
+    long = {relative(path): lines for path in SOURCES if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    assert not long, f"longer than 400 lines: {long}"
+
+
+def test_no_vague_names():
+    vague = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+    assert not [relative(path) for path in SOURCES if path.stem in vague or path.parent.name in vague]
+
+
+def test_no_unsafe_loading():
+    """Nothing that comes from outside is unpickled."""
+    offenders = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            name = ast.unparse(node.func)
+            if name == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(None))) != "True":
+                offenders.append(f"{relative(path)}:{node.lineno} torch.load without weights_only=True")
+            if name in {"np.load", "numpy.load"} and "allow_pickle" in keywords:
+                offenders.append(f"{relative(path)}:{node.lineno} numpy.load with allow_pickle")
+            if "trust_remote_code" in keywords and ast.unparse(keywords["trust_remote_code"]) != "False":
+                offenders.append(f"{relative(path)}:{node.lineno} remote code")
+            if name.startswith("yaml.") and name.endswith("load") and name != "yaml.safe_load":
+                offenders.append(f"{relative(path)}:{node.lineno} {name}")
+    assert not offenders
+
+
+@pytest.mark.parametrize("module", ["htcl_ray", "htcl_ray.config", "htcl_ray.cli", "htcl_ray.audio", "htcl_ray.evaluation.metrics"])
+def test_light_imports(module: str):
+    """`import htcl_ray`, and what every command imports first, loads neither ray nor torch."""
+    code = f"import {module}, sys; print([name for name in ('ray', 'torch', 'faiss', 'transformers') if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_importing_the_serve_application_starts_nothing():
+    code = "import serve.app, sys; import ray; print(ray.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "False"
+
+
+def test_jobs_hold_only_main():
+    """Functions defined in `__main__` are pickled by value, so a job defines nothing but `main`."""
+    jobs = sorted((REPOSITORY / "jobs").glob("*.py"))
+    names = {path.stem for path in jobs} - {"__init__"}
+    assert names >= {"preprocess", "pretrain", "finetune", "embed", "build_index", "evaluate"}
+    for path in jobs:
+        if path.stem == "__init__":
+            continue
+        defined = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert defined == ["main"], f"{path.name} defines {defined}"
+
+
+def test_jobs_are_not_called_like_a_library():
+    names = {path.stem for path in (REPOSITORY / "jobs").glob("*.py")} - {"__init__"}
+    assert not names & (set(sys.stdlib_module_names) | {"ray", "torch", "transformers", "librosa", "optuna", "faiss", "numpy"})

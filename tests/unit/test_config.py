@@ -1,0 +1,105 @@
+"""Configuration: precedence, refusals and their hints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from htcl_ray.config import Config, resolve
+from htcl_ray.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+def test_later_wins(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("pretrain:\n  epochs: 7\n  batch_size: 16\n")
+    config = resolve("demo", file, ["pretrain.batch_size=8", "pretrain.batch_size=4"])
+    assert (config.pretrain.epochs, config.pretrain.batch_size) == (7, 4)
+    assert config.model.width == resolve("demo").model.width
+
+
+def test_a_printed_configuration_reproduces_itself(tmp_path: Path):
+    config = resolve("demo", None, ["data.catalog=[a.csv, b.csv]", "data.columns.song_id=clip", "finetune.epochs=3"])
+    file = tmp_path / "saved.yaml"
+    file.write_text(config.as_yaml())
+    assert resolve(None, file) == config
+
+
+def test_overrides_equal_assignments():
+    by_command = resolve("paper", None, ["pretrain.temperature=0.05", "index.kind=hnsw"])
+    assert resolve("paper").with_overrides({"pretrain.temperature": 0.05, "index.kind": "hnsw"}) == by_command
+
+
+def test_one_path_or_a_list():
+    assert resolve("demo", None, ["data.catalog=a.csv"]).data.catalog == ("a.csv",)
+    assert resolve("demo", None, ["data.interactions=[a.csv, b.csv]"]).data.interactions == ("a.csv", "b.csv")
+
+
+def test_columns_accept_free_names():
+    assert resolve("demo", None, ["data.columns.song_id=clip_id", "data.columns.title=Track Name"]).data.columns == {
+        "song_id": "clip_id",
+        "title": "Track Name",
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("pretrain.epoch=3", "did you mean 'pretrain.epochs'"),
+        ("pretrian.epochs=3", "did you mean 'pretrain'"),
+        ("data.columns.songid=x", "did you mean 'song_id'"),
+        ("pretrain.epochs", "has no '='"),
+        ("pretrain=3", "is a section"),
+        ("workspace.x=1", "is a value, not a section"),
+        ("pretrain.epochs=abc", "pretrain.epochs"),
+        ("pretrain.epochs=0", "pretrain.epochs"),
+        ("index.kind=faiss", "'flat' or 'hnsw'"),
+        ("data.split_shares=[0.5, 0.1, 0.1]", "sum to 1"),
+        ("audio.f_max=9000", "sample_rate / 2"),
+        ("pairs.negative_feedback=[like]", "positive_feedback and in negative_feedback"),
+        ("pairs.positive_feedback=[love]", "pairs.positive_feedback"),
+        ("model.heads=5", "multiple of heads"),
+        ("data.catalog=[a", "not YAML"),
+    ],
+)
+def test_refusals_say_what_to_do(assignment: str, message: str):
+    with pytest.raises(ConfigError) as caught:
+        resolve("demo", None, [assignment])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_not_divisible_names_the_nearest():
+    with pytest.raises(ConfigError, match="for instance 62 or 64"):
+        resolve("demo", None, ["pretrain.batch_size=63", "pretrain.num_workers=2"])
+
+
+def test_unknown_preset_and_unreadable_file(tmp_path: Path):
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        resolve("demmo")
+    with pytest.raises(ConfigError, match="No such file"):
+        resolve("demo", tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        resolve("demo", tmp_path / "list.yaml")
+    (tmp_path / "unknown.yaml").write_text("pretrain:\n  epoch: 3\n")
+    with pytest.raises(ConfigError, match=r"did you mean 'pretrain\.epochs'"):
+        resolve("demo", tmp_path / "unknown.yaml")
+
+
+def test_paper_preset_is_the_published_model():
+    config = resolve("paper")
+    assert (config.audio.sample_rate, config.audio.n_fft, config.audio.hop_length, config.audio.n_mels) == (16000, 2048, 1536, 128)
+    assert config.audio.max_frames == 1251
+    assert (config.model.width, config.model.layers, config.model.heads, config.model.feed_forward, config.model.dim) == (768, 12, 12, 3072, 100)
+    assert (config.pretrain.batch_size, config.pretrain.epochs, config.pretrain.temperature) == (32, 20, 0.074)
+
+
+def test_configuration_is_frozen_and_typed():
+    config = Config()
+    with pytest.raises(Exception, match="frozen"):
+        config.workspace = "elsewhere"  # type: ignore[misc]
+    assert yaml.safe_load(config.as_yaml())["pretrain"]["epochs"] == 20

@@ -1,0 +1,147 @@
+"""Workspace: atomic writes, finished and unfinished artifacts, object-storage rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from htcl_ray import artifacts
+from htcl_ray.config import resolve
+from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.storage import Workspace, build_manifest, fingerprint
+
+pytestmark = pytest.mark.unit
+
+
+def manifest(**inputs: str) -> dict:
+    return build_manifest("thing", config={}, inputs=inputs)
+
+
+def test_fingerprint_depends_on_content_not_on_key_order():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert fingerprint("a", "b") != fingerprint("ab")
+
+
+def test_unfinished_folders_are_invisible(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    workspace.write_table("things/one/part.parquet", pa.table({"x": [1]}))
+    assert workspace.manifest("things/one") is None
+    assert workspace.finished("things") == []
+    workspace.finish("things/one", manifest())
+    assert [name for name, _ in workspace.finished("things")] == ["one"]
+
+
+def test_finished_is_ordered_by_creation(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    for name in ("b", "c", "a"):
+        workspace.finish(f"things/{name}", manifest())
+    assert [name for name, _ in workspace.finished("things")] == ["b", "c", "a"]
+
+
+def test_a_killed_writer_leaves_no_file(tmp_path: Path):
+    """A process killed while it writes leaves the old content, never half of the new."""
+    workspace = Workspace(str(tmp_path))
+    workspace.write_bytes("big.bin", b"old")
+    code = (
+        "import sys; from htcl_ray.storage import Workspace; w = Workspace(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "while True: w.write_bytes('big.bin', b'n' * 200_000_000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    deadline = time.monotonic() + 20
+    while not any(name.startswith(".big.bin") for name in os.listdir(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(workspace.read_bytes("big.bin")) in (3, 200_000_000)
+    assert workspace.children("") == ["big.bin"]
+
+
+def test_tables_round_trip_in_name_order(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    for number in (1, 0, 2):
+        workspace.write_table(f"t/part-{number}.parquet", pa.table({"x": [number]}))
+    assert workspace.read_tables("t")["x"].to_pylist() == [0, 1, 2]
+    with pytest.raises(WorkspaceError, match="holds no Parquet file"):
+        workspace.read_tables("absent")
+
+
+def test_publish_replaces_and_marks_last(tmp_path: Path):
+    workspace = Workspace(str(tmp_path / "w"))
+    folder = tmp_path / "made"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_text("a")
+    workspace.publish(folder, "models/m/1", manifest())
+    (folder / "sub" / "a.txt").unlink()
+    (folder / "b.txt").write_text("b")
+    workspace.publish(folder, "models/m/1", manifest())
+    assert workspace.children("models/m/1") == ["b.txt", "manifest.json"]
+
+
+def test_newer_formats_are_refused(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    workspace.write_json("t/manifest.json", {"format_version": 99})
+    with pytest.raises(MismatchError, match="format version 99"):
+        workspace.manifest("t")
+
+
+def test_unwritable_workspace_is_one_sentence(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WorkspaceError, match="cannot be written") as caught:
+        Workspace(str(tmp_path / "file")).check_writable()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(WorkspaceError, match="cannot be opened"):
+        Workspace("ftp://host/path")
+
+
+def test_pickles_by_location(tmp_path: Path):
+    copy = pickle.loads(pickle.dumps(Workspace(str(tmp_path))))
+    copy.write_json("a.json", {"x": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def features_manifest(catalog: str, sample_rate: int = 16000) -> dict:
+    config = resolve("demo", None, [f"data.catalog={catalog}", f"audio.sample_rate={sample_rate}"])
+    return build_manifest("features", config=config.model_dump(mode="json"), inputs={})
+
+
+def test_features_are_the_newest_of_the_catalogue(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    with pytest.raises(WorkspaceError, match="htcl preprocess"):
+        artifacts.features(workspace, resolve("demo"))
+    for name, catalog in (("f1", "/a.csv"), ("f2", "/a.csv"), ("f3", "/b.csv")):
+        workspace.finish(f"features/{name}", features_manifest(catalog))
+    assert artifacts.features(workspace, resolve("demo")).version == "f3"
+    assert artifacts.features(workspace, resolve("demo", None, ["data.catalog=/a.csv"])).version == "f2"
+    with pytest.raises(MismatchError, match="16000, but the configuration says 8000"):
+        artifacts.features(workspace, resolve("demo", None, ["audio.sample_rate=8000"]))
+
+
+def test_models_follow_their_parents(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    with pytest.raises(WorkspaceError, match="htcl pretrain"):
+        artifacts.models(workspace)
+    workspace.finish("models/semantic/s1", manifest())
+    workspace.finish("models/preference/p1", manifest(model="s1"))
+    chosen = artifacts.models(workspace)
+    assert chosen.preference is not None
+    assert (chosen.semantic.version, chosen.preference.version) == ("s1", "p1")
+    workspace.finish("models/semantic/s2", manifest())
+    assert artifacts.models(workspace).preference is None, "a preference model of an older parent must not be mixed in"
+    older = artifacts.models(workspace, "p1")
+    assert older.semantic.version == "s1"
+    assert artifacts.models(workspace, "s1").preference is None
+    with pytest.raises(WorkspaceError, match="expected one of s1, s2, p1"):
+        artifacts.models(workspace, "p9")
