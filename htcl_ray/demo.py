@@ -24,12 +24,17 @@ def demo(config: Config, *, fresh: bool = False) -> None:
     """Run every step, start the application, ask it three questions, stop it, and print what happened."""
     workspace = Workspace(config.workspace)
     if not workspace.is_local:
-        raise ConfigError(f"the demo writes its sample catalogue to a local disk, and the workspace is {workspace.uri}; give a local folder")
+        raise ConfigError(
+            f"the demo writes its sample catalogue to a local disk, and the workspace is {workspace.uri}; give a local folder"
+        )
     workspace.check_writable()
     if fresh:
         _start_over(workspace)
     results = [_run("sample", lambda: _sample(workspace))]
-    tables = {"data.catalog": str(_sample_folder(workspace) / "catalog.csv"), "data.interactions": str(_sample_folder(workspace) / "interactions.csv")}
+    tables = {
+        "data.catalog": str(_sample_folder(workspace) / "catalog.csv"),
+        "data.interactions": str(_sample_folder(workspace) / "interactions.csv"),
+    }
     config = config.with_overrides(tables)
     results += [_run(name, step, config) for name, step in _steps()]
     answers = _run("serve", lambda: _ask(config, workspace))
@@ -117,7 +122,9 @@ def _summary(results: list[StepResult], workspace: Workspace) -> None:
     table = Table("step", "time", "what came out", "where", title=f"workspace {workspace.uri}", title_justify="left")
     for result in results:
         took = "already done" if result.skipped else f"{result.seconds:.1f} s"
-        table.add_row(result.step, took, result.summary, result.location.removeprefix(f"{workspace.uri}/"), end_section=result.step == "evaluate")
+        table.add_row(
+            result.step, took, result.summary, result.location.removeprefix(f"{workspace.uri}/"), end_section=result.step == "evaluate"
+        )
     table.add_row("all", f"{sum(result.seconds for result in results):.1f} s", "", "")
     console = Console()
     console.print()
@@ -126,7 +133,7 @@ def _summary(results: list[StepResult], workspace: Workspace) -> None:
     console.print("\nTry next:", highlight=False)
     for line in (
         f'.venv/bin/htcl search --preset demo {option} --text "{TEXT_QUERY}"',
-        f"open {[result.location for result in results if result.step == 'evaluate'][0]}/report.html",
+        f"open {next(result.location for result in results if result.step == 'evaluate')}/report.html",
         f"tensorboard --logdir {workspace.uri}/runs",
         f".venv/bin/htcl serve --preset demo {option}     # then: curl localhost:8000/openapi.json",
         ".venv/bin/htcl config show --preset demo",

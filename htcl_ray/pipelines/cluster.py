@@ -79,17 +79,17 @@ def progress_lines() -> Iterator[Any]:
     queue = Queue(actor_options={"num_cpus": 0})
     stop = threading.Event()
 
-    def drain() -> None:
-        while True:
-            last_round = stop.is_set()
-            with contextlib.suppress(Empty):
-                while True:
-                    print(queue.get_nowait(), flush=True)
-            if last_round or stop.wait(0.3):
-                if last_round:
-                    return
+    def print_waiting() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                print(queue.get_nowait(), flush=True)
 
-    printer = threading.Thread(target=drain, name="progress-lines", daemon=True)
+    def print_until_stopped() -> None:
+        while not stop.wait(0.3):
+            print_waiting()
+        print_waiting()
+
+    printer = threading.Thread(target=print_until_stopped, name="progress-lines", daemon=True)
     printer.start()
     try:
         yield queue

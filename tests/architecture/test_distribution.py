@@ -75,5 +75,14 @@ def test_schema_is_json_and_describes_the_contract():
     from htcl_ray.config import json_schema
 
     text = json.dumps(json_schema())
-    for key in ("catalog", "interactions", "text_columns", "split_column", "split_shares", "max_rejected_share", "name_or_path", "batch_size"):
+    for key in (
+        "catalog",
+        "interactions",
+        "text_columns",
+        "split_column",
+        "split_shares",
+        "max_rejected_share",
+        "name_or_path",
+        "batch_size",
+    ):
         assert f'"{key}"' in text

@@ -50,7 +50,9 @@ def test_there_are_sources_to_check():
 
 @pytest.mark.parametrize("library", MAY_IMPORT)
 def test_only_the_edges_import(library: str):
-    offenders = [relative(path) for path in SOURCES if imports(path, library) and not relative(path).startswith(MAY_IMPORT[library] or ("-",))]
+    offenders = [
+        relative(path) for path in SOURCES if imports(path, library) and not relative(path).startswith(MAY_IMPORT[library] or ("-",))
+    ]
     assert not offenders, f"{library} may be imported in {MAY_IMPORT[library] or 'no file'}, but is imported in {offenders}"
 
 

@@ -94,7 +94,13 @@ def test_paper_preset_is_the_published_model():
     config = resolve("paper")
     assert (config.audio.sample_rate, config.audio.n_fft, config.audio.hop_length, config.audio.n_mels) == (16000, 2048, 1536, 128)
     assert config.audio.max_frames == 1251
-    assert (config.model.width, config.model.layers, config.model.heads, config.model.feed_forward, config.model.dim) == (768, 12, 12, 3072, 100)
+    assert (config.model.width, config.model.layers, config.model.heads, config.model.feed_forward, config.model.dim) == (
+        768,
+        12,
+        12,
+        3072,
+        100,
+    )
     assert (config.pretrain.batch_size, config.pretrain.epochs, config.pretrain.temperature) == (32, 20, 0.074)
 
 
