@@ -1,0 +1,187 @@
+"""The truth of the sample world: artists and songs with traits that their text names and traits that it does not.
+
+`make_world` is a pure function of its arguments. Only sound, names and named traits ever reach the disk; hidden traits can be known
+by making the same world again, and by nothing that lies in the written folder but the sound itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+GENRES = ("ambient", "house", "rock", "jazz", "reggae", "folk", "hip hop", "baroque")
+MOODS = ("happy", "sad", "calm", "dark", "energetic")
+LEADS = ("flute", "violin", "piano", "trumpet", "vibraphone", "organ", "guitar", "synthesizer")
+BACKINGS = ("strings", "electric piano", "choir", "harp", "accordion")
+TEMPOS = ("slow", "medium tempo", "fast")
+
+HIDDEN_TRAITS = ("brightness", "space", "pulse", "hiss")
+"""Audible, and in no text: spectral tilt, length and level of the reverberation, slow swelling of the level, noise floor.
+
+Each is a number in [-1, 1], independent of every other trait and of the artist.
+"""
+
+DUPLICATE_SHARE = 0.01
+"""Share of songs that are the recording of another song of the same artist, published again on a compilation."""
+
+
+@dataclass(frozen=True)
+class Artist:
+    """A variation within a genre: what an artist's songs share beyond the genre's rules."""
+
+    name: str
+    genre: str
+    key: int
+    """Semitones above C that songs are usually in."""
+    progression: int
+    """Which of the genre's chord progressions."""
+    habit: int
+    """Seed of small changes to the genre's drum and bass patterns."""
+    detune: float
+    """Semitones."""
+    looseness: float
+    """Standard deviation of note onsets, in seconds."""
+    drum_gain: float
+    bass_gain: float
+    lead_gain: float
+
+
+@dataclass(frozen=True)
+class Song:
+    """A song: what its text says (all but the last two fields), and what only its sound does."""
+
+    song_id: str
+    title: str
+    artist: Artist
+    album: str
+    year: int
+    genre: str
+    mood: str
+    lead: str
+    backing: str
+    tempo: str
+    hidden: tuple[float, ...]
+    """One value in [-1, 1] for each of HIDDEN_TRAITS."""
+    recording: int
+    """Position in `World.songs` of the song whose recording this is: its own, except for duplicates."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Songs in random order, and the seed that everything else about them is drawn from."""
+
+    seed: int
+    artists: tuple[Artist, ...]
+    songs: tuple[Song, ...]
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """Hidden traits, float64 [songs, traits]."""
+        return np.array([song.hidden for song in self.songs])
+
+
+def make_world(*, songs: int, artists: int, seed: int) -> World:
+    """The world with this seed. Raises ValueError unless there is a song for every artist."""
+    if not 1 <= artists <= songs:
+        raise ValueError(f"{artists} artists for {songs} songs; expected at least one artist and a song for each")
+    traits, names = random_stream(seed, "traits"), random_stream(seed, "names")
+    invented = _invent_names(names, artists)
+    roster = tuple(_make_artist(name, GENRES[i % len(GENRES)], traits) for i, name in enumerate(invented))
+    owners = traits.permutation(np.resize(np.arange(artists), songs))
+    ids = _song_ids(names, songs)
+    made: list[Song] = []
+    first_of_artist: dict[int, int] = {}
+    duplicates = set(traits.permutation(songs)[: round(DUPLICATE_SHARE * songs)].tolist())
+    for position, owner in enumerate(owners.tolist()):
+        song = _make_song(ids[position], roster[owner], position, traits, names)
+        if position in duplicates and owner in first_of_artist:
+            song = _published_again(made[first_of_artist[owner]], song)
+        else:
+            first_of_artist.setdefault(owner, position)
+        made.append(song)
+    return World(seed, roster, tuple(made))
+
+
+def random_stream(seed: int, purpose: str, position: int = 0) -> np.random.Generator:
+    """Independent random numbers for each purpose and position, so that a change to one part of the world leaves the others alone."""
+    return np.random.default_rng([seed, position, *purpose.encode()])
+
+
+def _make_artist(name: str, genre: str, rng: np.random.Generator) -> Artist:
+    return Artist(
+        name=name,
+        genre=genre,
+        key=int(rng.integers(-5, 7)),
+        progression=int(rng.integers(0, 3)),
+        habit=int(rng.integers(0, 2**31)),
+        detune=float(rng.normal(0, 0.12)),
+        looseness=float(rng.uniform(0.0, 0.012)),
+        drum_gain=float(10 ** rng.normal(0, 0.08)),
+        bass_gain=float(10 ** rng.normal(0, 0.08)),
+        lead_gain=float(10 ** rng.normal(0, 0.06)),
+    )
+
+
+def _make_song(song_id: str, artist: Artist, position: int, traits: np.random.Generator, names: np.random.Generator) -> Song:
+    return Song(
+        song_id=song_id,
+        title=" ".join(_invent_word(names) for _ in range(names.integers(1, 4))),
+        artist=artist,
+        album=_invent_word(names),
+        year=int(names.integers(1985, 2026)),
+        genre=artist.genre,
+        mood=_choice(traits, MOODS),
+        lead=_choice(traits, LEADS),
+        backing=_choice(traits, BACKINGS),
+        tempo=_choice(traits, TEMPOS),
+        # Two modes, away from the middle: people can hear on which side a song lies.
+        hidden=tuple((traits.choice((-1.0, 1.0), len(HIDDEN_TRAITS)) * traits.uniform(0.5, 1.0, len(HIDDEN_TRAITS))).tolist()),
+        recording=position,
+    )
+
+
+def _published_again(original: Song, compilation: Song) -> Song:
+    return Song(
+        song_id=compilation.song_id,
+        title=original.title,
+        artist=original.artist,
+        album=compilation.album,
+        year=compilation.year,
+        genre=original.genre,
+        mood=original.mood,
+        lead=original.lead,
+        backing=original.backing,
+        tempo=original.tempo,
+        hidden=original.hidden,
+        recording=original.recording,
+    )
+
+
+def _choice(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _song_ids(rng: np.random.Generator, count: int) -> list[str]:
+    ids: dict[str, None] = {}
+    while len(ids) < count:
+        ids[rng.bytes(6).hex()] = None
+    return list(ids)
+
+
+def _invent_names(rng: np.random.Generator, count: int) -> list[str]:
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[f"{_invent_word(rng)} {_invent_word(rng)}"] = None
+    return list(names)
+
+
+def _invent_word(rng: np.random.Generator) -> str:
+    syllables = [_choice(rng, _ONSETS) + _choice(rng, _VOWELS) for _ in range(rng.integers(2, 4))]
+    return ("".join(syllables) + _choice(rng, _CODAS)).capitalize()
+
+
+_ONSETS = ("b", "br", "d", "f", "g", "h", "k", "kl", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z")
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ei", "ou")
+_CODAS = ("", "", "n", "l", "r", "s", "m")
