@@ -97,10 +97,24 @@ def models(workspace: Workspace, version: str | None = None) -> Models:
     if version in preference:
         parent = preference[version].manifest["inputs"]["model"]
         if parent not in semantic:
-            raise WorkspaceError(f"model {version} was fine-tuned from semantic model {parent}, which is missing from {workspace.uri}/models")
+            raise WorkspaceError(
+                f"model {version} was fine-tuned from semantic model {parent}, which is missing from {workspace.uri}/models"
+            )
         return Models(semantic[parent], preference[version])
     known = ", ".join([*semantic, *preference])
     raise WorkspaceError(f"there is no model '{version}' in {workspace.uri}/models; expected one of {known}")
+
+
+def embeddings(workspace: Workspace, features_version: str, by: Models) -> Artifact:
+    """The vectors that exactly these models gave these features."""
+    wanted = {"features": features_version, "semantic": by.semantic.version, "preference": by.preference.version if by.preference else None}
+    for name, manifest in reversed(workspace.finished("embeddings")):
+        if all(manifest["inputs"].get(key) == value for key, value in wanted.items()):
+            return Artifact(f"embeddings/{name}", name, manifest)
+    made = f"semantic model {wanted['semantic']}" + (f" and preference model {wanted['preference']}" if by.preference else "")
+    raise WorkspaceError(
+        f"the workspace {workspace.uri} holds no embeddings of the features {features_version} by {made}; run 'htcl embed' first"
+    )
 
 
 def index(workspace: Workspace, version: str | None = None) -> Artifact:

@@ -288,7 +288,7 @@ class EvaluateSettings(Settings):
     """Evaluation on held-out songs and users."""
 
     split: Literal["validation", "test"] = "test"
-    ks: tuple[int, ...] = (1, 5, 10)
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10), min_length=1)
     """Cut-offs of recall, hit rate and NDCG."""
     probe_column: str = "genre"
     """Catalogue column that the linear probe predicts on held-out artists."""
