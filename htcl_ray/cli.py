@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=command.help, description=command.help)
         sub.add_argument("--preset", help=f"shipped configuration: {', '.join(PRESETS)}")
         sub.add_argument("--config", metavar="FILE.yaml", help="configuration file, over the preset")
-        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments", help="one key, over both; repeatable")
+        sub.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments", help="one key, over both; repeatable"
+        )
         sub.add_argument("--workspace", metavar="DIR_OR_URI", help="where everything that is written lies (default ./workspace)")
         command.flags(sub)
     return parser
@@ -178,3 +180,7 @@ COMMANDS: dict[str, Command] = {
     "search": Command("one query from the shell, no server needed", _search, _search_flags),
     "config": Command("print the configuration", _show_config, _config_flags),
 }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
