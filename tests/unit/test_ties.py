@@ -1,0 +1,74 @@
+"""Expectations over the orders of tied candidates, against all orders written out and against scikit-learn's tie averaging."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.metrics import ndcg_score
+
+from htcl_ray.evaluation import metrics
+from htcl_ray.evaluation.ties import expected_metrics, first_hit_distribution
+
+pytestmark = pytest.mark.unit
+
+KS = (1, 2, 3, 5, 9)
+
+
+def all_orders(scores: np.ndarray) -> list[list[int]]:
+    """Every order that sorts the scores."""
+    groups = [np.flatnonzero(scores == value).tolist() for value in sorted(set(scores.tolist()), reverse=True)]
+    return [list(itertools.chain(*parts)) for parts in itertools.product(*(itertools.permutations(group) for group in groups))]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_to_the_mean_over_all_orders(seed: int):
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, 3, 7).astype(float)
+    relevant = np.zeros(7, dtype=bool)
+    relevant[generator.choice(7, generator.integers(1, 6), replace=False)] = True
+    orders = all_orders(scores)
+    wanted = [set(np.flatnonzero(relevant).tolist())] * len(orders)
+    ours = expected_metrics(scores, relevant, KS)
+    for k in KS:
+        assert ours[f"recall@{k}"] == pytest.approx(metrics.recall_at_k(orders, wanted, k).mean())
+        assert ours[f"hit_rate@{k}"] == pytest.approx(metrics.hit_rate_at_k(orders, wanted, k).mean())
+        assert ours[f"ndcg@{k}"] == pytest.approx(metrics.ndcg_at_k(orders, wanted, k).mean())
+        assert ours[f"ndcg@{k}"] == pytest.approx(ndcg_score([relevant], [scores], k=k))
+    assert ours["mrr"] == pytest.approx(metrics.mrr(orders, wanted).mean())
+    assert ours["auc"] == pytest.approx(metrics.auc([scores], [relevant])[0])
+
+
+def test_without_ties_equal_to_the_sorted_list():
+    generator = np.random.default_rng(0)
+    scores, relevant = generator.permutation(40).astype(float), generator.random(40) < 0.2
+    order, wanted = [np.argsort(-scores)], [set(np.flatnonzero(relevant).tolist())]
+    ours = expected_metrics(scores, relevant, KS)
+    for k in KS:
+        assert ours[f"ndcg@{k}"] == pytest.approx(metrics.ndcg_at_k(order, wanted, k)[0])
+        assert ours[f"hit_rate@{k}"] == metrics.hit_rate_at_k(order, wanted, k)[0]
+    assert ours["mrr"] == pytest.approx(metrics.mrr(order, wanted)[0])
+
+
+def test_all_equal_scores_are_a_random_order():
+    relevant = np.arange(200) < 6
+    ours = expected_metrics(np.zeros(200), relevant, (10,))
+    assert ours["auc"] == 0.5
+    assert ours["recall@10"] == pytest.approx(10 / 200)
+    assert ours["hit_rate@10"] == pytest.approx(1 - np.prod([(194 - i) / (200 - i) for i in range(10)]))
+
+
+def test_no_relevant_candidate_is_nan_and_no_order_is_refused():
+    assert all(np.isnan(value) for value in expected_metrics(np.arange(3.0), np.zeros(3, dtype=bool), (1, 5)).values())
+    assert all(np.isnan(value) for value in expected_metrics(np.empty(0), np.empty(0, dtype=bool), (1,)).values())
+    with pytest.raises(ValueError, match="not finite"):
+        expected_metrics(np.array([0.1, np.nan]), np.array([True, False]), (1,))
+
+
+@pytest.mark.parametrize(("size", "hits"), [(1, 1), (5, 1), (5, 5), (6, 2), (40, 7)])
+def test_first_hit_distribution(size: int, hits: int):
+    distribution = first_hit_distribution(size, hits)
+    assert distribution.sum() == pytest.approx(1)
+    assert (distribution * np.arange(1, size + 1)).sum() == pytest.approx((size + 1) / (hits + 1))  # mean of the first order statistic
+    assert (distribution >= 0).all()
