@@ -1,0 +1,6 @@
+"""The model: audio tower, text tower, heads, fusion, and its folder on disk."""
+
+from htcl_ray.models.folder import weights_fingerprint
+from htcl_ray.models.htcl import HTCL
+
+__all__ = ["HTCL", "weights_fingerprint"]

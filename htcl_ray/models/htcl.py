@@ -1,0 +1,203 @@
+"""The HTCL model of one stage: two towers, their heads, and, from stage 2 on, the fusion network."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htcl_ray.config import AudioRecipe, Config
+from htcl_ray.errors import InputError
+from htcl_ray.models import folder as model_folder
+from htcl_ray.models.audio_encoder import AudioEncoder
+from htcl_ray.models.record import InputRecipe, ModelRecord
+from htcl_ray.models.text_encoder import TextEncoder, Tokens, text_encoder_from_name, text_encoder_from_scratch, transformer_from_config
+
+MIN_TEMPERATURE = 0.01
+TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}
+"""Loss terms of each stage; each has its own temperature."""
+EMBED_BATCH = 32
+
+
+class HTCL(nn.Module):
+    """Audio and text → vectors of one space.
+
+    `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a waveform becomes the log-mel
+    that the model expects. The `embed_*` methods give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
+    """
+
+    def __init__(self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074) -> None:
+        super().__init__()
+        settings = record.model
+        self.record = record
+        self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
+        self.text_encoder = text_encoder
+        self.audio_head = mlp([settings.width, *settings.head_hidden, settings.dim])
+        self.text_head = mlp([text_encoder.width, *settings.head_hidden, settings.dim])
+        self.fusion = mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim]) if record.stage == 2 else None
+        scale = -math.log(temperature)
+        self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in TERMS[record.stage]})
+
+    @property
+    def dim(self) -> int:
+        """Size of a vector."""
+        return self.record.model.dim
+
+    @property
+    def stage(self) -> int:
+        """1 (semantic space) or 2 (preference space)."""
+        return self.record.stage
+
+    @property
+    def recipe(self) -> AudioRecipe:
+        """How a waveform becomes the log-mel that this model expects."""
+        return self.record.audio
+
+    @classmethod
+    def untrained(cls, config: Config, vocabulary: str | None = None, input_recipe: InputRecipe = InputRecipe.MASKED) -> HTCL:
+        """A stage-1 model to train, with weights drawn from `pretrain.seed`; the text tower is pretrained if `text.name_or_path` says so.
+
+        `vocabulary`: what `train_wordpiece` returned, for a text tower from scratch.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.pretrain.seed)
+            if config.text.name_or_path is not None:
+                text_encoder = text_encoder_from_name(config.text)
+            else:
+                assert vocabulary is not None, "a text tower from scratch needs a vocabulary"
+                text_encoder = text_encoder_from_scratch(config.text, vocabulary)
+            record = ModelRecord(stage=1, input=input_recipe, audio=config.audio, model=config.model, text=text_encoder.record)
+            return cls(record, text_encoder, config.pretrain.temperature)
+
+    def to_stage_2(self, temperature: float, seed: int) -> HTCL:
+        """A stage-2 model that starts from everything this one learned: towers, heads, and the temperature of audio ↔ text.
+
+        Only the fusion network and the two new temperatures, which begin at `temperature`, are new. Shares the text tower with this
+        model, which should not be used afterwards.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = HTCL(self.record.model_copy(update={"stage": 2}), self.text_encoder, temperature)
+        kept, new = self.state_dict(), model.state_dict()
+        model.load_state_dict({**new, **kept})
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path) -> HTCL:
+        """Load a model folder or a model on the hub, in evaluation mode. Raises WorkspaceError or MismatchError."""
+        found = model_folder.find_folder(path_or_hub_id)
+        record = model_folder.read_record(found)
+        transformer = transformer_from_config(record.text.transformer)
+        model = cls(record, TextEncoder(transformer, model_folder.read_tokenizer(found), record.text.settings))
+        model_folder.load_weights(model, found)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the model folder; it appears whole or not at all."""
+        model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.tokenizer)
+
+    def push_to_hub(self, repo_id: str) -> None:
+        """Upload the model folder to the Hugging Face hub, as `repo_id`, with the credentials that its client finds."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "model")
+            api = HfApi()
+            api.create_repo(repo_id, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=Path(scratch) / "model")
+
+    def encode_audio(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
+        """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → [B, dim], not normalised, with gradient."""
+        return self.audio_head(self.audio_encoder(mel, valid_frames))
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """Tokens [B, S] → [B, dim], not normalised, with gradient."""
+        return self.text_head(self.text_encoder(tokens))
+
+    def fuse(self, audio: Tensor, text: Tensor) -> Tensor:
+        """Stage 2: encoded audio and text of the same songs, both [B, dim] and not normalised → [B, dim]."""
+        assert self.fusion is not None, "a stage-1 model has no fusion network"
+        return self.fusion(torch.cat([audio, text], dim=1))
+
+    def temperatures(self) -> dict[str, float]:
+        """Temperature of each loss term."""
+        return {term: math.exp(-scale.item()) for term, scale in self.logit_scale.items()}
+
+    @torch.no_grad()
+    def clamp_temperatures(self) -> None:
+        """Keep every temperature at or above 0.01."""
+        for scale in self.logit_scale.values():
+            scale.clamp_(max=-math.log(MIN_TEMPERATURE))
+
+    def embed_audio(self, waveform: Any, sample_rate: int) -> Tensor:
+        """Waveform [samples] or [channels, samples] at `sample_rate` Hz → [dim]."""
+        from htcl_ray.audio import log_mel
+
+        mel = log_mel(waveform, sample_rate, self.recipe)
+        return self.embed_mel(torch.as_tensor(mel)[None])[0]
+
+    def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:
+        """Mel [B, F, M] in dB as `log_mel` gives it, valid_frames [B] (default: all F) → [B, dim].
+
+        Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector.
+        """
+        mel = torch.as_tensor(mel)
+        if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0:
+            raise InputError(f"the log-mel has shape {list(mel.shape)}; expected [batch, frames, {self.recipe.n_mels}], frames at least 1")
+        frames = mel.shape[1]
+        valid = torch.full((len(mel),), frames) if valid_frames is None else torch.as_tensor(valid_frames).to("cpu", torch.int64)
+        if valid.shape != (len(mel),) or (len(valid) and not (valid.min() >= 1 and valid.max() <= frames)):
+            raise InputError(f"valid_frames is {valid.tolist()[:8]}; expected {len(mel)} numbers from 1 to {frames}")
+        device = self.audio_encoder.cls.device
+        with self._inference():
+            parts = [
+                self.encode_audio(mel[start : start + EMBED_BATCH].to(device), valid[start : start + EMBED_BATCH])
+                for start in range(0, len(mel), EMBED_BATCH)
+            ]
+        return self._unit_norm(parts)
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts → [n, dim]."""
+        if isinstance(texts, str):
+            raise InputError("embed_text got one string; expected a list of texts")
+        device = self.audio_encoder.cls.device
+        with self._inference():
+            parts = []
+            for start in range(0, len(texts), EMBED_BATCH):
+                tokens = self.text_encoder.tokenize(texts[start : start + EMBED_BATCH])
+                parts.append(self.encode_text({name: tensor.to(device) for name, tensor in tokens.items()}))
+        return self._unit_norm(parts)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Dropout off and no gradient; the mode is put back afterwards."""
+        was_training = self.training
+        if was_training:
+            self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if was_training:
+                self.train()
+
+    def _unit_norm(self, parts: list[Tensor]) -> Tensor:
+        if not parts:
+            return torch.empty(0, self.dim)
+        return F.normalize(torch.cat(parts).float(), dim=1).cpu()
+
+
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers of these widths, ReLU between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,57 @@
+"""What `config.json` of a model folder says: everything that is needed to rebuild the model and to feed it what it was trained on."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from htcl_ray.config import AudioRecipe, ModelSettings, Settings, TextSettings
+from htcl_ray.errors import MismatchError
+from htcl_ray.schemas import FORMAT_VERSION
+
+
+class InputRecipe(StrEnum):
+    """How a log-mel spectrogram is padded, normalised and masked before the audio encoder."""
+
+    MASKED = "masked"
+    """Statistics, attention and mean over the clip's own frames; see `audio_input.masked_input`."""
+    OFFICIAL = "official"
+    """As the authors: padded to a full clip, normalised whole, no mask; see `audio_input.official_input`."""
+
+
+class TextRecord(Settings):
+    """The text tower."""
+
+    settings: TextSettings
+    """As configured when it was made; `name_or_path` tells where the weights came from and is never read again."""
+    transformer: dict[str, Any]
+    """Configuration of the transformers model, with `model_type`."""
+
+
+class ModelRecord(Settings):
+    """Content of `config.json`."""
+
+    format_version: int = FORMAT_VERSION
+    stage: Literal[1, 2]
+    """1: semantic space (audio ↔ text); 2: preference space, with a fusion network and three temperatures."""
+    input: InputRecipe = InputRecipe.MASKED
+    audio: AudioRecipe
+    model: ModelSettings
+    text: TextRecord
+
+
+def parse_record(tree: Any, where: str) -> ModelRecord:
+    """Check the JSON of a `config.json`. Raises MismatchError naming the first wrong key, or a newer format version."""
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise MismatchError(
+            f"{where} has format version {version}, but this htcl-ray reads up to {FORMAT_VERSION}; expected an HTCL model's"
+        )
+    try:
+        return ModelRecord.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise MismatchError(f"{where} is not the config.json of an HTCL model: key '{key}': {first['msg']}") from None

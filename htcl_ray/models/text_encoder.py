@@ -1,0 +1,129 @@
+"""The text tower: any BERT-like model of transformers, pretrained or from scratch. Code from a model's folder or hub page is never run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from htcl_ray.config import TextSettings
+from htcl_ray.errors import ConfigError
+from htcl_ray.models.record import TextRecord
+from htcl_ray.models.vocabulary import SPECIAL_TOKENS
+
+Tokens = dict[str, Tensor]
+"""`input_ids` and `attention_mask`, int64 [B, S]."""
+
+
+class TextEncoder(nn.Module):
+    """Texts → one vector each: the pooled first token (`pooler_output`), as the authors; without a pooler, the first token itself."""
+
+    def __init__(self, transformer: nn.Module, tokenizer: Any, settings: TextSettings) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        self.settings = settings
+
+    @property
+    def width(self) -> int:
+        """Size of the vector."""
+        return int(self.transformer.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def record(self) -> TextRecord:
+        """What `config.json` says about this tower."""
+        return TextRecord(settings=self.settings, transformer=self.transformer.config.to_dict())  # type: ignore[union-attr, operator]
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Padded to the longest of `texts`, cut at `max_tokens`."""
+        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.settings.max_tokens, return_tensors="pt")
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tokens [B, S] → [B, width]."""
+        output = self.transformer(**tokens)
+        pooled = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled is None else pooled
+
+
+def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
+    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises ConfigError."""
+    from transformers import AutoModel, AutoTokenizer
+
+    name = settings.name_or_path
+    check_text_settings(settings)
+    try:
+        transformer = AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unusable(name, error) from None
+    return TextEncoder(transformer, tokenizer, settings)
+
+
+def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEncoder:
+    """A small BERT with random weights. `vocabulary` is what `train_wordpiece` returned."""
+    from transformers import BertConfig
+
+    tokenizer = _fast_tokenizer(vocabulary)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=4 * settings.width,
+        max_position_embeddings=settings.max_tokens,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return TextEncoder(transformer_from_config(config.to_dict()), tokenizer, settings)
+
+
+def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
+    """A transformers model with random weights from its configuration, `model_type` included. Raises ConfigError."""
+    from transformers import AutoConfig, AutoModel
+
+    tree = copy.deepcopy(tree)
+    model_type = tree.pop("model_type", None)
+    tree.pop("auto_map", None)  # names code of the model's author
+    try:
+        config = AutoConfig.for_model(model_type, **tree)
+    except ValueError:
+        raise ConfigError(f"the text model is of type '{model_type}', which this transformers does not know; install a newer one") from None
+    return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+
+
+def check_text_settings(settings: TextSettings) -> None:
+    """Raise ConfigError unless the configured pretrained text model can be found and takes `max_tokens` tokens. Loads no weights."""
+    if settings.name_or_path is None:
+        return
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unusable(settings.name_or_path, error) from None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and settings.max_tokens > limit:
+        raise ConfigError(f"text.max_tokens is {settings.max_tokens}, but the text model '{settings.name_or_path}' takes at most {limit}")
+
+
+def _unusable(name: str | None, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ConfigError(
+        f"the text model '{name}' cannot be loaded ({reason}); expected a hub name or folder of a BERT-like model "
+        "with safetensors weights, or text.name_or_path=null to train one from scratch"
+    )
+
+
+def _fast_tokenizer(vocabulary: str) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    pad, unk, cls, sep, mask = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(vocabulary), pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, mask_token=mask
+    )

@@ -1,0 +1,93 @@
+"""Everything that training workers say to each other. The only file with collectives.
+
+Without a process group every function is the one-worker case. All workers must call each function equally often and in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 32 * 2**20
+
+
+def world_size() -> int:
+    """Number of workers."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this worker, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [n, …] of every worker, in order of rank, [W·n, …]; n is the same on every worker.
+
+    The gradient comes back: each worker's rows get the sum of what all workers' losses say about them.
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)  # gloo has no reduce-scatter; rows·dim numbers are little beside the model
+        own = len(gradient) // world_size()
+        return gradient[rank() * own : (rank() + 1) * own]
+
+
+def sum_over_workers(values: Tensor) -> Tensor:
+    """Element-wise sum over workers; no gradient."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up every parameter's gradient over workers, in buckets; once a step.
+
+    Losses are divided by the global batch, so the sum is the gradient that one process would have on the whole batch.
+    """
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
+        if bucket and (gradient.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + gradient.nbytes > BUCKET_BYTES):
+            _sum_in_place(bucket)
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        _sum_in_place(bucket)
+
+
+def _sum_in_place(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def copy_from_first(module: nn.Module) -> None:
+    """Give every worker the first worker's parameters and buffers."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def wait_for_all() -> None:
+    """Return when every worker has come here."""
+    if world_size() > 1:
+        dist.barrier()
