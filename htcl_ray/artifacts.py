@@ -117,6 +117,23 @@ def embeddings(workspace: Workspace, features_version: str, by: Models) -> Artif
     )
 
 
+def models_of(workspace: Workspace, made: Artifact) -> Models:
+    """The models that made embeddings or an index."""
+    found: dict[str, Artifact | None] = {"semantic": None, "preference": None}
+    for stage in found:
+        version = made.manifest["inputs"][stage]
+        if version is not None:
+            path = f"models/{stage}/{version}"
+            manifest = workspace.manifest(path)
+            if manifest is None:
+                raise WorkspaceError(f"{workspace.uri_of(made.path)} was made with {stage} model {version}, which {workspace.uri_of(path)} lacks")
+            found[stage] = Artifact(path, version, manifest)
+    semantic = found["semantic"]
+    if semantic is None:
+        raise WorkspaceError(f"{workspace.uri_of(made.path)} names no semantic model; make it again")
+    return Models(semantic, found["preference"])
+
+
 def index(workspace: Workspace, version: str | None = None) -> Artifact:
     """An index by version, or the newest."""
     found = {name: Artifact(f"index/{name}", name, manifest) for name, manifest in workspace.finished("index")}

@@ -6,6 +6,8 @@
     │   ├── TableError        a catalogue or log table that cannot be used at all
     │   ├── WorkspaceError    a workspace that cannot be read or written, or an artifact missing from it
     │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
+    │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
+    │   │   └── SongNotFoundError a song that the index does not hold
     │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
     └── StepError             a step that started and could not finish
 
@@ -43,6 +45,14 @@ class WorkspaceError(InputError):
 
 class MismatchError(InputError):
     """Two artifacts do not fit each other."""
+
+
+class QueryError(InputError):
+    """A search cannot be answered as it was asked."""
+
+
+class SongNotFoundError(QueryError):
+    """The index does not hold this song."""
 
 
 class AudioError(InputError):

@@ -1,0 +1,59 @@
+"""What an encoder gives and an index takes: each row's place in the semantic and in the preference space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from htcl_ray.errors import QueryError
+
+ModelVersions = dict[str, str | None]
+"""`{"semantic": fingerprint of the weights, "preference": fingerprint or None without stage 2}`."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Row i of both arrays belongs to song, clip or text i; float32 of unit norm.
+
+    `semantic` is [n, dim]; `preference` is [n, dim], or None without stage 2.
+    """
+
+    semantic: NDArray[np.float32]
+    preference: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.semantic.ndim != 2:
+            raise ValueError(f"semantic has shape {self.semantic.shape}; expected [n, dim]")
+        if self.preference is not None and self.preference.shape != self.semantic.shape:
+            raise ValueError(f"preference has shape {self.preference.shape}; expected that of semantic, {self.semantic.shape}")
+
+    def __len__(self) -> int:
+        return len(self.semantic)
+
+    @property
+    def dim(self) -> int:
+        """Width of one space."""
+        return self.semantic.shape[1]
+
+    def rows(self, selection: slice | NDArray[np.int64]) -> Vectors:
+        """Some of the rows."""
+        return Vectors(self.semantic[selection], None if self.preference is None else self.preference[selection])
+
+
+def concatenate(parts: list[Vectors]) -> Vectors:
+    """The rows of all parts, in order; all have a preference half or none has."""
+    preferences = [part.preference for part in parts if part.preference is not None]
+    return Vectors(
+        np.concatenate([part.semantic for part in parts]), np.concatenate(preferences) if len(preferences) == len(parts) else None
+    )
+
+
+def unit_norm(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Each row of [n, dim] at length 1. Raises QueryError for a row that has no direction or is not finite."""
+    wide = vectors.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all() or (lengths < np.finfo(np.float32).tiny).any():
+        raise QueryError("a query vector is zero or not finite in one of its halves; expected finite numbers that are not all zero")
+    return (wide / lengths).astype(np.float32)
