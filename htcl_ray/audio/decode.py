@@ -1,0 +1,236 @@
+"""Audio file → mono waveform, from files that nobody vouches for.
+
+libsndfile reads WAV, FLAC, Ogg, Opus, MP3, AIFF and their like. What it cannot read goes to FFmpeg, when PyAV is installed, but only under
+the demuxer that the file's first bytes name: probing would let a file pose as a playlist that opens other files and addresses.
+
+Headers lie, so nothing is allocated from them: audio is read in blocks, averaged to mono and resampled as it comes, and the length is
+what was really decoded. A file that breaks off keeps what came before the break, as a truncated file does, if that is long enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import soundfile
+import soxr
+
+from htcl_ray.config import AudioRecipe
+from htcl_ray.errors import AudioError, WorkspaceError
+from htcl_ray.schemas import Reason
+from htcl_ray.storage import open_filesystem
+
+FloatArray = npt.NDArray[np.float32]
+
+BLOCK_SAMPLES = 1 << 16
+"""Samples of all channels that are decoded at a time."""
+REMOTE_READ_BYTES = 1 << 20
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
+"""In Hz. A header may claim anything; the decoder's memory and time must not follow it."""
+LARGEST_SAMPLE = 1e6
+"""Full scale is 1. Float files with values beyond this are damaged, and their power would overflow: such samples count as not finite."""
+
+
+class _Format(NamedTuple):
+    offset: int
+    signature: bytes
+    demuxer: str
+    """FFmpeg's name."""
+    name: str
+    needs_ffmpeg: bool = True
+    """libsndfile never reads it."""
+
+
+_SIGNATURES = (
+    _Format(4, b"ftyp", "mov", "MP4/M4A"),
+    _Format(0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf", "WMA"),
+    _Format(0, b"MAC ", "ape", "Monkey's Audio"),
+    _Format(0, b"\xff\xf1", "aac", "AAC"),
+    _Format(0, b"\xff\xf9", "aac", "AAC"),
+    _Format(0, b"wvpk", "wv", "WavPack"),
+    _Format(0, b"TTA1", "tta", "True Audio"),
+    _Format(0, b"MPCK", "mpc8", "Musepack"),
+    _Format(0, b"MP+", "mpc", "Musepack"),
+    _Format(0, b"\x1a\x45\xdf\xa3", "matroska", "WebM/Matroska"),
+    _Format(28, b"Speex   ", "ogg", "Speex"),
+    _Format(0, b"fLaC", "flac", "FLAC", needs_ffmpeg=False),
+    _Format(0, b"OggS", "ogg", "Ogg", needs_ffmpeg=False),
+    _Format(0, b"ID3", "mp3", "MP3", needs_ffmpeg=False),
+    _Format(0, b"\xff\xfb", "mp3", "MP3", needs_ffmpeg=False),
+)
+
+
+def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe) -> FloatArray:
+    """The first `recipe.clip_seconds` of an audio file as mono float32 [samples] at `recipe.sample_rate`; full scale is ±1.
+
+    `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are averaged, then
+    resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError, and nothing else, for anything that cannot be
+    used: its `reason` is audio_not_found, audio_empty, undecodable, decoder_missing, too_short or not_finite.
+    """
+    with _opened(source) as file:
+        head = file.read(64)
+        file.seek(0)
+        if not head:
+            raise AudioError(Reason.AUDIO_EMPTY, "the file is empty (0 bytes)")
+        path = getattr(file, "name", None) if isinstance(file, io.BufferedReader) else None
+        waveform, failure = _Waveform(recipe), ""
+        try:
+            waveform.fill(*_read_sndfile(path if isinstance(path, str) else file))  # from a path, it also tries what the name says
+        except Exception as error:  # on broken files: RuntimeError, ValueError, TypeError, MemoryError, …
+            failure = f"libsndfile: {_one_line(error)}"
+        if failure and waveform.seconds < recipe.min_seconds:
+            waveform = _decode_with_ffmpeg(file, head, recipe, failure)
+    return waveform.finish()
+
+
+class _Waveform:
+    """Collects decoded blocks as mono audio at the recipe's rate, up to the length of a clip."""
+
+    def __init__(self, recipe: AudioRecipe) -> None:
+        self.recipe = recipe
+        self.rate = 0
+        self.frames = 0
+        self.finite = 0
+        self.parts: list[FloatArray] = []
+        self.resampler: soxr.ResampleStream | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.rate if self.rate else 0.0
+
+    def fill(self, rate: int, blocks: Iterator[FloatArray]) -> None:
+        """Take blocks of [frames, channels] until the clip is full or they end."""
+        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+            raise ValueError(f"the sample rate is {rate} Hz; expected {LOWEST_RATE} to {HIGHEST_RATE}")
+        self.rate = rate
+        if rate != self.recipe.sample_rate:
+            self.resampler = soxr.ResampleStream(rate, self.recipe.sample_rate, 1, dtype="float32", quality="HQ")
+        wanted = int(np.ceil(self.recipe.clip_seconds * rate))
+        for block in blocks:
+            block = block[: wanted - self.frames]
+            self._add(block)
+            if self.frames >= wanted:
+                return
+
+    def _add(self, block: FloatArray) -> None:
+        finite = np.abs(block) <= LARGEST_SAMPLE  # False for NaN
+        good = int(np.count_nonzero(finite))
+        if good < block.size:
+            block = np.where(finite, block, np.float32(0))
+        self.frames += len(block)
+        self.finite += good
+        mono = np.ascontiguousarray(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+        self.parts.append(self.resampler.resample_chunk(mono) if self.resampler else mono)
+
+    def finish(self) -> FloatArray:
+        """The whole waveform; raises AudioError when there is not enough of it."""
+        if self.seconds < self.recipe.min_seconds:
+            raise AudioError(Reason.TOO_SHORT, f"{self.seconds:.3f} s were decoded; expected at least {self.recipe.min_seconds} s")
+        if not self.finite:
+            raise AudioError(Reason.NOT_FINITE, "no sample is a finite number")
+        if self.resampler:
+            self.parts.append(self.resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+        return np.concatenate(self.parts)[: self.recipe.max_samples]
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[bytes]]:
+    """The source as a seekable file at its start; the caller's own file object is left open."""
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    if not isinstance(source, str | os.PathLike):
+        source.seek(0)
+        yield source
+        return
+    path = os.fspath(source)
+    try:
+        if "://" in path:
+            filesystem, inner = open_filesystem(path)
+            file: Any = io.BufferedReader(filesystem.open_input_file(inner), REMOTE_READ_BYTES)
+        elif not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+            raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} is not a regular file")
+        else:
+            file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} does not exist") from None
+    except (OSError, ValueError, pa.ArrowException, WorkspaceError) as error:
+        raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} cannot be read: {_one_line(error)}") from None
+    with file:
+        yield file
+
+
+def _read_sndfile(file: str | IO[bytes]) -> tuple[int, Iterator[FloatArray]]:
+    sound = soundfile.SoundFile(file)
+
+    def blocks() -> Iterator[FloatArray]:
+        size = max(1, BLOCK_SAMPLES // sound.channels)
+        while True:
+            block = sound.read(size, dtype="float32", always_2d=True)
+            if not len(block):
+                return
+            yield block
+
+    return sound.samplerate, blocks()
+
+
+def _decode_with_ffmpeg(file: IO[bytes], head: bytes, recipe: AudioRecipe, failure: str) -> _Waveform:
+    """What FFmpeg makes of a file that libsndfile refused; `failure` is libsndfile's own complaint."""
+    found = next((format for format in _SIGNATURES if head[format.offset :].startswith(format.signature)), None)
+    if found is None:
+        raise AudioError(Reason.UNDECODABLE, failure)
+    try:
+        import av
+    except ImportError:
+        if not found.needs_ffmpeg:
+            raise AudioError(Reason.UNDECODABLE, failure) from None
+        raise AudioError(Reason.DECODER_MISSING, f"{found.name} needs FFmpeg: pip install 'htcl-ray[ffmpeg]'") from None
+    waveform = _Waveform(recipe)
+    try:
+        file.seek(0)
+        with av.open(file, format=found.demuxer) as container:
+            waveform.fill(*_read_ffmpeg(container))
+    except Exception as error:  # FFmpeg's own errors, and whatever PyAV raises on a broken file
+        if waveform.seconds < recipe.min_seconds:
+            raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {_one_line(error)}") from None
+    return waveform
+
+
+def _read_ffmpeg(container: Any) -> tuple[int, Iterator[FloatArray]]:
+    import av
+
+    # Interleaved, because PyAV counts a ninth plane in planar frames of 8 channels, and reading that one ends the process.
+    to_floats = av.AudioResampler(format="flt")
+
+    def frames() -> Iterator[Any]:
+        for packet in container.demux(container.streams.audio[0]):
+            try:
+                decoded = packet.decode()
+            except av.InvalidDataError:  # one broken packet; players go on with the next
+                continue
+            for frame in decoded:
+                yield from to_floats.resample(frame)
+
+    rest = frames()
+    first = next(rest, None)  # its rate is true; the container's is a claim
+    if first is None:
+        raise ValueError("no audio found")
+    return first.sample_rate, (_as_rows(frame) for frame in itertools.chain([first], rest))
+
+
+def _as_rows(frame: Any) -> FloatArray:
+    """[frames, channels] of an interleaved FFmpeg frame."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+
+
+def _one_line(error: Exception) -> str:
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0][:200]
