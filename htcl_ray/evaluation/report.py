@@ -26,6 +26,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import rich.box
 import yaml
 from rich.table import Table
 
@@ -37,7 +38,7 @@ TITLES = {"semantic": "stage 1", "preference": "stage 2", BLEND: "blend 0.5", **
 DEFINITIONS = {
     "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the "
     "same model as the songs.",
-    "text → audio, audio → text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these "
+    "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these "
     "songs for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct "
     "answer among the first k. Random: the expectation of a random order.",
     "probe": "Accuracy of a logistic regression trained on the training songs' vectors and asked about the held-out songs. Random: "
@@ -70,15 +71,15 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
     found = []
     spaces = {space: report["semantic"][space] for space in report["spaces"]}
     first = spaces["semantic"]
-    for direction, title in (("text_to_audio", "text → audio"), ("audio_to_text", "audio → text")):
+    for direction, title in (("text_to_audio", "text→audio"), ("audio_to_text", "audio→text")):
         n = f"{first[direction]['queries']} → {first[direction]['gallery']}"
         for figure in first[direction]["chance"]:
             values = {space: tasks[direction][figure] for space, tasks in spaces.items()}
-            found.append(Row(title, figure.replace("_", " "), {**values, "random": first[direction]["chance"][figure]}, n))
+            found.append(Row(title, _title(figure), {**values, "random": first[direction]["chance"][figure]}, n))
     if first["probe"]:
         values = {space: tasks["probe"]["accuracy"] for space, tasks in spaces.items()}
         n = f"{first['probe']['test_songs']} songs"
-        found.append(Row(f"{first['probe']['column']} probe", "accuracy", {**values, "random": first["probe"]["chance"]}, n))
+        found.append(Row("probe", first["probe"]["column"], {**values, "random": first["probe"]["chance"]}, n))
     if report["recommendation"]:
         methods, task = report["recommendation"]["methods"], report["recommendation"]["task"]
         for figure in methods["random"]:
@@ -88,15 +89,17 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The figures for a terminal."""
-    result = Table("task", "figure", title=_heading(report), title_justify="left")
+    """The figures for a terminal, 80 columns wide."""
+    result = Table("", box=rich.box.SIMPLE, pad_edge=False, title=_heading(report), title_justify="left", show_edge=False)
     for name in columns(report):
-        result.add_column(TITLES[name], justify="right")
-    result.add_column("n", justify="right")
-    lines = rows(report)
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
-        cells = [number(line.values.get(name)) for name in columns(report)]
-        result.add_row(line.task, line.figure, *cells, line.n, end_section=following is None or following.task != line.task)
+        result.add_column(TITLES[name], justify="right", no_wrap=True)
+    task = None
+    for line in rows(report):
+        if line.task != task:
+            task = line.task
+            result.add_section()
+            result.add_row(task, style="bold")
+        result.add_row(f"  {line.figure}", *(number(line.values.get(name)) for name in columns(report)))
     return result
 
 
@@ -147,10 +150,12 @@ def _beside(name: str, value: float, first: float, last: str) -> str:
 
 def _title(figure: str) -> str:
     name, _, k = figure.partition("@")
-    short = {"hit_rate": "HR", "ndcg": "NDCG", "mrr": "MRR", "auc": "user AUC"}.get(name, name)
+    short = {"median_rank": "median rank", "mrr": "MRR", "hit_rate": "HR", "ndcg": "NDCG", "auc": "user AUC"}.get(name, name)
     return f"{short}@{k}" if k else short
 
 
 def _heading(report: Mapping[str, Any]) -> str:
     data = report["data"]
-    return f"{data['songs']} {data['split']} songs by {data['artists']} artists, {data['unique_texts']} unique texts"
+    songs = f"{data['songs']} {data['split']} songs by {data['artists']} artists, {data['unique_texts']} unique texts"
+    asked = report["recommendation"]
+    return songs + (f"; {asked['task']['users']} users, {asked['task']['targets']} targets" if asked else "")

@@ -16,6 +16,7 @@ from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
 from htcl_ray.evaluation import report as reports
 from htcl_ray.evaluation.measure import Songs, held_out_texts, measure, with_blend
 from htcl_ray.retrieval.encoder import SongEncoder
+from htcl_ray.retrieval.vectors import concatenate
 from htcl_ray.schemas import FORMAT_VERSION, METADATA
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
@@ -94,10 +95,8 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
 def _encode_texts(workspace: Workspace, models: Models, texts: Sequence[str]) -> dict[str, np.ndarray]:
     preference = workspace.local_copy(models.preference.path) if models.preference else None
     encoder = SongEncoder.load(workspace.local_copy(models.semantic.path), preference)
-    parts: dict[str, list[np.ndarray]] = {"semantic": [], "preference": []}
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        vectors = encoder.encode_texts(list(texts[start : start + TEXTS_AT_ONCE]))
-        parts["semantic"].append(vectors.semantic)
-        if vectors.preference is not None:
-            parts["preference"].append(vectors.preference)
-    return with_blend({space: np.concatenate(found) for space, found in parts.items() if found})
+    vectors = concatenate(
+        [encoder.encode_texts(list(texts[start : start + TEXTS_AT_ONCE])) for start in range(0, len(texts), TEXTS_AT_ONCE)]
+    )
+    spaces = {"semantic": vectors.semantic}
+    return with_blend(spaces if vectors.preference is None else {**spaces, "preference": vectors.preference})
