@@ -1,7 +1,8 @@
 """What the players play: a song's traits as notes and drum hits.
 
 The genre sets drums, bass line, how chords are broken up and which progressions are used; the mood sets scale, register, articulation,
-how many notes the melody has and how hard the drums are hit; the tempo word sets the tempo. Instruments only change how it sounds.
+how many notes the melody has, how hard the drums are hit and a part of its own; the tempo word sets the tempo. The lead instrument plays
+the melody, the backing instrument accompanies in its own way. Everything is around C, so that a small model can learn from few songs.
 """
 
 from __future__ import annotations
@@ -30,66 +31,83 @@ class Genre:
     bass_sound: str
     bass_line: str
     """root (of the chord), walking (scale steps from root to root) or octaves."""
-    chords: str
-    chord_style: str
+    rhythm: str
+    """Pattern of the part that makes the genre's groove out of the chords."""
+    rhythm_sound: str
+    rhythm_style: str
     """block (all notes at once), broken (one after the other) or power (root, fifth, octave)."""
-    chord_steps: float
-    """Length of a chord note, in sixteenths."""
-    voices: int
-    """Chord notes: 3 is a triad, 4 a seventh chord."""
+    rhythm_steps: float
+    """Length of a note of it, in sixteenths."""
+    rhythm_base: int
+    """MIDI pitch around which it lies."""
     swing: float
     """How late every second eighth comes, in sixteenths."""
     progressions: tuple[tuple[int, ...], ...]
     """Scale degrees of the chords, one a bar."""
-    chord_gain: float = 1.0
-    drum_gain: float = 1.0
 
 
 GENRES = {
     "ambient": Genre(
-        drums={}, kit="none", bass="x...............", bass_sound="drone", bass_line="root", chords="x...............",
-        chord_style="block", chord_steps=17, voices=4, swing=0, progressions=((0, 3), (0, 5), (3, 0)), chord_gain=1.5,
+        drums={"wind": "x.............................."}, kit="none", bass="x...............", bass_sound="drone", bass_line="root",
+        rhythm="x...............", rhythm_sound="glass", rhythm_style="block", rhythm_steps=17, rhythm_base=76,
+        swing=0, progressions=((0, 3), (0, 5), (3, 0)),
     ),
     "house": Genre(
         drums={"kick": "x...x...x...x...", "clap": "....x.......x...", "open_hat": "..x...x...x...x."}, kit="electronic",
-        bass="..x...x...x...x.", bass_sound="saw bass", bass_line="octaves", chords="x..x..x...x..x..", chord_style="block",
-        chord_steps=1.2, voices=4, swing=0, progressions=((0, 5, 3, 4), (0, 3), (5, 3, 0, 4)), drum_gain=1.1,
+        bass="..x...x...x...x.", bass_sound="saw bass", bass_line="octaves",
+        rhythm="x..x..x...x..x..", rhythm_sound="stab", rhythm_style="block", rhythm_steps=1.2, rhythm_base=60,
+        swing=0, progressions=((0, 5, 3, 4), (0, 3), (5, 3, 0, 4)),
     ),
     "rock": Genre(
-        drums={"kick": "x.....x.x.x.....", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."}, kit="acoustic",
-        bass="x.x.x.x.x.x.x.x.", bass_sound="picked bass", bass_line="root", chords="x.x.x.x.x.x.x.x.", chord_style="power",
-        chord_steps=1.9, voices=3, swing=0, progressions=((0, 3, 4, 4), (0, 6, 3, 0), (0, 4, 5, 3)), chord_gain=1.2,
+        drums={"kick": "x.....x.x.x.....", "snare": "....x.......x...", "crash": "x.x.x.x.x.x.x.x."}, kit="acoustic",
+        bass="x.x.x.x.x.x.x.x.", bass_sound="picked bass", bass_line="root",
+        rhythm="x.x.x.x.x.x.x.x.", rhythm_sound="distorted guitar", rhythm_style="power", rhythm_steps=1.9, rhythm_base=45,
+        swing=0, progressions=((0, 3, 4, 4), (0, 6, 3, 0), (0, 4, 5, 3)),
     ),
     "jazz": Genre(
-        drums={"ride": "x...x.x.x...x.x.", "brush": "....o.......o...", "foot_hat": "....x.......x..."}, kit="brushes",
-        bass="x...x...x...x...", bass_sound="upright bass", bass_line="walking", chords="..x....x..x.....", chord_style="block",
-        chord_steps=1.5, voices=4, swing=0.66, progressions=((1, 4, 0, 5), (0, 5, 1, 4), (3, 6, 2, 5)), chord_gain=0.9,
+        drums={"ride": "x...x.x.x...x.x.", "brush": "....x.......x...", "foot_hat": "....x.......x..."}, kit="brushes",
+        bass="x...x...x...x...", bass_sound="upright bass", bass_line="walking",
+        rhythm="..x....x..x.....", rhythm_sound="comping piano", rhythm_style="block", rhythm_steps=1.5, rhythm_base=57,
+        swing=0.66, progressions=((1, 4, 0, 5), (0, 5, 1, 4), (3, 6, 2, 5)),
     ),
     "reggae": Genre(
         drums={"kick": "........x.......", "rim": "........x.......", "hat": "o.o.o.o.o.o.o.o."}, kit="acoustic",
-        bass="x..x..x.....x.x.", bass_sound="dub bass", bass_line="root", chords="....x.......x...", chord_style="block",
-        chord_steps=0.9, voices=3, swing=0.2, progressions=((0, 3), (0, 4), (0, 1)), chord_gain=1.5, drum_gain=0.8,
+        bass="x..x..x.....x.x.", bass_sound="dub bass", bass_line="root",
+        rhythm="....x.......x...", rhythm_sound="muted guitar", rhythm_style="block", rhythm_steps=0.8, rhythm_base=64,
+        swing=0.2, progressions=((0, 3), (0, 4), (0, 1)),
     ),
     "folk": Genre(
         drums={"tambourine": "....o...o..."}, kit="hand", bass="x...........", bass_sound="upright bass", bass_line="root",
-        chords="....x...x...", chord_style="block", chord_steps=3, voices=3, swing=0,
-        progressions=((0, 3, 4, 0), (0, 4, 0, 4), (0, 5, 3, 4)), drum_gain=0.6,
+        rhythm="x.x.x.x.x.x.", rhythm_sound="banjo", rhythm_style="broken", rhythm_steps=2, rhythm_base=64,
+        swing=0, progressions=((0, 3, 4, 0), (0, 4, 0, 4), (0, 5, 3, 4)),
     ),
     "hip hop": Genre(
         drums={"kick": "x......x..x.....", "snare": "....x.......x...", "hat": "xoxoxoxoxoxoxoxo"}, kit="electronic",
-        bass="x......x..x.....", bass_sound="sub bass", bass_line="root", chords="x...............", chord_style="broken",
-        chord_steps=3, voices=3, swing=0.25, progressions=((0, 0, 5, 5), (0, 3), (0, 0, 6, 5)), chord_gain=0.8, drum_gain=1.2,
+        bass="x......x..x.....", bass_sound="sub bass", bass_line="root",
+        rhythm="x...x.....x.....", rhythm_sound="muffled keys", rhythm_style="block", rhythm_steps=3, rhythm_base=52,
+        swing=0.25, progressions=((0, 0, 5, 5), (0, 3), (0, 0, 6, 5)),
     ),
     "baroque": Genre(
-        drums={}, kit="none", bass="x...x...x...x...", bass_sound="cello", bass_line="walking", chords="x.x.x.x.x.x.x.x.",
-        chord_style="broken", chord_steps=1.6, voices=3, swing=0, progressions=((0, 4, 5, 3), (0, 5, 1, 4), (0, 3, 6, 2)), chord_gain=1.4,
+        drums={}, kit="none", bass="x...x...x...x...", bass_sound="cello", bass_line="walking",
+        rhythm="xxxxxxxxxxxxxxxx", rhythm_sound="harpsichord", rhythm_style="broken", rhythm_steps=1.2, rhythm_base=60,
+        swing=0, progressions=((0, 4, 5, 3), (0, 5, 1, 4), (0, 3, 6, 2)),
     ),
 }  # fmt: skip
 
 
+BACKINGS = {
+    "strings": ("x.......", 8.5, 52, "block"),
+    "electric piano": ("x...x...", 4.0, 60, "block"),
+    "choir": ("x...............", 16.5, 72, "block"),
+    "harp": ("xxxxxxxx", 2.0, 72, "broken"),
+    "accordion": ("..x...x.", 1.8, 64, "block"),
+}
+"""How each backing instrument accompanies, whatever the genre: pattern, note length in sixteenths, MIDI pitch, style."""
+
+
 @dataclass(frozen=True)
 class Mood:
-    """How a piece is played."""
+    """How a piece is played, and the part that sets the mood."""
 
     scale: tuple[int, ...]
     """Semitones of the seven degrees."""
@@ -103,16 +121,21 @@ class Mood:
     leap: int
     """Largest step between melody notes, in scale degrees."""
     drum_gain: float
-    chord_shift: int
-    """Semitones that chords lie higher or lower."""
+    colour: str
+    """Pattern of the mood's own part."""
+    colour_sound: str
+    colour_steps: float
+    colour_base: int
+    colour_degrees: tuple[int, ...]
+    """Scale degrees above the root that it goes through."""
 
 
 MOODS = {
-    "happy": Mood((0, 2, 4, 5, 7, 9, 11), 5, (2, 2, 2, 4), 0.1, 0.5, 3, 1.0, 5),
-    "sad": Mood((0, 2, 3, 5, 7, 8, 10), -4, (6, 8, 8), 0.0, 1.0, 1, 0.5, -3),
-    "calm": Mood((0, 2, 4, 6, 7, 9, 11), 2, (8, 12, 16), 0.35, 1.0, 2, 0.22, 2),
-    "dark": Mood((0, 1, 3, 5, 7, 8, 10), -12, (3, 3, 6), 0.1, 0.9, 2, 0.9, -10),
-    "energetic": Mood((0, 2, 3, 5, 7, 9, 10), 12, (1, 1, 2, 2), 0.0, 0.8, 4, 1.7, 0),
+    "happy": Mood((0, 2, 4, 5, 7, 9, 11), 5, (2, 2, 2, 4), 0.1, 0.45, 3, 0.9, "..x...x...x.x...", "whistle", 1.2, 88, (0, 2, 4, 2)),
+    "sad": Mood((0, 2, 3, 5, 7, 8, 10), -3, (6, 8, 8), 0.0, 1.0, 1, 0.45, "x.......", "cello", 8.5, 52, (4, 3, 2, 1)),
+    "calm": Mood((0, 2, 4, 6, 7, 9, 11), 0, (8, 12, 16), 0.5, 1.0, 2, 0.15, "x...............", "soft pad", 17, 67, (0,)),
+    "dark": Mood((0, 1, 3, 5, 7, 8, 10), -7, (3, 3, 6), 0.1, 0.9, 2, 0.9, "x...............", "growl", 16, 33, (0, 1)),
+    "energetic": Mood((0, 2, 3, 5, 7, 9, 10), 7, (1, 1, 2, 2), 0.0, 0.8, 4, 1.7, "xxxxxxxxxxxxxxxx", "sequencer", 0.6, 76, (0, 4, 7, 4)),
 }
 
 
@@ -132,8 +155,10 @@ class Score:
 
     drums: dict[str, list[tuple[float, float]]]
     bass: list[Note]
-    chords: list[Note]
+    rhythm: list[Note]
+    backing: list[Note]
     melody: list[Note]
+    colour: list[Note]
 
 
 def compose(song: Song, seconds: float, rng: np.random.Generator) -> Score:
@@ -143,18 +168,19 @@ def compose(song: Song, seconds: float, rng: np.random.Generator) -> Score:
     step = 60 / float(rng.uniform(*BEATS_PER_MINUTE[song.tempo])) / STEPS_PER_BEAT
     steps = int(np.ceil(seconds / step))
     clock = _Clock(step, genre.swing, artist.looseness, rng)
-    key = artist.key + int(rng.integers(-2, 3))
     progression = genre.progressions[artist.progression]
     roots = [progression[(i // bar_steps) % len(progression)] for i in range(steps + bar_steps)]
 
     def pitch(degree: int, base: int) -> float:
-        return base + key + 12 * (degree // 7) + mood.scale[degree % 7] + artist.detune
+        return base + 12 * (degree // 7) + mood.scale[degree % 7] + artist.detune
 
     return Score(
         drums=_drums(genre, mood, artist, steps, clock),
         bass=_bass(genre, artist, steps, roots, clock, pitch),
-        chords=_chords(genre, mood, steps, roots, clock, pitch),
+        rhythm=_chords(genre.rhythm, genre.rhythm_steps, genre.rhythm_base, genre.rhythm_style, steps, roots, clock, pitch),
+        backing=_chords(*BACKINGS[song.backing], steps, roots, clock, pitch),
         melody=_melody(mood, steps, roots, clock, pitch, rng),
+        colour=_colour(mood, steps, roots, clock, pitch),
     )
 
 
@@ -183,7 +209,7 @@ def _hits(pattern: str, steps: int) -> list[tuple[int, float]]:
 
 
 def _drums(genre: Genre, mood: Mood, artist: Artist, steps: int, clock: _Clock) -> dict[str, list[tuple[float, float]]]:
-    gain = genre.drum_gain * mood.drum_gain * artist.drum_gain
+    gain = mood.drum_gain * artist.drum_gain
     played = {}
     for salt, (name, pattern) in enumerate(genre.drums.items()):
         played[name] = [(clock(i), gain * loud) for i, loud in _hits(_habit(pattern, artist, salt), steps)]
@@ -204,25 +230,26 @@ def _bass(genre: Genre, artist: Artist, steps: int, roots: list[int], clock: _Cl
     return notes
 
 
-def _chords(genre: Genre, mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
+def _chords(pattern: str, length: float, base: int, style: str, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
     notes = []
-    for count, (i, loud) in enumerate(_hits(genre.chords, steps)):
-        degrees = [roots[i] + 2 * voice for voice in range(genre.voices)]
-        if genre.chord_style == "power":
-            degrees = [roots[i], roots[i] + 4, roots[i] + 7]
-        held = genre.chord_steps * clock.step
-        base = 57 + mood.chord_shift
-        if genre.chord_style == "broken" and len(_hits(genre.chords, len(genre.chords))) > 4:
-            order = (0, 2, 1, 2)  # Alberti bass
-            notes.append(Note(clock(i), held, pitch(degrees[order[count % 4]], base), loud * genre.chord_gain))
-        elif genre.chord_style == "broken":
-            for voice, degree in enumerate(degrees):
-                start = i + 2 * voice
-                notes.append(Note(clock(start), held, pitch(degree, base), loud * genre.chord_gain))
-        else:
-            start_seconds = clock(i)
-            notes += [Note(start_seconds, held, pitch(degree, base), 0.7 * loud * genre.chord_gain) for degree in degrees]
+    held = length * clock.step
+    for count, (i, loud) in enumerate(_hits(pattern, steps)):
+        start = clock(i)
+        if style == "broken":
+            notes.append(Note(start, held, pitch(roots[i] + (0, 2, 4, 7, 4, 2)[count % 6], base), loud))
+            continue
+        degrees = (0, 4, 7) if style == "power" else (0, 2, 4)
+        notes += [Note(start, held, pitch(roots[i] + degree, base), 0.6 * loud) for degree in degrees]
     return notes
+
+
+def _colour(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
+    held = mood.colour_steps * clock.step
+    degrees = mood.colour_degrees
+    return [
+        Note(clock(i), held, pitch(roots[i] + degrees[count % len(degrees)], mood.colour_base), loud)
+        for count, (i, loud) in enumerate(_hits(mood.colour, steps))
+    ]
 
 
 def _melody(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch, rng: np.random.Generator) -> list[Note]:

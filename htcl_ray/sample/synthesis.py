@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import scipy.fft
 
-from htcl_ray.sample.score import GENRES, Note, Score, compose
+from htcl_ray.sample.score import GENRES, MOODS, Note, Score, compose
 from htcl_ray.sample.world import HIDDEN_TRAITS, Song
 
 SAMPLE_RATE = 16000
@@ -42,12 +42,12 @@ class Timbre:
 
 
 TIMBRES = {
-    "flute": Timbre((1.0, 0.25, 0.06), 0, 0.06, np.inf, breath=0.10, vibrato=0.25, octave=0, gain=1.3),
-    "violin": Timbre((0.6, 1.0, 0.8, 0.9, 0.5, 0.55, 0.4), 1.0, 0.10, np.inf, vibrato=0.4, release=0.12, gain=0.65),
+    "flute": Timbre((1.0, 0.2, 0.03), 0, 0.06, np.inf, breath=0.2, octave=1, gain=1.1),
+    "violin": Timbre((0.6, 1.0, 0.8, 0.9, 0.5, 0.55, 0.4), 1.0, 0.10, np.inf, vibrato=0.7, release=0.12, gain=0.65),
     "piano": Timbre((1.0, 0.6, 0.4, 0.25, 0.2, 0.1), 1.5, 0.004, 0.7, dulling=3.0, gain=1.3),
-    "trumpet": Timbre((0.35, 0.6, 0.9, 1.0, 0.9, 0.7, 0.5, 0.35, 0.2), 2.0, 0.03, np.inf, gain=0.6),
-    "vibraphone": Timbre((1.0, 0.7, 0.35), 0, 0.003, 0.9, ratios=(1, 4, 9.75), octave=1, release=0.4, dulling=2.0, gain=1.4),
-    "organ": Timbre((1.0, 0.8, 0.0, 0.7, 0.0, 0.0, 0.0, 0.5), 0, 0.015, np.inf, gain=0.75),
+    "trumpet": Timbre((0.2, 0.5, 0.9, 1.0, 1.0, 0.9, 0.7, 0.5, 0.3), 0.6, 0.03, np.inf, gain=0.6),
+    "vibraphone": Timbre((1.0, 0.7, 0.5), 0, 0.003, 0.9, ratios=(1, 4, 9.75), octave=1, release=0.4, dulling=1.0, gain=1.3),
+    "organ": Timbre((0.8, 1.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.8), 0, 0.015, np.inf, octave=-1, gain=0.75),
     "guitar": Timbre((0.7, 1.0, 0.6, 0.15, 0.4, 0.3, 0.2, 0.15), 1.2, 0.003, 0.28, dulling=4.0, octave=-1, gain=1.4),
     "synthesizer": Timbre((1.0, 0.0, 0.7, 0.0, 0.6, 0.0, 0.5, 0.0, 0.4, 0.0, 0.35), 0.7, 0.005, np.inf, gain=0.5),
     "strings": Timbre((1.0, 0.7, 0.5, 0.4, 0.3), 1.2, 0.15, np.inf, release=0.2, vibrato=0.15, gain=0.42),
@@ -55,6 +55,18 @@ TIMBRES = {
     "choir": Timbre((1.0, 0.9, 0.35, 0.05, 0.04, 0.1, 0.16, 0.1), 0, 0.12, np.inf, vibrato=0.3, breath=0.05, release=0.2, gain=0.42),
     "harp": Timbre((1.0, 0.5, 0.15, 0.1, 0.05), 0, 0.003, 0.35, dulling=2.0, octave=1, gain=0.95),
     "accordion": Timbre((0.5, 1.0, 0.6, 0.8, 0.5, 0.7, 0.4, 0.5, 0.3), 0.8, 0.03, np.inf, gain=0.27),
+    "glass": Timbre((1.0, 0.3, 0.0, 0.4), 0, 0.4, np.inf, release=0.5, vibrato=0.2, breath=0.3, gain=0.3),
+    "stab": Timbre((1.0, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4), 1.0, 0.003, 0.12, gain=0.9),
+    "distorted guitar": Timbre((1.0, 0.95, 0.9, 0.85, 0.8, 0.8, 0.75, 0.7), 0.5, 0.004, np.inf, breath=0.15, gain=0.7),
+    "comping piano": Timbre((1.0, 0.35, 0.15), 0, 0.004, 0.25, gain=0.9),
+    "muted guitar": Timbre((0.3, 0.5, 0.9, 1.0, 0.9, 0.5, 0.3), 0, 0.002, 0.06, gain=1.5),
+    "banjo": Timbre((0.6, 0.9, 1.0, 0.8, 0.7, 0.6, 0.4, 0.3), 1.0, 0.002, 0.12, gain=1.1),
+    "muffled keys": Timbre((1.0, 0.15), 0, 0.01, 0.5, vibrato=0.3, gain=1.0),
+    "harpsichord": Timbre((0.5, 0.6, 0.8, 0.9, 1.0, 0.9, 0.8, 0.8, 0.7, 0.7), 0.8, 0.002, 0.2, gain=0.8),
+    "whistle": Timbre((1.0,), 0, 0.02, np.inf, breath=0.05, vibrato=0.3, gain=0.7),
+    "soft pad": Timbre((1.0, 0.2), 0, 0.8, np.inf, release=0.8, vibrato=0.3, gain=0.9),
+    "growl": Timbre((1.0, 0.9, 0.8, 0.9, 0.6, 0.4, 0.2), 0, 0.2, np.inf, vibrato=0.6, gain=0.8),
+    "sequencer": Timbre((1.0, 0.0, 0.6, 0.0, 0.4, 0.0, 0.3), 0, 0.002, 0.08, gain=1.0),
     "drone": Timbre((1.0, 0.5, 0.3, 0.2), 0, 0.5, np.inf, release=0.5, gain=0.5),
     "saw bass": Timbre((1.0, 0.5, 0.33, 0.25, 0.2, 0.16, 0.14, 0.12), 1.0, 0.005, 0.25, dulling=2.0, gain=0.9),
     "picked bass": Timbre((1.0, 0.7, 0.5, 0.3, 0.2, 0.1), 0, 0.004, 0.4, dulling=2.0, gain=0.8),
@@ -77,9 +89,11 @@ def perform(song: Song, score: Score, samples: int, rng: np.random.Generator) ->
     genre = GENRES[song.genre]
     mix = np.zeros(samples, np.float32)
     for instrument, notes, gain in (
-        (genre.bass_sound, score.bass, 0.9),
-        (song.backing, score.chords, 0.8),
-        (song.lead, score.melody, 1.1 * song.artist.lead_gain),
+        (genre.bass_sound, score.bass, 0.8),
+        (genre.rhythm_sound, score.rhythm, 0.5),
+        (song.backing, score.backing, 0.6),
+        (song.lead, score.melody, 1.6 * song.artist.lead_gain),
+        (MOODS[song.mood].colour_sound, score.colour, 0.45),
     ):
         for note in notes:
             _add(mix, note.start, _tone(TIMBRES[instrument], instrument, note, rng), gain * note.velocity)
@@ -91,22 +105,29 @@ def perform(song: Song, score: Score, samples: int, rng: np.random.Generator) ->
 
 
 def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """The studio: tilt, reverberation, swell and noise as the hidden traits say, then a soft limiter and short fades."""
+    """The studio: room, tilt, sweep, swell and noise, as the hidden traits say, then a soft limiter and short fades."""
     samples = len(mix)
     amount = {name: (value + 1) / 2 for name, value in hidden.items()}
-    tail = round(2.5 * SAMPLE_RATE)
-    size = scipy.fft.next_fast_len(samples + tail, real=True)
-    response = scipy.fft.rfft(_room(amount["space"], tail, rng), size)
-    response *= _tilt(3.5 * hidden["brightness"], size)
-    mix = scipy.fft.irfft(scipy.fft.rfft(mix, size) * response, size)[:samples]
-    mix /= np.sqrt(np.mean(mix**2)) + 1e-9
-    time = np.arange(samples, dtype=np.float32) / SAMPLE_RATE
-    swell = 0.5 - 0.5 * np.cos(2 * np.pi * (rng.uniform(1.1, 1.5) * time + rng.uniform()))
-    mix *= 10 ** (-18 / 20 * amount["pulse"] * (1 - swell))
-    mix += _air(samples, rng) * 10 ** ((-58 + 40 * amount["hiss"]) / 20)
-    mix = np.tanh(0.5 * mix / (np.sqrt(np.mean(mix**2)) + 1e-9))
-    fade = np.minimum(1, np.minimum(time, time[::-1]) / 0.03)
-    return (0.9 * mix * fade).astype(np.float32)
+    size = scipy.fft.next_fast_len(samples + len(_room()), real=True)
+    spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
+    spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
+    closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
+    bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
+    time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
+    depth = np.float32(0.9 * amount["sweep"]) * _wave(time, rng.uniform(0.33, 0.42), rng)
+    mix = bright + depth * (dull - bright)
+    mix /= np.sqrt(np.mean(mix**2)) + np.float32(1e-9)
+    mix *= 10 ** (np.float32(-14 / 20 * amount["pulse"]) * _wave(time, rng.uniform(1.1, 1.5), rng))
+    mix += np.float32(10 ** ((-66 + 40 * amount["hiss"]) / 20)) * _hiss(samples, rng)
+    mix = np.tanh(np.float32(0.4) * mix / (np.sqrt(np.mean(mix**2)) + np.float32(1e-9)))
+    fade = np.minimum(1, np.minimum(time, time[::-1]) / np.float32(0.03))
+    return np.float32(0.9) * mix * fade
+
+
+def _wave(time: np.ndarray, hertz: float, rng: np.random.Generator) -> np.ndarray:
+    """A raised cosine between 0 and 1, of any phase."""
+    return np.float32(0.5) - np.float32(0.5) * np.cos(np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform())))
 
 
 def _add(mix: np.ndarray, start: float, sound: np.ndarray, gain: float) -> None:
@@ -198,30 +219,26 @@ def _drum(kit: str, name: str) -> np.ndarray:
             "brush": (0.14, 0.25, 0.10, 1500, 6000),
             "foot_hat": (0.07, 0.06, 0.02, 4000, 9000),
             "rim": (0.30, 0.06, 0.015, 1500, 2500),
+            "crash": (0.14, 0.3, 0.15, 3000, 9000),
+            "wind": (0.05, 4.0, 3.0, 300, 900),
             "tambourine": (0.16, 0.18, 0.06, 5000, 9000),
         }[name]
         sound = level * noise(length, decay, low, high)
     return sound.astype(np.float32)
 
 
-def _room(space: float, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Impulse response of a room: float32 [samples]; `space` 0 is none, 1 is a cathedral."""
-    time = np.arange(samples, dtype=np.float32) / SAMPLE_RATE
-    seconds = 0.15 + 2.2 * space  # to −60 dB
-    tail = rng.standard_normal(samples, np.float32) * np.exp(np.float32(-6.9 / seconds) * time)
-    tail *= np.float32(1.3 * space) / np.sqrt(np.sum(tail**2))
-    tail[0] += 1 - 0.6 * space
+@lru_cache(maxsize=1)
+def _room() -> np.ndarray:
+    """Impulse response of a small room, the same for all: float32 [samples]."""
+    time = np.arange(round(0.5 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    tail = np.random.default_rng(5).standard_normal(len(time), np.float32) * np.exp(np.float32(-6.9 / 0.45) * time)
+    tail *= np.float32(0.35) / np.sqrt(np.sum(tail**2))
+    tail[0] += 1
     return tail
 
 
-def _tilt(decibels_per_octave: float, size: int) -> np.ndarray:
-    """Gain of each rfft bin that turns the spectrum around 700 Hz; constant below 60 Hz."""
-    frequency = np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60)
-    return 10 ** (decibels_per_octave / 20 * np.log2(frequency / 700))
-
-
-def _air(samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise of a tape, power 1, rising gently with frequency."""
-    white = rng.standard_normal(samples + 1, np.float32)
-    rising = white[1:] - np.float32(0.6) * white[:-1]
-    return rising / np.std(rising)
+def _hiss(samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise of power 1, above 4 kHz."""
+    white = rng.standard_normal(samples + 4, np.float32)
+    high = white[4:] - 4 * white[3:-1] + 6 * white[2:-2] - 4 * white[1:-3] + white[:-4]
+    return high / np.std(high)

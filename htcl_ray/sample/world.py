@@ -17,8 +17,8 @@ LEADS = ("flute", "violin", "piano", "trumpet", "vibraphone", "organ", "guitar",
 BACKINGS = ("strings", "electric piano", "choir", "harp", "accordion")
 TEMPOS = ("slow", "medium tempo", "fast")
 
-HIDDEN_TRAITS = ("brightness", "space", "pulse", "hiss")
-"""Audible, and in no text: spectral tilt, length and level of the reverberation, slow swelling of the level, noise floor.
+HIDDEN_TRAITS = ("brightness", "sweep", "pulse", "hiss")
+"""Audible, and in no text: spectral tilt, a slow filter sweep, a faster swelling of the level, noise of the tape.
 
 Each is a number in [-1, 1], independent of every other trait and of the artist.
 """
@@ -33,8 +33,6 @@ class Artist:
 
     name: str
     genre: str
-    key: int
-    """Semitones above C that songs are usually in."""
     progression: int
     """Which of the genre's chord progressions."""
     habit: int
@@ -113,7 +111,6 @@ def _make_artist(name: str, genre: str, rng: np.random.Generator) -> Artist:
     return Artist(
         name=name,
         genre=genre,
-        key=int(rng.integers(-5, 7)),
         progression=int(rng.integers(0, 3)),
         habit=int(rng.integers(0, 2**31)),
         detune=float(rng.normal(0, 0.12)),
