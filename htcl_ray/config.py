@@ -220,7 +220,9 @@ class StageSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     """Above 0 is AdamW; matrices only."""
     warmup_share: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps with a linearly rising rate; a half cosine to 0 follows."""
+    """Share of all steps with a linearly rising rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: half a cosine to 0, or the peak rate to the end."""
     max_gradient_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; null is no clipping."""
     temperature: float = Field(0.074, ge=0.01, le=1)

@@ -138,10 +138,11 @@ class HTCL(nn.Module):
             scale.clamp_(max=-math.log(MIN_TEMPERATURE))
 
     def embed_audio(self, waveform: Any, sample_rate: int) -> Tensor:
-        """Waveform [samples] or [channels, samples] at `sample_rate` Hz → [dim]."""
+        """Waveform, floats [samples] or [channels, samples] at `sample_rate` Hz → [dim]. Only the first `recipe.clip_seconds` are heard."""
         from htcl_ray.audio import log_mel
 
-        mel = log_mel(waveform, sample_rate, self.recipe)
+        clip = torch.as_tensor(waveform).numpy()[..., : math.ceil(self.recipe.clip_seconds * sample_rate)]
+        mel = log_mel(clip, sample_rate, self.recipe)[: self.recipe.max_frames]
         return self.embed_mel(torch.as_tensor(mel)[None])[0]
 
     def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:

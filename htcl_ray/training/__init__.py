@@ -1,0 +1,1 @@
+"""Training both stages on any number of workers. Runs without Ray, in a debugger too: see `loop.train`."""

@@ -1,0 +1,41 @@
+"""Which rows are in which batch: pure functions of seed, epoch and step, so that a resumed run sees what it would have seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from htcl_ray.errors import WorkspaceError
+
+Rows = npt.NDArray[np.int64]
+
+
+def global_batch(rows: int, batch_size: int, workers: int) -> int:
+    """Rows of a global batch: `batch_size`, or all that divide by the workers when there are fewer rows. Raises WorkspaceError."""
+    size = min(batch_size, rows - rows % workers)
+    if size < 2:
+        raise WorkspaceError(f"there are {rows} training rows for {workers} workers; expected at least 2 rows and one for each worker")
+    return size
+
+
+def steps_per_epoch(rows: int, batch: int) -> int:
+    """Full batches in an epoch. The rest of the epoch's order is left out; another epoch has another rest."""
+    return rows // batch
+
+
+def song_order(seed: int, epoch: int, songs: Rows) -> Rows:
+    """Stage 1: the songs of an epoch, each once, [songs, 1]."""
+    return np.random.default_rng([seed, epoch]).permutation(songs)[:, None]
+
+
+def pair_order(seed: int, epoch: int, pairs: Rows, weights: npt.NDArray[np.float64], draws: int) -> Rows:
+    """Stage 2: `draws` pairs, drawn by weight with replacement, [draws, 2]."""
+    chosen = np.random.default_rng([seed, epoch]).choice(len(pairs), size=draws, p=weights / weights.sum())
+    return pairs[chosen]
+
+
+def worker_rows(order: Rows, step: int, batch: int, rank: int, workers: int) -> Rows:
+    """One worker's part of one global batch: consecutive rows of the epoch's order."""
+    own = batch // workers
+    start = step * batch + rank * own
+    return order[start : start + own]

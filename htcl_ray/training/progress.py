@@ -1,0 +1,57 @@
+"""What a person sees while a stage trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from htcl_ray.models.htcl import HTCL
+from htcl_ray.objectives.gather import world_size
+from htcl_ray.training.tasks import Task
+
+Metrics = dict[str, float]
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Progress lines of one run: every few seconds, and at its end."""
+
+    def __init__(self, task: Task, batch: int, epochs: int, steps: int, *, start: int, say: Callable[[str], None]) -> None:
+        self.task, self.batch, self.epochs, self.steps, self.say = task, batch, epochs, steps, say
+        self.start_step, self.started = start, time.monotonic()
+        self.last_line = self.started
+        if start:
+            say(f"{task.name}  continues after epoch {start // steps}/{epochs}")
+
+    def songs_per_second(self, step: int) -> float:
+        """Songs of all workers, since this process began."""
+        return (step - self.start_step) * self.batch * self.task.songs_per_row / max(time.monotonic() - self.started, 1e-9)
+
+    def step(self, epoch: int, step: int, sums: dict[str, Tensor], model: HTCL) -> None:
+        """A line every few seconds; between epochs the terms are this worker's rows only, scaled up."""
+        if time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        done = step - epoch * self.steps
+        terms = {name: sums[name].item() * world_size() / done for name in self.task.weights}
+        self._line(epoch + 1, step, terms, model.temperatures(), "")
+
+    def epoch(self, metrics: Metrics) -> None:
+        """A line at the end of an epoch, when the last one is some time ago or training ends."""
+        if metrics["epoch"] < self.epochs and time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES / 2:
+            return
+        terms = {name: metrics[f"loss_{name}"] for name in self.task.weights}
+        temperatures = {name: metrics[f"temperature_{name}"] for name in self.task.weights}
+        recall = metrics.get("validation_recall@10")
+        self._line(int(metrics["epoch"]), int(metrics["step"]), terms, temperatures, "" if recall is None else f"  recall@10 {recall:.2f}")
+
+    def _line(self, epoch: int, step: int, terms: dict[str, float], temperatures: dict[str, float], more: str) -> None:
+        self.last_line = time.monotonic()
+        left = (self.epochs * self.steps - step) * (self.last_line - self.started) / max(step - self.start_step, 1)
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        heat = "/".join(f"{value:.3f}" for value in temperatures.values())
+        self.say(
+            f"{self.task.name}  epoch {epoch}/{self.epochs}  step {step}/{self.epochs * self.steps}  loss {losses}  "
+            f"temperature {heat}{more}  {self.songs_per_second(step):.0f} songs/s  {left:.0f} s left"
+        )

@@ -1,0 +1,29 @@
+"""The random numbers of a device: dropout is the only use of them in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RngState = dict[str, Tensor]
+"""State of the generators, uint8."""
+
+
+def seed_worker(seed: int, rank: int) -> None:
+    """Different dropout on every worker, the same in every run."""
+    torch.manual_seed(seed * 1_000_003 + rank + 1)
+
+
+def get_rng_state(device: torch.device) -> RngState:
+    """State of the generators that computations on `device` draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: RngState, device: torch.device) -> None:
+    """Put a state back."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
