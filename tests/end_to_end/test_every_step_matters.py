@@ -1,0 +1,129 @@
+"""Each step's output depends on the one before: spoil one input, and the answers change and the metric falls to chance.
+
+One small world, run once as it is and then with noise for audio, an untrained checkpoint, shuffled captions, and a permuted log.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from htcl_ray import artifacts
+from htcl_ray.config import Config
+from htcl_ray.models import HTCL
+from htcl_ray.sample import SampleTables, write_sample
+from htcl_ray.storage import Workspace
+from tests.end_to_end.whole_path import Outcome, configuration, rewrite, run_every_step
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
+
+WORLD = {"songs": 240, "artists": 60, "users": 160, "seed": 5, "seconds": 4.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SampleTables:
+    return write_sample(tmp_path_factory.mktemp("world") / "sample", **WORLD)
+
+
+@pytest.fixture(scope="module")
+def query(world: SampleTables) -> tuple[bytes, str]:
+    """An upload and a song to ask every run about."""
+    files = sorted((world.catalog.parent / "audio").glob("*.wav"), key=lambda path: (-path.stat().st_size, path.name))
+    return files[0].read_bytes(), files[1].stem
+
+
+@pytest.fixture(scope="module")
+def baseline(world: SampleTables, query: tuple[bytes, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
+    yield run_every_step(configuration(tmp_path_factory.mktemp("baseline"), world), *query)
+
+
+def changed_answers(one: Outcome, other: Outcome) -> None:
+    """Every query's answer differs."""
+    assert one.answers.keys() == other.answers.keys()
+    for query, songs in one.answers.items():
+        assert songs != other.answers[query], f"the answer to '{query}' did not change"
+
+
+def test_the_small_world_is_learned(baseline: Outcome):
+    assert baseline.median_rank_share() < 0.2
+    assert baseline.probe() > 0.6
+    assert baseline.ndcg("preference") > 1.15 * baseline.ndcg("semantic")
+    assert baseline.ndcg("preference") > 1.3 * baseline.ndcg("random")
+    assert baseline.probe("preference") > baseline.probe() - 0.1
+
+
+def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
+    """The same tables over files of white noise: nothing to learn from."""
+    folder = tmp_path / "noise"
+    (folder / "audio").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for path in (world.catalog.parent / "audio").glob("*.wav"):
+        soundfile.write(folder / "audio" / path.name, 0.1 * rng.standard_normal(64000), 16000)
+    tables = SampleTables(rewrite(world.catalog, folder / "catalog.csv", list), world.interactions)
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables), *query)
+    changed_answers(baseline, outcome)
+    assert 0.35 < outcome.median_rank_share() < 0.65
+    assert outcome.probe() < 0.3
+    assert outcome.ndcg("preference") < 1.15 * outcome.ndcg("random")
+
+
+def spoil_checkpoint(config: Config) -> None:
+    """Put initial weights into both newest models, the way a run that forgot to save would have."""
+    workspace = Workspace(config.workspace)
+    chosen = artifacts.models(workspace)
+    for number, artifact in enumerate((chosen.semantic, chosen.preference)):
+        assert artifact is not None
+        folder = workspace.local_copy(artifact.path)
+        model = HTCL.from_pretrained(folder)
+        torch.manual_seed(number)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        copy = folder.with_name(f"{folder.name}-initial")
+        model.save_pretrained(copy)
+        (copy / "model.safetensors").replace(folder / "model.safetensors")
+
+
+def test_initial_checkpoint(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
+    short = {"pretrain__epochs": 1, "finetune__epochs": 1}
+    outcome = run_every_step(configuration(tmp_path, world, **short), *query, after_training=spoil_checkpoint)
+    changed_answers(baseline, outcome)
+    assert 0.3 < outcome.median_rank_share() < 0.7
+
+
+def test_permuted_log(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
+    """Songs exchanged throughout the log: as many rows, as skewed, but nobody's taste is in the sound any more."""
+
+    def permute(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        songs = sorted({row["song_id"] for row in rows} | {row["trigger_song_id"] for row in rows})
+        shuffled = songs.copy()
+        random.Random(0).shuffle(shuffled)
+        other = dict(zip(songs, shuffled, strict=True))
+        return [row | {"song_id": other[row["song_id"]], "trigger_song_id": other[row["trigger_song_id"]]} for row in rows]
+
+    tables = SampleTables(world.catalog, rewrite(world.interactions, tmp_path / "log.csv", permute))
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables), *query)
+    changed_preferences = [query for query, songs in baseline.answers.items() if songs != outcome.answers[query]]
+    assert len(changed_preferences) == len(baseline.answers)
+    assert outcome.ndcg("preference") < 1.15 * outcome.ndcg("random")
+    assert outcome.median_rank_share() < 0.2, "stage 1 does not depend on the log"
+
+
+def test_shuffled_captions(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
+    """The negative control of stage 1: texts exchanged between songs."""
+
+    def shuffle(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        words = [{name: row[name] for name in ("genre", "mood", "tags")} for row in rows]
+        random.Random(0).shuffle(words)
+        return [row | other | {"audio_path": str(world.catalog.parent / row["audio_path"])} for row, other in zip(rows, words, strict=True)]
+
+    tables = SampleTables(rewrite(world.catalog, tmp_path / "catalog.csv", shuffle), world.interactions)
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables, finetune__epochs=1), *query)
+    changed_answers(baseline, outcome)
+    assert 0.35 < outcome.median_rank_share() < 0.65

@@ -1,0 +1,93 @@
+"""Running every step on a small world, and asking the application over HTTP: what the end-to-end tests share."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from htcl_ray.config import Config, resolve
+from htcl_ray.pipelines.embed import embed
+from htcl_ray.pipelines.evaluate import evaluate
+from htcl_ray.pipelines.index import build_index
+from htcl_ray.pipelines.preprocess import preprocess
+from htcl_ray.pipelines.train import finetune, pretrain
+from htcl_ray.sample import SampleTables
+from htcl_ray.serving.application import serving
+from htcl_ray.storage import Workspace
+
+QUERIES = ("calm piano", "energetic rock guitar", "baroque organ", "dark synthesizer")
+SMALL = {
+    "audio.clip_seconds": 4.0,
+    "data.max_rejected_share": 0.5,
+    "data.split_shares": [0.6, 0.1, 0.3],
+    "data.songs_per_shard": 32,
+    "ray.num_cpus": 4,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured, and what its application answered: song ids in order, for each query."""
+
+    report: dict[str, Any]
+    answers: dict[str, list[str]]
+
+    def median_rank_share(self) -> float:
+        """Median rank of text → audio in the semantic space, as a share of the gallery; 0.5 is chance."""
+        found = self.report["semantic"]["semantic"]["text_to_audio"]
+        return found["median_rank"] / self.report["data"]["songs"]
+
+    def probe(self, space: str = "semantic") -> float:
+        return self.report["semantic"][space]["probe"]["accuracy"]
+
+    def ndcg(self, method: str) -> float:
+        return self.report["recommendation"]["methods"][method]["ndcg@10"]
+
+
+def configuration(workspace: Path, tables: SampleTables, **overrides: Any) -> Config:
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    data = {"data.catalog": str(tables.catalog), "data.interactions": str(tables.interactions), "workspace": str(workspace)}
+    return resolve("demo").with_overrides({**SMALL, **data, **named})
+
+
+def run_every_step(config: Config, upload: bytes, song_id: str, after_training: Callable[[Config], None] | None = None) -> Outcome:
+    """Preprocess to evaluate, then three kinds of queries over HTTP."""
+    for step in (preprocess, pretrain, finetune):
+        step(config)
+    if after_training:
+        after_training(config)
+    for step in (embed, build_index):
+        step(config)
+    report = evaluate(config)
+    return Outcome(read_report(config, report.location), ask(config, upload, song_id))
+
+
+def read_report(config: Config, location: str) -> dict[str, Any]:
+    return Workspace(config.workspace).read_json(f"reports/{location.rsplit('/', 1)[1]}/report.json")
+
+
+def ask(config: Config, upload: bytes, song_id: str) -> dict[str, list[str]]:
+    with serving(config.with_overrides({"serve.port": 0})) as url, httpx.Client(base_url=url, timeout=60) as client:
+        responses = {text: client.post("/v1/search", json={"text": text, "k": 10}) for text in QUERIES}
+        responses["upload"] = client.post("/v1/search/audio", files={"file": ("song.wav", upload)}, data={"k": "10"})
+        responses["similar"] = client.get(f"/v1/songs/{song_id}/similar", params={"k": 10})
+    for query, response in responses.items():
+        assert response.status_code == 200, f"{query}: {response.text}"
+    return {query: [hit["song_id"] for hit in response.json()["results"]] for query, response in responses.items()}
+
+
+def rewrite(path: Path, target: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]]) -> Path:
+    """Copy a CSV table with its rows changed."""
+    with path.open(newline="", encoding="utf-8") as source:
+        rows = list(csv.DictReader(source))
+    changed = change(rows)
+    with target.open("w", newline="", encoding="utf-8") as sink:
+        writer = csv.DictWriter(sink, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(changed)
+    return target
