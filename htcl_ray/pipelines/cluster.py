@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,10 @@ from htcl_ray.errors import ConfigError, StepError
 
 def connect(config: Config) -> None:
     """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "ray" not in sys.modules:
+        # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and they would refuse
+        # their own driver. Unset, both sides choose tokens by themselves.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     import ray

@@ -51,11 +51,9 @@ class SongEncoder:
 
     def encode_mel(self, mel: NDArray[np.floating], valid_frames: NDArray[np.integer]) -> Vectors:
         """Log-mels in dB, [n, frames, n_mels], of which the first `valid_frames` [n] of each row are sound."""
-        device = next(self._models[0].parameters()).device
-        inputs = torch.from_numpy(np.ascontiguousarray(mel, dtype=np.float32)).to(device)
-        counts = torch.from_numpy(np.ascontiguousarray(valid_frames, dtype=np.int64)).to(device)
-        with torch.inference_mode():
-            return _vectors([model.embed_mel(inputs, counts) for model in self._models])
+        inputs = torch.from_numpy(np.ascontiguousarray(mel, dtype=np.float32))
+        counts = torch.from_numpy(np.ascontiguousarray(valid_frames, dtype=np.int64))
+        return _vectors([model.embed_mel(inputs, counts) for model in self._models])
 
     def encode_mels(self, mels: Sequence[NDArray[np.floating]]) -> Vectors:
         """Log-mels of different lengths, each [frames, n_mels] in dB."""
@@ -70,12 +68,11 @@ class SongEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
         """Words."""
-        with torch.inference_mode():
-            return _vectors([model.embed_text(list(texts)) for model in self._models])
+        return _vectors([model.embed_text(list(texts)) for model in self._models])
 
 
 def _vectors(per_model: list[torch.Tensor]) -> Vectors:
-    arrays = [vectors.float().cpu().numpy() for vectors in per_model]
+    arrays = [vectors.numpy() for vectors in per_model]
     return Vectors(arrays[0], arrays[1] if len(arrays) == 2 else None)
 
 

@@ -1,0 +1,197 @@
+"""Every song of the catalogue → its semantic and its preference vector: Ray Data actors that hold the models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from htcl_ray import artifacts
+from htcl_ray.artifacts import Artifact, Models, StepResult
+from htcl_ray.config import Config
+from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.pipelines.cluster import connect
+from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate
+from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
+from htcl_ray.storage import Workspace, build_manifest, fingerprint
+
+if TYPE_CHECKING:
+    from htcl_ray.retrieval.encoder import SongEncoder
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """What is embedded by what, and where the result lies."""
+
+    features: Artifact
+    models: Models
+    model_versions: ModelVersions
+    version: str
+
+    @property
+    def path(self) -> str:
+        """Folder of the embeddings, below the workspace's root."""
+        return f"embeddings/{self.version}"
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Versions for the manifest."""
+        preference = self.models.preference
+        return {
+            "features": self.features.version,
+            "semantic": self.models.semantic.version,
+            "preference": preference.version if preference else None,
+        }
+
+
+def plan(workspace: Workspace, config: Config, model: str | None = None) -> EmbedJob:
+    """The embeddings that this configuration asks for, made or not. Raises WorkspaceError and MismatchError."""
+    from htcl_ray.models import weights_fingerprint  # loads torch
+
+    features = artifacts.features(workspace, config)
+    models = artifacts.models(workspace, model)
+    versions: ModelVersions = {"semantic": None, "preference": None}
+    for stage, artifact in (("semantic", models.semantic), ("preference", models.preference)):
+        if artifact is not None:
+            _check_recipe(features, artifact)
+            versions[stage] = weights_fingerprint(workspace.local_copy(artifact.path))
+    version = fingerprint("embeddings", FORMAT_VERSION, features.version, versions)
+    return EmbedJob(features, models, versions, version)
+
+
+def embed(config: Config, model: str | None = None) -> StepResult:
+    """Embed every song of the features with the newest models, or with `model` and its parent.
+
+    One file of vectors per file of features; finished files are kept when an interrupted run is started again.
+    """
+    started = time.monotonic()
+    workspace = Workspace(config.workspace)
+    job = plan(workspace, config, model)
+    manifest = workspace.manifest(job.path)
+    if manifest is not None:
+        return _result(workspace, job, manifest, started, skipped=True)
+    workspace.check_writable()
+    shards = [name for name in workspace.children(job.features.path) if name.endswith(".parquet")]
+    if not shards:
+        raise WorkspaceError(f"{workspace.uri_of(job.features.path)} holds no songs; run 'htcl preprocess' again")
+    songs = {name: pq.read_metadata(workspace.full(f"{job.features.path}/{name}"), filesystem=workspace.fs).num_rows for name in shards}
+    missing = [name for name in shards if not workspace.exists(f"{job.path}/{name}")]
+    if missing:
+        connect(config)
+        _embed_shards(workspace, config, job, missing, songs)
+    manifest = build_manifest(
+        "embeddings",
+        config=config.model_dump(mode="json"),
+        inputs=job.inputs,
+        quality={"songs": sum(songs.values())},
+        model_versions=job.model_versions,
+        dim=_dim(workspace, f"{job.path}/{shards[0]}"),
+    )
+    workspace.finish(job.path, manifest)
+    return _result(workspace, job, manifest, started, skipped=False)
+
+
+class ShardEmbedder:
+    """A Ray Data actor: holds the models, and turns files of features into files of vectors."""
+
+    def __init__(self, workspace: Workspace, job: EmbedJob, batch_size: int, device: str) -> None:
+        from htcl_ray.retrieval.encoder import SongEncoder
+
+        self._workspace, self._job, self._batch_size = workspace, job, batch_size
+        models = job.models
+        preference = workspace.local_copy(models.preference.path) if models.preference else None
+        self._encoder = SongEncoder.load(workspace.local_copy(models.semantic.path), preference, device)
+        if self._encoder.model_versions != job.model_versions:
+            raise MismatchError(
+                f"this node's models of {workspace.uri} are {self._encoder.model_versions}, but the run began with {job.model_versions}; "
+                "expected one workspace that every node sees"
+            )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Write the vectors of each named shard."""
+        for shard in batch["shard"]:
+            features = pq.read_table(
+                self._workspace.full(f"{self._job.features.path}/{shard}"),
+                columns=["song_id", "log_mel", "valid_frames"],
+                filesystem=self._workspace.fs,
+            )
+            self._workspace.write_table(f"{self._job.path}/{shard}", embed_table(features, self._encoder, self._batch_size))
+        return batch
+
+
+def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa.Table:
+    """Rows of `features_schema` → rows of `embeddings_schema`, in the same order."""
+    mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
+    valid = features["valid_frames"].to_numpy()
+    parts = []
+    for start in range(0, len(valid), batch_size):
+        frames = valid[start : start + batch_size]
+        parts.append(encoder.encode_mel(mels[start : start + batch_size, : frames.max()], frames))
+    vectors = concatenate(parts)
+    schema = embeddings_schema(vectors.dim)
+    absent = pa.nulls(len(valid), schema.field("preference").type)
+    preference = absent if vectors.preference is None else _rows(vectors.preference)
+    return pa.table([features["song_id"], _rows(vectors.semantic), preference], schema=schema)
+
+
+def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
+    """Song ids and vectors of an embeddings artifact, in the order of its files."""
+    table = workspace.read_tables(path, columns=["song_id", "semantic", "preference"])
+    halves = [
+        None if column.null_count else column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
+        for column in (table["semantic"], table["preference"])
+    ]
+    if halves[0] is None:
+        raise MismatchError(f"{workspace.uri_of(path)} has songs without a semantic vector; run 'htcl embed' again")
+    return table["song_id"].to_pylist(), Vectors(halves[0], halves[1])
+
+
+def _embed_shards(workspace: Workspace, config: Config, job: EmbedJob, missing: list[str], songs: dict[str, int]) -> None:
+    import ray
+
+    settings = config.embed
+    use_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    rows = ray.data.from_items([{"shard": name} for name in missing], override_num_blocks=len(missing)).map_batches(
+        ShardEmbedder,
+        fn_constructor_args=(workspace, job, settings.batch_size, "cuda" if use_gpu else "cpu"),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(settings.num_workers, len(missing))),
+        num_cpus=1,
+        num_gpus=1 if use_gpu else 0,
+    )
+    total, started = sum(songs.values()), time.monotonic()
+    kept = done = total - sum(songs[name] for name in missing)
+    if kept:
+        print(f"embed  {kept}/{total} songs were done before", flush=True)
+    for row in rows.iter_rows():
+        done += songs[row["shard"]]
+        rate = (done - kept) / (time.monotonic() - started)
+        print(f"embed  {done}/{total} songs  {rate:.0f}/s  {(total - done) / rate:.0f} s left", flush=True)
+
+
+def _check_recipe(features: Artifact, model: Artifact) -> None:
+    theirs, ours = model.manifest["config"]["audio"], features.manifest["config"]["audio"]
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key) != ours.get(key):
+            raise MismatchError(
+                f"model {model.version} was trained with audio.{key}={theirs.get(key)}, but the features {features.version} were made with "
+                f"{ours.get(key)}; run 'htcl preprocess' with the model's configuration, or choose another model"
+            )
+
+
+def _rows(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+
+
+def _dim(workspace: Workspace, shard: str) -> int:
+    return pq.read_schema(workspace.full(shard), filesystem=workspace.fs).field("semantic").type.list_size
+
+
+def _result(workspace: Workspace, job: EmbedJob, manifest: dict[str, Any], started: float, *, skipped: bool) -> StepResult:
+    spaces = "semantic and preference" if job.models.preference else "semantic"
+    summary = f"{manifest['quality']['songs']} songs, {spaces} vectors of {manifest['dim']}"
+    return StepResult("embed", workspace.uri_of(job.path), summary, time.monotonic() - started, skipped)
