@@ -1,0 +1,1 @@
+"""The catalogue: the user's tables → checked songs with their text."""

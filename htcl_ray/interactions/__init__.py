@@ -1,0 +1,1 @@
+"""The logs: user events → sessions, positives, preference pairs. Plain functions on tables."""

@@ -1,0 +1,42 @@
+"""Rejected rows: kept with their reason, counted for a person, and too many of them fail the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from htcl_ray.errors import InputError
+from htcl_ray.schemas import QUARANTINE, Reason
+
+
+def rejected_rows(
+    song_ids: Sequence[str | None], rows: Sequence[int | None], source: str, reason: Reason, details: Sequence[str] | str
+) -> pa.Table:
+    """Rows of the quarantine table; `details` is one text for each row or one for all."""
+    details = [details] * len(rows) if isinstance(details, str) else list(details)
+    columns = [list(song_ids), list(rows), [source] * len(rows), [reason.value] * len(rows), details]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, QUARANTINE, strict=True)], schema=QUARANTINE)
+
+
+def count_reasons(rejected: pa.Table) -> dict[str, int]:
+    """Rejected rows by reason, most frequent first."""
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(rejected["reason"]).to_pylist()}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def describe(counts: Mapping[str, int]) -> str:
+    """`12 rejected (undecodable 9, too_short 3)`."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+    return f"{sum(counts.values()):,} rejected" + (f" ({reasons})" if reasons else "")
+
+
+def check_share(what: str, counts: Mapping[str, int], rows: int, largest: float, where: str) -> None:
+    """Raise InputError when more than the share `largest` of a table's rows was rejected."""
+    rejected = sum(counts.values())
+    if rows and rejected / rows > largest:
+        raise InputError(
+            f"of {rows:,} rows of the {what}, {describe(counts)} is a share of {rejected / rows:.3f}, more than "
+            f"data.max_rejected_share={largest:g} allows; see {where}, mend the input or raise that key"
+        )

@@ -1,0 +1,166 @@
+"""Catalogue tables → one checked table of songs, and the rows that cannot be used with their reasons."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from htcl_ray.catalog.columns import as_lists, as_strings, as_years
+from htcl_ray.catalog.quarantine import rejected_rows
+from htcl_ray.catalog.tables import TableFile, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.catalog.text import song_text
+from htcl_ray.config import DataSettings, nearest
+from htcl_ray.errors import TableError
+from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
+
+SONGS = pa.schema(
+    [
+        pa.field("song_id", pa.string(), nullable=False),
+        pa.field("audio_path", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("split", pa.string()),
+        *METADATA,
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+"""`audio_path` is absolute or a URI; `split` is null unless the catalogue says it; `source` and `row` are where the song came from."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """A catalogue whose rows were checked; nobody has opened the audio yet."""
+
+    songs: pa.Table
+    """Schema SONGS, sorted by song_id."""
+    rejected: pa.Table
+    """Schema QUARANTINE."""
+    rows: int
+    """Rows of the tables, rejected ones included."""
+
+
+def read_catalog(settings: DataSettings) -> Catalog:
+    """Read and check the tables of `data.catalog`.
+
+    Rejected are rows without song id, without audio path, with an unknown value in the split column, or without any text: a song that
+    nothing is known of cannot teach or be found by words. Raises TableError when a table cannot be used at all: missing, empty, without a
+    song_id or audio_path column, without any text column, or with one song_id twice.
+    """
+    if not settings.catalog:
+        raise TableError("no catalogue is given; set data.catalog to a Parquet, CSV or JSON Lines table with song_id and audio_path")
+    files = table_files(settings.catalog)
+    for file in files:
+        _check_columns(file, settings)
+    accepted, rejected, rows = [SONGS.empty_table()], [QUARANTINE.empty_table()], 0
+    for part in table_parts(files):
+        for first_row, table in read_part(part):
+            good, bad = _check_rows(rename(table, settings.columns), part.file, first_row, settings)
+            accepted.append(good)
+            rejected += bad
+            rows += table.num_rows
+    if not rows:
+        raise TableError(f"the catalogue {', '.join(settings.catalog)} is empty; expected at least one song")
+    songs = pa.concat_tables(accepted).combine_chunks()
+    _check_unique(songs)
+    return Catalog(songs.sort_by("song_id"), pa.concat_tables(rejected).combine_chunks(), rows)
+
+
+def _check_columns(file: TableFile, settings: DataSettings) -> None:
+    names = renamed(column_names(file), settings.columns)
+    if not names:
+        raise TableError(f"the catalogue {file.path} is empty; expected at least one song")
+    for needed in ("song_id", "audio_path"):
+        if needed not in names:
+            raise TableError(
+                f"the catalogue {file.path} has no column '{needed}' (it has {', '.join(names)}); "
+                f"if it is called otherwise, set data.columns.{needed}=<its name>"
+            )
+    for name in settings.text_columns:
+        if name not in names and name not in CATALOG_COLUMNS:
+            raise TableError(f"data.text_columns names '{name}', but the catalogue {file.path} has no such column; {nearest(name, names)}")
+    if not set(settings.text_columns) & set(names):
+        raise TableError(
+            f"the catalogue {file.path} has none of the text columns ({', '.join(settings.text_columns)}); "
+            "set data.text_columns to the columns that describe a song"
+        )
+    if settings.split_column is not None and settings.split_column not in names:
+        raise TableError(
+            f"data.split_column is '{settings.split_column}', but the catalogue {file.path} has no such column; "
+            f"{nearest(settings.split_column, names)}"
+        )
+
+
+def _check_rows(table: pa.Table, file: TableFile, first_row: int, settings: DataSettings) -> tuple[pa.Table, list[pa.Table]]:
+    """Songs and rejected rows of one batch."""
+    columns: dict[str, pa.Array] = {name: as_strings(table[name]) for name in ("song_id", "audio_path")}
+    columns["text"] = _texts(table, settings.text_columns)
+    columns["split"] = as_strings(table[settings.split_column]) if settings.split_column else pa.nulls(table.num_rows, pa.string())
+    for field in METADATA:
+        columns[field.name] = _metadata(table, field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+    columns["source"] = pa.array([file.path] * table.num_rows, pa.string())
+    columns["row"] = pa.array(range(first_row, first_row + table.num_rows), pa.int64())
+
+    reasons = [_why_rejected(cells, settings) for cells in pa.table({k: columns[k] for k in _CHECKED}).to_pylist()]
+    bad = [
+        rejected_rows([columns["song_id"][i].as_py()], [first_row + i], file.path, *reason) for i, reason in enumerate(reasons) if reason
+    ]
+    columns["audio_path"] = pa.array([_resolve(path, file.folder) for path in columns["audio_path"].to_pylist()], pa.string())
+    keep = pa.array([reason is None for reason in reasons], pa.bool_())
+    return pa.table([columns[name] for name in SONGS.names], names=SONGS.names).filter(keep).cast(SONGS), bad
+
+
+_CHECKED = ("song_id", "audio_path", "text", "split")
+
+
+def _why_rejected(cells: Mapping[str, Any], settings: DataSettings) -> tuple[Reason, str] | None:
+    if cells["song_id"] is None:
+        return Reason.MISSING_SONG_ID, "the row has no song_id"
+    if cells["audio_path"] is None:
+        return Reason.MISSING_AUDIO_PATH, "the row has no audio_path"
+    if settings.split_column and cells["split"] not in set(Split):
+        return Reason.UNKNOWN_SPLIT, f"{settings.split_column} is {cells['split']!r}; expected {', '.join(Split)}"
+    if not cells["text"]:
+        return Reason.MISSING_TEXT, f"every text column is empty ({', '.join(settings.text_columns)})"
+    return None
+
+
+def _texts(table: pa.Table, names: Sequence[str]) -> pa.Array:
+    present = [name for name in names if name in table.column_names]
+    cells = [(_metadata(table, name) if name in METADATA.names else as_strings(table[name])).to_pylist() for name in present]
+    return pa.array([song_text(values) for values in zip(*cells, strict=True)], pa.string())
+
+
+def _metadata(table: pa.Table, name: str) -> pa.Array:
+    if name in LIST_METADATA:
+        return as_lists(table[name])
+    return as_strings(table[name]) if name in TEXT_METADATA else as_years(table[name])
+
+
+def _resolve(path: str | None, folder: str) -> str | None:
+    """Absolute path or URI of an audio path that may be relative to its table's folder."""
+    if path is None or "://" in path:
+        return path
+    if "://" in folder and not path.startswith("/"):
+        scheme, _, rest = folder.partition("://")
+        return f"{scheme}://{posixpath.normpath(f'{rest}/{path}')}"
+    return os.path.abspath(os.path.join(os.path.expanduser(folder), path))
+
+
+def _check_unique(songs: pa.Table) -> None:
+    counts = pc.value_counts(songs["song_id"])
+    several = counts.filter(pc.greater(counts.field("counts"), 1))
+    if not len(several):
+        return
+    example = several[0].as_py()["values"]
+    places = songs.filter(pc.equal(songs["song_id"], example)).select(["row", "source"]).slice(0, 2).to_pylist()
+    where = " and ".join(f"row {place['row']} of {place['source']}" for place in places)
+    raise TableError(
+        f"{len(several):,} song ids of the catalogue occur more than once, for instance '{example}' in {where} (rows count from 0); "
+        "expected one row for each song_id"
+    )

@@ -1,0 +1,222 @@
+"""`htcl preprocess`: catalogue → log-mel shards; logs → events → preference pairs; rejected rows → quarantine.
+
+The unit of work is the shard: `data.songs_per_shard` songs in the order of their ids. A shard's file appears whole or not at all, so a
+run that was killed goes on with the shards that are missing. Everything a person can mend is checked before Ray starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from htcl_ray.artifacts import StepResult
+from htcl_ray.audio import decode, log_mel
+from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
+from htcl_ray.catalog.duplicates import duplicate_group
+from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
+from htcl_ray.catalog.songs import Catalog, read_catalog
+from htcl_ray.config import Config
+from htcl_ray.errors import AudioError
+from htcl_ray.interactions.splits import song_split
+from htcl_ray.pipelines import cluster
+from htcl_ray.schemas import FORMAT_VERSION, METADATA, QUARANTINE, Reason, features_schema
+from htcl_ray.storage import Workspace, build_manifest, fingerprint
+
+SECONDS_BETWEEN_LINES = 2.0
+
+
+def preprocess(config: Config) -> StepResult:
+    """Make features of `data.catalog` and, when `data.interactions` is given, events and preference pairs.
+
+    What is finished is not made again, and what is half-finished is completed. Raises InputError for input that cannot be used.
+    """
+    started = time.monotonic()
+    workspace = Workspace(config.workspace)
+    workspace.check_writable()
+    plan = plan_features(config)
+    skipped = workspace.manifest(f"features/{plan.version}") is not None
+    if not skipped:
+        _make_features(workspace, config, plan)
+    quality = workspace.read_json(f"features/{plan.version}/manifest.json")["quality"]
+    summary = f"{quality['songs']:,} songs, {describe(quality['rejected'])}"
+    return StepResult("preprocess", workspace.uri_of(f"features/{plan.version}"), summary, time.monotonic() - started, skipped)
+
+
+@dataclass(frozen=True)
+class FeaturesPlan:
+    """Everything that determines the features, known before any audio is opened."""
+
+    version: str
+    catalog: Catalog
+    songs: pa.Table
+    """Songs whose audio file exists and is not empty; shards are slices of it."""
+    rejected: pa.Table
+    """Rejected without opening audio."""
+    inputs: dict[str, str]
+
+
+def plan_features(config: Config) -> FeaturesPlan:
+    """Read and check the catalogue, and look at its audio files from outside. Raises InputError."""
+    catalog = read_catalog(config.data)
+    songs = catalog.songs
+    stats = sizes_and_times(songs["audio_path"].to_pylist())
+    missing, empty = stats[:, 0] == MISSING, stats[:, 0] == 0
+    rejected = pa.concat_tables(
+        [
+            catalog.rejected,
+            *_reject(songs.filter(missing), Reason.AUDIO_NOT_FOUND, "{} does not exist"),
+            *_reject(songs.filter(empty), Reason.AUDIO_EMPTY, "{} is empty (0 bytes)"),
+        ]
+    )
+    check_share("catalogue", count_reasons(rejected), catalog.rows, config.data.max_rejected_share, ", ".join(config.data.catalog))
+    inputs = {"catalog": _table_hash(songs), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
+    settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
+    has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
+    version = fingerprint(FORMAT_VERSION, inputs, config.audio.model_dump(mode="json"), settings, has_ffmpeg)
+    return FeaturesPlan(version, catalog, songs.filter(~(missing | empty)), rejected, inputs)
+
+
+def _reject(songs: pa.Table, reason: Reason, detail: str) -> Iterator[pa.Table]:
+    for song in songs.select(["song_id", "row", "source", "audio_path"]).to_pylist():
+        yield rejected_rows([song["song_id"]], [song["row"]], song["source"], reason, detail.format(song["audio_path"]))
+
+
+def _table_hash(table: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
+
+
+def _make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> None:
+    features, quarantine = f"features/{plan.version}", f"quarantine/{plan.version}"
+    shards = -(-plan.songs.num_rows // config.data.songs_per_shard)
+    done = set(workspace.children(features))
+    pending = [shard for shard in range(shards) if shard_name(shard) not in done]
+    if plan.rejected.num_rows:
+        workspace.write_table(f"{quarantine}/catalog.parquet", plan.rejected)
+    if pending:
+        cluster.connect(config)
+        _run_shards(workspace, config, plan, pending)
+    quality = _measure(workspace, plan)
+    where = workspace.uri_of(quarantine)
+    check_share("catalogue", quality["rejected"], plan.catalog.rows, config.data.max_rejected_share, where)
+    _remove_unfinished_files(workspace, features)
+    tree = config.model_dump(mode="json")
+    if quality["rejected"]:
+        print(f"preprocess  {describe(quality['rejected'])}; see {where}", flush=True)
+        workspace.finish(
+            quarantine, build_manifest("quarantine", config=tree, inputs=plan.inputs, quality={"rejected": quality["rejected"]})
+        )
+    workspace.finish(features, build_manifest("features", config=tree, inputs=plan.inputs, quality=quality))
+
+
+def _run_shards(workspace: Workspace, config: Config, plan: FeaturesPlan, pending: list[int]) -> None:
+    import ray
+    import ray.data
+
+    size = config.data.songs_per_shard
+    total = plan.songs.num_rows
+    done = total - sum(min(size, total - shard * size) for shard in pending)
+    if done:
+        print(f"preprocess  {done:,} of {total:,} songs are done already; going on with the rest", flush=True)
+    songs = ray.put(plan.songs)
+    write = functools.partial(_write_shards, songs=songs, workspace=workspace, config=config, version=plan.version)
+    tasks = min(len(pending), 4096)  # a task takes several shards when there are very many
+    written = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=tasks).map_batches(write, batch_size=1)
+    started, last, first = time.monotonic(), 0.0, done
+    for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
+        done += int(batch["songs"].sum())
+        seconds = time.monotonic() - started
+        if seconds - last >= SECONDS_BETWEEN_LINES or done == total:
+            rate = (done - first) / seconds
+            print(f"preprocess  {done:,}/{total:,} songs  {rate:,.0f}/s  {(total - done) / rate:,.0f} s left", flush=True)
+            last = seconds
+
+
+def _write_shards(batch: dict[str, Any], *, songs: Any, workspace: Workspace, config: Config, version: str) -> dict[str, Any]:
+    """Write the shards that a batch names; runs in a Ray task."""
+    import ray
+
+    size = config.data.songs_per_shard
+    table = ray.get(songs)
+    counts = []
+    for shard in batch["shard"].tolist():
+        rows = table.slice(shard * size, size)
+        features, rejected = make_shard(rows, config)
+        if rejected.num_rows:  # first: the features file says that the shard is done
+            workspace.write_table(f"quarantine/{version}/{shard_name(shard)}", rejected)
+        workspace.write_table(f"features/{version}/{shard_name(shard)}", features)
+        counts.append(rows.num_rows)
+    return {"songs": np.array(counts)}
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard, in features and in quarantine; name order is the order of song ids."""
+    return f"shard-{shard:07d}.parquet"
+
+
+def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
+    """Features and rejected rows of some songs: reads and decodes their audio."""
+    recipe = config.audio
+    kept, mels, derived, rejected = [], [], [], [QUARANTINE.empty_table()]
+    for i, song in enumerate(songs.select(["song_id", "audio_path", "artist", "split", "source", "row"]).to_pylist()):
+        try:
+            waveform = decode(song["audio_path"], recipe)
+            mel = log_mel(waveform, recipe.sample_rate, recipe)
+        except AudioError as error:
+            detail = f"{song['audio_path']}: {error.detail}"
+            rejected.append(rejected_rows([song["song_id"]], [song["row"]], song["source"], error.reason, detail))
+            continue
+        group = duplicate_group(waveform)
+        split = song["split"] or song_split(song["artist"], group, config.data.split_shares).value
+        padded = np.full((recipe.max_frames, recipe.n_mels), mel.min(), dtype=np.float16)
+        padded[: len(mel)] = mel
+        kept.append(i)
+        mels.append(padded)
+        derived.append((len(mel), split, group))
+    schema = features_schema(recipe.max_frames, recipe.n_mels)
+    columns = {name: songs[name].combine_chunks() for name in ("song_id", "text", "audio_path", *METADATA.names)}
+    columns = {name: column.take(pa.array(kept, pa.int64())) for name, column in columns.items()}
+    stacked = np.stack(mels) if mels else np.zeros((0, recipe.max_frames, recipe.n_mels), np.float16)
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(stacked.reshape(-1)), recipe.max_frames * recipe.n_mels)
+    columns["log_mel"] = pa.ExtensionArray.from_storage(schema.field("log_mel").type, storage)
+    for name, values in zip(
+        ("valid_frames", "split", "duplicate_group"), zip(*derived, strict=True) if derived else ((), (), ()), strict=True
+    ):
+        columns[name] = pa.array(values, schema.field(name).type)
+    return pa.table([columns[name] for name in schema.names], schema=schema), pa.concat_tables(rejected)
+
+
+def _measure(workspace: Workspace, plan: FeaturesPlan) -> dict[str, Any]:
+    """Counts from the files as they were written, whichever run wrote them."""
+    names = [name for name in workspace.children(f"features/{plan.version}") if name.endswith(".parquet")]
+    files = [workspace.full(f"features/{plan.version}/{name}") for name in names]
+    splits = pads.dataset(files, filesystem=workspace.fs, format="parquet").to_table(columns=["split"])["split"] if files else pa.array([])
+    rejected = QUARANTINE.empty_table()
+    if any(name.endswith(".parquet") for name in workspace.children(f"quarantine/{plan.version}")):
+        rejected = workspace.read_tables(f"quarantine/{plan.version}")
+    return {
+        "songs": len(splits),
+        "rejected": count_reasons(rejected),
+        "splits": {item["values"]: item["counts"] for item in pc.value_counts(splits).to_pylist()},
+    }
+
+
+def _remove_unfinished_files(workspace: Workspace, path: str) -> None:
+    """Remove what killed writers left beside the shards."""
+    import pyarrow.fs as pafs
+
+    for info in workspace.fs.get_file_info(pafs.FileSelector(workspace.full(path), allow_not_found=True)):
+        if info.base_name.startswith("."):
+            workspace.fs.delete_file(info.path)
