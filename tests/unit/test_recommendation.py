@@ -83,10 +83,14 @@ def test_who_is_left_out_is_counted():
     assert cold_start_task(SONGS, SPLITS, events, min_history=2).users == []
 
 
-def test_the_validation_period_uses_only_what_came_before_it():
-    events = log(("U", "a", 1, "train"), ("U", "b", 1, "validation"), ("U", "c", 1, "validation"), ("U", "d", 1, "test"))
-    task = cold_start_task(SONGS, SPLITS, events, split="validation")
+def test_the_validation_period_ends_and_uses_only_what_came_before_it():
+    songs, splits = [*SONGS, "g"], [*SPLITS, "validation"]
+    events = log(
+        ("U", "a", 1, "train"), ("U", "b", 1, "validation"), ("U", "c", 1, "validation"), ("U", "d", 1, "test"), ("U", "g", 1, "test")
+    )
+    task = cold_start_task(songs, splits, events, split="validation")
     assert [rows.tolist() for rows in task.history] == [[0]]
+    assert task.cold.tolist() == [2, 6]
     assert task.cold[task.targets[0]].tolist() == [2]
 
 
