@@ -1,0 +1,280 @@
+"""Both training stages on Ray Train: features (and pairs, and a stage-1 model) in, an accepted model in the workspace out.
+
+A run is named by the fingerprint of everything that determines its model, so the same command finds the same run: finished, it is
+skipped; interrupted, it goes on after its last completed epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htcl_ray import artifacts, errors
+from htcl_ray.artifacts import Artifact, StepResult
+from htcl_ray.config import Config, FinetuneSettings, StageSettings
+from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
+from htcl_ray.pipelines import cluster
+from htcl_ray.schemas import FORMAT_VERSION
+from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
+
+if TYPE_CHECKING:
+    from htcl_ray.training.songs import Songs
+
+NOT_IN_MODEL = ("accelerator", "cpus_per_worker", "max_failures")
+"""Settings of a stage that say where and how stubbornly it runs, not what comes out."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage to run: what it reads, and where its model and its run go."""
+
+    step: str
+    space: str
+    """`semantic` or `preference`: the folder below models/."""
+    settings: StageSettings
+    features: Artifact
+    pairs: Artifact | None
+    parent: Artifact | None
+    version: str
+
+    @property
+    def model_path(self) -> str:
+        """Folder of the model, below the workspace's root."""
+        return f"models/{self.space}/{self.version}"
+
+    @property
+    def runs_path(self) -> str:
+        """Folder that holds the stage's runs."""
+        return f"runs/{self.step}"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Versions for the manifest."""
+        named = {"features": self.features, "pairs": self.pairs, "model": self.parent}
+        return {name: artifact.version for name, artifact in named.items() if artifact is not None}
+
+
+def pretrain(config: Config) -> StepResult:
+    """Stage 1: train the semantic model on the newest features. Raises InputError before Ray starts."""
+    workspace = Workspace(config.workspace)
+    features = artifacts.features(workspace, config)
+    version = fingerprint(
+        "semantic", FORMAT_VERSION, features.version, _model_settings(config), _text_weights(config), _determining(config.pretrain)
+    )
+    return _run(workspace, config, StageRun("pretrain", "semantic", config.pretrain, features, None, None, version))
+
+
+def finetune(config: Config, model: str | None = None) -> StepResult:
+    """Stage 2: train the preference model from the newest semantic model, or from version `model`. Raises InputError before Ray starts."""
+    workspace = Workspace(config.workspace)
+    features = artifacts.features(workspace, config)
+    pairs = artifacts.pairs(workspace, features.version)
+    if pairs is None and not config.data.interactions:
+        raise ConfigError(
+            "finetune learns from preference pairs, but data.interactions is empty; name the log table(s) there and run 'htcl preprocess'"
+        )
+    if pairs is None:
+        raise WorkspaceError(
+            f"the workspace {workspace.uri} holds no preference pairs for the features {features.version}; run 'htcl preprocess' first"
+        )
+    parent = artifacts.models(workspace, model).semantic
+    _check_parent(workspace, parent, config)
+    version = fingerprint("preference", FORMAT_VERSION, features.version, pairs.version, parent.version, _determining(config.finetune))
+    return _run(workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version))
+
+
+def _model_settings(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
+
+
+def _text_weights(config: Config) -> dict[str, str]:
+    """What a local pretrained text model holds; a hub name stands for itself."""
+    folder = Path(config.text.name_or_path or "")
+    if config.text.name_or_path is None or not folder.is_dir():
+        return {}
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt")}
+
+
+def _determining(settings: StageSettings) -> dict[str, Any]:
+    return {name: value for name, value in settings.model_dump(mode="json").items() if name not in NOT_IN_MODEL}
+
+
+def _check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
+    """Raise MismatchError when the stage-1 model is of another recipe, size or text tower than the configuration says."""
+    from htcl_ray.models.record import parse_record
+
+    file = f"{parent.path}/config.json"
+    record = parse_record(workspace.read_json(file), workspace.uri_of(file))
+    theirs = {"audio": record.audio, "model": record.model, "text": record.text.settings}
+    for section, made in theirs.items():
+        ours = getattr(config, section).model_dump(mode="json")
+        for key, value in made.model_dump(mode="json").items():
+            if value != ours[key]:
+                raise MismatchError(
+                    f"the semantic model {parent.version} was made with {section}.{key}={value}, but the configuration says {ours[key]}; "
+                    "run 'htcl pretrain' with this configuration or give the one that it was made with"
+                )
+
+
+def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
+    started = time.monotonic()
+    manifest = workspace.manifest(stage.model_path)
+    if manifest is not None:
+        return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started, skipped=True)
+    workspace.check_writable()
+    cluster.refuse_relative_workspace(config)
+    _check_cpus(config, stage)
+    vocabulary = _check_data(workspace, config, stage)
+    cluster.connect(config)
+    metrics = _fit(workspace, config, stage, vocabulary)
+    manifest = workspace.manifest(stage.model_path)
+    assert manifest is not None, metrics
+    return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started)
+
+
+def _check_cpus(config: Config, stage: StageRun) -> None:
+    """A private cluster never grows, so workers that do not fit would wait for ever."""
+    if cluster.address_of(config) != "local":
+        return
+    wanted, there = stage.settings.num_workers * stage.settings.cpus_per_worker, config.ray.num_cpus or max(4, os.cpu_count() or 1)
+    if wanted > there:
+        raise ConfigError(
+            f"{stage.step}.num_workers × {stage.step}.cpus_per_worker is {wanted:g} CPUs, but the private cluster has {there}; "
+            f"lower one of them, or raise ray.num_cpus"
+        )
+
+
+def _check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | None:
+    """Read what training will read, and refuse what cannot be trained on. Returns the vocabulary of a text tower from scratch."""
+    from htcl_ray.training.order import global_batch
+    from htcl_ray.training.songs import read_songs
+
+    songs = read_songs(workspace, stage.features.path)
+    rows = len(songs.train) if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
+    batch = global_batch(rows, stage.settings.batch_size, stage.settings.num_workers)
+    if batch < stage.settings.batch_size:
+        print(f"{stage.step}  {rows} training rows are fewer than {stage.step}.batch_size; batches have {batch}", flush=True)
+    if stage.parent is not None:
+        return None
+    if config.text.name_or_path is not None:
+        from htcl_ray.models.text_encoder import check_text_settings
+
+        check_text_settings(config.text)
+        return None
+    from htcl_ray.models.vocabulary import train_wordpiece
+
+    return train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+
+
+def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> int:
+    from htcl_ray.training.songs import read_pairs
+
+    pairs = read_pairs(workspace, artifact.path, songs)
+    if pairs.missing:
+        print(f"finetune  {pairs.missing} pairs are left out: a song has no features in the pair's split", flush=True)
+    if len(pairs.train) < 2:
+        raise WorkspaceError(
+            f"{workspace.uri_of(artifact.path)} has {len(pairs.train)} usable training pair(s); expected at least 2: "
+            "give more interactions, or lower pairs.min_support, and run 'htcl preprocess' again"
+        )
+    return settings.pairs_per_epoch or len(pairs.train)
+
+
+def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str | None) -> dict[str, Any]:
+    """Run Ray Train to the end and publish the model; returns the last epoch's metrics."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from htcl_ray.pipelines.train_worker import TrainJob, train_worker
+
+    # Ray Train takes reports when it polls its workers, by default every 2 s: longer than an epoch of a small catalogue.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    settings = stage.settings
+    use_gpu = _use_gpu(stage)
+    local_text = config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path)
+    if local_text:  # workers run in a folder of their own
+        config = config.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path or "")})
+    run = f"{stage.runs_path}/{stage.version}"
+    job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent)
+    print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if use_gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)
+    with cluster.progress_lines() as lines, _own_interrupt_handler():
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job, "lines": lines},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": settings.cpus_per_worker}
+            ),
+            run_config=RunConfig(
+                name=stage.version,
+                storage_path=workspace.uri_of(stage.runs_path),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=settings.max_failures),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise StepError(
+                f"{stage.step} failed after {settings.max_failures} restart(s): {reason}; the same command continues from the last epoch"
+            ) from error
+    if result.return_value is not None:
+        failure = result.return_value
+        raise getattr(errors, failure["error"])(failure["message"])
+    if result.checkpoint is None or result.metrics is None:
+        raise StepError(f"{stage.step} ended without a checkpoint in {workspace.uri_of(run)}; remove that folder and try again")
+    _publish(workspace, config, stage, result.checkpoint, result.metrics)
+    return result.metrics
+
+
+def _use_gpu(stage: StageRun) -> bool:
+    import ray
+
+    if stage.settings.accelerator != "auto":
+        return stage.settings.accelerator == "gpu"
+    return ray.cluster_resources().get("GPU", 0) >= stage.settings.num_workers
+
+
+class _own_interrupt_handler:
+    """Ray Train installs a handler of Ctrl-C for the run; the caller's comes back afterwards."""
+
+    def __enter__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGINT)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.handler)
+
+
+def _publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]) -> None:
+    from htcl_ray.training.checkpoint import TRAINING_STATE
+
+    with tempfile.TemporaryDirectory() as scratch, checkpoint.as_directory() as trained:
+        folder = Path(scratch) / "model"
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(TRAINING_STATE, ".*"))
+        files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        quality = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        manifest = build_manifest(
+            stage.space,
+            config=config.model_dump(mode="json"),
+            inputs=stage.inputs,
+            quality=quality,
+            files=files,
+            run=f"{stage.runs_path}/{stage.version}",
+        )
+        workspace.publish(folder, stage.model_path, manifest)
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    quality = manifest["quality"]
+    found = f", validation recall@10 {quality['validation_recall@10']:.2f}" if "validation_recall@10" in quality else ""
+    return f"{manifest['kind']} model: {quality['epoch']} epochs, loss {quality['loss']:.3f}{found}"

@@ -1,0 +1,96 @@
+"""What one Ray Train worker does: read what it needs from the workspace, train, hand checkpoints to Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from htcl_ray.artifacts import Artifact
+from htcl_ray.config import Config
+from htcl_ray.errors import HtclError
+from htcl_ray.models.htcl import HTCL
+from htcl_ray.storage import Workspace
+from htcl_ray.training.batches import BatchLoader
+from htcl_ray.training.checkpoint import TrainingState, load_state
+from htcl_ray.training.frames import open_frames
+from htcl_ray.training.loop import SaveCheckpoint, train
+from htcl_ray.training.metrics_log import MetricsLog
+from htcl_ray.training.progress import Metrics
+from htcl_ray.training.songs import read_pairs, read_songs
+from htcl_ray.training.tasks import finetune_task, pretrain_task
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker is told."""
+
+    config: Config
+    workspace: Workspace
+    features: Artifact
+    run: str
+    """Folder of the run, below the workspace's root."""
+    vocabulary: str | None
+    """Stage 1 with a text tower from scratch: its tokenizer."""
+    pairs: Artifact | None
+    """Stage 2."""
+    parent: Artifact | None
+    """Stage 2: the semantic model that it starts from."""
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
+    """Train one stage in one worker of Ray Train. Returns None, or the error that ends the run: trying again would repeat it."""
+    try:
+        _train(arguments["job"], arguments["lines"].put_nowait)
+    except HtclError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return None
+
+
+def _train(job: TrainJob, say: Callable[[str], None]) -> None:
+    settings = job.config.pretrain if job.parent is None else job.config.finetune
+    torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+    device = ray.train.torch.get_device()
+    songs = read_songs(job.workspace, job.features.path)
+    frames = open_frames(job.workspace, job.features.path, job.features.manifest, songs)
+    if job.pairs is None:
+        task = pretrain_task(songs, job.config.pretrain)
+    else:
+        task = finetune_task(read_pairs(job.workspace, job.pairs.path, songs), job.config.finetune, device)
+    model, resume = _model(job)
+    first = ray.train.get_context().get_world_rank() == 0
+    log = MetricsLog(job.workspace, job.run, resume.epoch if resume else 0, resume.step if resume else 0) if first else None
+
+    def on_epoch(metrics: Metrics, save: SaveCheckpoint) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint = None
+            if log is not None:
+                log.write(metrics)
+                folder = Path(scratch) / "checkpoint"
+                save(folder)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+    try:
+        train(model, task, BatchLoader(songs, frames, model.text_encoder), settings, device, on_epoch=on_epoch, say=say, resume=resume)
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
+    """The model to train: from the last checkpoint of this run, else new (stage 1), else grown from the parent (stage 2)."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            return HTCL.from_pretrained(folder), load_state(Path(folder))
+    if job.parent is None:
+        return HTCL.untrained(job.config, job.vocabulary), None
+    parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))
+    return parent.to_stage_2(job.config.finetune.temperature, job.config.finetune.seed), None

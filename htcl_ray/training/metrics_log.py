@@ -1,0 +1,48 @@
+"""An epoch's figures on disk: `metrics.jsonl`, one line an epoch, and TensorBoard events. Written by the first worker."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from htcl_ray.storage import Workspace
+from htcl_ray.training.progress import Metrics
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class MetricsLog:
+    """The log of one run, which goes on where a resumed run goes on."""
+
+    def __init__(self, workspace: Workspace, run: str, epochs_done: int, steps_done: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.workspace, self.run = workspace, run
+        self.lines: list[Metrics] = []
+        if epochs_done and workspace.exists(f"{run}/{METRICS}"):
+            lines = [json.loads(line) for line in workspace.read_bytes(f"{run}/{METRICS}").decode().splitlines()]
+            self.lines = [line for line in lines if line["epoch"] <= epochs_done]
+        self.remote = None if workspace.is_local else tempfile.TemporaryDirectory()
+        self.folder = Path(self.remote.name if self.remote else workspace.full(f"{run}/{TENSORBOARD}"))
+        self.events = SummaryWriter(str(self.folder), purge_step=steps_done or None)
+
+    def write(self, metrics: Metrics) -> None:
+        """Add one epoch."""
+        self.lines.append(metrics)
+        self.workspace.write_bytes(f"{self.run}/{METRICS}", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        for name, value in metrics.items():
+            if name not in ("epoch", "step"):
+                self.events.add_scalar(name.replace("_", "/", 1), value, int(metrics["step"]))
+        self.events.flush()
+        if self.remote:
+            target = self.workspace.full(f"{self.run}/{TENSORBOARD}")
+            pafs.copy_files(str(self.folder), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.workspace.fs)
+
+    def close(self) -> None:
+        """Finish the event file."""
+        self.events.close()
+        if self.remote:
+            self.remote.cleanup()
