@@ -6,7 +6,6 @@ One small world, run once as it is and then with noise for audio, an untrained c
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +38,8 @@ def query(world: SampleTables) -> tuple[bytes, str]:
 
 
 @pytest.fixture(scope="module")
-def baseline(world: SampleTables, query: tuple[bytes, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
-    yield run_every_step(configuration(tmp_path_factory.mktemp("baseline"), world), *query)
+def baseline(world: SampleTables, query: tuple[bytes, str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_every_step(configuration(tmp_path_factory.mktemp("baseline"), world), *query)
 
 
 def changed_answers(one: Outcome, other: Outcome) -> None:
