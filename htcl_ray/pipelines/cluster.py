@@ -68,11 +68,13 @@ def refuse_relative_workspace(config: Config) -> None:
 
 
 def _quiet_ray_data() -> None:
+    """Ray Data reports to the terminal through a handler of its own; its file keeps everything."""
     from ray.data import DataContext
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":
+            handler.setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
