@@ -105,11 +105,7 @@ class ShardEmbedder:
         models = job.models
         preference = workspace.local_copy(models.preference.path) if models.preference else None
         self._encoder = SongEncoder.load(workspace.local_copy(models.semantic.path), preference, device)
-        if self._encoder.model_versions != job.model_versions:
-            raise MismatchError(
-                f"this node's models of {workspace.uri} are {self._encoder.model_versions}, but the run began with {job.model_versions}; "
-                "expected one workspace that every node sees"
-            )
+        self._encoder.check_versions(job.model_versions)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Write the vectors of each named shard."""

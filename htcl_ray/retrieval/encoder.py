@@ -39,6 +39,12 @@ class SongEncoder:
         both = len(folders) == 2
         return cls(models[0], models[1] if both else None, {"semantic": versions[0], "preference": versions[1] if both else None})
 
+    def check_versions(self, expected: ModelVersions) -> None:
+        """Raise MismatchError unless the weights are these."""
+        for stage, version in expected.items():
+            if self.model_versions[stage] != version:
+                raise MismatchError(f"the {stage} model that was loaded is {self.model_versions[stage]}; expected {version}")
+
     @property
     def recipe(self) -> AudioRecipe:
         """How audio becomes the log-mel that the models take."""

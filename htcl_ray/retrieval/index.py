@@ -240,18 +240,7 @@ class SongIndex:
         Raises WorkspaceError and MismatchError.
         """
         source = Workspace(str(folder))
-        manifest = source.manifest("")
-        if manifest is None:
-            raise WorkspaceError(f"{source.uri} holds no finished index; run 'htcl index' first")
-        if manifest.get("kind") != "index":
-            raise MismatchError(f"{source.uri} holds '{manifest.get('kind')}'; expected 'index'")
-        for name, recorded in manifest["files"].items():
-            if not source.exists(name):
-                raise WorkspaceError(f"{source.uri_of(name)} is missing; run 'htcl index' again")
-            found = file_sha256(source.full(name))
-            if found != recorded:
-                raise MismatchError(f"{source.uri_of(name)} has SHA-256 {found}, but its manifest says {recorded}; run 'htcl index' again")
-        check_fits(manifest, source.uri, dim=dim, model_versions=model_versions)
+        manifest = read_manifest(folder, dim=dim, model_versions=model_versions)
         vectors = faiss.read_index(source.full(VECTORS_FILE))
         songs = pq.read_table(source.full(SONGS_FILE)).cast(INDEX_SONGS)
         width = manifest["dim"] * (2 if manifest["has_preference"] else 1)
@@ -322,6 +311,25 @@ class SongIndex:
             Hit(self._ids[kept[i]], float(scores[i]), float(semantic[i]), None if preference is None else float(preference[i]))
             for i in order[:k]
         ]
+
+
+def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> dict[str, Any]:
+    """The manifest of an index folder, after every check of `SongIndex.load` that needs no vectors in memory."""
+    source = Workspace(str(folder))
+    manifest = source.manifest("")
+    if manifest is None:
+        raise WorkspaceError(f"{source.uri} holds no finished index; run 'htcl index' first")
+    if manifest.get("kind") != "index":
+        raise MismatchError(f"{source.uri} holds '{manifest.get('kind')}'; expected 'index'")
+    for name in (VECTORS_FILE, SONGS_FILE):
+        recorded = manifest["files"].get(name)
+        if not source.exists(name):
+            raise WorkspaceError(f"{source.uri_of(name)} is missing; run 'htcl index' again")
+        found = file_sha256(source.full(name))
+        if found != recorded:
+            raise MismatchError(f"{source.uri_of(name)} has SHA-256 {found}, but its manifest says {recorded}; run 'htcl index' again")
+    check_fits(manifest, source.uri, dim=dim, model_versions=model_versions)
+    return manifest
 
 
 def check_fits(manifest: Mapping[str, Any], where: str, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> None:

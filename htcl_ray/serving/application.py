@@ -1,0 +1,166 @@
+"""The Serve application: what it consists of, and running it from this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from htcl_ray import artifacts
+from htcl_ray.config import Config, ServeSettings, resolve
+from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.pipelines.cluster import connect
+from htcl_ray.retrieval.index import read_manifest
+from htcl_ray.retrieval.vectors import ModelVersions
+from htcl_ray.serving.deployments import Encoder, Ingress, Served
+from htcl_ray.storage import Workspace
+
+APPLICATION = "htcl"
+INGRESS_REQUESTS = 100
+"""Requests that the ingress works on at a time; more wait."""
+START_SECONDS = 120
+
+
+def build_app(args: Mapping[str, Any]) -> Application:
+    """The application, for `serve run serve.app:build_app workspace=/path preset=demo` and for the `args` of a Serve config file.
+
+    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the newest), and any configuration key, such as
+    `serve.max_batch_size`. Host and port are those of Ray Serve itself.
+    """
+    given = {key: str(value) for key, value in args.items()}
+    preset, file, index = (given.pop(name, None) for name in ("preset", "config", "index"))
+    workspace = given.pop("workspace", None)
+    config = resolve(preset, file, [f"{key}={value}" for key, value in given.items()])
+    return create(config.with_overrides({"workspace": workspace}) if workspace else config, index)
+
+
+def create(config: Config, index: str | None = None) -> Application:
+    """The application over an index of the workspace (default: the newest) and the models that it names.
+
+    Checks that they fit each other; loads neither and starts nothing.
+    """
+    settings = config.serve
+    served = _served(Workspace(config.workspace), index)
+    encoder = serve.deployment(
+        Encoder,
+        num_replicas=settings.encoder_replicas,
+        ray_actor_options={"num_cpus": settings.encoder_cpus, "num_gpus": settings.encoder_gpus},
+        max_ongoing_requests=4 * settings.max_batch_size,
+    )
+    ingress = serve.deployment(Ingress, ray_actor_options={"num_cpus": 0.5}, max_ongoing_requests=INGRESS_REQUESTS)
+    return ingress.bind(encoder.bind(served, settings), served, settings)
+
+
+@contextlib.contextmanager
+def serving(config: Config, index: str | None = None) -> Iterator[str]:
+    """Start the application on `serve.host` and `serve.port` (0: a free one), give its URL once it is ready, and stop it at the end."""
+    application = create(config, index)
+    port = _claim_port(config.serve)
+    connect(config)
+    if serve.status().proxies:
+        raise ConfigError("Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address")
+    logging.getLogger("ray.serve").addFilter(_errors_only)
+    try:
+        quiet = {"enable_access_log": False}
+        serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": port}, logging_config=quiet)
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        except RuntimeError as error:
+            raise StepError(f"the application did not start: {_last_line(str(error))}; Ray's logs say more") from error
+        url = f"http://{_reachable(config.serve.host)}:{port}"
+        _wait_until_ready(url)
+        yield url
+    finally:
+        _mute_raylet()
+        serve.shutdown()
+        logging.getLogger("ray.serve").removeFilter(_errors_only)
+
+
+def serve_until_stopped(config: Config, index: str | None = None) -> None:
+    """`htcl serve`: serve until Ctrl-C or SIGTERM, then stop cleanly."""
+    stop = threading.Event()
+    with serving(config, index) as url:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: stop.set())
+        with urllib.request.urlopen(f"{url}/v1/index") as response:
+            served = json.load(response)
+        print(f"serving index {served['version']} ({served['songs']} songs) at {url}; Ctrl-C stops", flush=True)
+        print(f"""try: curl -s {url}/v1/search -H 'content-type: application/json' -d '{{"text": "calm piano", "k": 3}}'""", flush=True)
+        stop.wait()
+        print("stopping", flush=True)
+
+
+def _served(workspace: Workspace, index: str | None) -> Served:
+    from htcl_ray.models import weights_fingerprint  # loads torch
+
+    artifact = artifacts.index(workspace, index)
+    models = artifacts.models_of(workspace, artifact)
+    preference = models.preference
+    versions: ModelVersions = {
+        "semantic": weights_fingerprint(workspace.local_copy(models.semantic.path)),
+        "preference": weights_fingerprint(workspace.local_copy(preference.path)) if preference else None,
+    }
+    read_manifest(workspace.local_copy(artifact.path), model_versions=versions)
+    return Served(workspace, artifact.version, models.semantic.path, preference.path if preference else None, versions)
+
+
+def _claim_port(settings: ServeSettings) -> int:
+    """The port, checked to be free, or a free one for 0. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {settings.host} port {settings.port} ({error.strerror}); choose another with --set serve.port=N "
+                "(0 picks a free one) or --set serve.host=ADDRESS"
+            ) from None
+        return probe.getsockname()[1]
+
+
+def _reachable(host: str) -> str:
+    """The host of a URL that reaches a server bound to `host` from this machine."""
+    if host == "0.0.0.0":
+        return "127.0.0.1"
+    return f"[{'::1' if host == '::' else host}]" if ":" in host else host
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise StepError(f"the application was started but is not ready at {url}/readyz: {error}") from None
+        time.sleep(0.1)
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    """Ray Serve sets up its logger when it starts, level included; a filter stays."""
+    return record.levelno >= logging.ERROR
+
+
+def _mute_raylet() -> None:
+    """Every regular shutdown of Serve makes the raylet report that the controller, which ends itself, was killed during a call."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was given"

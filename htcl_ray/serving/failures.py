@@ -1,0 +1,86 @@
+"""Every failure as one shape, {"error": {"code", "message"}}, with its HTTP status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from htcl_ray.errors import AudioError, HtclError, QueryError, SongNotFoundError
+from htcl_ray.schemas import Reason
+
+CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_audio",
+    422: "invalid_request",
+    503: "unavailable",
+}
+STATUS = {SongNotFoundError: (404, "song_not_found"), QueryError: (422, "invalid_query")}
+"""Status and code of our own errors; the first class that fits counts. AudioError depends on its reason."""
+READABLE_BUT_UNUSABLE = (Reason.TOO_SHORT, Reason.NOT_FINITE)
+
+
+def failure(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The response of a failure."""
+    body = {"error": {"code": code or CODES.get(status, "error"), "message": message}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of `app` in the one shape."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(HtclError, _ours)
+    app.add_exception_handler(RayError, _remote)
+    app.add_exception_handler(RayServeException, _unavailable)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def _invalid(request: Request, error: Any) -> JSONResponse:
+    problems: Sequence[Any] = error.errors()
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}", "malformed_json")
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return failure(422, f"{place}: {first['msg'].removeprefix('Value error, ')}{more}")
+
+
+def _http(request: Request, error: Any) -> JSONResponse:
+    if error.status_code == 404:
+        return failure(404, f"there is no {request.method} {request.url.path}; /openapi.json lists what there is")
+    return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+def _ours(request: Request, error: Any) -> JSONResponse:
+    if isinstance(error, AudioError):
+        status = 422 if error.reason in READABLE_BUT_UNUSABLE else 415
+        return failure(status, f"the audio cannot be used: {error.detail}", str(error.reason))
+    for kind, (status, code) in STATUS.items():
+        if isinstance(error, kind):
+            return failure(status, str(error), code)
+    return failure(500, "the request failed inside the application; its log says why", "internal")
+
+
+def _remote(request: Request, error: Any) -> JSONResponse:
+    """An error that happened in another replica: our own ones keep their meaning, anything else means that it cannot answer now."""
+    cause = getattr(error, "cause", None)
+    return _ours(request, cause) if isinstance(cause, HtclError) else _unavailable(request, error)
+
+
+def _unavailable(request: Request, error: Any) -> JSONResponse:
+    return failure(503, "the encoder cannot answer now; try again", headers={"Retry-After": "1"})
+
+
+def _unexpected(request: Request, error: Any) -> JSONResponse:
+    return failure(500, "the request failed inside the application; its log says why", "internal")
