@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -62,3 +65,44 @@ def _parts(value: Any) -> list[str]:
 
 def _joined(value: Any) -> str:
     return "; ".join(_parts(value)) if isinstance(value, list) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def as_numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """float64; NaN where there is no number."""
+    array = _one_array(column)
+    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+        text = as_strings(array)
+        array = pc.if_else(pc.match_substring_regex(text, _NUMBER), text, pa.scalar(None, pa.string()))
+    return array.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
+
+
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+
+LATEST_SECONDS = 1e11
+"""Year 5138. A larger number is a time in milliseconds rather than seconds."""
+
+
+def as_epoch_seconds(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """Epoch seconds from times, epoch seconds or ISO 8601; without a zone they are UTC. NaN where there is no time from 1970 on."""
+    array = _one_array(column)
+    if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
+        micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+        seconds = micros.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False) / 1e6
+    else:
+        seconds = as_numbers(array).copy()
+        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+            text = as_strings(array).to_pylist()
+            for i in np.flatnonzero(np.isnan(seconds)):
+                seconds[i] = _iso_seconds(text[i])
+    seconds[~((seconds >= 0) & (seconds < LATEST_SECONDS))] = np.nan
+    return seconds
+
+
+def _iso_seconds(text: str | None) -> float:
+    if text is None:
+        return np.nan
+    try:
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return np.nan

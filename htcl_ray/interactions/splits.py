@@ -65,3 +65,12 @@ def periods(timestamps: npt.NDArray[np.float64], ends: tuple[float, float]) -> n
     """Period of each time; NaN (no time) is train."""
     late = (timestamps > ends[0]).astype(int) + (timestamps > ends[1])
     return np.array(SPLITS, dtype=object)[late]
+
+
+def thin_out(seconds: npt.NDArray[np.float64], most: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """At most `most` of the times, NaN left out, each with the number of times that it stands for: those up to it from the one before."""
+    ordered = np.sort(seconds[~np.isnan(seconds)])
+    if ordered.size <= most:
+        return ordered, np.ones(ordered.size)
+    last = np.ceil(np.arange(1, most + 1) * ordered.size / most).astype(np.int64) - 1
+    return ordered[last], np.diff(last, prepend=-1).astype(np.float64)

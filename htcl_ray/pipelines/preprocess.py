@@ -29,6 +29,8 @@ from htcl_ray.config import Config
 from htcl_ray.errors import AudioError
 from htcl_ray.interactions.splits import song_split
 from htcl_ray.pipelines import cluster
+from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
+from htcl_ray.pipelines.pairs import make_pairs
 from htcl_ray.schemas import FORMAT_VERSION, METADATA, QUARANTINE, Reason, features_schema
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
@@ -44,12 +46,31 @@ def preprocess(config: Config) -> StepResult:
     workspace = Workspace(config.workspace)
     workspace.check_writable()
     plan = plan_features(config)
-    skipped = workspace.manifest(f"features/{plan.version}") is not None
-    if not skipped:
+    log = plan_log(config, plan.version) if config.data.interactions else None
+    check_all_renames(config)
+    needs_features = workspace.manifest(f"features/{plan.version}") is None
+    needs_events = log is not None and workspace.manifest(f"events/{log.events_version}") is None
+    needs_pairs = log is not None and workspace.manifest(f"pairs/{log.pairs_version}") is None
+    if log is not None and needs_events:
+        check_log(config, log, plan.songs["song_id"].combine_chunks())
+    if needs_features:
         _make_features(workspace, config, plan)
-    quality = workspace.read_json(f"features/{plan.version}/manifest.json")["quality"]
-    summary = f"{quality['songs']:,} songs, {describe(quality['rejected'])}"
+    if log is not None and needs_events:
+        make_events(workspace, config, log, plan.version)
+    if log is not None and (needs_events or needs_pairs):
+        make_pairs(workspace, config, log, plan.version)
+    summary = _summary(workspace, plan, log)
+    skipped = not (needs_features or needs_events or needs_pairs)
     return StepResult("preprocess", workspace.uri_of(f"features/{plan.version}"), summary, time.monotonic() - started, skipped)
+
+
+def _summary(workspace: Workspace, plan: FeaturesPlan, log: LogPlan | None) -> str:
+    features = (workspace.manifest(f"features/{plan.version}") or {})["quality"]
+    text = f"{features['songs']:,} songs, {describe(features['rejected'])}"
+    if log is None:
+        return text
+    events, pairs = ((workspace.manifest(path) or {})["quality"] for path in (f"events/{log.events_version}", f"pairs/{log.pairs_version}"))
+    return f"{text}; {events['events']:,} events, {describe(events['rejected'])}; {pairs['pairs']:,} pairs"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""Log tables of three shapes → one shape, `schemas.EVENTS`, and the rows that cannot be used with their reasons.
+
+The shape is recognised by the columns: `trigger_song_id` makes a feedback log, `weight` an affinity log, `timestamp` a log of plays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from htcl_ray.catalog.columns import as_epoch_seconds, as_numbers, as_strings
+from htcl_ray.catalog.quarantine import rejected_rows
+from htcl_ray.config import PairSettings
+from htcl_ray.errors import TableError
+from htcl_ray.interactions.splits import is_held_out, periods
+from htcl_ray.schemas import EVENTS, QUARANTINE, Feedback, Reason
+
+
+class LogShape(StrEnum):
+    """What one row of a log says."""
+
+    FEEDBACK = "feedback"
+    """What a user did with a song that was recommended from a trigger song."""
+    PLAYS = "plays"
+    """A user played a song at a time."""
+    AFFINITY = "affinity"
+    """How much a user likes a song; no order."""
+
+
+COLUMNS = {
+    LogShape.FEEDBACK: ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp"),
+    LogShape.PLAYS: ("user_id", "song_id", "timestamp"),
+    LogShape.AFFINITY: ("user_id", "song_id", "weight"),
+}
+"""Columns that each shape needs."""
+OPTIONAL_COLUMNS = {LogShape.FEEDBACK: (), LogShape.PLAYS: ("feedback", "played_ratio"), LogShape.AFFINITY: ()}
+
+
+def recognise(names: Sequence[str], path: str) -> LogShape:
+    """Shape of a log by its column names (ours). Raises TableError when it has none of the three."""
+    if "trigger_song_id" in names:
+        shape = LogShape.FEEDBACK
+    elif "weight" in names:
+        shape = LogShape.AFFINITY
+    else:
+        shape = LogShape.PLAYS
+    missing = [name for name in COLUMNS[shape] if name not in names]
+    if missing:
+        shapes = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in COLUMNS.items())
+        raise TableError(
+            f"the log {path} has no column '{missing[0]}' (it has {', '.join(names) or 'none'}); expected one of the shapes {shapes}; "
+            f"if a column is called otherwise, set data.columns.{missing[0]}=<its name>"
+        )
+    return shape
+
+
+def feedback_value(feedback: str, settings: PairSettings) -> float | None:
+    """1 for positive, −1 for negative, 0 for neutral feedback; a number is a rating. None when it is neither."""
+    word = feedback.lower()
+    if word in settings.positive_feedback:
+        return 1.0
+    if word in settings.negative_feedback:
+        return -1.0
+    if word in set(Feedback):
+        return 0.0
+    try:
+        rating = float(word)
+    except ValueError:
+        return None
+    if not np.isfinite(rating):
+        return None
+    return 1.0 if rating >= settings.min_positive_rating else -1.0 if rating <= settings.max_negative_rating else 0.0
+
+
+def check_feedback_values(values: Sequence[str], settings: PairSettings, path: str) -> None:
+    """Raise TableError when a distinct feedback value of a log is neither one of ours nor a number."""
+    unknown = sorted(value for value in values if feedback_value(value, settings) is None)
+    if unknown:
+        shown = ", ".join(f"'{value}'" for value in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise TableError(f"the log {path} has unknown feedback values: {shown}; expected {', '.join(Feedback)} or numbers (ratings)")
+
+
+def normalise(
+    table: pa.Table, shape: LogShape, songs: pa.Array, settings: PairSettings, source: str, first_row: int
+) -> tuple[pa.Table, pa.Table]:
+    """Events and rejected rows of a batch of log rows.
+
+    `songs`: ids of the songs that have features. The events have the columns of EVENTS up to `timestamp`. A row of a log of plays without
+    feedback, or with `play`, is positive when `played_ratio` is at least `min_played_ratio` or not known, and neutral otherwise.
+    """
+    user, song = as_strings(table["user_id"]), as_strings(table["song_id"])
+    nothing = pa.nulls(table.num_rows, pa.string())
+    trigger, seconds = nothing, np.full(table.num_rows, np.nan)
+    checks: list[tuple[Reason, npt.NDArray[np.bool_], str]] = [
+        (Reason.MISSING_USER_ID, _null(user), "user_id"),
+        (Reason.MISSING_SONG_ID, _null(song), "song_id"),
+        (Reason.UNKNOWN_SONG, ~_known(song, songs), "song_id"),
+    ]
+    if shape is LogShape.AFFINITY:
+        value = as_numbers(table["weight"])
+        checks.append((Reason.BAD_WEIGHT, ~((value > 0) & np.isfinite(value)), "weight"))
+    else:
+        seconds = as_epoch_seconds(table["timestamp"])
+        checks.append((Reason.BAD_TIMESTAMP, np.isnan(seconds), "timestamp"))
+        feedback = as_strings(table["feedback"]) if "feedback" in table.column_names else nothing
+        value = _values(feedback, settings)
+        if shape is LogShape.FEEDBACK:
+            trigger = as_strings(table["trigger_song_id"])
+            checks.append((Reason.UNKNOWN_TRIGGER_SONG, ~_known(trigger, songs), "trigger_song_id"))
+            checks.append((Reason.BAD_FEEDBACK, np.isnan(value), "feedback"))
+        else:
+            ratio_text = as_strings(table["played_ratio"]) if "played_ratio" in table.column_names else nothing
+            ratio = as_numbers(ratio_text)
+            checks.append((Reason.BAD_FEEDBACK, np.isnan(value) & ~_null(feedback), "feedback"))
+            checks.append((Reason.BAD_PLAYED_RATIO, ~_null(ratio_text) & ~((ratio >= 0) & (ratio <= 1)), "played_ratio"))
+            says_nothing = _null(feedback) | ((value == 0) & _equal(feedback, Feedback.PLAY))
+            value = np.where(says_nothing, np.where(ratio < settings.min_played_ratio, 0.0, 1.0), value)
+    rejected = _rejected(table, song, checks, source, first_row)
+    keep = pa.array(~np.logical_or.reduce([wrong for _, wrong, _ in checks]))
+    timestamp = pa.array(seconds, pa.float64(), mask=np.isnan(seconds))
+    columns = [user, song, trigger, pa.array(value, pa.float64()).cast(pa.float32()), timestamp]
+    return pa.table(columns, names=EVENTS.names[: len(columns)]).filter(keep), rejected
+
+
+def complete(events: pa.Table, period_ends: tuple[float, float], held_out_share: float) -> pa.Table:
+    """Add `held_out_user` and `period` to events: schema EVENTS."""
+    users = events["user_id"].combine_chunks().dictionary_encode()
+    held_out = np.array([is_held_out(user, held_out_share) for user in users.dictionary.to_pylist()], dtype=bool)
+    seconds = events["timestamp"].combine_chunks().fill_null(np.nan).to_numpy(zero_copy_only=False)
+    events = events.append_column("held_out_user", pa.array(held_out[users.indices.to_numpy()] if len(users) else held_out))
+    return events.append_column("period", pa.array(periods(seconds, period_ends), pa.string())).cast(EVENTS)
+
+
+def _values(feedback: pa.Array, settings: PairSettings) -> npt.NDArray[np.float64]:
+    """Value of each feedback; NaN without one, or for one that means nothing."""
+    codes = feedback.dictionary_encode()
+    meaning = [feedback_value(text, settings) for text in codes.dictionary.to_pylist()]
+    table = np.array([*(np.nan if value is None else value for value in meaning), np.nan])
+    return table[codes.indices.fill_null(len(meaning)).to_numpy(zero_copy_only=False)]
+
+
+def _null(array: pa.Array) -> npt.NDArray[np.bool_]:
+    return pc.is_null(array).to_numpy(zero_copy_only=False)
+
+
+def _known(ids: pa.Array, songs: pa.Array) -> npt.NDArray[np.bool_]:
+    return pc.is_in(ids, value_set=songs).to_numpy(zero_copy_only=False)
+
+
+def _equal(array: pa.Array, word: str) -> npt.NDArray[np.bool_]:
+    return pc.equal(pc.utf8_lower(array), word).fill_null(False).to_numpy(zero_copy_only=False)
+
+
+_EXPECTED = {
+    Reason.MISSING_USER_ID: "a user",
+    Reason.MISSING_SONG_ID: "a song",
+    Reason.UNKNOWN_SONG: "a song of the catalogue that has features",
+    Reason.UNKNOWN_TRIGGER_SONG: "a song of the catalogue that has features",
+    Reason.BAD_TIMESTAMP: "ISO 8601 or epoch seconds",
+    Reason.BAD_FEEDBACK: f"{', '.join(Feedback)} or a number",
+    Reason.BAD_PLAYED_RATIO: "0 to 1",
+    Reason.BAD_WEIGHT: "a number above 0",
+}
+
+
+def _rejected(
+    table: pa.Table, song: pa.Array, checks: Sequence[tuple[Reason, npt.NDArray[np.bool_], str]], source: str, first_row: int
+) -> pa.Table:
+    """Quarantine rows; a row that is wrong in several ways has the first reason."""
+    seen = np.zeros(table.num_rows, dtype=bool)
+    found = [QUARANTINE.empty_table()]
+    for reason, wrong, column in checks:
+        rows = np.flatnonzero(wrong & ~seen)
+        seen |= wrong
+        if rows.size:
+            given: list[Any] = table[column].take(pa.array(rows)).to_pylist()
+            details = [f"{column} is {'missing' if item is None else repr(item)}; expected {_EXPECTED[reason]}" for item in given]
+            found.append(rejected_rows(song.take(pa.array(rows)).to_pylist(), (first_row + rows).tolist(), source, reason, details))
+    return pa.concat_tables(found)

@@ -1,0 +1,226 @@
+"""Logs → events, for logs that no single process holds: files are read in parts, and each part becomes event files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from htcl_ray.catalog.columns import as_epoch_seconds, as_strings
+from htcl_ray.catalog.quarantine import check_share, describe
+from htcl_ray.catalog.tables import TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.config import Config
+from htcl_ray.errors import TableError
+from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, LogShape, check_feedback_values, complete, normalise, recognise
+from htcl_ray.interactions.splits import period_ends, thin_out
+from htcl_ray.pipelines import cluster
+from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
+from htcl_ray.storage import Workspace, build_manifest, fingerprint
+
+EVENTS_PER_FILE = 1 << 20
+EVENTS_PER_BUCKET = 1 << 20
+TIMES_PER_BATCH = 2_000
+"""How many times stand for those of a batch of log rows when periods are cut; batches of up to this many rows are exact."""
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """A part of a log, its shape, and the columns to read, by the user's names."""
+
+    part: TablePart
+    shape: LogShape
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LogPlan:
+    """Everything that determines events and pairs, known before Ray starts."""
+
+    events_version: str
+    pairs_version: str
+    parts: tuple[LogPart, ...]
+    log: str
+    """Fingerprint of the log files."""
+
+
+def plan_log(config: Config, features_version: str) -> LogPlan:
+    """Find the log files and recognise their shapes. Raises TableError."""
+    files = table_files(config.data.interactions)
+    parts = []
+    for file in files:
+        names = column_names(file)
+        shape = recognise(renamed(names, config.data.columns), file.path)
+        columns = []
+        for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
+            theirs = config.data.columns.get(ours, ours)
+            columns += [theirs] if theirs in names else [ours] if ours in names else []
+        parts += [LogPart(part, shape, tuple(columns)) for part in table_parts([file])]
+    log = fingerprint([(file.path, file.size, file.modified_ns) for file in files])
+    data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
+    meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
+    events = fingerprint(FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning))
+    return LogPlan(events, fingerprint(events, config.pairs.model_dump(mode="json")), tuple(parts), log)
+
+
+def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
+    """Scan the feedback column for values that mean nothing, and the songs until a known one appears. Raises TableError."""
+    if not plan.parts:
+        raise TableError(f"the log {', '.join(config.data.interactions)} is empty; expected at least one row")
+    rows, knows_a_song, example = 0, False, None
+    for part in plan.parts:
+        wanted = [name for name in part.columns if name in ("song_id", "feedback", *_theirs(config, "song_id", "feedback"))]
+        words = set[str]()
+        for _, table in read_part(part.part, wanted):
+            table = rename(table, config.data.columns)
+            rows += table.num_rows
+            if not knows_a_song:
+                songs = as_strings(table["song_id"])
+                knows_a_song = bool(pc.any(pc.is_in(songs, value_set=song_ids)).as_py())
+                example = example or next((song for song in songs.slice(0, 100).to_pylist() if song), None)
+            if "feedback" in table.column_names:
+                words.update(as_strings(table["feedback"].unique()).drop_null().to_pylist())
+            elif knows_a_song:
+                break
+        check_feedback_values(sorted(words), config.pairs, part.part.file.path)
+    named = ", ".join(config.data.interactions)
+    if not rows:
+        raise TableError(f"the log {named} is empty; expected at least one row")
+    if not knows_a_song:
+        raise TableError(
+            f"the log {named} names no song of the catalogue (it has song_id '{example}', the catalogue '{song_ids[0].as_py()}'); "
+            "expected the same ids in both"
+        )
+
+
+def _theirs(config: Config, *ours: str) -> list[str]:
+    return [config.data.columns.get(name, name) for name in ours]
+
+
+def check_all_renames(config: Config) -> None:
+    """Raise TableError when `data.columns` points to a column that neither the catalogue nor the log has."""
+    if config.data.columns:
+        files = table_files([*config.data.catalog, *config.data.interactions])
+        check_renames([name for file in files for name in column_names(file)], config.data.columns)
+
+
+def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
+    """Write the accepted rows of the log as events, the others to the quarantine."""
+    events, quarantine = f"events/{plan.events_version}", f"quarantine/{plan.events_version}"
+    cluster.connect(config)
+    import ray
+
+    workspace.remove(events)
+    workspace.remove(quarantine)
+    ends = _period_ends(config, plan)
+    songs = ray.put(read_songs(workspace, features_version))
+    write = functools.partial(_write_events, plan=plan, ends=ends, songs=songs, workspace=workspace, config=config)
+    counts: Counter[str] = Counter()
+    for done, batch in enumerate(_run_parts(plan, write), start=1):
+        for text in batch["counts"].tolist():
+            counts.update(json.loads(text))
+        if done % 100 == 0:
+            print(f"preprocess  {done:,}/{len(plan.parts):,} parts of the log", flush=True)
+    rows, accepted = counts.pop("rows"), counts.pop("accepted", 0)
+    rejected = dict(counts.most_common())
+    print(f"preprocess  {rows:,} log rows: {accepted:,} accepted, {describe(rejected)}", flush=True)
+    check_share("log", rejected, rows, config.data.max_rejected_share, workspace.uri_of(quarantine))
+    tree, inputs = config.model_dump(mode="json"), {"features": features_version, "log": plan.log}
+    if rejected:
+        workspace.finish(quarantine, build_manifest("quarantine", config=tree, inputs=inputs, quality={"rejected": rejected}))
+    quality = {"events": accepted, "rejected": rejected, "period_ends": [end if math.isfinite(end) else None for end in ends]}
+    workspace.finish(events, build_manifest("events", config=tree, inputs=inputs, quality=quality))
+
+
+def read_songs(workspace: Workspace, features_version: str) -> pa.Table:
+    """song_id and split of every song with features."""
+    return workspace.read_tables(f"features/{features_version}", columns=["song_id", "split"]).combine_chunks()
+
+
+def _run_parts(plan: LogPlan, task: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Run `task` on the number of each part of the log, and give what each returns."""
+    import ray.data
+
+    numbers = [{"part": number} for number in range(len(plan.parts))]
+    dataset = ray.data.from_items(numbers, override_num_blocks=min(len(numbers), 4096)).map_batches(task, batch_size=1)
+    return iter(dataset.iter_batches(batch_size=None, prefetch_batches=0))
+
+
+def _period_ends(config: Config, plan: LogPlan) -> tuple[float, float]:
+    seconds, events = [np.zeros(0)], [np.zeros(0)]
+    if any(part.shape is not LogShape.AFFINITY for part in plan.parts):
+        for batch in _run_parts(plan, functools.partial(_read_times, plan=plan, config=config)):
+            seconds.append(batch["seconds"])
+            events.append(batch["events"])
+    return period_ends(np.concatenate(seconds), np.concatenate(events), config.data.split_shares)
+
+
+def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict[str, npt.NDArray[np.float64]]:
+    """Times of a part of the log, thinned out: each stands for a number of events. Runs in a Ray task."""
+    seconds, events = [np.zeros(0)], [np.zeros(0)]
+    for number in batch["part"].tolist():
+        part = plan.parts[number]
+        if part.shape is LogShape.AFFINITY:
+            continue
+        wanted = [name for name in part.columns if name in ("timestamp", *_theirs(config, "timestamp"))]
+        for _, table in read_part(part.part, wanted):
+            times, weights = thin_out(as_epoch_seconds(rename(table, config.data.columns)["timestamp"]), TIMES_PER_BATCH)
+            seconds.append(times)
+            events.append(weights)
+    return {"seconds": np.concatenate(seconds), "events": np.concatenate(events)}
+
+
+def _write_events(
+    batch: dict[str, Any], *, plan: LogPlan, ends: tuple[float, float], songs: Any, workspace: Workspace, config: Config
+) -> dict[str, Any]:
+    """Write event and quarantine files of a part of the log, and return its counts as JSON. Runs in a Ray task."""
+    import ray
+
+    song_ids = ray.get(songs)["song_id"].combine_chunks()
+    counts = []
+    for number in batch["part"].tolist():
+        part, found = plan.parts[number], Counter[str]()
+        events, rejected = (
+            _Files(workspace, f"events/{plan.events_version}", number, EVENTS),
+            _Files(workspace, f"quarantine/{plan.events_version}", number, QUARANTINE),
+        )
+        for first_row, table in read_part(part.part, part.columns):
+            table = rename(table, config.data.columns)
+            good, bad = normalise(table, part.shape, song_ids, config.pairs, part.part.file.path, first_row)
+            events.add(complete(good, ends, config.data.held_out_user_share))
+            rejected.add(bad)
+            found.update({"rows": table.num_rows, "accepted": good.num_rows})
+            found.update(bad["reason"].to_pylist())
+        events.flush()
+        rejected.flush()
+        counts.append(json.dumps(found))
+    return {"counts": np.array(counts)}
+
+
+class _Files:
+    """Collects rows of one part and writes a file whenever there are enough."""
+
+    def __init__(self, workspace: Workspace, folder: str, part: int, schema: pa.Schema) -> None:
+        self.workspace, self.folder, self.part, self.schema = workspace, folder, part, schema
+        self.waiting: list[pa.Table] = []
+        self.written = 0
+
+    def add(self, table: pa.Table) -> None:
+        self.waiting.append(table)
+        if sum(waiting.num_rows for waiting in self.waiting) >= EVENTS_PER_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        table = pa.concat_tables(self.waiting) if self.waiting else self.schema.empty_table()
+        self.waiting = []
+        if table.num_rows:
+            self.workspace.write_table(f"{self.folder}/part-{self.part:05d}-{self.written:05d}.parquet", table)
+            self.written += 1

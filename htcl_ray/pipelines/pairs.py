@@ -1,0 +1,121 @@
+"""Events → preference pairs.
+
+Two shuffles: by user, after which all that a user did is in one place, and by trigger song, after which all that is known of a trigger
+song is. The driver holds one number for each song.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from htcl_ray.config import Config
+from htcl_ray.interactions.pairs import finish_pairs, partial_pairs, positives
+from htcl_ray.interactions.splits import hash_fraction
+from htcl_ray.pipelines import cluster
+from htcl_ray.pipelines.events import LogPlan, read_songs
+from htcl_ray.schemas import PAIRS, Split
+from htcl_ray.storage import Workspace, build_manifest
+
+EVENTS_PER_BUCKET = 1 << 20
+
+
+def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
+    """Mine preference pairs from the events."""
+    cluster.connect(config)
+    import ray
+    import ray.data
+
+    path = f"pairs/{plan.pairs_version}"
+    workspace.remove(path)
+    manifest = workspace.manifest(f"events/{plan.events_version}")
+    assert manifest is not None, "events come before pairs"
+    quality = manifest["quality"]
+    train_end = quality["period_ends"][0]
+    songs = read_songs(workspace, features_version)
+    shared_songs = ray.put(songs)
+    buckets = max(1, math.ceil(quality["events"] / EVENTS_PER_BUCKET))
+    folder = f"events/{plan.events_version}"
+    names = [f"{folder}/{name}" for name in workspace.children(folder) if name.endswith(".parquet")]
+    files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=min(len(names), 4096))
+
+    count = functools.partial(_count_positives, songs=shared_songs, workspace=workspace)
+    popularity = np.zeros(songs.num_rows, dtype=np.int64)
+    for batch in files.map_batches(count, batch_size=1).iter_batches(batch_size=None, prefetch_batches=0):
+        np.add.at(popularity, batch["song"], batch["count"])
+
+    read = functools.partial(_read_events, workspace=workspace, buckets=buckets)
+    mine = functools.partial(_mine_users, songs=shared_songs, newest=train_end or 0.0, config=config, buckets=buckets)
+    shared_popularity = ray.put(popularity)
+    finish = functools.partial(
+        _finish_triggers, songs=shared_songs, popularity=shared_popularity, config=config, workspace=workspace, path=path
+    )
+    partial = files.map_batches(read, batch_size=1).groupby("bucket").map_groups(mine, batch_format="pyarrow")
+    counts: Counter[str] = Counter()
+    for batch in partial.groupby("bucket").map_groups(finish, batch_format="pyarrow").iter_batches(batch_size=None, prefetch_batches=0):
+        for text in batch["counts"].tolist():
+            counts.update(json.loads(text))
+    splits = {split: counts.pop(split, 0) for split in Split}
+    found = ", ".join(f"{split} {count:,}" for split, count in splits.items())
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
+    print(f"preprocess  {sum(splits.values()):,} pairs ({found}); dropped: {dropped or 'none'}", flush=True)
+    if not sum(splits.values()):
+        workspace.write_table(f"{path}/part-00000.parquet", PAIRS.empty_table())
+    inputs = {"features": features_version, "events": plan.events_version, "log": plan.log}
+    measured = {"pairs": sum(splits.values()), "splits": splits, "dropped": dict(sorted(counts.items()))}
+    workspace.finish(path, build_manifest("pairs", config=config.model_dump(mode="json"), inputs=inputs, quality=measured))
+
+
+def _count_positives(batch: dict[str, Any], *, songs: Any, workspace: Workspace) -> dict[str, Any]:
+    import ray
+
+    table = ray.get(songs)
+    total = np.sum([positives(_read_file(workspace, name), table) for name in batch["file"].tolist()], axis=0)
+    there = np.flatnonzero(total)
+    return {"song": there, "count": total[there]}
+
+
+def _read_events(batch: dict[str, Any], *, workspace: Workspace, buckets: int) -> Iterator[pa.Table]:
+    for name in batch["file"].tolist():
+        events = _read_file(workspace, name)
+        yield events.append_column("bucket", _buckets(events["user_id"], buckets, "user bucket"))
+
+
+def _mine_users(events: pa.Table, *, songs: Any, newest: float, config: Config, buckets: int) -> pa.Table:
+    import ray
+
+    partial = partial_pairs(events.drop_columns(["bucket"]), ray.get(songs), newest, config.pairs)
+    return partial.append_column("bucket", _buckets(partial["trigger_song_id"], buckets, "trigger bucket"))
+
+
+def _finish_triggers(
+    partial: pa.Table, *, songs: Any, popularity: Any, config: Config, workspace: Workspace, path: str
+) -> dict[str, Sequence[str]]:
+    import ray
+
+    bucket = partial["bucket"][0].as_py()
+    pairs, counts = finish_pairs(
+        partial.drop_columns(["bucket"]), ray.get(songs)["song_id"].combine_chunks(), ray.get(popularity), config.pairs
+    )
+    if pairs.num_rows:
+        workspace.write_table(f"{path}/part-{bucket:05d}.parquet", pairs)
+    return {"counts": [json.dumps({**Counter(pairs["split"].to_pylist()), **counts})]}
+
+
+def _read_file(workspace: Workspace, name: str) -> pa.Table:
+    return pq.read_table(workspace.full(name), filesystem=workspace.fs)
+
+
+def _buckets(keys: pa.ChunkedArray, buckets: int, purpose: str) -> pa.Array:
+    """Bucket of each key; equal keys share one."""
+    codes = keys.combine_chunks().dictionary_encode()
+    of_key = np.array([int(hash_fraction(key, purpose) * buckets) for key in codes.dictionary.to_pylist()], dtype=np.int64)
+    return pa.array(of_key[codes.indices.to_numpy(zero_copy_only=False)] if len(codes) else of_key)
