@@ -133,9 +133,7 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     _check_cpus(config, stage)
     vocabulary = _check_data(workspace, config, stage)
     cluster.connect(config)
-    metrics = _fit(workspace, config, stage, vocabulary)
-    manifest = workspace.manifest(stage.model_path)
-    assert manifest is not None, metrics
+    manifest = _fit(workspace, config, stage, vocabulary)
     return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started)
 
 
@@ -188,7 +186,7 @@ def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Art
 
 
 def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str | None) -> dict[str, Any]:
-    """Run Ray Train to the end and publish the model; returns the last epoch's metrics."""
+    """Run Ray Train to the end and publish the model; returns the model's manifest."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -232,8 +230,7 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
         raise getattr(errors, failure["error"])(failure["message"])
     if result.checkpoint is None or result.metrics is None:
         raise StepError(f"{stage.step} ended without a checkpoint in {workspace.uri_of(run)}; remove that folder and try again")
-    _publish(workspace, config, stage, result.checkpoint, result.metrics)
-    return result.metrics
+    return _publish(workspace, config, stage, result.checkpoint, result.metrics)
 
 
 def _use_gpu(stage: StageRun) -> bool:
@@ -255,7 +252,7 @@ class _own_interrupt_handler:
             signal.signal(signal.SIGINT, self.handler)
 
 
-def _publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]) -> None:
+def _publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]) -> dict[str, Any]:
     from htcl_ray.training.checkpoint import TRAINING_STATE
 
     with tempfile.TemporaryDirectory() as scratch, checkpoint.as_directory() as trained:
@@ -272,6 +269,7 @@ def _publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: 
             run=f"{stage.runs_path}/{stage.version}",
         )
         workspace.publish(folder, stage.model_path, manifest)
+    return manifest
 
 
 def _summary(manifest: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ class MetricsLog:
         self.workspace.write_bytes(f"{self.run}/{METRICS}", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         for name, value in metrics.items():
             if name not in ("epoch", "step"):
-                self.events.add_scalar(name.replace("_", "/", 1), value, int(metrics["step"]))
+                self.events.add_scalar(name, value, int(metrics["step"]))
         self.events.flush()
         if self.remote:
             target = self.workspace.full(f"{self.run}/{TENSORBOARD}")

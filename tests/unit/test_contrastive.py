@@ -1,0 +1,108 @@
+"""InfoNCE against a full-matrix statement of it, forward and backward."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from htcl_ray.objectives import info_nce
+from htcl_ray.objectives.contrastive import false_negatives, info_nce_rows, pair_codes
+
+pytestmark = pytest.mark.unit
+
+
+def naive(first: Tensor, second: Tensor, scale: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Row by row, entry by entry."""
+    losses = []
+    for a, b, mask in ((first, second, excluded), (second, first, None if excluded is None else excluded.T)):
+        for i in range(len(a)):
+            logits = [
+                F.cosine_similarity(a[i], b[j], dim=0) * scale.exp() for j in range(len(b)) if mask is None or i == j or not mask[i, j]
+            ]
+            positive = F.cosine_similarity(a[i], b[i], dim=0) * scale.exp()
+            losses.append(torch.logsumexp(torch.stack(logits), dim=0) - positive)
+    return torch.stack(losses).mean()
+
+
+def inputs(rows: int = 13, dim: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    first, second = (torch.randn(rows, dim, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    return first, second, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+
+def random_mask(rows: int = 13) -> Tensor:
+    return torch.rand(rows, rows, generator=torch.Generator().manual_seed(1)) < 0.3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk_rows", [None, 1, 4, 13, 100])
+def test_equals_the_naive_statement(chunk_rows: int | None, masked: bool):
+    first, second, scale = inputs()
+    mask = random_mask() if masked else None
+    expected = naive(first, second, scale, mask)
+    wanted = torch.autograd.grad(expected, [first, second, scale])
+    loss = info_nce(first, second, scale, excluded=mask, chunk_rows=chunk_rows)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss, [first, second, scale]), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_closed_forms():
+    same = torch.ones(7, 3)
+    assert info_nce(same, same, torch.tensor(2.6)).item() == pytest.approx(math.log(7), abs=1e-5)
+    one_hot, scale = torch.eye(4), torch.tensor(math.log(10.0))
+    assert info_nce(one_hot, one_hot, scale).item() == pytest.approx(math.log(math.exp(10) + 3) - 10, abs=1e-6)
+
+
+def test_the_positive_is_never_excluded():
+    first, second, scale = inputs()
+    everything = torch.ones(13, 13, dtype=torch.bool)
+    assert info_nce(first, second, scale, excluded=everything).item() == 0  # only the positive is left
+
+
+def test_rows_of_a_worker_add_up():
+    first, second, scale = inputs()
+    queries, keys = F.normalize(first, dim=1), F.normalize(second, dim=1)
+    whole = info_nce_rows(queries, keys, scale)
+    parts = [info_nce_rows(queries[a:b], keys, scale, first_positive=a) for a, b in ((0, 4), (4, 9), (9, 13))]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole, atol=1e-12, rtol=0)
+
+
+def test_chunks_never_keep_the_matrix():
+    """What autograd keeps for the backward pass grows with rows, not with rows squared."""
+    rows = 512
+    first, second = (torch.randn(rows, 8, requires_grad=True) for _ in range(2))
+    largest = 0
+
+    def measure(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+        info_nce(first, second, torch.tensor(2.0, requires_grad=True), chunk_rows=16)
+        assert largest <= rows * 8
+        info_nce(first, second, torch.tensor(2.0, requires_grad=True), chunk_rows=rows)
+        assert largest >= rows * rows  # the measurement sees a kept matrix
+
+
+def test_false_negatives_entry_by_entry():
+    generator = torch.Generator().manual_seed(3)
+    rows, columns = (torch.randint(0, 9, (count, 3), generator=generator) for count in (11, 14))
+    pairs = {(0, 5), (2, 3), (8, 8), (1, 7)}
+    codes = torch.tensor(sorted((a << 32) | b for a, b in pairs))
+    found = false_negatives(rows, columns, codes)
+    for i in range(len(rows)):
+        for j in range(len(columns)):
+            a, b = int(rows[i, 0]), int(columns[j, 0])
+            expected = bool((rows[i] == columns[j]).any()) or (min(a, b), max(a, b)) in pairs
+            assert bool(found[i, j]) == expected
+
+
+def test_pair_codes_are_unique():
+    low, high = torch.tensor([0, 0, 1, 2**31 - 2]), torch.tensor([1, 2**31 - 1, 2, 2**31 - 1])
+    assert len(set(pair_codes(low, high).tolist())) == 4

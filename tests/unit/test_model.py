@@ -1,0 +1,279 @@
+"""The HTCL model: embeddings, its folder on disk, and what stage 2 takes over from stage 1."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from htcl_ray.audio import log_mel
+from htcl_ray.config import Config
+from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
+from htcl_ray.models import HTCL, weights_fingerprint
+from htcl_ray.models.record import InputRecipe
+from htcl_ray.models.vocabulary import train_wordpiece
+from tests.synthetic_features import tiny_config
+
+pytestmark = pytest.mark.unit
+
+TEXTS = ["calm piano at night", "fast techno", "slow choir in minor", "calm techno"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return tiny_config(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def model(config: Config) -> HTCL:
+    return HTCL.untrained(config, train_wordpiece(TEXTS, 60))
+
+
+def mels(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    frames = config.audio.max_frames
+    return torch.from_numpy(np.random.default_rng(0).normal(-40, 10, (3, frames, config.audio.n_mels))), torch.tensor([frames, 20, 3])
+
+
+def test_embeddings_are_unit_norm_and_evaluated(model: HTCL, config: Config):
+    """Whatever mode the model is in: float32, unit norm, no gradient, dropout off, and the mode is left as it was."""
+    mel, valid = mels(config)
+    model.train()
+    for embed in (lambda: model.embed_mel(mel, valid), lambda: model.embed_text(TEXTS)):
+        first, second = embed(), embed()
+        assert torch.equal(first, second)
+        assert first.dtype == torch.float32
+        assert first.shape == (len(first), model.dim)
+        assert not first.requires_grad
+        torch.testing.assert_close(first.norm(dim=1), torch.ones(len(first)))
+    assert model.training
+
+
+def test_embeddings_do_not_depend_on_the_batch(model: HTCL, config: Config):
+    mel, valid = mels(config)
+    together = model.embed_mel(mel, valid)
+    for row, frames in enumerate(valid.tolist()):
+        torch.testing.assert_close(model.embed_mel(mel[row : row + 1, :frames])[0], together[row], atol=1e-6, rtol=0)
+    texts = model.embed_text(TEXTS)
+    for row, text in enumerate(TEXTS):
+        torch.testing.assert_close(model.embed_text([text])[0], texts[row], atol=1e-6, rtol=0)
+    assert model.embed_text([]).shape == (0, model.dim)
+
+
+def test_embed_audio_is_log_mel_then_embed_mel(model: HTCL, config: Config):
+    waveform = np.random.default_rng(0).normal(0, 0.1, 2 * config.audio.sample_rate).astype(np.float32)
+    expected = model.embed_mel(torch.from_numpy(log_mel(waveform, config.audio.sample_rate, config.audio))[None])[0]
+    torch.testing.assert_close(model.embed_audio(waveform, config.audio.sample_rate), expected)
+    torch.testing.assert_close(model.embed_audio(np.stack([waveform, waveform]), config.audio.sample_rate), expected)
+    long = np.concatenate([waveform, waveform[: config.audio.sample_rate], waveform])
+    cut = long[: config.audio.max_samples]
+    torch.testing.assert_close(model.embed_audio(long, config.audio.sample_rate), model.embed_audio(cut, config.audio.sample_rate))
+
+
+@pytest.mark.parametrize(
+    ("shape", "valid", "message"),
+    [
+        ((2, 10, 7), None, "expected \\[batch, frames, 16\\]"),
+        ((2, 10, 16), [10, 11], "from 1 to 10"),
+        ((2, 10, 16), [0, 1], "from 1 to 10"),
+    ],
+)
+def test_wrong_mels_are_refused(model: HTCL, shape: tuple[int, ...], valid: list[int] | None, message: str):
+    with pytest.raises(InputError, match=message):
+        model.embed_mel(torch.zeros(shape), None if valid is None else torch.tensor(valid))
+
+
+def test_a_string_is_not_a_list_of_texts(model: HTCL):
+    with pytest.raises(InputError, match="list of texts"):
+        model.embed_text("calm piano")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_folder_round_trip(model: HTCL, config: Config, tmp_path: Path, stage: int):
+    model = model if stage == 1 else model.to_stage_2(0.1, seed=3)
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer"]
+    loaded = HTCL.from_pretrained(tmp_path / "model")
+    assert (loaded.stage, loaded.dim, loaded.recipe) == (stage, config.model.dim, config.audio)
+    assert not loaded.training
+    assert loaded.temperatures() == model.temperatures()
+    mel, valid = mels(config)
+    assert torch.equal(loaded.embed_mel(mel, valid), model.embed_mel(mel, valid))
+    assert torch.equal(loaded.embed_text(TEXTS), model.embed_text(TEXTS))
+    assert f"stage {stage}" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_saving_over_a_model_replaces_it_whole(model: HTCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    before = weights_fingerprint(folder)
+    with monkeypatch.context() as broken:
+        broken.setattr("htcl_ray.models.folder.model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.to_stage_2(0.1, seed=0).save_pretrained(folder)
+    assert weights_fingerprint(folder) == before
+    model.to_stage_2(0.1, seed=0).save_pretrained(folder)
+    assert weights_fingerprint(folder) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def _damage(folder: Path, name: str, **change: torch.Tensor | None) -> None:
+    weights = load_file(folder / name)
+    for key, tensor in change.items():
+        key = key.replace("__", ".")
+        weights.pop(key, None)
+        if tensor is not None:
+            weights[key] = tensor
+    save_file(weights, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"audio_head__0__weight": torch.zeros(3, 4)}, r"audio_head.0.weight of shape \[3, 4\], but .*config.json says \[24, 32\]"),
+        ({"audio_head__0__weight": None}, r"lacks audio_head.0.weight, which .*config.json says has shape \[24, 32\]"),
+        ({"surplus": torch.zeros(2)}, r"has surplus of shape \[2\], which .*config.json does not know"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(model: HTCL, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str):
+    model.save_pretrained(tmp_path / "model")
+    _damage(tmp_path / "model", "model.safetensors", **change)
+    with pytest.raises(MismatchError, match=message):
+        HTCL.from_pretrained(tmp_path / "model")
+
+
+def test_configurations_that_cannot_be_read_are_refused(model: HTCL, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    tree = json.loads(file.read_text())
+    for changed, message in (
+        ({**tree, "format_version": 99}, "format version 99.* up to 1"),
+        ({**tree, "stage": 7}, "key 'stage'"),
+        ({**tree, "surprise": 1}, "key 'surprise'"),
+    ):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(MismatchError, match=message):
+            HTCL.from_pretrained(tmp_path / "model")
+    file.write_text("{")
+    with pytest.raises(MismatchError, match="not JSON"):
+        HTCL.from_pretrained(tmp_path / "model")
+    with pytest.raises(WorkspaceError, match="no model folder"):
+        HTCL.from_pretrained(tmp_path / "absent")
+
+
+def test_hub_models_bring_no_code_and_no_pickles(model: HTCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model.save_pretrained(tmp_path / "model")
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert HTCL.from_pretrained("someone/model").dim == model.dim
+    assert asked["name"] == "someone/model"
+    assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".py", ".bin", ".pt", ".pth", "*.*"))]
+
+
+def test_push_to_hub_uploads_the_folder(model: HTCL, monkeypatch: pytest.MonkeyPatch):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, repo_id: str, exist_ok: bool) -> None:
+            uploaded["created"] = repo_id
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model.push_to_hub("someone/model")
+    assert uploaded == {"created": "someone/model", "someone/model": ["README.md", "config.json", "model.safetensors", "tokenizer"]}
+
+
+def test_stage_2_starts_from_everything_that_stage_1_learned(model: HTCL):
+    """Towers, both heads, and the temperature of audio ↔ text; only fusion and its own two temperatures are new."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+        model.logit_scale["text"].fill_(3.3)
+    learned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    second = model.to_stage_2(temperature=0.2, seed=5)
+    state = second.state_dict()
+    for name, tensor in learned.items():
+        assert torch.equal(state[name], tensor), name
+    assert {name.split(".")[0] for name in state if name not in learned} == {"fusion", "logit_scale"}
+    assert second.temperatures() == pytest.approx({"text": math.exp(-3.3), "preference": 0.2, "fusion": 0.2})
+    assert second.stage == 2
+    assert [tuple(layer.weight.shape) for layer in second.fusion if hasattr(layer, "weight")] == [(32, 32), (16, 32), (16, 16)]
+
+
+def test_initial_weights_follow_the_seed(config: Config):
+    vocabulary = train_wordpiece(TEXTS, 60)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    one, two, other = (
+        HTCL.untrained(config.with_overrides({"pretrain.seed": seed}), vocabulary).state_dict()["audio_head.0.weight"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers were touched"
+
+
+def test_temperature_is_kept_from_falling(model: HTCL):
+    assert model.temperatures()["text"] == pytest.approx(0.074)
+    with torch.no_grad():
+        model.logit_scale["text"].fill_(9.0)
+    model.clamp_temperatures()
+    assert model.temperatures()["text"] == pytest.approx(0.01)
+
+
+def test_official_input_is_kept_in_the_folder(config: Config, tmp_path: Path):
+    model = HTCL.untrained(config, train_wordpiece(TEXTS, 60), InputRecipe.OFFICIAL)
+    model.save_pretrained(tmp_path / "model")
+    loaded = HTCL.from_pretrained(tmp_path / "model")
+    mel, valid = mels(config)
+    assert torch.equal(loaded.embed_mel(mel, valid), model.embed_mel(mel, valid))
+    assert loaded.audio_encoder.input_recipe is InputRecipe.OFFICIAL
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT as transformers itself saves it."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "calm", "piano", "techno", "fast", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    bert = BertConfig(
+        vocab_size=10, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=16
+    )
+    BertModel(bert).save_pretrained(folder)
+    return folder
+
+
+def test_pretrained_text_tower_gives_berts_own_numbers(config: Config, bert_folder: Path, tmp_path: Path):
+    ours = HTCL.untrained(config.with_overrides({"text.name_or_path": str(bert_folder), "text.max_tokens": 16}))
+    theirs, tokenizer = BertModel.from_pretrained(bert_folder).eval(), BertTokenizerFast.from_pretrained(bert_folder)
+    texts = ["calm piano", "fast technos calm"]
+    with torch.no_grad():
+        expected = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+        torch.testing.assert_close(ours.eval().text_encoder(ours.text_encoder.tokenize(texts)), expected)
+    ours.save_pretrained(tmp_path / "model")
+    assert torch.equal(HTCL.from_pretrained(tmp_path / "model").embed_text(texts), ours.embed_text(texts))
+
+
+def test_unusable_text_models_are_refused(config: Config, bert_folder: Path, tmp_path: Path):
+    for name, message in ((str(tmp_path), "cannot be loaded"), (str(bert_folder), "max_tokens is 99, .* takes at most 16")):
+        with pytest.raises(ConfigError, match=message):
+            HTCL.untrained(config.with_overrides({"text.name_or_path": name, "text.max_tokens": 99}))
+
+
+def test_vocabulary_does_not_depend_on_hash_order():
+    """Workers train it each on their own. The tokenizers library alone gives another vocabulary each time, also within one process."""
+    texts = [f"song {number} of {word}" for number in range(40) for word in ("jazz", "café", "techno", "音楽", "warm strings")]
+    assert len({train_wordpiece(texts, 120) for _ in range(8)}) == 1
