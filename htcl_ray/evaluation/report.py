@@ -90,7 +90,8 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
 
 def table(report: Mapping[str, Any]) -> Table:
     """The figures for a terminal, 80 columns wide."""
-    result = Table("", box=rich.box.SIMPLE, pad_edge=False, title=_heading(report), title_justify="left", show_edge=False)
+    heading = _heading(report)
+    result = Table("", box=rich.box.SIMPLE, pad_edge=False, title=heading, title_justify="left", show_edge=False, min_width=len(heading))
     for name in columns(report):
         result.add_column(TITLES[name], justify="right", no_wrap=True)
     task = None
@@ -99,7 +100,7 @@ def table(report: Mapping[str, Any]) -> Table:
             task = line.task
             result.add_section()
             result.add_row(task, style="bold")
-        result.add_row(f"  {line.figure}", *(number(line.values.get(name)) for name in columns(report)))
+        result.add_row(f"  {line.figure}", *(number(line.values.get(name), line.figure) for name in columns(report)))
     return result
 
 
@@ -137,11 +138,11 @@ def phrase(report: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def number(value: float | None) -> str:
-    """A figure as people read it: three decimals, ranks with one."""
+def number(value: float | None, figure: str = "") -> str:
+    """A figure as people read it: rates with three decimals, ranks with at most one."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if value <= 1 else f"{value:.1f}".removesuffix(".0")
+    return f"{value:.1f}".removesuffix(".0") if "rank" in figure else f"{value:.3f}"
 
 
 def _beside(name: str, value: float, first: float, last: str) -> str:

@@ -243,6 +243,6 @@ def test_the_page_is_whole_self_contained_and_escaped(world: World, tmp_path):
     report = read(result)
     for row in reports.rows(report):
         for value in row.values.values():
-            assert reports.number(value) in text
+            assert reports.number(value, row.figure) in text
     assert "prefers-color-scheme: dark" in text
     assert json.dumps(report, allow_nan=False)

@@ -1,0 +1,52 @@
+"""What a benchmark's result must say of the machine and the code that it was measured with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from htcl_ray.storage import build_manifest
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write benchmarks/results/NAME.json: the command, the machine and the versions, then the result."""
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**environment(name), **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def environment(name: str) -> dict[str, Any]:
+    """Command, date, commit, hardware and library versions."""
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gb": _memory_gb()},
+        "python": platform.python_version(),
+        "libraries": build_manifest("benchmark", config={}, inputs={})["libraries"],
+    }
+
+
+def _output(*command: str) -> str | None:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _memory_gb() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
