@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import urllib.parse
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -30,12 +31,16 @@ MANIFEST = "manifest.json"
 LIBRARIES = ("htcl-ray", "ray", "torch", "transformers", "pyarrow", "librosa", "faiss-cpu", "numpy")
 
 
+_LITERAL_IN_URI = "%/:?@!$&'()*+,;=~[]"
+"""People write names with spaces, accents and "#" into URIs; what is no part of a URI's syntax is escaped for them."""
+
+
 def open_filesystem(path_or_uri: str) -> tuple[pafs.FileSystem, str]:
     """File system and path on it of a local path or an s3://, gs:// or file:// URI. Raises WorkspaceError."""
     if "://" not in path_or_uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path_or_uri))
     try:
-        return pafs.FileSystem.from_uri(path_or_uri)
+        return pafs.FileSystem.from_uri(urllib.parse.quote(path_or_uri, safe=_LITERAL_IN_URI))
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
         raise WorkspaceError(f"'{path_or_uri}' cannot be opened: {reason}; expected a local path, s3:// or gs://") from None

@@ -117,18 +117,26 @@ def table_parts(files: Sequence[TableFile], rows: int = PART_ROWS) -> list[Table
 
 
 def column_names(file: TableFile) -> list[str]:
-    """Column names of a file; of JSON Lines, the keys of its first rows. Raises TableError when it has none."""
+    """Column names of a file; of JSON Lines, the keys of its first rows. Raises TableError when it has none, or one twice."""
     with _named_errors(file):
-        if file.format == "parquet":
-            with _open_parquet(file) as parquet:
-                return list(parquet.schema_arrow.names)
-        if file.size == 0:
-            raise TableError(f"the table {file.path} is empty; expected a header and rows")
-        if file.format == "csv":
-            with _open_stream(file) as stream:
-                return _csv_header(stream)
-        first = next(iter(_read_jsonl(file)), None)
-        return first.column_names if first is not None else []
+        names = _column_names(file) if file.size else []
+    if not names:
+        raise TableError(f"the table {file.path} is empty; expected columns and rows")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TableError(f"the table {file.path} has several columns called '{twice[0]}'; expected each name once")
+    return names
+
+
+def _column_names(file: TableFile) -> list[str]:
+    if file.format == "parquet":
+        with _open_parquet(file) as parquet:
+            return list(parquet.schema_arrow.names)
+    if file.format == "csv":
+        with _open_stream(file) as stream:
+            return _csv_header(stream)
+    first = next(_read_jsonl(file), None)
+    return [] if first is None else list(first.column_names)
 
 
 def read_part(part: TablePart, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:

@@ -58,9 +58,13 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
     finish = functools.partial(
         _finish_triggers, songs=shared_songs, popularity=shared_popularity, config=config, workspace=workspace, path=path
     )
-    partial = files.map_batches(read, batch_size=1).groupby("bucket").map_groups(mine, batch_format="pyarrow")
+    partial = files.map_batches(read, batch_size=1).groupby("bucket", num_partitions=buckets).map_groups(mine, batch_format="pyarrow")
     counts: Counter[str] = Counter()
-    for batch in partial.groupby("bucket").map_groups(finish, batch_format="pyarrow").iter_batches(batch_size=None, prefetch_batches=0):
+    for batch in (
+        partial.groupby("bucket", num_partitions=buckets)
+        .map_groups(finish, batch_format="pyarrow")
+        .iter_batches(batch_size=None, prefetch_batches=0)
+    ):
         for text in batch["counts"].tolist():
             counts.update(json.loads(text))
     splits = {split: counts.pop(split, 0) for split in Split}
