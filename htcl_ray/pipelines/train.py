@@ -221,9 +221,10 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1][:200]
             raise StepError(
-                f"{stage.step} failed after {settings.max_failures} restart(s): {reason}; the same command continues from the last epoch"
+                f"{stage.step} failed after {settings.max_failures} restart(s): {reason}; Ray's logs say more, "
+                "and the same command continues from the last epoch"
             ) from error
     if result.return_value is not None:
         failure = result.return_value

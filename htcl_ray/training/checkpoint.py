@@ -32,7 +32,8 @@ class TrainingState:
         """One worker's generators, or None when the run had another number of workers."""
         if any(len(states) != workers for states in self.rng.values()):
             return None
-        return {name: states[rank] for name, states in self.rng.items()}
+        # torch reads a generator's state from the start of the storage, so a row of a matrix would be another's or end the process
+        return {name: states[rank].clone() for name, states in self.rng.items()}
 
 
 def gather_state(epoch: int, step: int, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainingState:

@@ -1,0 +1,251 @@
+"""Optimizer, gradients in micro-batches, validation, and the loop with its checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from htcl_ray.config import Config
+from htcl_ray.errors import StepError
+from htcl_ray.models import HTCL
+from htcl_ray.models.vocabulary import train_wordpiece
+from htcl_ray.objectives.stages import total_loss
+from htcl_ray.storage import Workspace
+from htcl_ray.training.batches import BatchLoader, encode
+from htcl_ray.training.checkpoint import TrainingState, load_state
+from htcl_ray.training.frames import open_frames
+from htcl_ray.training.loop import train
+from htcl_ray.training.metrics_log import MetricsLog
+from htcl_ray.training.optim import build_optimizer, learning_rate_factor
+from htcl_ray.training.randomness import get_rng_state, set_rng_state
+from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
+from htcl_ray.training.step import compute_gradients
+from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
+from htcl_ray.training.validation import pair_ranks, validate, validation_gallery
+from tests.synthetic_features import tiny_config, write_features, write_pairs
+
+pytestmark = pytest.mark.unit
+CPU = torch.device("cpu")
+
+
+class World:
+    """Synthetic songs and pairs, read as training reads them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = tiny_config(folder / "workspace")
+        self.workspace = Workspace(self.config.workspace)
+        path = write_features(self.config)
+        self.songs: Songs = read_songs(self.workspace, path)
+        manifest = self.workspace.manifest(path)
+        assert manifest is not None
+        self.frames = open_frames(self.workspace, path, manifest, self.songs)
+        self.pairs: Pairs = read_pairs(self.workspace, write_pairs(self.config), self.songs)
+        self.vocabulary = train_wordpiece([self.songs.texts[row] for row in self.songs.train], 100)
+
+    def model(self, stage: int, config: Config | None = None) -> HTCL:
+        model = HTCL.untrained(config or self.config, self.vocabulary)
+        return model if stage == 1 else model.to_stage_2(0.074, seed=0)
+
+    def task(self, stage: int, config: Config | None = None) -> Task:
+        config = config or self.config
+        return pretrain_task(self.songs, config.pretrain) if stage == 1 else finetune_task(self.pairs, config.finetune, CPU)
+
+    def loader(self, model: HTCL) -> BatchLoader:
+        return BatchLoader(self.songs, self.frames, model.text_encoder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(folder))
+        return World(folder)
+
+
+def gradients(model: HTCL) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 7])
+def test_two_passes_with_dropout_equal_one_retained_graph(world: World, stage: int, micro_batch_size: int):
+    """Same micro-batches, same random numbers; the graph of all of them kept at once."""
+    model, task = world.model(stage).double().train(), world.task(stage)
+    batch = world.loader(model).load(task.order(0)[:8].T.reshape(-1))
+    start = get_rng_state(CPU)
+    terms = compute_gradients(model, batch, task, micro_batch_size)
+    found, after = gradients(model), get_rng_state(CPU)
+    set_rng_state(start, CPU)
+    songs = micro_batch_size * task.songs_per_row
+    encoded = [encode(model, batch.part(a, a + songs)) for a in range(0, len(batch), songs)]
+    audio, text = (torch.cat(vectors) for vectors in zip(*encoded, strict=True))
+    expected_terms = task.terms(model, audio, text, batch.ids)
+    total_loss(expected_terms, task.weights).backward()
+    expected = gradients(model)
+    assert torch.equal(after["cpu"], get_rng_state(CPU)["cpu"])
+    assert set(found) == set(expected)
+    largest = max(tensor.abs().max().item() for tensor in expected.values())
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max().item() <= 1e-12 * largest, name
+    for name, term in expected_terms.items():
+        torch.testing.assert_close(terms[name], term.detach(), rtol=1e-12, atol=0)
+
+
+def test_learning_rate_warms_up_and_falls():
+    settings = tiny_config("unused").pretrain.model_copy(update={"warmup_share": 0.1})
+    factors = [learning_rate_factor(step, 100, settings) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    constant = settings.model_copy(update={"schedule": "constant"})
+    assert {learning_rate_factor(step, 100, constant) for step in range(10, 100)} == {1.0}
+
+
+def test_every_parameter_is_in_one_group_at_its_rate(world: World):
+    config = world.config.with_overrides(
+        {"finetune.learning_rate": 1e-3, "finetune.audio_learning_rate": 1e-4, "finetune.text_learning_rate": 1e-5}
+    )
+    model = world.model(2)
+    optimizer = build_optimizer(model, config.finetune)
+    rates = {id(parameter): group["peak"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        expected = 1e-4 if name.startswith("audio_encoder") else 1e-5 if name.startswith("text_encoder") else 1e-3
+        assert rates[id(parameter)] == expected, name
+    first = build_optimizer(model, config.pretrain.model_copy(update={"text_learning_rate": 1e-6}))
+    rates = {id(parameter): group["peak"] for group in first.param_groups for parameter in group["params"]}
+    assert {rates[id(parameter)] for parameter in model.audio_encoder.parameters()} == {config.pretrain.learning_rate}
+    assert {rates[id(parameter)] for parameter in model.text_encoder.parameters()} == {1e-6}
+
+
+def test_weight_decay_is_for_matrices(world: World):
+    model = world.model(1)
+    optimizer = build_optimizer(model, world.config.pretrain.model_copy(update={"weight_decay": 0.1}))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.1}
+    assert not isinstance(build_optimizer(model, world.config.pretrain), torch.optim.AdamW)
+
+
+def test_pair_ranks_by_sorting():
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(20, 6)).astype(np.float32)
+    pairs = np.array([[a, b] for a in range(20) for b in range(20) if a != b])
+    for (a, b), rank in zip(pairs, pair_ranks(vectors, pairs), strict=True):
+        order = [int(song) for song in np.argsort(-(vectors @ vectors[a])) if song != a]
+        assert rank == order.index(b) + 1
+    assert pair_ranks(np.ones((5, 2), dtype=np.float32), np.array([[0, 1]])).tolist() == [2.5]
+
+
+def test_validation_is_repeatable_and_complete(world: World):
+    model = world.model(2).train()
+    gallery = validation_gallery(world.songs.validation)
+    assert gallery.tolist() == world.songs.validation.tolist()
+    first, second = (validate(model, world.loader(model), gallery, world.pairs.validation) for _ in range(2))
+    assert first == second
+    assert set(first) == {
+        "validation_recall@10",
+        "validation_median_rank",
+        "validation_pair_recall@10",
+        "validation_pair_median_rank",
+    }
+    assert model.training
+    assert validate(model, world.loader(model), gallery[:0], None) == {}
+    assert len(validation_gallery(np.arange(5000))) == len(set(validation_gallery(np.arange(5000)))) == 2048
+
+
+def run(world: World, stage: int, config: Config, folder: Path | None = None, model: HTCL | None = None, **more: Any) -> tuple[HTCL, list]:
+    """Train, keeping every epoch's checkpoint in `folder`."""
+    model = model or world.model(stage, config)
+    epochs: list[dict[str, float]] = []
+
+    def on_epoch(metrics: dict[str, float], save: Any) -> None:
+        epochs.append(metrics)
+        if folder is not None:
+            save(folder / f"epoch-{metrics['epoch']}")
+
+    settings = config.pretrain if stage == 1 else config.finetune
+    train(model, world.task(stage, config), world.loader(model), settings, CPU, on_epoch=on_epoch, say=more.pop("say", print), **more)
+    return model, epochs
+
+
+def test_stage_1_learns_what_text_names(world: World):
+    """Genres are audible and named; 12 songs of 6 genres lie in the gallery, so chance is a median rank of about 4."""
+    config = world.config.with_overrides({"pretrain.epochs": 60, "pretrain.micro_batch_size": None})
+    lines: list[str] = []
+    _, epochs = run(world, 1, config, say=lines.append)
+    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.5
+    assert epochs[-1]["validation_median_rank"] <= 2.5
+    assert lines[-1].startswith("pretrain  epoch 60/60  step 120/120  loss text ")
+    assert {"temperature_text", "learning_rate", "songs_per_second", "gradient_norm"} <= set(epochs[-1])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_run_is_bit_identical(world: World, stage: int, tmp_path: Path):
+    """Dropout, optimizer, schedule and order go on where the checkpoint of an epoch stands."""
+    config = world.config.with_overrides({"pretrain.epochs": 4, "finetune.epochs": 4, "finetune.pairs_per_epoch": 48})
+    whole, epochs = run(world, stage, config, tmp_path)
+    halfway = HTCL.from_pretrained(tmp_path / "epoch-2")
+    torch.manual_seed(99)
+    resumed, rest = run(world, stage, config, model=halfway, resume=load_state(tmp_path / "epoch-2"))
+    assert [metrics["epoch"] for metrics in rest] == [3, 4]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert rest[-1]["loss"] == epochs[-1]["loss"]
+
+
+def test_each_worker_gets_its_own_random_numbers_back():
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    state = TrainingState(epoch=1, step=1, optimizer={}, rng={"cpu": torch.stack(states)})
+    for rank, seed in enumerate((1, 2)):
+        own = state.rng_of(rank, workers=2)
+        assert own is not None
+        set_rng_state(own, CPU)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
+    assert state.rng_of(0, workers=3) is None
+
+
+def test_stage_2_moves_every_part(world: World):
+    config = world.config.with_overrides({"finetune.epochs": 1, "finetune.pairs_per_epoch": 16})
+    before = world.model(2).state_dict()
+    after, epochs = run(world, 2, config)
+    for part in ("audio_encoder", "text_encoder", "audio_head", "text_head", "fusion", "logit_scale"):
+        assert any(not torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.items() if name.startswith(part)), part
+    assert {"loss_text", "loss_preference", "loss_fusion"} <= set(epochs[0])
+    weights = world.task(2, config).weights
+    assert epochs[0]["loss"] == pytest.approx(sum(weights[name] * epochs[0][f"loss_{name}"] for name in weights))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(world: World):
+    model = world.model(1)
+    with torch.no_grad():
+        model.audio_head[0].weight.fill_(math.nan)
+    with pytest.raises(StepError, match=r"the loss of epoch 1 is nan.*lower pretrain\.learning_rate"):
+        run(world, 1, world.config, model=model)
+
+
+def test_metrics_log_continues_without_repeating(world: World, tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    log = MetricsLog(workspace, "runs/a", 0, 0)
+    for epoch in (1, 2, 3):
+        log.write({"epoch": epoch, "step": 10 * epoch, "loss": 1 / epoch})
+    log.close()
+    again = MetricsLog(workspace, "runs/a", 2, 20)  # the third epoch's checkpoint was never stored
+    again.write({"epoch": 3, "step": 30, "loss": 0.5})
+    again.close()
+    lines = workspace.read_bytes("runs/a/metrics.jsonl").decode().splitlines()
+    assert [line.split(",")[0] for line in lines] == ['{"epoch": 1', '{"epoch": 2', '{"epoch": 3']
+    assert '"loss": 0.5' in lines[2]
+    assert len(list((tmp_path / "runs/a/tensorboard").glob("events.*"))) >= 1

@@ -1,0 +1,144 @@
+"""What training reads and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from htcl_ray.errors import WorkspaceError
+from htcl_ray.storage import Workspace
+from htcl_ray.training.frames import open_frames
+from htcl_ray.training.order import global_batch, pair_order, song_order, steps_per_epoch, worker_rows
+from htcl_ray.training.songs import known_pair_codes, normalized_text, read_pairs, read_songs
+from tests.synthetic_features import tiny_config, write_features, write_pairs
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+
+
+def test_songs_are_sorted_and_of_their_splits(tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace")
+    path = write_features(config, songs=60)
+    songs = read_songs(Workspace(config.workspace), path)
+    assert songs.song_ids == sorted(songs.song_ids)
+    assert len(songs.train) == 36
+    assert len(songs.validation) == 12
+    assert not set(songs.train) & set(songs.validation)
+    for row in songs.train.tolist():
+        assert (int(songs.song_ids[row][-4:]) // 6) % 5 < 3
+    assert songs.ids[:, 0].tolist() == list(range(48))
+
+
+def test_equal_texts_and_duplicate_groups_share_numbers(tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace")
+    path = write_features(config, songs=6)
+    workspace = Workspace(config.workspace)
+    table = workspace.read_tables(path)
+    rows = table.to_pylist()
+    for row, (text, group) in zip(
+        rows, [("A song", "x"), ("a  SONG ", "y"), ("ａ song", "x"), ("b", "z"), ("c", "z"), ("d", "w")], strict=True
+    ):
+        row["text"], row["duplicate_group"] = text, group
+    columns = {name: [row[name] for row in rows] for name in ("text", "duplicate_group")}
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, [values])
+    workspace.write_table(f"{path}/shard-00000.parquet", table)
+    songs = read_songs(workspace, path)
+    assert songs.ids[:, 1].tolist() == [0, 1, 0, 2, 2, 3]
+    assert songs.ids[:, 2].tolist() == [0, 0, 0, 1, 2, 3]
+    assert normalized_text(" Straße\tX ") == "strasse x"
+
+
+def test_frames_are_those_of_the_shards(tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace")
+    path = write_features(config, songs=60)
+    workspace = Workspace(config.workspace)
+    manifest = workspace.manifest(path)
+    songs = read_songs(workspace, path)
+    frames = open_frames(workspace, path, manifest, songs)
+    wanted = {row["song_id"]: row for row in workspace.read_tables(path, ["song_id", "valid_frames"]).to_pylist()}
+    mels = workspace.read_tables(path, ["song_id", "log_mel"]).sort_by("song_id")
+    by_id = dict(zip(mels["song_id"].to_pylist(), mels["log_mel"].combine_chunks().to_numpy_ndarray(), strict=True))
+    rows = np.array([30, 2, 2, 47, 0])
+    mel, valid = frames.batch(rows)
+    assert mel.shape == (5, valid.max(), config.audio.n_mels)
+    for row, song, count in zip(mel, rows, valid, strict=True):
+        song_id = songs.song_ids[song]
+        assert count == wanted[song_id]["valid_frames"]
+        assert np.array_equal(row[:count], by_id[song_id][:count])
+        assert not row[count:].any()
+    assert np.array_equal(open_frames(workspace, path, manifest, songs).batch(rows)[0], mel)  # the file that is there
+    made = [file.name for file in (tmp_path / "tmp").rglob("*.f16")]
+    assert made == ["frames.f16"]
+
+
+def test_an_interrupted_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_config(tmp_path / "workspace")
+    path = write_features(config, songs=60)
+    workspace = Workspace(config.workspace)
+    manifest, songs = workspace.manifest(path), read_songs(workspace, path)
+    with monkeypatch.context() as broken:
+        broken.setattr("numpy.save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_frames(workspace, path, manifest, songs)
+    assert len(open_frames(workspace, path, manifest, songs).batch(songs.train)[0]) == 36
+
+
+def test_too_few_songs_are_refused(tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace")
+    path = write_features(config, songs=1)
+    with pytest.raises(WorkspaceError, match="1 song\\(s\\) in the training split"):
+        read_songs(Workspace(config.workspace), path)
+
+
+def test_pairs_are_numbers_and_unknown_songs_are_counted(tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace")
+    workspace = Workspace(config.workspace)
+    songs = read_songs(workspace, write_features(config))
+    pairs = read_pairs(workspace, write_pairs(config, extra=3), songs)
+    assert pairs.missing == 3
+    assert len(pairs.train) == 36 * 6
+    assert set(pairs.train.ravel()) <= set(songs.train)
+    assert set(pairs.validation.ravel()) <= set(songs.validation)
+    assert pairs.train.tolist() == sorted(pairs.train.tolist())
+    codes = known_pair_codes(pairs.train)
+    assert {(int(code) >> 32, int(code) & 0xFFFFFFFF) for code in codes} == {(min(a, b), max(a, b)) for a, b in pairs.train.tolist()}
+    assert (np.diff(codes) > 0).all()
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    songs = np.arange(100, 150)
+    assert np.array_equal(song_order(3, 4, songs), song_order(3, 4, songs))
+    assert not np.array_equal(song_order(3, 4, songs), song_order(3, 5, songs))
+    assert not np.array_equal(song_order(3, 4, songs), song_order(4, 4, songs))
+    assert sorted(song_order(3, 4, songs)[:, 0]) == songs.tolist()
+
+
+def test_pairs_are_drawn_by_weight():
+    pairs, weights = np.array([[0, 1], [2, 3], [4, 5]]), np.array([6.0, 3.0, 1.0])
+    drawn = pair_order(0, 0, pairs, weights, 30_000)
+    share = [(drawn[:, 0] == trigger).mean() for trigger in (0, 2, 4)]
+    np.testing.assert_allclose(share, [0.6, 0.3, 0.1], atol=0.02)
+    assert np.array_equal(drawn, pair_order(0, 0, pairs, weights, 30_000))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_out_each_batch(workers: int):
+    order = song_order(0, 0, np.arange(50))
+    for step in range(steps_per_epoch(50, 12)):
+        parts = [worker_rows(order, step, 12, rank, workers) for rank in range(workers)]
+        assert np.array_equal(np.concatenate(parts), order[step * 12 : step * 12 + 12])
+    assert steps_per_epoch(50, 12) == 4
+
+
+def test_a_small_catalogue_is_one_batch():
+    assert [global_batch(rows, 32, 2) for rows in (100, 32, 31, 2)] == [32, 32, 30, 2]
+    with pytest.raises(WorkspaceError, match="2 training rows for 3 workers"):
+        global_batch(2, 33, 3)
