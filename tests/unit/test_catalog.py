@@ -1,0 +1,239 @@
+"""Reading and checking catalogue tables."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from htcl_ray.audio import decode
+from htcl_ray.catalog import tables
+from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
+from htcl_ray.catalog.columns import as_epoch_seconds, as_lists, as_numbers, as_strings, as_years
+from htcl_ray.catalog.duplicates import duplicate_group
+from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
+from htcl_ray.catalog.songs import read_catalog
+from htcl_ray.catalog.text import song_text
+from htcl_ray.config import AudioRecipe, DataSettings
+from htcl_ray.errors import InputError, TableError
+from htcl_ray.schemas import Reason
+
+pytestmark = pytest.mark.unit
+
+ROWS = [
+    {"song_id": "b", "audio_path": "audio/b.wav", "title": "Blue", "artist": "Ann", "genre": "folk;  jazz", "year": "1994"},
+    {"song_id": "007", "audio_path": "/music/a.wav", "title": "NA", "artist": None, "genre": None, "year": None},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        pacsv.write_csv(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_formats_give_the_same_songs(tmp_path: Path, suffix: str) -> None:
+    catalog = read_catalog(DataSettings(catalog=str(write(tmp_path / f"songs{suffix}", ROWS))))
+    first, second = catalog.songs.to_pylist()
+    assert (first["song_id"], second["song_id"]) == ("007", "b")  # sorted; the zeros stay
+    assert first["audio_path"] == "/music/a.wav"
+    assert second["audio_path"] == str(tmp_path / "audio/b.wav")
+    assert second["genre"] == ["folk", "jazz"]
+    assert second["year"] == 1994
+    assert first["title"] == "NA"
+    assert (first["text"], second["text"]) == ("NA", "Blue; Ann; folk, jazz; 1994")
+    assert (first["row"], second["row"]) == (1, 0)
+    assert first["artist"] is first["genre"] is first["year"] is first["split"] is None
+    assert catalog.rows == 2
+    assert not catalog.rejected.num_rows
+
+
+def test_a_folder_and_several_tables(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts" / "2.parquet", ROWS[:1])
+    write(tmp_path / "parts" / "_ignored.parquet", ROWS)
+    (tmp_path / "parts" / "notes.txt").write_text("not a table")
+    csv = write(tmp_path / "more.csv", ROWS[1:])
+    packed = tmp_path / "packed.csv.gz"
+    packed.write_bytes(gzip.compress(csv.read_bytes().replace(b"007", b"008")))
+    catalog = read_catalog(DataSettings(catalog=(str(tmp_path / "parts"), str(csv), str(packed))))
+    assert catalog.songs["song_id"].to_pylist() == ["007", "008", "b"]
+    assert catalog.songs["audio_path"][2].as_py() == str(tmp_path / "parts/audio/b.wav")
+
+
+def test_a_relative_table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "songs.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert read_catalog(DataSettings(catalog="songs.csv")).songs["audio_path"][1].as_py() == str(tmp_path / "audio/b.wav")
+
+
+def test_columns_called_otherwise(tmp_path: Path) -> None:
+    rows = [{"clip": 12, "audio_path": "x.wav", "label": "dog bark", "genre": "ours gives way"}]
+    path = write(tmp_path / "clips.parquet", rows)
+    settings = DataSettings(catalog=str(path), columns={"song_id": "clip", "genre": "label"}, text_columns=("label", "genre"))
+    (song,) = read_catalog(settings).songs.to_pylist()
+    assert song["song_id"] == "12"
+    assert song["genre"] == ["dog bark"]
+    assert song["text"] == "dog bark; dog bark"  # both names work
+
+
+def test_text_columns_choose_and_order(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "songs.jsonl", [{"song_id": "1", "audio_path": "x", "title": "T", "tags": ["a", " b ", None], "key": "C# minor"}]
+    )
+    assert read_catalog(DataSettings(catalog=str(path), text_columns=("key", "tags"))).songs["text"].to_pylist() == ["C# minor; a, b"]
+
+
+def test_rejected_rows_say_why(tmp_path: Path) -> None:
+    good = {"song_id": "1", "audio_path": "1.wav", "title": "One", "part": "train"}
+    rows = [good] + [{**good, "song_id": f"{i}"} for i in range(2, 7)]
+    rows[1]["song_id"] = "  "
+    rows[2]["audio_path"] = None
+    rows[3]["title"] = ""
+    rows[4]["part"] = "dev"
+    rows[5]["part"] = None
+    catalog = read_catalog(DataSettings(catalog=str(write(tmp_path / "s.csv", rows)), text_columns="title", split_column="part"))
+    assert catalog.songs["split"].to_pylist() == ["train"]
+    assert [(r["song_id"], r["row"], r["reason"]) for r in catalog.rejected.to_pylist()] == [
+        (None, 1, "missing_song_id"),
+        ("3", 2, "missing_audio_path"),
+        ("4", 3, "missing_text"),
+        ("5", 4, "unknown_split"),
+        ("6", 5, "unknown_split"),
+    ]
+    assert catalog.rejected["source"].unique().to_pylist() == [str(tmp_path / "s.csv")]
+    assert "'dev'; expected train, validation, test" in catalog.rejected["detail"][3].as_py()
+
+
+Change = Callable[[Path], DataSettings]
+
+
+def settings_for(name: str, content: str | bytes) -> Change:
+    def make(folder: Path) -> DataSettings:
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return DataSettings(catalog=str(folder / name))
+
+    return make
+
+
+UNUSABLE: list[tuple[Change, str]] = [
+    (lambda folder: DataSettings(), "set data.catalog"),
+    (lambda folder: DataSettings(catalog=str(folder / "no.csv")), "no.csv does not exist"),
+    (lambda folder: DataSettings(catalog=str(folder)), "holds no table"),
+    (settings_for("s.xlsx", "x"), "unknown format"),
+    (settings_for("s.csv", ""), "is empty"),
+    (settings_for("s.csv", "song_id,audio_path,title\n"), "is empty"),
+    (settings_for("s.jsonl", ""), "is empty"),
+    (settings_for("s.jsonl", '{"song_id": 1}\n[1]\n'), "line 2 of .* is not a JSON object"),
+    (settings_for("s.parquet", "not parquet"), "cannot be read as parquet"),
+    (settings_for("s.csv", b"song_id,audio_path,title\n1,x,\xff\xfe\n"), "cannot be read as csv"),
+    (settings_for("s.csv", "song_id,audio_path,title\n1,x\n"), "cannot be read as csv"),
+    (settings_for("s.csv", "song_id,audio_path,title,title\n1,x,y,z\n"), "several columns called 'title'"),
+    (settings_for("s.csv", "song_id,path,title\n1,x,y\n"), r"no column 'audio_path' .*set data\.columns\.audio_path"),
+    (settings_for("s.csv", "id,audio_path,title\n1,x,y\n"), r"no column 'song_id'"),
+    (settings_for("s.csv", "song_id,audio_path,mp3\n1,x,y\n"), "none of the text columns"),
+    (settings_for("s.csv", "song_id,audio_path,title\n1,x,y\n2,x,y\n1,z,y\n"), "'1' in row 0 of .* and row 2 of"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), UNUSABLE)
+def test_tables_that_cannot_be_used(tmp_path: Path, make: Change, message: str) -> None:
+    with pytest.raises(TableError, match=message):
+        read_catalog(make(tmp_path))
+
+
+def test_configured_columns_that_are_not_there(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "s.csv", ROWS))
+    with pytest.raises(TableError, match="did you mean 'title'"):
+        read_catalog(DataSettings(catalog=path, text_columns=("titel",)))
+    with pytest.raises(TableError, match=r"data\.split_column is 'part'"):
+        read_catalog(DataSettings(catalog=path, split_column="part"))
+    with pytest.raises(TableError, match=r"data\.columns\.genre is 'styl'.*did you mean 'style'"):
+        tables.check_renames(["song_id", "style"], {"genre": "styl"})
+
+
+def test_large_parquet_files_are_read_in_parts(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"n": range(1000)}), path, row_group_size=100)
+    parts = tables.table_parts(tables.table_files([str(path)]), rows=250)
+    assert [part.row_groups for part in parts] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,)]
+    read = [(row, batch["n"].to_pylist()) for part in parts for row, batch in tables.read_part(part)]
+    assert all(numbers[0] == row for row, numbers in read)
+    assert [n for _, numbers in read for n in numbers] == list(range(1000))
+
+
+def test_as_strings() -> None:
+    assert as_strings(pa.array([12.0, 2.5, None, float("nan"), 1e300])).to_pylist()[:4] == ["12", "2.5", None, None]
+    assert as_strings(pa.array([7, None])).to_pylist() == ["7", None]
+    assert as_strings(pa.array([" a ", "", "  "])).to_pylist() == ["a", None, None]
+    assert as_strings(pa.array(["x", "y", "x"]).dictionary_encode()).to_pylist() == ["x", "y", "x"]
+    assert as_strings(pa.array([["a", "b"], [], None])).to_pylist() == ["a; b", None, None]
+    assert as_strings(pa.chunked_array([pa.array(["a"]), pa.array(["b"])])).to_pylist() == ["a", "b"]
+    assert as_strings(pa.nulls(1)).to_pylist() == [None]
+
+
+def test_as_lists_and_years() -> None:
+    assert as_lists(pa.array(["a; b;;", "", None, "c"])).to_pylist() == [["a", "b"], None, None, ["c"]]
+    assert as_lists(pa.array([["a;b", " c "], [None], None])).to_pylist() == [["a;b", "c"], None, None]
+    assert as_years(pa.array(["1994", "1994-05-01", "ca. 1990", "19945", None])).to_pylist() == [1994, 1994, None, None, None]
+    assert as_years(pa.array([1994.0, None])).to_pylist() == [1994, None]
+    assert as_years(pa.array([date(2001, 2, 3)])).to_pylist() == [2001]
+
+
+def test_as_numbers_and_times() -> None:
+    np.testing.assert_array_equal(as_numbers(pa.array(["1", " 2.5e1", "x", "", "nan", "-.5"])), [1, 25, np.nan, np.nan, np.nan, -0.5])
+    moment = datetime(2024, 3, 1, 12, 0, 0, 500_000, tzinfo=UTC)
+    texts = ["2024-03-01T12:00:00.5Z", "2024-03-01 12:00:00.500", "2024-03-01T13:00:00.5+01:00", str(moment.timestamp())]
+    np.testing.assert_array_equal(as_epoch_seconds(pa.array(texts)), [moment.timestamp()] * 4)
+    np.testing.assert_array_equal(as_epoch_seconds(pa.array([moment])), [moment.timestamp()])
+    np.testing.assert_array_equal(as_epoch_seconds(pa.array([date(1970, 1, 2)])), [86400])
+    wrong = ["yesterday", "-5", "1700000000000", "2024-13-01", None]  # the third is in milliseconds
+    assert np.isnan(as_epoch_seconds(pa.array(wrong))).all()
+
+
+def test_song_text_is_one_line() -> None:
+    assert song_text(["  Two\n words ", None, ["a", "b"], "", 1999]) == "Two words; a, b; 1999"
+    assert song_text([None, [], " "]) == ""
+
+
+def test_duplicate_groups_follow_the_sound() -> None:
+    sound = np.sin(np.arange(10_000) / 10).astype(np.float32)
+    groups = set()
+    for format in ("WAV", "FLAC", "AIFF"):
+        file = io.BytesIO()
+        soundfile.write(file, (sound * 32767).astype(np.int16), 44100, format=format, subtype="PCM_16")
+        groups.add(duplicate_group(decode(file, AudioRecipe())))
+    assert len(groups) == 1
+    assert len({duplicate_group(other) for other in (sound, sound[:-1], sound * 0.9, -sound)}) == 4
+
+
+def test_sizes_of_local_and_remote_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    found = sizes_and_times([str(tmp_path / "a"), str(tmp_path / "b"), f"file://{tmp_path}/a", f"file://{tmp_path}/b", "nowhere://x/y"])
+    assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, MISSING]
+    assert found[0, 1] == found[2, 1] == (tmp_path / "a").stat().st_mtime_ns
+
+
+def test_too_many_rejected_rows_fail() -> None:
+    rejected = rejected_rows(["a", None, "c"], [0, 1, 2], "t.csv", Reason.TOO_SHORT, "why")
+    counts = count_reasons(rejected)
+    assert describe(counts) == "3 rejected (too_short 3)"
+    check_share("catalogue", counts, 30, 0.1, "there")
+    with pytest.raises(InputError, match=r"0\.103, more than data\.max_rejected_share=0\.1 allows; see there"):
+        check_share("catalogue", counts, 29, 0.1, "there")

@@ -1,0 +1,290 @@
+"""Pair mining on tables of six rows, and against a naive restatement on random ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from htcl_ray.config import PairSettings
+from htcl_ray.interactions import pairs as pairs_module
+from htcl_ray.interactions.pairs import finish_pairs, partial_pairs, positives
+from htcl_ray.schemas import EVENTS, PAIRS
+
+pytestmark = pytest.mark.unit
+
+DAY = 86400.0
+SONGS = pa.table(
+    {"song_id": ["a", "b", "c", "d", "v", "w", "x"], "split": ["train", "train", "train", "train", "validation", "test", "test"]}
+)
+PLAIN = PairSettings(popularity_exponent=0)
+
+
+def event(
+    user: str, song: str, trigger: str | None = None, *, value: float = 1, time: float | None = 0, period: str = "train", out: bool = False
+) -> dict[str, Any]:
+    return {
+        "user_id": user,
+        "song_id": song,
+        "trigger_song_id": trigger,
+        "value": value,
+        "timestamp": time,
+        "held_out_user": out,
+        "period": period,
+    }
+
+
+def mine(
+    rows: list[dict[str, Any]], settings: PairSettings = PLAIN, newest: float = 0.0
+) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, int]]:
+    events = pa.Table.from_pylist(rows, schema=EVENTS)
+    partial = partial_pairs(events, SONGS, newest, settings)
+    ids = SONGS["song_id"].combine_chunks()
+    found, dropped = finish_pairs(partial, ids, positives(events, SONGS), settings)
+    assert found.schema == PAIRS
+    return {(row["trigger_song_id"], row["song_id"]): row for row in found.to_pylist()}, dropped
+
+
+def weights(rows: list[dict[str, Any]], settings: PairSettings = PLAIN, newest: float = 0.0) -> dict[str, float]:
+    return {f"{a}{b}": row["weight"] for (a, b), row in mine(rows, settings, newest)[0].items()}
+
+
+def test_feedback_makes_pairs_of_trigger_and_song() -> None:
+    rows = [
+        event("u", "b", "a", time=1),
+        event("u", "c", "a", value=0),
+        event("u", "d", "a", value=-1),
+        event("v", "b", "a", time=3),
+        event("v", "a", "b", time=2),
+        event("v", "b", "a", time=4),
+    ]
+    found, dropped = mine(rows)
+    assert list(found) == [("a", "b"), ("b", "a")]
+    assert found["a", "b"] == {
+        "trigger_song_id": "a",
+        "song_id": "b",
+        "weight": 3.0,
+        "support": 2,
+        "first_timestamp": 1.0,
+        "last_timestamp": 4.0,
+        "split": "train",
+    }
+    assert dropped == {}
+
+
+def test_plays_pair_with_the_last_liked_play_of_the_session() -> None:
+    minute = 60.0
+    rows = [
+        event("u", "a", time=0),
+        event("u", "b", time=5 * minute, value=0),
+        event("u", "c", time=10 * minute),
+        event("u", "d", time=15 * minute),
+        event("u", "a", time=46 * minute),
+        event("w", "b", time=16 * minute),
+    ]
+    assert weights(rows) == {"ac": 1.0, "cd": 1.0}
+    assert weights(rows, PairSettings(popularity_exponent=0, session_gap_minutes=31)) == {"ac": 1.0, "cd": 1.0, "da": 1.0}
+
+
+def test_affinity_pairs_songs_of_one_user_both_ways() -> None:
+    rows = [
+        event(user, song, time=None, value=value)
+        for user, song, value in [("u", "a", 4), ("u", "b", 1), ("u", "c", 4), ("w", "a", 2), ("w", "b", 2), ("x", "d", 9)]
+    ]
+    found, _ = mine(rows)
+    assert {f"{a}{b}": (row["weight"], row["support"]) for (a, b), row in found.items()} == {
+        "ab": (0.5 + 1.0, 2),
+        "ba": (0.5 + 1.0, 2),
+        "ac": (1.0, 1),
+        "ca": (1.0, 1),
+        "bc": (0.5, 1),
+        "cb": (0.5, 1),
+    }
+    assert found["a", "b"]["first_timestamp"] is None
+    assert weights(rows, PairSettings(popularity_exponent=0, max_songs_per_user=2)) == {"ab": 1.0, "ba": 1.0, "ac": 1.0, "ca": 1.0}
+
+
+def test_what_is_dropped_is_counted() -> None:
+    rows = [
+        event("u", "a", "a"),
+        event("u", "v", "a"),
+        event("u", "w", "v"),
+        event("u", "b", "a", period="test"),
+        event("u", "b", "a", period="validation", out=True),
+        event("u", "b", "a", out=True),
+    ]
+    found, dropped = mine(rows)
+    assert found == {}
+    assert dropped == {"self_pair": 1, "cross_split": 2, "later_period": 1, "held_out_user": 2}
+
+
+def test_pairs_of_held_out_songs_take_any_user_and_period() -> None:
+    rows = [event("u", "x", "w", period="test", out=True), event("v", "x", "w", period="train")]
+    found, _ = mine(rows)
+    assert found["w", "x"]["split"] == "test"
+    assert found["w", "x"]["support"] == 2
+
+
+def test_minimum_support_counts_users_not_events() -> None:
+    rows = [event("u", "b", "a"), event("u", "b", "a"), event("u", "c", "a"), event("w", "c", "a")]
+    found, dropped = mine(rows, PairSettings(popularity_exponent=0, min_support=2))
+    assert list(found) == [("a", "c")]
+    assert dropped == {"below_support": 1}
+
+
+def test_old_events_count_less() -> None:
+    rows = [
+        event("u", "b", "a", time=0),
+        event("u", "c", "a", time=10 * DAY),
+        event("u", "d", "a", time=20 * DAY),
+        event("u", "w", "x", time=30 * DAY),
+    ]
+    settings = PairSettings(popularity_exponent=0, half_life_days=10)
+    assert weights(rows, settings, newest=20 * DAY) == pytest.approx({"ab": 0.25, "ac": 0.5, "ad": 1.0, "xw": 1.0})
+
+
+def test_the_heaviest_pairs_of_a_song_stay() -> None:
+    rows = [
+        event("u", "b", "a"),
+        event("u", "c", "a"),
+        event("w", "c", "a"),
+        event("u", "d", "a"),
+        event("u", "a", "b"),
+        event("u", "c", "b"),
+    ]
+    found, dropped = mine(rows, PairSettings(popularity_exponent=0, max_pairs_per_song=2))
+    assert list(found) == [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c")]  # d goes: as heavy as b, but later by id
+    assert dropped == {"above_cap": 1}
+
+
+def test_popularity_is_divided_out() -> None:
+    rows = [event("u", "b", "a"), event("w", "b", "a"), event("u", "c", "b"), event("u", "c", "b", value=-1)]
+    #  received well: a 2 (twice as trigger), b 2 + 1 as trigger, c 1
+    assert positives(pa.Table.from_pylist(rows, schema=EVENTS), SONGS).tolist() == [2, 3, 1, 0, 0, 0, 0]
+    assert weights(rows, PairSettings(popularity_exponent=0.5)) == pytest.approx({"ab": 2 / np.sqrt(2 * 3), "bc": 1 / np.sqrt(3 * 1)})
+    assert weights(rows, PairSettings(popularity_exponent=1)) == pytest.approx({"ab": 2 / 6, "bc": 1 / 3})
+
+
+def test_popularity_of_training_songs_knows_nothing_of_the_evaluation() -> None:
+    rows = [
+        event("u", "b", "a"),
+        event("u", "b", "a", period="test"),
+        event("u", "b", "a", out=True),
+        event("u", "x", "w", period="test", out=True),
+    ]
+    assert positives(pa.Table.from_pylist(rows, schema=EVENTS), SONGS).tolist() == [1, 1, 0, 0, 0, 1, 1]
+
+
+def test_no_events() -> None:
+    assert mine([]) == ({}, {})
+
+
+def random_events(random: np.random.Generator, rows: int) -> list[dict[str, Any]]:
+    songs = SONGS["song_id"].to_pylist()
+    found = []
+    for _ in range(rows):
+        kind = random.integers(3)
+        user = f"u{random.integers(12)}"
+        found.append(
+            event(
+                user,
+                str(random.choice(songs)),
+                str(random.choice(songs)) if kind == 0 else None,
+                value=float(random.choice([-1, 0, 1, 1])) if kind else 1.0,
+                time=float(random.integers(100_000)) if kind < 2 else None,
+                period=str(random.choice(["train", "train", "validation", "test"])) if kind < 2 else "train",
+                out=user in ("u3", "u7"),
+            )
+        )
+        if kind == 2:
+            found[-1]["value"] = float(random.integers(1, 6))
+    return found
+
+
+def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSettings) -> dict[tuple[str, str], tuple[float, int]]:
+    """The decision record in plain loops; the correction and the cap included."""
+    split = dict(zip(SONGS["song_id"].to_pylist(), SONGS["split"].to_pylist(), strict=True))
+    seen: list[tuple[str, str, str, float, float | None, str, bool]] = []
+    by_user = defaultdict(list)
+    for row in rows:
+        by_user[row["user_id"]].append(row)
+    for user, mine_ in by_user.items():
+        out = mine_[0]["held_out_user"]
+        for row in mine_:
+            if row["trigger_song_id"] and row["value"] > 0:
+                seen.append((row["trigger_song_id"], row["song_id"], user, row["value"], row["timestamp"], row["period"], out))
+        plays = sorted(
+            (r for r in mine_ if not r["trigger_song_id"] and r["timestamp"] is not None), key=lambda r: (r["timestamp"], r["song_id"])
+        )
+        trigger, before = None, None
+        for row in plays:
+            if before is None or row["timestamp"] - before > settings.session_gap_minutes * 60:
+                trigger = None
+            if trigger and row["value"] > 0:
+                seen.append((trigger, row["song_id"], user, row["value"], row["timestamp"], row["period"], out))
+            if row["value"] > 0:
+                trigger = row["song_id"]
+            before = row["timestamp"]
+        liked = Counter[str]()
+        for row in mine_:
+            if row["timestamp"] is None:
+                liked[row["song_id"]] += row["value"]
+        top = dict(sorted(liked.items(), key=lambda item: (-item[1], item[0]))[: settings.max_songs_per_user])
+        for a, b in itertools.permutations(top, 2):
+            seen.append((a, b, user, (top[a] * top[b]) ** 0.5 / max(top.values()), None, "train", out))
+    popularity = Counter[str]()
+    for row in rows:
+        for song in (row["song_id"], row["trigger_song_id"]):
+            if row["value"] > 0 and song and (split[song] != "train" or (row["period"] == "train" and not row["held_out_user"])):
+                popularity[song] += 1
+    weight, users = Counter[tuple[str, str]](), defaultdict(set)
+    for a, b, user, strength, time, period, out in seen:
+        if a == b or split[a] != split[b] or (split[a] == "train" and (out or period != "train")):
+            continue
+        age = 0 if time is None or settings.half_life_days is None else max(0, newest - time) / DAY / settings.half_life_days
+        weight[a, b] += strength * 0.5**age
+        users[a, b].add(user)
+    final = {
+        pair: (total / (popularity[pair[0]] * popularity[pair[1]]) ** settings.popularity_exponent, len(users[pair]))
+        for pair, total in weight.items()
+        if len(users[pair]) >= settings.min_support
+    }
+    kept = {}
+    for a in split:
+        mine_of_a = sorted((pair for pair in final if pair[0] == a), key=lambda pair: (-round(final[pair][0], 9), pair[1]))
+        kept.update({pair: final[pair] for pair in mine_of_a[: settings.max_pairs_per_song]})
+    return kept
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PairSettings(),
+        PairSettings(min_support=2, half_life_days=0.5, popularity_exponent=1.0, session_gap_minutes=60, max_songs_per_user=3),
+        PairSettings(max_pairs_per_song=2, popularity_exponent=0.3, session_gap_minutes=300),
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_events(np.random.default_rng(seed), 300)
+    expected = naive_pairs(rows, 50_000.0, settings)
+    assert len(expected) > 5
+    events = pa.Table.from_pylist(rows, schema=EVENTS)
+    ids, popularity = SONGS["song_id"].combine_chunks(), positives(events, SONGS)
+    users = sorted({row["user_id"] for row in rows})
+    for pieces, at_once in ((1, 10**6), (1, 20), (4, 10**6)):
+        monkeypatch.setattr(pairs_module, "OCCURRENCES_AT_ONCE", at_once)
+        parts = [
+            pa.Table.from_pylist([row for row in rows if users.index(row["user_id"]) % pieces == i], schema=EVENTS) for i in range(pieces)
+        ]
+        partial = pa.concat_tables([partial_pairs(part, SONGS, 50_000.0, settings) for part in parts])
+        found, _ = finish_pairs(partial, ids, popularity, settings)
+        ours = {(row["trigger_song_id"], row["song_id"]): (row["weight"], row["support"]) for row in found.to_pylist()}
+        assert ours.keys() == expected.keys()
+        for pair, (weight, support) in expected.items():
+            assert ours[pair] == (pytest.approx(weight), support)
+        assert list(ours) == sorted(ours)
