@@ -1,7 +1,8 @@
 """Who listens: users with tastes over what the text names and over what it does not, and the log that an imperfect recommender leaves.
 
-A visit starts with a song that the user picks (the trigger); the service recommends a few songs from it, without knowing the user's
-taste: some at random, more of what is popular, more of the trigger's genre. The user answers each.
+A visit starts with a song that the user picks (the trigger); the service recommends a few songs from it: by chance, but more of what is
+popular, more of the trigger's genre, and a little more of what suits the user, as other users' choices would tell it. The user answers
+each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from htcl_ray.schemas import Feedback
 
 FIRST_DAY = datetime(2025, 1, 6, tzinfo=UTC)
 DAYS = 180
-VISITS = 30
+VISITS = 40
 RECOMMENDED = 5
 """Songs recommended from one trigger."""
 
@@ -24,8 +25,10 @@ POPULARITY_EXPONENT = 0.6
 """The song of popularity rank r is recommended proportionally to r to the power of minus this."""
 SAME_GENRE_LIFT = 1.5
 """How many times more often than by chance a recommended song shares the trigger's genre (before normalisation)."""
-HIDDEN_WEIGHT, GENRE_WEIGHT, MOOD_WEIGHT, LEAD_WEIGHT = 1.2, 0.6, 0.4, 0.25
-PICKINESS = 1.5
+HINT = 0.6
+"""How much the recommender knows of a user's taste; 0 is nothing, 1 is as much as the user."""
+HIDDEN_WEIGHT, GENRE_WEIGHT, MOOD_WEIGHT, LEAD_WEIGHT = 1.8, 1.1, 0.7, 0.4
+PICKINESS = 3.0
 """Utility above which a user rather likes a song than not."""
 CARELESS_SHARE = 0.08
 """Share of answers that say nothing about taste."""
@@ -73,7 +76,7 @@ def make_tastes(world: World, users: int) -> Tastes:
     rng = random_stream(world.seed, "tastes")
     sides = rng.choice((-1.0, 1.0), (users, len(HIDDEN_TRAITS)))
     return Tastes(
-        hidden=HIDDEN_WEIGHT * sides * rng.uniform(0.7, 1.3, sides.shape),
+        hidden=HIDDEN_WEIGHT * sides * rng.uniform(0.8, 1.2, sides.shape),
         genre=GENRE_WEIGHT * rng.standard_normal((users, len(GENRES))),
         mood=MOOD_WEIGHT * rng.standard_normal((users, len(MOODS))),
         lead=LEAD_WEIGHT * rng.standard_normal((users, len(LEADS))),
@@ -105,7 +108,7 @@ def simulate(world: World, tastes: Tastes) -> Log:
         lift = np.log(SAME_GENRE_LIFT) * (genre[None, :] == genre[trigger][:, None])
         blocked = seen.copy()
         blocked[everyone, trigger] = True
-        offered = _draw(np.where(blocked, -np.inf, log_popularity + lift), per_visit, rng)
+        offered = _draw(np.where(blocked, -np.inf, log_popularity + lift + HINT * utility), per_visit, rng)
         seen[everyone[:, None], offered] = True
         seconds = days[:, visit, None] * 86400 + 210 * np.arange(1, per_visit + 1)
         columns.append((everyone[:, None] + 0 * offered, trigger[:, None] + 0 * offered, offered, seconds))

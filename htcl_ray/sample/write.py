@@ -9,7 +9,9 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,12 @@ from htcl_ray.sample.world import World, make_world, random_stream
 from htcl_ray.storage import file_sha256, fingerprint
 
 MARKER = "sample.json"
-BROKEN_FILE_SHARE = 0.006
+DAMAGED_SHARE = 0.006
+"""Of the audio files."""
 BROKEN_ROW_SHARE = 0.004
+"""Of the log."""
+SONGS_PER_PROCESS = 100
+"""Rendering fewer is not worth another process."""
 CATALOG_COLUMNS = ("song_id", "audio_path", "title", "artist", "album", "genre", "mood", "tags", "year")
 LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp")
 
@@ -36,7 +42,9 @@ class SampleTables:
     interactions: Path
 
 
-def write_sample(folder: Path | str, *, songs: int, artists: int, users: int, seed: int, seconds: float = 8.0) -> SampleTables:
+def write_sample(
+    folder: Path | str, *, songs: int = 1000, artists: int = 200, users: int = 600, seed: int = 0, seconds: float = 8.0
+) -> SampleTables:
     """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) below `folder`; the same arguments give the same bytes.
 
     A folder that already holds this sample is left alone, one that holds another sample is replaced; the folder appears whole or not at
@@ -69,7 +77,7 @@ def write_sample(folder: Path | str, *, songs: int, artists: int, users: int, se
 
 def _write_audio(world: World, folder: Path, seconds: float) -> None:
     recordings = [i for i, song in enumerate(world.songs) if song.recording == i]
-    workers = min(os.cpu_count() or 1, 4, 1 + len(recordings) // 100)
+    workers = min(os.cpu_count() or 1, 8, 1 + len(recordings) // SONGS_PER_PROCESS)
     if workers == 1:
         _write_recordings(world, recordings, folder, seconds)
     else:
@@ -80,7 +88,8 @@ def _write_audio(world: World, folder: Path, seconds: float) -> None:
     for i, song in enumerate(world.songs):
         if song.recording != i:
             shutil.copyfile(folder / f"{world.songs[song.recording].song_id}.wav", folder / f"{song.song_id}.wav")
-    _break_files(world, folder)
+    for position, damage in damaged_songs(world).items():
+        damage_file(folder / f"{world.songs[position].song_id}.wav", damage)
 
 
 def _write_recordings(world: World, positions: list[int], folder: Path, seconds: float) -> None:
@@ -91,28 +100,37 @@ def _write_recordings(world: World, positions: list[int], folder: Path, seconds:
         soundfile.write(folder / f"{world.songs[position].song_id}.wav", waveform, SAMPLE_RATE, subtype="PCM_16")
 
 
-def _break_files(world: World, folder: Path) -> None:
-    """Damage a few files in the ways that files of a real catalogue are damaged."""
-    rng = random_stream(world.seed, "broken files")
-    plain = [i for i, song in enumerate(world.songs) if song.recording == i and not _is_copied(world, i)]
-    chosen = rng.permutation(plain)[: int(np.ceil(BROKEN_FILE_SHARE * len(world.songs)))]
-    for count, position in enumerate(chosen.tolist()):
-        path = folder / f"{world.songs[position].song_id}.wav"
-        kind = count % 5
-        if kind == 0:
-            path.write_bytes(b"")
-        elif kind == 1:
-            path.write_bytes(b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n")
-        elif kind == 2:
-            path.write_bytes(path.read_bytes()[:22])  # half of a WAV header
-        elif kind == 3:
-            path.unlink()
-        else:
-            soundfile.write(path, 0.1 * rng.standard_normal(SAMPLE_RATE // 20), SAMPLE_RATE, subtype="PCM_16")
+class Damage(StrEnum):
+    """What is wrong with a file that a real catalogue would also have."""
+
+    EMPTY = "empty"
+    WEB_PAGE = "web page"
+    HALF_A_HEADER = "half a header"
+    MISSING = "missing"
+    TOO_SHORT = "too short"
 
 
-def _is_copied(world: World, position: int) -> bool:
-    return any(song.recording == position and i != position for i, song in enumerate(world.songs))
+def damaged_songs(world: World) -> dict[int, Damage]:
+    """Which songs' files are damaged, by position, and how. None of them is a duplicate or has one."""
+    copies = Counter(song.recording for song in world.songs)
+    single = [position for position in range(len(world.songs)) if copies[position] == 1]
+    count = int(np.ceil(DAMAGED_SHARE * len(world.songs)))
+    chosen = random_stream(world.seed, "damage").permutation(single)[:count].tolist()
+    return {position: list(Damage)[i % len(Damage)] for i, position in enumerate(chosen)}
+
+
+def damage_file(path: Path, damage: Damage) -> None:
+    """Damage a WAV file."""
+    if damage is Damage.EMPTY:
+        path.write_bytes(b"")
+    elif damage is Damage.WEB_PAGE:
+        path.write_bytes(b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n")
+    elif damage is Damage.HALF_A_HEADER:
+        path.write_bytes(path.read_bytes()[:22])
+    elif damage is Damage.MISSING:
+        path.unlink()
+    else:
+        soundfile.write(path, soundfile.read(path)[0][: SAMPLE_RATE // 20], SAMPLE_RATE, subtype="PCM_16")
 
 
 def _catalog_rows(world: World) -> list[tuple[str, ...]]:
