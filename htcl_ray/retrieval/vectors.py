@@ -53,7 +53,8 @@ def concatenate(parts: list[Vectors]) -> Vectors:
 def unit_norm(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     """Each row of [n, dim] at length 1. Raises QueryError for a row that has no direction or is not finite."""
     wide = vectors.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(wide, axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths < np.finfo(np.float32).tiny).any():
         raise QueryError("a query vector is zero or not finite in one of its halves; expected finite numbers that are not all zero")
     return (wide / lengths).astype(np.float32)

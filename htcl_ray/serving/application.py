@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import signal
 import socket
 import threading
@@ -82,7 +83,7 @@ def serving(config: Config, index: str | None = None) -> Iterator[str]:
         _wait_until_ready(url)
         yield url
     finally:
-        _mute_raylet()
+        _mute_shutdown()
         serve.shutdown()
         logging.getLogger("ray.serve").removeFilter(_errors_only)
 
@@ -154,11 +155,11 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _mute_raylet() -> None:
+def _mute_shutdown() -> None:
     """Every regular shutdown of Serve makes the raylet report that the controller, which ends itself, was killed during a call."""
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private.ray_logging import stdout_deduplicator
 
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    stdout_deduplicator.skip_re = re.compile(r"ServeController\.graceful_shutdown failed")
 
 
 def _last_line(text: str) -> str:

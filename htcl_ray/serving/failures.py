@@ -43,6 +43,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HtclError, _ours)
     app.add_exception_handler(RayError, _remote)
     app.add_exception_handler(RayServeException, _unavailable)
+    app.add_exception_handler(TimeoutError, _unavailable)
     app.add_exception_handler(Exception, _unexpected)
 
 

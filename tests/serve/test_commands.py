@@ -1,0 +1,126 @@
+"""Starting and stopping the application the ways a user does."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from htcl_ray.config import Config
+from htcl_ray.errors import ConfigError
+from tests.conftest import REPOSITORY
+from tests.small_workspace import SONGS
+
+pytestmark = pytest.mark.serve
+
+SCRIPTS = Path(sys.executable).parent
+
+
+@contextmanager
+def started(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """A process, ended by Ctrl-C; its output is in `process.output`, line by line as it comes."""
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def test_htcl_serve(indexed: Config):
+    command = (str(SCRIPTS / "htcl"), "serve", "--preset", "demo", "--workspace", indexed.workspace, "--set", "serve.port=0")
+    with started(*command) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if line.startswith("try:"):
+                break
+        address = re.search(rf"serving index \w+ \({SONGS} songs\) at (http://127\.0\.0\.1:\d+); Ctrl-C stops", "\n".join(lines))
+        assert address, lines
+        assert httpx.get(f"{address[1]}/readyz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read().splitlines()
+        assert process.wait(timeout=60) == 0
+    assert len(lines) == 3, f"noise in the terminal: {lines}"
+    assert lines[0].startswith("Ray: private cluster")
+    assert rest == ["stopping"]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address[1]}/readyz")
+
+
+def test_htcl_serve_says_what_is_wrong(tmp_path: Path):
+    command = (str(SCRIPTS / "htcl"), "serve", "--preset", "demo", "--workspace", str(tmp_path))
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("htcl: error: the workspace")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_serve_run_with_the_shipped_config(indexed: Config, tmp_path: Path):
+    """`serve/config.yaml`, with another port and this workspace, on a cluster of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    tree = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
+    tree["http_options"]["port"] = port
+    tree["applications"][0]["args"] |= {"workspace": indexed.workspace, "preset": "demo"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with started(str(SCRIPTS / "serve"), "run", str(tmp_path / "config.yaml"), RAY_ADDRESS="local") as process:
+        deadline = time.monotonic() + 180
+        while not _is_ready(f"http://127.0.0.1:{port}/readyz"):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        found = httpx.post(f"http://127.0.0.1:{port}/v1/search", json={"text": "rock", "k": 3}, timeout=30).json()
+        assert len(found["results"]) == 3
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_builder_takes_configuration_keys(indexed: Config):
+    """What `serve run serve.app:build_app workspace=… preset=demo serve.max_batch_size=4` passes; `app` is ./workspace."""
+    from serve import app as entry
+
+    built = entry.build_app({"workspace": indexed.workspace, "preset": "demo", "serve.max_batch_size": "4", "serve.encoder_replicas": 2})
+    encoder, served, settings = built._bound_deployment.init_args
+    assert served.workspace.uri == indexed.workspace
+    assert settings.max_batch_size == 4
+    assert encoder._bound_deployment.num_replicas == 2
+    with pytest.raises(ConfigError, match=r"serve\.max_batch_siz.*did you mean"):
+        entry.build_app({"serve.max_batch_siz": "4"})
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = entry.nothing
+
+
+def test_app_is_built_when_it_is_asked_for(indexed: Config, monkeypatch: pytest.MonkeyPatch):
+    from serve import app as entry
+
+    monkeypatch.chdir(Path(indexed.workspace).parent)
+    assert entry.app._bound_deployment.init_args[1].workspace.uri == indexed.workspace

@@ -1,0 +1,343 @@
+"""Every route and every failure of the HTTP application, over ASGI: no cluster, no socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import pytest
+
+from htcl_ray.config import AudioRecipe, ServeSettings
+from htcl_ray.errors import AudioError, HtclError, InputError
+from htcl_ray.retrieval import SearchService, SongIndex, Vectors
+from htcl_ray.schemas import Reason
+from htcl_ray.serving.guard import MAX_JSON_BYTES
+from htcl_ray.serving.routes import create_app
+from tests.small_workspace import sound, wav
+
+pytestmark = pytest.mark.unit
+
+IDS = ["a", "b", "c", "with/slash", "ü ?#"]
+RECIPE = AudioRecipe(clip_seconds=2)
+
+
+def vectors(seed: int, rows: int) -> Vectors:
+    rng = np.random.default_rng(seed)
+    halves = rng.normal(size=(2, rows, 3))
+    halves /= np.linalg.norm(halves, axis=2, keepdims=True)
+    return Vectors(*halves.astype(np.float32))
+
+
+class StandIn:
+    """Words and bytes → vectors drawn from their hash; raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.service = SearchService(SongIndex.build(IDS, vectors(0, len(IDS))))
+        self.index_version = "v1"
+        self.error: Exception | None = None
+
+    async def encode_text(self, text: str) -> Vectors:
+        if self.error:
+            raise self.error
+        return vectors(sum(text.encode()), 1)
+
+    async def encode_audio(self, data: bytes) -> Vectors:
+        if self.error:
+            raise self.error
+        return vectors(len(data), 1)
+
+    async def check_ready(self) -> None:
+        if self.error:
+            raise self.error
+
+
+class Client:
+    """A synchronous face of httpx over ASGI."""
+
+    def __init__(self, settings: ServeSettings | None = None) -> None:
+        self.backend = StandIn()
+        self.app = create_app(self.backend, settings or ServeSettings(max_upload_bytes=200_000))
+
+    def __call__(self, method: str, path: str, **options) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+
+@pytest.fixture(scope="module")
+def shared_client() -> Client:
+    return Client()
+
+
+@pytest.fixture
+def client(shared_client: Client) -> Client:
+    shared_client.backend.error = None
+    return shared_client
+
+
+def assert_failure(response: httpx.Response, status: int, code: str, message: str = "") -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"code", "message"}
+    assert body["error"]["code"] == code
+    assert message in body["error"]["message"]
+
+
+def found(response: httpx.Response) -> list[str]:
+    assert response.status_code == 200, response.text
+    return [result["song_id"] for result in response.json()["results"]]
+
+
+def test_search_answers_what_the_service_answers(client: Client):
+    service = client.backend.service
+    seeds, query = ["a", "b"], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    expected = {
+        "text": service.search(vectors(sum(b"calm"), 1), k=3, blend=0.2),
+        "song_id": service.search_songs(["a"], k=3, blend=0.2),
+        "song_ids": service.search_songs(seeds, k=3, blend=0.2),
+        "vector": service.search_vector(query, k=3, blend=0.2),
+    }
+    for name, value in (("text", "calm"), ("song_id", "a"), ("song_ids", seeds), ("vector", query)):
+        response = client("POST", "/v1/search", json={name: value, "k": 3, "blend": 0.2})
+        assert found(response) == [hit.song_id for hit in expected[name].hits]
+        body = response.json()
+        assert (body["k"], body["blend"], body["index"]) == (3, 0.2, "v1")
+        for result, hit in zip(body["results"], expected[name].hits, strict=True):
+            assert result["score"] == pytest.approx(0.8 * hit.semantic_score + 0.2 * hit.preference_score)
+            assert {"title", "artist", "genre", "year"} <= set(result)
+
+
+def test_defaults(client: Client):
+    body = client("POST", "/v1/search", json={"text": "calm"}).json()
+    assert (body["k"], body["blend"]) == (10, 0.5)
+
+
+def test_uploads(client: Client):
+    data = wav(sound(0, RECIPE, seconds=0.5), RECIPE)
+    response = client("POST", "/v1/search/audio", files={"file": ("a.wav", data)}, data={"k": "2", "blend": "1"})
+    assert found(response) == [hit.song_id for hit in client.backend.service.search(vectors(len(data), 1), k=2, blend=1).hits]
+    assert (response.json()["k"], response.json()["blend"]) == (2, 1)
+    assert client("POST", "/v1/search/audio", files={"file": ("a.wav", data)}).json()["k"] == 10
+
+
+@pytest.mark.parametrize("song_id", IDS)
+def test_songs_by_any_id(client: Client, song_id: str):
+    path = f"/v1/songs/{quote(song_id)}"
+    assert client("GET", path).json()["song_id"] == song_id
+    assert sorted([*found(client("GET", f"{path}/similar", params={"k": 10})), song_id]) == sorted(IDS)
+    assert len(found(client("GET", f"{path}/similar?k=2&blend=0"))) == 2
+
+
+def test_operations(client: Client):
+    assert client("GET", "/healthz").json() == {"status": "ok"}
+    assert client("GET", "/readyz").json() == {"status": "ready", "index": "v1", "songs": len(IDS)}
+    index = client("GET", "/v1/index").json()
+    assert (index["version"], index["songs"], index["dim"], index["has_preference"]) == ("v1", len(IDS), 3, True)
+
+
+BAD_SEARCHES = [
+    ({}, 422, "invalid_request", "exactly one"),
+    ({"text": "a", "song_id": "a"}, 422, "invalid_request", "text and song_id"),
+    ({"text": "a", "k": 0}, 422, "invalid_request", "body.k"),
+    ({"text": "a", "k": 1001}, 422, "invalid_request", "1000"),
+    ({"text": "a", "k": 10**400}, 422, "invalid_request", "body.k"),
+    ({"text": "a", "k": "many"}, 422, "invalid_request", "body.k"),
+    ({"text": "a", "blend": 1.5}, 422, "invalid_request", "body.blend"),
+    ({"text": "a", "blend": "x"}, 422, "invalid_request", "body.blend"),
+    ({"text": ""}, 422, "invalid_request", "body.text"),
+    ({"text": " "}, 422, "invalid_query", "empty"),
+    ({"text": 5}, 422, "invalid_request", "body.text"),
+    ({"text": "x" * 10_001}, 422, "invalid_request", "10000"),
+    ({"song_ids": []}, 422, "invalid_request", "body.song_ids"),
+    ({"vector": []}, 422, "invalid_query", "expected 6"),
+    ({"vector": [1.0]}, 422, "invalid_query", "expected 6"),
+    ({"vector": [0.0] * 6}, 422, "invalid_query", "zero"),
+    ({"vector": [1e300] * 6}, 422, "invalid_query", "not finite"),
+    ({"text": "a", "colour": "red"}, 422, "invalid_request", "colour"),
+    ({"song_id": "nobody"}, 404, "song_not_found", "'nobody'"),
+    ({"song_ids": ["a", "nobody"]}, 404, "song_not_found", "'nobody'"),
+    ([], 422, "invalid_request", ""),
+    ("text", 422, "invalid_request", ""),
+    (None, 422, "invalid_request", ""),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "message"), BAD_SEARCHES)
+def test_bad_searches(client: Client, body, status: int, code: str, message: str):
+    content = json.dumps(body).encode()
+    response = client("POST", "/v1/search", content=content, headers={"content-type": "application/json"})
+    assert_failure(response, status, code, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, "malformed_json"),
+        (b"{'text': 'a'}", 400, "malformed_json"),
+        (b"\xff\xfe", 400, None),
+        (b"[" * 200_000, 400, "bad_request"),
+        (b'{"text": "\\ud800"}', 422, "invalid_request"),
+        (b'{"vector": [NaN, 1, 1, 1, 1, 1]}', 422, "invalid_request"),
+        (b'{"text": "a", "blend": NaN}', 422, "invalid_request"),
+        (b'{"text": "a", "blend": Infinity}', 422, "invalid_request"),
+        (b'{"text": "a", "k": ' + b"9" * 5_000 + b"}", 400, "bad_request"),
+        (b"", 422, "invalid_request"),
+    ],
+)
+def test_bodies_that_are_not_json(client: Client, content: bytes, status: int, code: str | None):
+    response = client("POST", "/v1/search", content=content, headers={"content-type": "application/json"})
+    assert_failure(response, status, code or response.json()["error"]["code"])
+
+
+def test_unknown_places(client: Client):
+    assert_failure(client("GET", "/v1/nothing"), 404, "not_found", "/v1/nothing")
+    assert_failure(client("GET", "/"), 404, "not_found")
+    assert_failure(client("PUT", "/v1/search"), 405, "method_not_allowed")
+    assert_failure(client("GET", "/v1/songs/nobody"), 404, "song_not_found")
+    assert_failure(client("GET", "/v1/songs/nobody/similar"), 404, "song_not_found")
+    assert_failure(client("GET", "/v1/songs/a/similar?k=0"), 422, "invalid_request", "query.k")
+    assert_failure(client("GET", "/v1/songs/a/similar?blend=nan"), 422, "invalid_request", "query.blend")
+
+
+def test_bad_uploads(client: Client):
+    wrong = "/v1/search/audio"
+    good = wav(sound(0, RECIPE, seconds=0.2), RECIPE)
+    assert_failure(client("POST", wrong, json={}), 422, "invalid_request", "file")
+    assert_failure(client("POST", wrong, data={"file": "text"}), 422, "invalid_request", "file")
+    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"k": "0"}), 422, "invalid_request", "body.k")
+    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"blend": "nan"}), 422, "invalid_request", "body.blend")
+    broken = {"content-type": "multipart/form-data; boundary=x"}
+    assert_failure(client("POST", wrong, content=b"--y\r\nnonsense", headers=broken), 400, "bad_request")
+    assert_failure(client("POST", wrong, content=b"x", headers={"content-type": "multipart/form-data"}), 400, "bad_request")
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_audio_that_cannot_be_used(client: Client, reason: Reason):
+    client.backend.error = AudioError(reason, "what was found")
+    status = 422 if reason in (Reason.TOO_SHORT, Reason.NOT_FINITE) else 415
+    assert_failure(client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "what was found")
+
+
+def all_errors(kind: type = HtclError) -> Iterator[type[HtclError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from all_errors(child)
+
+
+def test_every_error_of_ours_has_an_answer(client: Client):
+    kinds = list(all_errors())
+    assert len(kinds) >= 9
+    for kind in kinds:
+        client.backend.error = AudioError(Reason.UNDECODABLE, "secret") if kind is AudioError else kind("secret")
+        response = client("POST", "/v1/search", json={"text": "a"})
+        assert_failure(response, response.status_code, response.json()["error"]["code"])
+        assert response.status_code in (404, 415, 422, 500)
+        if response.status_code == 500:
+            assert "secret" not in response.text
+
+
+def test_errors_that_nobody_expected(client: Client):
+    client.backend.error = ZeroDivisionError("secret")
+    response = client("POST", "/v1/search", json={"text": "a"})
+    assert_failure(response, 500, "internal")
+    assert "secret" not in response.text
+
+
+def test_errors_from_another_replica_keep_their_meaning(client: Client):
+    from ray.exceptions import RayActorError, RayTaskError
+    from ray.serve.exceptions import BackPressureError
+
+    cause = AudioError(Reason.UNDECODABLE, "no format")
+    client.backend.error = RayTaskError("encode_audio", "traceback", cause).as_instanceof_cause()
+    assert_failure(client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), 415, "undecodable", "no format")
+    for error in (RayActorError(), BackPressureError(num_queued_requests=1, max_queued_requests=1), TimeoutError()):
+        client.backend.error = error
+        response = client("GET", "/readyz")
+        assert_failure(response, 503, "unavailable")
+        assert response.headers["retry-after"]
+    client.backend.error = RayTaskError("encode_text", "traceback", InputError("secret")).as_instanceof_cause()
+    assert_failure(client("POST", "/v1/search", json={"text": "a"}), 500, "internal")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"])
+def test_hosts_that_are_allowed(host: str):
+    client = Client(ServeSettings(host="192.0.2.7", allowed_hosts=("Music.example",)))
+    assert client("GET", "/healthz", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost:80:80"]
+)
+def test_hosts_that_are_not(host: str, client: Client):
+    assert_failure(client("GET", "/healthz", headers={"host": host}), 400, "unknown_host", "serve.allowed_hosts")
+
+
+def test_any_host_on_request():
+    assert Client(ServeSettings(allowed_hosts=("*",)))("GET", "/healthz", headers={"host": "evil.example"}).status_code == 200
+
+
+def test_a_declared_length_is_refused_unread(client: Client):
+    response = client("POST", "/v1/search", content=b" " * (MAX_JSON_BYTES + 1), headers={"content-type": "application/json"})
+    assert_failure(response, 413, "too_large", str(MAX_JSON_BYTES))
+    response = client("POST", "/v1/search/audio", files={"file": ("a", b"x" * 300_000)})
+    assert_failure(response, 413, "too_large", "serve.max_upload_bytes")
+    response = client("POST", "/v1/search/audio", files={"file": ("a", b"x" * 200_001)})
+    assert_failure(response, 413, "too_large", "200000")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_an_endless_body_is_cut_off_while_it_is_read(client: Client, kind: str):
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        while sent < 20_000_000:
+            sent += 50_000
+            yield b"y" * 50_000
+
+    path = "/v1/search" if kind.endswith("json") else "/v1/search/audio"
+    response = client("POST", path, content=endless(), headers={"content-type": kind})
+    assert_failure(response, 413, "too_large")
+    assert sent < 2 * MAX_JSON_BYTES
+
+
+class TestOpenApi:
+    @pytest.fixture
+    def schema(self, client: Client) -> dict:
+        return client("GET", "/openapi.json").json()
+
+    def test_lists_the_calls(self, schema: dict):
+        calls = {(method.upper(), path) for path, methods in schema["paths"].items() for method in methods}
+        assert calls == {
+            ("POST", "/v1/search"),
+            ("POST", "/v1/search/audio"),
+            ("GET", "/v1/songs/{song_id}"),
+            ("GET", "/v1/songs/{song_id}/similar"),
+            ("GET", "/v1/index"),
+            ("GET", "/healthz"),
+            ("GET", "/readyz"),
+        }
+
+    def test_every_answer_is_typed(self, schema: dict):
+        for path, methods in schema["paths"].items():
+            for operation in methods.values():
+                for status, response in operation["responses"].items():
+                    reference = response["content"]["application/json"]["schema"]["$ref"]
+                    assert (reference == "#/components/schemas/ErrorResponse") == (status != "200"), (path, status)
+                assert {"200", "400", "413", "422", "503"} <= set(operation["responses"])
+
+    def test_examples_are_valid_requests(self, schema: dict, client: Client):
+        examples = schema["components"]["schemas"]["SearchRequest"]["examples"]
+        assert len(examples) >= 2
+        for example in examples:
+            assert client("POST", "/v1/search", json=example).status_code in (200, 404)
