@@ -98,8 +98,8 @@ def _join(folder: str, relative: str) -> str:
     return f"{folder.rstrip('/')}/{relative}"
 
 
-def table_parts(files: Sequence[TableFile], rows: int = PART_ROWS) -> list[TablePart]:
-    """Split files into parts of about `rows` rows where the format allows it."""
+def table_parts(files: Sequence[TableFile]) -> list[TablePart]:
+    """Split files into parts of about PART_ROWS rows where the format allows it."""
     parts = []
     for file in files:
         if file.format != "parquet":
@@ -110,7 +110,7 @@ def table_parts(files: Sequence[TableFile], rows: int = PART_ROWS) -> list[Table
             for group in range(parquet.metadata.num_row_groups):
                 groups.append(group)
                 count += parquet.metadata.row_group(group).num_rows
-                if count >= rows or group == parquet.metadata.num_row_groups - 1:
+                if count >= PART_ROWS or group == parquet.metadata.num_row_groups - 1:
                     parts.append(TablePart(file, start, tuple(groups)))
                     start, groups, count = start + count, [], 0
     return parts
