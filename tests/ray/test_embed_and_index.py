@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,22 @@ from tests.small_workspace import SONGS, small_config, song_id, sound, write_fea
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def prepare(folder: Path, tmp: Path, *, preference: bool = True, **overrides: object) -> Config:
-    config = small_config(folder, **overrides)
+@pytest.fixture(scope="module")
+def embedded(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Features, models of both stages and their vectors; to be left as it is."""
+    folder = tmp_path_factory.mktemp("embedded")
+    config = small_config(folder / "workspace")
     write_features(config)
-    write_models(config, tmp, preference=preference)
+    write_models(config, folder)
+    assert not embed(config).skipped
     return config
+
+
+@pytest.fixture
+def config(embedded: Config, tmp_path: Path) -> Config:
+    """A copy to change."""
+    shutil.copytree(embedded.workspace, tmp_path / "workspace")
+    return embedded.with_overrides({"workspace": str(tmp_path / "workspace")})
 
 
 def written(config: Config, path: str) -> dict[str, bytes]:
@@ -34,16 +46,9 @@ def written(config: Config, path: str) -> dict[str, bytes]:
     return {name: workspace.read_bytes(f"{path}/{name}") for name in workspace.children(path) if name.endswith(".parquet")}
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return prepare(tmp_path / "workspace", tmp_path)
-
-
-def test_vectors_equal_those_of_each_model_alone(config: Config):
+def test_vectors_equal_those_of_each_model_alone(embedded: Config):
     """Batches in actors give what `embed_mel` gives for one clip, and what a query of the same audio gives, within fp16 storage."""
-    result = embed(config)
-    assert not result.skipped
-    workspace = Workspace(config.workspace)
+    config, workspace = embedded, Workspace(embedded.workspace)
     ids, vectors = read_vectors(workspace, plan(workspace, config).path)
     assert ids == [song_id(i) for i in range(SONGS)]
     table = workspace.read_tables("features/features-1")
@@ -58,10 +63,9 @@ def test_vectors_equal_those_of_each_model_alone(config: Config):
     assert np.abs(vectors.semantic - vectors.preference).max() > 0.1
 
 
-def test_files_follow_the_schema_and_the_manifest_names_its_inputs(config: Config):
-    embed(config)
-    workspace = Workspace(config.workspace)
-    path = plan(workspace, config).path
+def test_files_follow_the_schema_and_the_manifest_names_its_inputs(embedded: Config):
+    workspace = Workspace(embedded.workspace)
+    path = plan(workspace, embedded).path
     assert workspace.children(path) == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet"]
     assert workspace.read_tables(path).schema.equals(embeddings_schema(12))
     manifest = workspace.manifest(path)
@@ -71,7 +75,6 @@ def test_files_follow_the_schema_and_the_manifest_names_its_inputs(config: Confi
 
 
 def test_an_interrupted_run_keeps_what_it_finished(config: Config, monkeypatch: pytest.MonkeyPatch):
-    embed(config)
     workspace = Workspace(config.workspace)
     path = plan(workspace, config).path
     before = written(config, path)
@@ -89,8 +92,7 @@ def test_an_interrupted_run_keeps_what_it_finished(config: Config, monkeypatch: 
     assert embed(config).skipped
 
 
-def test_other_weights_under_the_same_name_are_embedded_anew(config: Config, tmp_path: Path):
-    embed(config)
+def test_other_weights_under_the_same_name_are_embedded_anew(config: Config):
     before = plan(Workspace(config.workspace), config).version
     folder = Path(Workspace(config.workspace).full("models/semantic/semantic-0"))
     model = HTCL.from_pretrained(folder)
@@ -104,7 +106,9 @@ def test_other_weights_under_the_same_name_are_embedded_anew(config: Config, tmp
 
 
 def test_without_stage_2_the_preference_column_is_null(tmp_path: Path):
-    config = prepare(tmp_path / "workspace", tmp_path, preference=False)
+    config = small_config(tmp_path / "workspace")
+    write_features(config)
+    write_models(config, tmp_path, preference=False)
     embed(config)
     build_index(config)
     workspace = Workspace(config.workspace)
@@ -117,9 +121,8 @@ def test_without_stage_2_the_preference_column_is_null(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_index_holds_every_song_with_its_metadata(tmp_path: Path, kind: str):
-    config = prepare(tmp_path / "workspace", tmp_path, index__kind=kind)
-    embed(config)
+def test_index_holds_every_song_with_its_metadata(config: Config, kind: str):
+    config = config.with_overrides({"index.kind": kind})
     result = build_index(config)
     assert "recall@10 1.000" in result.summary
     workspace = Workspace(config.workspace)
