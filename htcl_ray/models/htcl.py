@@ -129,7 +129,7 @@ class HTCL(nn.Module):
 
     def temperatures(self) -> dict[str, float]:
         """Temperature of each loss term."""
-        return {term: math.exp(-scale.item()) for term, scale in self.logit_scale.items()}
+        return {term: math.exp(-self.logit_scale[term].item()) for term in TERMS[self.stage]}
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
