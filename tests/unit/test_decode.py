@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import struct
 import sys
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -144,13 +146,38 @@ def test_headers_that_lie_are_not_believed() -> None:
     assert reason_of(riff(16000, 0xFFFF, quarter, len(quarter))) in (Reason.UNDECODABLE, Reason.TOO_SHORT)
 
 
-def test_a_file_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> None:
+def test_a_clip_is_never_longer_than_the_recipe_says() -> None:
+    recipe = AudioRecipe(clip_seconds=0.33333)
+    assert decode(float_wav(tone(1, 1000), 1000), recipe).size == recipe.max_samples  # 334 whole frames of 1 ms would be 5344
+
+
+def test_a_truncated_file_keeps_what_there_is() -> None:
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, (5 * 48000, 1)).astype(np.float32)
     whole = encoded(noise, 48000, "FLAC", "PCM_16")
     recipe = AudioRecipe(clip_seconds=10)
     cut = decode(whole[: len(whole) // 2], recipe)
     assert 16000 < cut.size < 48000
     np.testing.assert_allclose(cut[:16000], decode(whole, recipe)[:16000], atol=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.05, False), (0.5, True)])
+def test_an_error_in_the_middle_keeps_what_came_before_it(seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: object) -> tuple[int, Iterator[np.ndarray]]:
+        def blocks() -> Iterator[np.ndarray]:
+            yield tone(seconds, 16000)
+            raise RuntimeError("bad frame")
+
+        return 16000, blocks()
+
+    monkeypatch.setattr(
+        importlib.import_module("htcl_ray.audio.decode"), "_read_sndfile", broken
+    )  # the package exports a function of that name
+    if kept:
+        np.testing.assert_array_equal(decode(b"RIFF", RECIPE), tone(seconds, 16000)[:, 0])
+    else:
+        with pytest.raises(AudioError, match="libsndfile: bad frame") as caught:
+            decode(b"RIFF", RECIPE)
+        assert caught.value.reason is Reason.UNDECODABLE
 
 
 def m4a(samples: np.ndarray, rate: int, layout: str) -> bytes:
