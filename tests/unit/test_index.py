@@ -137,6 +137,14 @@ class TestEveryKind:
         with pytest.raises(SongNotFoundError, match=gone[0]):
             index.vectors_of([gone[0]])
 
+    def test_a_few_songs_left_among_many_removed_are_all_found(self, kind: str):
+        """A graph search that may pass only through the songs that are left would stop after two or three of them."""
+        index = build(kind, 1000)
+        left = names(1000)[::100]
+        index.remove([song_id for song_id in names(1000) if song_id not in left])
+        for hits in index.search(vectors(1, 20), 10):
+            assert sorted(found(hits)) == left
+
     def test_removing_an_unknown_song_removes_none(self, kind: str):
         index = build(kind, 5)
         with pytest.raises(SongNotFoundError, match="nobody"):

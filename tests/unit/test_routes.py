@@ -294,6 +294,24 @@ def test_a_declared_length_is_refused_unread(client: Client):
     assert_failure(response, 413, "too_large", "200000")
 
 
+def test_a_declared_length_is_believed_before_anything_is_read(client: Client):
+    async def ask() -> list[dict]:
+        async def receive() -> dict:
+            pytest.fail("the body was read")
+
+        sent: list[dict] = []
+        headers = [(b"host", b"localhost"), (b"content-length", str(MAX_JSON_BYTES + 1).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/search", "query_string": b"", "headers": headers}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        await client.app(scope, receive, send)
+        return sent
+
+    assert asyncio.run(ask())[0]["status"] == 413
+
+
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
 def test_an_endless_body_is_cut_off_while_it_is_read(client: Client, kind: str):
     sent = 0
