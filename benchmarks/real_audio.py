@@ -38,6 +38,7 @@ ESC10 = {
     "data.columns": {"song_id": "clip_id", "genre": "label"},
     "data.split_column": "split",
     "pretrain.epochs": 60,
+    "pretrain.learning_rate": 5e-4,
     "pretrain.batch_size": 32,
 }
 """Over the demo preset. The class name goes by our column `genre`, so that the linear probe asks for it too."""

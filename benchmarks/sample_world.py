@@ -32,7 +32,6 @@ from rich.table import Table
 
 from benchmarks.environment import write_result
 from htcl_ray.config import Config, resolve
-from htcl_ray.demo import SAMPLE
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.index import build_index
@@ -160,7 +159,7 @@ def main() -> None:
     for seed in options.seeds:
         folder = out.absolute() / f"seed-{seed}"
         started = time.monotonic()
-        tables = write_sample(folder / "sample", **{**SAMPLE, "seed": seed})
+        tables = write_sample(folder / "sample", seed=seed)
         true, seconds = true_world(folder, tables, seed)
         found[seed] = figures(true, shuffled_captions(folder, tables, seed), shuffled_pairs(folder, tables, seed))
         sizes[seed] = {"seconds": seconds, "minutes_with_controls": round((time.monotonic() - started) / 60, 1), **_sizes(true)}
@@ -169,7 +168,7 @@ def main() -> None:
     for name, value in mean.items():
         show.add_row(name, *(f"{found[seed][name]:.3f}" for seed in found), f"{value:.3f}")
     Console().print(show)
-    result = {"sample": SAMPLE, "config": resolve("demo").model_dump(mode="json"), "mean": mean, "seeds": found, "sizes": sizes}
+    result = {"config": resolve("demo").model_dump(mode="json"), "mean": mean, "seeds": found, "sizes": sizes}
     print(f"written: {write_result('sample_world', result)}; workspaces are in {out}")
 
 
