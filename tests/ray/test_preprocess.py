@@ -148,23 +148,25 @@ def test_events_and_pairs_are_those_of_the_plain_functions(preprocessed: tuple[P
 
 
 def test_the_number_of_buckets_and_parts_changes_nothing(
-    preprocessed: tuple[Path, Config, StepResult], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace, _, _ = preprocessed
-    log = pa.Table.from_pylist(rows_of(world / "log.csv"))
-    (tmp_path / "log").mkdir()
+    plays = pa.Table.from_pylist(rows_of(world / "log.csv")).select(["user_id", "song_id", "timestamp"])
+    pq.write_table(plays, tmp_path / "plays.parquet")
+    preprocess(config_for(world, tmp_path / "one", data__interactions=str(tmp_path / "plays.parquet"), pairs__session_gap_minutes=120))
+
+    (tmp_path / "plays").mkdir()
     for part in range(3):
-        pq.write_table(log.slice(part * 600, 600), tmp_path / "log" / f"{part}.parquet", row_group_size=100)
+        pq.write_table(plays.slice(part * 600, 600), tmp_path / "plays" / f"{part}.parquet", row_group_size=100)
     monkeypatch.setattr(tables, "PART_ROWS", 300)
     monkeypatch.setattr(pairs_step, "EVENTS_PER_BUCKET", 300)
-    preprocess(config_for(world, tmp_path / "ws", data__interactions=str(tmp_path / "log")))
-    assert len(list((tmp_path / "ws" / "events").glob("*/part-*.parquet"))) > 3
-    assert len(list((tmp_path / "ws" / "pairs").glob("*/part-*.parquet"))) > 1
-    ours, theirs = (
-        read(root, "pairs").sort_by([("trigger_song_id", "ascending"), ("song_id", "ascending")]) for root in (tmp_path / "ws", workspace)
-    )
-    np.testing.assert_allclose(ours["weight"].to_numpy(), theirs["weight"].to_numpy(), rtol=1e-12)  # sums in another order
-    assert ours.drop_columns(["weight"]).equals(theirs.drop_columns(["weight"]))
+    preprocess(config_for(world, tmp_path / "many", data__interactions=str(tmp_path / "plays"), pairs__session_gap_minutes=120))
+    assert len(list((tmp_path / "many" / "events").glob("*/part-*.parquet"))) > 3
+    assert len(list((tmp_path / "many" / "pairs").glob("*/part-*.parquet"))) > 1
+    order = [("trigger_song_id", "ascending"), ("song_id", "ascending")]
+    one, many = (read(tmp_path / name, "pairs").sort_by(order) for name in ("one", "many"))
+    assert one.num_rows > 100
+    np.testing.assert_allclose(many["weight"].to_numpy(), one["weight"].to_numpy(), rtol=1e-12)  # sums in another order
+    assert many.drop_columns(["weight"]).equals(one.drop_columns(["weight"]))
 
 
 def test_the_second_run_is_skipped_without_ray(preprocessed: tuple[Path, Config, StepResult], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +278,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, ray_cluster: None) ->
     assert 10 <= len(shards) < songs // 2
     assert not list((tmp_path / "ws").rglob("manifest.json"))
 
+    (shards[0].parent / ".shard-0000099.parquet-half").write_bytes(b"what a killed writer leaves")
     stamps = {path: path.stat().st_mtime_ns for path in shards}
     preprocess(config)
     assert {path: path.stat().st_mtime_ns for path in shards} == stamps
