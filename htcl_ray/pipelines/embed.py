@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, Models, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import MismatchError, WorkspaceError
-from htcl_ray.pipelines.cluster import connect
+from htcl_ray.pipelines.cluster import address_of, connect
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
@@ -151,14 +152,19 @@ def _embed_shards(workspace: Workspace, config: Config, job: EmbedJob, missing: 
 
     settings = config.embed
     use_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    rows = ray.data.from_items([{"shard": name} for name in missing], override_num_blocks=len(missing)).map_batches(
-        ShardEmbedder,
-        fn_constructor_args=(workspace, job, settings.batch_size, "cuda" if use_gpu else "cpu"),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(settings.num_workers, len(missing))),
-        num_cpus=1,
-        num_gpus=1 if use_gpu else 0,
-    )
+    # On one machine an actor dies of what would kill it again, and Ray warns on the terminal about every actor that may restart.
+    restarts = {"max_restarts": 0, "max_task_retries": 0} if address_of(config) == "local" else {}
+    names = ray.data.from_items([{"shard": name} for name in missing], override_num_blocks=len(missing))
+    with warnings.catch_warnings(action="ignore"):  # restarts have no other parameter yet, but passing them is already deprecated
+        rows = names.map_batches(
+            ShardEmbedder,
+            fn_constructor_args=(workspace, job, settings.batch_size, "cuda" if use_gpu else "cpu"),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(settings.num_workers, len(missing))),
+            num_cpus=1,
+            num_gpus=1 if use_gpu else 0,
+            **restarts,
+        )
     total, started = sum(songs.values()), time.monotonic()
     kept = done = total - sum(songs[name] for name in missing)
     if kept:
