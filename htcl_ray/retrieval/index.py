@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from htcl_ray.config import IndexSettings
-from htcl_ray.errors import MismatchError, QueryError, SongNotFoundError, WorkspaceError
+from htcl_ray.errors import MismatchError, QueryError, SongNotFoundError
+from htcl_ray.retrieval.index_folder import SONGS_FILE, VECTORS_FILE, read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.schemas import INDEX_SONGS
 from htcl_ray.storage import MANIFEST, Workspace, build_manifest, file_sha256
 
-VECTORS_FILE = "index.faiss"
-SONGS_FILE = "songs.parquet"
 UNIT_NORM_TOLERANCE = 1e-3
 TIE_TOLERANCE = 1e-6
 """Scores this close may come back from FAISS in any order, so they are compared again in double precision."""
@@ -311,38 +310,6 @@ class SongIndex:
             Hit(self._ids[kept[i]], float(scores[i]), float(semantic[i]), None if preference is None else float(preference[i]))
             for i in order[:k]
         ]
-
-
-def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> dict[str, Any]:
-    """The manifest of an index folder, after every check of `SongIndex.load` that needs no vectors in memory."""
-    source = Workspace(str(folder))
-    manifest = source.manifest("")
-    if manifest is None:
-        raise WorkspaceError(f"{source.uri} holds no finished index; run 'htcl index' first")
-    if manifest.get("kind") != "index":
-        raise MismatchError(f"{source.uri} holds '{manifest.get('kind')}'; expected 'index'")
-    for name in (VECTORS_FILE, SONGS_FILE):
-        recorded = manifest["files"].get(name)
-        if not source.exists(name):
-            raise WorkspaceError(f"{source.uri_of(name)} is missing; run 'htcl index' again")
-        found = file_sha256(source.full(name))
-        if found != recorded:
-            raise MismatchError(f"{source.uri_of(name)} has SHA-256 {found}, but its manifest says {recorded}; run 'htcl index' again")
-    check_fits(manifest, source.uri, dim=dim, model_versions=model_versions)
-    return manifest
-
-
-def check_fits(manifest: Mapping[str, Any], where: str, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> None:
-    """Raise MismatchError unless an index's manifest names this dimension and these models."""
-    if dim is not None and dim != manifest["dim"]:
-        raise MismatchError(f"the index {where} has dimension {manifest['dim']}, but the models have {dim}; run 'htcl index' again")
-    for stage, version in (model_versions or {}).items():
-        theirs = manifest["model_versions"].get(stage)
-        if theirs != version:
-            raise MismatchError(
-                f"the index {where} was built with {stage} model {theirs}, but the one loaded is {version}; "
-                "run 'htcl embed' and 'htcl index' again"
-            )
 
 
 def _new(settings: IndexSettings, width: int) -> Any:

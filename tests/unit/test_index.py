@@ -13,7 +13,7 @@ import pytest
 from htcl_ray.config import IndexSettings
 from htcl_ray.errors import MismatchError, QueryError, SongNotFoundError, WorkspaceError
 from htcl_ray.retrieval import SongIndex, Vectors
-from htcl_ray.retrieval.index import SONGS_FILE, VECTORS_FILE
+from htcl_ray.retrieval.index_folder import SONGS_FILE, VECTORS_FILE
 
 pytestmark = pytest.mark.unit
 
