@@ -115,19 +115,21 @@ class _Waveform:
             self.resampler = soxr.ResampleStream(rate, self.recipe.sample_rate, 1, dtype="float32", quality="HQ")
         wanted = int(np.ceil(self.recipe.clip_seconds * rate))
         for block in blocks:
-            block = block[: wanted - self.frames]
-            self._add(block)
+            if len(block):
+                self._add(block[: wanted - self.frames])
             if self.frames >= wanted:
                 return
 
     def _add(self, block: FloatArray) -> None:
-        finite = np.abs(block) <= LARGEST_SAMPLE  # False for NaN
-        good = int(np.count_nonzero(finite))
-        if good < block.size:
+        if -LARGEST_SAMPLE <= block.min() and block.max() <= LARGEST_SAMPLE:  # false when there is a NaN
+            self.finite += block.size
+        else:
+            finite = np.abs(block) <= LARGEST_SAMPLE
+            self.finite += int(np.count_nonzero(finite))
             block = np.where(finite, block, np.float32(0))
         self.frames += len(block)
-        self.finite += good
-        mono = np.ascontiguousarray(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+        channels = block.shape[1]
+        mono = np.ascontiguousarray(block[:, 0]) if channels == 1 else block @ np.full(channels, 1 / channels, dtype=np.float32)
         self.parts.append(self.resampler.resample_chunk(mono) if self.resampler else mono)
 
     def finish(self) -> FloatArray:
