@@ -10,10 +10,11 @@ import pyarrow as pa
 import soundfile
 
 from htcl_ray.audio import log_mel
-from htcl_ray.config import AudioRecipe, Config, resolve
+from htcl_ray.config import Config, resolve
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.schemas import METADATA, features_schema
+from htcl_ray.settings import AudioRecipe
 from htcl_ray.storage import Workspace, build_manifest, file_sha256
 
 SONGS = 14

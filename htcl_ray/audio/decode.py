@@ -23,9 +23,9 @@ import pyarrow as pa
 import soundfile
 import soxr
 
-from htcl_ray.config import AudioRecipe
 from htcl_ray.errors import AudioError, WorkspaceError
 from htcl_ray.schemas import Reason
+from htcl_ray.settings import AudioRecipe
 from htcl_ray.storage import open_filesystem
 
 FloatArray = npt.NDArray[np.float32]
@@ -121,7 +121,7 @@ class _Waveform:
                 return
 
     def _add(self, block: FloatArray) -> None:
-        if -LARGEST_SAMPLE <= block.min() and block.max() <= LARGEST_SAMPLE:  # false when there is a NaN
+        if block.min() >= -LARGEST_SAMPLE and block.max() <= LARGEST_SAMPLE:  # false when there is a NaN
             self.finite += block.size
         else:
             finite = np.abs(block) <= LARGEST_SAMPLE

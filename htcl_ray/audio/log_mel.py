@@ -14,9 +14,9 @@ import scipy.fft
 import scipy.sparse
 import soxr
 
-from htcl_ray.config import AudioRecipe
 from htcl_ray.errors import AudioError, InputError
 from htcl_ray.schemas import Reason
+from htcl_ray.settings import AudioRecipe
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -15,9 +15,9 @@ from htcl_ray.catalog.columns import as_lists, as_strings, as_years
 from htcl_ray.catalog.quarantine import rejected_rows
 from htcl_ray.catalog.tables import TableFile, column_names, read_part, rename, renamed, table_files, table_parts
 from htcl_ray.catalog.text import song_text
-from htcl_ray.config import DataSettings, nearest
 from htcl_ray.errors import TableError
 from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
+from htcl_ray.settings import DataSettings, nearest
 
 SONGS = pa.schema(
     [

@@ -20,8 +20,8 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from htcl_ray.config import nearest
 from htcl_ray.errors import TableError
+from htcl_ray.settings import nearest
 from htcl_ray.storage import open_filesystem
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}

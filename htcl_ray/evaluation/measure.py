@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from htcl_ray.config import EvaluateSettings
 from htcl_ray.evaluation import baselines, recommendation, semantic
 from htcl_ray.schemas import Split
+from htcl_ray.settings import EvaluateSettings
 
 BLEND = "blend_0.5"
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from htcl_ray.config import AudioRecipe, ModelSettings
 from htcl_ray.models.audio_input import masked_input, official_input
 from htcl_ray.models.record import InputRecipe
+from htcl_ray.settings import AudioRecipe, ModelSettings
 
 KERNELS = (5, 3, 3)
 

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from htcl_ray.config import AudioRecipe, Config
+from htcl_ray.config import Config
 from htcl_ray.errors import InputError
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.audio_encoder import AudioEncoder
 from htcl_ray.models.record import InputRecipe, ModelRecord
 from htcl_ray.models.text_encoder import TextEncoder, Tokens, text_encoder_from_name, text_encoder_from_scratch, transformer_from_config
+from htcl_ray.settings import AudioRecipe
 
 MIN_TEMPERATURE = 0.01
 TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htcl_ray.config import TextSettings
 from htcl_ray.errors import ConfigError
 from htcl_ray.models.record import TextRecord
 from htcl_ray.models.vocabulary import SPECIAL_TOKENS
+from htcl_ray.settings import TextSettings
 
 Tokens = dict[str, Tensor]
 """`input_ids` and `attention_mask`, int64 [B, S]."""

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, Models, StepResult
-from htcl_ray.config import Config, nearest
+from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
 from htcl_ray.evaluation import report as reports
 from htcl_ray.evaluation.measure import Songs, held_out_texts, measure, with_blend
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.retrieval.vectors import concatenate
 from htcl_ray.schemas import FORMAT_VERSION, METADATA
+from htcl_ray.settings import nearest
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
 TEXTS_AT_ONCE = 256

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 
 from htcl_ray.artifacts import StepResult
 from htcl_ray.audio import decode, log_mel
@@ -26,7 +27,7 @@ from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
 from htcl_ray.catalog.songs import Catalog, read_catalog
 from htcl_ray.config import Config
-from htcl_ray.errors import AudioError
+from htcl_ray.errors import AudioError, TableError
 from htcl_ray.interactions.splits import song_split
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
@@ -100,11 +101,14 @@ def plan_features(config: Config) -> FeaturesPlan:
         ]
     )
     check_share("catalogue", count_reasons(rejected), catalog.rows, config.data.max_rejected_share, ", ".join(config.data.catalog))
+    usable = songs.filter(~(missing | empty))
+    if not usable.num_rows:
+        raise TableError(f"no song of {', '.join(config.data.catalog)} can be used: {describe(count_reasons(rejected))}")
     inputs = {"catalog": _table_hash(songs), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
     has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
     version = fingerprint(FORMAT_VERSION, inputs, config.audio.model_dump(mode="json"), settings, has_ffmpeg)
-    return FeaturesPlan(version, catalog, songs.filter(~(missing | empty)), rejected, inputs)
+    return FeaturesPlan(version, catalog, usable, rejected, inputs)
 
 
 def _reject(songs: pa.Table, reason: Reason, detail: str) -> Iterator[pa.Table]:
@@ -132,7 +136,9 @@ def _make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> 
     quality = _measure(workspace, plan)
     where = workspace.uri_of(quarantine)
     check_share("catalogue", quality["rejected"], plan.catalog.rows, config.data.max_rejected_share, where)
-    _remove_unfinished_files(workspace, features)
+    if not quality["songs"]:
+        raise TableError(f"no song of {', '.join(config.data.catalog)} can be used ({describe(quality['rejected'])}); see {where}")
+    _tidy(workspace, features)
     tree = config.model_dump(mode="json")
     if quality["rejected"]:
         print(f"preprocess  {describe(quality['rejected'])}; see {where}", flush=True)
@@ -221,11 +227,11 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
 
 def _measure(workspace: Workspace, plan: FeaturesPlan) -> dict[str, Any]:
     """Counts from the files as they were written, whichever run wrote them."""
-    names = [name for name in workspace.children(f"features/{plan.version}") if name.endswith(".parquet")]
-    files = [workspace.full(f"features/{plan.version}/{name}") for name in names]
-    splits = pads.dataset(files, filesystem=workspace.fs, format="parquet").to_table(columns=["split"])["split"] if files else pa.array([])
+    splits = pa.array([], pa.string())
+    if shards := _shards(workspace, f"features/{plan.version}"):
+        splits = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(columns=["split"])["split"]
     rejected = QUARANTINE.empty_table()
-    if any(name.endswith(".parquet") for name in workspace.children(f"quarantine/{plan.version}")):
+    if _shards(workspace, f"quarantine/{plan.version}"):
         rejected = workspace.read_tables(f"quarantine/{plan.version}")
     return {
         "songs": len(splits),
@@ -234,10 +240,15 @@ def _measure(workspace: Workspace, plan: FeaturesPlan) -> dict[str, Any]:
     }
 
 
-def _remove_unfinished_files(workspace: Workspace, path: str) -> None:
-    """Remove what killed writers left beside the shards."""
-    import pyarrow.fs as pafs
+def _shards(workspace: Workspace, path: str) -> list[str]:
+    return [workspace.full(f"{path}/{name}") for name in workspace.children(path) if name.endswith(".parquet")]
 
-    for info in workspace.fs.get_file_info(pafs.FileSelector(workspace.full(path), allow_not_found=True)):
+
+def _tidy(workspace: Workspace, path: str) -> None:
+    """Remove what killed writers left beside the shards, and shards of which every song was rejected."""
+    for fragment in pads.dataset(_shards(workspace, path), filesystem=workspace.fs, format="parquet").get_fragments():
+        if not fragment.count_rows():
+            workspace.fs.delete_file(fragment.path)
+    for info in workspace.fs.get_file_info(pafs.FileSelector(workspace.full(path))):
         if info.base_name.startswith("."):
             workspace.fs.delete_file(info.path)

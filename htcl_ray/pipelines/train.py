@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from htcl_ray import artifacts, errors
 from htcl_ray.artifacts import Artifact, StepResult
-from htcl_ray.config import Config, FinetuneSettings, StageSettings
+from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import FORMAT_VERSION
+from htcl_ray.settings import FinetuneSettings, StageSettings
 from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from htcl_ray.audio import log_mel
-from htcl_ray.config import AudioRecipe
 from htcl_ray.errors import MismatchError
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
+from htcl_ray.settings import AudioRecipe
 
 
 class SongEncoder:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from htcl_ray.config import IndexSettings
 from htcl_ray.errors import MismatchError, QueryError, SongNotFoundError
 from htcl_ray.retrieval.index_folder import SONGS_FILE, VECTORS_FILE, read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.schemas import INDEX_SONGS
+from htcl_ray.settings import IndexSettings
 from htcl_ray.storage import MANIFEST, Workspace, build_manifest, file_sha256
 
 UNIT_NORM_TOLERANCE = 1e-3

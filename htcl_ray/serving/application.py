@@ -19,12 +19,13 @@ from ray import serve
 from ray.serve import Application
 
 from htcl_ray import artifacts
-from htcl_ray.config import Config, ServeSettings, resolve
+from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines.cluster import connect
 from htcl_ray.retrieval.index_folder import read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.serving.deployments import Encoder, Ingress, Served
+from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 
 APPLICATION = "htcl"

@@ -11,11 +11,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from htcl_ray.audio import decode, log_mel
-from htcl_ray.config import ServeSettings
 from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.service import SearchService
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.serving.routes import create_app
+from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 
 READY_SECONDS = 5.0

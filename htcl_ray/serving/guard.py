@@ -6,8 +6,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from htcl_ray.config import ServeSettings
 from htcl_ray.serving.failures import failure
+from htcl_ray.settings import ServeSettings
 
 MAX_JSON_BYTES = 1_000_000
 MULTIPART_OVERHEAD_BYTES = 64_000

@@ -9,7 +9,6 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from htcl_ray import __version__
-from htcl_ray.config import ServeSettings
 from htcl_ray.retrieval.http import (
     Alive,
     Blend,
@@ -25,6 +24,7 @@ from htcl_ray.retrieval.service import DEFAULT_K, SearchService, check_text
 from htcl_ray.retrieval.vectors import Vectors
 from htcl_ray.serving import failures
 from htcl_ray.serving.guard import Guard
+from htcl_ray.settings import ServeSettings
 
 BAD_INPUT: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Malformed body, or a Host that is not allowed"},

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from htcl_ray.config import StageSettings
 from htcl_ray.errors import StepError
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import copy_from_first, rank, sum_over_workers, world_size
+from htcl_ray.settings import StageSettings
 from htcl_ray.training.batches import BatchLoader
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
 from htcl_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate

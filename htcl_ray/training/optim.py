@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from htcl_ray.config import FinetuneSettings, StageSettings
 from htcl_ray.models.htcl import HTCL
+from htcl_ray.settings import FinetuneSettings, StageSettings
 
 
 def build_optimizer(model: HTCL, settings: StageSettings) -> torch.optim.Optimizer:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from htcl_ray.config import FinetuneSettings, PretrainSettings
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.stages import Terms, finetune_terms, pretrain_terms
+from htcl_ray.settings import FinetuneSettings, PretrainSettings
 from htcl_ray.training.order import pair_order, song_order
 from htcl_ray.training.songs import Pairs, Rows, Songs, known_pair_codes
 

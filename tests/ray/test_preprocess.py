@@ -206,6 +206,20 @@ def test_too_many_rejected_rows_leave_nothing_finished(world: Path, tmp_path: Pa
     assert preprocess(config.with_overrides({"data.max_rejected_share": 0.03})).summary.startswith("88 songs")
 
 
+def test_shards_without_a_song_do_not_stay(world: Path, tmp_path: Path, ray_cluster: None) -> None:
+    preprocess(config_for(world, tmp_path, data__songs_per_shard=1))
+    shards = list((tmp_path / "features").glob("*/shard-*.parquet"))
+    assert len(shards) == 88
+    assert {pq.read_metadata(shard).num_rows for shard in shards} == {1}
+
+
+def test_no_song_at_all(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "songs.csv").write_text("song_id,audio_path,title\na,songs.csv,This is no audio\n")
+    with pytest.raises(InputError, match=r"no song of .* can be used \(1 rejected \(undecodable 1\)\)"):
+        preprocess(config_for(tmp_path, tmp_path / "ws", data__max_rejected_share=1))
+    assert not list((tmp_path / "ws").rglob("manifest.json"))
+
+
 def test_too_many_rejected_log_rows_leave_no_events(world: Path, tmp_path: Path, ray_cluster: None) -> None:
     config = config_for(world, tmp_path, data__interactions=str(world / "log.csv"), data__max_rejected_share=0.03)
     with pytest.raises(InputError, match=r"of 1,800 rows of the log, .*unknown_song"):

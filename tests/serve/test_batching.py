@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from ray import serve
 
-from htcl_ray.config import Config, ServeSettings
+from htcl_ray.config import Config
 from htcl_ray.errors import AudioError
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.serving.deployments import Encoder, Served
+from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 from tests.small_workspace import sound, text_of, wav
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from htcl_ray.config import AudioRecipe, ModelSettings
 from htcl_ray.models.audio_encoder import AudioEncoder
 from htcl_ray.models.audio_input import masked_input, official_input
+from htcl_ray.settings import AudioRecipe, ModelSettings
 
 pytestmark = pytest.mark.unit
 

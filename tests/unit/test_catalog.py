@@ -25,9 +25,9 @@ from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
 from htcl_ray.catalog.songs import read_catalog
 from htcl_ray.catalog.text import song_text
-from htcl_ray.config import AudioRecipe, DataSettings
 from htcl_ray.errors import InputError, TableError
 from htcl_ray.schemas import Reason
+from htcl_ray.settings import AudioRecipe, DataSettings
 
 pytestmark = pytest.mark.unit
 

@@ -17,9 +17,9 @@ import soundfile
 import soxr
 
 from htcl_ray.audio import decode
-from htcl_ray.config import AudioRecipe
 from htcl_ray.errors import AudioError
 from htcl_ray.schemas import Reason
+from htcl_ray.settings import AudioRecipe
 
 pytestmark = pytest.mark.unit
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from htcl_ray.config import IndexSettings
 from htcl_ray.errors import MismatchError, QueryError, SongNotFoundError, WorkspaceError
 from htcl_ray.retrieval import SongIndex, Vectors
 from htcl_ray.retrieval.index_folder import SONGS_FILE, VECTORS_FILE
+from htcl_ray.settings import IndexSettings
 
 pytestmark = pytest.mark.unit
 

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from htcl_ray.config import PairSettings
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.logs import LogShape, check_feedback_values, complete, feedback_value, normalise, recognise
 from htcl_ray.interactions.sessions import session_starts, triggers
 from htcl_ray.interactions.splits import hash_fraction, is_held_out, period_ends, periods, song_split, thin_out
 from htcl_ray.schemas import EVENTS, Feedback, Reason, Split
+from htcl_ray.settings import PairSettings
 
 pytestmark = pytest.mark.unit
 

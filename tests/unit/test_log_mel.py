@@ -8,9 +8,9 @@ import pytest
 
 from htcl_ray.audio import log_mel
 from htcl_ray.audio.log_mel import mel_filters
-from htcl_ray.config import AudioRecipe
 from htcl_ray.errors import AudioError, InputError
 from htcl_ray.schemas import Reason
+from htcl_ray.settings import AudioRecipe
 
 pytestmark = pytest.mark.unit
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from htcl_ray.config import PairSettings
 from htcl_ray.interactions import pairs as pairs_module
 from htcl_ray.interactions.pairs import finish_pairs, partial_pairs, positives
 from htcl_ray.schemas import EVENTS, PAIRS
+from htcl_ray.settings import PairSettings
 
 pytestmark = pytest.mark.unit
 

@@ -53,6 +53,7 @@ WRONG: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ({"songs.csv": CATALOG.replace("audio_path", "file")}, {}, "no column 'audio_path'"),
     ({"songs.csv": CATALOG + "c,c.wav,Three\n"}, {}, r"of 3 rows of the catalogue, 1 rejected \(audio_not_found 1\) is a share of 0\.333"),
     ({"songs.csv": CATALOG + "c,c.wav,\nd,,Four\n"}, {}, r"2 rejected \(missing_audio_path 1, missing_text 1\)"),
+    ({"songs.csv": "song_id,audio_path,title\nc,c.wav,Three\n"}, {"data.max_rejected_share": 1}, "no song of .* can be used: 1 rejected"),
     ({"log.csv": ""}, {}, "log.csv is empty"),
     ({"log.csv": LOG.splitlines()[0] + "\n"}, {}, "is empty; expected at least one row"),
     ({"log.csv": "user_id,song_id\nu,a\n"}, {}, "no column 'timestamp'"),

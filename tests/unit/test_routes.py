@@ -11,12 +11,12 @@ import httpx
 import numpy as np
 import pytest
 
-from htcl_ray.config import AudioRecipe, ServeSettings
 from htcl_ray.errors import AudioError, HtclError, InputError
 from htcl_ray.retrieval import SearchService, SongIndex, Vectors
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.guard import MAX_JSON_BYTES
 from htcl_ray.serving.routes import create_app
+from htcl_ray.settings import AudioRecipe, ServeSettings
 from tests.small_workspace import sound, wav
 
 pytestmark = pytest.mark.unit
