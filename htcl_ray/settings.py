@@ -83,7 +83,7 @@ class DataSettings(Settings):
     held_out_user_share: float = Field(0.1, ge=0, lt=1)
     """Share of users, by hash, whose events make no training pair; recommendation is evaluated on them."""
     max_rejected_share: float = Field(0.1, ge=0, le=1)
-    """A table with a larger share of rejected rows fails the step."""
+    """A catalogue or log with a larger share of rejected rows, over all its tables, fails the step."""
     songs_per_shard: int = Field(64, gt=0)
     """Songs per feature file: the unit of work and of resuming."""
 
