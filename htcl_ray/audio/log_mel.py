@@ -75,31 +75,6 @@ def _hann(size: int) -> FloatArray:
 
 @functools.cache
 def _sparse_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float | None) -> scipy.sparse.csr_array:
-    return scipy.sparse.csr_array(mel_filters(sample_rate, n_fft, n_mels, f_min, f_max))
+    from librosa.filters import mel  # a second and 100 MB that only who computes a spectrogram pays
 
-
-def mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float = 0.0, f_max: float | None = None) -> FloatArray:
-    """Triangular mel filters of unit area (Slaney), float32 [n_mels, 1 + n_fft // 2]; equal to `librosa.filters.mel`.
-
-    Built here because importing librosa costs every data worker more than a second and 50 MB.
-    """
-    edges = _mel_to_hz(np.linspace(_hz_to_mel(f_min), _hz_to_mel(sample_rate / 2 if f_max is None else f_max), n_mels + 2))
-    bins = np.fft.rfftfreq(n_fft, 1 / sample_rate)
-    distance = edges[:, None] - bins[None, :]
-    width = np.diff(edges)[:, None]
-    triangles = np.maximum(0, np.minimum(-distance[:-2] / width[:-1], distance[2:] / width[1:]))
-    return (triangles * (2 / (edges[2:] - edges[:-2]))[:, None]).astype(np.float32)
-
-
-# The mel scale of Slaney's Auditory Toolbox: linear up to 1 kHz (15 mels), then 27 mels for each factor of 6.4.
-_HZ_PER_MEL = 200 / 3
-_CORNER_HZ, _CORNER_MEL = 1000.0, 15.0
-_LOG_STEP = np.log(6.4) / 27
-
-
-def _hz_to_mel(hz: float) -> float:
-    return hz / _HZ_PER_MEL if hz < _CORNER_HZ else _CORNER_MEL + float(np.log(hz / _CORNER_HZ)) / _LOG_STEP
-
-
-def _mel_to_hz(mel: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.where(mel < _CORNER_MEL, mel * _HZ_PER_MEL, _CORNER_HZ * np.exp(_LOG_STEP * (mel - _CORNER_MEL)))
+    return scipy.sparse.csr_array(mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max))
