@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -105,7 +106,7 @@ def shuffled_pairs(folder: Path, tables: SampleTables, seed: int) -> dict[str, A
 
 def _permute(workspace: Workspace, path: str, seed: int) -> pa.Table:
     """Training pairs with their recalled songs exchanged by one permutation of songs, so that each song's weight stays as skewed."""
-    table = pa.parquet.read_table(workspace.full(path))
+    table = pq.read_table(workspace.full(path))
     training = np.array(table["split"].to_pylist()) == "train"
     recalled = np.array(table["song_id"].to_pylist(), dtype=object)
     songs = np.unique(recalled[training].astype(str))
