@@ -1,8 +1,8 @@
 """What the players play: a song's traits as notes and drum hits.
 
 The genre sets drums, bass line, how chords are broken up and which progressions are used; the mood sets scale, register, articulation,
-how many notes the melody has, how hard the drums are hit and a part of its own; the tempo word sets the tempo. The lead instrument plays
-the melody, the backing instrument accompanies in its own way. Everything is around C, so that a small model can learn from few songs.
+how many notes the melody has, how hard the drums are hit, tempo and a part of its own. The lead instrument plays the melody, the backing
+instrument accompanies in its own way. Everything is around C, so that a small model can learn from few songs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 
 from htcl_ray.sample.world import Artist, Song
 
-BEATS_PER_MINUTE = {"slow": (64, 76), "medium tempo": (94, 108), "fast": (136, 154)}
 STEPS_PER_BEAT = 4
 
 Pitch = Callable[[int, int], float]
@@ -109,6 +108,7 @@ BACKINGS = {
 class Mood:
     """How a piece is played, and the part that sets the mood."""
 
+    beats_per_minute: tuple[float, float]
     scale: tuple[int, ...]
     """Semitones of the seven degrees."""
     register: int
@@ -131,11 +131,15 @@ class Mood:
 
 
 MOODS = {
-    "happy": Mood((0, 2, 4, 5, 7, 9, 11), 5, (2, 2, 2, 4), 0.1, 0.45, 3, 0.9, "..x...x...x.x...", "whistle", 1.2, 88, (0, 2, 4, 2)),
-    "sad": Mood((0, 2, 3, 5, 7, 8, 10), -3, (6, 8, 8), 0.0, 1.0, 1, 0.45, "x.......", "cello", 8.5, 52, (4, 3, 2, 1)),
-    "calm": Mood((0, 2, 4, 6, 7, 9, 11), 0, (8, 12, 16), 0.5, 1.0, 2, 0.15, "x...............", "soft pad", 17, 67, (0,)),
-    "dark": Mood((0, 1, 3, 5, 7, 8, 10), -7, (3, 3, 6), 0.1, 0.9, 2, 0.9, "x...............", "growl", 16, 33, (0, 1)),
-    "energetic": Mood((0, 2, 3, 5, 7, 9, 10), 7, (1, 1, 2, 2), 0.0, 0.8, 4, 1.7, "xxxxxxxxxxxxxxxx", "sequencer", 0.6, 76, (0, 4, 7, 4)),
+    "happy": Mood(
+        (112, 124), (0, 2, 4, 5, 7, 9, 11), 5, (2, 2, 2, 4), 0.1, 0.45, 3, 0.9, "..x...x...x.x...", "whistle", 1.2, 88, (0, 2, 4, 2)
+    ),
+    "sad": Mood((64, 74), (0, 2, 3, 5, 7, 8, 10), -3, (6, 8, 8), 0.0, 1.0, 1, 0.45, "x.......", "cello", 8.5, 52, (4, 3, 2, 1)),
+    "calm": Mood((74, 84), (0, 2, 4, 6, 7, 9, 11), 0, (6, 8, 12), 0.15, 1.0, 2, 0.15, "x...............", "soft pad", 17, 67, (0,)),
+    "dark": Mood((88, 100), (0, 1, 3, 5, 7, 8, 10), -7, (3, 3, 6), 0.1, 0.9, 2, 0.9, "x...............", "growl", 16, 33, (0, 1)),
+    "energetic": Mood(
+        (136, 150), (0, 2, 3, 5, 7, 9, 10), 7, (1, 1, 2, 2), 0.0, 0.8, 4, 1.7, "xxxxxxxxxxxxxxxx", "sequencer", 0.6, 76, (0, 4, 7, 4)
+    ),
 }
 
 
@@ -165,7 +169,7 @@ def compose(song: Song, seconds: float, rng: np.random.Generator) -> Score:
     """A score that lasts at least `seconds`."""
     genre, mood, artist = GENRES[song.genre], MOODS[song.mood], song.artist
     bar_steps = len(genre.bass)
-    step = 60 / float(rng.uniform(*BEATS_PER_MINUTE[song.tempo])) / STEPS_PER_BEAT
+    step = 60 / float(rng.uniform(*mood.beats_per_minute)) / STEPS_PER_BEAT
     steps = int(np.ceil(seconds / step))
     clock = _Clock(step, genre.swing, artist.looseness, rng)
     progression = genre.progressions[artist.progression]

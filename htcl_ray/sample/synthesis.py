@@ -112,6 +112,7 @@ def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator)
     spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
     spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
+    spectrum *= 10 ** (np.float32(8.0 / 20 * hidden["presence"]) * np.exp(-((octaves - 1.2) ** 2) / np.float32(0.5)))
     closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
     bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
     time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
@@ -119,7 +120,6 @@ def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator)
     mix = bright + depth * (dull - bright)
     mix /= np.sqrt(np.mean(mix**2)) + np.float32(1e-9)
     mix *= 10 ** (np.float32(-14 / 20 * amount["pulse"]) * _wave(time, rng.uniform(1.1, 1.5), rng))
-    mix += np.float32(10 ** ((-66 + 40 * amount["hiss"]) / 20)) * _hiss(samples, rng)
     mix = np.tanh(np.float32(0.4) * mix / (np.sqrt(np.mean(mix**2)) + np.float32(1e-9)))
     fade = np.minimum(1, np.minimum(time, time[::-1]) / np.float32(0.03))
     return np.float32(0.9) * mix * fade
@@ -235,10 +235,3 @@ def _room() -> np.ndarray:
     tail *= np.float32(0.35) / np.sqrt(np.sum(tail**2))
     tail[0] += 1
     return tail
-
-
-def _hiss(samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise of power 1, above 4 kHz."""
-    white = rng.standard_normal(samples + 4, np.float32)
-    high = white[4:] - 4 * white[3:-1] + 6 * white[2:-2] - 4 * white[1:-3] + white[:-4]
-    return high / np.std(high)

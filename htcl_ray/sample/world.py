@@ -15,9 +15,8 @@ GENRES = ("ambient", "house", "rock", "jazz", "reggae", "folk", "hip hop", "baro
 MOODS = ("happy", "sad", "calm", "dark", "energetic")
 LEADS = ("flute", "violin", "piano", "trumpet", "vibraphone", "organ", "guitar", "synthesizer")
 BACKINGS = ("strings", "electric piano", "choir", "harp", "accordion")
-TEMPOS = ("slow", "medium tempo", "fast")
 
-HIDDEN_TRAITS = ("brightness", "sweep", "pulse", "hiss")
+HIDDEN_TRAITS = ("brightness", "sweep", "pulse", "presence")
 """Audible, and in no text: spectral tilt, a slow filter sweep, a faster swelling of the level, noise of the tape.
 
 Each is a number in [-1, 1], independent of every other trait and of the artist.
@@ -59,7 +58,6 @@ class Song:
     mood: str
     lead: str
     backing: str
-    tempo: str
     hidden: tuple[float, ...]
     """One value in [-1, 1] for each of HIDDEN_TRAITS."""
     recording: int
@@ -132,7 +130,6 @@ def _make_song(song_id: str, artist: Artist, position: int, traits: np.random.Ge
         mood=_choice(traits, MOODS),
         lead=_choice(traits, LEADS),
         backing=_choice(traits, BACKINGS),
-        tempo=_choice(traits, TEMPOS),
         # Two modes, away from the middle: people can hear on which side a song lies.
         hidden=tuple((traits.choice((-1.0, 1.0), len(HIDDEN_TRAITS)) * traits.uniform(0.5, 1.0, len(HIDDEN_TRAITS))).tolist()),
         recording=position,
@@ -150,7 +147,6 @@ def _published_again(original: Song, compilation: Song) -> Song:
         mood=original.mood,
         lead=original.lead,
         backing=original.backing,
-        tempo=original.tempo,
         hidden=original.hidden,
         recording=original.recording,
     )

@@ -143,7 +143,7 @@ def _catalog_rows(world: World) -> list[tuple[str, ...]]:
             song.album,
             song.genre,
             song.mood,
-            f"{song.lead};{song.backing};{song.tempo}",
+            f"{song.lead};{song.backing}",
             str(song.year),
         )
         for song in world.songs
