@@ -9,4 +9,7 @@ write.py       all of it → catalog.csv, interactions.csv, audio/*.wav
 
 from htcl_ray.sample.write import SampleTables, write_sample
 
-__all__ = ["SampleTables", "write_sample"]
+TEXT_COLUMNS = ("genre", "mood", "tags")
+"""What a song's text should be made of: titles and names are invented and say nothing about the sound."""
+
+__all__ = ["TEXT_COLUMNS", "SampleTables", "write_sample"]

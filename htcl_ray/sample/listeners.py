@@ -27,8 +27,8 @@ SAME_GENRE_LIFT = 1.5
 """How many times more often than by chance a recommended song shares the trigger's genre (before normalisation)."""
 HINT = 0.6
 """How much the recommender knows of a user's taste; 0 is nothing, 1 is as much as the user."""
-HIDDEN_WEIGHT, GENRE_WEIGHT, MOOD_WEIGHT, LEAD_WEIGHT = 1.8, 1.1, 0.7, 0.4
-PICKINESS = 3.0
+HIDDEN_WEIGHT, GENRE_WEIGHT, MOOD_WEIGHT, LEAD_WEIGHT = 2.2, 1.1, 0.7, 0.4
+PICKINESS = 4.0
 """Utility above which a user rather likes a song than not."""
 CARELESS_SHARE = 0.08
 """Share of answers that say nothing about taste."""

@@ -105,14 +105,14 @@ def perform(song: Song, score: Score, samples: int, rng: np.random.Generator) ->
 
 
 def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """The studio: room, tilt, sweep, swell and noise, as the hidden traits say, then a soft limiter and short fades."""
+    """The studio: room, equaliser, sweep and swell, as the hidden traits say, then a soft limiter and short fades."""
     samples = len(mix)
     amount = {name: (value + 1) / 2 for name, value in hidden.items()}
     size = scipy.fft.next_fast_len(samples + len(_room()), real=True)
     spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
     spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
-    spectrum *= 10 ** (np.float32(8.0 / 20 * hidden["presence"]) * np.exp(-((octaves - 1.2) ** 2) / np.float32(0.5)))
+    spectrum *= 10 ** (np.float32(8 / 20 * hidden["presence"]) * np.exp(-2 * (octaves - np.float32(1.2)) ** 2))  # around 1600 Hz
     closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
     bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
     time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)

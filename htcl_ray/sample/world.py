@@ -17,7 +17,7 @@ LEADS = ("flute", "violin", "piano", "trumpet", "vibraphone", "organ", "guitar",
 BACKINGS = ("strings", "electric piano", "choir", "harp", "accordion")
 
 HIDDEN_TRAITS = ("brightness", "sweep", "pulse", "presence")
-"""Audible, and in no text: spectral tilt, a slow filter sweep, a faster swelling of the level, noise of the tape.
+"""Audible, and in no text: tilt of the spectrum, a slow filter sweep, a faster swelling of the level, strength of the middle.
 
 Each is a number in [-1, 1], independent of every other trait and of the artist.
 """
