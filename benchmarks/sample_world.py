@@ -38,11 +38,8 @@ from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
-from htcl_ray.sample import SampleTables, write_sample
+from htcl_ray.sample import TEXT_COLUMNS, SampleTables, write_sample
 from htcl_ray.storage import Workspace
-
-TEXT = ("title", "artist", "album", "genre", "mood", "tags", "year")
-"""The sample catalogue's text columns, in the order in which they form the song text."""
 
 
 def configuration(workspace: Path, tables: SampleTables, seed: int) -> Config:
@@ -51,6 +48,7 @@ def configuration(workspace: Path, tables: SampleTables, seed: int) -> Config:
             "workspace": str(workspace),
             "data.catalog": str(tables.catalog),
             "data.interactions": str(tables.interactions),
+            "data.text_columns": TEXT_COLUMNS,
             "pretrain.seed": seed,
             "finetune.seed": seed,
             "evaluate.seed": seed,
@@ -74,7 +72,7 @@ def true_world(folder: Path, tables: SampleTables, seed: int) -> tuple[dict[str,
 def shuffled_captions(folder: Path, tables: SampleTables, seed: int) -> dict[str, Any]:
     with tables.catalog.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    texts = [" ".join(row[name] for name in TEXT) for row in rows]
+    texts = [" ".join(row[name] for name in TEXT_COLUMNS) for row in rows]
     random.Random(seed).shuffle(texts)
     catalog = folder / "shuffled_captions.csv"
     with catalog.open("w", newline="", encoding="utf-8") as file:

@@ -126,7 +126,9 @@ def models_of(workspace: Workspace, made: Artifact) -> Models:
             path = f"models/{stage}/{version}"
             manifest = workspace.manifest(path)
             if manifest is None:
-                raise WorkspaceError(f"{workspace.uri_of(made.path)} was made with {stage} model {version}, which {workspace.uri_of(path)} lacks")
+                raise WorkspaceError(
+                    f"{workspace.uri_of(made.path)} was made with {stage} model {version}, which {workspace.uri_of(path)} lacks"
+                )
             found[stage] = Artifact(path, version, manifest)
     semantic = found["semantic"]
     if semantic is None:

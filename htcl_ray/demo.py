@@ -13,7 +13,7 @@ from rich.table import Table
 from htcl_ray.artifacts import StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.sample import write_sample
+from htcl_ray.sample import TEXT_COLUMNS, write_sample
 from htcl_ray.storage import Workspace
 
 MADE_BY_DEMO = ("sample", "features", "events", "pairs", "quarantine", "runs", "models", "embeddings", "index", "reports")
@@ -31,9 +31,11 @@ def demo(config: Config, *, fresh: bool = False) -> None:
     if fresh:
         _start_over(workspace)
     results = [_run("sample", lambda: _sample(workspace))]
+    sample = _sample_folder(workspace)
     tables = {
-        "data.catalog": str(_sample_folder(workspace) / "catalog.csv"),
-        "data.interactions": str(_sample_folder(workspace) / "interactions.csv"),
+        "data.catalog": str(sample / "catalog.csv"),
+        "data.interactions": str(sample / "interactions.csv"),
+        "data.text_columns": TEXT_COLUMNS,
     }
     config = config.with_overrides(tables)
     results += [_run(name, step, config) for name, step in _steps()]

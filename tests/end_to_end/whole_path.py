@@ -16,12 +16,13 @@ from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
-from htcl_ray.sample import SampleTables
+from htcl_ray.sample import TEXT_COLUMNS, SampleTables
 from htcl_ray.serving.application import serving
 from htcl_ray.storage import Workspace
 
 QUERIES = ("calm piano", "energetic rock guitar", "baroque organ", "dark synthesizer")
 SMALL = {
+    "data.text_columns": TEXT_COLUMNS,
     "audio.clip_seconds": 4.0,
     "data.max_rejected_share": 0.5,
     "data.split_shares": [0.6, 0.1, 0.3],
