@@ -75,8 +75,10 @@ def band_levels(sound: np.ndarray, low: float, high: float) -> np.ndarray:
     return 10 * np.log10((frames**2).mean(axis=1) + 1e-12)
 
 
-def noise_floor(sound: np.ndarray) -> float:
-    return float(np.quantile(band_levels(sound, 7000, 8000), 0.05))
+def middle_share(sound: np.ndarray) -> float:
+    """Level around 1,600 Hz against the bands below and above it, in decibels."""
+    middle, below, above = (band_levels(sound, low, high).mean() for low, high in ((1200, 2100), (300, 600), (4000, 7000)))
+    return float(middle - (below + above) / 2)
 
 
 def swing_at(levels: np.ndarray, low: float, high: float) -> float:
@@ -92,7 +94,7 @@ MEASURES = {
     "brightness": high_share,
     "sweep": lambda sound: swing_at(band_levels(sound, 1500, 7000) - band_levels(sound, 60, 500), 0.33, 0.42),
     "pulse": lambda sound: swing_at(band_levels(sound, 60, 4000), 1.1, 1.5),
-    "hiss": noise_floor,
+    "presence": middle_share,
 }
 
 

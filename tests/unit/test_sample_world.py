@@ -13,7 +13,7 @@ from htcl_ray.sample.world import GENRES, HIDDEN_TRAITS, LEADS, MOODS, World, ma
 
 pytestmark = pytest.mark.unit
 
-NAMED = ("genre", "mood", "lead", "backing", "tempo")
+NAMED = ("genre", "mood", "lead", "backing")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_named_trait_is_common(world: World) -> None:
         values = [getattr(song, field) for song in world.songs]
         assert min(values.count(option) for option in options) > 0.5 * len(values) / len(options)
     texts = {tuple(getattr(song, field) for field in NAMED) for song in world.songs}
-    assert len(texts) > 850  # nearly every song has a text of its own
+    assert len(texts) > 600  # of 1,600 possible ones
 
 
 def test_an_artist_keeps_to_one_genre(world: World) -> None:
