@@ -27,6 +27,7 @@ SMALL = {
     "data.max_rejected_share": 0.5,
     "data.split_shares": [0.6, 0.1, 0.3],
     "data.songs_per_shard": 32,
+    "finetune.pairs_per_epoch": 1024,
     "ray.num_cpus": 4,
 }
 
