@@ -23,7 +23,7 @@ from tests.end_to_end.whole_path import Outcome, configuration, rewrite, run_eve
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
 
-WORLD = {"songs": 240, "artists": 60, "users": 320, "seed": 5, "seconds": 4.0}
+WORLD = {"songs": 500, "artists": 100, "users": 400, "seed": 5, "seconds": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_small_world_is_learned(baseline: Outcome):
     """So that the falls below mean something. How far stage 2 exceeds stage 1 needs more songs: benchmarks/sample_world.py."""
     assert baseline.median_rank_share() < 0.2  # chance 0.5
     assert baseline.probe() > 0.3  # chance 0.1
-    assert baseline.ndcg("preference") > 1.2 * baseline.ndcg("random")
+    assert baseline.user_auc("preference") > 0.6  # chance 0.5
 
 
 def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
@@ -74,7 +74,7 @@ def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[by
     changed_answers(baseline, outcome)
     assert 0.35 < outcome.median_rank_share() < 0.65
     assert outcome.probe() < 0.3
-    assert outcome.ndcg("preference") < 1.15 * outcome.ndcg("random")
+    assert outcome.user_auc("preference") < 0.58
 
 
 def spoil_checkpoint(config: Config) -> None:
@@ -119,7 +119,7 @@ def test_permuted_log(baseline: Outcome, baseline_workspace: Path, world: Sample
     tables = SampleTables(world.catalog, rewrite(world.interactions, tmp_path / "log.csv", permute))
     outcome = run_every_step(configuration(tmp_path / "workspace", tables), *query)
     changed_answers(baseline, outcome)
-    assert outcome.ndcg("preference") < 1.15 * outcome.ndcg("random")
+    assert outcome.user_auc("preference") < 0.58
     assert outcome.median_rank_share() == baseline.median_rank_share(), "stage 1 does not depend on the log"
 
 
