@@ -90,7 +90,7 @@ def perform(song: Song, score: Score, samples: int, rng: np.random.Generator) ->
     mix = np.zeros(samples, np.float32)
     for instrument, notes, gain in (
         (genre.bass_sound, score.bass, 0.8),
-        (genre.rhythm_sound, score.rhythm, 0.5),
+        (genre.rhythm_sound, score.rhythm, 0.75),
         (song.backing, score.backing, 0.6),
         (song.lead, score.melody, 1.6 * song.artist.lead_gain),
         (MOODS[song.mood].colour_sound, score.colour, 0.45),
