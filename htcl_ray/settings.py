@@ -194,6 +194,25 @@ class ModelSettings(Settings):
         return self
 
 
+class HealthSettings(Settings):
+    """When a run has gone wrong: looked at after every epoch on a fixed probe batch of training songs or pairs."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """A loss or gradient that is no number stops the run whatever this says."""
+    patience_steps: int = Field(200, ge=1)
+    """Steps that a fault must last before it counts: every run begins near a plateau."""
+    max_mean_cosine: float = Field(0.95, gt=-1, le=1)
+    """Collapse: mean cosine between different songs' audio, or different texts, above this."""
+    min_effective_rank: float = Field(3.0, ge=1)
+    """Collapse: fewer directions in use than this, as exp of the entropy of the singular values of the centred vectors."""
+    plateau_margin: float = Field(0.01, ge=0, lt=1)
+    """Plateau: a softmax term within this share of the loss that equal vectors for all songs would have."""
+
+
+BestMetric = Literal["loss", "validation_recall@10", "validation_median_rank", "validation_pair_recall@10", "validation_pair_median_rank"]
+LOWER_IS_BETTER = ("loss", "validation_median_rank", "validation_pair_median_rank")
+
+
 class StageSettings(Settings):
     """What both training stages share."""
 
@@ -224,6 +243,13 @@ class StageSettings(Settings):
     """CPUs that a worker reserves from Ray; it computes with max(1, this) threads."""
     max_failures: int = Field(2, ge=0)
     """Times that a run restarts from its last checkpoint after losing a worker."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Checkpoints within an epoch, beside the one at its end; null is none. Counted from the first step of the run."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """Checkpoints that a run keeps: the newest, or with `best_metric` the best and the newest."""
+    best_metric: BestMetric | None = None
+    """The model that is published is the epoch that was best by this; null is the last epoch."""
+    health: HealthSettings = HealthSettings()
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

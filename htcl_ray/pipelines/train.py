@@ -1,11 +1,13 @@
 """Both training stages on Ray Train: features (and pairs, and a stage-1 model) in, an accepted model in the workspace out.
 
 A run is named by the fingerprint of everything that determines its model, so the same command finds the same run: finished, it is
-skipped; interrupted, it goes on after its last completed epoch.
+skipped; interrupted, it goes on after its last checkpoint: of the last completed epoch, or a later one within it.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -22,14 +24,27 @@ from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import FORMAT_VERSION
-from htcl_ray.settings import FinetuneSettings, StageSettings
+from htcl_ray.settings import LOWER_IS_BETTER, FinetuneSettings, StageSettings
 from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
 
 if TYPE_CHECKING:
     from htcl_ray.training.songs import Songs
 
-NOT_IN_MODEL = ("accelerator", "cpus_per_worker", "max_failures")
-"""Settings of a stage that say where and how stubbornly it runs, not what comes out."""
+NOT_IN_MODEL = (
+    "accelerator",
+    "num_workers",
+    "cpus_per_worker",
+    "micro_batch_size",
+    "max_failures",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "health",
+)
+"""Settings of a stage that say where and how it runs, not what it learns: a run that is resumed may change them."""
+
+
+CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+"""Ray Train's own record, in the folder of the run."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,7 @@ def _check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | 
     songs = read_songs(workspace, stage.features.path)
     rows = len(songs.train) if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
     batch = global_batch(rows, stage.settings.batch_size, stage.settings.num_workers)
+    _check_best_metric(stage, songs)
     if batch < stage.settings.batch_size:
         print(f"{stage.step}  {rows} training rows are fewer than {stage.step}.batch_size; batches have {batch}", flush=True)
     if stage.parent is not None:
@@ -170,6 +186,17 @@ def _check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | 
     from htcl_ray.models.vocabulary import train_wordpiece
 
     return train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+
+
+def _check_best_metric(stage: StageRun, songs: Songs) -> None:
+    metric = stage.settings.best_metric or ""
+    if metric.startswith("validation") and not len(songs.validation):
+        raise ConfigError(
+            f"{stage.step}.best_metric is {metric}, but no song is in the validation split; give data.split_shares a validation share "
+            "and run 'htcl preprocess', or choose loss"
+        )
+    if "pair" in metric and stage.pairs is None:
+        raise ConfigError(f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10, say")
 
 
 def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> int:
@@ -188,7 +215,7 @@ def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Art
 
 def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str | None) -> dict[str, Any]:
     """Run Ray Train to the end and publish the model; returns the model's manifest."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -204,6 +231,7 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
     run = f"{stage.runs_path}/{stage.version}"
     job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent)
     print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if use_gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)
+    _forget_unusable_checkpoints(workspace, run, stage.step)
     with cluster.progress_lines() as lines, _own_interrupt_handler():
         trainer = TorchTrainer(
             train_worker,
@@ -215,7 +243,7 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
             run_config=RunConfig(
                 name=stage.version,
                 storage_path=workspace.uri_of(stage.runs_path),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                checkpoint_config=_checkpoint_config(settings),
                 failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=settings.max_failures),
             ),
         )
@@ -225,14 +253,55 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
             reason = str(error).strip().splitlines()[-1][:200]
             raise StepError(
                 f"{stage.step} failed after {settings.max_failures} restart(s): {reason}; Ray's logs say more, "
-                "and the same command continues from the last epoch"
+                "and the same command continues from the last checkpoint"
             ) from error
     if result.return_value is not None:
         failure = result.return_value
         raise getattr(errors, failure["error"])(failure["message"])
     if result.checkpoint is None or result.metrics is None:
         raise StepError(f"{stage.step} ended without a checkpoint in {workspace.uri_of(run)}; remove that folder and try again")
-    return _publish(workspace, config, stage, result.checkpoint, result.metrics)
+    checkpoint, metrics = result.checkpoint, result.metrics
+    if settings.best_metric is not None:
+        checkpoint, metrics = _best(result.best_checkpoints, settings.best_metric)
+        print(
+            f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: {metrics[settings.best_metric]:.4g}", flush=True
+        )
+    return _publish(workspace, config, stage, checkpoint, metrics)
+
+
+def _forget_unusable_checkpoints(workspace: Workspace, run: str, step: str) -> None:
+    """Ray Train refuses to start on a list of checkpoints that a kill has cut short, or whose folders were removed."""
+    record = f"{run}/{CHECKPOINT_LIST}"
+    if not workspace.exists(record):
+        return
+    try:
+        listed = json.loads(workspace.read_bytes(record))["checkpoint_results"]
+        if all(workspace.exists(f"{run}/{item['checkpoint_dir_name']}") for item in listed):
+            return
+    except (ValueError, KeyError, TypeError):
+        pass
+    print(
+        f"{step}  the list of checkpoints in {workspace.uri_of(record)} is damaged or names missing ones; training begins anew", flush=True
+    )
+    workspace.fs.delete_file(workspace.full(record))
+
+
+def _checkpoint_config(settings: StageSettings) -> Any:
+    from ray.train import CheckpointConfig
+
+    if settings.best_metric is None:
+        return CheckpointConfig(num_to_keep=settings.keep_checkpoints)
+    order = "min" if settings.best_metric in LOWER_IS_BETTER else "max"
+    return CheckpointConfig(
+        num_to_keep=settings.keep_checkpoints, checkpoint_score_attribute=settings.best_metric, checkpoint_score_order=order
+    )
+
+
+def _best(checkpoints: list[tuple[Any, dict[str, Any]]], metric: str) -> tuple[Any, dict[str, Any]]:
+    """The checkpoint of the epoch that was best; of equals the first."""
+    epochs = [(checkpoint, metrics) for checkpoint, metrics in checkpoints if not math.isnan(metrics.get(metric, math.nan))]
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    return min(epochs, key=lambda item: (sign * item[1][metric], item[1]["epoch"]))
 
 
 def _use_gpu(stage: StageRun) -> bool:

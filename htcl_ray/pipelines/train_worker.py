@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,20 +67,27 @@ def _train(job: TrainJob, say: Callable[[str], None]) -> None:
         task = finetune_task(read_pairs(job.workspace, job.pairs.path, songs), job.config.finetune, device)
     model, resume = _model(job)
     first = ray.train.get_context().get_world_rank() == 0
-    log = MetricsLog(job.workspace, job.run, resume.epoch if resume else 0, resume.step if resume else 0) if first else None
+    log = MetricsLog(job.workspace, job.run, resume.step if resume else 0) if first else None
 
-    def on_epoch(metrics: Metrics, save: SaveCheckpoint) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            checkpoint = None
-            if log is not None:
+    def on_checkpoint(metrics: Metrics | None, step: int, save: SaveCheckpoint) -> None:
+        checkpoint = None
+        if log is not None:
+            if metrics is not None:
                 log.write(metrics)
-                folder = Path(scratch) / "checkpoint"
-                save(folder)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
+            folder = Path(tempfile.gettempdir()) / f"htcl-checkpoint-{uuid.uuid4().hex}"
+            save(folder)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        # Within an epoch there are no figures; NaN is the score that Ray ranks below every other, whichever way is better.
+        unranked: Metrics = {settings.best_metric: math.nan} if settings.best_metric else {}
+        ray.train.report(
+            metrics or {"step": step} | unranked,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,  # training goes on; the local copy is removed when it is stored
+        )
 
+    loader = BatchLoader(songs, frames, model.text_encoder)
     try:
-        train(model, task, BatchLoader(songs, frames, model.text_encoder), settings, device, on_epoch=on_epoch, say=say, resume=resume)
+        train(model, task, loader, settings, device, on_checkpoint=on_checkpoint, say=say, resume=resume)
     finally:
         if log is not None:
             log.close()

@@ -18,34 +18,50 @@ TRAINING_STATE = "training_state.pt"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after whole epochs."""
+    """Where a run stands: with the model, all that the next step depends on."""
 
-    epoch: int
-    """Epochs done."""
     step: int
-    """Steps done, over all epochs."""
+    """Steps done, over all epochs. The epoch and the place in it follow, as every epoch has the same number of steps."""
+    micro_batch_size: int | None
+    """Rows encoded at a time: dropout's random numbers are drawn in that order."""
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
     """Generator states of every worker: name → uint8 [workers, bytes]."""
+    sums: dict[str, Tensor]
+    """Figures of the begun epoch so far, of every worker: name → [workers]."""
+
+    @property
+    def workers(self) -> int:
+        """How many workers made it."""
+        return len(self.rng["cpu"])
 
     def rng_of(self, rank: int, workers: int) -> RngState | None:
         """One worker's generators, or None when the run had another number of workers."""
-        if any(len(states) != workers for states in self.rng.values()):
+        if self.workers != workers:
             return None
         # torch reads a generator's state from the start of the storage, so a row of a matrix would be another's or end the process
         return {name: states[rank].clone() for name, states in self.rng.items()}
 
+    def sums_of(self, rank: int, workers: int) -> dict[str, Tensor]:
+        """One worker's figures of the begun epoch; the first gets everyone's when the run had another number of workers."""
+        if self.workers == workers:
+            return {name: values[rank] for name, values in self.sums.items()}
+        return {name: values.sum() if rank == 0 else torch.zeros_like(values[0]) for name, values in self.sums.items()}
 
-def gather_state(epoch: int, step: int, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainingState:
-    """The state of a run. Every worker must call it: their generator states are collected."""
+
+def gather_state(
+    step: int, micro_batch_size: int | None, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor], device: torch.device
+) -> TrainingState:
+    """The state of a run. Every worker must call it: their generator states and figures are collected."""
     rng = {name: gather_rows(state.to(device)[None]).cpu() for name, state in get_rng_state(device).items()}
-    return TrainingState(epoch, step, optimizer.state_dict(), rng)
+    everyone = {name: gather_rows(value[None]).cpu() for name, value in sums.items()}
+    return TrainingState(step, micro_batch_size, optimizer.state_dict(), rng, everyone)
 
 
 def save_checkpoint(folder: Path, model: HTCL, state: TrainingState) -> None:
     """Write a checkpoint folder. `HTCL.from_pretrained` reads it like any model folder."""
     model.save_pretrained(folder)
-    torch.save({"epoch": state.epoch, "step": state.step, "optimizer": state.optimizer, "rng": state.rng}, folder / TRAINING_STATE)
+    torch.save(vars(state), folder / TRAINING_STATE)
 
 
 def load_state(folder: Path) -> TrainingState:

@@ -1,9 +1,10 @@
-"""Training one stage, from its first epoch or a checkpoint to its last. No Ray: results leave through callbacks."""
+"""Training one stage, from its first step or a checkpoint to its last. No Ray: results leave through callbacks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from htcl_ray.errors import StepError
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import copy_from_first, rank, sum_over_workers, world_size
+from htcl_ray.objectives.stages import Terms
 from htcl_ray.settings import StageSettings
-from htcl_ray.training.batches import BatchLoader
+from htcl_ray.training.batches import Batch, BatchLoader
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
+from htcl_ray.training.health import HealthWatch
+from htcl_ray.training.memory import peak_memory_gb
 from htcl_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from htcl_ray.training.order import global_batch, steps_per_epoch, worker_rows
 from htcl_ray.training.progress import Metrics, Progress
@@ -24,6 +28,7 @@ from htcl_ray.training.tasks import Task
 from htcl_ray.training.validation import validate, validation_gallery
 
 SaveCheckpoint = Callable[[Path], None]
+OnCheckpoint = Callable[[Metrics | None, int, SaveCheckpoint], None]
 
 
 def train(
@@ -33,39 +38,47 @@ def train(
     settings: StageSettings,
     device: torch.device,
     *,
-    on_epoch: Callable[[Metrics, SaveCheckpoint], None],
+    on_checkpoint: OnCheckpoint,
     say: Callable[[str], None],
     resume: TrainingState | None = None,
 ) -> None:
-    """Train `model` in place for the epochs that are left.
+    """Train `model` in place for the steps that are left.
 
-    `on_epoch(metrics, save)` is called on every worker after each epoch; `save(folder)` writes a checkpoint there and is for one worker
-    to call. `say` gets progress lines, on the first worker only. Raises StepError when the loss is no longer a number.
+    `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every `checkpoint_every_steps` with no
+    metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets progress lines, on the first worker only.
+    Raises StepError when a gradient is no longer a number, or when `settings.health` says to stop.
     """
-    copy_from_first(model)
+    say = say if rank() == 0 else lambda line: None
     model.to(device)
+    copy_from_first(model)
     optimizer = build_optimizer(model, settings)
-    seed_worker(settings.seed, rank())
     batch = global_batch(task.rows, settings.batch_size, world_size())
     steps = steps_per_epoch(task.rows, batch)
-    done, step = 0, 0
+    micro_batch_size = settings.micro_batch_size
+    step = 0 if resume is None else resume.step
+    sums = {name: torch.zeros((), device=device) for name in [*task.weights, "gradient_norm", "seconds_waiting_for_data"]}
     if resume is not None:
-        done, step = resume.epoch, resume.step
         optimizer.load_state_dict(resume.optimizer)
-        state = resume.rng_of(rank(), world_size())
-        if state is not None:
-            set_rng_state(state, device)
+        sums = {name: value.to(device) for name, value in resume.sums_of(rank(), world_size()).items()}
+        for difference in _differences(resume, micro_batch_size):
+            say(f"{task.name}  {difference}; the run goes on, but not bit for bit as it would have")
+    rng = None if resume is None else resume.rng_of(rank(), world_size())
+    seed_worker(settings.seed, rank(), step)
     gallery = validation_gallery(loader.songs.validation)
-    progress = Progress(task, batch, settings.epochs, steps, start=step, say=say if rank() == 0 else lambda line: None)
-    for epoch in range(done, settings.epochs):
+    watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings.health, device, step=step, say=say)
+    if rng is not None:
+        set_rng_state(rng, device)
+    progress = Progress(task, batch, settings.epochs, steps, start=step, say=say)
+    while step < settings.epochs * steps:
+        epoch, position = divmod(step, steps)
         model.train()
         order = task.order(epoch)
-        own = [worker_rows(order, position, batch, rank(), world_size()).T.reshape(-1) for position in range(steps)]
-        sums = {name: torch.zeros((), device=device) for name in [*task.weights, "gradient_norm"]}
-        for songs in loader.stream(own):
+        own = [worker_rows(order, at, batch, rank(), world_size()).T.reshape(-1) for at in range(position, steps)]
+        for songs in _timed(loader.stream(own), sums["seconds_waiting_for_data"]):
             set_learning_rate(optimizer, learning_rate_factor(step, settings.epochs * steps, settings))
-            terms = compute_gradients(model, songs.to(device), task, settings.micro_batch_size)
+            terms = compute_gradients(model, songs.to(device), task, micro_batch_size)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_gradient_norm or math.inf)
+            _refuse_non_finite(task, terms, norm, step)
             optimizer.step()
             optimizer.zero_grad()
             model.clamp_temperatures()
@@ -73,24 +86,64 @@ def train(
             for name, value in {**terms, "gradient_norm": norm / world_size()}.items():
                 sums[name] += value.to(sums[name].dtype)
             progress.step(epoch, step, sums, model)
+            if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step % steps:
+                on_checkpoint(None, step, _saver(model, gather_state(step, micro_batch_size, optimizer, sums, device)))
         metrics = _epoch_metrics(task, sums, steps)
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
-            raise StepError(
-                f"{task.name}: the loss of epoch {epoch + 1} is {metrics['loss']} and the gradient norm {metrics['gradient_norm']}; "
-                f"lower {task.name}.learning_rate, or set {task.name}.max_gradient_norm and {task.name}.warmup_share"
-            )
         metrics |= {f"temperature_{name}": value for name, value in model.temperatures().items()}
         metrics |= {"epoch": epoch + 1, "step": step, "learning_rate": optimizer.param_groups[-1]["lr"]}
         metrics |= validate(model, loader, gallery, task.validation_pairs)
-        metrics |= {"songs_per_second": progress.songs_per_second(step), "candidates": float(batch)}
+        metrics |= {
+            "songs_per_second": progress.songs_per_second(step),
+            "peak_memory_gb": peak_memory_gb(device),
+            "candidates": float(batch),
+        }
         progress.epoch(metrics)
-        state_now = gather_state(epoch + 1, step, optimizer, device)
-        on_epoch(metrics, lambda folder, state=state_now: save_checkpoint(folder, model, state))  # type: ignore[misc]
+        if watch is not None:
+            figures = watch.measure(model)
+            metrics |= figures
+            watch.check(figures, step)
+        sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        on_checkpoint(metrics, step, _saver(model, gather_state(step, micro_batch_size, optimizer, sums, device)))
+
+
+def _differences(resume: TrainingState, micro_batch_size: int | None) -> Iterator[str]:
+    """What is not as it was when the checkpoint was made, and decides the order of random numbers or of sums."""
+    if resume.workers != world_size():
+        yield f"the checkpoint was made by {resume.workers} worker(s), now there are {world_size()}"
+    if resume.micro_batch_size != micro_batch_size:
+        yield f"the checkpoint was made with micro_batch_size {resume.micro_batch_size}, now it is {micro_batch_size}"
+
+
+def _timed(batches: Iterator[Batch], waited: Tensor) -> Iterator[Batch]:
+    """The batches; seconds that each was waited for are added to `waited`."""
+    while True:
+        started = time.monotonic()
+        songs = next(batches, None)
+        if songs is None:
+            return
+        waited += time.monotonic() - started
+        yield songs
+
+
+def _refuse_non_finite(task: Task, terms: Terms, norm: Tensor, step: int) -> None:
+    """The gradient is the sum over workers, so all of them stop at the same step, before the weights are touched."""
+    if not math.isfinite(norm.item()):
+        losses = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
+        raise StepError(
+            f"{task.name}: the gradient of step {step + 1} has norm {norm.item()} (this worker's share of the loss: {losses}); "
+            f"lower {task.name}.learning_rate, or set {task.name}.max_gradient_norm and {task.name}.warmup_share"
+        )
+
+
+def _saver(model: HTCL, state: TrainingState) -> SaveCheckpoint:
+    return lambda folder: save_checkpoint(folder, model, state)
 
 
 def _epoch_metrics(task: Task, sums: dict[str, Tensor], steps: int) -> Metrics:
     """Means over the epoch's steps; a worker's terms are shares of the global batch's, so they are added up."""
-    total = sum_over_workers(torch.stack(list(sums.values()))) / steps
-    means = dict(zip(sums, total.tolist(), strict=True))
-    loss = sum(task.weights[name] * means[name] for name in task.weights)
-    return {"loss": loss, **{f"loss_{name}": means[name] for name in task.weights}, "gradient_norm": means["gradient_norm"]}
+    total = sum_over_workers(torch.stack(list(sums.values())))
+    of = dict(zip(sums, total.tolist(), strict=True))
+    terms = {f"loss_{name}": of[name] / steps for name in task.weights}
+    loss = sum(weight * terms[f"loss_{name}"] for name, weight in task.weights.items())
+    waited = of["seconds_waiting_for_data"] / world_size()
+    return {"loss": loss, **terms, "gradient_norm": of["gradient_norm"] / steps, "seconds_waiting_for_data": waited}

@@ -17,14 +17,14 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 class MetricsLog:
     """The log of one run, which goes on where a resumed run goes on."""
 
-    def __init__(self, workspace: Workspace, run: str, epochs_done: int, steps_done: int) -> None:
+    def __init__(self, workspace: Workspace, run: str, steps_done: int) -> None:
         from tensorboardX import SummaryWriter
 
         self.workspace, self.run = workspace, run
         self.lines: list[Metrics] = []
-        if epochs_done and workspace.exists(f"{run}/{METRICS}"):
+        if steps_done and workspace.exists(f"{run}/{METRICS}"):
             lines = [json.loads(line) for line in workspace.read_bytes(f"{run}/{METRICS}").decode().splitlines()]
-            self.lines = [line for line in lines if line["epoch"] <= epochs_done]
+            self.lines = [line for line in lines if line["step"] <= steps_done]
         self.remote = None if workspace.is_local else tempfile.TemporaryDirectory()
         self.folder = Path(self.remote.name if self.remote else workspace.full(f"{run}/{TENSORBOARD}"))
         self.events = SummaryWriter(str(self.folder), purge_step=steps_done or None)

@@ -23,7 +23,7 @@ class Progress:
         self.start_step, self.started = start, time.monotonic()
         self.last_line = self.started
         if start:
-            say(f"{task.name}  continues after epoch {start // steps}/{epochs}")
+            say(f"{task.name}  continues after step {start}/{epochs * steps} (epoch {start // steps + 1} of {epochs})")
 
     def songs_per_second(self, step: int) -> float:
         """Songs of all workers, since this process began."""

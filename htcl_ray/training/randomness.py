@@ -9,9 +9,9 @@ RngState = dict[str, Tensor]
 """State of the generators, uint8."""
 
 
-def seed_worker(seed: int, rank: int) -> None:
-    """Different dropout on every worker, the same in every run."""
-    torch.manual_seed(seed * 1_000_003 + rank + 1)
+def seed_worker(seed: int, rank: int, step: int = 0) -> None:
+    """Different dropout on every worker and from every step that a run is resumed at with other workers; the same in every run."""
+    torch.manual_seed((seed * 1_000_003 + rank + 1) ^ (step << 32))
 
 
 def get_rng_state(device: torch.device) -> RngState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,4 +23,4 @@ def _process(rank: int, workers: int, store: str, work: Callable[..., Any], argu
 
 def run_workers(workers: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> None:
     """Run `work(*arguments)` in that many processes of one group; they meet at a file, so no port is needed."""
-    multiprocessing.spawn(_process, (workers, str(folder / f"store-{workers}"), work, arguments), nprocs=workers)
+    multiprocessing.spawn(_process, (workers, str(folder / f"store-{uuid.uuid4().hex}"), work, arguments), nprocs=workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_two_ranks_see_different_songs_and_one_set_of_negatives(trained: Config,
 def test_an_error_of_a_worker_is_one_sentence(trained: Config):
     """A loss that is no number would be the same after a restart, so it ends the run at once."""
     config = trained.with_overrides({"pretrain.learning_rate": 1e30, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None})
-    with pytest.raises(StepError, match=r"^pretrain: the loss of epoch \d is .* lower pretrain\.learning_rate"):
+    with pytest.raises(StepError, match=r"^pretrain: the gradient of step \d+ has norm .* lower pretrain\.learning_rate"):
         pretrain(config)
 
 
@@ -121,6 +122,7 @@ def test_an_error_of_a_worker_is_one_sentence(trained: Config):
     [
         ({"pretrain.num_workers": 16, "pretrain.batch_size": 16}, ConfigError, r"num_workers × .* is 16 CPUs, .* has 4"),
         ({"text.name_or_path": "no/such/model"}, ConfigError, "text model 'no/such/model' cannot be loaded"),
+        ({"pretrain.best_metric": "validation_pair_recall@10"}, ConfigError, "stage 1 has no pairs"),
         ({"audio.n_mels": 17}, MismatchError, r"audio\.n_mels=16, but the configuration says 17"),
     ],
 )
@@ -160,50 +162,88 @@ def test_pairs_of_unknown_songs_are_counted_before_training(trained: Config, tmp
 
 KILLED = """
 import sys
-from htcl_ray.pipelines.train import pretrain
-from tests.synthetic_features import tiny_config
-pretrain(tiny_config(sys.argv[1], **{"pretrain.epochs": int(sys.argv[2])}))
+from htcl_ray.config import resolve
+from htcl_ray.pipelines.train import finetune, pretrain
+{"pretrain": pretrain, "finetune": finetune}[sys.argv[1]](resolve(file=sys.argv[2]))
 """
 
 
-def test_a_killed_run_continues_after_its_last_epoch(tmp_path: Path, ray_cluster: None):
+@pytest.mark.parametrize("step", ["pretrain", "finetune"])
+def test_a_killed_run_continues_after_its_last_checkpoint(step: str, trained: Config, tmp_path: Path):
     """The driver and its private cluster are killed mid-run; the same command ends with the weights of a run that was not killed."""
-    epochs = 20
-    config = tiny_config(tmp_path / "killed", **{"pretrain.epochs": epochs})
-    write_features(config)
+    epochs = 12
+    changes = {f"{step}.epochs": epochs, f"{step}.checkpoint_every_steps": 1, "finetune.pairs_per_epoch": 48, "ray.num_cpus": 4}
+    configs = {name: trained.with_overrides({**changes, "workspace": str(tmp_path / name)}) for name in ("killed", "whole")}
+    for config in configs.values():
+        for kept in ("features", "pairs", *([] if step == "pretrain" else ["models/semantic"])):
+            shutil.copytree(Path(trained.workspace) / kept, Path(config.workspace) / kept)
+    (tmp_path / "config.yaml").write_text(configs["killed"].as_yaml())
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, config.workspace, str(epochs)], cwd=REPOSITORY, env=environment, start_new_session=True
-    )
+    command = [sys.executable, "-c", KILLED, step, str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
+    runs = tmp_path / "killed" / "runs" / step
     try:
         deadline = time.monotonic() + 300
-        while not (seen := _epochs(tmp_path / "killed")) or seen[-1] < 3:
+        while _stored(runs) < 4:
             assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "no third epoch within 300 s"
+            assert time.monotonic() < deadline, "no fourth checkpoint within 300 s"
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     time.sleep(3)  # the private cluster's processes end with their driver
-    stopped = _epochs(tmp_path / "killed")
-    assert 3 <= stopped[-1] < epochs
-    assert not Workspace(config.workspace).finished("models/semantic"), "a killed run looks finished"
+    assert 4 <= _stored(runs) < epochs * 2
+    space = {"pretrain": "semantic", "finetune": "preference"}[step]
+    assert not Workspace(configs["killed"].workspace).finished(f"models/{space}"), "a killed run looks finished"
 
-    result = pretrain(config)
-    assert not result.skipped
-    assert _epochs(tmp_path / "killed") == list(range(1, epochs + 1))
-
-    whole = tiny_config(tmp_path / "whole", **{"pretrain.epochs": epochs})
-    write_features(whole)
-    pretrain(whole)
-    weights = [
-        HTCL.from_pretrained(Workspace(c.workspace).full(artifacts.models(Workspace(c.workspace)).semantic.path)).state_dict()
-        for c in (config, whole)
-    ]
+    weights = []
+    for config in configs.values():
+        assert not {"pretrain": pretrain, "finetune": finetune}[step](config).skipped
+        workspace = Workspace(config.workspace)
+        ((version, manifest),) = workspace.finished(f"models/{space}")
+        lines = workspace.read_bytes(f"{manifest['run']}/metrics.jsonl").decode().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, epochs + 1))
+        weights.append(HTCL.from_pretrained(workspace.full(f"models/{space}/{version}")).state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def _epochs(workspace: Path) -> list[int]:
-    """Epochs in the run's metrics.jsonl."""
-    found = list(workspace.glob("runs/pretrain/*/metrics.jsonl"))
-    return [json.loads(line)["epoch"] for line in found[0].read_text().splitlines()] if found else []
+def _stored(runs: Path) -> int:
+    """Checkpoints that Ray Train has on record in the one run of a folder."""
+    found = list(runs.glob("*/checkpoint_manager_snapshot.json"))
+    try:
+        return json.loads(found[0].read_text())["current_report_index"] if found else 0
+    except ValueError:  # being written
+        return 0
+
+
+def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A learning rate that ruins the model after the warm-up: the best epochs are early ones, the last one is poor."""
+    changes = {"pretrain.epochs": 6, "pretrain.best_metric": "loss", "pretrain.keep_checkpoints": 2, "pretrain.checkpoint_every_steps": 1}
+    config = trained.with_overrides(
+        {**changes, "workspace": str(tmp_path / "best"), "pretrain.learning_rate": 0.3, "pretrain.warmup_share": 0.9}
+    )
+    write_features(config)
+    pretrain(config)
+    workspace = Workspace(config.workspace)
+    model = artifacts.models(workspace).semantic
+    lines = [json.loads(line) for line in workspace.read_bytes(f"{model.manifest['run']}/metrics.jsonl").decode().splitlines()]
+    best = min(lines, key=lambda line: line["loss"])
+    assert model.manifest["quality"]["epoch"] == best["epoch"] < 6
+    assert model.manifest["quality"]["loss"] == pytest.approx(best["loss"])
+    assert f"epoch {best['epoch']} had the best loss" in capsys.readouterr().out
+    kept = list(Path(workspace.full(model.manifest["run"])).glob("checkpoint_2*"))
+    assert 2 <= len(kept) <= 3, "the two best and the newest"
+
+
+def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = trained.with_overrides({"workspace": str(tmp_path), "pretrain.epochs": 1})
+    write_features(config)
+    pretrain(config)
+    workspace = Workspace(config.workspace)
+    model = artifacts.models(workspace).semantic
+    record = Path(workspace.full(model.manifest["run"])) / "checkpoint_manager_snapshot.json"
+    for damage in (record.read_text()[:40], record.read_text().replace("checkpoint_2", "checkpoint_1")):
+        record.write_text(damage)
+        workspace.remove(model.path)
+        assert not pretrain(config).skipped
+        assert "is damaged or names missing ones; training begins anew" in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""Whether a run goes wrong: collapse and plateau, watched on a fixed probe batch with dropout off; and what to do about it.
+
+The probe is of training rows: on songs that were never seen, an overfitted model's loss may exceed that of a model that learned nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from htcl_ray.errors import StepError
+from htcl_ray.models.htcl import HTCL
+from htcl_ray.objectives.gather import gather_rows, rank, sum_over_workers, world_size
+from htcl_ray.settings import HealthSettings
+from htcl_ray.training.batches import BatchLoader, encode
+from htcl_ray.training.order import worker_rows
+from htcl_ray.training.tasks import Task
+
+PROBE_ROWS = 128
+"""Rows of the probe: enough for a rank of tens, little beside an epoch."""
+ENCODED_AT_ONCE = 16
+
+REMEDIES = {
+    "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, or check that song texts differ",
+    "collapse": "lower {stage}.learning_rate, raise {stage}.batch_size, or check that audio and texts differ between songs",
+}
+
+
+def mean_cosine(vectors: Tensor) -> float:
+    """Mean cosine between different rows of [n, d], n at least 2; 1 when all point one way."""
+    unit = F.normalize(vectors.double(), dim=1)
+    count = len(unit)
+    return float((unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1)))
+
+
+def effective_rank(vectors: Tensor) -> float:
+    """Exponential of the entropy of the singular values of the centred unit vectors [n, d], from 1 to min(n − 1, d).
+
+    Roy and Vetterli, "The effective rank", 2007. Vectors that are all equal have rank 1.
+    """
+    unit = F.normalize(vectors.double(), dim=1)
+    values = torch.linalg.svdvals(unit - unit.mean(dim=0))
+    if values.sum() <= 1e-9 * len(unit):
+        return 1.0
+    share = values / values.sum()
+    return float(torch.exp(-torch.xlogy(share, share).sum()))
+
+
+class HealthWatch:
+    """The probe of one run, its figures after each epoch, and how long each fault has lasted. Every worker must use it alike."""
+
+    def __init__(
+        self, task: Task, loader: BatchLoader, settings: HealthSettings, device: torch.device, *, step: int, say: Callable[[str], None]
+    ) -> None:
+        self.task, self.settings, self.say = task, settings, say
+        self.since: dict[str, int] = {}
+        """Fault → the last step at which all was well."""
+        self.healthy_at = step
+        order = task.order(0)
+        rows = min(PROBE_ROWS, len(order)) // world_size() * world_size()
+        chosen = np.sort(np.random.default_rng(0).choice(len(order), rows, replace=False))
+        own = worker_rows(order[chosen], 0, rows, rank(), world_size())
+        self.batch = loader.load(own.T.reshape(-1)).to(device)
+
+    def measure(self, model: HTCL) -> dict[str, float]:
+        """Figures of the probe: mean cosine and effective rank of audio and text, each term's loss and that of equal vectors."""
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            parts = [self.batch.part(start, start + ENCODED_AT_ONCE) for start in range(0, len(self.batch), ENCODED_AT_ONCE)]
+            audio, text = (torch.cat(vectors) for vectors in zip(*(encode(model, part) for part in parts), strict=True))
+            found = self._losses("probe_loss", model, audio, text)
+            found |= self._losses("plateau_loss", model, torch.ones_like(audio), torch.ones_like(text))
+        model.train(was_training)
+        for name, vectors in (("audio", audio), ("text", text)):
+            everyone = gather_rows(vectors)
+            if name == "text":  # equal texts have equal vectors
+                everyone = everyone[_first_of_each(gather_rows(self.batch.ids)[:, 2])]
+            if len(everyone) >= 2:
+                found[f"mean_cosine_{name}"] = mean_cosine(everyone)
+            if len(everyone) > 2 * self.settings.min_effective_rank:
+                found[f"effective_rank_{name}"] = effective_rank(everyone)
+        return found
+
+    def _losses(self, prefix: str, model: HTCL, audio: Tensor, text: Tensor) -> dict[str, float]:
+        terms = self.task.terms(model, audio, text, self.batch.ids)
+        return {f"{prefix}_{name}": sum_over_workers(value).item() for name, value in terms.items()}
+
+    def check(self, figures: Mapping[str, float], step: int) -> list[str]:
+        """Faults that have lasted for `patience_steps`, as sentences: said, or raised as StepError when the action is `stop`."""
+        now = self._faults(figures)
+        self.since = {fault: self.since.get(fault, self.healthy_at) for fault in now}
+        self.healthy_at = step
+        lasting = [text for fault, text in now.items() if step - self.since[fault] >= self.settings.patience_steps]
+        if lasting and self.settings.action == "stop":
+            raise StepError(f"{self.task.name} stopped at step {step}: {'; '.join(lasting)}")
+        for text in lasting:
+            self.say(f"{self.task.name}  WARNING at step {step}: {text}")
+        return lasting
+
+    def _faults(self, figures: Mapping[str, float]) -> dict[str, str]:
+        settings, found = self.settings, {}
+        for name in ("audio", "text"):
+            cosine, rank_now = figures.get(f"mean_cosine_{name}"), figures.get(f"effective_rank_{name}")
+            if cosine is not None and cosine > settings.max_mean_cosine:
+                found[f"cosine {name}"] = self._advice("collapse", f"the mean cosine of {name} vectors is {cosine:.3f}")
+            elif rank_now is not None and rank_now < settings.min_effective_rank:
+                found[f"rank {name}"] = self._advice("collapse", f"the effective rank of {name} vectors is {rank_now:.1f}")
+        for term in (name for name, weight in self.task.weights.items() if weight):
+            loss, plateau = figures[f"probe_loss_{term}"], figures[f"plateau_loss_{term}"]
+            if plateau > 0 and abs(loss - plateau) <= settings.plateau_margin * plateau:
+                what = f"the {term} loss of the probe is {loss:.3f}, what equal vectors for all songs would have"
+                found[f"plateau {term}"] = self._advice("plateau", what)
+        return found
+
+    def _advice(self, fault: str, what: str) -> str:
+        return f"{what} ({fault}); {REMEDIES[fault].format(stage=self.task.name)}"
+
+
+def _first_of_each(values: Tensor) -> Tensor:
+    """Position of the first of each distinct value."""
+    _, first = np.unique(values.cpu().numpy(), return_index=True)
+    return torch.from_numpy(first).to(values.device)
