@@ -205,7 +205,7 @@ class HealthSettings(Settings):
     """Collapse: mean cosine between different songs' audio, or different texts, above this."""
     min_effective_rank: float = Field(3.0, ge=1)
     """Collapse: fewer directions in use than this, as exp of the entropy of the singular values of the centred vectors."""
-    plateau_margin: float = Field(0.01, ge=0, lt=1)
+    plateau_margin: float = Field(0.002, ge=0, lt=1)
     """Plateau: a softmax term within this share of the loss that equal vectors for all songs would have."""
 
 

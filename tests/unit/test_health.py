@@ -78,7 +78,7 @@ def fault_after(watch: HealthWatch, figures: dict[str, float], steps: list[int])
 def test_a_fault_counts_when_it_lasts(world: World):
     model = world.model(1)
     lines: list[str] = []
-    settings = HealthSettings(patience_steps=20, min_effective_rank=2)
+    settings = HealthSettings(patience_steps=20, min_effective_rank=2, plateau_margin=0.005)
     watch = HealthWatch(world.task(1), world.loader(model), settings, CPU, step=0, say=lines.append)
     well = {
         "mean_cosine_audio": 0.1,
