@@ -158,6 +158,19 @@ def _search(config: Config, options: argparse.Namespace) -> None:
     search(config, options.index, k=options.k, blend=options.blend, as_json=options.json, **query)
 
 
+def _import_official_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="state dict that their training scripts saved (model-N.pth), or that of an AudioModel")
+    parser.add_argument("out", metavar="OUT", help="folder to make; WORKSPACE/models/semantic/NAME (stage 2: preference) serves every step")
+    parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="which of their two training scripts saved it")
+    parser.add_argument("--parent", metavar="VERSION", help="stage 2 in a workspace: the stage-1 model there that it grew from")
+
+
+def _import_official(config: Config, options: argparse.Namespace) -> None:
+    from htcl_ray.import_official import import_official
+
+    import_official(config, Path(options.file).expanduser(), options.out, options.stage, options.parent)
+
+
 def _show_config(config: Config, options: argparse.Namespace) -> None:
     print(config.as_yaml().rstrip() if options.what == "show" else json.dumps(json_schema(), indent=2))
 
@@ -178,6 +191,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command("start the HTTP application", _serve, _index_flag),
     "search": Command("one query from the shell, no server needed", _search, _search_flags),
+    "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags),
     "config": Command("print the configuration", _show_config, _config_flags),
 }
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from htcl_ray.errors import MismatchError, WorkspaceError
-from htcl_ray.models.record import ModelRecord, parse_record
+from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
 from htcl_ray.storage import file_sha256, fingerprint
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer", "README.md"
@@ -74,10 +74,12 @@ def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor], file: s
         raise MismatchError(f"{file} has {extra[0]} of shape {list(given[extra[0]].shape)}, which {config} does not know")
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
+def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
+    """The tokenizer of a model folder; None when it brings none and `text` names where one is."""
     from transformers import AutoTokenizer
 
+    if text.settings.name_or_path is not None and not (folder / TOKENIZER).exists():
+        return None
     try:
         return AutoTokenizer.from_pretrained(str(folder / TOKENIZER), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -86,14 +88,18 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any) -> None:
-    """Write a model folder beside `path`, then rename it: `path` is never half a model. An older folder there is replaced."""
+    """Write a model folder beside `path`, then rename it: `path` is never half a model. An older folder there is replaced.
+
+    `tokenizer` None leaves it out: nothing was embedded yet, or there is no text tower.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
     beside.mkdir()
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside / WEIGHTS, {"format": "pt"})
         (beside / CONFIG).write_text(json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(beside / TOKENIZER)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside / TOKENIZER)
         (beside / CARD).write_text(model_card(record, sum(tensor.numel() for tensor in weights.values())), encoding="utf-8")
         if path.exists():
             path.rename(old)
@@ -117,7 +123,10 @@ def model_card(record: ModelRecord, parameters: int) -> str:
         2: "stage 2: a preference space, fine-tuned from a stage-1 model on songs that listeners like together",
     }[record.stage]
     audio = record.audio
-    text = record.text.settings.name_or_path or "a BERT trained from scratch on the catalogue's texts"
+    text = "none: it hears, but cannot read"
+    if record.text is not None:
+        text = record.text.settings.name_or_path or "a BERT trained from scratch on the catalogue's texts"
+    words = "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
     return f"""---
 library_name: htcl-ray
 tags: [music, audio, contrastive-learning]
@@ -140,9 +149,7 @@ Hierarchical two-stage contrastive learning of music representations (arXiv 2505
 from htcl_ray.models import HTCL
 
 model = HTCL.from_pretrained("path/to/this/folder")
-song = model.embed_audio(waveform, sample_rate)
-texts = model.embed_text(["calm piano", "fast techno"])
-print(texts @ song)
+song = model.embed_audio(waveform, sample_rate){words}
 ```
 
 The model has heard only the catalogue that it was trained on; how well it does there is in `manifest.json` beside this file, when it

@@ -18,8 +18,16 @@ from htcl_ray.config import Config
 from htcl_ray.errors import InputError
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.audio_encoder import AudioEncoder
+from htcl_ray.models.official import TOKENIZER, read_official
 from htcl_ray.models.record import InputRecipe, ModelRecord
-from htcl_ray.models.text_encoder import TextEncoder, Tokens, text_encoder_from_name, text_encoder_from_scratch, transformer_from_config
+from htcl_ray.models.text_encoder import (
+    NoTextEncoder,
+    TextEncoder,
+    Tokens,
+    text_encoder_from_name,
+    text_encoder_from_record,
+    text_encoder_from_scratch,
+)
 from htcl_ray.settings import AudioRecipe
 
 MIN_TEMPERATURE = 0.01
@@ -32,7 +40,8 @@ class HTCL(nn.Module):
     """Audio and text → vectors of one space.
 
     `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a waveform becomes the log-mel
-    that the model expects. The `embed_*` methods give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
+    that the model expects. A `record` without text is an audio encoder alone: no heads, and words are refused. The `embed_*` methods
+    give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
     """
 
     def __init__(self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074) -> None:
@@ -41,11 +50,12 @@ class HTCL(nn.Module):
         self.record = record
         self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
         self.text_encoder = text_encoder
-        self.audio_head = mlp([settings.width, *settings.head_hidden, settings.dim])
-        self.text_head = mlp([text_encoder.width, *settings.head_hidden, settings.dim])
-        self.fusion = mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim]) if record.stage == 2 else None
+        both = record.text is not None
+        self.audio_head = mlp([settings.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
+        self.text_head = mlp([text_encoder.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
+        self.fusion = mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim]) if both and record.stage == 2 else None
         scale = -math.log(temperature)
-        self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in TERMS[record.stage]})
+        self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in TERMS[record.stage] if both})
 
     @property
     def dim(self) -> int:
@@ -82,8 +92,10 @@ class HTCL(nn.Module):
         """A stage-2 model that starts from everything this one learned: towers, heads, and the temperature of audio ↔ text.
 
         Only the fusion network and the two new temperatures, which begin at `temperature`, are new. Shares the text tower with this
-        model, which should not be used afterwards.
+        model, which should not be used afterwards. Raises InputError for an audio encoder alone.
         """
+        if self.record.text is None:
+            raise InputError("this model is an audio encoder alone; expected a stage-1 model with heads and a text tower")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = HTCL(self.record.model_copy(update={"stage": 2}), self.text_encoder, temperature)
@@ -96,14 +108,35 @@ class HTCL(nn.Module):
         """Load a model folder or a model on the hub, in evaluation mode. Raises WorkspaceError or MismatchError."""
         found = model_folder.find_folder(path_or_hub_id)
         record = model_folder.read_record(found)
-        transformer = transformer_from_config(record.text.transformer)
-        model = cls(record, TextEncoder(transformer, model_folder.read_tokenizer(found), record.text.settings))
+        tokenizer = None if record.text is None else model_folder.read_tokenizer(found, record.text)
+        model = cls._from_record(record, tokenizer)
         model_folder.load_weights(model, found)
         return model.eval()
 
+    @classmethod
+    def from_official(
+        cls, path: str | Path, stage: int, *, text_config: Any = None, tokenizer: str = TOKENIZER, audio: AudioRecipe | None = None
+    ) -> HTCL:
+        """The authors' state dict (`model-N.pth` of their stage 1 or 2), in evaluation mode: the same numbers as their code.
+
+        A file of their `AudioModel` alone gives a model whose vectors are the encoder's own (`dim` is its width) and which refuses words.
+        Sizes are those of the weights, with attention heads 64 wide as published; `text_config` (a `BertConfig` or a dict of its keys)
+        states those of the text tower instead. `tokenizer` is a hub name or a local folder, loaded only when text is embedded. `audio`
+        is how the log-mels that the weights were trained on were made (default: as published). Raises InputError.
+        """
+        found = read_official(Path(path).expanduser(), stage, text_config=text_config, tokenizer=tokenizer, audio=audio)
+        model = cls._from_record(found.record, None)
+        model.load_state_dict(found.weights)
+        return model.eval()
+
+    @classmethod
+    def _from_record(cls, record: ModelRecord, tokenizer: Any | None) -> HTCL:
+        """A model of this description with weights that are to be overwritten."""
+        return cls(record, NoTextEncoder() if record.text is None else text_encoder_from_record(record.text, tokenizer))
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model folder; it appears whole or not at all."""
-        model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.tokenizer)
+        model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer)
 
     def push_to_hub(self, repo_id: str) -> None:
         """Upload the model folder to the Hugging Face hub, as `repo_id`, with the credentials that its client finds."""
@@ -130,7 +163,7 @@ class HTCL(nn.Module):
 
     def temperatures(self) -> dict[str, float]:
         """Temperature of each loss term."""
-        return {term: math.exp(-self.logit_scale[term].item()) for term in TERMS[self.stage]}
+        return {term: math.exp(-self.logit_scale[term].item()) for term in TERMS[self.stage] if term in self.logit_scale}
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:

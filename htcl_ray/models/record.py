@@ -25,7 +25,8 @@ class TextRecord(Settings):
     """The text tower."""
 
     settings: TextSettings
-    """As configured when it was made; `name_or_path` tells where the weights came from and is never read again."""
+    """As configured when it was made. `name_or_path` tells where the weights came from; it is read again only for the tokenizer of a
+    model folder that brings none."""
     transformer: dict[str, Any]
     """Configuration of the transformers model, with `model_type`."""
 
@@ -39,7 +40,8 @@ class ModelRecord(Settings):
     input: InputRecipe = InputRecipe.MASKED
     audio: AudioRecipe
     model: ModelSettings
-    text: TextRecord
+    text: TextRecord | None
+    """None: an audio encoder alone. Its vectors are the encoder's own, without a head, and `model.dim` is its width."""
 
 
 def parse_record(tree: Any, where: str) -> ModelRecord:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htcl_ray.errors import ConfigError
+from htcl_ray.errors import ConfigError, InputError, MismatchError
 from htcl_ray.models.record import TextRecord
 from htcl_ray.models.vocabulary import SPECIAL_TOKENS
 from htcl_ray.settings import TextSettings
@@ -21,11 +21,19 @@ Tokens = dict[str, Tensor]
 class TextEncoder(nn.Module):
     """Texts → one vector each: the pooled first token (`pooler_output`), as the authors; without a pooler, the first token itself."""
 
-    def __init__(self, transformer: nn.Module, tokenizer: Any, settings: TextSettings) -> None:
+    def __init__(self, transformer: nn.Module, tokenizer: Any | None, settings: TextSettings) -> None:
         super().__init__()
         self.transformer = transformer
-        self.tokenizer = tokenizer
+        self.loaded_tokenizer = tokenizer
+        """None until `tokenizer` is first asked for, when that of `settings.name_or_path` is to be used."""
         self.settings = settings
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded now if it has not been. Raises ConfigError or MismatchError."""
+        if self.loaded_tokenizer is None:
+            self.loaded_tokenizer = _tokenizer_from_name(self.settings.name_or_path, self.transformer.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        return self.loaded_tokenizer
 
     @property
     def width(self) -> int:
@@ -47,6 +55,18 @@ class TextEncoder(nn.Module):
         output = self.transformer(**tokens)
         pooled = getattr(output, "pooler_output", None)
         return output.last_hidden_state[:, 0] if pooled is None else pooled
+
+
+class NoTextEncoder(TextEncoder):
+    """Stands where a text tower would in a model that is an audio encoder alone: it has no weights, and words are refused."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.loaded_tokenizer = None
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Raise InputError."""
+        raise InputError("this model is an audio encoder alone and has no text tower; expected sound, or a model of both to embed words")
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
@@ -85,6 +105,11 @@ def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEn
     return TextEncoder(transformer_from_config(config.to_dict()), tokenizer, settings)
 
 
+def text_encoder_from_record(record: TextRecord, tokenizer: Any | None) -> TextEncoder:
+    """The tower that `config.json` describes, with random weights."""
+    return TextEncoder(transformer_from_config(record.transformer), tokenizer, record.settings)
+
+
 def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
     """A transformers model with random weights from its configuration, `model_type` included. Raises ConfigError."""
     from transformers import AutoConfig, AutoModel
@@ -112,6 +137,22 @@ def check_text_settings(settings: TextSettings) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and settings.max_tokens > limit:
         raise ConfigError(f"text.max_tokens is {settings.max_tokens}, but the text model '{settings.name_or_path}' takes at most {limit}")
+
+
+def _tokenizer_from_name(name: str | None, vocabulary: int) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"words cannot be embedded yet, because the tokenizer '{name}' cannot be loaded ({reason}); make it reachable, "
+            "or import the weights again with the folder of a copy as tokenizer (htcl import-official: --set text.name_or_path=FOLDER)"
+        ) from None
+    if len(tokenizer) > vocabulary:
+        raise MismatchError(f"the tokenizer '{name}' has {len(tokenizer)} tokens, but the text tower knows {vocabulary}")
+    return tokenizer
 
 
 def _unusable(name: str | None, error: Exception) -> ConfigError:

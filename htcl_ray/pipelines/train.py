@@ -128,6 +128,11 @@ def _check_parent(workspace: Workspace, parent: Artifact, config: Config) -> Non
 
     file = f"{parent.path}/config.json"
     record = parse_record(workspace.read_json(file), workspace.uri_of(file))
+    if record.text is None:
+        raise MismatchError(
+            f"the semantic model {parent.version} is an audio encoder alone, without heads or a text tower; stage 2 needs a model that "
+            "'htcl pretrain' made or that was imported from a whole stage-1 file"
+        )
     theirs = {"audio": record.audio, "model": record.model, "text": record.text.settings}
     for section, made in theirs.items():
         ours = getattr(config, section).model_dump(mode="json")

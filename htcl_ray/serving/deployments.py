@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from htcl_ray.audio import decode, log_mel
+from htcl_ray.errors import InputError
 from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.service import SearchService
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
@@ -54,7 +56,8 @@ class Encoder:
         for batched in (self._encode_texts, self._encode_mels):
             batched.set_max_batch_size(settings.max_batch_size)
             batched.set_batch_wait_timeout_s(settings.batch_wait_seconds)
-        self._encoder.encode_texts(["warm up"])
+        with contextlib.suppress(InputError):  # an imported model may have no text tower or no tokenizer at hand, and still answers sound
+            self._encoder.encode_texts(["warm up"])
         self._encoder.encode_waveforms([np.zeros(self._encoder.recipe.sample_rate, dtype=np.float32)])
 
     async def encode_text(self, text: str) -> Vectors:
