@@ -34,7 +34,7 @@ TEXTS, TOKENS = 8, 24
 
 
 def their_model(scripts: ModuleType, models: ModuleType, mlp: ModuleType, stage: int) -> nn.Module:
-    """What their script of this stage trains and saves. No value is left as it was initialised, so that no name can be taken for another."""
+    """What their script of this stage trains and saves, no value left as it was initialised, so that no name is taken for another."""
     wide, dim = scripts.HIDDEN_DIM, scripts.OUTPUT_DIM
     heads = [mlp.MLP([wide, wide // 2, wide // 4, dim]) for _ in range(2)]
     towers = (models.AudioModel(input_dim=scripts.MEL_SPEC_DIM), BertModel(BERT), *heads)

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertTokenizerFast
 from htcl_ray import artifacts, cli
 from htcl_ray.errors import ConfigError, HtclError, InputError, MismatchError
 from htcl_ray.models import HTCL
-from htcl_ray.models.official import PUBLISHED, ROWS, _size, read_official
+from htcl_ray.models.official import PUBLISHED, ROWS, _size, read_official, sizes_of
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.storage import Workspace
@@ -230,6 +230,18 @@ def test_every_fault_of_the_names_is_listed_with_both_shapes(tmp_path: Path):
     ):
         assert fault in message
     assert "\n" not in message
+
+
+def test_one_wrong_tensor_does_not_change_what_is_expected_of_the_others():
+    """Whichever it is; but for sizes that only one or two tensors have."""
+    state = {name: tensor.to("meta") for name, tensor in theirs(2).state_dict().items()}
+    rows = [row for row in ROWS if "2" in row.stages]
+    right = sizes_of(state, rows)
+    assert (right["D"], right["E"], right["K"], right["i"], right["n"], right["O"]) == (128, 64, 7, 2, 1, 20)
+    for name, tensor in list(state.items())[::2]:
+        if not name.endswith(("word_embeddings.weight", "position_embeddings.weight", "type_embeddings.weight", "original0", "original1")):
+            wrong = torch.empty([size + 1 for size in tensor.shape], device="meta")
+            assert sizes_of({**state, name: wrong}, rows) == right, name
 
 
 def test_an_audio_encoder_with_faults_is_named_as_its_file_does(tmp_path: Path):
