@@ -16,7 +16,7 @@ from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.sample import TEXT_COLUMNS, write_sample
 from htcl_ray.storage import Workspace
 
-MADE_BY_DEMO = ("sample", "features", "events", "pairs", "quarantine", "runs", "models", "embeddings", "index", "reports")
+MADE_BY_DEMO = ("sample", "features", "events", "pairs", "negatives", "quarantine", "runs", "models", "embeddings", "index", "reports")
 TEXT_QUERY = "calm ambient piano"
 
 

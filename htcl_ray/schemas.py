@@ -117,6 +117,7 @@ PAIRS = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
+"""`pairs/<fingerprint>/*.parquet`, and `negatives/<fingerprint of the pairs>/*.parquet` with songs rejected after their triggers."""
 
 QUARANTINE = pa.schema(
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -234,6 +235,10 @@ class StageSettings(Settings):
     """After the warm-up: half a cosine to 0, or the peak rate to the end."""
     max_gradient_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; null is no clipping."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: InfoNCE, each row picks its match among the batch. sigmoid: each pair of rows is a match or not (SigLIP)."""
+    mask_false_negatives: bool = True
+    """Rows of one song, duplicate group, text or (stage 2) known pair are not each other's negatives; false is the published loss."""
     temperature: float = Field(0.074, ge=0.01, le=1)
     """Initial temperature of the contrastive losses; learned, kept at or above 0.01."""
     seed: int = 0
@@ -250,6 +255,14 @@ class StageSettings(Settings):
     best_metric: BestMetric | None = None
     """The model that is published is the epoch that was best by this; null is the last epoch."""
     health: HealthSettings = HealthSettings()
+
+    @property
+    def initial_bias(self) -> float | None:
+        """Sigmoid loss: where its bias starts, at the log odds that two rows of a batch match; None for softmax.
+
+        The −10 of the paper is about this number for its batches of 32,768; for small ones it would be far below.
+        """
+        return -math.log(self.batch_size - 1) if self.loss == "sigmoid" else None
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -282,6 +295,20 @@ class FinetuneSettings(StageSettings):
     """Weight of trigger audio ↔ recalled audio."""
     fusion_loss_weight: float = Field(1.0, ge=0)
     """Weight of audio ↔ the other song's fusion of audio and text."""
+    popularity_correction: bool = False
+    """Subtract log q from the logits of preference and fusion, q being the probability that the song is drawn (log-Q); softmax only."""
+    explicit_negatives: bool = False
+    """Add to each pair a song rejected after its trigger (skips, dislikes), as a negative of preference; half as much again to encode."""
+
+    @model_validator(mode="after")
+    def _check_correction(self) -> Self:
+        if self.popularity_correction and self.loss != "softmax":
+            raise ValueError(f"popularity_correction corrects a softmax, and loss is {self.loss}; set one of them back")
+        if self.popularity_correction and self.explicit_negatives:
+            raise ValueError(
+                "popularity_correction needs keys that are drawn by the pairs' weights, and explicit_negatives adds others; choose one"
+            )
+        return self
 
 
 class EmbedSettings(Settings):

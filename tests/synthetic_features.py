@@ -106,3 +106,14 @@ def write_pairs(config: Config, songs: int = 60, *, features_version: str = "syn
     inputs = {"features": features_version}
     workspace.finish(path, build_manifest("pairs", config=config.model_dump(mode="json"), inputs=inputs))
     return path
+
+
+def write_negatives(config: Config, rows: list[tuple[int, int, float]], *, version: str = "pairs") -> None:
+    """Rejected training songs (trigger, song, weight), mined with pairs of that version."""
+    workspace = Workspace(config.workspace)
+    named = [
+        {"trigger_song_id": f"song-{a:04d}", "song_id": f"song-{b:04d}", "weight": weight, "support": 1, "split": "train"}
+        for a, b, weight in rows
+    ]
+    workspace.write_table(f"negatives/{version}/part-00000.parquet", pa.Table.from_pylist(named, schema=schemas.PAIRS))
+    workspace.finish(f"negatives/{version}", build_manifest("negatives", config=config.model_dump(mode="json"), inputs={}))

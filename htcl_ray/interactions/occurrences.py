@@ -1,4 +1,4 @@
-"""Events → occurrences: each time that a user received a song well after a trigger song.
+"""Events → occurrences: each time that a user received a song well after a trigger song, and each time that one was rejected there.
 
 Feedback names its trigger. A play's trigger is the last positively received play before it in its session. Affinity logs have no order:
 each song that a user prefers is a trigger of every other.
@@ -31,27 +31,40 @@ OCCURRENCES = pa.schema(
 
 def occurrences(events: pa.Table, settings: PairSettings) -> pa.Table:
     """Occurrences, schema OCCURRENCES, in events (schema EVENTS) that are sorted by user and time and hold whole users."""
-    has_trigger, has_time = pc.is_valid(events["trigger_song_id"]), pc.is_valid(events["timestamp"])
+    feedback, plays, affinity = _by_shape(events)
     return pa.concat_tables(
         [
-            _from_feedback(events.filter(has_trigger)),
-            _from_plays(events.filter(pc.and_(pc.invert(has_trigger), has_time)), settings.session_gap_minutes * 60),
-            _from_affinity(events.filter(pc.invert(has_time)), settings.max_songs_per_user),
+            _from_feedback(feedback, sign=1),
+            _from_plays(plays, settings.session_gap_minutes * 60, sign=1),
+            _from_affinity(affinity, settings.max_songs_per_user),
         ]
     )
 
 
-def _from_feedback(events: pa.Table) -> pa.Table:
-    good = events.filter(pc.greater(events["value"], 0))
-    return _as_occurrences(good, good["trigger_song_id"], good["value"])
+def rejections(events: pa.Table, settings: PairSettings) -> pa.Table:
+    """Rejected songs and their triggers, schema OCCURRENCES, in events as for `occurrences`. Affinity logs have none."""
+    feedback, plays, _ = _by_shape(events)
+    return pa.concat_tables([_from_feedback(feedback, sign=-1), _from_plays(plays, settings.session_gap_minutes * 60, sign=-1)])
 
 
-def _from_plays(events: pa.Table, gap_seconds: float) -> pa.Table:
-    positive = pc.greater(events["value"], 0).to_numpy()
-    trigger = triggers(session_starts(user_codes(events), events["timestamp"].to_numpy(), gap_seconds), positive)
-    rows = pa.array(np.flatnonzero(positive & (trigger != NO_TRIGGER)))
-    good = events.take(rows)
-    return _as_occurrences(good, events["song_id"].take(pa.array(trigger[rows.to_numpy()])), good["value"])
+def _by_shape(events: pa.Table) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Feedback, plays, affinity."""
+    has_trigger, has_time = pc.is_valid(events["trigger_song_id"]), pc.is_valid(events["timestamp"])
+    return events.filter(has_trigger), events.filter(pc.and_(pc.invert(has_trigger), has_time)), events.filter(pc.invert(has_time))
+
+
+def _from_feedback(events: pa.Table, sign: int) -> pa.Table:
+    strength = pc.multiply(events["value"], sign)
+    answered = pc.greater(strength, 0)
+    found = events.filter(answered)
+    return _as_occurrences(found, found["trigger_song_id"], strength.filter(answered))
+
+
+def _from_plays(events: pa.Table, gap_seconds: float, sign: int) -> pa.Table:
+    value = events["value"].to_numpy()
+    trigger = triggers(session_starts(user_codes(events), events["timestamp"].to_numpy(), gap_seconds), value > 0)
+    rows = np.flatnonzero((sign * value > 0) & (trigger != NO_TRIGGER))
+    return _as_occurrences(events.take(pa.array(rows)), events["song_id"].take(pa.array(trigger[rows])), pa.array(sign * value[rows]))
 
 
 def _from_affinity(events: pa.Table, most: int) -> pa.Table:
@@ -85,7 +98,7 @@ def _from_affinity(events: pa.Table, most: int) -> pa.Table:
     return pa.table(columns).cast(OCCURRENCES)
 
 
-def _as_occurrences(events: pa.Table, trigger: pa.ChunkedArray, strength: pa.ChunkedArray) -> pa.Table:
+def _as_occurrences(events: pa.Table, trigger: pa.ChunkedArray, strength: pa.Array | pa.ChunkedArray) -> pa.Table:
     columns = [
         trigger,
         events["song_id"],

@@ -1,7 +1,7 @@
-"""Events → preference pairs (trigger song, song), in two steps that a cluster can do apart.
+"""Events → preference pairs (trigger song, song), and negatives (trigger song, rejected song), in two steps that a cluster can do apart.
 
-`partial_pairs` sees all events of some users and sums what they say about each pair; `finish_pairs` sees all such sums of some trigger
-songs. Our reading of how pairs are mined is in docs/decisions/0001-pair-mining.md.
+`partial_pairs` sees all events of some users and sums what they say about each pair; `finish_pairs` and `finish_negatives` see all such
+sums of some trigger songs. Our reading of how pairs are mined is in docs/decisions/0001-pair-mining.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.interactions.occurrences import occurrences, user_codes
+from htcl_ray.interactions.occurrences import occurrences, rejections, user_codes
 from htcl_ray.schemas import PAIRS, Split
 from htcl_ray.settings import PairSettings
 
@@ -34,8 +34,8 @@ class Dropped(StrEnum):
     ABOVE_CAP = "above_cap"
 
 
-PARTIAL_PAIRS = pa.schema([*PAIRS, pa.field("dropped", pa.string())])
-"""Sums over some users. Rows with `dropped` are counts instead: `support` occurrences without songs."""
+PARTIAL_PAIRS = pa.schema([*PAIRS, pa.field("dropped", pa.string()), pa.field("rejected", pa.bool_(), nullable=False)])
+"""Sums over some users. Rows with `dropped` are counts instead: `support` occurrences without songs. `rejected` rows are of negatives."""
 
 
 def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: PairSettings) -> pa.Table:
@@ -46,12 +46,12 @@ def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: Pa
     """
     sums = [PARTIAL_PAIRS.empty_table()]
     for piece in _whole_users(events.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("song_id", "ascending")]), settings):
-        seen = occurrences(piece, settings)
-        split, dropped = _judge(seen, songs)
-        for reason in np.unique(dropped[dropped != ""]):
-            sums.append(_dropped_count(reason, int(np.count_nonzero(dropped == reason))))
-        kept = seen.append_column("split", pa.array(split, pa.string())).filter(pa.array(dropped == ""))
-        sums.append(_sum_occurrences(_decay(kept, newest, settings)))
+        for rejected, seen in ((False, occurrences(piece, settings)), (True, rejections(piece, settings))):
+            split, dropped = _judge(seen, songs)
+            for reason in np.unique(dropped[dropped != ""]):
+                sums.append(_dropped_count(reason, int(np.count_nonzero(dropped == reason)), rejected))
+            kept = seen.append_column("split", pa.array(split, pa.string())).filter(pa.array(dropped == ""))
+            sums.append(_sum_occurrences(_decay(kept, newest, settings), rejected))
     return pa.concat_tables(sums)
 
 
@@ -62,18 +62,33 @@ def finish_pairs(
 
     `partial`: every row of PARTIAL_PAIRS about these trigger songs. `popularity`: positives of each of `song_ids`, see `positives`.
     """
+    pairs, dropped = _supported(partial.filter(pc.invert(partial["rejected"])), settings)
+    return _capped(_correct_popularity(pairs, song_ids, popularity, settings.popularity_exponent), dropped, settings)
+
+
+def finish_negatives(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
+    """Rejected songs of some trigger songs, as `finish_pairs` gives pairs; the weight is the decayed sum of the rejections.
+
+    It is not divided by popularity: a song that nobody received well has none. A song may be rejected after a trigger by one user and be a
+    pair with it through another; who trains with negatives leaves these out.
+    """
+    return _capped(*_supported(partial.filter(partial["rejected"]), settings), settings)
+
+
+def _supported(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
+    """Sums over all users with enough support, and what was dropped so far."""
     counts = partial.filter(pc.is_valid(partial["dropped"])).group_by("dropped").aggregate([("support", "sum")])
     dropped = dict(zip(counts["dropped"].to_pylist(), counts["support_sum"].to_pylist(), strict=True))
     pairs = _sum_partials(partial.filter(pc.is_null(partial["dropped"])))
-
     supported = pairs.filter(pc.greater_equal(pairs["support"], settings.min_support))
-    dropped[Dropped.BELOW_SUPPORT] = pairs.num_rows - supported.num_rows
-    pairs = _correct_popularity(supported, song_ids, popularity, settings.popularity_exponent)
-    if settings.max_pairs_per_song is not None:
-        capped = _heaviest(pairs, settings.max_pairs_per_song)
-        dropped[Dropped.ABOVE_CAP] = pairs.num_rows - capped.num_rows
-        pairs = capped
-    ordered = pairs.sort_by([("trigger_song_id", "ascending"), ("song_id", "ascending")])
+    return supported, dropped | {Dropped.BELOW_SUPPORT: pairs.num_rows - supported.num_rows}
+
+
+def _capped(pairs: pa.Table, dropped: dict[str, int], settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
+    """The pairs that stay, in order, and all that was dropped."""
+    kept = pairs if settings.max_pairs_per_song is None else _heaviest(pairs, settings.max_pairs_per_song)
+    dropped = dropped | {Dropped.ABOVE_CAP: pairs.num_rows - kept.num_rows}
+    ordered = kept.sort_by([("trigger_song_id", "ascending"), ("song_id", "ascending")])
     return ordered.select(PAIRS.names).cast(PAIRS), {reason: count for reason, count in dropped.items() if count}
 
 
@@ -132,12 +147,13 @@ def _decay(seen: pa.Table, newest: float, settings: PairSettings) -> pa.Table:
 _KEYS = ["trigger_song_id", "song_id", "split"]
 
 
-def _sum_occurrences(kept: pa.Table) -> pa.Table:
+def _sum_occurrences(kept: pa.Table, rejected: bool) -> pa.Table:
     sums = kept.group_by(_KEYS, use_threads=False).aggregate(
         [("strength", "sum"), ("user_id", "count_distinct"), ("timestamp", "min"), ("timestamp", "max")]
     )
     renamed = sums.rename_columns([*_KEYS, "weight", "support", "first_timestamp", "last_timestamp"])
-    return renamed.append_column("dropped", pa.nulls(sums.num_rows, pa.string())).select(PARTIAL_PAIRS.names).cast(PARTIAL_PAIRS)
+    marked = renamed.append_column("dropped", pa.nulls(sums.num_rows, pa.string()))
+    return marked.append_column("rejected", pa.repeat(rejected, sums.num_rows)).select(PARTIAL_PAIRS.names).cast(PARTIAL_PAIRS)
 
 
 def _sum_partials(partial: pa.Table) -> pa.Table:
@@ -149,8 +165,8 @@ def _sum_partials(partial: pa.Table) -> pa.Table:
     return sums.rename_columns([*_KEYS, "weight", "support", "first_timestamp", "last_timestamp"])
 
 
-def _dropped_count(reason: str, count: int) -> pa.Table:
-    row = {"trigger_song_id": "", "song_id": "", "weight": 0.0, "support": count, "split": "", "dropped": reason}
+def _dropped_count(reason: str, count: int, rejected: bool) -> pa.Table:
+    row = {"trigger_song_id": "", "song_id": "", "weight": 0.0, "support": count, "split": "", "dropped": reason, "rejected": rejected}
     return pa.Table.from_pylist([row], schema=PARTIAL_PAIRS)
 
 

@@ -44,7 +44,7 @@ class HTCL(nn.Module):
     give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
     """
 
-    def __init__(self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074) -> None:
+    def __init__(self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074, bias: float = 0.0) -> None:
         super().__init__()
         settings = record.model
         self.record = record
@@ -55,7 +55,10 @@ class HTCL(nn.Module):
         self.text_head = mlp([text_encoder.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
         self.fusion = mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim]) if both and record.stage == 2 else None
         scale = -math.log(temperature)
-        self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in TERMS[record.stage] if both})
+        terms = TERMS[record.stage] if both else ()
+        self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in terms})
+        sigmoid = record.loss == "sigmoid"
+        self.logit_bias = nn.ParameterDict({term: nn.Parameter(torch.tensor(bias)) for term in terms}) if sigmoid else None
 
     @property
     def dim(self) -> int:
@@ -85,22 +88,27 @@ class HTCL(nn.Module):
             else:
                 assert vocabulary is not None, "a text tower from scratch needs a vocabulary"
                 text_encoder = text_encoder_from_scratch(config.text, vocabulary)
-            record = ModelRecord(stage=1, input=input_recipe, audio=config.audio, model=config.model, text=text_encoder.record)
-            return cls(record, text_encoder, config.pretrain.temperature)
+            stage = config.pretrain
+            record = ModelRecord(
+                stage=1, input=input_recipe, loss=stage.loss, audio=config.audio, model=config.model, text=text_encoder.record
+            )
+            return cls(record, text_encoder, stage.temperature, stage.initial_bias or 0.0)
 
-    def to_stage_2(self, temperature: float, seed: int) -> HTCL:
+    def to_stage_2(self, temperature: float, seed: int, bias: float | None = None) -> HTCL:
         """A stage-2 model that starts from everything this one learned: towers, heads, and the temperature of audio ↔ text.
 
-        Only the fusion network and the two new temperatures, which begin at `temperature`, are new. Shares the text tower with this
-        model, which should not be used afterwards. Raises InputError for an audio encoder alone.
+        Only the fusion network and the two new temperatures, which begin at `temperature`, are new. `bias`: where new biases of the sigmoid
+        loss begin; None is the softmax loss. Stage 1's bias goes on if both stages have one. Shares the text tower with this model, which
+        should not be used afterwards. Raises InputError for an audio encoder alone.
         """
         if self.record.text is None:
             raise InputError("this model is an audio encoder alone; expected a stage-1 model with heads and a text tower")
+        record = self.record.model_copy(update={"stage": 2, "loss": "softmax" if bias is None else "sigmoid"})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = HTCL(self.record.model_copy(update={"stage": 2}), self.text_encoder, temperature)
-        kept, new = self.state_dict(), model.state_dict()
-        model.load_state_dict({**new, **kept})
+            model = HTCL(record, self.text_encoder, temperature, bias or 0.0)
+        kept = {name: tensor for name, tensor in self.state_dict().items() if bias is not None or not name.startswith("logit_bias.")}
+        model.load_state_dict({**model.state_dict(), **kept})
         return model
 
     @classmethod

@@ -38,6 +38,8 @@ class ModelRecord(Settings):
     stage: Literal[1, 2]
     """1: semantic space (audio ↔ text); 2: preference space, with a fusion network and three temperatures."""
     input: InputRecipe = InputRecipe.MASKED
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """What it was trained with; sigmoid has a learned bias beside each temperature."""
     audio: AudioRecipe
     model: ModelSettings
     text: TextRecord | None

@@ -1,4 +1,4 @@
-"""Events → preference pairs.
+"""Events → preference pairs, and beside them the negatives: songs rejected after a trigger song.
 
 Two shuffles: by user, after which all that a user did is in one place, and by trigger song, after which all that is known of a trigger
 song is. The driver holds one number for each song.
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from htcl_ray.config import Config
-from htcl_ray.interactions.pairs import finish_pairs, partial_pairs, positives
+from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.interactions.splits import hash_fraction
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, read_songs
@@ -29,13 +29,14 @@ EVENTS_PER_BUCKET = 1 << 20
 
 
 def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
-    """Mine preference pairs from the events."""
+    """Mine preference pairs and negatives from the events."""
     cluster.connect(config)
     import ray
     import ray.data
 
-    path = f"pairs/{plan.pairs_version}"
-    workspace.remove(path)
+    kinds = ("pairs", "negatives")
+    for kind in kinds:
+        workspace.remove(f"{kind}/{plan.pairs_version}")
     manifest = workspace.manifest(f"events/{plan.events_version}")
     assert manifest is not None, "events come before pairs"
     quality = manifest["quality"]
@@ -56,26 +57,39 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
     mine = functools.partial(_mine_users, songs=shared_songs, newest=train_end or 0.0, config=config, buckets=buckets)
     shared_popularity = ray.put(popularity)
     finish = functools.partial(
-        _finish_triggers, songs=shared_songs, popularity=shared_popularity, config=config, workspace=workspace, path=path
+        _finish_triggers,
+        songs=shared_songs,
+        popularity=shared_popularity,
+        config=config,
+        workspace=workspace,
+        version=plan.pairs_version,
     )
     partial = files.map_batches(read, batch_size=1).groupby("bucket", num_partitions=buckets).map_groups(mine, batch_format="pyarrow")
-    counts: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     for batch in (
         partial.groupby("bucket", num_partitions=buckets)
         .map_groups(finish, batch_format="pyarrow")
         .iter_batches(batch_size=None, prefetch_batches=0)
     ):
         for text in batch["counts"].tolist():
-            counts.update(json.loads(text))
+            for kind, found in json.loads(text).items():
+                counts[kind].update(found)
+    inputs = {"features": features_version, "events": plan.events_version, "log": plan.log}
+    for kind in reversed(kinds):  # pairs last: when they are finished, both are
+        _finish(workspace, config, kind, plan.pairs_version, counts[kind], inputs)
+
+
+def _finish(workspace: Workspace, config: Config, kind: str, version: str, counts: Counter[str], inputs: dict[str, str]) -> None:
+    """Say what was found, and mark pairs or negatives as finished."""
+    path = f"{kind}/{version}"
     splits = {split: counts.pop(split, 0) for split in Split}
     found = ", ".join(f"{split} {count:,}" for split, count in splits.items())
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
-    print(f"preprocess  {sum(splits.values()):,} pairs ({found}); dropped: {dropped or 'none'}", flush=True)
+    print(f"preprocess  {sum(splits.values()):,} {kind} ({found}); dropped: {dropped or 'none'}", flush=True)
     if not sum(splits.values()):
         workspace.write_table(f"{path}/part-00000.parquet", PAIRS.empty_table())
-    inputs = {"features": features_version, "events": plan.events_version, "log": plan.log}
-    measured = {"pairs": sum(splits.values()), "splits": splits, "dropped": dict(sorted(counts.items()))}
-    workspace.finish(path, build_manifest("pairs", config=config.model_dump(mode="json"), inputs=inputs, quality=measured))
+    measured = {kind: sum(splits.values()), "splits": splits, "dropped": dict(sorted(counts.items()))}
+    workspace.finish(path, build_manifest(kind, config=config.model_dump(mode="json"), inputs=inputs, quality=measured))
 
 
 def _count_positives(batch: dict[str, Any], *, songs: Any, workspace: Workspace) -> dict[str, Any]:
@@ -101,17 +115,22 @@ def _mine_users(events: pa.Table, *, songs: Any, newest: float, config: Config, 
 
 
 def _finish_triggers(
-    partial: pa.Table, *, songs: Any, popularity: Any, config: Config, workspace: Workspace, path: str
+    partial: pa.Table, *, songs: Any, popularity: Any, config: Config, workspace: Workspace, version: str
 ) -> dict[str, Sequence[str]]:
     import ray
 
     bucket = partial["bucket"][0].as_py()
-    pairs, counts = finish_pairs(
-        partial.drop_columns(["bucket"]), ray.get(songs)["song_id"].combine_chunks(), ray.get(popularity), config.pairs
-    )
-    if pairs.num_rows:
-        workspace.write_table(f"{path}/part-{bucket:05d}.parquet", pairs)
-    return {"counts": [json.dumps({**Counter(pairs["split"].to_pylist()), **counts})]}
+    partial = partial.drop_columns(["bucket"])
+    finished = {
+        "pairs": finish_pairs(partial, ray.get(songs)["song_id"].combine_chunks(), ray.get(popularity), config.pairs),
+        "negatives": finish_negatives(partial, config.pairs),
+    }
+    for kind, (table, _) in finished.items():
+        if table.num_rows:
+            workspace.write_table(f"{kind}/{version}/part-{bucket:05d}.parquet", table)
+    return {
+        "counts": [json.dumps({kind: {**Counter(table["split"].to_pylist()), **dropped} for kind, (table, dropped) in finished.items()})]
+    }
 
 
 def _read_file(workspace: Workspace, name: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""`htcl preprocess`: catalogue → log-mel shards; logs → events → preference pairs; rejected rows → quarantine.
+"""`htcl preprocess`: catalogue → log-mel shards; logs → events → preference pairs and negatives; rejected rows → quarantine.
 
 The unit of work is the shard: `data.songs_per_shard` songs in the order of their ids. A shard's file appears whole or not at all, so a
 run that was killed goes on with the shards that are missing. Everything a person can mend is checked before Ray starts.
@@ -39,7 +39,7 @@ SECONDS_BETWEEN_LINES = 2.0
 
 
 def preprocess(config: Config) -> StepResult:
-    """Make features of `data.catalog` and, when `data.interactions` is given, events and preference pairs.
+    """Make features of `data.catalog` and, when `data.interactions` is given, events, preference pairs and negatives.
 
     What is finished is not made again, and what is half-finished is completed. Raises InputError for input that cannot be used.
     """
@@ -51,7 +51,7 @@ def preprocess(config: Config) -> StepResult:
     check_all_renames(config)
     needs_features = workspace.manifest(f"features/{plan.version}") is None
     needs_events = log is not None and workspace.manifest(f"events/{log.events_version}") is None
-    needs_pairs = log is not None and workspace.manifest(f"pairs/{log.pairs_version}") is None
+    needs_pairs = log is not None and any(workspace.manifest(f"{kind}/{log.pairs_version}") is None for kind in ("pairs", "negatives"))
     if log is not None and needs_events:
         check_log(config, log, plan.songs["song_id"].combine_chunks())
     if needs_features:

@@ -207,9 +207,14 @@ def _check_best_metric(stage: StageRun, songs: Songs) -> None:
 def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> int:
     from htcl_ray.training.songs import read_pairs
 
-    pairs = read_pairs(workspace, artifact.path, songs)
+    pairs = read_pairs(workspace, artifact.path, songs, rejected=settings.explicit_negatives)
     if pairs.missing:
         print(f"finetune  {pairs.missing} pairs are left out: a song has no features in the pair's split", flush=True)
+    if pairs.rejected_left_out:
+        print(
+            f"finetune  {pairs.rejected_left_out} negatives are left out: a song has no training features, or the two are a pair",
+            flush=True,
+        )
     if len(pairs.train) < 2:
         raise WorkspaceError(
             f"{workspace.uri_of(artifact.path)} has {len(pairs.train)} usable training pair(s); expected at least 2: "

@@ -64,7 +64,8 @@ def _train(job: TrainJob, say: Callable[[str], None]) -> None:
     if job.pairs is None:
         task = pretrain_task(songs, job.config.pretrain)
     else:
-        task = finetune_task(read_pairs(job.workspace, job.pairs.path, songs), job.config.finetune, device)
+        pairs = read_pairs(job.workspace, job.pairs.path, songs, rejected=job.config.finetune.explicit_negatives)
+        task = finetune_task(pairs, job.config.finetune, device)
     model, resume = _model(job)
     first = ray.train.get_context().get_world_rank() == 0
     log = MetricsLog(job.workspace, job.run, resume.step if resume else 0) if first else None
@@ -102,4 +103,5 @@ def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
     if job.parent is None:
         return HTCL.untrained(job.config, job.vocabulary), None
     parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))
-    return parent.to_stage_2(job.config.finetune.temperature, job.config.finetune.seed), None
+    settings = job.config.finetune
+    return parent.to_stage_2(settings.temperature, settings.seed, settings.initial_bias), None

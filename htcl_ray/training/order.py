@@ -34,6 +34,20 @@ def pair_order(seed: int, epoch: int, pairs: Rows, weights: npt.NDArray[np.float
     return pairs[chosen]
 
 
+def with_rejected(seed: int, epoch: int, drawn: Rows, rejected: Rows, weights: npt.NDArray[np.float64]) -> Rows:
+    """Drawn pairs [draws, 2] with a song rejected after each trigger, drawn by weight, [draws, 3].
+
+    `rejected` [k, 2], sorted: trigger, rejected song; `weights` [k], above 0. Where a trigger has none, the recalled song stands again.
+    """
+    trigger, recalled = drawn.T
+    first, behind = (np.searchsorted(rejected[:, 0], trigger, side=side) for side in ("left", "right"))
+    passed = np.append(0.0, np.cumsum(weights))
+    share = np.random.default_rng([seed, epoch, 1]).random(len(drawn))
+    position = np.searchsorted(passed, passed[first] + share * (passed[behind] - passed[first]), side="right") - 1
+    chosen = np.append(rejected[:, 1], -1)[np.clip(position, first, np.maximum(first, behind - 1))]
+    return np.stack([trigger, recalled, np.where(behind > first, chosen, recalled)], axis=1)
+
+
 def worker_rows(order: Rows, step: int, batch: int, rank: int, workers: int) -> Rows:
     """One worker's part of one global batch: consecutive rows of the epoch's order."""
     own = batch // workers

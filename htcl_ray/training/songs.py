@@ -43,6 +43,12 @@ class Pairs:
     """[pairs, 2]."""
     missing: int
     """Training and validation pairs left out because a song has no features in that split."""
+    rejected: Rows
+    """[k, 2]: trigger, song rejected after it; sorted, none of them a training pair in either order. Empty unless asked for."""
+    rejected_weights: npt.NDArray[np.float64]
+    """[k], above 0."""
+    rejected_left_out: int
+    """Rejected songs of training triggers left out: a song has no features in the training split, or the two are a training pair."""
 
 
 def read_songs(workspace: Workspace, path: str) -> Songs:
@@ -68,28 +74,63 @@ def read_songs(workspace: Workspace, path: str) -> Songs:
     return Songs(song_ids, texts, ids, train, validation)
 
 
-def read_pairs(workspace: Workspace, path: str, songs: Songs) -> Pairs:
-    """The pairs of a pairs artifact whose songs both have features in the pair's split."""
-    table = workspace.read_tables(path, ["trigger_song_id", "song_id", "weight", "split"])
-    found, missing = {}, 0
-    for split, members in ((Split.TRAIN, songs.train), (Split.VALIDATION, songs.validation)):
-        part = table.filter(pc.equal(table["split"], split))
-        number = {songs.song_ids[row]: row for row in members.tolist()}
-        rows = np.array(
-            [[number.get(song, -1) for song in part[name].to_pylist()] for name in ("trigger_song_id", "song_id")], dtype=np.int64
-        ).T.reshape(-1, 2)
-        weights = part["weight"].to_numpy().astype(np.float64)
-        usable = (rows >= 0).all(axis=1) & (weights > 0)
-        missing += int((~usable).sum())
-        order = np.lexsort((rows[usable][:, 1], rows[usable][:, 0]))
-        found[split] = rows[usable][order], weights[usable][order]
-    train, weights = found[Split.TRAIN]
-    return Pairs(train, weights, found[Split.VALIDATION][0], missing)
+def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool = False) -> Pairs:
+    """The pairs of a pairs artifact whose songs both have features in the pair's split.
+
+    `rejected`: also read the negatives that were mined with them; WorkspaceError when there are none.
+    """
+    columns = ["trigger_song_id", "song_id", "weight", "split"]
+    table = workspace.read_tables(path, columns)
+    train, weights, missing = _usable(table, Split.TRAIN, songs, songs.train)
+    validation, _, more = _usable(table, Split.VALIDATION, songs, songs.validation)
+    if not rejected:
+        return Pairs(train, weights, validation, missing + more, train[:0], weights[:0], 0)
+    negatives = f"negatives/{path.rpartition('/')[2]}"
+    if workspace.manifest(negatives) is None:
+        raise WorkspaceError(
+            f"{workspace.uri_of(negatives)}, which finetune.explicit_negatives needs, does not exist; run 'htcl preprocess'"
+        )
+    apart, apart_weights, unknown = _usable(workspace.read_tables(negatives, columns), Split.TRAIN, songs, songs.train)
+    known = np.isin(_codes(apart), known_pair_codes(train))
+    if known.all():
+        raise WorkspaceError(
+            f"{workspace.uri_of(negatives)} has no song that was only rejected after its trigger, which finetune.explicit_negatives needs: "
+            "give a log with skips or dislikes (pairs.negative_feedback), or set it to false"
+        )
+    left_out = unknown + int(known.sum())
+    return Pairs(train, weights, validation, missing + more, apart[~known], apart_weights[~known], left_out)
+
+
+def _usable(table: pa.Table, split: Split, songs: Songs, members: Rows) -> tuple[Rows, npt.NDArray[np.float64], int]:
+    """Pairs of a split as sorted song numbers, their weights, and how many were left out because a song is not in it."""
+    part = table.filter(pc.equal(table["split"], split))
+    number = {songs.song_ids[row]: row for row in members.tolist()}
+    rows = np.array(
+        [[number.get(song, -1) for song in part[name].to_pylist()] for name in ("trigger_song_id", "song_id")], dtype=np.int64
+    ).T.reshape(-1, 2)
+    weights = part["weight"].to_numpy().astype(np.float64)
+    usable = (rows >= 0).all(axis=1) & (weights > 0)
+    order = np.lexsort((rows[usable][:, 1], rows[usable][:, 0]))
+    return rows[usable][order], weights[usable][order], int((~usable).sum())
 
 
 def known_pair_codes(pairs: Rows) -> Rows:
-    """Sorted, unique codes of unordered pairs, as `objectives.contrastive.false_negatives` takes them."""
-    return np.unique((pairs.min(axis=1) << 32) | pairs.max(axis=1))
+    """Sorted, unique codes of unordered pairs, as `objectives.masks.false_negatives` takes them."""
+    return np.unique(_codes(pairs))
+
+
+def _codes(pairs: Rows) -> Rows:
+    return (pairs.min(axis=1) << 32) | pairs.max(axis=1)
+
+
+def log_draw_probability(pairs: Rows, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log of the probability that a pair drawn by weight has a song as its trigger, and as its recalled song: [songs, 2].
+
+    As many songs as the largest number in `pairs` asks for; −inf for a song that is never drawn.
+    """
+    count = int(pairs.max()) + 1
+    drawn = np.stack([np.bincount(songs, weights, count) for songs in pairs.T], axis=1) / weights.sum()
+    return np.log(drawn, out=np.full_like(drawn, -np.inf), where=drawn > 0)
 
 
 def normalized_text(text: str) -> str:

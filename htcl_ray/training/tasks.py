@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.stages import Terms, finetune_terms, pretrain_terms
 from htcl_ray.settings import FinetuneSettings, PretrainSettings
-from htcl_ray.training.order import pair_order, song_order
-from htcl_ray.training.songs import Pairs, Rows, Songs, known_pair_codes
+from htcl_ray.training.order import pair_order, song_order, with_rejected
+from htcl_ray.training.songs import Pairs, Rows, Songs, known_pair_codes, log_draw_probability
 
 LossTerms = Callable[[HTCL, Tensor, Tensor, Tensor], Terms]
 """(model, audio [S, dim], text [S, dim], ids [S, 3]) → named terms, this worker's share of each."""
@@ -26,6 +27,7 @@ class Task:
     rows: int
     """Rows of an epoch: songs in stage 1, pairs in stage 2."""
     songs_per_row: int
+    """1 in stage 1; 2 in stage 2, or 3 with a rejected song beside each pair."""
     order: Callable[[int], Rows]
     """Epoch → song numbers [rows, songs_per_row]."""
     terms: LossTerms
@@ -41,21 +43,44 @@ def pretrain_task(songs: Songs, settings: PretrainSettings) -> Task:
         rows=len(songs.train),
         songs_per_row=1,
         order=lambda epoch: song_order(settings.seed, epoch, songs.train),
-        terms=pretrain_terms,
+        terms=functools.partial(pretrain_terms, masked=settings.mask_false_negatives),
         weights={"text": 1.0},
     )
 
 
 def finetune_task(pairs: Pairs, settings: FinetuneSettings, device: torch.device) -> Task:
-    """Stage 2: training pairs drawn by weight. A batch holds the triggers of its pairs, then the recalled songs."""
+    """Stage 2: training pairs drawn by weight.
+
+    A batch holds the triggers of its pairs, then the recalled songs, then, with `explicit_negatives`, songs rejected after the triggers.
+    """
     draws = settings.pairs_per_epoch or len(pairs.train)
     known = torch.from_numpy(known_pair_codes(pairs.train)).to(device)
+    log_q = torch.from_numpy(log_draw_probability(pairs.train, pairs.weights)).to(device) if settings.popularity_correction else None
+
+    def order(epoch: int) -> Rows:
+        drawn = pair_order(settings.seed, epoch, pairs.train, pairs.weights, draws)
+        if not settings.explicit_negatives:
+            return drawn
+        return with_rejected(settings.seed, epoch, drawn, pairs.rejected, pairs.rejected_weights)
+
+    def terms(model: HTCL, audio: Tensor, text: Tensor, ids: Tensor) -> Terms:
+        return finetune_terms(
+            model,
+            audio,
+            text,
+            ids,
+            known,
+            masked=settings.mask_false_negatives,
+            log_q=log_q,
+            with_rejected=settings.explicit_negatives,
+        )
+
     return Task(
         name="finetune",
         rows=draws,
-        songs_per_row=2,
-        order=lambda epoch: pair_order(settings.seed, epoch, pairs.train, pairs.weights, draws),
-        terms=lambda model, audio, text, ids: finetune_terms(model, audio, text, ids, known),
+        songs_per_row=3 if settings.explicit_negatives else 2,
+        order=order,
+        terms=terms,
         weights={
             "text": settings.text_loss_weight,
             "preference": settings.preference_loss_weight,

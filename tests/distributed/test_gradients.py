@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +32,40 @@ WEIGHTS = {1: {"text": 1.0}, 2: {"text": 1.0, "preference": 0.7, "fusion": 1.3}}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 KNOWN = [(0, 1), (2, 9), (3, 4), (5, 11), (6, 7)]
 """Known pairs besides those of the batch."""
+LOG_Q = torch.from_numpy(np.log(np.random.default_rng(5).uniform(0.01, 0.3, (SONGS, 2))))
 
 
-def song_rows(stage: int) -> np.ndarray:
-    """Song numbers [ROWS, songs per row]: a song twice, a trigger that is recalled elsewhere, repeated triggers."""
+@dataclass(frozen=True)
+class Variant:
+    """A stage with its loss."""
+
+    name: str
+    stage: int
+    loss: str = "softmax"
+    masked: bool = True
+    corrected: bool = False
+    rejected: bool = False
+
+
+STANDARD = [Variant("first", 1), Variant("second", 2)]
+VARIANTS = [
+    Variant("first-unmasked", 1, masked=False),
+    Variant("second-unmasked", 2, masked=False),
+    Variant("first-sigmoid", 1, loss="sigmoid"),
+    Variant("second-sigmoid", 2, loss="sigmoid"),
+    Variant("corrected", 2, corrected=True),
+    Variant("rejected", 2, rejected=True),
+    Variant("rejected-sigmoid-unmasked", 2, loss="sigmoid", rejected=True, masked=False),
+]
+
+
+def song_rows(variant: Variant) -> np.ndarray:
+    """Song numbers [ROWS, songs per row]: a song twice, a trigger that is recalled elsewhere, repeated triggers, no rejected song."""
     triggers = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 10, 1])
     recalled = np.array([12, 0, 13, 14, 15, 16, 17, 18, 19, 2, 11, 9])
-    return triggers[:, None] if stage == 1 else np.stack([triggers, recalled], axis=1)
+    rejected = np.array([9, 13, 13, 8, 5, 19, 2, 18, 4, 2, 17, 14])
+    columns = [triggers] if variant.stage == 1 else [triggers, recalled, rejected] if variant.rejected else [triggers, recalled]
+    return np.stack(columns, axis=1)
 
 
 def song_ids() -> Tensor:
@@ -47,12 +76,12 @@ def song_ids() -> Tensor:
     return torch.stack([song, group, text], dim=1)
 
 
-def build(stage: int, dtype: torch.dtype) -> HTCL:
-    """The same model in every process; dropout 0, temperatures apart from each other."""
-    config = tiny_config("unused").with_overrides({"model.dropout": 0.0, "text.dropout": 0.0, "model.layers": 2})
-    model = HTCL.untrained(config, train_wordpiece(TEXTS, 60))
-    if stage == 2:
-        model = model.to_stage_2(0.1, seed=1)
+def build(variant: Variant, dtype: torch.dtype) -> HTCL:
+    """The same model in every process; dropout 0, temperatures and biases apart from each other."""
+    fixed = {"model.dropout": 0.0, "text.dropout": 0.0, "model.layers": 2, "pretrain.loss": variant.loss}
+    model = HTCL.untrained(tiny_config("unused").with_overrides(fixed), train_wordpiece(TEXTS, 60))
+    if variant.stage == 2:
+        model = model.to_stage_2(0.1, seed=1, bias=-1.5 if variant.loss == "sigmoid" else None)
         model.logit_scale["fusion"].data.fill_(1.5)
     return model.to(dtype).train()
 
@@ -68,58 +97,100 @@ def load(model: HTCL, rows: np.ndarray) -> Batch:
     return Batch(mel[songs], valid[songs], tokens, song_ids()[songs])
 
 
+def pairs_of_the_batch() -> list[tuple[int, int]]:
+    return [(trigger, recalled) for trigger, recalled in song_rows(STANDARD[1]).tolist()]
+
+
 def known_codes() -> Tensor:
-    pairs = KNOWN + [tuple(pair) for pair in song_rows(2).tolist()]
-    return torch.tensor(sorted({(min(pair) << 32) | max(pair) for pair in pairs}))
+    return torch.tensor(sorted({(min(pair) << 32) | max(pair) for pair in KNOWN + pairs_of_the_batch()}))
 
 
-def task(stage: int) -> Task:
-    if stage == 1:
-        return Task("pretrain", ROWS, 1, lambda epoch: song_rows(1), pretrain_terms, WEIGHTS[1])
-    known = known_codes()
-    terms = lambda model, audio, text, ids: finetune_terms(model, audio, text, ids, known)  # noqa: E731
-    return Task("finetune", ROWS, 2, lambda epoch: song_rows(2), terms, WEIGHTS[2])
+def task(variant: Variant) -> Task:
+    rows = song_rows(variant)
+    if variant.stage == 1:
+        terms = functools.partial(pretrain_terms, masked=variant.masked)
+    else:
+        log_q = LOG_Q if variant.corrected else None
+        terms = functools.partial(
+            finetune_terms, known_pairs=known_codes(), masked=variant.masked, log_q=log_q, with_rejected=variant.rejected
+        )
+    return Task(variant.name, ROWS, rows.shape[1], lambda epoch: rows, terms, WEIGHTS[variant.stage])
 
 
-def compute(model: HTCL, stage: int, micro_batch_size: int | None = None) -> dict[str, Tensor]:
+def compute(model: HTCL, variant: Variant, micro_batch_size: int | None = None) -> dict[str, Tensor]:
     """What one worker of the group computes on its part: terms of the whole batch, and every gradient."""
-    own = worker_rows(song_rows(stage), 0, ROWS, rank(), world_size())
-    terms = compute_gradients(model, load(model, own), task(stage), micro_batch_size)
+    own = worker_rows(song_rows(variant), 0, ROWS, rank(), world_size())
+    terms = compute_gradients(model, load(model, own), task(variant), micro_batch_size)
     found = {f"loss {name}": sum_over_workers(term) for name, term in terms.items()}
     return found | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def excluded(a: int, b: int, stage: int) -> bool:
+def excluded(a: int, b: int, variant: Variant) -> bool:
     """Whether songs a and b must not be pushed apart."""
-    known = {frozenset(pair) for pair in KNOWN + [tuple(pair) for pair in song_rows(2).tolist()]}
+    known = {frozenset(pair) for pair in KNOWN + pairs_of_the_batch()}
     alike = bool((song_ids()[a] == song_ids()[b]).any())
-    return alike or (stage == 2 and frozenset((a, b)) in known)
+    return variant.masked and (alike or (variant.stage == 2 and frozenset((a, b)) in known))
 
 
-def info_nce_by_entry(first: Tensor, second: Tensor, first_songs: list[int], second_songs: list[int], scale: Tensor, stage: int) -> Tensor:
-    logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T * scale.exp()
-    count = len(first)
-    keep = torch.tensor([[i == j or not excluded(first_songs[i], second_songs[j], stage) for j in range(count)] for i in range(count)])
-    logits = torch.where(keep, logits, -torch.inf)
-    there = -torch.log_softmax(logits, dim=1).diagonal().mean()
-    back = -torch.log_softmax(logits, dim=0).diagonal().mean()
-    return (there + back) / 2
+class Entries:
+    """The terms stated entry by entry on full matrices, masks from Python loops."""
+
+    def __init__(self, model: HTCL, variant: Variant) -> None:
+        self.model, self.variant = model, variant
+
+    def seen(self, rows: list[int], columns: list[int]) -> Tensor:
+        return torch.tensor([[i == j or not excluded(a, b, self.variant) for j, b in enumerate(columns)] for i, a in enumerate(rows)])
+
+    def term(
+        self,
+        name: str,
+        first: Tensor,
+        second: Tensor,
+        first_songs: list[int],
+        second_songs: list[int],
+        *,
+        used: list[bool] | None = None,
+        drawn_as: tuple[int, int] = (0, 1),
+    ) -> Tensor:
+        """`second` may have more rows than `first`: those match nothing, and only those that are `used` count.
+
+        `drawn_as`: columns of LOG_Q that hold for the first and the second side.
+        """
+        rows = len(first)
+        logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T * self.model.logit_scale[name].exp()
+        keep = self.seen(first_songs, second_songs)
+        if used is not None:
+            keep &= torch.tensor([True] * rows + used)
+        if self.model.logit_bias is not None:
+            z = 2 * torch.eye(rows, len(second), dtype=logits.dtype) - 1
+            entries = torch.log(1 + torch.exp(-z * (logits + self.model.logit_bias[name])))
+            return torch.where(keep, entries, 0).sum() / rows
+        correct = torch.zeros(SONGS, 2) if not self.variant.corrected or name == "text" else LOG_Q
+        there = torch.where(keep, logits - correct[second_songs, drawn_as[1]], -torch.inf)
+        back = torch.where(keep, logits - correct[first_songs, drawn_as[0]][:, None], -torch.inf)[:, :rows]
+        return -(torch.log_softmax(there, dim=1).diagonal().mean() + torch.log_softmax(back, dim=0).diagonal().mean()) / 2
 
 
-def reference(model: HTCL, stage: int) -> dict[str, Tensor]:
-    """One process, the whole batch, full matrices, masks from Python loops."""
-    rows = song_rows(stage)
+def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:
+    """One process, the whole batch."""
+    rows = song_rows(variant)
     audio, text = encode(model, load(model, rows))
     songs = rows.T.reshape(-1).tolist()
-    terms = {"text": info_nce_by_entry(audio, text, songs, songs, model.logit_scale["text"], stage)}
-    if stage == 2:
-        trigger, recalled = songs[:ROWS], songs[ROWS:]
+    entries = Entries(model, variant)
+    if variant.stage == 1:
+        terms = {"text": entries.term("text", audio, text, songs, songs)}
+    else:
+        trigger, recalled, both = songs[:ROWS], songs[ROWS : 2 * ROWS], 2 * ROWS
         fused = model.fuse(audio, text)
-        terms["preference"] = info_nce_by_entry(audio[:ROWS], audio[ROWS:], trigger, recalled, model.logit_scale["preference"], stage)
-        there = info_nce_by_entry(audio[:ROWS], fused[ROWS:], trigger, recalled, model.logit_scale["fusion"], stage)
-        back = info_nce_by_entry(audio[ROWS:], fused[:ROWS], recalled, trigger, model.logit_scale["fusion"], stage)
-        terms["fusion"] = (there + back) / 2
-    sum(WEIGHTS[stage][name] * term for name, term in terms.items()).backward()
+        used = [songs[both + i] != recalled[i] for i in range(ROWS)] if variant.rejected else None
+        there = entries.term("fusion", audio[:ROWS], fused[ROWS:both], trigger, recalled)
+        back = entries.term("fusion", audio[ROWS:both], fused[:ROWS], recalled, trigger, drawn_as=(1, 0))
+        terms = {
+            "text": entries.term("text", audio[:both], text[:both], songs[:both], songs[:both]),
+            "preference": entries.term("preference", audio[:ROWS], audio[ROWS:], trigger, songs[ROWS:], used=used),
+            "fusion": (there + back) / 2,
+        }
+    sum(WEIGHTS[variant.stage][name] * term for name, term in terms.items()).backward()
     found = {f"loss {name}": term.detach() for name, term in terms.items()}
     return found | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -132,31 +203,44 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: t
         assert difference <= TOLERANCE[dtype] * largest, f"{name} differs by {difference:.2e}; the largest gradient entry is {largest:.2e}"
 
 
-CASES = [(stage, dtype, micro) for stage in (1, 2) for dtype in TOLERANCE for micro in (None, 2)]
+CASES = [(variant, dtype, micro) for variant in STANDARD for dtype in TOLERANCE for micro in (None, 2)]
+CASES += [(variant, torch.float64, micro) for variant in VARIANTS for micro in (None, 2)]
 
 
 def work(folder: str) -> None:
     """Every case in one group of processes; starting one takes seconds."""
-    for stage, dtype, micro in CASES:
-        found = compute(build(stage, dtype), stage, micro)
-        torch.save(found, Path(folder) / f"{stage}-{dtype}-{micro}-{world_size()}-{rank()}.pt")
+    for variant, dtype, micro in CASES:
+        found = compute(build(variant, dtype), variant, micro)
+        torch.save(found, Path(folder) / f"{variant.name}-{dtype}-{micro}-{world_size()}-{rank()}.pt")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_gradients_equal_one_process(workers: int, tmp_path: Path):
     run_workers(workers, tmp_path, work, str(tmp_path))
-    for stage, dtype, micro in CASES:
-        expected = reference(build(stage, dtype), stage)
-        temperatures = {"logit_scale.text"} if stage == 1 else {"logit_scale.text", "logit_scale.preference", "logit_scale.fusion"}
-        assert temperatures <= set(expected)
+    for variant, dtype, micro in CASES:
+        expected = expected_of(variant, dtype)
+        learned = ("logit_scale", "logit_bias") if variant.loss == "sigmoid" else ("logit_scale",)
+        assert {f"{kind}.{term}" for kind in learned for term in WEIGHTS[variant.stage]} <= set(expected)
         for worker in range(workers):
-            found = torch.load(tmp_path / f"{stage}-{dtype}-{micro}-{workers}-{worker}.pt", weights_only=True)
+            found = torch.load(tmp_path / f"{variant.name}-{dtype}-{micro}-{workers}-{worker}.pt", weights_only=True)
             assert_equal(found, expected, dtype)
 
 
+@functools.cache
+def expected_of(variant: Variant, dtype: torch.dtype) -> dict[str, Tensor]:
+    return reference(build(variant, dtype), variant)
+
+
+def test_variants_differ():
+    """Each variant has another gradient than its stage's standard, so none of them can be mistaken for it."""
+    for variant in VARIANTS:
+        plain = expected_of(STANDARD[variant.stage - 1], torch.float64)["audio_head.0.weight"]
+        assert (expected_of(variant, torch.float64)["audio_head.0.weight"] - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
 def test_without_a_process_group():
-    for stage in (1, 2):
-        assert_equal(compute(build(stage, torch.float64), stage), reference(build(stage, torch.float64), stage), torch.float64)
+    for variant in STANDARD + VARIANTS:
+        assert_equal(compute(build(variant, torch.float64), variant), expected_of(variant, torch.float64), torch.float64)
 
 
 def talk(folder: str) -> None:

@@ -23,7 +23,7 @@ from htcl_ray.catalog import tables
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import InputError
 from htcl_ray.interactions.logs import LogShape, complete, normalise
-from htcl_ray.interactions.pairs import finish_pairs, partial_pairs, positives
+from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.interactions.splits import period_ends, song_split
 from htcl_ray.pipelines import pairs as pairs_step
 from htcl_ray.pipelines.preprocess import preprocess
@@ -145,12 +145,19 @@ def test_events_and_pairs_are_those_of_the_plain_functions(preprocessed: tuple[P
     found = read(workspace, "pairs")
     assert found.schema.equals(PAIRS)
     assert found.equals(pairs)
+    negatives, dropped = finish_negatives(partial, config.pairs)
+    assert negatives.num_rows > 20
+    assert read(workspace, "negatives").equals(negatives)
+    ((version, manifest),) = Workspace(str(workspace)).finished("negatives")
+    assert version == Workspace(str(workspace)).finished("pairs")[0][0]
+    assert manifest["quality"]["negatives"] == negatives.num_rows
+    assert manifest["quality"]["dropped"] == dict(sorted(dropped.items()))
 
 
 def test_the_number_of_buckets_and_parts_changes_nothing(
     world: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plays = pa.Table.from_pylist(rows_of(world / "log.csv")).select(["user_id", "song_id", "timestamp"])
+    plays = pa.Table.from_pylist(rows_of(world / "log.csv")).select(["user_id", "song_id", "feedback", "timestamp"])
     pq.write_table(plays, tmp_path / "plays.parquet")
     preprocess(config_for(world, tmp_path / "one", data__interactions=str(tmp_path / "plays.parquet"), pairs__session_gap_minutes=120))
 
@@ -163,10 +170,11 @@ def test_the_number_of_buckets_and_parts_changes_nothing(
     assert len(list((tmp_path / "many" / "events").glob("*/part-*.parquet"))) > 3
     assert len(list((tmp_path / "many" / "pairs").glob("*/part-*.parquet"))) > 1
     order = [("trigger_song_id", "ascending"), ("song_id", "ascending")]
-    one, many = (read(tmp_path / name, "pairs").sort_by(order) for name in ("one", "many"))
-    assert one.num_rows > 100
-    np.testing.assert_allclose(many["weight"].to_numpy(), one["weight"].to_numpy(), rtol=1e-12)  # sums in another order
-    assert many.drop_columns(["weight"]).equals(one.drop_columns(["weight"]))
+    for kind in ("pairs", "negatives"):
+        one, many = (read(tmp_path / name, kind).sort_by(order) for name in ("one", "many"))
+        assert one.num_rows > 50
+        np.testing.assert_allclose(many["weight"].to_numpy(), one["weight"].to_numpy(), rtol=1e-12)  # sums in another order
+        assert many.drop_columns(["weight"]).equals(one.drop_columns(["weight"]))
 
 
 def test_the_second_run_is_skipped_without_ray(preprocessed: tuple[Path, Config, StepResult], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +197,19 @@ def test_only_pairs_are_made_again_when_only_mining_changes(preprocessed: tuple[
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     versions = Workspace(str(workspace)).finished("pairs")
     assert [manifest["config"]["pairs"]["min_support"] for _, manifest in versions] == [1, 2]
-    Workspace(str(workspace)).remove(f"pairs/{versions[1][0]}")
+    for kind in ("pairs", "negatives"):
+        Workspace(str(workspace)).remove(f"{kind}/{versions[1][0]}")
+
+
+def test_a_workspace_from_before_negatives_gets_them(preprocessed: tuple[Path, Config, StepResult]) -> None:
+    folder, config, _ = preprocessed
+    workspace = Workspace(str(folder))
+    pairs, negatives = read(folder, "pairs"), read(folder, "negatives")
+    workspace.remove("negatives")
+    assert not preprocess(config).skipped
+    assert read(folder, "pairs").equals(pairs)
+    assert read(folder, "negatives").equals(negatives)
+    assert preprocess(config).skipped
 
 
 def test_without_a_log_there_are_features_only(world: Path, tmp_path: Path, ray_cluster: None) -> None:
@@ -240,6 +260,7 @@ def test_plays_and_affinity_logs(world: Path, tmp_path: Path, ray_cluster: None)
     preprocess(config_for(world, tmp_path / "ws", data__interactions=logs, **one_split))
     pairs = [(row["trigger_song_id"], row["song_id"], row["support"]) for row in read(tmp_path / "ws", "pairs").to_pylist()]
     assert pairs == [("song-010", "song-011", 3), ("song-011", "song-012", 3), ("song-020", "song-021", 9), ("song-021", "song-020", 9)]
+    assert read(tmp_path / "ws", "negatives").num_rows == 0
 
 
 def test_every_odd_file_ends_as_features_or_with_a_reason(shared_data: Path, tmp_path: Path, ray_cluster: None) -> None:

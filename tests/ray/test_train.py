@@ -21,7 +21,7 @@ from htcl_ray.models import HTCL
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.storage import Workspace, file_sha256
 from tests.conftest import REPOSITORY
-from tests.synthetic_features import tiny_config, write_features, write_pairs
+from tests.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 
 pytestmark = pytest.mark.ray
 
@@ -158,6 +158,25 @@ def test_pairs_of_unknown_songs_are_counted_before_training(trained: Config, tmp
     finally:
         Workspace(config.workspace).remove("pairs/later")
     assert "5 pairs are left out" in capsys.readouterr().out
+
+
+def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Refused before Ray without rejected songs; with them, and with another loss than stage 1, stage 2 trains."""
+    config = trained.with_overrides({"finetune.explicit_negatives": True, "finetune.loss": "sigmoid"})
+    with monkeypatch.context() as patch:
+        patch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
+        with pytest.raises(WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"):
+            finetune(config)
+        write_negatives(config, [(0, 3, 1.0)])
+        with pytest.raises(WorkspaceError, match="give a log with skips or dislikes"):
+            finetune(config)
+    write_negatives(config, [(0, 3, 1.0), (0, 1, 1.0), (1, 2, 2.0)])
+    result = finetune(config)
+    assert not result.skipped
+    assert "1 negatives are left out" in capsys.readouterr().out
+    model = HTCL.from_pretrained(result.location)
+    assert model.record.loss == "sigmoid"
+    assert artifacts.models(Workspace(trained.workspace)).semantic.manifest["config"]["pretrain"]["loss"] == "softmax"
 
 
 KILLED = """

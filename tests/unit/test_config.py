@@ -63,6 +63,7 @@ def test_columns_accept_free_names():
         ("pairs.positive_feedback=[love]", "pairs.positive_feedback"),
         ("model.heads=5", "multiple of heads"),
         ("data.catalog=[a", "not YAML"),
+        ("pretrain.loss=hinge", "pretrain.loss"),
     ],
 )
 def test_refusals_say_what_to_do(assignment: str, message: str):
@@ -75,6 +76,13 @@ def test_refusals_say_what_to_do(assignment: str, message: str):
 def test_batch_not_divisible_names_the_nearest():
     with pytest.raises(ConfigError, match="for instance 62 or 64"):
         resolve("demo", None, ["pretrain.batch_size=63", "pretrain.num_workers=2"])
+
+
+def test_losses_that_cannot_go_together_are_refused():
+    with pytest.raises(ConfigError, match="corrects a softmax, and loss is sigmoid"):
+        resolve("demo", None, ["finetune.loss=sigmoid", "finetune.popularity_correction=true"])
+    with pytest.raises(ConfigError, match="explicit_negatives adds others; choose one"):
+        resolve("demo", None, ["finetune.explicit_negatives=true", "finetune.popularity_correction=true"])
 
 
 def test_unknown_preset_and_unreadable_file(tmp_path: Path):

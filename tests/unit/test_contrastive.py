@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htcl_ray.objectives import info_nce
-from htcl_ray.objectives.contrastive import false_negatives, info_nce_rows, pair_codes
+from htcl_ray.objectives.contrastive import info_nce_rows
+from htcl_ray.objectives.masks import false_negatives, pair_codes
 
 pytestmark = pytest.mark.unit
 
@@ -62,6 +63,23 @@ def test_the_positive_is_never_excluded():
     first, second, scale = inputs()
     everything = torch.ones(13, 13, dtype=torch.bool)
     assert info_nce(first, second, scale, excluded=everything).item() == 0  # only the positive is left
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_drawing_probabilities_are_divided_out_of_every_entry(chunk_rows: int | None):
+    first, second, scale = inputs()
+    mask, log_q = random_mask(), torch.linspace(-7, -1, 13, dtype=torch.float64)
+    queries, keys = F.normalize(first, dim=1), F.normalize(second, dim=1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(13):
+        weights = [torch.exp(queries[i] @ keys[j] * scale.exp()) / log_q[j].exp() for j in range(13)]
+        expected = expected - torch.log(weights[i] / sum(weights[j] for j in range(13) if j == i or not mask[i, j]))
+    found = info_nce_rows(queries, keys, scale, excluded=lambda a, b: mask[a:b], log_q=log_q, chunk_rows=chunk_rows)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, [first, scale], retain_graph=True), torch.autograd.grad(expected, [first, scale]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
 def test_rows_of_a_worker_add_up():

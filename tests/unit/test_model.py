@@ -212,6 +212,42 @@ def test_stage_2_starts_from_everything_that_stage_1_learned(model: HTCL):
     assert [tuple(layer.weight.shape) for layer in second.fusion if hasattr(layer, "weight")] == [(32, 32), (16, 32), (16, 16)]
 
 
+@pytest.mark.parametrize("first", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("second", ["softmax", "sigmoid"])
+def test_stages_may_have_different_losses(config: Config, tmp_path: Path, first: str, second: str):
+    """Biases exist where the loss has them, are kept from stage 1 if it had one, and a folder loads strictly either way."""
+    changed = {"pretrain.loss": first, "pretrain.batch_size": 16, "finetune.loss": second, "finetune.batch_size": 32}
+    config = config.with_overrides(changed)
+    model = HTCL.untrained(config, train_wordpiece(TEXTS, 60))
+    assert ("logit_bias.text" in model.state_dict()) == (first == "sigmoid")
+    if model.logit_bias is not None:
+        assert model.logit_bias["text"].item() == pytest.approx(-math.log(15))
+        model.logit_bias["text"].data.fill_(-7.0)
+    model = model.to_stage_2(0.2, seed=5, bias=config.finetune.initial_bias)
+    model.save_pretrained(tmp_path / "model")
+    loaded = HTCL.from_pretrained(tmp_path / "model")
+    assert loaded.record.loss == second
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    if second == "softmax":
+        assert loaded.logit_bias is None
+        return
+    fresh = pytest.approx(-math.log(31))
+    found = {name: bias.item() for name, bias in loaded.logit_bias.items()}
+    assert found == {"text": -7.0 if first == "sigmoid" else fresh, "preference": fresh, "fusion": fresh}
+
+
+def test_a_folder_that_names_no_loss_was_trained_with_softmax(model: HTCL, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    record = json.loads(file.read_text())
+    del record["loss"]
+    file.write_text(json.dumps(record))
+    assert HTCL.from_pretrained(tmp_path / "model").record.loss == "softmax"
+    file.write_text(json.dumps({**record, "loss": "sigmoid"}))
+    with pytest.raises(MismatchError, match=r"lacks logit_bias\.text"):
+        HTCL.from_pretrained(tmp_path / "model")
+
+
 def test_initial_weights_follow_the_seed(config: Config):
     vocabulary = train_wordpiece(TEXTS, 60)
     torch.manual_seed(123)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from htcl_ray.interactions import pairs as pairs_module
-from htcl_ray.interactions.pairs import finish_pairs, partial_pairs, positives
+from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.schemas import EVENTS, PAIRS
 from htcl_ray.settings import PairSettings
 
@@ -181,6 +181,60 @@ def test_popularity_of_training_songs_knows_nothing_of_the_evaluation() -> None:
 
 def test_no_events() -> None:
     assert mine([]) == ({}, {})
+    assert rejected([]) == ({}, {})
+
+
+def rejected(
+    rows: list[dict[str, Any]], settings: PairSettings = PLAIN, newest: float = 0.0
+) -> tuple[dict[str, tuple[float, int, str]], dict[str, int]]:
+    """Weight, support and split of each negative."""
+    partial = partial_pairs(pa.Table.from_pylist(rows, schema=EVENTS), SONGS, newest, settings)
+    found, dropped = finish_negatives(partial, settings)
+    assert found.schema == PAIRS
+    named = {f"{row['trigger_song_id']}{row['song_id']}": (row["weight"], row["support"], row["split"]) for row in found.to_pylist()}
+    assert list(named) == sorted(named)
+    return named, dropped
+
+
+def test_rejected_songs_are_negatives_of_their_trigger() -> None:
+    minute = 60.0
+    rows = [
+        event("u", "b", "a", value=-1, time=1),
+        event("u", "b", "a", value=-1, time=2),
+        event("v", "b", "a", value=-1, time=3),
+        event("v", "c", "a", value=1, time=4),
+        event("v", "d", "a", value=0, time=5),
+        # plays: a liked song leads to what follows in the session, a rejected one leads to nothing
+        event("w", "c", time=0, value=-1),
+        event("w", "a", time=minute),
+        event("w", "c", time=2 * minute, value=-1),
+        event("w", "d", time=3 * minute, value=-1),
+        event("w", "b", time=34 * minute, value=-1),
+        # affinity: low weights reject nothing
+        event("x", "a", time=None, value=9),
+        event("x", "d", time=None, value=0.1),
+    ]
+    assert rejected(rows)[0] == {"ab": (3.0, 2, "train"), "ac": (1.0, 1, "train"), "ad": (1.0, 1, "train")}
+    assert "ab" not in weights(rows)
+
+
+def test_negatives_follow_the_rules_of_pairs() -> None:
+    rows = [
+        event("u", "a", "a", value=-1),
+        event("u", "v", "a", value=-1),
+        event("u", "b", "a", value=-1, period="test"),
+        event("u", "c", "a", value=-1, out=True),
+        event("u", "x", "w", value=-1, period="test", out=True),
+        event("u", "c", "b", value=-1, time=0),
+        event("v", "d", "b", value=-1, time=10 * DAY),
+        event("u", "d", "b", value=-1, time=0),
+        event("u", "a", "b", value=-1, time=5 * DAY),
+    ]
+    found, dropped = rejected(rows, PairSettings(half_life_days=10, max_pairs_per_song=2), newest=10 * DAY)
+    assert found == {"ba": (pytest.approx(0.5**0.5), 1, "train"), "bd": (1.5, 2, "train"), "wx": (pytest.approx(0.5), 1, "test")}
+    assert dropped == {"self_pair": 1, "cross_split": 1, "later_period": 1, "held_out_user": 1, "above_cap": 1}
+    assert rejected(rows, PairSettings(min_support=2))[0].keys() == {"bd"}
+    assert mine(rows) == ({}, {}), "what is dropped of negatives is not counted with the pairs"
 
 
 def random_events(random: np.random.Generator, rows: int) -> list[dict[str, Any]]:
@@ -194,7 +248,7 @@ def random_events(random: np.random.Generator, rows: int) -> list[dict[str, Any]
                 user,
                 str(random.choice(songs)),
                 str(random.choice(songs)) if kind == 0 else None,
-                value=float(random.choice([-1, 0, 1, 1])) if kind else 1.0,
+                value=float(random.choice([-1, -1, 0, 1, 1])),
                 time=float(random.integers(100_000)) if kind < 2 else None,
                 period=str(random.choice(["train", "train", "validation", "test"])) if kind < 2 else "train",
                 out=user in ("u3", "u7"),
@@ -205,8 +259,10 @@ def random_events(random: np.random.Generator, rows: int) -> list[dict[str, Any]
     return found
 
 
-def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSettings) -> dict[tuple[str, str], tuple[float, int]]:
-    """The decision record in plain loops; the correction and the cap included."""
+def naive_pairs(
+    rows: list[dict[str, Any]], newest: float, settings: PairSettings, sign: int = 1
+) -> dict[tuple[str, str], tuple[float, int]]:
+    """The decision record in plain loops; the correction and the cap included. Negatives with sign −1."""
     split = dict(zip(SONGS["song_id"].to_pylist(), SONGS["split"].to_pylist(), strict=True))
     seen: list[tuple[str, str, str, float, float | None, str, bool]] = []
     by_user = defaultdict(list)
@@ -215,8 +271,8 @@ def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSetting
     for user, mine_ in by_user.items():
         out = mine_[0]["held_out_user"]
         for row in mine_:
-            if row["trigger_song_id"] and row["value"] > 0:
-                seen.append((row["trigger_song_id"], row["song_id"], user, row["value"], row["timestamp"], row["period"], out))
+            if row["trigger_song_id"] and sign * row["value"] > 0:
+                seen.append((row["trigger_song_id"], row["song_id"], user, abs(row["value"]), row["timestamp"], row["period"], out))
         plays = sorted(
             (r for r in mine_ if not r["trigger_song_id"] and r["timestamp"] is not None), key=lambda r: (r["timestamp"], r["song_id"])
         )
@@ -224,8 +280,8 @@ def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSetting
         for row in plays:
             if before is None or row["timestamp"] - before > settings.session_gap_minutes * 60:
                 trigger = None
-            if trigger and row["value"] > 0:
-                seen.append((trigger, row["song_id"], user, row["value"], row["timestamp"], row["period"], out))
+            if trigger and sign * row["value"] > 0:
+                seen.append((trigger, row["song_id"], user, abs(row["value"]), row["timestamp"], row["period"], out))
             if row["value"] > 0:
                 trigger = row["song_id"]
             before = row["timestamp"]
@@ -234,7 +290,7 @@ def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSetting
             if row["timestamp"] is None:
                 liked[row["song_id"]] += row["value"]
         top = dict(sorted(liked.items(), key=lambda item: (-item[1], item[0]))[: settings.max_songs_per_user])
-        for a, b in itertools.permutations(top, 2):
+        for a, b in itertools.permutations(top if sign > 0 else (), 2):
             seen.append((a, b, user, (top[a] * top[b]) ** 0.5 / max(top.values()), None, "train", out))
     popularity = Counter[str]()
     for row in rows:
@@ -249,7 +305,10 @@ def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSetting
         weight[a, b] += strength * 0.5**age
         users[a, b].add(user)
     final = {
-        pair: (total / (popularity[pair[0]] * popularity[pair[1]]) ** settings.popularity_exponent, len(users[pair]))
+        pair: (
+            total / (popularity[pair[0]] * popularity[pair[1]]) ** settings.popularity_exponent if sign > 0 else total,
+            len(users[pair]),
+        )
         for pair, total in weight.items()
         if len(users[pair]) >= settings.min_support
     }
@@ -271,8 +330,9 @@ def naive_pairs(rows: list[dict[str, Any]], newest: float, settings: PairSetting
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_events(np.random.default_rng(seed), 300)
-    expected = naive_pairs(rows, 50_000.0, settings)
-    assert len(expected) > 5
+    expected = [naive_pairs(rows, 50_000.0, settings, sign) for sign in (1, -1)]
+    assert len(expected[0]) > 5
+    assert len(expected[1]) > (2 if settings.min_support == 1 else 0)
     events = pa.Table.from_pylist(rows, schema=EVENTS)
     ids, popularity = SONGS["song_id"].combine_chunks(), positives(events, SONGS)
     users = sorted({row["user_id"] for row in rows})
@@ -282,9 +342,10 @@ def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: 
             pa.Table.from_pylist([row for row in rows if users.index(row["user_id"]) % pieces == i], schema=EVENTS) for i in range(pieces)
         ]
         partial = pa.concat_tables([partial_pairs(part, SONGS, 50_000.0, settings) for part in parts])
-        found, _ = finish_pairs(partial, ids, popularity, settings)
-        ours = {(row["trigger_song_id"], row["song_id"]): (row["weight"], row["support"]) for row in found.to_pylist()}
-        assert ours.keys() == expected.keys()
-        for pair, (weight, support) in expected.items():
-            assert ours[pair] == (pytest.approx(weight), support)
-        assert list(ours) == sorted(ours)
+        finished = (finish_pairs(partial, ids, popularity, settings)[0], finish_negatives(partial, settings)[0])
+        for found, wanted in zip(finished, expected, strict=True):
+            ours = {(row["trigger_song_id"], row["song_id"]): (row["weight"], row["support"]) for row in found.to_pylist()}
+            assert ours.keys() == wanted.keys()
+            for pair, (weight, support) in wanted.items():
+                assert ours[pair] == (pytest.approx(weight), support)
+            assert list(ours) == sorted(ours)

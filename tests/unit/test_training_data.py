@@ -10,9 +10,9 @@ import pytest
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.storage import Workspace
 from htcl_ray.training.frames import open_frames
-from htcl_ray.training.order import global_batch, pair_order, song_order, steps_per_epoch, worker_rows
-from htcl_ray.training.songs import known_pair_codes, normalized_text, read_pairs, read_songs
-from tests.synthetic_features import tiny_config, write_features, write_pairs
+from htcl_ray.training.order import global_batch, pair_order, song_order, steps_per_epoch, with_rejected, worker_rows
+from htcl_ray.training.songs import known_pair_codes, log_draw_probability, normalized_text, read_pairs, read_songs
+from tests.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 
 pytestmark = pytest.mark.unit
 
@@ -111,6 +111,54 @@ def test_pairs_are_numbers_and_unknown_songs_are_counted(tmp_path: Path):
     codes = known_pair_codes(pairs.train)
     assert {(int(code) >> 32, int(code) & 0xFFFFFFFF) for code in codes} == {(min(a, b), max(a, b)) for a, b in pairs.train.tolist()}
     assert (np.diff(codes) > 0).all()
+
+
+def test_negatives_are_rejected_songs_that_are_no_pair(tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace")
+    workspace = Workspace(config.workspace)
+    songs = read_songs(workspace, write_features(config))
+    path = write_pairs(config)  # every two training songs whose numbers differ by 3 mod 6
+    with pytest.raises(WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"):
+        read_pairs(workspace, path, songs, rejected=True)
+    write_negatives(config, [(0, 3, 1.0), (3, 0, 1.0), (9, 0, 1.0), (18, 19, 1.0)])  # pairs, and a song of another split
+    with pytest.raises(WorkspaceError, match="has no song that was only rejected after its trigger"):
+        read_pairs(workspace, path, songs, rejected=True)
+    write_negatives(config, [(6, 2, 2.0), (0, 3, 1.0), (0, 2, 0.5), (18, 19, 1.0), (0, 1, 1.5)])
+    pairs = read_pairs(workspace, path, songs, rejected=True)
+    assert [[songs.song_ids[song] for song in row] for row in pairs.rejected] == [
+        ["song-0000", "song-0001"],
+        ["song-0000", "song-0002"],
+        ["song-0006", "song-0002"],
+    ]
+    assert pairs.rejected_weights.tolist() == [1.5, 0.5, 2.0]
+    assert pairs.rejected_left_out == 2
+    plain = read_pairs(workspace, path, songs)
+    assert np.array_equal(plain.train, pairs.train)
+    assert plain.rejected.shape == (0, 2)
+
+
+def test_rejected_songs_are_drawn_by_weight_for_their_trigger():
+    rejected, weights = np.array([[2, 7], [2, 8], [2, 9], [5, 1], [9, 4]]), np.array([1.0, 2.0, 1.0, 0.3, 5.0])
+    drawn = np.repeat([[2, 0], [5, 0], [3, 6], [9, 0], [10, 11], [0, 12]], [40_000, 10, 10, 10, 10, 10], axis=0)
+    found = with_rejected(1, 2, drawn, rejected, weights)
+    assert np.array_equal(found[:, :2], drawn)
+    share = [(found[:40_000, 2] == song).mean() for song in (7, 8, 9)]
+    np.testing.assert_allclose(share, [0.25, 0.5, 0.25], atol=0.01)
+    assert found[40_000:, 2].tolist() == [1] * 10 + [6] * 10 + [4] * 10 + [11] * 10 + [12] * 10
+    assert np.array_equal(found, with_rejected(1, 2, drawn, rejected, weights))
+    assert not np.array_equal(found, with_rejected(1, 3, drawn, rejected, weights))
+    assert not np.array_equal(found, with_rejected(2, 2, drawn, rejected, weights))
+
+
+def test_draw_probabilities_are_those_of_the_drawing():
+    random = np.random.default_rng(0)
+    pairs, weights = random.integers(0, 6, (20, 2)), random.uniform(0.1, 2, 20)
+    probability = np.exp(log_draw_probability(pairs, weights))
+    np.testing.assert_allclose(probability.sum(axis=0), [1, 1])
+    drawn = pair_order(0, 0, pairs, weights, 200_000)
+    for side in range(2):
+        seen = np.bincount(drawn[:, side], minlength=len(probability)) / len(drawn)
+        np.testing.assert_allclose(probability[:, side], seen, atol=0.005)
 
 
 def test_order_is_a_function_of_seed_and_epoch():

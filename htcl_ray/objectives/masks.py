@@ -1,0 +1,38 @@
+"""Which entries of a matrix of logits are no negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Excluded = Callable[[int, int], Tensor]
+"""`excluded(start, stop)` → bool [stop − start, m]: which keys are no negatives of these query rows."""
+
+
+def without_positives(excluded: Excluded | None, start: int, stop: int, positives: Tensor) -> Tensor | None:
+    """What is left out for query rows `start` to `stop`; their positive keys, `positives` [stop − start], never are."""
+    return None if excluded is None else excluded(start, stop).scatter(1, positives[:, None], False)
+
+
+def false_negatives(row_ids: Tensor, column_ids: Tensor, known_pairs: Tensor | None = None) -> Tensor:
+    """Which (row, column) must not be pushed apart: bool [n, m].
+
+    row_ids [n, k] and column_ids [m, k], int64: true where any kind of id is equal (song, duplicate group, normalised text). The first
+    kind is the song; `known_pairs` are sorted `pair_codes` of songs that belong together, true in either order.
+    """
+    related = torch.zeros(len(row_ids), len(column_ids), dtype=torch.bool, device=row_ids.device)
+    for kind in range(row_ids.shape[1]):
+        related |= row_ids[:, None, kind] == column_ids[None, :, kind]
+    if known_pairs is not None and len(known_pairs):
+        low = torch.minimum(row_ids[:, None, 0], column_ids[None, :, 0])
+        codes = pair_codes(low, torch.maximum(row_ids[:, None, 0], column_ids[None, :, 0]))
+        found = torch.searchsorted(known_pairs, codes).clamp(max=len(known_pairs) - 1)
+        related |= known_pairs[found] == codes
+    return related
+
+
+def pair_codes(low: Tensor, high: Tensor) -> Tensor:
+    """One int64 for each unordered pair of song ids below 2³¹, low ≤ high."""
+    return (low << 32) | high
