@@ -15,7 +15,7 @@ from torch import Tensor
 from htcl_ray.errors import StepError
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import gather_rows, rank, sum_over_workers, world_size
-from htcl_ray.settings import HealthSettings
+from htcl_ray.settings import StageSettings
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.order import worker_rows
 from htcl_ray.training.tasks import Task
@@ -54,9 +54,11 @@ class HealthWatch:
     """The probe of one run, its figures after each epoch, and how long each fault has lasted. Every worker must use it alike."""
 
     def __init__(
-        self, task: Task, loader: BatchLoader, settings: HealthSettings, device: torch.device, *, step: int, say: Callable[[str], None]
+        self, task: Task, loader: BatchLoader, settings: StageSettings, device: torch.device, *, step: int, say: Callable[[str], None]
     ) -> None:
-        self.task, self.settings, self.say = task, settings, say
+        self.task, self.settings, self.say = task, settings.health, say
+        # A sigmoid loss of equal vectors depends on bias and temperature, so it marks no plateau.
+        self.watched = [name for name, weight in task.weights.items() if weight] if settings.loss == "softmax" else []
         self.since: dict[str, int] = {}
         """Fault → the last step at which all was well."""
         self.healthy_at = step
@@ -110,7 +112,7 @@ class HealthWatch:
                 found[f"cosine {name}"] = self._advice("collapse", f"the mean cosine of {name} vectors is {cosine:.3f}")
             elif rank_now is not None and rank_now < settings.min_effective_rank:
                 found[f"rank {name}"] = self._advice("collapse", f"the effective rank of {name} vectors is {rank_now:.1f}")
-        for term in (name for name, weight in self.task.weights.items() if weight):
+        for term in self.watched:
             loss, plateau = figures[f"probe_loss_{term}"], figures[f"plateau_loss_{term}"]
             if plateau > 0 and abs(loss - plateau) <= settings.plateau_margin * plateau:
                 what = f"the {term} loss of the probe is {loss:.3f}, what equal vectors for all songs would have"

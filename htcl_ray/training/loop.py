@@ -65,7 +65,7 @@ def train(
     rng = None if resume is None else resume.rng_of(rank(), world_size())
     seed_worker(settings.seed, rank(), step)
     gallery = validation_gallery(loader.songs.validation)
-    watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings.health, device, step=step, say=say)
+    watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings, device, step=step, say=say)
     if rng is not None:
         set_rng_state(rng, device)
     progress = Progress(task, batch, settings.epochs, steps, start=step, say=say)

@@ -47,7 +47,7 @@ def test_effective_rank_of_known_spectra():
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_plateau_is_the_mean_log_of_the_unmasked_candidates(world: World, stage: int):
     model, task = world.model(stage), world.task(stage)
-    watch = HealthWatch(task, world.loader(model), HealthSettings(), CPU, step=0, say=print)
+    watch = HealthWatch(task, world.loader(model), world.config.finetune, CPU, step=0, say=print)
     figures = watch.measure(model)
     ids = watch.batch.ids.tolist()
     known = {frozenset(pair) for pair in world.pairs.train.tolist()} if stage == 2 else set()
@@ -78,7 +78,8 @@ def fault_after(watch: HealthWatch, figures: dict[str, float], steps: list[int])
 def test_a_fault_counts_when_it_lasts(world: World):
     model = world.model(1)
     lines: list[str] = []
-    settings = HealthSettings(patience_steps=20, min_effective_rank=2, plateau_margin=0.005)
+    health = HealthSettings(patience_steps=20, min_effective_rank=2, plateau_margin=0.005)
+    settings = world.config.pretrain.model_copy(update={"health": health})
     watch = HealthWatch(world.task(1), world.loader(model), settings, CPU, step=0, say=lines.append)
     well = {
         "mean_cosine_audio": 0.1,
