@@ -62,6 +62,14 @@ def test_columns_accept_free_names():
         ("pairs.negative_feedback=[like]", "positive_feedback and in negative_feedback"),
         ("pairs.positive_feedback=[love]", "pairs.positive_feedback"),
         ("model.heads=5", "multiple of heads"),
+        ("model.window_seconds=9", "model.window_seconds is 9; expected at most audio.clip_seconds (8), or null for whole clips"),
+        ("pretrain.freeze_audio_layers=3", "pretrain.freeze_audio_layers is 3; expected at most model.layers (2)"),
+        ("finetune.mel_masks=8", "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (128)"),
+        ("pretrain.micro_batch_size=0", "'pretrain.micro_batch_size': it is 0; expected a number from 1, auto or null"),
+        ("pretrain.micro_batch_size=fits", "it is 'fits'; expected a number from 1, auto or null"),
+        ("pretrain.micro_batch_size=33", "micro_batch_size is 33; expected at most batch_size / num_workers (32), or auto or null"),
+        ("finetune.num_workers=200", "expected a multiple of num_workers (200), for instance 200"),
+        ("pretrain.seed=-1", "pretrain.seed"),
         ("data.catalog=[a", "not YAML"),
     ],
 )
@@ -75,6 +83,12 @@ def test_refusals_say_what_to_do(assignment: str, message: str):
 def test_batch_not_divisible_names_the_nearest():
     with pytest.raises(ConfigError, match="for instance 62 or 64"):
         resolve("demo", None, ["pretrain.batch_size=63", "pretrain.num_workers=2"])
+
+
+@pytest.mark.parametrize("value", ["auto", "null", "32"])
+def test_micro_batch_sizes(value: str):
+    config = resolve("demo", None, [f"pretrain.micro_batch_size={value}"])
+    assert str(config.pretrain.micro_batch_size) == value.replace("null", "None")
 
 
 def test_unknown_preset_and_unreadable_file(tmp_path: Path):
