@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from htcl_ray.errors import ConfigError
 from htcl_ray.settings import (
@@ -53,6 +53,23 @@ class Config(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
     ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        window, clip = self.model.window_seconds, self.audio.clip_seconds
+        if window is not None and window > clip:
+            raise ValueError(f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), or null for whole clips")
+        for name, stage in (("pretrain", self.pretrain), ("finetune", self.finetune)):
+            if stage.freeze_audio_layers > self.model.layers:
+                raise ValueError(
+                    f"{name}.freeze_audio_layers is {stage.freeze_audio_layers}; expected at most model.layers ({self.model.layers})"
+                )
+            if stage.mel_masks * stage.mel_mask_bands >= self.audio.n_mels:
+                raise ValueError(
+                    f"{name}.mel_masks × {name}.mel_mask_bands is {stage.mel_masks * stage.mel_mask_bands}; "
+                    f"expected less than audio.n_mels ({self.audio.n_mels}), so that something is left to hear"
+                )
+        return self
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """A new configuration with dotted keys replaced, `{"pretrain.batch_size": 64}`; every check runs again."""
@@ -166,6 +183,7 @@ def _validate(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        where = f"configuration key '{key}': " if key else ""  # none: keys of two sections contradict each other
         message = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
-        raise ConfigError(f"configuration key '{key}': {message}{given if given not in message else ''}") from None
+        raise ConfigError(f"{where}{message}{given if given not in message else ''}") from None

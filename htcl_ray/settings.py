@@ -55,7 +55,11 @@ class AudioRecipe(Settings):
     @property
     def max_frames(self) -> int:
         """Frames of a full clip (centred windows)."""
-        return 1 + self.max_samples // self.hop_length
+        return self.frames_of(self.clip_seconds)
+
+    def frames_of(self, seconds: float) -> int:
+        """Frames of a clip of this length."""
+        return 1 + round(seconds * self.sample_rate) // self.hop_length
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -183,6 +187,8 @@ class ModelSettings(Settings):
     """Hidden widths of the audio and text heads."""
     dim: int = Field(100, gt=0)
     """Width of the joint space."""
+    window_seconds: float | None = Field(None, gt=0)
+    """Longer clips are trained on in random crops of this length and embedded as the mean of evenly spaced windows; null: clips whole."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -219,8 +225,8 @@ class StageSettings(Settings):
 
     batch_size: int = Field(32, ge=2)
     """Global: rows of one loss, over all workers (stage 2: pairs)."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Rows that one worker encodes at a time; null is its whole share. The gradient does not depend on it (cached gradients)."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Rows that one worker encodes at a time; null is its whole share, auto what fits its memory. The gradient does not depend on it."""
     epochs: int = Field(20, ge=1)
     num_workers: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
@@ -241,7 +247,21 @@ class StageSettings(Settings):
     """Rows of one song, duplicate group, text or (stage 2) known pair are not each other's negatives; false is the published loss."""
     temperature: float = Field(0.074, ge=0.01, le=1)
     """Initial temperature of the contrastive losses; learned, kept at or above 0.01."""
-    seed: int = 0
+    freeze_text: bool = False
+    """The text encoder stays as it is; its head learns."""
+    freeze_audio_layers: int = Field(0, ge=0)
+    """The audio encoder's first Transformer layers, and all that comes before them, stay as they are; 0 freezes nothing."""
+    time_masks: int = Field(0, ge=0)
+    """Stretches of frames hidden from a training clip (SpecAugment, arXiv 1904.08779); 0 is none."""
+    time_mask_frames: int = Field(40, ge=1)
+    """Longest stretch; widths are uniform from 0. All stretches together never hide more than half of a clip."""
+    mel_masks: int = Field(0, ge=0)
+    """Groups of neighbouring mel bands hidden from a training clip; 0 is none."""
+    mel_mask_bands: int = Field(16, ge=1)
+    """Widest group; widths are uniform from 0."""
+    compile: bool = False
+    """Compile the towers with torch.compile: minutes at the start, faster steps; worth it on GPUs."""
+    seed: int = Field(0, ge=0)
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes one GPU per worker when the cluster has GPUs."""
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -264,17 +284,26 @@ class StageSettings(Settings):
         """
         return -math.log(self.batch_size - 1) if self.loss == "sigmoid" else None
 
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _check_micro_batch(cls, value: Any) -> Any:
+        if value is None or value == "auto" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(f"it is {value!r}; expected a number from 1, auto or null")
+
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
         if self.batch_size % self.num_workers:
             below = self.batch_size - self.batch_size % self.num_workers
+            nearest_valid = " or ".join(str(size) for size in (below, below + self.num_workers) if size)
             raise ValueError(
-                f"batch_size is {self.batch_size}; expected a multiple of num_workers ({self.num_workers}), "
-                f"for instance {below or self.num_workers} or {below + self.num_workers}"
+                f"batch_size is {self.batch_size}; expected a multiple of num_workers ({self.num_workers}), for instance {nearest_valid}"
             )
         local = self.batch_size // self.num_workers
-        if self.micro_batch_size is not None and self.micro_batch_size > local:
-            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; expected at most batch_size / num_workers ({local})")
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > local:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}; expected at most batch_size / num_workers ({local}), or auto or null"
+            )
         return self
 
 

@@ -123,6 +123,8 @@ def model_card(record: ModelRecord, parameters: int) -> str:
         2: "stage 2: a preference space, fine-tuned from a stage-1 model on songs that listeners like together",
     }[record.stage]
     audio = record.audio
+    seconds = record.model.window_seconds
+    windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
     text = "none: it hears, but cannot read"
     if record.text is not None:
         text = record.text.settings.name_or_path or "a BERT trained from scratch on the catalogue's texts"
@@ -140,7 +142,7 @@ Hierarchical two-stage contrastive learning of music representations (arXiv 2505
 |---|---|
 | Embedding | {record.model.dim} numbers, unit norm; compare by inner product |
 | Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {audio.n_mels} mel bands every {audio.hop_length} samples |
-| Input | {record.input} |
+| Input | {record.input}{windows} |
 | Audio encoder | {record.model.layers} layers, width {record.model.width} |
 | Text encoder | {text} |
 | Parameters | {parameters:,} |

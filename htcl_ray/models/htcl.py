@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htcl_ray.config import Config
-from htcl_ray.errors import InputError
+from htcl_ray.errors import ConfigError, InputError
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.audio_encoder import AudioEncoder
 from htcl_ray.models.official import TOKENIZER, read_official
@@ -28,6 +28,7 @@ from htcl_ray.models.text_encoder import (
     text_encoder_from_record,
     text_encoder_from_scratch,
 )
+from htcl_ray.models.windows import cut, mean_direction, window_starts
 from htcl_ray.settings import AudioRecipe
 
 MIN_TEMPERATURE = 0.01
@@ -47,6 +48,10 @@ class HTCL(nn.Module):
     def __init__(self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074, bias: float = 0.0) -> None:
         super().__init__()
         settings = record.model
+        if record.input is InputRecipe.OFFICIAL and settings.window_seconds is not None:
+            raise ConfigError(
+                f"model.window_seconds is {settings.window_seconds:g}, but the official input recipe takes full clips; set it to null"
+            )
         self.record = record
         self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
         self.text_encoder = text_encoder
@@ -74,6 +79,12 @@ class HTCL(nn.Module):
     def recipe(self) -> AudioRecipe:
         """How a waveform becomes the log-mel that this model expects."""
         return self.record.audio
+
+    @property
+    def window_frames(self) -> int | None:
+        """Frames of a training crop and of an embedding window, or None: clips are taken whole."""
+        seconds = self.record.model.window_seconds
+        return None if seconds is None else self.recipe.frames_of(seconds)
 
     @classmethod
     def untrained(cls, config: Config, vocabulary: str | None = None, input_recipe: InputRecipe = InputRecipe.MASKED) -> HTCL:
@@ -190,7 +201,8 @@ class HTCL(nn.Module):
     def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:
         """Mel [B, F, M] in dB as `log_mel` gives it, valid_frames [B] (default: all F) → [B, dim].
 
-        Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector.
+        Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip longer than the
+        model's window is heard in windows (see `window_starts`), and its vector is the normalised mean of their unit-norm vectors.
         """
         mel = torch.as_tensor(mel)
         if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0:
@@ -200,12 +212,19 @@ class HTCL(nn.Module):
         if valid.shape != (len(mel),) or (len(valid) and not (valid.min() >= 1 and valid.max() <= frames)):
             raise InputError(f"valid_frames is {valid.tolist()[:8]}; expected {len(mel)} numbers from 1 to {frames}")
         device = self.audio_encoder.cls.device
+        window = self.window_frames
+        starts = [window_starts(count, window) for count in valid.tolist()]
+        clips = torch.arange(len(mel)).repeat_interleave(torch.tensor([len(of_clip) for of_clip in starts], dtype=torch.int64))
+        first = torch.tensor(list(itertools.chain.from_iterable(starts)), dtype=torch.int64)
+        lengths = valid[clips] if window is None else valid[clips].clamp(max=window)
+        parts = []
         with self._inference():
-            parts = [
-                self.encode_audio(mel[start : start + EMBED_BATCH].to(device), valid[start : start + EMBED_BATCH])
-                for start in range(0, len(mel), EMBED_BATCH)
-            ]
-        return self._unit_norm(parts)
+            for start in range(0, len(clips), EMBED_BATCH):
+                batch = slice(start, start + EMBED_BATCH)
+                windows = cut(mel, first[batch], lengths[batch], clips[batch])
+                parts.append(self.encode_audio(windows.to(device), lengths[batch]))
+        vectors = self._unit_norm(parts)
+        return vectors if len(clips) == len(mel) else mean_direction(vectors, clips, len(mel))
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Texts → [n, dim]."""

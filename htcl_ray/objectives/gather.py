@@ -5,6 +5,8 @@ Without a process group every function is the one-worker case. All workers must 
 
 from __future__ import annotations
 
+import platform
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +56,20 @@ def sum_over_workers(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def least_over_workers(value: int, device: torch.device) -> int:
+    """The smallest of all workers' numbers; `device` is one that they can talk about."""
+    least = torch.tensor(value, device=device)
+    if world_size() > 1:
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
+def workers_on_this_machine(device: torch.device) -> int:
+    """How many workers share this one's machine, itself included: those with the same host name."""
+    name = torch.tensor([zlib.crc32(platform.node().encode())], device=device)
+    return int((gather_rows(name) == name).sum())
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

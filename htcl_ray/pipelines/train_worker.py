@@ -19,6 +19,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import HtclError
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.storage import Workspace
+from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.batches import BatchLoader
 from htcl_ray.training.checkpoint import TrainingState, load_state
 from htcl_ray.training.frames import open_frames
@@ -86,7 +87,7 @@ def _train(job: TrainJob, say: Callable[[str], None]) -> None:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,  # training goes on; the local copy is removed when it is stored
         )
 
-    loader = BatchLoader(songs, frames, model.text_encoder)
+    loader = BatchLoader(songs, frames, model.text_encoder, Augmentation(settings, model.window_frames))
     try:
         train(model, task, loader, settings, device, on_checkpoint=on_checkpoint, say=say, resume=resume)
     finally:

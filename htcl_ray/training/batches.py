@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.models.text_encoder import TextEncoder, Tokens
+from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.frames import Frames
 from htcl_ray.training.songs import Rows, Songs
+
+LONG_TEXTS = 64
+"""Songs with the most characters, among which the most tokens are looked for."""
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """One worker's part of one global batch, as song numbers."""
+
+    step: int
+    """Within the epoch, from 0."""
+    first: int
+    """Position of the part's first row in the global batch."""
+    rows: Rows
+    """[n, songs per row]."""
+
+    @property
+    def songs(self) -> Rows:
+        """[S], S = n · songs per row: the first song of every row, then the second of every row."""
+        return self.rows.T.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -50,23 +73,56 @@ class BatchLoader:
     songs: Songs
     frames: Frames
     text_encoder: TextEncoder
+    augmentation: Augmentation | None = None
+    """What `stream` does to clips; None leaves them as they are."""
 
-    def load(self, rows: Rows) -> Batch:
-        """The songs of `rows` [S], in that order."""
-        mel, valid = self.frames.batch(rows)
-        tokens = self.text_encoder.tokenize([self.songs.texts[row] for row in rows.tolist()])
-        return Batch(torch.from_numpy(mel), torch.from_numpy(valid), tokens, torch.from_numpy(self.songs.ids[rows]))
+    def load(self, songs: Rows) -> Batch:
+        """Songs [S] with their whole clips, in that order."""
+        return self._batch(songs, *self.frames.batch(songs))
 
-    def stream(self, batches: Sequence[Rows]) -> Iterator[Batch]:
-        """The batches in order, one loaded ahead in a thread."""
+    def load_first_windows(self, songs: Rows) -> Batch:
+        """Songs [S] with as much of each clip as the model sees at a time, from its start: the same every time."""
+        lengths = self.frames.lengths(songs)
+        if self.augmentation is not None and self.augmentation.window is not None:
+            lengths = lengths.clip(max=self.augmentation.window)
+        return self._batch(songs, *self.frames.batch(songs, np.stack([np.zeros_like(lengths), lengths], axis=1)))
+
+    def load_for_training(self, part: BatchRows, epoch: int) -> Batch:
+        """The songs of `part`, cropped and masked."""
+        songs, augmentation = part.songs, self.augmentation
+        if augmentation is None:
+            return self.load(songs)
+        randoms = augmentation.generators(epoch, part.step, part.first, *part.rows.shape)
+        lengths = self.frames.lengths(songs).tolist()
+        crops = [augmentation.crop(random, length) for random, length in zip(randoms, lengths, strict=True)]
+        mel, valid = self.frames.batch(songs, np.array(crops, dtype=np.int64))
+        for random, clip, count in zip(randoms, mel, valid.tolist(), strict=True):
+            augmentation.mask(random, clip[:count])
+        return self._batch(songs, mel, valid)
+
+    def stream(self, parts: Sequence[BatchRows], epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, for training, in order; one is loaded ahead in a thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(self.load, batches[0]) if batches else None
-            for position in range(len(batches)):
+            ahead = pool.submit(self.load_for_training, parts[0], epoch) if parts else None
+            for position in range(len(parts)):
                 assert ahead is not None
                 batch = ahead.result()
-                if position + 1 < len(batches):
-                    ahead = pool.submit(self.load, batches[position + 1])
+                if position + 1 < len(parts):
+                    ahead = pool.submit(self.load_for_training, parts[position + 1], epoch)
                 yield batch
+
+    def longest(self) -> Batch:
+        """One song as large as training may meet it: the longest clip, cropped to the window, with the longest text."""
+        train = self.songs.train
+        song = self.load_first_windows(train[[self.frames.lengths(train).argmax()]])
+        texts = sorted((self.songs.texts[song] for song in train.tolist()), key=len)[-LONG_TEXTS:]
+        tokens = self.text_encoder.tokenize(texts)  # padded to the longest of them
+        longest = int(tokens["attention_mask"].sum(dim=1).argmax())
+        return replace(song, tokens={name: tensor[longest : longest + 1] for name, tensor in tokens.items()})
+
+    def _batch(self, songs: Rows, mel: npt.NDArray[np.float16], valid: Rows) -> Batch:
+        tokens = self.text_encoder.tokenize([self.songs.texts[song] for song in songs.tolist()])
+        return Batch(torch.from_numpy(mel), torch.from_numpy(valid), tokens, torch.from_numpy(self.songs.ids[songs]))
 
 
 def encode(model: HTCL, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,19 @@ class Frames:
         self.offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS)
         self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, n_mels)
 
-    def batch(self, songs: Rows) -> tuple[npt.NDArray[np.float16], Rows]:
-        """Log-mels of songs, [n, longest, n_mels] fp16 in dB with zeros behind each, and their frames [n]."""
+    def lengths(self, songs: Rows) -> Rows:
+        """Frames of songs, [n]."""
         starts, stops = self.offsets[songs].T
+        return stops - starts
+
+    def batch(self, songs: Rows, parts: Rows | None = None) -> tuple[npt.NDArray[np.float16], Rows]:
+        """Log-mels of songs, [n, longest, n_mels] fp16 in dB with zeros behind each, and their frames [n].
+
+        `parts` [n, 2]: first frame and end of what is read of each song; None reads songs whole.
+        """
+        starts, stops = self.offsets[songs].T
+        if parts is not None:
+            starts, stops = starts + parts[:, 0], starts + parts[:, 1]
         mel = np.zeros((len(songs), int((stops - starts).max()), self.data.shape[1]), dtype=np.float16)
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             mel[row, : stop - start] = self.data[start:stop]

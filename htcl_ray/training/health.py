@@ -66,7 +66,7 @@ class HealthWatch:
         rows = min(PROBE_ROWS, len(order)) // world_size() * world_size()
         chosen = np.sort(np.random.default_rng(0).choice(len(order), rows, replace=False))
         own = worker_rows(order[chosen], 0, rows, rank(), world_size())
-        self.batch = loader.load(own.T.reshape(-1)).to(device)
+        self.batch = loader.load_first_windows(own.T.reshape(-1)).to(device)
 
     def measure(self, model: HTCL) -> dict[str, float]:
         """Figures of the probe: mean cosine and effective rank of audio and text, each term's loss and that of equal vectors."""

@@ -15,16 +15,18 @@ from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import copy_from_first, rank, sum_over_workers, world_size
 from htcl_ray.objectives.stages import Terms
 from htcl_ray.settings import StageSettings
-from htcl_ray.training.batches import Batch, BatchLoader
+from htcl_ray.training.batches import Batch, BatchLoader, BatchRows
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
 from htcl_ray.training.health import HealthWatch
 from htcl_ray.training.memory import peak_memory_gb
+from htcl_ray.training.micro_batch import probe_micro_batch_size
 from htcl_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from htcl_ray.training.order import global_batch, steps_per_epoch, worker_rows
 from htcl_ray.training.progress import Metrics, Progress
 from htcl_ray.training.randomness import seed_worker, set_rng_state
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.tasks import Task
+from htcl_ray.training.towers import compile_towers, freeze
 from htcl_ray.training.validation import validate, validation_gallery
 
 SaveCheckpoint = Callable[[Path], None]
@@ -51,10 +53,19 @@ def train(
     say = say if rank() == 0 else lambda line: None
     model.to(device)
     copy_from_first(model)
+    freeze(model, settings)
     optimizer = build_optimizer(model, settings)
     batch = global_batch(task.rows, settings.batch_size, world_size())
     steps = steps_per_epoch(task.rows, batch)
-    micro_batch_size = settings.micro_batch_size
+    if settings.micro_batch_size != "auto":
+        micro_batch_size = settings.micro_batch_size
+    elif resume is not None and resume.workers == world_size():
+        micro_batch_size = resume.micro_batch_size
+    else:
+        micro_batch_size = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, batch // world_size(), device)
+        say(f"{task.name}  {micro_batch_size} rows of {batch // world_size()} fit a worker's memory at a time")
+    if settings.compile:
+        compile_towers(model, device)
     step = 0 if resume is None else resume.step
     sums = {name: torch.zeros((), device=device) for name in [*task.weights, "gradient_norm", "seconds_waiting_for_data"]}
     if resume is not None:
@@ -73,8 +84,9 @@ def train(
         epoch, position = divmod(step, steps)
         model.train()
         order = task.order(epoch)
-        own = [worker_rows(order, at, batch, rank(), world_size()).T.reshape(-1) for at in range(position, steps)]
-        for songs in _timed(loader.stream(own), sums["seconds_waiting_for_data"]):
+        first = rank() * (batch // world_size())
+        own = [BatchRows(at, first, worker_rows(order, at, batch, rank(), world_size())) for at in range(position, steps)]
+        for songs in _timed(loader.stream(own, epoch), sums["seconds_waiting_for_data"]):
             set_learning_rate(optimizer, learning_rate_factor(step, settings.epochs * steps, settings))
             terms = compute_gradients(model, songs.to(device), task, micro_batch_size)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_gradient_norm or math.inf)

@@ -29,18 +29,18 @@ def compute_gradients(model: HTCL, batch: Batch, task: Task, micro_batch_size: i
 
 
 def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Terms:
-    """Cached-embedding gradients: encode without gradient, take the loss's gradient of the embeddings, encode again and hand it on.
+    """Cached-embedding gradients: encode, take the loss's gradient of the embeddings, encode again and hand it on.
 
     The second encoding replays the first one's random numbers, so dropout is the same in both. The scheme is GradCache
-    (arXiv 2101.06983).
+    (arXiv 2101.06983), but the first encoding records its graph too and drops it at once: what is computed for a gradient may use
+    other kernels than what is not, above all when compiled, and those may draw or round otherwise.
     """
     parts = [batch.part(start, start + songs_at_once) for start in range(0, len(batch), songs_at_once)]
     device = batch.mel.device
     states, encoded = [], []
-    with torch.no_grad():
-        for part in parts:
-            states.append(get_rng_state(device))
-            encoded.append(encode(model, part))
+    for part in parts:
+        states.append(get_rng_state(device))
+        encoded.append([vectors.detach() for vectors in encode(model, part)])
     after = get_rng_state(device)
     audio, text = (torch.cat(vectors).requires_grad_() for vectors in zip(*encoded, strict=True))
     terms = task.terms(model, audio, text, batch.ids)

@@ -260,7 +260,9 @@ def talk(folder: str) -> None:
     gather.sum_gradients([big, odd, unused])
     gather.wait_for_all()
     numbers = gather.gather_rows(torch.tensor([[rank()]]))
-    state = {"gathered": everyone.detach(), "gradient": own.grad, "weight": module.weight.detach(), "numbers": numbers}
+    cpu = torch.device("cpu")
+    counted = torch.tensor([gather.least_over_workers(7 - 3 * rank(), cpu), gather.workers_on_this_machine(cpu)])
+    state = {"gathered": everyone.detach(), "gradient": own.grad, "weight": module.weight.detach(), "numbers": numbers, "counted": counted}
     torch.save(state | {"big": big.grad, "odd": odd.grad, "none": torch.tensor(unused.grad is None)}, Path(folder) / f"{rank()}.pt")
 
 
@@ -274,4 +276,5 @@ def test_collectives(tmp_path: Path):
         assert (found["big"] == 3).all()
         assert found["odd"].tolist() == [0, 3, 6, 9]
         assert found["none"]
+        assert found["counted"].tolist() == [4, 2]
     assert torch.equal(first["weight"], second["weight"])

@@ -62,6 +62,14 @@ def test_columns_accept_free_names():
         ("pairs.negative_feedback=[like]", "positive_feedback and in negative_feedback"),
         ("pairs.positive_feedback=[love]", "pairs.positive_feedback"),
         ("model.heads=5", "multiple of heads"),
+        ("model.window_seconds=9", "model.window_seconds is 9; expected at most audio.clip_seconds (8), or null for whole clips"),
+        ("pretrain.freeze_audio_layers=3", "pretrain.freeze_audio_layers is 3; expected at most model.layers (2)"),
+        ("finetune.mel_masks=8", "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (128)"),
+        ("pretrain.micro_batch_size=0", "'pretrain.micro_batch_size': it is 0; expected a number from 1, auto or null"),
+        ("pretrain.micro_batch_size=fits", "it is 'fits'; expected a number from 1, auto or null"),
+        ("pretrain.micro_batch_size=33", "micro_batch_size is 33; expected at most batch_size / num_workers (32), or auto or null"),
+        ("finetune.num_workers=200", "expected a multiple of num_workers (200), for instance 200"),
+        ("pretrain.seed=-1", "pretrain.seed"),
         ("data.catalog=[a", "not YAML"),
         ("pretrain.loss=hinge", "pretrain.loss"),
     ],
@@ -83,6 +91,12 @@ def test_losses_that_cannot_go_together_are_refused():
         resolve("demo", None, ["finetune.loss=sigmoid", "finetune.popularity_correction=true"])
     with pytest.raises(ConfigError, match="explicit_negatives adds others; choose one"):
         resolve("demo", None, ["finetune.explicit_negatives=true", "finetune.popularity_correction=true"])
+
+
+@pytest.mark.parametrize("value", ["auto", "null", "32"])
+def test_micro_batch_sizes(value: str):
+    config = resolve("demo", None, [f"pretrain.micro_batch_size={value}"])
+    assert str(config.pretrain.micro_batch_size) == value.replace("null", "None")
 
 
 def test_unknown_preset_and_unreadable_file(tmp_path: Path):

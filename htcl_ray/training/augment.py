@@ -1,0 +1,61 @@
+"""What a training clip loses on purpose: a random crop of long clips, and hidden frames and mel bands. Needs no torch.
+
+Random numbers come from a generator of each clip's own, named by where the clip stands in training: see `generators`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from htcl_ray.settings import StageSettings
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Crops of `window` frames (None: clips whole) and the masks of SpecAugment (arXiv 1904.08779) as `settings` say."""
+
+    settings: StageSettings
+    window: int | None
+
+    def generators(self, epoch: int, step: int, first: int, rows: int, songs_per_row: int) -> list[np.random.Generator]:
+        """One generator for each song of a worker's rows, in the order of its batch: every row's first song, then every second song.
+
+        `step` counts within the epoch; `first` is the position of the worker's first row in the global batch. Nothing else goes in,
+        so a clip is altered alike with any number of workers, in micro-batches of any size, and in a resumed run.
+        """
+        positions = [(place, row) for place in range(songs_per_row) for row in range(first, first + rows)]
+        return [np.random.default_rng([self.settings.seed, epoch, step, place, row]) for place, row in positions]
+
+    def crop(self, random: np.random.Generator, frames: int) -> tuple[int, int]:
+        """First frame and end of what is kept of a clip; every offset is equally likely."""
+        if self.window is None or frames <= self.window:
+            return 0, frames
+        start = int(random.integers(frames - self.window + 1))
+        return start, start + self.window
+
+    def mask(self, random: np.random.Generator, mel: npt.NDArray[np.float16]) -> None:
+        """Hide stretches of frames and groups of mel bands of a clip, in place. Mel [valid frames, n_mels] in dB, without padding.
+
+        Hidden cells take the mean of those that are left. The masked input recipe subtracts the clip's mean, which is then the same
+        number, so they become what padding is: zeros. Widths are uniform from 0 to the configured one, then places are uniform.
+        """
+        frames, bands = mel.shape
+        settings = self.settings
+        hidden = np.zeros(mel.shape, dtype=bool)
+        for _ in range(settings.time_masks):
+            start, stop = _stretch(random, min(settings.time_mask_frames, frames // (2 * settings.time_masks)), frames)
+            hidden[start:stop] = True
+        for _ in range(settings.mel_masks):
+            start, stop = _stretch(random, settings.mel_mask_bands, bands)
+            hidden[:, start:stop] = True
+        if hidden.any():
+            mel[hidden] = mel[~hidden].mean(dtype=np.float64)
+
+
+def _stretch(random: np.random.Generator, widest: int, length: int) -> tuple[int, int]:
+    width = int(random.integers(widest + 1))
+    start = int(random.integers(length - width + 1))
+    return start, start + width
