@@ -210,7 +210,7 @@ class HealthSettings(Settings):
     """Steps that a fault must last before it counts: every run begins near a plateau."""
     max_mean_cosine: float = Field(0.95, gt=-1, le=1)
     """Collapse: mean cosine between different songs' audio, or different texts, above this."""
-    min_effective_rank: float = Field(3.0, ge=1)
+    min_effective_rank: float = Field(2.0, ge=1)
     """Collapse: fewer directions in use than this, as exp of the entropy of the singular values of the centred vectors."""
     plateau_margin: float = Field(0.002, ge=0, lt=1)
     """Plateau: a softmax term within this share of the loss that equal vectors for all songs would have."""
