@@ -53,18 +53,19 @@ def measure_step(case: dict[str, Any]) -> dict[str, float]:
 
 def measure_loss(case: dict[str, Any]) -> dict[str, float]:
     import torch
-    import torch.nn.functional as F
 
-    from htcl_ray.objectives.stages import Side, symmetric
+    from benchmarks import synthetic_songs
+    from htcl_ray.objectives.stages import pretrain_terms
 
-    rows, dim = case["batch"], 64
+    rows = case["batch"]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = synthetic_songs.make_model(synthetic_songs.make_world(Path(scratch) / "frames", "demo", 64), 1, torch.device("cpu"))
     ids = torch.arange(3 * rows).reshape(3, rows).T.contiguous()
     torch.manual_seed(0)
-    audio, text = (F.normalize(torch.randn(rows, dim), dim=1).requires_grad_() for _ in range(2))
-    scale = torch.tensor(2.6, requires_grad=True)
-    symmetric(Side.of(audio[:64], ids[:64]), Side.of(text[:64], ids[:64]), scale).backward()
+    audio, text = (torch.randn(rows, model.dim).requires_grad_() for _ in range(2))
+    pretrain_terms(model, audio[:64], text[:64], ids[:64])["text"].backward()
     before = resident_mb()["now"]
-    symmetric(Side.of(audio, ids), Side.of(text, ids), scale).backward()
+    pretrain_terms(model, audio, text, ids)["text"].backward()
     peak = resident_mb()["peak"]
     return {"memory_before_mb": before, "loss_memory_mb": peak - before, "one_matrix_of_logits_mb": rows * rows * 4 / 1e6}
 

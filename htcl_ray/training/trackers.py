@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,7 @@ class WandbTracker:
             name=self.version,
             job_type=self.step,
             resume="allow",
-            dir=self.folder,
+            dir=self.folder or tempfile.gettempdir(),
             config=dict(_flat(self.parameters)),
             settings=wandb.Settings(console="off", silent=True),
         )

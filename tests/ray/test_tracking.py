@@ -103,7 +103,7 @@ def test_an_address_that_does_not_answer_is_one_sentence(tmp_path: Path):
 
 def test_wandb_offline_needs_a_folder_that_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     elsewhere = Workspace(str(tmp_path))
     monkeypatch.setattr(Workspace, "is_local", False)
     with pytest.raises(ConfigError, match="W&B is offline and the workspace is not on this machine"):
