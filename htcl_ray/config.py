@@ -29,6 +29,7 @@ from htcl_ray.settings import (
     ServeSettings,
     Settings,
     TextSettings,
+    TrackingSettings,
     nearest,
 )
 
@@ -52,6 +53,7 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
+    tracking: TrackingSettings = TrackingSettings()
     ray: RaySettings = RaySettings()
 
     @model_validator(mode="after")

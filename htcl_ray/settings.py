@@ -150,6 +150,9 @@ class TextSettings(Settings):
 
     name_or_path: str | None = None
     """A BERT-like model by hub name or local folder; null trains a small BERT and its WordPiece vocabulary from the song texts."""
+    pooling: Literal["pooler", "cls", "mean"] = "pooler"
+    """Tokens → one vector: BERT's pooler over the first token as the authors (models made without one: the first token itself), the
+    first token, or the mean over tokens, which sentence encoders such as MiniLM were trained for."""
     max_tokens: int = Field(128, gt=2)
     """Longer song texts are cut."""
     vocab_size: int = Field(2000, gt=10)
@@ -389,6 +392,17 @@ class ServeSettings(Settings):
     batch_wait_seconds: float = Field(0.01, ge=0)
     """How long the first request of a batch waits for others."""
     max_upload_bytes: int = Field(50_000_000, gt=0)
+
+
+class TrackingSettings(Settings):
+    """Where training runs are seen beside `metrics.jsonl` and TensorBoard, which are always written. Changes no model."""
+
+    trackers: Annotated[tuple[Literal["mlflow", "wandb"], ...], BeforeValidator(_one_or_many)] = ()
+    """Each needs the extra of its name; W&B takes its key and its mode from its own environment variables (WANDB_API_KEY, WANDB_MODE)."""
+    project: str = Field("htcl-ray", min_length=1)
+    """MLflow experiment and W&B project."""
+    mlflow_uri: str | None = None
+    """Tracking server, or `sqlite:///file`; null is MLFLOW_TRACKING_URI."""
 
 
 class RaySettings(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ Tokens = dict[str, Tensor]
 
 
 class TextEncoder(nn.Module):
-    """Texts → one vector each: the pooled first token (`pooler_output`), as the authors; without a pooler, the first token itself."""
+    """Texts → one vector each, pooled as `settings.pooling` says. A pooler that is not used is taken off the transformer."""
 
     def __init__(self, transformer: nn.Module, tokenizer: Any | None, settings: TextSettings) -> None:
         super().__init__()
+        if settings.pooling != "pooler" and getattr(transformer, "pooler", None) is not None:
+            transformer.pooler = None  # type: ignore[assignment]
         self.transformer = transformer
         self.loaded_tokenizer = tokenizer
         """None until `tokenizer` is first asked for, when that of `settings.name_or_path` is to be used."""
@@ -53,8 +56,12 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Tokens [B, S] → [B, width]."""
         output = self.transformer(**tokens)
+        hidden = output.last_hidden_state
+        if self.settings.pooling == "mean":
+            attended = tokens["attention_mask"][:, :, None].to(hidden.dtype)
+            return (hidden * attended).sum(dim=1) / attended.sum(dim=1).clamp(min=1)
         pooled = getattr(output, "pooler_output", None)
-        return output.last_hidden_state[:, 0] if pooled is None else pooled
+        return hidden[:, 0] if pooled is None else pooled
 
 
 class NoTextEncoder(TextEncoder):
@@ -70,17 +77,30 @@ class NoTextEncoder(TextEncoder):
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
-    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises ConfigError."""
+    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises ConfigError.
+
+    Every weight that is used must be there: transformers would draw missing ones at random and only log it.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     name = settings.name_or_path
-    check_text_settings(settings)
+    _check_length(settings)
     try:
-        transformer = AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        transformer, found = AutoModel.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unusable(name, error) from None
-    return TextEncoder(transformer, tokenizer, settings)
+    encoder = TextEncoder(transformer, tokenizer, settings)
+    missing = sorted(set(found["missing_keys"]) & set(transformer.state_dict()))
+    if missing and all(key.startswith("pooler.") for key in missing):
+        raise ConfigError(
+            f"the text model '{name}' has no weights for its pooler, but text.pooling is pooler; set text.pooling=mean or text.pooling=cls"
+        )
+    if missing:
+        raise ConfigError(f"the text model '{name}' has no weights for {missing[0]} and {len(missing) - 1} others; expected all of them")
+    return encoder
 
 
 def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEncoder:
@@ -125,9 +145,17 @@ def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
 
 
 def check_text_settings(settings: TextSettings) -> None:
-    """Raise ConfigError unless the configured pretrained text model can be found and takes `max_tokens` tokens. Loads no weights."""
+    """Raise ConfigError unless the configured pretrained text model can be used. A local folder is loaded; a hub model is only found."""
     if settings.name_or_path is None:
         return
+    if Path(settings.name_or_path).is_dir():
+        text_encoder_from_name(settings)
+    else:
+        _check_length(settings)
+
+
+def _check_length(settings: TextSettings) -> None:
+    """Raise ConfigError unless the model can be found and takes `max_tokens` tokens."""
     from transformers import AutoConfig
 
     try:

@@ -26,6 +26,7 @@ from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.settings import LOWER_IS_BETTER, FinetuneSettings, StageSettings
 from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
+from htcl_ray.training.trackers import check_tracking
 
 if TYPE_CHECKING:
     from htcl_ray.training.songs import Songs
@@ -152,6 +153,7 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     workspace.check_writable()
     cluster.refuse_relative_workspace(config)
     _check_cpus(config, stage)
+    config = config.model_copy(update={"tracking": check_tracking(config.tracking)})
     vocabulary = _check_data(workspace, config, stage)
     cluster.connect(config)
     manifest = _fit(workspace, config, stage, vocabulary)

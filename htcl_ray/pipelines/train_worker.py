@@ -28,6 +28,7 @@ from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.progress import Metrics
 from htcl_ray.training.songs import read_pairs, read_songs
 from htcl_ray.training.tasks import finetune_task, pretrain_task
+from htcl_ray.training.trackers import open_trackers
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def _train(job: TrainJob, say: Callable[[str], None]) -> None:
         task = finetune_task(pairs, job.config.finetune, device)
     model, resume = _model(job)
     first = ray.train.get_context().get_world_rank() == 0
-    log = MetricsLog(job.workspace, job.run, resume.step if resume else 0) if first else None
+    log = _log(job, resume, say) if first else None
+    finished = False
 
     def on_checkpoint(metrics: Metrics | None, step: int, save: SaveCheckpoint) -> None:
         checkpoint = None
@@ -90,9 +92,17 @@ def _train(job: TrainJob, say: Callable[[str], None]) -> None:
     loader = BatchLoader(songs, frames, model.text_encoder, Augmentation(settings, model.window_frames))
     try:
         train(model, task, loader, settings, device, on_checkpoint=on_checkpoint, say=say, resume=resume)
+        finished = True
     finally:
         if log is not None:
-            log.close()
+            log.close(finished)
+
+
+def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]) -> MetricsLog:
+    stage = "pretrain" if job.parent is None else "finetune"
+    parameters = {name: getattr(job.config, name).model_dump(mode="json") for name in ("audio", "text", "model", stage)}
+    trackers = open_trackers(job.config.tracking, job.workspace, job.run, parameters, say)
+    return MetricsLog(job.workspace, job.run, resume.step if resume else 0, trackers)
 
 
 def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:

@@ -1,4 +1,4 @@
-"""An epoch's figures on disk: `metrics.jsonl`, one line an epoch, and TensorBoard events. Written by the first worker."""
+"""An epoch's figures: `metrics.jsonl`, one line an epoch, TensorBoard events, and the trackers. Written by the first worker."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pyarrow.fs as pafs
 
 from htcl_ray.storage import Workspace
 from htcl_ray.training.progress import Metrics
+from htcl_ray.training.trackers import Trackers
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """The log of one run, which goes on where a resumed run goes on."""
+    """The log of one run, which goes on where a resumed run goes on. Closes the trackers that it is given."""
 
-    def __init__(self, workspace: Workspace, run: str, steps_done: int) -> None:
+    def __init__(self, workspace: Workspace, run: str, steps_done: int, trackers: Trackers | None = None) -> None:
         from tensorboardX import SummaryWriter
 
-        self.workspace, self.run = workspace, run
+        self.workspace, self.run, self.trackers = workspace, run, trackers
         self.lines: list[Metrics] = []
         if steps_done and workspace.exists(f"{run}/{METRICS}"):
             lines = [json.loads(line) for line in workspace.read_bytes(f"{run}/{METRICS}").decode().splitlines()]
@@ -40,9 +41,13 @@ class MetricsLog:
         if self.remote:
             target = self.workspace.full(f"{self.run}/{TENSORBOARD}")
             pafs.copy_files(str(self.folder), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.workspace.fs)
+        if self.trackers:
+            self.trackers.catch_up(self.lines)
 
-    def close(self) -> None:
-        """Finish the event file."""
+    def close(self, finished: bool = True) -> None:
+        """End the log: the run is finished, or will be continued."""
+        if self.trackers:
+            self.trackers.close(finished)
         self.events.close()
         if self.remote:
             self.remote.cleanup()

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from htcl_ray.audio import log_mel
 from htcl_ray.config import Config
-from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
+from htcl_ray.errors import InputError, MismatchError, WorkspaceError
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.models.vocabulary import train_wordpiece
@@ -275,38 +274,6 @@ def test_official_input_is_kept_in_the_folder(config: Config, tmp_path: Path):
     mel, valid = mels(config)
     assert torch.equal(loaded.embed_mel(mel, valid), model.embed_mel(mel, valid))
     assert loaded.audio_encoder.input_recipe is InputRecipe.OFFICIAL
-
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT as transformers itself saves it."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "calm", "piano", "techno", "fast", "##s"]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    bert = BertConfig(
-        vocab_size=10, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=16
-    )
-    BertModel(bert).save_pretrained(folder)
-    return folder
-
-
-def test_pretrained_text_tower_gives_berts_own_numbers(config: Config, bert_folder: Path, tmp_path: Path):
-    ours = HTCL.untrained(config.with_overrides({"text.name_or_path": str(bert_folder), "text.max_tokens": 16}))
-    theirs, tokenizer = BertModel.from_pretrained(bert_folder).eval(), BertTokenizerFast.from_pretrained(bert_folder)
-    texts = ["calm piano", "fast technos calm"]
-    with torch.no_grad():
-        expected = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
-        torch.testing.assert_close(ours.eval().text_encoder(ours.text_encoder.tokenize(texts)), expected)
-    ours.save_pretrained(tmp_path / "model")
-    assert torch.equal(HTCL.from_pretrained(tmp_path / "model").embed_text(texts), ours.embed_text(texts))
-
-
-def test_unusable_text_models_are_refused(config: Config, bert_folder: Path, tmp_path: Path):
-    for name, message in ((str(tmp_path), "cannot be loaded"), (str(bert_folder), "max_tokens is 99, .* takes at most 16")):
-        with pytest.raises(ConfigError, match=message):
-            HTCL.untrained(config.with_overrides({"text.name_or_path": name, "text.max_tokens": 99}))
 
 
 def test_vocabulary_does_not_depend_on_hash_order():

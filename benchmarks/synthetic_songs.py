@@ -1,0 +1,82 @@
+"""Songs of a given size without audio: random log-mels in a memory-mapped file, and texts of a given length, as training reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig
+
+from htcl_ray.config import Config, resolve
+from htcl_ray.models import HTCL
+from htcl_ray.models.record import ModelRecord
+from htcl_ray.models.text_encoder import TextEncoder, text_encoder_from_scratch, transformer_from_config
+from htcl_ray.models.vocabulary import train_wordpiece
+from htcl_ray.training.batches import Batch, BatchLoader
+from htcl_ray.training.frames import FRAMES, OFFSETS, Frames
+from htcl_ray.training.songs import Pairs, Songs
+from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
+
+STORED = 1024
+"""Log-mels that are really there; song i has the log-mel of song i mod this, but its own text and ids."""
+WORDS = {"demo": 8, "paper": 48}
+"""Of a text; the sample world's texts have 5 to 8."""
+MULTILINGUAL_VOCABULARY = 105_879
+
+
+@dataclass(frozen=True)
+class World:
+    """What training reads."""
+
+    config: Config
+    songs: Songs
+    frames: Frames
+    vocabulary: str
+
+
+def make_world(folder: Path, size: str, songs: int) -> World:
+    """`size` demo: the demo preset, clips of 8 s ± 3 % as in the sample world. paper: the paper preset, every clip a full 120 s."""
+    config = resolve(size)
+    longest, bands, rng = config.audio.max_frames, config.audio.n_mels, np.random.default_rng(0)
+    lengths = np.full(songs, longest) if size == "paper" else np.minimum(longest, (longest * rng.uniform(0.97, 1.03, songs)).astype(int))
+    stored = min(songs, STORED)
+    starts = np.arange(songs) % stored * longest
+    folder.mkdir(parents=True)
+    rng.normal(-50, 15, (stored * longest, bands)).astype(np.float16).tofile(folder / FRAMES)
+    np.save(folder / OFFSETS, np.stack([starts, starts + lengths], axis=1))
+    words = np.array(
+        [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "so", "ti", "va") for b in ("ban", "del", "fir", "gos", "hum", "jet")]
+    )
+    texts = [" ".join(rng.choice(words, WORDS[size])) + f" {song}" for song in range(songs)]
+    numbers = np.arange(songs)
+    found = Songs([f"{song:06d}" for song in range(songs)], texts, np.stack([numbers] * 3, axis=1), numbers, numbers[:0])
+    return World(config, found, Frames(folder, bands), train_wordpiece(texts[:500], config.text.vocab_size))
+
+
+def make_model(world: World, stage: int, device: torch.device) -> HTCL:
+    """Ours, with random weights: at paper size the text tower has the sizes of bert-base-multilingual-uncased."""
+    config = world.config
+    if config.text.name_or_path is None:
+        model = HTCL.untrained(config, world.vocabulary)
+    else:
+        tokenizer = text_encoder_from_scratch(config.text, world.vocabulary).tokenizer
+        bert = BertConfig(vocab_size=MULTILINGUAL_VOCABULARY).to_dict()
+        text = TextEncoder(transformer_from_config(bert), tokenizer, config.text)
+        model = HTCL(ModelRecord(stage=1, audio=config.audio, model=config.model, text=text.record), text)
+    return (model if stage == 1 else model.to_stage_2(0.074, seed=0)).to(device)
+
+
+def make_task(world: World, stage: int, device: torch.device) -> Task:
+    """Stage 2: song 2i and song 2i + 1 are a pair."""
+    if stage == 1:
+        return pretrain_task(world.songs, world.config.pretrain)
+    pairs = world.songs.train[: len(world.songs.train) // 2 * 2].reshape(-1, 2)
+    return finetune_task(Pairs(pairs, np.ones(len(pairs)), pairs[:0], 0, pairs[:0], np.ones(0), 0), world.config.finetune, device)
+
+
+def first_batch(world: World, model: HTCL, stage: int, rows: int, device: torch.device) -> Batch:
+    """`rows` songs, or in stage 2 `rows` pairs: the triggers, then the recalled songs."""
+    songs = np.arange(rows) if stage == 1 else np.arange(2 * rows).reshape(-1, 2).T.reshape(-1)
+    return BatchLoader(world.songs, world.frames, model.text_encoder).load(songs).to(device)

@@ -1,0 +1,214 @@
+"""MLflow and Weights & Biases: the lines of `metrics.jsonl`, sent on to where a team looks at its runs. Both are optional extras.
+
+`metrics.jsonl` is the truth, and a tracker follows it: beside it, `trackers.json` says which run of the tracker continues this one and up
+to which step it was sent. So a resumed run goes on in the same place, nothing is sent twice, what could not be sent is sent later, and a
+tracker that is added to an interrupted run gets the epochs before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from htcl_ray.errors import ConfigError
+from htcl_ray.settings import TrackingSettings
+from htcl_ray.storage import Workspace
+
+if TYPE_CHECKING:
+    from htcl_ray.training.progress import Metrics
+
+TRACKED = "trackers.json"
+SQLITE = "sqlite:///"
+
+
+class Tracker(Protocol):
+    """One place that shows runs."""
+
+    name: str
+    target: str
+    """Which server and project, as one string: a run is continued only where it began."""
+
+    def open(self, run_id: str | None) -> str:
+        """Begin a run, or continue the one called `run_id`; returns its id."""
+
+    def write(self, metrics: Metrics) -> None:
+        """Add the figures of one epoch at `metrics["step"]`; steps rise."""
+
+    def close(self, finished: bool) -> None:
+        """End the run: finished, or to be continued."""
+
+
+def check_tracking(settings: TrackingSettings) -> TrackingSettings:
+    """The settings as a worker in another folder understands them. Raises ConfigError when a package or MLflow's address is missing."""
+    for name in settings.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"tracking.trackers names {name}, which is not installed here; run: pip install 'htcl-ray[{name}]'")
+    if "mlflow" not in settings.trackers:
+        return settings
+    uri = settings.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise ConfigError(
+            "tracking.trackers names mlflow, but neither tracking.mlflow_uri nor MLFLOW_TRACKING_URI is set; "
+            "expected a server such as http://host:5000, or a file such as sqlite:///mlflow.db"
+        )
+    if uri.startswith(SQLITE):
+        uri = SQLITE + os.path.abspath(uri.removeprefix(SQLITE))
+    return settings.model_copy(update={"mlflow_uri": uri})
+
+
+def open_trackers(
+    settings: TrackingSettings, workspace: Workspace, run: str, parameters: Mapping[str, Any], say: Callable[[str], None]
+) -> Trackers:
+    """The configured trackers of the run in the folder `run`, runs/<step>/<version>. `parameters`: sections of the configuration."""
+    settings = check_tracking(settings)
+    step, version = run.split("/")[-2:]
+    folder = Path(workspace.full(run)) if workspace.is_local else None
+    kinds: dict[str, Callable[[], Tracker]] = {
+        "mlflow": lambda: MlflowTracker(settings, step, version, parameters),
+        "wandb": lambda: WandbTracker(settings, step, version, parameters, folder),
+    }
+    return Trackers(workspace, run, [kinds[name]() for name in settings.trackers], say)
+
+
+class Trackers:
+    """The trackers of one run, kept level with its lines. Raises ConfigError when one of them cannot be opened."""
+
+    def __init__(self, workspace: Workspace, run: str, trackers: Sequence[Tracker], say: Callable[[str], None]) -> None:
+        self.workspace, self.path, self.trackers, self.say = workspace, f"{run}/{TRACKED}", trackers, say
+        self.sent: dict[str, dict[str, Any]] = {}
+        """By target: `run`, the tracker's id, and `step`, the last one sent."""
+        if trackers and workspace.exists(self.path):
+            self.sent = workspace.read_json(self.path)
+        for tracker in trackers:
+            before = self.sent.get(tracker.target)
+            try:
+                run_id = tracker.open(None if before is None else before["run"])
+            except Exception as error:  # whatever the tracker's client and its HTTP library raise
+                raise ConfigError(
+                    f"{tracker.name} cannot be opened at {tracker.target} ({_reason(error)}); "
+                    f"correct the tracking section, or take {tracker.name} out of tracking.trackers"
+                ) from error
+            if before is None:
+                self.sent[tracker.target] = {"run": run_id, "step": 0}
+                self._save()
+
+    def catch_up(self, lines: Sequence[Metrics]) -> None:
+        """Send what a tracker has not seen. When one fails, training goes on: a line is printed, and the next call tries again."""
+        for tracker in self.trackers:
+            sent = self.sent[tracker.target]
+            try:
+                for line in lines:
+                    if line["step"] > sent["step"]:
+                        tracker.write(line)
+                        sent["step"] = line["step"]
+            except Exception as error:
+                self.say(f"{tracker.name} cannot be reached ({_reason(error)}); its figures wait in metrics.jsonl")
+        if self.trackers:
+            self._save()
+
+    def close(self, finished: bool) -> None:
+        """End the trackers' runs; what fails is said, not raised."""
+        for tracker in self.trackers:
+            try:
+                tracker.close(finished)
+            except Exception as error:
+                self.say(f"{tracker.name} could not close its run ({_reason(error)})")
+
+    def _save(self) -> None:
+        self.workspace.write_bytes(self.path, (json.dumps(self.sent, indent=2) + "\n").encode())
+
+
+class MlflowTracker:
+    """A run of an MLflow experiment, on a server or in an SQLite file."""
+
+    name = "mlflow"
+
+    def __init__(self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any]) -> None:
+        self.project, self.uri, self.step, self.version, self.parameters = settings.project, settings.mlflow_uri, step, version, parameters
+        self.target = f"mlflow {self.uri} {self.project}"
+
+    def open(self, run_id: str | None) -> str:
+        """Parameters are written once: MLflow takes no second value."""
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(tracking_uri=self.uri)
+        if run_id is not None:
+            self.client.update_run(run_id, status="RUNNING")
+            self.run_id = run_id
+            return run_id
+        experiment = self.client.get_experiment_by_name(self.project)
+        experiment_id = self.client.create_experiment(self.project) if experiment is None else experiment.experiment_id
+        self.run_id = self.client.create_run(experiment_id, run_name=self.version, tags={"htcl.step": self.step}).info.run_id
+        self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in _flat(self.parameters)])
+        return self.run_id
+
+    def write(self, metrics: Metrics) -> None:
+        """MLflow's names have no `@`: `validation_recall@10` goes by `validation_recall_at_10`."""
+        from mlflow.entities import Metric
+
+        now, step = round(time.time() * 1000), int(metrics["step"])
+        named = [Metric(name.replace("@", "_at_"), value, now, step) for name, value in metrics.items() if name != "step"]
+        self.client.log_batch(self.run_id, metrics=named)
+
+    def close(self, finished: bool) -> None:
+        """FINISHED or FAILED."""
+        self.client.set_terminated(self.run_id, status="FINISHED" if finished else "FAILED")
+
+
+class WandbTracker:
+    """A run of a Weights & Biases project."""
+
+    name = "wandb"
+
+    def __init__(self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any], folder: Path | None) -> None:
+        """`folder`: the run's, when it is on this machine; W&B keeps its files in `wandb/` there."""
+        self.project, self.step, self.version, self.parameters, self.folder = settings.project, step, version, parameters, folder
+        self.target = f"wandb {self.project}"
+
+    def open(self, run_id: str | None) -> str:
+        """An offline run in a workspace on object storage would be lost with the worker's disk, so it is refused."""
+        import wandb
+
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(
+            project=self.project,
+            id=run_id,
+            name=self.version,
+            job_type=self.step,
+            resume="allow",
+            dir=self.folder or tempfile.gettempdir(),
+            config=dict(_flat(self.parameters)),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        if self.run.offline and self.folder is None:
+            self.run.finish(exit_code=1)
+            raise ConfigError("W&B is offline and the workspace is not on this machine")
+        return self.run.id
+
+    def write(self, metrics: Metrics) -> None:
+        """One row of the run's history."""
+        self.run.log({name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]), commit=True)
+
+    def close(self, finished: bool) -> None:
+        """Waits until everything is sent, or on the disk."""
+        self.run.finish(exit_code=0 if finished else 1)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
