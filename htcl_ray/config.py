@@ -1,7 +1,7 @@
 """A complete run: built once from a preset, an optional YAML file and `--set` overrides (later wins), printable whole.
 
 It is recorded in the manifest of everything that a step writes. Ray Tune changes a run through the same `with_overrides`. The sections
-and their keys are in settings.py.
+and their keys are in settings/.
 """
 
 from __future__ import annotations

@@ -1,0 +1,31 @@
+"""What every section of a configuration is: typed, frozen, and an unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def one_or_many(value: Any) -> Any:
+    """A string as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
+"""One string or a list of strings."""
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The hint of an error about an unknown name: the nearest valid one, or all of them when none is near."""
+    choices = list(choices)
+    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"did you mean '{match[0]}'?" if match else f"expected one of {', '.join(choices)}"

@@ -1,0 +1,71 @@
+"""Embedding, index, evaluation, serving, and the cluster that steps run on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from htcl_ray.settings.section import Names, Settings
+
+
+class EmbedSettings(Settings):
+    """Batch embedding."""
+
+    batch_size: int = Field(64, ge=1)
+    num_workers: int = Field(1, ge=1)
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+
+class IndexSettings(Settings):
+    """The nearest-neighbour index."""
+
+    kind: Literal["flat", "hnsw"] = "flat"
+    """flat is exact."""
+    hnsw_neighbors: int = Field(32, ge=2)
+    ef_construction: int = Field(200, ge=1)
+    ef_search: int = Field(128, ge=1)
+
+
+class EvaluateSettings(Settings):
+    """Evaluation on held-out songs and users."""
+
+    split: Literal["validation", "test"] = "test"
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10), min_length=1)
+    """Cut-offs of recall, hit rate and NDCG."""
+    probe_column: str = "genre"
+    """Catalogue column that the linear probe predicts on held-out artists."""
+    min_history: int = Field(1, ge=1)
+    """Positive songs that a held-out user needs before the cut."""
+    seed: int = 0
+    """Of the shuffled control."""
+
+
+class ServeSettings(Settings):
+    """The HTTP application."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    allowed_hosts: Names = ()
+    """Names that a request's Host header may carry, beside localhost and serve.host; `*` allows any, for a proxy that checks."""
+    encoder_replicas: int = Field(1, ge=1)
+    encoder_cpus: float = Field(1.0, gt=0)
+    """CPUs that an encoder replica reserves; it computes with max(1, this) threads."""
+    encoder_gpus: float = Field(0.0, ge=0)
+    """Share of a GPU that an encoder replica reserves; 0 computes on the CPU."""
+    max_batch_size: int = Field(16, ge=1)
+    """Audio clips or texts that one encoder call takes together."""
+    batch_wait_seconds: float = Field(0.01, ge=0)
+    """How long the first request of a batch waits for others."""
+    max_upload_bytes: int = Field(50_000_000, gt=0)
+
+
+class RaySettings(Settings):
+    """Which cluster the steps run on."""
+
+    address: str | None = None
+    """Null connects to RAY_ADDRESS when it is set, as in a submitted job, and otherwise starts a private cluster on this machine."""
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of the private cluster; null is the machine's, at least 4 (training workers must leave room for data tasks)."""
+    object_store_bytes: int | None = Field(None, ge=80_000_000)
+    """Shared memory of the private cluster; null is Ray's own choice, 30 % of the machine's memory."""
