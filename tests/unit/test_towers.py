@@ -63,7 +63,8 @@ def gradients(changes: dict[str, object], micro_batch_size: int | None) -> tuple
     settings = CONFIG.finetune.model_copy(update=changes)
     model = build()
     freeze(model, settings)
-    pairs = Pairs(np.arange(8).reshape(2, 4).T, np.ones(4), np.empty((0, 2), dtype=np.int64), 0)
+    none = np.empty((0, 2), dtype=np.int64)
+    pairs = Pairs(np.arange(8).reshape(2, 4).T, np.ones(4), none, 0, none, np.ones(0), 0)
     compute_gradients(model, batch(model), finetune_task(pairs, settings, CPU), micro_batch_size)
     return model, settings, {name: parameter.grad for name, parameter in model.named_parameters()}
 
