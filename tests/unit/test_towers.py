@@ -16,6 +16,7 @@ from htcl_ray.settings import FinetuneSettings
 from htcl_ray.storage import Workspace
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.batches import Batch, BatchLoader
+from htcl_ray.training.checkpoint import load_state
 from htcl_ray.training.frames import open_frames
 from htcl_ray.training.loop import train
 from htcl_ray.training.optim import build_optimizer
@@ -62,7 +63,8 @@ def gradients(changes: dict[str, object], micro_batch_size: int | None) -> tuple
     settings = CONFIG.finetune.model_copy(update=changes)
     model = build()
     freeze(model, settings)
-    pairs = Pairs(np.arange(8).reshape(2, 4).T, np.ones(4), np.empty((0, 2), dtype=np.int64), 0)
+    none = np.empty((0, 2), dtype=np.int64)
+    pairs = Pairs(np.arange(8).reshape(2, 4).T, np.ones(4), none, 0, none, np.ones(0), 0)
     compute_gradients(model, batch(model), finetune_task(pairs, settings, CPU), micro_batch_size)
     return model, settings, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -107,19 +109,44 @@ def test_freezing_follows_the_settings_alone():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_frozen_parts_are_bit_identical_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Through the loop, with crops, masks, probed micro-batches and weight decay."""
+FREEZE_BOTH: dict[str, object] = {"freeze_text": True, "freeze_audio_layers": 1}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A loop with everything at once: crops, masks, frozen parts, probed micro-batches, weight decay; two steps an epoch."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    changes: dict[str, object] = {"freeze_text": True, "freeze_audio_layers": 1}
-    stage = {"micro_batch_size": "auto", "weight_decay": 0.1, "epochs": 1, "time_masks": 1, "mel_masks": 1, "mel_mask_bands": 4, **changes}
-    config = tiny_config(tmp_path / "workspace").with_overrides(
+    stage = {"micro_batch_size": "auto", "weight_decay": 0.1, "epochs": 2, "time_masks": 1, "mel_masks": 1, "mel_mask_bands": 4}
+    stage |= {"checkpoint_every_steps": 1, **FREEZE_BOTH}
+    return tiny_config(tmp_path / "workspace").with_overrides(
         {"model.layers": 2, "model.window_seconds": 1.5, **{f"pretrain.{key}": value for key, value in stage.items()}}
     )
+
+
+def test_frozen_parts_are_bit_identical_after_training(config: Config):
     model, loader = _world(config)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train(model, pretrain_task(loader.songs, config.pretrain), loader, config.pretrain, CPU, on_checkpoint=lambda *_: None, say=print)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) == stays(name, changes), name
+        assert torch.equal(parameter, before[name]) == stays(name, FREEZE_BOTH), name
+
+
+def test_a_resumed_run_crops_masks_and_splits_alike(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From within an epoch. The micro-batch is the checkpoint's: memory that is free now may be more or less."""
+    model, loader = _world(config)
+    task = pretrain_task(loader.songs, config.pretrain)
+    monkeypatch.setattr("htcl_ray.training.loop.probe_micro_batch_size", lambda *_: 4)
+    train(
+        *(model, task, loader, config.pretrain, CPU),
+        on_checkpoint=lambda metrics, step, save: save(tmp_path / f"step-{step}"),
+        say=print,
+    )
+    resumed, state = HTCL.from_pretrained(tmp_path / "step-3"), load_state(tmp_path / "step-3")
+    assert state.micro_batch_size == 4
+    monkeypatch.setattr("htcl_ray.training.loop.probe_micro_batch_size", lambda *_: 1 / 0)
+    train(resumed, task, loader, config.pretrain, CPU, on_checkpoint=lambda *_: None, say=print, resume=state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 def _world(config: Config) -> tuple[HTCL, BatchLoader]:

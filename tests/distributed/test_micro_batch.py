@@ -1,0 +1,41 @@
+"""The probed micro-batch with several workers: what fits the poorest, and nobody waits for a worker that gave up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from htcl_ray.errors import StepError
+from htcl_ray.models import HTCL
+from htcl_ray.models.vocabulary import train_wordpiece
+from htcl_ray.objectives.gather import rank
+from htcl_ray.training import micro_batch
+from htcl_ray.training.batches import Batch
+from tests.distributed.conftest import run_workers
+from tests.synthetic_features import tiny_config
+
+pytestmark = pytest.mark.distributed
+
+
+def probe(folder: str) -> None:
+    cpu = torch.device("cpu")
+    model = HTCL.untrained(tiny_config("unused"), train_wordpiece(["calm piano"], 60))
+    tokens = model.text_encoder.tokenize(["calm piano"])
+    song = Batch(torch.zeros(1, 32, 16), torch.tensor([32]), tokens, torch.zeros(1, 3, dtype=torch.int64))
+    five_rows = micro_batch._fixed(model, song, 16) + micro_batch._kept_bytes(model.train(), micro_batch._repeated(song, 5)) + 1
+    found = []
+    for memory in ((1e9, 1e9), (1e9, 2 * five_rows), (1e9, 1e3)):
+        micro_batch._available = lambda device, memory=memory: memory[rank()]  # type: ignore[assignment]
+        try:
+            found.append(micro_batch.probe_micro_batch_size(model, song, 1, 16, cpu))
+        except StepError:
+            found.append(-1)
+    torch.save(torch.tensor(found), Path(folder) / f"{rank()}.pt")
+
+
+def test_workers_agree(tmp_path: Path):
+    run_workers(2, tmp_path, probe, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{worker}.pt", weights_only=True).tolist() for worker in range(2))
+    assert first == second == [16, 4, -1]
