@@ -79,4 +79,4 @@ def make_task(world: World, stage: int, device: torch.device) -> Task:
 def first_batch(world: World, model: HTCL, stage: int, rows: int, device: torch.device) -> Batch:
     """`rows` songs, or in stage 2 `rows` pairs: the triggers, then the recalled songs."""
     songs = np.arange(rows) if stage == 1 else np.arange(2 * rows).reshape(-1, 2).T.reshape(-1)
-    return BatchLoader(world.songs, world.frames, model.text_encoder).load(songs).to(device)
+    return BatchLoader(world.songs, world.frames, model.text_encoder, None).load(songs).to(device)

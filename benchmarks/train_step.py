@@ -196,7 +196,7 @@ def measure_reading(case: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         world = synthetic_songs.make_world(Path(scratch) / "frames", case["size"], songs)
         model = synthetic_songs.make_model(world, 1, device)
-        loader = BatchLoader(world.songs, world.frames, model.text_encoder)
+        loader = BatchLoader(world.songs, world.frames, model.text_encoder, None)
         batches = np.split(np.random.default_rng(0).permutation(world.songs.train), READ_STEPS)
         step = our_step({**case, "stage": 1, "micro_batch_size": None}, world, model, device)
         first = loader.load(batches[0]).to(device)

@@ -73,7 +73,7 @@ class BatchLoader:
     songs: Songs
     frames: Frames
     text_encoder: TextEncoder
-    augmentation: Augmentation | None = None
+    augmentation: Augmentation | None
     """What `stream` does to clips; None leaves them as they are."""
 
     def load(self, songs: Rows) -> Batch:

@@ -37,7 +37,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> BatchLoader:
         manifest = workspace.manifest(path)
         assert manifest is not None
         model = HTCL.untrained(config, train_wordpiece(songs.texts, 100))
-        return BatchLoader(songs, open_frames(workspace, path, manifest, songs), model.text_encoder)
+        return BatchLoader(songs, open_frames(workspace, path, manifest, songs), model.text_encoder, None)
 
 
 def augmented(plain: BatchLoader, settings: PretrainSettings = MASKS, window: int | None = WINDOW) -> BatchLoader:

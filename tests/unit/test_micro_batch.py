@@ -173,7 +173,7 @@ def test_the_longest_song_has_the_longest_clip_and_the_most_tokens(model: HTCL):
             (row,), ((start, stop),) = rows, parts
             return clips[row][None, start:stop], np.array([stop - start])
 
-    loader = BatchLoader(songs, Frames(), model.text_encoder)  # type: ignore[arg-type]
+    loader = BatchLoader(songs, Frames(), model.text_encoder, None)  # type: ignore[arg-type]
     longest = loader.longest()
     assert (longest.mel.shape, longest.valid_frames.tolist()) == ((1, 31, 16), [31])
     assert longest.tokens["input_ids"].shape[1] == max(len(model.text_encoder.tokenize([text])["input_ids"][0]) for text in songs.texts)

@@ -57,7 +57,7 @@ class World:
         return pretrain_task(self.songs, config.pretrain) if stage == 1 else finetune_task(self.pairs, config.finetune, CPU)
 
     def loader(self, model: HTCL) -> BatchLoader:
-        return BatchLoader(self.songs, self.frames, model.text_encoder)
+        return BatchLoader(self.songs, self.frames, model.text_encoder, None)
 
 
 @pytest.fixture(scope="module")
