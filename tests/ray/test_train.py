@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from htcl_ray import artifacts
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
-from htcl_ray.pipelines.train import finetune, pretrain
+from htcl_ray.pipelines.train import _best, finetune, pretrain
 from htcl_ray.storage import Workspace, file_sha256
 from tests.conftest import REPOSITORY
 from tests.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
@@ -236,22 +237,31 @@ def _stored(runs: Path) -> int:
 
 
 def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A learning rate that ruins the model after the warm-up: the best epochs are early ones, the last one is poor."""
-    changes = {"pretrain.epochs": 6, "pretrain.best_metric": "loss", "pretrain.keep_checkpoints": 2, "pretrain.checkpoint_every_steps": 1}
-    config = trained.with_overrides(
-        {**changes, "workspace": str(tmp_path / "best"), "pretrain.learning_rate": 0.3, "pretrain.warmup_share": 0.9}
-    )
+    """Ranks of twelve validation songs go up and down; checkpoints within epochs have none and are never chosen."""
+    changes = {"pretrain.epochs": 5, "pretrain.best_metric": "validation_median_rank", "pretrain.keep_checkpoints": 2}
+    config = trained.with_overrides({**changes, "workspace": str(tmp_path / "best"), "pretrain.checkpoint_every_steps": 1})
     write_features(config)
     pretrain(config)
     workspace = Workspace(config.workspace)
     model = artifacts.models(workspace).semantic
     lines = [json.loads(line) for line in workspace.read_bytes(f"{model.manifest['run']}/metrics.jsonl").decode().splitlines()]
-    best = min(lines, key=lambda line: line["loss"])
-    assert model.manifest["quality"]["epoch"] == best["epoch"] < 6
-    assert model.manifest["quality"]["loss"] == pytest.approx(best["loss"])
-    assert f"epoch {best['epoch']} had the best loss" in capsys.readouterr().out
+    quality = model.manifest["quality"]
+    assert quality["validation_median_rank"] == min(line["validation_median_rank"] for line in lines)
+    assert quality["loss"] == next(line["loss"] for line in lines if line["epoch"] == quality["epoch"])
+    assert f"epoch {quality['epoch']} had the best validation_median_rank" in capsys.readouterr().out
     kept = list(Path(workspace.full(model.manifest["run"])).glob("checkpoint_2*"))
     assert 2 <= len(kept) <= 3, "the two best and the newest"
+
+
+def test_best_of_reported_checkpoints():
+    reported = [
+        ("a", {"epoch": 1, "loss": 3.0, "recall": 0.2}),
+        ("b", {"step": 3, "loss": math.nan, "recall": math.nan}),
+        ("c", {"step": 4}),
+    ]
+    reported += [("d", {"epoch": 2, "loss": 2.0, "recall": 0.5}), ("e", {"epoch": 3, "loss": 2.5, "recall": 0.5})]
+    assert _best(reported, "loss")[0] == "d"
+    assert _best(reported[::-1], "recall")[0] == "d", "of equals the first epoch"
 
 
 def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
