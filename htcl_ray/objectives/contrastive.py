@@ -52,9 +52,10 @@ def info_nce_rows(
     songs, each counted once, however unevenly the keys are drawn.
     """
 
-    def loss(start: int, stop: int) -> Tensor:
+    def loss(start: int, queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+        stop = start + len(queries)
         positives = first_positive + torch.arange(start, stop, device=queries.device)
-        logits = queries[start:stop] @ keys.T * logit_scale.exp()
+        logits = queries @ keys.T * logit_scale.exp()
         if log_q is not None:
             logits = logits - log_q.to(logits.dtype)
         mask = without_positives(excluded, start, stop, positives)
@@ -62,4 +63,4 @@ def info_nce_rows(
             logits = logits.masked_fill(mask, -torch.inf)
         return F.cross_entropy(logits, positives, reduction="sum")
 
-    return sum_row_chunks(loss, len(queries), len(keys), chunk_rows)
+    return sum_row_chunks(loss, queries, (keys, logit_scale), columns=len(keys), chunk_rows=chunk_rows)

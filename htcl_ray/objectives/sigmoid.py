@@ -48,12 +48,13 @@ def sigmoid_rows(
     Keys that `excluded` names are left out. Memory grows with (n + m)·d, not with n·m.
     """
 
-    def loss(start: int, stop: int) -> Tensor:
+    def loss(start: int, queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        stop = start + len(queries)
         positives = first_positive + torch.arange(start, stop, device=queries.device)
-        logits = queries[start:stop] @ keys.T * logit_scale.exp() + logit_bias
+        logits = queries @ keys.T * logit_scale.exp() + logit_bias
         matches = torch.zeros_like(logits, dtype=torch.bool).scatter(1, positives[:, None], True)
         losses = -F.logsigmoid(torch.where(matches, logits, -logits))
         mask = without_positives(excluded, start, stop, positives)
         return losses.sum() if mask is None else losses.masked_fill(mask, 0).sum()
 
-    return sum_row_chunks(loss, len(queries), len(keys), chunk_rows)
+    return sum_row_chunks(loss, queries, (keys, logit_scale, logit_bias), columns=len(keys), chunk_rows=chunk_rows)

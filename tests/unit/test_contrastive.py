@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -91,21 +92,36 @@ def test_rows_of_a_worker_add_up():
 
 
 def test_chunks_never_keep_the_matrix():
-    """What autograd keeps for the backward pass grows with rows, not with rows squared."""
+    """What is kept for the backward pass grows with rows, not with rows squared."""
     rows = 512
     first, second = (torch.randn(rows, 8, requires_grad=True) for _ in range(2))
-    largest = 0
 
-    def measure(tensor: Tensor) -> Tensor:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return tensor
+    def kept(chunk_rows: int) -> int:
+        seen: list[weakref.ref[Tensor]] = []
 
-    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
-        info_nce(first, second, torch.tensor(2.0, requires_grad=True), chunk_rows=16)
-        assert largest <= rows * 8
-        info_nce(first, second, torch.tensor(2.0, requires_grad=True), chunk_rows=rows)
-        assert largest >= rows * rows  # the measurement sees a kept matrix
+        def note(tensor: Tensor) -> Tensor:
+            seen.append(weakref.ref(tensor))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = info_nce(first, second, torch.tensor(2.0, requires_grad=True), chunk_rows=chunk_rows)
+        assert loss.requires_grad
+        return sum(tensor.numel() for reference in seen if (tensor := reference()) is not None)
+
+    assert kept(16) <= 12 * rows * 8
+    assert kept(rows) >= rows * rows  # the measurement sees a kept matrix
+
+
+def test_chunks_without_gradient():
+    first, second, scale = torch.randn(7, 4), torch.randn(7, 4), torch.tensor(1.5)
+    whole = info_nce(first, second, scale)
+    torch.testing.assert_close(info_nce(first, second, scale, chunk_rows=2), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(info_nce(first.requires_grad_(), second, scale, chunk_rows=3), whole)
+    fixed = second.requires_grad_()
+    (gradient,) = torch.autograd.grad(3 * info_nce(first.detach(), fixed, scale, chunk_rows=3), fixed)
+    (expected,) = torch.autograd.grad(3 * info_nce(first.detach(), fixed, scale), fixed)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_false_negatives_entry_by_entry():
