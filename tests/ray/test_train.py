@@ -19,7 +19,7 @@ from htcl_ray import artifacts
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
-from htcl_ray.pipelines.train import _best, finetune, pretrain
+from htcl_ray.pipelines.train import _best, _forget_unusable_checkpoints, finetune, pretrain
 from htcl_ray.storage import Workspace, file_sha256
 from tests.conftest import REPOSITORY
 from tests.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
@@ -270,9 +270,15 @@ def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Pa
     pretrain(config)
     workspace = Workspace(config.workspace)
     model = artifacts.models(workspace).semantic
-    record = Path(workspace.full(model.manifest["run"])) / "checkpoint_manager_snapshot.json"
-    for damage in (record.read_text()[:40], record.read_text().replace("checkpoint_2", "checkpoint_1")):
-        record.write_text(damage)
-        workspace.remove(model.path)
-        assert not pretrain(config).skipped
-        assert "is damaged or names missing ones; training begins anew" in capsys.readouterr().out
+    run = model.manifest["run"]
+    record = Path(workspace.full(run)) / "checkpoint_manager_snapshot.json"
+    intact = record.read_text()
+    _forget_unusable_checkpoints(workspace, run, "pretrain")
+    assert record.read_text() == intact
+    record.write_text(intact[:40])
+    _forget_unusable_checkpoints(workspace, run, "pretrain")
+    assert not record.exists()
+    record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names a folder that is not there
+    workspace.remove(model.path)
+    assert not pretrain(config).skipped
+    assert capsys.readouterr().out.count("is damaged or names missing ones; training begins anew") == 2
