@@ -42,8 +42,6 @@ NOT_IN_MODEL = (
     "health",
 )
 """Settings of a stage that say where and how it runs, not what it learns: a run that is resumed may change them."""
-
-
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own record, in the folder of the run."""
 

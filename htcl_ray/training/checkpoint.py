@@ -24,6 +24,8 @@ class TrainingState:
     """Steps done, over all epochs. The epoch and the place in it follow, as every epoch has the same number of steps."""
     micro_batch_size: int | None
     """Rows encoded at a time: dropout's random numbers are drawn in that order."""
+    probed: bool
+    """The micro-batch size was found by `auto`, not given: a resumed run with `auto` goes on with it."""
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
     """Generator states of every worker: name → uint8 [workers, bytes]."""
@@ -50,12 +52,17 @@ class TrainingState:
 
 
 def gather_state(
-    step: int, micro_batch_size: int | None, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor], device: torch.device
+    step: int,
+    micro_batch_size: int | None,
+    probed: bool,
+    optimizer: torch.optim.Optimizer,
+    sums: dict[str, Tensor],
+    device: torch.device,
 ) -> TrainingState:
     """The state of a run. Every worker must call it: their generator states and figures are collected."""
     rng = {name: gather_rows(state.to(device)[None]).cpu() for name, state in get_rng_state(device).items()}
     everyone = {name: gather_rows(value[None]).cpu() for name, value in sums.items()}
-    return TrainingState(step, micro_batch_size, optimizer.state_dict(), rng, everyone)
+    return TrainingState(step, micro_batch_size, probed, optimizer.state_dict(), rng, everyone)
 
 
 def save_checkpoint(folder: Path, model: HTCL, state: TrainingState) -> None:

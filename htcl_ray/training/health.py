@@ -78,10 +78,9 @@ class HealthWatch:
             found = self._losses("probe_loss", model, audio, text)
             found |= self._losses("plateau_loss", model, torch.ones_like(audio), torch.ones_like(text))
         model.train(was_training)
-        for name, vectors in (("audio", audio), ("text", text)):
-            everyone = gather_rows(vectors)
-            if name == "text":  # equal texts have equal vectors
-                everyone = everyone[_first_of_each(gather_rows(self.batch.ids)[:, 2])]
+        ids = gather_rows(self.batch.ids)
+        for name, vectors, kind in (("audio", audio, 1), ("text", text, 2)):  # equal recordings or texts have equal vectors
+            everyone = gather_rows(vectors)[_first_of_each(ids[:, kind])]
             if len(everyone) >= 2:
                 found[f"mean_cosine_{name}"] = mean_cosine(everyone)
             if len(everyone) > 2 * self.settings.min_effective_rank:

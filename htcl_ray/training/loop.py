@@ -57,9 +57,10 @@ def train(
     optimizer = build_optimizer(model, settings)
     batch = global_batch(task.rows, settings.batch_size, world_size())
     steps = steps_per_epoch(task.rows, batch)
+    probed = settings.micro_batch_size == "auto"
     if settings.micro_batch_size != "auto":
         micro_batch_size = settings.micro_batch_size
-    elif resume is not None and resume.workers == world_size():
+    elif resume is not None and resume.probed and resume.workers == world_size():
         micro_batch_size = resume.micro_batch_size
     else:
         micro_batch_size = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, batch // world_size(), device)
@@ -99,7 +100,7 @@ def train(
                 sums[name] += value.to(sums[name].dtype)
             progress.step(epoch, step, sums, model)
             if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step % steps:
-                on_checkpoint(None, step, _saver(model, gather_state(step, micro_batch_size, optimizer, sums, device)))
+                on_checkpoint(None, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device)))
         metrics = _epoch_metrics(task, sums, steps)
         metrics |= {f"temperature_{name}": value for name, value in model.temperatures().items()}
         metrics |= {"epoch": epoch + 1, "step": step, "learning_rate": optimizer.param_groups[-1]["lr"]}
@@ -115,7 +116,7 @@ def train(
             metrics |= figures
             watch.check(figures, step)
         sums = {name: torch.zeros_like(value) for name, value in sums.items()}
-        on_checkpoint(metrics, step, _saver(model, gather_state(step, micro_batch_size, optimizer, sums, device)))
+        on_checkpoint(metrics, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device)))
 
 
 def _differences(resume: TrainingState, micro_batch_size: int | None) -> Iterator[str]:

@@ -210,12 +210,30 @@ def test_what_another_run_cannot_repeat_is_said(world: World, tmp_path: Path):
     assert any(line.startswith("pretrain  continues after step 2/4 (epoch 2 of 2)") for line in lines)
 
 
+def test_auto_probes_unless_the_checkpoint_was_probed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that did not fit is started again with `auto`: the size that it failed with is not taken over."""
+    config = world.config.with_overrides({"pretrain.epochs": 3, "pretrain.health.action": "off"})
+    probes: list[int] = []
+    monkeypatch.setattr("htcl_ray.training.loop.probe_micro_batch_size", lambda *arguments: probes.append(4) or 4)
+
+    def go_on(settings: Any, start: str, into: str) -> TrainingState:
+        again = config.with_overrides({"pretrain.micro_batch_size": settings})
+        run(world, 1, again, tmp_path / into, HTCL.from_pretrained(tmp_path / start), resume=load_state(tmp_path / start))
+        return load_state(tmp_path / into / "step-6")
+
+    run(world, 1, config, tmp_path)
+    found = go_on("auto", "step-2", "auto")
+    assert (found.micro_batch_size, found.probed, len(probes)) == (4, True, 1)
+    assert go_on("auto", "auto/step-4", "again").micro_batch_size == 4
+    assert len(probes) == 1, "a probed size is taken over, so that random numbers are drawn as before"
+
+
 def test_each_worker_gets_its_own_random_numbers_and_figures_back():
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         states.append(torch.get_rng_state())
-    state = TrainingState(1, None, optimizer={}, rng={"cpu": torch.stack(states)}, sums={"text": torch.tensor([1.5, 2.0])})
+    state = TrainingState(1, None, False, optimizer={}, rng={"cpu": torch.stack(states)}, sums={"text": torch.tensor([1.5, 2.0])})
     for rank, seed in enumerate((1, 2)):
         own = state.rng_of(rank, workers=2)
         assert own is not None
