@@ -29,7 +29,7 @@ from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
 from htcl_ray.training.trackers import check_tracking
 
 if TYPE_CHECKING:
-    from htcl_ray.training.songs import Songs
+    from htcl_ray.training.songs import Pairs, Songs
 
 NOT_IN_MODEL = (
     "accelerator",
@@ -176,9 +176,10 @@ def _check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | 
     from htcl_ray.training.songs import read_songs
 
     songs = read_songs(workspace, stage.features.path)
-    rows = len(songs.train) if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
+    pairs = None if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
+    rows = len(songs.train) if pairs is None else config.finetune.pairs_per_epoch or len(pairs.train)
     batch = global_batch(rows, stage.settings.batch_size, stage.settings.num_workers)
-    _check_best_metric(stage, songs)
+    _check_best_metric(stage, songs, pairs)
     if batch < stage.settings.batch_size:
         print(f"{stage.step}  {rows} training rows are fewer than {stage.step}.batch_size; batches have {batch}", flush=True)
     if stage.parent is not None:
@@ -193,18 +194,28 @@ def _check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | 
     return train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
 
 
-def _check_best_metric(stage: StageRun, songs: Songs) -> None:
+def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> None:
+    """Raise ConfigError when no epoch would have the metric."""
     metric = stage.settings.best_metric or ""
     if metric.startswith("validation") and not len(songs.validation):
         raise ConfigError(
             f"{stage.step}.best_metric is {metric}, but no song is in the validation split; give data.split_shares a validation share "
             "and run 'htcl preprocess', or choose loss"
         )
-    if "pair" in metric and stage.pairs is None:
-        raise ConfigError(f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10, say")
+    if not metric.startswith("validation_pair"):
+        return
+    if pairs is None:
+        raise ConfigError(f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10")
+    from htcl_ray.training.validation import pairs_inside, validation_gallery
+
+    if not len(pairs_inside(validation_gallery(songs.validation), pairs.validation)):
+        raise ConfigError(
+            f"{stage.step}.best_metric is {metric}, but no pair has both songs in the validation gallery; "
+            "expected loss or validation_recall@10, or more interactions between validation songs"
+        )
 
 
-def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> int:
+def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> Pairs:
     from htcl_ray.training.songs import read_pairs
 
     pairs = read_pairs(workspace, artifact.path, songs, rejected=settings.explicit_negatives)
@@ -220,7 +231,7 @@ def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Art
             f"{workspace.uri_of(artifact.path)} has {len(pairs.train)} usable training pair(s); expected at least 2: "
             "give more interactions, or lower pairs.min_support, and run 'htcl preprocess' again"
         )
-    return settings.pairs_per_epoch or len(pairs.train)
+    return pairs
 
 
 def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str | None) -> dict[str, Any]:

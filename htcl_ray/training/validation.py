@@ -37,13 +37,16 @@ def validate(model: HTCL, loader: BatchLoader, gallery: Rows, pairs: Rows | None
     ranks = first_correct_rank(text[first_song], audio, np.arange(len(first_song)), text_of_song)
     metrics = _named("validation", ranks)
     if pairs is not None:
-        position = np.full(len(loader.songs.song_ids), -1)
-        position[gallery] = np.arange(len(gallery))
-        inside = position[pairs]
-        inside = inside[(inside >= 0).all(axis=1)][: 8 * GALLERY]
+        inside = pairs_inside(gallery, pairs)
         if len(inside):
             metrics |= _named("validation_pair", pair_ranks(audio, inside))
     return metrics
+
+
+def pairs_inside(gallery: Rows, pairs: Rows) -> Rows:
+    """The pairs [p, 2] whose songs both lie in the gallery (sorted), as positions in it; at most so many that ranking them costs little."""
+    place = np.searchsorted(gallery, pairs).clip(max=len(gallery) - 1)
+    return place[(gallery[place] == pairs).all(axis=1)][: 8 * GALLERY]
 
 
 def pair_ranks(vectors: npt.NDArray[np.float32], pairs: Rows) -> npt.NDArray[np.float64]:

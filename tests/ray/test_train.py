@@ -150,6 +150,17 @@ def test_finetune_without_pairs_says_what_is_needed(tmp_path: Path):
         finetune(config)
 
 
+def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
+    workspace = Workspace(trained.workspace)
+    write_pairs(trained, songs=18, version="later")  # training songs only
+    try:
+        with pytest.raises(ConfigError, match="no pair has both songs in the validation gallery"):
+            finetune(trained.with_overrides({"finetune.best_metric": "validation_pair_recall@10"}))
+    finally:
+        workspace.remove("pairs/later")
+
+
 def test_pairs_of_unknown_songs_are_counted_before_training(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = trained.with_overrides({"finetune.seed": 11})
     write_pairs(config, songs=0, extra=5, version="later")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from htcl_ray.errors import StepError
 from htcl_ray.settings import HealthSettings
+from htcl_ray.training.batches import encode
 from htcl_ray.training.health import HealthWatch, effective_rank, mean_cosine
 from tests.unit.test_training import CPU, World, run
 
@@ -66,6 +67,12 @@ def test_the_plateau_is_the_mean_log_of_the_unmasked_candidates(world: World, st
         half = len(ids) // 2
         there = [math.log(candidates(row, range(half, 2 * half), row + half)) for row in range(half)]
         back = [math.log(candidates(row + half, range(half), row)) for row in range(half)]
+        first = sorted({of_song: row for row, (of_song, *_) in reversed(list(enumerate(ids)))}.values())
+        assert len(first) < len(ids), "songs stand in the probe more than once"
+        with torch.no_grad():
+            audio, _ = encode(model.eval(), watch.batch)
+        model.train()
+        assert figures["mean_cosine_audio"] == pytest.approx(mean_cosine(audio[first]), abs=1e-5)
         assert figures["plateau_loss_preference"] == pytest.approx((sum(there) + sum(back)) / (2 * half), rel=1e-5)
     assert watch.measure(model) == figures
     assert model.training

@@ -27,7 +27,7 @@ from htcl_ray.training.randomness import get_rng_state, set_rng_state
 from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
-from htcl_ray.training.validation import pair_ranks, validate, validation_gallery
+from htcl_ray.training.validation import pair_ranks, pairs_inside, validate, validation_gallery
 from tests.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.unit
@@ -144,6 +144,11 @@ def test_pair_ranks_by_sorting():
         order = [int(song) for song in np.argsort(-(vectors @ vectors[a])) if song != a]
         assert rank == order.index(b) + 1
     assert pair_ranks(np.ones((5, 2), dtype=np.float32), np.array([[0, 1]])).tolist() == [2.5]
+
+
+def test_pairs_inside_a_gallery():
+    gallery, pairs = np.array([2, 5, 9]), np.array([[2, 9], [9, 5], [2, 3], [0, 5], [10, 2]])
+    assert pairs_inside(gallery, pairs).tolist() == [[0, 2], [2, 1]]
 
 
 def test_validation_is_repeatable_and_complete(world: World):
