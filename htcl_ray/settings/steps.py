@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from htcl_ray.settings.section import Names, Settings
 
@@ -33,12 +33,31 @@ class EvaluateSettings(Settings):
     split: Literal["validation", "test"] = "test"
     ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10), min_length=1)
     """Cut-offs of recall, hit rate and NDCG."""
-    probe_column: str = "genre"
-    """Catalogue column that the linear probe predicts on held-out artists."""
+    probe_columns: Names = ("genre", "language", "mood", "tags")
+    """Catalogue columns that probes and zero-shot classification predict on held-out artists; one that is empty is left out."""
+    folds: int = Field(5, ge=2)
+    """Folds of the probes that see only held-out songs; an artist is in one fold."""
+    neighbors: int = Field(10, ge=1)
+    """Of the nearest-neighbour probe."""
+    label_prompt: str = "{label}"
+    """Text that asks for a label in zero-shot classification, such as `a {label} song`."""
     min_history: int = Field(1, ge=1)
-    """Positive songs that a held-out user needs before the cut."""
+    """Positive songs that a user needs before the cut to be asked."""
+    max_users: int | None = Field(5000, ge=1)
+    """Users asked in a recommendation task, chosen by a hash of their id; null is all of them."""
+    min_item_users: int = Field(5, ge=1)
+    """Positive users, and negative ones, that a song needs for the item AUC."""
+    resamples: int = Field(1000, ge=100)
+    """Of the bootstrap that gives the intervals."""
     seed: int = 0
-    """Of the shuffled control."""
+    """Of the shuffled controls, the random draws and the bootstrap."""
+
+    @field_validator("label_prompt")
+    @classmethod
+    def _check_prompt(cls, value: str) -> str:
+        if "{label}" not in value:
+            raise ValueError(f"it is '{value}'; expected a text with {{label}} where the label goes, such as 'a {{label}} song'")
+        return value
 
 
 class ServeSettings(Settings):

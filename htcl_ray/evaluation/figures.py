@@ -1,0 +1,30 @@
+"""What every task of an evaluation gives: figures of several methods on the same questions, each with its uncertainty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from htcl_ray.evaluation.bootstrap import Estimate
+
+LOWER_IS_BETTER = ("median_rank", "gini", "popularity_lift")
+"""Figures of which less is better; of all others more is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: the same questions put to several methods."""
+
+    name: str
+    """Key in the report and in a gate's bounds, such as `text_to_audio`."""
+    title: str
+    """For people, such as `text → audio`."""
+    unit: str
+    """What `n` counts, in the plural: texts, songs, users."""
+    over: str
+    """What the intervals resample: artists or users."""
+    control: str | None
+    """The method that knows nothing: a figure is shown when its paired difference from this one's is."""
+    methods: dict[str, dict[str, Estimate]]
+    """By method (a space of the model, a baseline or a control) and figure."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What the questions are made of, and what was left out."""
