@@ -1,0 +1,184 @@
+"""`htcl evaluate --ablate`: what each part of the method is worth, by training without it.
+
+Every variant is trained with the configuration as it is but for the part that is left out, embedded, and evaluated on the same held-out
+songs and users. Variants live in workspaces of their own below `ablations/`, so that none is ever served by mistake; a variant that is
+done is skipped, and one that was interrupted goes on, when the command is given again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from htcl_ray import artifacts
+from htcl_ray.artifacts import Artifact
+from htcl_ray.config import Config
+from htcl_ray.errors import ConfigError, WorkspaceError
+from htcl_ray.pipelines.embed import embed
+from htcl_ray.pipelines.train import finetune, pretrain
+from htcl_ray.schemas import FORMAT_VERSION, Split
+from htcl_ray.storage import MANIFEST, Workspace, build_manifest, fingerprint
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The method without one of its parts, or with one that learned from wrong data."""
+
+    name: str
+    """As the table shows it."""
+    stage_one: bool = True
+    """False starts stage 2 from an untrained model."""
+    stage_two: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Over the configuration."""
+    data: str = "true"
+    """`shuffled_captions`: training texts dealt out to the wrong training songs. `shuffled_pairs`: recalled songs dealt out to the wrong
+    triggers. Evaluation asks about the true data in every case."""
+
+
+WITHOUT_TEXT = {"finetune.text_loss_weight": 0.0, "finetune.fusion_loss_weight": 0.0}
+VARIANTS = (
+    Variant(FULL),
+    Variant("without text", stage_one=False, settings=WITHOUT_TEXT),
+    Variant("without stage 1", stage_one=False),
+    Variant("without stage 2", stage_two=False),
+    Variant("without the text term", settings={"finetune.text_loss_weight": 0.0}),
+    Variant("without the preference term", settings={"finetune.preference_loss_weight": 0.0}),
+    Variant("without the fusion term", settings={"finetune.fusion_loss_weight": 0.0}),
+    Variant("shuffled captions", data="shuffled_captions"),
+    Variant("shuffled pairs", data="shuffled_pairs"),
+)
+"""The last two are controls: what they gain, chance gains."""
+
+
+def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
+    """Train and embed every variant; returns each with the configuration and the model version that evaluate it."""
+    workspace = Workspace(config.workspace)
+    features = artifacts.features(workspace, config)
+    pairs, events = artifacts.pairs(workspace, features.version), artifacts.events(workspace, features.version)
+    if pairs is None or events is None:
+        raise ConfigError(
+            "ablations compare both stages, and the workspace holds no preference pairs of these features; name the log table(s) in "
+            "data.interactions and run 'htcl preprocess'"
+        )
+    made = []
+    for number, variant in enumerate(VARIANTS, 1):
+        started = time.monotonic()
+        print(f"ablation {number} of {len(VARIANTS)}: {variant.name}", flush=True)
+        target = prepare(workspace, variant.data, features, pairs, events, config.evaluate.seed)
+        ours = config.with_overrides({**variant.settings, "workspace": target.uri})
+        version = _train(ours, target, variant)
+        embed(ours, version)
+        print(f"ablation {number} of {len(VARIANTS)}: {variant.name}: {time.monotonic() - started:.0f} s", flush=True)
+        made.append((variant, ours, version))
+    return made
+
+
+def _train(config: Config, workspace: Workspace, variant: Variant) -> str:
+    semantic = _version(pretrain(config).location) if variant.stage_one else _untrained(config, workspace)
+    return _version(finetune(config, semantic).location) if variant.stage_two else semantic
+
+
+def _version(location: str) -> str:
+    return location.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _untrained(config: Config, workspace: Workspace) -> str:
+    """A semantic model with the weights that stage 1 would begin with."""
+    from htcl_ray.models import HTCL
+    from htcl_ray.models.vocabulary import train_wordpiece
+
+    features = artifacts.features(workspace, config)
+    made_of = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
+    version = "untrained-" + fingerprint(FORMAT_VERSION, features.version, made_of, config.pretrain.seed, config.pretrain.loss)
+    path = f"models/semantic/{version}"
+    if workspace.manifest(path) is not None:
+        return version
+    vocabulary = None
+    if config.text.name_or_path is None:
+        songs = workspace.read_tables(features.path, ["text", "split"]).to_pylist()
+        vocabulary = train_wordpiece([song["text"] for song in songs if song["split"] == Split.TRAIN], config.text.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        HTCL.untrained(config, vocabulary).save_pretrained(folder)
+        manifest = build_manifest("semantic", config=config.model_dump(mode="json"), inputs={"features": features.version})
+        workspace.publish(folder, path, manifest)
+    return version
+
+
+def prepare(workspace: Workspace, data: str, features: Artifact, pairs: Artifact, events: Artifact, seed: int) -> Workspace:
+    """A workspace below `ablations/` with these inputs, the training texts or pairs shuffled if `data` says so.
+
+    On the true data it also has the models that were trained on them, which need not be trained again.
+    """
+    target = Workspace(workspace.uri_of(f"ablations/{fingerprint(features.version, pairs.version, seed)}/{data}"))
+    wrong = {"shuffled_captions": (features.path, "text"), "shuffled_pairs": (pairs.path, "song_id")}.get(data, (None, ""))
+    copied = [features.path, events.path, f"negatives/{pairs.version}", pairs.path]
+    if data == "true":
+        for kind in ("models/semantic", "models/preference"):
+            copied += [f"{kind}/{name}" for name, made in workspace.finished(kind) if made["inputs"].get("features") == features.version]
+    for path in copied:
+        manifest = workspace.manifest(path)
+        if manifest is None or target.manifest(path) is not None:
+            continue
+        if path == wrong[0]:
+            _shuffle(workspace, target, path, wrong[1], seed)
+        else:
+            _copy(workspace, target, path)
+        target.finish(path, manifest)
+    return target
+
+
+def _copy(source: Workspace, target: Workspace, path: str) -> None:
+    """An artifact without its manifest: hard links where they work, since artifacts are never changed in place."""
+    for info in source.fs.get_file_info(pafs.FileSelector(source.full(path), recursive=True)):
+        name = info.path.removeprefix(source.full(path) + "/")
+        if info.type != pafs.FileType.File or name == MANIFEST:
+            continue
+        there = target.full(f"{path}/{name}")
+        target.fs.create_dir(os.path.dirname(there), recursive=True)
+        if not (source.is_local and _link(info.path, there)):
+            pafs.copy_files(info.path, there, source_filesystem=source.fs, destination_filesystem=target.fs)
+
+
+def _link(source: str, target: str) -> bool:
+    try:
+        Path(target).unlink(missing_ok=True)
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        return False
+    return True
+
+
+def _shuffle(source: Workspace, target: Workspace, path: str, column: str, seed: int) -> None:
+    """Copies of the tables in which the values of the training rows' `column` are exchanged by one permutation of its distinct values.
+
+    So each value stays as frequent as it was, and no row keeps its own unless chance says so.
+    """
+    table = source.read_tables(path, [column, "split"])
+    values = np.array(table[column].to_pylist(), dtype=object)
+    distinct = np.unique(values[np.array(table["split"].to_pylist()) == Split.TRAIN].astype(str))
+    if len(distinct) < 2:
+        raise WorkspaceError(f"{source.uri_of(path)} has {len(distinct)} training {column}(s); expected at least 2 to shuffle")
+    other = dict(zip(distinct.tolist(), np.random.default_rng(seed).permutation(distinct).tolist(), strict=True))
+    for name in source.children(path):
+        if not name.endswith(".parquet"):
+            continue
+        with source.fs.open_input_file(source.full(f"{path}/{name}")) as file:
+            rows = pq.read_table(file)
+        splits = rows["split"].to_pylist()
+        found = [other[value] if split == Split.TRAIN else value for value, split in zip(rows[column].to_pylist(), splits, strict=True)]
+        place = rows.schema.get_field_index(column)
+        target.write_table(f"{path}/{name}", rows.set_column(place, rows.schema.field(column), pa.array(found, pa.string())))
