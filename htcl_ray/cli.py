@@ -12,11 +12,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from htcl_ray import __version__
 from htcl_ray.config import PRESETS, Config, json_schema, resolve
 from htcl_ray.errors import ConfigError, HtclError, InputError
+
+if TYPE_CHECKING:
+    from htcl_ray.artifacts import StepResult
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,18 @@ def _index_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest)")
 
 
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument(
+        "--gate", metavar="FILE.yaml", help="judge the model by these bounds and record the verdict; 'default' is the shipped gate"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--ablate", action="store_true", help="train and evaluate the method without each of its parts: hours, resumable")
+    instead.add_argument(
+        "--compare", nargs=2, metavar=("RUN", "RUN"), help="two finished reports: paired differences, the second minus the first"
+    )
+
+
 def _search_flags(parser: argparse.ArgumentParser) -> None:
     _index_flag(parser)
     query = parser.add_mutually_exclusive_group(required=True)
@@ -132,11 +147,32 @@ def _step(module: str, function: str, *, takes_model: bool = False) -> Callable[
         refuse_relative_workspace(config)
         Workspace(config.workspace).check_writable()
         step = getattr(importlib.import_module(module), function)
-        result = step(config, options.model) if takes_model else step(config)
-        state = "already done" if result.skipped else f"done in {result.seconds:.0f} s"
-        print(f"{result.step}: {state}: {result.summary} → {result.location}", flush=True)
+        _say(step(config, options.model) if takes_model else step(config))
 
     return run
+
+
+def _say(result: StepResult) -> None:
+    state = "already done" if result.skipped else f"done in {result.seconds:.0f} s"
+    print(f"{result.step}: {state}: {result.summary} → {result.location}", flush=True)
+
+
+def _evaluate(config: Config, options: argparse.Namespace) -> None:
+    if options.gate and (options.ablate or options.compare):
+        raise ConfigError("--gate judges one model and goes with neither --ablate nor --compare; give one of them")
+    if options.ablate:
+        _step("htcl_ray.pipelines.ablate", "ablate")(config, options)
+    elif options.compare:
+        from htcl_ray.pipelines.compare import compare
+
+        first, second = options.compare
+        _say(compare(config, first, second))
+    elif options.gate:
+        from htcl_ray.pipelines.gate import evaluate_and_judge
+
+        _say(evaluate_and_judge(config, options.model, options.gate))
+    else:
+        _step("htcl_ray.pipelines.evaluate", "evaluate", takes_model=True)(config, options)
 
 
 def _demo(config: Config, options: argparse.Namespace) -> None:
@@ -184,11 +220,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", takes_model=True), _model_flag),
     "index": Command("vectors → FAISS index", _step("htcl_ray.pipelines.index", "build_index", takes_model=True), _model_flag),
-    "evaluate": Command(
-        "held-out songs and users → report.json, report.html",
-        _step("htcl_ray.pipelines.evaluate", "evaluate", takes_model=True),
-        _model_flag,
-    ),
+    "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),
     "serve": Command("start the HTTP application", _serve, _index_flag),
     "search": Command("one query from the shell, no server needed", _search, _search_flags),
     "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags),

@@ -1,162 +1,181 @@
-"""The report of one evaluation: its figures as one table for people, as HTML, and as a phrase.
-
-`report.json` (a figure that does not exist is null; every accuracy, rate and share is in [0, 1]):
-
-    format_version, run, created, config, inputs, libraries
-                       what was measured, by which code; `inputs` are the versions of the artifacts
-    data               split, songs, unique_texts, artists, artists_also_in_training, training_songs
-    spaces             names below: semantic (stage 1), and with stage 2 preference and blend_0.5
-    semantic.SPACE.text_to_audio, .audio_to_text
-                       queries, gallery, recall@K, mrr, median_rank, chance {recall@K, mrr, median_rank}
-    semantic.SPACE.probe
-                       column, accuracy, chance, classes, train_songs, test_songs, unseen_label_songs; or null
-    recommendation     null without events, or when no held-out user can be asked
-    recommendation.task
-                       users, cold_songs, targets, history_songs, users_with_short_history, users_without_target,
-                       events_of_unknown_songs
-    recommendation.methods.METHOD
-                       hit_rate@K, recall@K, ndcg@K, mrr, auc; METHOD is a space, random, popularity or shuffled
-"""
+"""The report of one evaluation as a tree: `report.json`, its headline, and its table for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import rich.box
-import yaml
 from rich.table import Table
 
-from htcl_ray.evaluation.measure import BLEND
+from htcl_ray.evaluation.bootstrap import Estimate, difference, is_shown
+from htcl_ray.evaluation.figures import LOWER_IS_BETTER, Task
+from htcl_ray.evaluation.measure import Measured
+from htcl_ray.evaluation.saved import Key, estimates
+from htcl_ray.evaluation.songs import BLEND
 
-CONTROLS = ("random", "popularity", "shuffled")
-TITLES = {"semantic": "stage 1", "preference": "stage 2", BLEND: "blend 0.5", **{name: name for name in CONTROLS}}
-
-DEFINITIONS = {
-    "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the "
-    "same model as the songs.",
-    "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these "
-    "songs for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct "
-    "answer among the first k. Random: the expectation of a random order.",
-    "probe": "Accuracy of a logistic regression trained on the training songs' vectors and asked about the held-out songs. Random: "
-    "always naming the commonest training label.",
-    "cold songs": "Held-out songs, which no training pair contains, ranked for held-out users by inner product with the unit-norm mean "
-    "of the vectors of what they liked before. Means over users. recall@k: share of a user's targets among the first k; HR@k: a target "
-    "among them; AUC: probability that a target ranks above another candidate.",
-    "random, popularity, shuffled": "A random order, the training popularity of the song's genre (both as the exact expectation over "
-    "orders of ties), and the same vectors dealt out to the wrong songs.",
+TITLES = {
+    "semantic": "stage 1",
+    "preference": "stage 2",
+    BLEND: "blend 0.5",
+    "log_mel": "log-mel",
+    "genre": "genre labels",
+    "item_knn": "item-kNN",
+    "als": "ALS",
 }
+"""Of methods; others go by their own name."""
+FIGURES = {
+    "median_rank": "median rank",
+    "mrr": "MRR",
+    "hit_rate": "HR",
+    "ndcg": "NDCG",
+    "user_auc": "user AUC",
+    "item_auc": "item AUC",
+    "roc_auc": "ROC-AUC",
+    "map": "mAP",
+    "accuracy_folds": "accuracy, folds",
+    "knn_accuracy": "kNN accuracy",
+    "knn_accuracy_folds": "kNN accuracy, folds",
+    "knn_roc_auc": "kNN ROC-AUC",
+    "knn_map": "kNN mAP",
+}
+NEUTRAL = ("popularity_lift", "gini", "coverage", "artist_diversity")
+"""Figures that describe lists: more or less of them is no gain by itself."""
+IMPROVED, WORSE, NOT_SHOWN = "improved", "worse", "not shown"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a figure for each column that has one, and how many questions it is the mean of."""
+def report_tree(
+    described: Mapping[str, Any], measured: Measured, more_tasks: Sequence[Task] = ()
+) -> tuple[dict[str, Any], dict[Key, Estimate]]:
+    """The content of report.json (see report_model.py), and every figure with its resamples.
 
-    task: str
-    figure: str
-    values: dict[str, float | None]
-    n: str
+    `described`: run, format_version, created, command, config, inputs, libraries.
+    """
+    tasks = [*measured.tasks, *more_tasks]
+    found = estimates(tasks)
+    tree = {
+        **described,
+        "data": measured.data,
+        "leakage": measured.leakage,
+        "tasks": {task.name: _task_tree(task) for task in tasks},
+        "differences": differences(found, found, "preference", "semantic"),
+        "pictures": measured.pictures,
+    }
+    return tree, found
 
 
-def columns(report: Mapping[str, Any]) -> list[str]:
-    """The table's value columns: the spaces, then the controls that apply."""
-    return [*report["spaces"], *(CONTROLS if report["recommendation"] else CONTROLS[:1])]
+def differences(first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], method: str, against: str) -> list[dict[str, Any]]:
+    """Figures of `method` in `first` minus those of `against` in `second`: paired, and in the order of `first`."""
+    rows = []
+    for (task, of, figure), ours in first.items():
+        theirs = second.get((task, against, figure))
+        if of == method and theirs is not None and task not in ("collapse", "determinism") and not math.isnan(ours.value - theirs.value):
+            gain = difference(ours, theirs)
+            low, high = gain.interval or (None, None)
+            row = {"task": task, "figure": figure, "method": method, "against": against, "first": ours.value, "second": theirs.value}
+            rows.append({**row, "value": gain.value, "low": low, "high": high, "n": gain.n, "verdict": verdict(figure, gain)})
+    return rows
 
 
-def rows(report: Mapping[str, Any]) -> list[Row]:
-    """The table's lines, grouped by task."""
-    found = []
-    spaces = {space: report["semantic"][space] for space in report["spaces"]}
-    first = spaces["semantic"]
-    for direction, title in (("text_to_audio", "text→audio"), ("audio_to_text", "audio→text")):
-        n = f"{first[direction]['queries']} → {first[direction]['gallery']}"
-        for figure in first[direction]["chance"]:
-            values = {space: tasks[direction][figure] for space, tasks in spaces.items()}
-            found.append(Row(title, _title(figure), {**values, "random": first[direction]["chance"][figure]}, n))
-    if first["probe"]:
-        values = {space: tasks["probe"]["accuracy"] for space, tasks in spaces.items()}
-        n = f"{first['probe']['test_songs']} songs"
-        found.append(Row("probe", first["probe"]["column"], {**values, "random": first["probe"]["chance"]}, n))
-    if report["recommendation"]:
-        methods, task = report["recommendation"]["methods"], report["recommendation"]["task"]
-        for figure in methods["random"]:
-            values = {name: methods[name][figure] for name in columns(report)}
-            found.append(Row("cold songs", _title(figure), values, f"{task['users']} users → {task['cold_songs']}"))
-    return found
+def verdict(figure: str, gain: Estimate) -> str:
+    """What a difference says: improved or worse only when its interval does not hold 0."""
+    if not is_shown(gain):
+        return NOT_SHOWN
+    better = gain.value < 0 if figure.partition("@")[0] in LOWER_IS_BETTER else gain.value > 0
+    return IMPROVED if better else WORSE
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The figures for a terminal, 80 columns wide."""
-    heading = _heading(report)
+    """The figures for a terminal: for each task the figures of every space beside its control."""
+    heading = heading_of(report)
     result = Table("", box=rich.box.SIMPLE, pad_edge=False, title=heading, title_justify="left", show_edge=False, min_width=len(heading))
-    for name in columns(report):
-        result.add_column(TITLES[name], justify="right", no_wrap=True)
-    task = None
-    for line in rows(report):
-        if line.task != task:
-            task = line.task
-            result.add_section()
-            result.add_row(task, style="bold")
-        result.add_row(f"  {line.figure}", *(number(line.values.get(name), line.figure) for name in columns(report)))
+    columns = [*report["data"]["spaces"], "control"]
+    for name in columns:
+        result.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
+    result.add_column("n", justify="right", no_wrap=True)
+    for task in report["tasks"].values():
+        methods = {name: task["methods"].get(task["control"] if name == "control" else name, {}) for name in columns}
+        if not any(methods.values()):
+            continue
+        result.add_section()
+        result.add_row(task["title"], style="bold")
+        figures = list(dict.fromkeys(figure for found in methods.values() for figure in found))
+        for figure in figures:
+            cells = [cell(found.get(figure), figure) for found in methods.values()]
+            count = max(found[figure]["n"] for found in methods.values() if figure in found)
+            result.add_row(f"  {figure_title(figure)}", *cells, str(count))
     return result
 
 
-def html(report: Mapping[str, Any]) -> str:
-    """A self-contained page with the same figures, what they mean, and what they were measured on."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("htcl_ray.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.render(
-        report=report,
-        heading=_heading(report),
-        phrase=phrase(report),
-        columns=columns(report),
-        titles=TITLES,
-        rows=rows(report),
-        number=number,
-        definitions=DEFINITIONS,
-        config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
-    )
+def cell(figure: Mapping[str, Any] | None, name: str) -> str:
+    """A figure in a terminal: with ° when it is not shown to differ from the control."""
+    if figure is None:
+        return "–"
+    return number(figure["value"], name) + ("°" if figure["shown"] is False else "")
 
 
 def phrase(report: Mapping[str, Any]) -> str:
-    """The headline: text → audio of stage 1, and the probe and the recommendation of the last stage beside stage 1."""
-    first = report["semantic"]["semantic"]
-    last = "preference" if "preference" in report["spaces"] else "semantic"
-    retrieval = first["text_to_audio"]
-    parts = [f"text→audio median rank {retrieval['median_rank']:g} of {retrieval['gallery']}"]
-    if first["probe"]:
-        parts.append(
-            _beside(f"{first['probe']['column']} probe", report["semantic"][last]["probe"]["accuracy"], first["probe"]["accuracy"], last)
-        )
-    if report["recommendation"]:
-        methods = report["recommendation"]["methods"]
-        figure = max((name for name in methods["random"] if name.startswith("ndcg@")), key=lambda name: int(name[5:]))
-        parts.append(_beside(f"cold {_title(figure)}", methods[last][figure], methods["semantic"][figure], last))
+    """The headline: text → audio of stage 1, then probe and cold songs of the last stage beside stage 1."""
+    tasks = report["tasks"]
+    last = "preference" if "preference" in report["data"]["spaces"] else "semantic"
+    retrieval = tasks["text_to_audio"]["methods"]["semantic"]
+    parts = [f"text→audio median rank {number(retrieval['median_rank']['value'], 'median_rank')} of {report['data']['songs']}"]
+    for task, figure, title in (("probe_genre", "accuracy", "genre probe"), ("cold", _largest_ndcg(report), "cold {figure}")):
+        methods = tasks.get(task, {}).get("methods", {})
+        if figure in methods.get(last, {}):
+            title = title.format(figure=figure_title(figure))
+            beside = f" (stage 1: {methods['semantic'][figure]['value']:.2f})" if last != "semantic" else ""
+            parts.append(f"{title} {methods[last][figure]['value']:.2f}{beside}")
     return ", ".join(parts)
 
 
 def number(value: float | None, figure: str = "") -> str:
-    """A figure as people read it: rates with three decimals, ranks with at most one."""
-    if value is None:
+    """A figure as people read it: rates with three decimals, ranks with at most one, tiny differences as powers of ten."""
+    if value is None or math.isnan(value):
         return "–"
-    return f"{value:.1f}".removesuffix(".0") if "rank" in figure else f"{value:.3f}"
+    if "rank" in figure:
+        return f"{value:.1f}".removesuffix(".0")
+    return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"
 
 
-def _beside(name: str, value: float, first: float, last: str) -> str:
-    return f"{name} {value:.2f}" + (f" (stage 1: {first:.2f})" if last != "semantic" else "")
-
-
-def _title(figure: str) -> str:
+def figure_title(figure: str) -> str:
+    """A figure's name for people."""
     name, _, k = figure.partition("@")
-    short = {"median_rank": "median rank", "mrr": "MRR", "hit_rate": "HR", "ndcg": "NDCG", "auc": "user AUC"}.get(name, name)
+    short = FIGURES.get(name, name.replace("_", " "))
     return f"{short}@{k}" if k else short
 
 
-def _heading(report: Mapping[str, Any]) -> str:
+def heading_of(report: Mapping[str, Any]) -> str:
+    """What was asked, in a line."""
     data = report["data"]
-    songs = f"{data['songs']} {data['split']} songs by {data['artists']} artists, {data['unique_texts']} unique texts"
-    asked = report["recommendation"]
-    return songs + (f"; {asked['task']['users']} users, {asked['task']['targets']} targets" if asked else "")
+    return f"{data['songs']} {data['split']} songs by {data['artists']} artists, {data['unique_texts']} unique texts"
+
+
+def _largest_ndcg(report: Mapping[str, Any]) -> str:
+    figures = report["tasks"].get("cold", {}).get("methods", {}).get("semantic", {})
+    return max((name for name in figures if name.startswith("ndcg@")), key=lambda name: int(name[5:]), default="")
+
+
+def _task_tree(task: Task) -> dict[str, Any]:
+    control = task.methods.get(task.control or "", {})
+    return {
+        "title": task.title,
+        "unit": task.unit,
+        "over": task.over,
+        "control": task.control,
+        "counts": task.counts,
+        "methods": {
+            method: {
+                figure: _figure_tree(item, None if method == task.control else control.get(figure)) for figure, item in figures.items()
+            }
+            for method, figures in task.methods.items()
+        },
+    }
+
+
+def _figure_tree(item: Estimate, control: Estimate | None) -> dict[str, Any]:
+    low, high = item.interval or (None, None)
+    value = None if math.isnan(item.value) else item.value
+    shown = None if control is None else is_shown(difference(item, control))
+    return {"value": value, "low": low, "high": high, "n": item.n, "shown": shown}

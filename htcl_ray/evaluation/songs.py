@@ -25,6 +25,19 @@ class Songs:
     log_mel: np.ndarray
     """float32 [songs, 2·mels], unit norm: mean and deviation of each mel band, standardised over the training songs. No model saw it."""
 
+    def without(self, left_out: np.ndarray) -> Songs:
+        """The songs but for those of a bool mask [songs]."""
+        rows = np.flatnonzero(~left_out)
+        return Songs(
+            [self.ids[row] for row in rows],
+            [self.texts[row] for row in rows],
+            self.splits[rows],
+            [self.duplicate_groups[row] for row in rows],
+            self.metadata.take(rows),
+            {space: vectors[rows] for space, vectors in self.spaces.items()},
+            self.log_mel[rows],
+        )
+
     @property
     def artists(self) -> list[str]:
         """Artist of each song; one without an artist is its own."""

@@ -19,17 +19,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from rich.console import Console
 
 from htcl_ray import artifacts
-from htcl_ray.artifacts import Artifact
+from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, WorkspaceError
+from htcl_ray.evaluation.ablation import FULL, ablation_table, ablation_tree
+from htcl_ray.evaluation.comparison_page import ablation_html
 from htcl_ray.pipelines.embed import embed
+from htcl_ray.pipelines.evaluate import evaluate, read_figures
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.schemas import FORMAT_VERSION, Split
 from htcl_ray.storage import MANIFEST, Workspace, build_manifest, fingerprint
-
-FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,26 @@ VARIANTS = (
     Variant("shuffled pairs", data="shuffled_pairs"),
 )
 """The last two are controls: what they gain, chance gains."""
+
+
+def ablate(config: Config) -> StepResult:
+    """Train and evaluate every variant, and write reports/ablation-<fingerprint>/. Raises InputError before anything is trained."""
+    started = time.monotonic()
+    workspace = Workspace(config.workspace)
+    reports, figures = {}, {}
+    for variant, ours, version in train_variants(config):
+        result = evaluate(ours, version)
+        reports[variant.name] = _version(result.location)
+        figures[variant.name] = read_figures(Workspace(ours.workspace), reports[variant.name])
+    tree = ablation_tree(figures)
+    path = f"reports/ablation-{fingerprint(reports)}"
+    manifest = build_manifest("ablation", config=config.model_dump(mode="json"), inputs=reports)
+    tree = {"created": manifest["created"], "config": manifest["config"], "reports": reports, **tree}
+    workspace.write_json(f"{path}/report.json", tree)
+    workspace.write_bytes(f"{path}/report.html", ablation_html(tree).encode())
+    workspace.finish(path, manifest)
+    Console().print(ablation_table(tree))
+    return StepResult("ablate", workspace.uri_of(path), f"{len(VARIANTS)} variants", time.monotonic() - started)
 
 
 def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:

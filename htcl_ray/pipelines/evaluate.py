@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, Models, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
 from htcl_ray.evaluation import report as reports
-from htcl_ray.evaluation.measure import Songs, held_out_texts, measure, with_blend
+from htcl_ray.evaluation.bootstrap import Estimate
+from htcl_ray.evaluation.figures import Task
+from htcl_ray.evaluation.measure import Measured, index_task, measure
+from htcl_ray.evaluation.report_model import report_schema
+from htcl_ray.evaluation.report_page import html
+from htcl_ray.evaluation.saved import Key, from_table, to_table
+from htcl_ray.evaluation.songs import Songs, with_blend
+from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
+from htcl_ray.pipelines.soundness import check_soundness
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.retrieval.vectors import concatenate
 from htcl_ray.schemas import FORMAT_VERSION, METADATA
@@ -22,82 +34,172 @@ from htcl_ray.settings import nearest
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
 TEXTS_AT_ONCE = 256
+FIGURES = "figures.parquet"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is evaluated."""
+
+    features: Artifact
+    models: Models
+    embeddings: Artifact
+    events: Artifact | None
+    pairs: Artifact | None
+    index: Artifact | None
+    """The newest index of these embeddings."""
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """For the report and its fingerprint."""
+        preference = self.models.preference
+        return {
+            "features": self.features.version,
+            "semantic": self.models.semantic.version,
+            "preference": preference.version if preference else None,
+            "embeddings": self.embeddings.version,
+            "events": self.events.version if self.events else None,
+            "pairs": self.pairs.version if self.pairs else None,
+            "index": self.index.version if self.index else None,
+        }
+
+    @property
+    def last(self) -> Artifact:
+        """The model of the last stage: the one that is judged."""
+        return self.models.preference or self.models.semantic
 
 
 def evaluate(config: Config, model: str | None = None) -> StepResult:
-    """Measure the newest model, or the version `model`, with its embeddings, and write report.json and report.html.
+    """Measure the newest model, or the version `model`, with its embeddings, and write reports/<run>/.
 
-    Raises InputError when the workspace lacks what is measured.
+    Raises InputError when the workspace lacks what is measured, LeakageError when training saw what is evaluated.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
-    settings = config.evaluate
-    if settings.probe_column not in METADATA.names:
-        hint = nearest(settings.probe_column, METADATA.names)
-        raise ConfigError(f"evaluate.probe_column is '{settings.probe_column}', which is no catalogue column; {hint}")
-    features = artifacts.features(workspace, config)
-    models = artifacts.models(workspace, model)
-    embeddings = artifacts.embeddings(workspace, features.version, models)
-    events = artifacts.events(workspace, features.version)
-    inputs = {
-        "features": features.version,
-        "semantic": models.semantic.version,
-        "preference": models.preference.version if models.preference else None,
-        "embeddings": embeddings.version,
-        "events": events.version if events else None,
-    }
-    run = fingerprint(FORMAT_VERSION, inputs, settings.model_dump(mode="json"))
-    path = f"reports/{run}"
+    _check_columns(config.evaluate.probe_columns)
+    inputs = find_inputs(workspace, config, model)
+    path = f"reports/{_run(config, inputs)}"
     skipped = workspace.manifest(path) is not None
-    if skipped:
-        report = workspace.read_json(f"{path}/report.json")
-    else:
-        songs = _songs(workspace, features, embeddings)
-        texts = held_out_texts(songs, settings.split)
-        if not texts:
-            raise WorkspaceError(
-                f"no song of the catalogue is in the {settings.split} split; choose the other with evaluate.split, or give this one songs "
-                "with data.split_shares or data.split_column and run 'htcl preprocess' again"
-            )
-        queries = _encode_texts(workspace, models, texts)
-        log = workspace.read_tables(events.path).to_pandas() if events else None
-        manifest = build_manifest("report", config=config.model_dump(mode="json"), inputs=inputs)
-        described = {key: manifest[key] for key in ("format_version", "created", "config", "inputs", "libraries")}
-        report = {"run": run, **described, **measure(songs, texts, queries, log, settings)}
-        manifest["quality"] = {"summary": reports.phrase(report)}
-        workspace.write_json(f"{path}/report.json", report)
-        workspace.write_bytes(f"{path}/report.html", reports.html(report).encode())
-        workspace.finish(path, manifest)
+    report = workspace.read_json(f"{path}/report.json") if skipped else _measure(workspace, config, inputs, path)
     Console().print(reports.table(report))
     return StepResult("evaluate", workspace.uri_of(path), reports.phrase(report), time.monotonic() - started, skipped)
 
 
-def _songs(workspace: Workspace, features: Artifact, embeddings: Artifact) -> Songs:
-    table = workspace.read_tables(features.path, ["song_id", "text", "split", *METADATA.names]).sort_by("song_id")
-    vectors = workspace.read_tables(embeddings.path).sort_by("song_id")
+def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
+    """The newest artifacts that fit the configuration, or the version `model` and what it made. Raises WorkspaceError."""
+    features = artifacts.features(workspace, config)
+    models = artifacts.models(workspace, model, judged=True)
+    embeddings = artifacts.embeddings(workspace, features.version, models)
+    indexes = [Artifact(f"index/{name}", name, made) for name, made in workspace.finished("index")]
+    fitting = [index for index in indexes if index.manifest["inputs"].get("embeddings") == embeddings.version]
+    return Inputs(
+        features,
+        models,
+        embeddings,
+        artifacts.events(workspace, features.version),
+        artifacts.pairs(workspace, features.version),
+        fitting[-1] if fitting else None,
+    )
+
+
+def read_figures(workspace: Workspace, run: str) -> dict[Key, Estimate]:
+    """Every figure of a finished report. Raises WorkspaceError when there is none."""
+    if workspace.manifest(f"reports/{run}") is None:
+        known = ", ".join(name for name, _ in workspace.finished("reports")) or "none"
+        raise WorkspaceError(f"there is no report '{run}' in {workspace.uri}/reports; expected one of {known}")
+    return from_table(workspace.read_tables(f"reports/{run}"))
+
+
+def _run(config: Config, inputs: Inputs) -> str:
+    return fingerprint(FORMAT_VERSION, inputs.versions, config.evaluate.model_dump(mode="json"))
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in METADATA.names:
+            hint = nearest(column, METADATA.names)
+            raise ConfigError(f"evaluate.probe_columns names '{column}', which is no catalogue column; {hint}")
+
+
+def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str) -> dict[str, Any]:
+    songs = _songs(workspace, inputs)
+    settings = config.evaluate
+    if not (songs.splits == settings.split).any():
+        raise WorkspaceError(
+            f"no song of the catalogue is in the {settings.split} split; choose the other with evaluate.split, or give this one songs "
+            "with data.split_shares or data.split_column and run 'htcl preprocess' again"
+        )
+    preference = workspace.local_copy(inputs.models.preference.path) if inputs.models.preference else None
+    encoder = SongEncoder.load(workspace.local_copy(inputs.models.semantic.path), preference)
+    log = workspace.read_tables(inputs.events.path).to_pandas() if inputs.events else None
+    pairs = workspace.read_tables(inputs.pairs.path).to_pandas() if inputs.pairs else None
+    encode = _Encode(encoder)
+    with threadpool_limits(1, "blas"):  # small matrices: threads cost more than they save
+        measured = measure(songs, encode, log, pairs, settings)
+        more = check_soundness(workspace, inputs.features, encoder, songs, encode, settings)
+    if inputs.index is not None:
+        quality = inputs.index.manifest["quality"]
+        more.append(index_task(quality["recall_at_10_by_blend"], inputs.index.manifest["songs"]))
+    return _write(workspace, config, inputs, path, measured, more)
+
+
+def _write(workspace: Workspace, config: Config, inputs: Inputs, path: str, measured: Measured, more: Sequence[Task]) -> dict[str, Any]:
+    run = path.rpartition("/")[2]
+    manifest = build_manifest("report", config=config.model_dump(mode="json"), inputs=inputs.versions)
+    described = {key: manifest[key] for key in ("format_version", "created", "config", "inputs", "libraries")}
+    command = ["htcl", "evaluate", "--config", workspace.uri_of(f"{path}/config.yaml"), "--model", inputs.last.version]
+    report, figures = reports.report_tree({"run": run, "command": shlex.join(command), **described}, measured, more)
+    manifest["quality"] = {"summary": reports.phrase(report)}
+    workspace.write_json(f"{path}/report.json", report)
+    workspace.write_json(f"{path}/report.schema.json", report_schema())
+    workspace.write_bytes(f"{path}/report.html", html(report).encode())
+    workspace.write_bytes(f"{path}/config.yaml", config.as_yaml().encode())
+    workspace.write_table(f"{path}/{FIGURES}", to_table(figures))
+    workspace.finish(path, manifest)
+    return report
+
+
+class _Encode:
+    """Texts → vectors in every space; what was encoded once is remembered."""
+
+    def __init__(self, encoder: SongEncoder) -> None:
+        self._encoder = encoder
+        self._known: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        key = tuple(texts)
+        if key not in self._known:
+            parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
+            vectors = concatenate([self._encoder.encode_texts(part) for part in parts])
+            spaces = {"semantic": vectors.semantic}
+            self._known[key] = with_blend(spaces if vectors.preference is None else {**spaces, "preference": vectors.preference})
+        return self._known[key]
+
+
+def _songs(workspace: Workspace, inputs: Inputs) -> Songs:
+    columns = ["song_id", "text", "split", "duplicate_group", *METADATA.names]
+    table = workspace.read_tables(inputs.features.path, columns).sort_by("song_id")
+    vectors = workspace.read_tables(inputs.embeddings.path).sort_by("song_id")
     ids = table["song_id"].to_pylist()
     if vectors["song_id"].to_pylist() != ids:
         raise MismatchError(
-            f"the embeddings {embeddings.version} hold {len(vectors)} songs, but the features {features.version} hold {len(ids)} "
-            "or others; remove the embeddings and run 'htcl embed' again"
+            f"the embeddings {inputs.embeddings.version} hold {len(vectors)} songs, but the features {inputs.features.version} hold "
+            f"{len(ids)} or others; remove the embeddings and run 'htcl embed' again"
         )
     spaces = {"semantic": _matrix(vectors["semantic"])}
     if not vectors["preference"].null_count:
         spaces["preference"] = _matrix(vectors["preference"])
-    splits = np.array(table["split"].to_pylist())
-    return Songs(ids, table["text"].to_pylist(), splits, table.select(METADATA.names), with_blend(spaces))
+    return Songs(
+        ids,
+        table["text"].to_pylist(),
+        np.array(table["split"].to_pylist()),
+        table["duplicate_group"].to_pylist(),
+        table.select(METADATA.names),
+        with_blend(spaces),
+        log_mel_statistics(workspace, inputs.features),
+    )
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
     flat = column.combine_chunks()
     return np.asarray(flat.flatten()).reshape(len(flat), -1)
-
-
-def _encode_texts(workspace: Workspace, models: Models, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    preference = workspace.local_copy(models.preference.path) if models.preference else None
-    encoder = SongEncoder.load(workspace.local_copy(models.semantic.path), preference)
-    vectors = concatenate(
-        [encoder.encode_texts(list(texts[start : start + TEXTS_AT_ONCE])) for start in range(0, len(texts), TEXTS_AT_ONCE)]
-    )
-    spaces = {"semantic": vectors.semantic}
-    return with_blend(spaces if vectors.preference is None else {**spaces, "preference": vectors.preference})

@@ -1,0 +1,95 @@
+"""The report as one page that opens offline: what improved, every figure with its interval, the plots, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from htcl_ray.evaluation import plots
+from htcl_ray.evaluation.report import IMPROVED, NEUTRAL, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, number, phrase
+
+HEADLINE_FIGURES = ("recall@10", "median_rank", "accuracy", "map", "ndcg@10", "user_auc", "item_auc")
+"""Figures of which the summary speaks; all others are in the tables."""
+
+DEFINITIONS = {
+    "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same "
+    "model as the songs.",
+    "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists or whole users. A figure marked ° is not shown: the "
+    "paired interval of its difference from the task's control holds 0.",
+    "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these songs "
+    "for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct answer "
+    "among the first k.",
+    "zero-shot": "A label is named by the text that is nearest to the song; nothing is trained on labels.",
+    "probe": "Logistic regression, and the nearest training songs (kNN), on vectors. Without 'folds' trained on the training songs and "
+    "asked about held-out artists; with 'folds' trained and asked among the held-out songs alone, no artist in two folds, so that it "
+    "never saw a song that the model trained on.",
+    "cold, hot": "Cold songs are in the held-out split: no training pair contains them, and every method is told nothing of their past. "
+    "Hot songs have training listeners. A user is the unit-norm mean of the vectors of what they liked before; the questions are what "
+    "they liked next. New users are in no training pair, known users are.",
+    "user AUC, item AUC": "User AUC: probability that a song the user liked ranks above another one. Item AUC: for each cold song, the "
+    "probability that a user who liked it scores higher than one who did not, mean over songs. A method that only knows which songs are "
+    "popular has an item AUC of 0.5.",
+    "random, shuffled, popularity, log-mel, genre labels, item-kNN, ALS": "A random order (exact expectation), the vectors dealt out to "
+    "the wrong songs, positive training events (for cold songs: of their genre), mean and deviation of the raw mel bands, genre labels "
+    "as vectors, and two collaborative methods that see training listeners and no sound.",
+}
+
+
+def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> str:
+    """The page; `verdict`: of a gate, as `Verdict.model_dump()` gives it."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(title=lambda name: TITLES.get(name, name), figure=figure_title)
+    template = environment.from_string(resources.files("htcl_ray.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        heading=heading_of(report),
+        phrase=phrase(report),
+        summary=summary(report),
+        number=number,
+        plots=_plots(report["pictures"]),
+        verdict=verdict,
+        definitions=DEFINITIONS,
+        config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
+    )
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What improved, what got worse and what is not shown from stage 1 to stage 2, a line a figure; without stage 2, against controls."""
+    lines: dict[str, list[str]] = {IMPROVED: [], WORSE: [], NOT_SHOWN: []}
+    for row in report["differences"]:
+        if row["figure"] in HEADLINE_FIGURES and row["figure"] not in NEUTRAL:
+            title = f"{report['tasks'][row['task']]['title']}, {figure_title(row['figure'])}"
+            before, after = number(row["second"], row["figure"]), number(row["first"], row["figure"])
+            between = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f})"
+            lines[row["verdict"]].append(f"{title}: {before} → {after}{between}")
+    if report["differences"]:
+        return lines
+    for task in report["tasks"].values():
+        for name, found in task["methods"].get("semantic", {}).items():
+            control = task["methods"].get(task["control"], {}).get(name)
+            if name in HEADLINE_FIGURES and control is not None and found["shown"] is not None:
+                line = f"{task['title']}, {figure_title(name)}: {number(found['value'], name)}, {task['control']} "
+                lines[IMPROVED if found["shown"] else NOT_SHOWN].append(line + number(control["value"], name))
+    return lines
+
+
+def _plots(pictures: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    found = []
+    if pictures.get("recall_curves"):
+        found.append(("How far down the list the song of a text stands", plots.recall_curves(pictures["recall_curves"], TITLES)))
+    if pictures.get("blend_curve"):
+        names = {name: figure_title(name) for name in pictures["blend_curve"][0]["cold"]}
+        found.append(("From semantic to preference", plots.blend_curve(pictures["blend_curve"], list(names), names)))
+    if pictures.get("genre_agreement"):
+        found.append(("Which genres stay together", plots.genre_bars(pictures["genre_agreement"], TITLES)))
+    if pictures.get("map"):
+        found.append(("The held-out songs on a map (t-SNE of the last stage)", plots.song_map(pictures["map"])))
+    if pictures.get("similarities"):
+        found.append(("Songs and texts: own against others", plots.similarity_histograms(pictures["similarities"], TITLES)))
+    # Our own SVG; every text in it was escaped by matplotlib.
+    return [(caption, Markup(drawn)) for caption, drawn in found]

@@ -1,0 +1,56 @@
+"""`htcl evaluate --compare A B`: two finished reports side by side, with paired differences."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from htcl_ray.artifacts import StepResult
+from htcl_ray.config import Config
+from htcl_ray.errors import MismatchError
+from htcl_ray.evaluation.comparison_page import comparison_html
+from htcl_ray.evaluation.report import TITLES, differences, figure_title, number
+from htcl_ray.pipelines.evaluate import read_figures
+from htcl_ray.storage import Workspace, build_manifest, fingerprint
+
+
+def compare(config: Config, first: str, second: str) -> StepResult:
+    """Figures of report `second` minus those of `first`, method by method, written to reports/comparison-<fingerprint>/.
+
+    Intervals are paired where both reports ask the same questions: the same songs or users, seed and number of resamples. Raises
+    WorkspaceError for an unknown report and MismatchError when no figure is in both.
+    """
+    started = time.monotonic()
+    workspace = Workspace(config.workspace)
+    before, after = read_figures(workspace, first), read_figures(workspace, second)
+    spaces = list(dict.fromkeys(method for _, method, _ in after if method in TITLES))
+    rows = [row for method in spaces for row in differences(after, before, method, method)]
+    if not rows:
+        raise MismatchError(f"reports {first} and {second} have no figure in common; expected two evaluations of the same kind of data")
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("improved", "worse", "not shown")}
+    inputs = {"first": first, "second": second}
+    described = {name: workspace.read_json(f"reports/{run}/manifest.json")["inputs"] for name, run in inputs.items()}
+    path = f"reports/comparison-{fingerprint(first, second)}"
+    manifest = build_manifest("comparison", config=config.model_dump(mode="json"), inputs=inputs, quality=counts)
+    tree = {"reports": inputs, "inputs": described, "created": manifest["created"], "differences": rows}
+    workspace.write_json(f"{path}/report.json", tree)
+    workspace.write_bytes(f"{path}/report.html", comparison_html(tree).encode())
+    workspace.finish(path, manifest)
+    Console().print(_table(rows, first, second))
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return StepResult("compare", workspace.uri_of(path), f"from {first} to {second}: {summary}", time.monotonic() - started)
+
+
+def _table(rows: list[dict[str, Any]], first: str, second: str) -> Table:
+    result = Table("figure", "method", first[:8], second[:8], "difference", "", box=rich.box.SIMPLE, show_edge=False)
+    for row in rows:
+        name = row["figure"]
+        low, high = row["low"], row["high"]
+        between = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+        figures = (number(row["second"], name), number(row["first"], name), f"{row['value']:+.3f}{between}")
+        result.add_row(f"{row['task']} {figure_title(name)}", TITLES.get(row["method"], row["method"]), *figures, row["verdict"])
+    return result
