@@ -5,6 +5,7 @@
     │   ├── ConfigError       an unknown key, a value out of range, keys that contradict each other
     │   ├── TableError        a catalogue or log table that cannot be used at all
     │   ├── WorkspaceError    a workspace that cannot be read or written, or an artifact missing from it
+    │   ├── LeakageError      what is evaluated was seen in training
     │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
     │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
     │   │   └── SongNotFoundError a song that the index does not hold
@@ -45,6 +46,10 @@ class WorkspaceError(InputError):
 
 class MismatchError(InputError):
     """Two artifacts do not fit each other."""
+
+
+class LeakageError(InputError):
+    """What is evaluated was seen in training."""
 
 
 class QueryError(InputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from htcl_ray.evaluation.bootstrap import Estimate
 
@@ -28,3 +29,15 @@ class Task:
     """By method (a space of the model, a baseline or a control) and figure."""
     counts: dict[str, int] = field(default_factory=dict)
     """What the questions are made of, and what was left out."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found, before it becomes a report."""
+
+    data: dict[str, Any]
+    """How many songs, artists and texts were asked about."""
+    leakage: dict[str, Any]
+    tasks: list[Task]
+    pictures: dict[str, Any]
+    """What the plots show, as plain numbers: see pictures.py; `blend_curve` is null without stage 2 or without a log."""

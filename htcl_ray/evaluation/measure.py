@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.figures import Task
+from htcl_ray.evaluation.figures import Measured, Task
 from htcl_ray.evaluation.leakage import leakage, without_copies
 from htcl_ray.evaluation.pictures import pictures
 from htcl_ray.evaluation.recommendation import blend_curve, recommendation_tasks
@@ -21,18 +19,6 @@ from htcl_ray.settings import EvaluateSettings
 
 Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 """Texts → their unit-norm vectors [texts, dim] in each space."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What an evaluation found, before it becomes a report."""
-
-    data: dict[str, Any]
-    """How many songs, artists and texts were asked about."""
-    leakage: dict[str, Any]
-    tasks: list[Task]
-    pictures: dict[str, Any]
-    """What the plots show, as plain numbers: see pictures.py; `blend_curve` is null without stage 2 or without a log."""
 
 
 def measure(songs: Songs, encode: Encode, log: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings) -> Measured:

@@ -10,8 +10,7 @@ import rich.box
 from rich.table import Table
 
 from htcl_ray.evaluation.bootstrap import Estimate, difference, is_shown
-from htcl_ray.evaluation.figures import LOWER_IS_BETTER, Task
-from htcl_ray.evaluation.measure import Measured
+from htcl_ray.evaluation.figures import LOWER_IS_BETTER, Measured, Task
 from htcl_ray.evaluation.saved import Key, estimates
 from htcl_ray.evaluation.songs import BLEND
 

@@ -1,39 +1,103 @@
-"""Semantic tasks: retrieval between text and sound, exact over the held-out gallery, and a linear probe of a catalogue column.
+"""Semantic tasks on held-out artists: retrieval between text and sound, exact over the gallery, then the labels of catalogue columns.
 
 Songs with identical text cannot be told apart by text, so they are one correct set: each unique text is asked once, and its rank is
-that of the best of its songs. Sound → text ranks the unique texts for each song; with label captions this is zero-shot classification,
-and recall@1 its accuracy.
+that of the best of its songs. Sound → text ranks the unique texts for each song.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from htcl_ray.evaluation import bootstrap
+from htcl_ray.evaluation.bootstrap import Draws, Estimate
+from htcl_ray.evaluation.figures import Task
+from htcl_ray.evaluation.probes import probe_task
+from htcl_ray.evaluation.songs import Songs
 from htcl_ray.evaluation.ties import first_hit_distribution
+from htcl_ray.evaluation.zero_shot import zero_shot_task
+from htcl_ray.settings import EvaluateSettings
 
 CELLS = 2**24
 """Similarities held at once: 64 MiB of fp32."""
+SHUFFLES = 10
+"""Permutations that the shuffled control is averaged over."""
 
 
-def retrieval(songs: np.ndarray, texts: np.ndarray, text_of_song: np.ndarray, ks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Both directions of retrieval.
+def semantic_tasks(songs: Songs, encode: Callable[[Sequence[str]], dict[str, np.ndarray]], settings: EvaluateSettings) -> list[Task]:
+    """`text_to_audio`, `audio_to_text`, and for each of `evaluate.probe_columns` that has labels `zero_shot_COLUMN` and `probe_COLUMN`.
 
-    `songs`: [songs, dim] and `texts`: [unique texts, dim], unit norm; `text_of_song`: int [songs], the row of a song's text. Returns
-    `text_to_audio` and `audio_to_text`, each as `rank_summary` with `queries`, `gallery` and, under `chance`, what a random order would
-    give.
+    `encode`: texts → their unit-norm vectors [texts, dim] in each space of `songs`. Intervals resample artists.
     """
+    held_out = np.flatnonzero(songs.splits == settings.split)
+    artists = songs.artists
+    draws = bootstrap.draw([artists[row] for row in held_out], settings.resamples, settings.seed)
+    tasks = _retrieval_tasks(songs, held_out, draws, encode, settings)
+    for column in settings.probe_columns:
+        found = (zero_shot_task(songs, column, held_out, draws, encode, settings), probe_task(songs, column, held_out, draws, settings))
+        tasks += [task for task in found if task is not None]
+    return tasks
+
+
+def _retrieval_tasks(
+    songs: Songs, held_out: np.ndarray, draws: Draws, encode: Callable[[Sequence[str]], dict[str, np.ndarray]], settings: EvaluateSettings
+) -> list[Task]:
+    texts = sorted({songs.texts[row] for row in held_out})
+    place = {text: number for number, text in enumerate(texts)}
+    of_song = np.array([place[songs.texts[row]] for row in held_out])
     each = np.arange(len(texts))
-    songs_of_text = np.bincount(text_of_song, minlength=len(texts))
-    result = {}
-    for name, ranks, gallery, correct in (
-        ("text_to_audio", first_correct_rank(texts, songs, each, text_of_song), len(songs), songs_of_text),
-        ("audio_to_text", first_correct_rank(songs, texts, text_of_song, each), len(texts), np.ones(len(songs), dtype=np.int64)),
-    ):
-        result[name] = {"queries": len(ranks), "gallery": gallery, **rank_summary(ranks, ks), "chance": chance(gallery, correct, ks)}
-    return result
+    queries = encode(texts)
+    text_draws = draws.merged(of_song, len(texts))
+    ks = settings.ks
+    to_audio, to_text = {}, {}
+    for space, vectors in songs.spaces.items():
+        sounds = vectors[held_out]
+        to_audio[space] = rank_figures(first_correct_rank(queries[space], sounds, each, of_song), ks, text_draws)
+        to_text[space] = rank_figures(first_correct_rank(sounds, queries[space], of_song, each), ks, draws)
+    songs_of_text = np.bincount(of_song, minlength=len(texts))
+    to_audio["random"] = chance_figures(len(held_out), songs_of_text, ks, text_draws)
+    to_text["random"] = chance_figures(len(texts), np.ones(len(held_out), dtype=np.int64), ks, draws)
+    last = "preference" if "preference" in songs.spaces else "semantic"
+    generator = np.random.default_rng(settings.seed)
+    wrong = [songs.spaces[last][held_out][generator.permutation(len(held_out))] for _ in range(SHUFFLES)]
+    audio_ranks = [first_correct_rank(queries[last], sounds, each, of_song) for sounds in wrong]
+    text_ranks = [first_correct_rank(sounds, queries[last], of_song, each) for sounds in wrong]
+    to_audio["shuffled"] = rank_figures(np.array(audio_ranks), ks, text_draws)
+    to_text["shuffled"] = rank_figures(np.array(text_ranks), ks, draws)
+    sizes = {"unique_texts": len(texts), "songs": len(held_out)}
+    return [
+        Task("text_to_audio", "text → audio", "texts", "artists", "random", to_audio, sizes),
+        Task("audio_to_text", "audio → text", "songs", "artists", "random", to_text, sizes),
+    ]
+
+
+def rank_figures(ranks: np.ndarray, ks: Sequence[int], draws: Draws) -> dict[str, Estimate]:
+    """`recall@k` (share of queries with a correct item among the first k), `mrr` and `median_rank` of first correct ranks.
+
+    `ranks`: float [queries], or [draws, queries] of a control that is averaged over draws.
+    """
+    ranks = np.atleast_2d(ranks)
+    found = {f"recall@{k}": bootstrap.mean((ranks <= k).mean(axis=0), draws) for k in ks}
+    return {
+        **found,
+        "mrr": bootstrap.mean((1 / ranks).mean(axis=0), draws),
+        "median_rank": bootstrap.median(np.median(ranks, axis=0), draws),
+    }
+
+
+def chance_figures(gallery: int, correct: np.ndarray, ks: Sequence[int], draws: Draws) -> dict[str, Estimate]:
+    """The expected figures of a random order of `gallery` items; `correct`: int [queries], how many of them answer each query."""
+    values, which = np.unique(correct, return_inverse=True)
+    distributions = np.stack([first_hit_distribution(gallery, int(value)) for value in values])
+    reached = np.cumsum(distributions, axis=1)
+    found = {f"recall@{k}": bootstrap.mean(np.minimum(reached[:, min(k, gallery) - 1], 1)[which], draws) for k in ks}
+    reciprocal = (distributions / np.arange(1, gallery + 1)).sum(axis=1)
+    shares = np.bincount(which, minlength=len(values)) / len(correct)
+    middle = float(1 + np.searchsorted(np.cumsum(shares @ distributions), 0.5 - 1e-9))
+    # A random order of everything has one median; which songs are drawn hardly moves it.
+    median = Estimate(middle, len(correct), np.full(len(draws.weights), middle, dtype=np.float32), draws.population)
+    return {**found, "mrr": bootstrap.mean(reciprocal[which], draws), "median_rank": median}
 
 
 def first_correct_rank(
@@ -57,56 +121,3 @@ def first_correct_rank(
         # a random order of r correct and m other items has m / (r + 1) others before the first correct one, on average
         ranks[rows] = 1 + above + (tied & ~correct).sum(axis=1) / ((tied & correct).sum(axis=1) + 1)
     return ranks
-
-
-def rank_summary(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """`recall@k` (share of queries with a correct item among the first k), `mrr` and `median_rank` of `first_correct_rank`."""
-    recall = {f"recall@{k}": float((ranks <= k).mean()) for k in ks}
-    return {**recall, "mrr": float((1 / ranks).mean()), "median_rank": float(np.median(ranks))}
-
-
-def chance(gallery: int, correct: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """The summary of a random order of `gallery` items; `correct`: int [queries], how many of them answer each query."""
-    values, counts = np.unique(correct, return_counts=True)
-    distribution = np.zeros(gallery)
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        distribution += first_hit_distribution(gallery, value) * count / len(correct)
-    recall = {f"recall@{k}": float(min(distribution[:k].sum(), 1.0)) for k in ks}
-    return {
-        **recall,
-        "mrr": float((distribution / np.arange(1, gallery + 1)).sum()),
-        "median_rank": float(1 + np.searchsorted(np.cumsum(distribution), 0.5 - 1e-9)),
-    }
-
-
-def linear_probe(
-    train: np.ndarray, train_labels: Sequence[str | None], test: np.ndarray, test_labels: Sequence[str | None]
-) -> dict[str, float] | None:
-    """Accuracy in [0, 1] with which logistic regression, trained on `train` [songs, dim], names the label of `test` [songs, dim].
-
-    `chance` is the accuracy of always naming the commonest training label. Songs without a label (None) take no part; a test label
-    that training never saw counts as an error. None when fewer than two labels are in training, or none in test.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    known, asked = _labelled(train_labels), _labelled(test_labels)
-    targets = np.array([train_labels[i] for i in known], dtype=str)
-    truth = np.array([test_labels[i] for i in asked], dtype=str)
-    classes, counts = np.unique(targets, return_counts=True)
-    if len(classes) < 2 or not len(truth):
-        return None
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train[known], targets)
-    return {
-        "accuracy": float((probe.predict(test[asked]) == truth).mean()),
-        "chance": float((truth == classes[counts.argmax()]).mean()),
-        "classes": len(classes),
-        "train_songs": len(targets),
-        "test_songs": len(truth),
-        "unseen_label_songs": int((~np.isin(truth, classes)).sum()),
-    }
-
-
-def _labelled(labels: Sequence[str | None]) -> np.ndarray:
-    return np.array([i for i, label in enumerate(labels) if label is not None], dtype=np.int64)

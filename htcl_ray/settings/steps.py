@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from htcl_ray.settings.section import Names, Settings
+from htcl_ray.settings.section import Names, Settings, one_or_many
 
 
 class EmbedSettings(Settings):
@@ -47,6 +47,8 @@ class EvaluateSettings(Settings):
     """Users asked in a recommendation task, chosen by a hash of their id; null is all of them."""
     min_item_users: int = Field(5, ge=1)
     """Positive users, and negative ones, that a song needs for the item AUC."""
+    allowed_overlaps: Annotated[tuple[Literal["artists", "times"], ...], BeforeValidator(one_or_many)] = ()
+    """What training and evaluation may share although figures flatter the model then: `artists` when a split column was chosen so."""
     resamples: int = Field(1000, ge=100)
     """Of the bootstrap that gives the intervals."""
     seed: int = 0
