@@ -78,7 +78,7 @@ class Models:
     preference: Artifact | None
 
 
-def models(workspace: Workspace, version: str | None = None) -> Models:
+def models(workspace: Workspace, version: str | None = None, *, accepted: bool = True) -> Models:
     """The models to use.
 
     Without `version`: the newest semantic model, with the newest preference model fine-tuned from it, if there is one. With one: that

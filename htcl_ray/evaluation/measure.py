@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.figures import Measured, Task
+from htcl_ray.evaluation.figures import Measured
 from htcl_ray.evaluation.leakage import leakage, without_copies
 from htcl_ray.evaluation.pictures import pictures
 from htcl_ray.evaluation.recommendation import blend_curve, recommendation_tasks
@@ -46,9 +45,3 @@ def measure(songs: Songs, encode: Encode, log: pd.DataFrame | None, pairs: pd.Da
         "spaces": list(asked.spaces),
     }
     return Measured(data, found, tasks, {**pictures(asked, encode, settings), "blend_curve": curve})
-
-
-def index_task(recall: dict[str, float], songs: int) -> Task:
-    """The recall@10 that an index measured against exact search when it was built, as a task: the least of all blends."""
-    worst = {"recall@10": Estimate(min(recall.values()), songs)} if recall else {}
-    return Task("index", "index against exact search", "songs", "songs", None, {"index": worst})

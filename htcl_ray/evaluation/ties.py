@@ -7,14 +7,14 @@ instance. Here every candidate of a tie is equally likely at each of the tie's p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
-from htcl_ray.evaluation.metrics import auc, ideal_dcg
+from htcl_ray.evaluation.metrics import ideal_dcg
 
 
-def expected_metrics(scores: np.ndarray, relevant: np.ndarray, ks: Iterable[int]) -> dict[str, float]:
+def expected_metrics(scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
     """`hit_rate@k`, `recall@k`, `ndcg@k` for each k, `mrr` and `auc` of one query; all in [0, 1].
 
     `scores`: float [candidates], higher is better; `relevant`: bool [candidates]. All nan when no candidate is relevant. Raises
@@ -23,20 +23,26 @@ def expected_metrics(scores: np.ndarray, relevant: np.ndarray, ks: Iterable[int]
     if not np.isfinite(scores).all():
         raise ValueError("a score is not finite; expected finite scores of all candidates")
     total = int(relevant.sum())
-    order = np.argsort(-scores, kind="stable")
-    ordered = scores[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.empty(0, dtype=np.int64)
-    sizes = np.diff(np.r_[starts, len(ordered)])
-    hits = np.add.reduceat(relevant[order].astype(np.int64), starts) if len(starts) else sizes
-    probability = np.repeat(hits / np.maximum(sizes, 1), sizes)  # that position i holds a relevant candidate
-    gains = probability / np.log2(np.arange(len(ordered)) + 2)
+    names = [f"{figure}@{k}" for k in ks for figure in ("hit_rate", "recall", "ndcg")]
+    if not total:
+        return dict.fromkeys([*names, "mrr", "auc"], float("nan"))
+    # Only ties that hold a relevant candidate matter: one sort finds where each begins and how large it is.
+    rising = np.sort(scores)
+    values, hits = np.unique(scores[relevant], return_counts=True)
+    values, hits = values[::-1], hits[::-1]
+    starts = len(rising) - np.searchsorted(rising, values, side="right")
+    sizes = len(rising) - np.searchsorted(rising, values, side="left") - starts
+    discounted = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(int(max(ks, default=1))) + 2))]
     result = {}
     for k in ks:
-        result[f"hit_rate@{k}"] = _hit_probability(starts, sizes, hits, k) if total else np.nan
-        result[f"recall@{k}"] = float(probability[:k].sum()) / total if total else np.nan
-        result[f"ndcg@{k}"] = float(gains[:k].sum()) / ideal_dcg(total, k) if total else np.nan
-    result["mrr"] = _expected_reciprocal_rank(starts, sizes, hits) if total else np.nan
-    result["auc"] = float(auc([scores], [relevant])[0])
+        result[f"hit_rate@{k}"] = _hit_probability(int(starts[0]), int(sizes[0]), int(hits[0]), k)
+        result[f"recall@{k}"] = float((hits * np.clip(k - starts, 0, sizes) / sizes).sum()) / total
+        inside = discounted[np.clip(starts + sizes, 0, k)] - discounted[np.clip(starts, 0, k)]
+        result[f"ndcg@{k}"] = float((hits / sizes * inside).sum()) / ideal_dcg(total, k)
+    result["mrr"] = _expected_reciprocal_rank(int(starts[0]), int(sizes[0]), int(hits[0]))
+    others = len(scores) - total
+    below = len(scores) - starts - sizes - (total - np.cumsum(hits))
+    result["auc"] = float((hits * (below + (sizes - hits) / 2)).sum() / (total * others)) if others else float("nan")
     return result
 
 
@@ -47,13 +53,12 @@ def first_hit_distribution(size: int, hits: int) -> np.ndarray:
     return earlier_missed * hits / (size - position)
 
 
-def _hit_probability(starts: np.ndarray, sizes: np.ndarray, hits: np.ndarray, k: int) -> float:
-    first = int(np.flatnonzero(hits)[0])  # the best tie with a relevant candidate decides
-    slots = min(k - int(starts[first]), int(sizes[first]))
-    return float(min(first_hit_distribution(int(sizes[first]), int(hits[first]))[:slots].sum(), 1.0)) if slots > 0 else 0.0
+def _hit_probability(start: int, size: int, hits: int, k: int) -> float:
+    """That a relevant candidate of the best tie with one is among the first k."""
+    slots = min(k - start, size)
+    return float(min(first_hit_distribution(size, hits)[:slots].sum(), 1.0)) if slots > 0 else 0.0
 
 
-def _expected_reciprocal_rank(starts: np.ndarray, sizes: np.ndarray, hits: np.ndarray) -> float:
-    first = int(np.flatnonzero(hits)[0])
-    distribution = first_hit_distribution(int(sizes[first]), int(hits[first]))
-    return float((distribution / (starts[first] + 1 + np.arange(len(distribution)))).sum())
+def _expected_reciprocal_rank(start: int, size: int, hits: int) -> float:
+    distribution = first_hit_distribution(size, hits)
+    return float((distribution / (start + 1 + np.arange(size))).sum())

@@ -19,12 +19,13 @@ from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
 from htcl_ray.evaluation import report as reports
 from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.figures import Task
-from htcl_ray.evaluation.measure import Measured, index_task, measure
+from htcl_ray.evaluation.figures import Measured, Task
+from htcl_ray.evaluation.measure import measure
 from htcl_ray.evaluation.report_model import report_schema
 from htcl_ray.evaluation.report_page import html
 from htcl_ray.evaluation.saved import Key, from_table, to_table
 from htcl_ray.evaluation.songs import Songs, with_blend
+from htcl_ray.evaluation.soundness import index_task
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.pipelines.soundness import check_soundness
 from htcl_ray.retrieval.encoder import SongEncoder
@@ -88,7 +89,7 @@ def evaluate(config: Config, model: str | None = None) -> StepResult:
 def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
     """The newest artifacts that fit the configuration, or the version `model` and what it made. Raises WorkspaceError."""
     features = artifacts.features(workspace, config)
-    models = artifacts.models(workspace, model, judged=True)
+    models = artifacts.models(workspace, model, accepted=False)
     embeddings = artifacts.embeddings(workspace, features.version, models)
     indexes = [Artifact(f"index/{name}", name, made) for name, made in workspace.finished("index")]
     fitting = [index for index in indexes if index.manifest["inputs"].get("embeddings") == embeddings.version]
@@ -136,10 +137,9 @@ def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str) ->
     encode = _Encode(encoder)
     with threadpool_limits(1, "blas"):  # small matrices: threads cost more than they save
         measured = measure(songs, encode, log, pairs, settings)
-        more = check_soundness(workspace, inputs.features, encoder, songs, encode, settings)
+        more = check_soundness(workspace, inputs.features, encoder, songs, settings)
     if inputs.index is not None:
-        quality = inputs.index.manifest["quality"]
-        more.append(index_task(quality["recall_at_10_by_blend"], inputs.index.manifest["songs"]))
+        more.append(index_task(inputs.index.manifest))
     return _write(workspace, config, inputs, path, measured, more)
 
 

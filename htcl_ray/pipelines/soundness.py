@@ -10,7 +10,6 @@ from htcl_ray.artifacts import Artifact
 from htcl_ray.audio import decode
 from htcl_ray.errors import AudioError
 from htcl_ray.evaluation.figures import Task
-from htcl_ray.evaluation.measure import Encode
 from htcl_ray.evaluation.songs import Songs
 from htcl_ray.evaluation.soundness import soundness_tasks
 from htcl_ray.retrieval.encoder import SongEncoder
@@ -20,9 +19,7 @@ from htcl_ray.storage import Workspace
 CHECKED_SONGS = 16
 
 
-def check_soundness(
-    workspace: Workspace, features: Artifact, encoder: SongEncoder, songs: Songs, encode: Encode, settings: EvaluateSettings
-) -> list[Task]:
+def check_soundness(workspace: Workspace, features: Artifact, encoder: SongEncoder, songs: Songs, settings: EvaluateSettings) -> list[Task]:
     """Collapse and determinism of the models, on up to 16 held-out songs drawn by `evaluate.seed`."""
     held_out = np.flatnonzero(songs.splits == settings.split)
     drawn = np.random.default_rng(settings.seed).permutation(held_out)[:CHECKED_SONGS]
@@ -37,7 +34,8 @@ def check_soundness(
         for mel, frames in zip(table["log_mel"].combine_chunks().to_numpy_ndarray(), table["valid_frames"].to_pylist(), strict=True)
     ]
     waveforms = [_waveform(path, encoder) for path in table["audio_path"].to_pylist()]
-    return soundness_tasks(encoder, songs, mels, rows, encode(sorted({songs.texts[row] for row in held_out})), waveforms, settings)
+    texts = sorted({songs.texts[row] for row in held_out})
+    return soundness_tasks(encoder, songs, mels, rows, texts, waveforms, settings.seed)
 
 
 def _waveform(path: str, encoder: SongEncoder) -> np.ndarray | None:

@@ -43,7 +43,7 @@ class EvaluateSettings(Settings):
     """Text that asks for a label in zero-shot classification, such as `a {label} song`."""
     min_history: int = Field(1, ge=1)
     """Positive songs that a user needs before the cut to be asked."""
-    max_users: int | None = Field(5000, ge=1)
+    max_users: int | None = Field(2000, ge=1)
     """Users asked in a recommendation task, chosen by a hash of their id; null is all of them."""
     min_item_users: int = Field(5, ge=1)
     """Positive users, and negative ones, that a song needs for the item AUC."""
