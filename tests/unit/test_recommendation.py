@@ -1,25 +1,25 @@
-"""Who is asked about which songs, and what the controls answer, on logs of a few rows and on worlds with known taste."""
+"""Who is asked about which songs, and how worlds with known taste score, on logs of a few rows and on made-up listeners."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from htcl_ray.evaluation import baselines
-from htcl_ray.evaluation.recommendation import (
-    blended_scores,
-    cold_start_task,
-    evaluate_scores,
-    mean_over_users,
-    user_vectors,
-    vector_scores,
-)
+from htcl_ray.evaluation import bootstrap
+from htcl_ray.evaluation.baselines import blended_scorer, user_vectors, vector_scorer
+from htcl_ray.evaluation.recommendation import Questions, blend_curve, chosen_users, questions, recommendation_tasks, user_figures
+from htcl_ray.evaluation.songs import with_blend
+from htcl_ray.settings import EvaluateSettings
+from tests.evaluation_songs import made_up, unit
 
 pytestmark = pytest.mark.unit
 
 SONGS = ["a", "b", "c", "d", "e", "f"]
-SPLITS = ["train", "train", "validation", "test", "test", "test"]
+SPLITS = np.array(["train", "train", "validation", "test", "test", "test"])
+SETTINGS = EvaluateSettings(resamples=200)
 
 
 def log(*rows: tuple) -> pd.DataFrame:
@@ -28,6 +28,12 @@ def log(*rows: tuple) -> pd.DataFrame:
     table["timestamp"] = table["period"].map({"train": 1.0, "validation": 2.0, "test": 3.0})
     table["held_out_user"] = table["user_id"].str.isupper()
     return table
+
+
+def ask(events: pd.DataFrame, *, splits: np.ndarray = SPLITS, songs: list[str] = SONGS, known_users: bool = False, **settings) -> Questions:
+    made = EvaluateSettings(**settings)
+    cold = splits == made.split
+    return questions(songs, cold, cold, events, made, known_users=known_users)
 
 
 def test_history_targets_and_candidates():
@@ -42,20 +48,20 @@ def test_history_targets_and_candidates():
         ("U", "f", -1, "test"),  # a candidate, no target
         ("U", "b", 1, "test"),  # no held-out song
     )
-    task = cold_start_task(SONGS, SPLITS, events)
-    assert task.users == ["U"]
-    assert task.cold.tolist() == [3, 4, 5]
-    assert [rows.tolist() for rows in task.history] == [[0, 2]]
-    assert [rows.tolist() for rows in task.targets] == [[1]]
-    assert [rows.tolist() for rows in task.met] == [[0]]
-    figures = evaluate_scores(task, lambda rows: np.array([[9.0, 2.0, 1.0]]), (1,))
-    assert figures["hit_rate@1"].tolist() == [1.0]  # the met song ranks first by score but is no candidate
+    asked = ask(events)
+    assert asked.users == ["U"]
+    assert asked.candidates.tolist() == [3, 4, 5]
+    assert [rows.tolist() for rows in asked.history] == [[0, 2]]
+    assert [rows.tolist() for rows in asked.targets] == [[1]]
+    assert [rows.tolist() for rows in asked.met] == [[0]]
+    figures = user_figures(asked, [lambda histories, candidates: np.array([[9.0, 2.0, 1.0]])], (1,), bootstrap.draw(["U"], 100, 0))
+    assert figures["hit_rate@1"].value == 1.0, "the met song ranks first by score but is no candidate"
 
 
 def test_a_song_met_as_trigger_is_no_candidate():
-    task = cold_start_task(SONGS, SPLITS, log(("U", "a", 1, "train", "f"), ("U", "e", 1, "test"), ("U", "f", 1, "test")))
-    assert [rows.tolist() for rows in task.targets] == [[1]]
-    assert [rows.tolist() for rows in task.met] == [[2]]
+    asked = ask(log(("U", "a", 1, "train", "f"), ("U", "e", 1, "test"), ("U", "f", 1, "test")))
+    assert [rows.tolist() for rows in asked.targets] == [[1]]
+    assert [rows.tolist() for rows in asked.met] == [[2]]
 
 
 def test_who_is_left_out_is_counted():
@@ -70,112 +76,138 @@ def test_who_is_left_out_is_counted():
         ("seen", "d", 1, "test"),
         ("U", "gone", 1, "test"),  # not in the catalogue
     )
-    counts = cold_start_task(SONGS, SPLITS, events).counts
-    assert counts == {
+    assert ask(events).counts == {
         "users": 1,
-        "cold_songs": 3,
+        "candidates": 3,
         "targets": 1,
         "history_songs": 1,
         "users_with_short_history": 2,
         "users_without_target": 1,
+        "users_not_drawn": 0,
         "events_of_unknown_songs": 1,
     }
-    assert cold_start_task(SONGS, SPLITS, events, min_history=2).users == []
+    assert ask(events, min_history=2).users == []
+    assert ask(events, known_users=True).users == ["seen"]
 
 
 def test_the_validation_period_ends_and_uses_only_what_came_before_it():
-    songs, splits = [*SONGS, "g"], [*SPLITS, "validation"]
+    songs, splits = [*SONGS, "g"], np.array([*SPLITS, "validation"])
     events = log(
         ("U", "a", 1, "train"), ("U", "b", 1, "validation"), ("U", "c", 1, "validation"), ("U", "d", 1, "test"), ("U", "g", 1, "test")
     )
-    task = cold_start_task(songs, splits, events, split="validation")
-    assert [rows.tolist() for rows in task.history] == [[0]]
-    assert task.cold.tolist() == [2, 6]
-    assert task.cold[task.targets[0]].tolist() == [2]
+    asked = ask(events, songs=songs, splits=splits, split="validation")
+    assert [rows.tolist() for rows in asked.history] == [[0]]
+    assert asked.candidates.tolist() == [2, 6]
+    assert asked.candidates[asked.targets[0]].tolist() == [2]
 
 
 def test_logs_without_times_use_all_positives():
     events = log(("U", "a", 3, "train"), ("U", "d", 1, "train"), ("U", "e", -1, "train"))
     events["timestamp"] = np.nan
-    task = cold_start_task(SONGS, SPLITS, events)
-    assert [rows.tolist() for rows in task.history] == [[0]]
-    assert [rows.tolist() for rows in task.targets] == [[0]]
-    assert [rows.tolist() for rows in task.met] == [[]]
+    asked = ask(events)
+    assert [rows.tolist() for rows in asked.history] == [[0]]
+    assert [rows.tolist() for rows in asked.targets] == [[0]]
+    assert asked.met[0].tolist() == []
 
 
-def test_user_vector_is_the_unit_norm_mean():
+def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
+    users = [f"u{i}" for i in range(200)]
+    kept = {users[row] for row in chosen_users(users, 50)}
+    assert len(kept) == 50
+    fewer = [user for user in users if user in kept or int(user[1:]) % 2]
+    assert {fewer[row] for row in chosen_users(fewer, 50)} == kept
+    assert chosen_users(users, None) == chosen_users(users, 200) == list(range(200))
+
+
+def test_user_vectors_are_unit_means():
     vectors = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    found = user_vectors(vectors, [np.array([0, 1]), np.array([1]), np.array([0, 2])])
-    np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5], [0, 1], [0, 0]], atol=1e-12)
+    found = user_vectors(vectors, [np.array([0]), np.array([0, 1]), np.array([0, 2])])
+    np.testing.assert_allclose(found, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)], [0, 0]])
+
+
+def test_blending_is_the_weighted_sum_of_both_cosines():
+    generator = np.random.default_rng(0)
+    first, second = (vector_scorer(unit(generator.normal(size=(9, 4)))) for _ in range(2))
+    history, candidates = [np.array([0, 1]), np.array([2])], np.arange(3, 9)
+    blended = blended_scorer(first, second, 0.3)(history, candidates)
+    np.testing.assert_allclose(blended, 0.7 * first(history, candidates) + 0.3 * second(history, candidates))
+
+
+class Listeners:
+    """Users who like songs of one hidden taste; `preference` vectors know it, `semantic` ones do not. A third is popular with all."""
+
+    def __init__(self, users: int = 60, feedback: bool = True) -> None:
+        generator = np.random.default_rng(7)
+        songs = made_up(preference=True)
+        self.taste = generator.integers(0, 4, len(songs.ids))
+        spaces = {**songs.spaces, "preference": unit(np.eye(8)[4 + self.taste] + 0.2 * generator.normal(size=(len(songs.ids), 8)))}
+        spaces.pop("blend_0.5")
+        self.songs = dataclasses.replace(songs, spaces=with_blend(spaces))
+        rows = []
+        for user in range(users):
+            for number, song in enumerate(generator.choice(len(songs.ids), 80, replace=False)):
+                late = number >= 40
+                likes = self.taste[song] == user // 2 % 4
+                if likes or feedback:
+                    rows.append((f"{'U' if user % 2 else 'u'}{user}", songs.ids[song], 1.0 if likes else -1.0, "test" if late else "train"))
+        self.log = log(*rows)
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[list[str], list[str], np.ndarray, pd.DataFrame]:
-    """400 songs around 8 directions; 60 held-out users who like two of them, by vector."""
-    generator = np.random.default_rng(0)
-    centres = generator.normal(size=(8, 16))
-    kind = generator.integers(0, 8, 400)
-    vectors = centres[kind] + 0.3 * generator.normal(size=(400, 16))
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    songs = [f"s{i}" for i in range(400)]
-    splits = ["test" if i % 4 == 0 else "train" for i in range(400)]
-    rows = []
-    for user in range(60):
-        liked = generator.choice(8, 2, replace=False)
-        for song in generator.choice(400, 60, replace=False):
-            period = "test" if splits[song] == "test" else "train"
-            rows.append((f"U{user}", songs[song], 1 if kind[song] in liked else -1, period))
-    return songs, splits, vectors, log(*rows)
+def listeners() -> Listeners:
+    return Listeners()
 
 
-def test_vectors_of_taste_beat_every_control_and_controls_are_at_chance(world: tuple):
-    songs, splits, vectors, events = world
-    task = cold_start_task(songs, splits, events)
-    real = mean_over_users(evaluate_scores(task, vector_scores(task, vectors), (10,)))
-    random = mean_over_users(evaluate_scores(task, baselines.random_scores(task), (10,)))
-    shuffled = mean_over_users(baselines.shuffled_metrics(task, vectors, (10,), seed=0))
-    assert real["auc"] > 0.8
-    assert real["ndcg@10"] > 2 * random["ndcg@10"]
-    assert random["auc"] == pytest.approx(0.5)
-    assert shuffled["auc"] == pytest.approx(0.5, abs=0.02)
-    assert shuffled["ndcg@10"] == pytest.approx(random["ndcg@10"], rel=0.25)
-    again = mean_over_users(baselines.shuffled_metrics(task, vectors, (10,), seed=0))
-    assert again == shuffled
+def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
+    tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
+    assert list(tasks) == ["cold", "cold_known_users", "hot", "hot_known_users"]
+    for name, task in tasks.items():
+        gain = bootstrap.difference(task.methods["preference"]["ndcg@10"], task.methods["random"]["ndcg@10"])
+        assert bootstrap.is_shown(gain), name
+        for blind in ("semantic", "shuffled", "log_mel", "genre"):
+            assert task.methods[blind]["user_auc"].value == pytest.approx(0.5, abs=0.06), (name, blind)
+        assert task.methods["random"]["user_auc"].value == 0.5
+        assert task.methods["preference"]["user_auc"].value > 0.85
+    for name in ("hot", "hot_known_users"):
+        for collaborative in ("item_knn", "als"):
+            assert tasks[name].methods[collaborative]["user_auc"].value > 0.7, (name, collaborative)
+    for name in ("cold", "cold_known_users"):
+        assert not {"item_knn", "als"} & set(tasks[name].methods), "they know nothing of cold songs"
+        assert tasks[name].methods["popularity"]["item_auc"].value == 0.5
+        assert tasks[name].methods["preference"]["item_auc"].value > 0.85
 
 
-def test_random_control_equals_the_mean_of_many_random_orders(world: tuple):
-    songs, splits, _, events = world
-    task = cold_start_task(songs, splits, events)
-    exact = mean_over_users(evaluate_scores(task, baselines.random_scores(task), (10,)))
-    generator = np.random.default_rng(1)
-    draws = []
-    for _ in range(60):
-        drawn = generator.random((len(task.users), len(task.cold)))
-        draws.append(mean_over_users(evaluate_scores(task, lambda rows, drawn=drawn: drawn[rows], (10,))))
-    for name, value in exact.items():
-        assert value == pytest.approx(np.mean([draw[name] for draw in draws]), rel=0.08), name
-
-
-def test_blend_is_the_weighted_mean_of_scores(world: tuple):
-    songs, splits, vectors, events = world
-    task = cold_start_task(songs, splits, events)
-    first, second = vector_scores(task, vectors), vector_scores(task, vectors[::-1])
-    rows = slice(3, 9)
-    np.testing.assert_allclose(blended_scores(first, second, 0.25)(rows), 0.75 * first(rows) + 0.25 * second(rows))
-
-
-def test_genre_popularity():
-    events = log(
-        ("u", "a", 1, "train"),
-        ("v", "a", 1, "train"),
-        ("v", "b", 1, "train"),
-        ("v", "b", -1, "train"),  # not positive
-        ("HELD_OUT", "b", 1, "train"),
-        ("u", "b", 1, "test"),  # too late
-        ("u", "d", 1, "train"),  # a held-out song
+def test_new_and_known_users_are_different_people(listeners: Listeners):
+    new, known = (
+        questions(listeners.songs.ids, *[listeners.songs.splits == "test"] * 2, listeners.log, SETTINGS, known_users=flag)
+        for flag in (False, True)
     )
-    genres = ["rock", "jazz", "rock", "rock", "jazz", "folk"]
-    found = baselines.genre_popularity(SONGS, SPLITS, genres, events, "test")
-    assert found.tolist() == [2, 1, 2, 2, 1, 0]
-    task = cold_start_task(SONGS, SPLITS, log(("U", "a", 1, "train"), ("U", "d", 1, "test")))
-    assert baselines.shared_scores(task, found)(slice(0, 5)).tolist() == [[2, 1, 0]]
+    assert new.users
+    assert known.users
+    assert all(user[0] == "U" for user in new.users)
+    assert all(user[0] == "u" for user in known.users)
+
+
+def test_the_blend_curve_begins_at_stage_one_and_ends_at_stage_two(listeners: Listeners):
+    curve = blend_curve(listeners.songs, listeners.log, SETTINGS)
+    cold = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
+    assert [point["blend"] for point in curve] == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    for place, method in ((0, "semantic"), (5, "blend_0.5"), (10, "preference")):
+        assert curve[place]["cold"]["ndcg@10"]["value"] == pytest.approx(cold.methods[method]["ndcg@10"].value)
+    stage_one = dataclasses.replace(listeners.songs, spaces={"semantic": listeners.songs.spaces["semantic"]})
+    assert blend_curve(stage_one, listeners.log, SETTINGS) == []
+
+
+def test_hot_songs_have_training_listeners_and_no_task_without_times(listeners: Listeners):
+    events = listeners.log
+    task = {t.name: t for t in recommendation_tasks(listeners.songs, events, SETTINGS)}["hot"]
+    training = events[(events["value"] > 0) & (events["period"] == "train") & ~events["held_out_user"]]
+    of_train_split = set(np.array(listeners.songs.ids)[listeners.songs.splits == "train"])
+    assert task.counts["candidates"] == len(set(training["song_id"]) & of_train_split)
+    timeless = events.assign(timestamp=np.nan)
+    assert [t.name for t in recommendation_tasks(listeners.songs, timeless, SETTINGS)] == ["cold", "cold_known_users"]
+
+
+def test_nobody_to_ask_is_no_task(listeners: Listeners):
+    assert recommendation_tasks(listeners.songs, listeners.log[:0], SETTINGS) == []
+    assert blend_curve(listeners.songs, listeners.log[:0], SETTINGS) == []
