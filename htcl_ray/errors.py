@@ -6,6 +6,7 @@
     │   ├── TableError        a catalogue or log table that cannot be used at all
     │   ├── WorkspaceError    a workspace that cannot be read or written, or an artifact missing from it
     │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
+    │   ├── GateError         a model or index that an evaluation's gate did not let through
     │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
     │   │   └── SongNotFoundError a song that the index does not hold
     │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
@@ -45,6 +46,10 @@ class WorkspaceError(InputError):
 
 class MismatchError(InputError):
     """Two artifacts do not fit each other."""
+
+
+class GateError(InputError):
+    """A model or index failed its gate, and nobody said to use it all the same."""
 
 
 class QueryError(InputError):
