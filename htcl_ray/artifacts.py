@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from htcl_ray.config import Config
-from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.errors import GateError, MismatchError, WorkspaceError
 from htcl_ray.storage import Workspace
 
 
@@ -17,6 +18,12 @@ class Artifact:
     path: str
     version: str
     manifest: dict[str, Any]
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether an evaluation's gate did not let it through; False when none has judged it. As its manifest says, unchecked."""
+        gate = self.manifest.get("gate")
+        return isinstance(gate, dict) and gate.get("passed") is False
 
 
 @dataclass(frozen=True)
@@ -81,17 +88,20 @@ class Models:
 def models(workspace: Workspace, version: str | None = None, *, accepted: bool = True) -> Models:
     """The models to use.
 
-    Without `version`: the newest semantic model, with the newest preference model fine-tuned from it, if there is one. With one: that
-    preference model and its parent, or that semantic model alone.
+    Without `version`: the newest semantic model, with the newest preference model fine-tuned from it, if there is one; those whose gate
+    failed are passed over, with a line that says so, unless not `accepted`. With one: that preference model and its parent, or that
+    semantic model alone, whatever their gate says. Raises WorkspaceError when there is none, GateError when all semantic models failed.
     """
     semantic = {name: Artifact(f"models/semantic/{name}", name, m) for name, m in workspace.finished("models/semantic")}
     preference = {name: Artifact(f"models/preference/{name}", name, m) for name, m in workspace.finished("models/preference")}
     if not semantic:
         raise WorkspaceError(f"the workspace {workspace.uri} holds no model; run 'htcl pretrain' first")
     if version is None:
-        newest = list(semantic.values())[-1]
+        newest = _newest(list(semantic.values()), accepted)
+        if newest is None:
+            raise _all_failed(workspace, "semantic model", semantic)
         children = [item for item in preference.values() if item.manifest["inputs"]["model"] == newest.version]
-        return Models(newest, children[-1] if children else None)
+        return Models(newest, _newest(children, accepted))
     if version in semantic:
         return Models(semantic[version], None)
     if version in preference:
@@ -136,13 +146,51 @@ def models_of(workspace: Workspace, made: Artifact) -> Models:
     return Models(semantic, found["preference"])
 
 
-def index(workspace: Workspace, version: str | None = None) -> Artifact:
-    """An index by version, or the newest."""
+def index(workspace: Workspace, version: str | None = None, *, accepted: bool = True) -> Artifact:
+    """An index by version, whatever its gate says, or the newest.
+
+    Of the newest, those are passed over whose gate failed, or that of one of their models, with a line that says so, unless not
+    `accepted`. Raises WorkspaceError when there is none, GateError when all failed.
+    """
     found = {name: Artifact(f"index/{name}", name, manifest) for name, manifest in workspace.finished("index")}
     if not found:
         raise WorkspaceError(f"the workspace {workspace.uri} holds no index; run 'htcl index' first")
     if version is None:
-        return list(found.values())[-1]
+        newest = _newest(list(found.values()), accepted, lambda item: item.gate_failed or _model_failed(workspace, item))
+        if newest is None:
+            raise _all_failed(workspace, "index", found)
+        return newest
     if version not in found:
         raise WorkspaceError(f"there is no index '{version}' in {workspace.uri}/index; expected one of {', '.join(found)}")
     return found[version]
+
+
+def index_of(workspace: Workspace, by: Models) -> Artifact | None:
+    """The newest index of vectors that exactly these models made, or None."""
+    wanted = (by.semantic.version, by.preference.version if by.preference else None)
+    for name, manifest in reversed(workspace.finished("index")):
+        if (manifest["inputs"].get("semantic"), manifest["inputs"].get("preference")) == wanted:
+            return Artifact(f"index/{name}", name, manifest)
+    return None
+
+
+def _newest(found: list[Artifact], accepted: bool, failed: Callable[[Artifact], bool] = lambda item: item.gate_failed) -> Artifact | None:
+    """The last, or the last that did not fail; what is passed over is printed."""
+    for item in reversed(found):
+        if not (accepted and failed(item)):
+            return item
+        print(f"{item.path} is passed over: its gate failed", flush=True)
+    return None
+
+
+def _model_failed(workspace: Workspace, made: Artifact) -> bool:
+    """Whether the gate of a model that made this index failed."""
+    paths = [f"models/{stage}/{made.manifest['inputs'].get(stage)}" for stage in ("semantic", "preference")]
+    return any(Artifact(path, "", workspace.manifest(path) or {}).gate_failed for path in paths)
+
+
+def _all_failed(workspace: Workspace, kind: str, found: Iterable[str]) -> GateError:
+    return GateError(
+        f"the gate of every {kind} in {workspace.uri} failed ({', '.join(found)}); "
+        "improve one and run 'htcl evaluate --gate' again, or name the one to use"
+    )

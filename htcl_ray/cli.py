@@ -99,11 +99,16 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="VERSION", help="model version (default: the newest)")
+    parser.add_argument("--model", metavar="VERSION", help="model version (default: the newest accepted)")
 
 
 def _index_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest)")
+    parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest accepted)")
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    _index_flag(parser)
+    parser.add_argument("--allow-failed-gate", action="store_true", help="serve a model or index whose gate failed")
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +189,8 @@ def _demo(config: Config, options: argparse.Namespace) -> None:
 def _serve(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.serving.application import serve_until_stopped
 
+    if options.allow_failed_gate:
+        config = config.with_overrides({"serve.allow_failed_gate": True})
     serve_until_stopped(config, options.index)
 
 
@@ -221,7 +228,7 @@ COMMANDS: dict[str, Command] = {
     "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", takes_model=True), _model_flag),
     "index": Command("vectors → FAISS index", _step("htcl_ray.pipelines.index", "build_index", takes_model=True), _model_flag),
     "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),
-    "serve": Command("start the HTTP application", _serve, _index_flag),
+    "serve": Command("start the HTTP application", _serve, _serve_flags),
     "search": Command("one query from the shell, no server needed", _search, _search_flags),
     "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags),
     "config": Command("print the configuration", _show_config, _config_flags),

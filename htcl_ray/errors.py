@@ -7,6 +7,7 @@
     │   ├── WorkspaceError    a workspace that cannot be read or written, or an artifact missing from it
     │   ├── LeakageError      what is evaluated was seen in training
     │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
+    │   ├── GateError         a model or index that an evaluation's gate did not let through
     │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
     │   │   └── SongNotFoundError a song that the index does not hold
     │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
@@ -50,6 +51,10 @@ class MismatchError(InputError):
 
 class LeakageError(InputError):
     """What is evaluated was seen in training."""
+
+
+class GateError(InputError):
+    """A model or index failed its gate, and nobody said to use it all the same."""
 
 
 class QueryError(InputError):

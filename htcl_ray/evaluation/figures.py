@@ -7,7 +7,18 @@ from typing import Any
 
 from htcl_ray.evaluation.bootstrap import Estimate
 
-LOWER_IS_BETTER = ("median_rank", "gini", "popularity_lift")
+LOWER_IS_BETTER = (
+    "median_rank",
+    "gini",
+    "popularity_lift",
+    "audio_mean_cosine",
+    "text_mean_cosine",
+    "repeat_difference",
+    "batch_difference",
+    "padding_difference",
+    "stored_difference",
+    "from_audio_difference",
+)
 """Figures of which less is better; of all others more is."""
 
 

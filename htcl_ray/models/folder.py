@@ -1,24 +1,30 @@
-"""A model folder on disk: model.safetensors, config.json, tokenizer/, README.md. Nothing in it is ever executed or unpickled."""
+"""A model folder on disk: weights, config.json, tokenizer/, evaluation.json, README.md. Nothing in it is ever executed or unpickled."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import shutil
 import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.evaluation.figures import Task
+from htcl_ray.models.card import Evaluation, evaluation_of, model_card
 from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
-from htcl_ray.storage import file_sha256, fingerprint
+from htcl_ray.storage import Workspace, file_sha256, fingerprint
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer", "README.md"
-HUB_FILES = [WEIGHTS, CONFIG, f"{TOKENIZER}/*", CARD]
+EVALUATION = "evaluation.json"
+HUB_FILES = [WEIGHTS, CONFIG, f"{TOKENIZER}/*", EVALUATION, CARD]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -87,10 +93,11 @@ def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
         raise WorkspaceError(f"{folder / TOKENIZER} cannot be read ({reason}); expected the model's tokenizer") from None
 
 
-def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any) -> None:
+def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any, evaluation: Evaluation | None) -> None:
     """Write a model folder beside `path`, then rename it: `path` is never half a model. An older folder there is replaced.
 
-    `tokenizer` None leaves it out: nothing was embedded yet, or there is no text tower.
+    `tokenizer` None leaves it out: nothing was embedded yet, or there is no text tower. `evaluation` is written when it is of these
+    weights.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
@@ -100,7 +107,12 @@ def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], to
         (beside / CONFIG).write_text(json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(beside / TOKENIZER)
-        (beside / CARD).write_text(model_card(record, sum(tensor.numel() for tensor in weights.values())), encoding="utf-8")
+        if evaluation is not None and evaluation.weights != file_sha256(beside / WEIGHTS):
+            evaluation = None
+        if evaluation is not None:
+            (beside / EVALUATION).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        card = model_card(record, sum(tensor.numel() for tensor in weights.values()), evaluation)
+        (beside / CARD).write_text(card, encoding="utf-8")
         if path.exists():
             path.rename(old)
         beside.rename(path)
@@ -116,44 +128,28 @@ def weights_fingerprint(folder: str | Path) -> str:
     return fingerprint({file.relative_to(folder).as_posix(): file_sha256(file) for file in files})
 
 
-def model_card(record: ModelRecord, parameters: int) -> str:
-    """README.md of a model folder."""
-    stage = {
-        1: "stage 1: audio and text in one semantic space, learned from songs and their descriptions",
-        2: "stage 2: a preference space, fine-tuned from a stage-1 model on songs that listeners like together",
-    }[record.stage]
-    audio = record.audio
-    seconds = record.model.window_seconds
-    windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
-    text = "none: it hears, but cannot read"
-    if record.text is not None:
-        text = record.text.settings.name_or_path or "a BERT trained from scratch on the catalogue's texts"
-    words = "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
-    return f"""---
-library_name: htcl-ray
-tags: [music, audio, contrastive-learning]
----
+def write_evaluation(workspace: Workspace, path: str, tasks: Iterable[Task], report: str, data: Mapping[str, Any]) -> None:
+    """Write `evaluation.json` and a README.md with its figures into a model of the workspace; its manifest, which names both, last.
 
-# HTCL music model, {"semantic" if record.stage == 1 else "preference"} space
+    `report`: version of the report; `data`: what was measured on, with `split` and `songs`. Raises WorkspaceError when there is no such
+    model.
+    """
+    manifest = workspace.manifest(path)
+    if manifest is None:
+        raise WorkspaceError(f"{workspace.uri_of(path)} does not exist or is unfinished, so nothing was written into it")
+    folder = workspace.local_copy(path)
+    evaluation = evaluation_of(tasks, report, data, file_sha256(folder / WEIGHTS))
+    written = {
+        EVALUATION: (evaluation.model_dump_json(indent=2) + "\n").encode(),
+        CARD: model_card(read_record(folder), _parameters(folder), evaluation).encode(),
+    }
+    for name, content in written.items():
+        workspace.write_bytes(f"{path}/{name}", content)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
+    workspace.finish(path, {**manifest, "files": {**manifest["files"], **hashes}})
 
-Hierarchical two-stage contrastive learning of music representations (arXiv 2505.23298), {stage}.
 
-| | |
-|---|---|
-| Embedding | {record.model.dim} numbers, unit norm; compare by inner product |
-| Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {audio.n_mels} mel bands every {audio.hop_length} samples |
-| Input | {record.input}{windows} |
-| Audio encoder | {record.model.layers} layers, width {record.model.width} |
-| Text encoder | {text} |
-| Parameters | {parameters:,} |
-
-```python
-from htcl_ray.models import HTCL
-
-model = HTCL.from_pretrained("path/to/this/folder")
-song = model.embed_audio(waveform, sample_rate){words}
-```
-
-The model has heard only the catalogue that it was trained on; how well it does there is in `manifest.json` beside this file, when it
-was made by `htcl pretrain` or `htcl finetune`. Similarities reflect that catalogue's descriptions and listeners, with their gaps.
-"""
+def _parameters(folder: Path) -> int:
+    """Numbers in `model.safetensors`, counted without reading them."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict

@@ -18,6 +18,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, InputError
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.audio_encoder import AudioEncoder
+from htcl_ray.models.card import Evaluation, read_evaluation
 from htcl_ray.models.official import TOKENIZER, read_official
 from htcl_ray.models.record import InputRecipe, ModelRecord
 from htcl_ray.models.text_encoder import (
@@ -53,6 +54,8 @@ class HTCL(nn.Module):
                 f"model.window_seconds is {settings.window_seconds:g}, but the official input recipe takes full clips; set it to null"
             )
         self.record = record
+        self.evaluation: Evaluation | None = None
+        """What was measured on the weights that were loaded."""
         self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
         self.text_encoder = text_encoder
         both = record.text is not None
@@ -130,6 +133,7 @@ class HTCL(nn.Module):
         tokenizer = None if record.text is None else model_folder.read_tokenizer(found, record.text)
         model = cls._from_record(record, tokenizer)
         model_folder.load_weights(model, found)
+        model.evaluation = read_evaluation(found / model_folder.EVALUATION)
         return model.eval()
 
     @classmethod
@@ -154,8 +158,8 @@ class HTCL(nn.Module):
         return cls(record, NoTextEncoder() if record.text is None else text_encoder_from_record(record.text, tokenizer))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the model folder; it appears whole or not at all."""
-        model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer)
+        """Write the model folder; it appears whole or not at all. The evaluation goes with it unless the weights have changed since."""
+        model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer, self.evaluation)
 
     def push_to_hub(self, repo_id: str) -> None:
         """Upload the model folder to the Hugging Face hub, as `repo_id`, with the credentials that its client finds."""

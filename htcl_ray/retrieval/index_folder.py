@@ -22,7 +22,7 @@ def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions:
         raise WorkspaceError(f"{source.uri} holds no finished index; run 'htcl index' first")
     if manifest.get("kind") != "index":
         raise MismatchError(f"{source.uri} holds '{manifest.get('kind')}'; expected 'index'")
-    for name in (VECTORS_FILE, SONGS_FILE):
+    for name in dict.fromkeys((VECTORS_FILE, SONGS_FILE, *manifest["files"])):
         recorded = manifest["files"].get(name)
         if not source.exists(name):
             raise WorkspaceError(f"{source.uri_of(name)} is missing; run 'htcl index' again")

@@ -17,6 +17,7 @@ from htcl_ray.retrieval.index_folder import check_fits
 from htcl_ray.retrieval.vectors import Vectors, unit_norm
 from htcl_ray.schemas import METADATA
 from htcl_ray.storage import Workspace
+from htcl_ray.verdicts import refuse_failed
 
 if TYPE_CHECKING:
     from htcl_ray.retrieval.encoder import SongEncoder
@@ -51,14 +52,18 @@ class SearchService:
 
     @classmethod
     def open(cls, config: Config, index: str | None = None, *, encoder: bool = True) -> Self:
-        """The service over an index of the workspace (default: the newest) with the models that it names.
+        """The service over an index of the workspace (default: the newest accepted) with the models that it names.
 
-        `encoder=False` skips loading the models, for questions by song or vector.
+        `encoder=False` skips loading the models, for questions by song or vector. Raises GateError when the gate of the index or of its
+        models failed, unless `serve.allow_failed_gate`.
         """
         workspace = Workspace(config.workspace)
-        artifact = artifacts.index(workspace, index)
+        allow = config.serve.allow_failed_gate
+        artifact = artifacts.index(workspace, index, accepted=not allow)
+        models = artifacts.models_of(workspace, artifact)
+        refuse_failed(workspace, artifact, models, allow)
         loaded = SongIndex.load(workspace.local_copy(artifact.path))
-        return cls(loaded, _load_encoder(workspace, artifact) if encoder else None)
+        return cls(loaded, _load_encoder(workspace, models) if encoder else None)
 
     def search_text(self, text: str, *, k: int = DEFAULT_K, blend: float | None = None) -> Answer:
         """Songs that words describe."""
@@ -121,9 +126,8 @@ def check_text(text: str) -> str:
     return text
 
 
-def _load_encoder(workspace: Workspace, index: artifacts.Artifact) -> SongEncoder:
+def _load_encoder(workspace: Workspace, models: artifacts.Models) -> SongEncoder:
     from htcl_ray.retrieval.encoder import SongEncoder  # loads torch
 
-    models = artifacts.models_of(workspace, index)
     preference = workspace.local_copy(models.preference.path) if models.preference else None
     return SongEncoder.load(workspace.local_copy(models.semantic.path), preference)

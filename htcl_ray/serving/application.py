@@ -27,6 +27,7 @@ from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.serving.deployments import Encoder, Ingress, Served
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
+from htcl_ray.verdicts import refuse_failed
 
 APPLICATION = "htcl"
 INGRESS_REQUESTS = 100
@@ -37,7 +38,7 @@ START_SECONDS = 120
 def build_app(args: Mapping[str, Any]) -> Application:
     """The application, for `serve run serve.app:build_app workspace=/path preset=demo` and for the `args` of a Serve config file.
 
-    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the newest), and any configuration key, such as
+    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the newest accepted), and any configuration key, such as
     `serve.max_batch_size`. Host and port are those of Ray Serve itself.
     """
     given = {key: str(value) for key, value in args.items()}
@@ -48,12 +49,12 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 
 def create(config: Config, index: str | None = None) -> Application:
-    """The application over an index of the workspace (default: the newest) and the models that it names.
+    """The application over an index of the workspace (default: the newest accepted) and the models that it names.
 
-    Checks that they fit each other; loads neither and starts nothing.
+    Checks that they fit each other and that no gate failed, unless `serve.allow_failed_gate`; loads neither and starts nothing.
     """
     settings = config.serve
-    served = _served(Workspace(config.workspace), index)
+    served = _served(Workspace(config.workspace), index, settings.allow_failed_gate)
     encoder = serve.deployment(
         Encoder,
         num_replicas=settings.encoder_replicas,
@@ -103,11 +104,12 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
         print("stopping", flush=True)
 
 
-def _served(workspace: Workspace, index: str | None) -> Served:
+def _served(workspace: Workspace, index: str | None, allow_failed_gate: bool) -> Served:
     from htcl_ray.models import weights_fingerprint  # loads torch
 
-    artifact = artifacts.index(workspace, index)
+    artifact = artifacts.index(workspace, index, accepted=not allow_failed_gate)
     models = artifacts.models_of(workspace, artifact)
+    refuse_failed(workspace, artifact, models, allow_failed_gate)
     preference = models.preference
     versions: ModelVersions = {
         "semantic": weights_fingerprint(workspace.local_copy(models.semantic.path)),

@@ -79,6 +79,8 @@ class ServeSettings(Settings):
     batch_wait_seconds: float = Field(0.01, ge=0)
     """How long the first request of a batch waits for others."""
     max_upload_bytes: int = Field(50_000_000, gt=0)
+    allow_failed_gate: bool = False
+    """Serve a model or index whose gate failed."""
 
 
 class RaySettings(Settings):

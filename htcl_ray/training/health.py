@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from htcl_ray.errors import StepError
+from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import gather_rows, rank, sum_over_workers, world_size
 from htcl_ray.settings import StageSettings
@@ -28,26 +28,6 @@ REMEDIES = {
     "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, or check that song texts differ",
     "collapse": "lower {stage}.learning_rate, raise {stage}.batch_size, or check that audio and texts differ between songs",
 }
-
-
-def mean_cosine(vectors: Tensor) -> float:
-    """Mean cosine between different rows of [n, d], n at least 2; 1 when all point one way."""
-    unit = F.normalize(vectors.double(), dim=1)
-    count = len(unit)
-    return float((unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1)))
-
-
-def effective_rank(vectors: Tensor) -> float:
-    """Exponential of the entropy of the singular values of the centred unit vectors [n, d], from 1 to min(n − 1, d).
-
-    Roy and Vetterli, "The effective rank", 2007. Vectors that are all equal have rank 1.
-    """
-    unit = F.normalize(vectors.double(), dim=1)
-    values = torch.linalg.svdvals(unit - unit.mean(dim=0))
-    if values.sum() <= 1e-9 * len(unit):
-        return 1.0
-    share = values / values.sum()
-    return float(torch.exp(-torch.xlogy(share, share).sum()))
 
 
 class HealthWatch:
@@ -80,7 +60,7 @@ class HealthWatch:
         model.train(was_training)
         ids = gather_rows(self.batch.ids)
         for name, vectors, kind in (("audio", audio, 1), ("text", text, 2)):  # equal recordings or texts have equal vectors
-            everyone = gather_rows(vectors)[_first_of_each(ids[:, kind])]
+            everyone = gather_rows(vectors)[_first_of_each(ids[:, kind])].double().cpu().numpy()
             if len(everyone) >= 2:
                 found[f"mean_cosine_{name}"] = mean_cosine(everyone)
             if len(everyone) > 2 * self.settings.min_effective_rank:

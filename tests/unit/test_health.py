@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from htcl_ray.errors import StepError
+from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
 from htcl_ray.settings import HealthSettings
 from htcl_ray.training.batches import encode
-from htcl_ray.training.health import HealthWatch, effective_rank, mean_cosine
+from htcl_ray.training.health import HealthWatch
 from tests.unit.test_training import CPU, World, run
 
 pytestmark = pytest.mark.unit

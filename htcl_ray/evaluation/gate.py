@@ -1,0 +1,223 @@
+"""The gate: bounds on an evaluation's figures, and whether they hold.
+
+A bound on one figure holds for its value. A bound on the difference from another figure holds for the end of the paired 95 % interval
+that makes it harder: at least 0 means that the whole interval is from 0 up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from htcl_ray.errors import ConfigError
+from htcl_ray.evaluation.bootstrap import Estimate, difference
+from htcl_ray.evaluation.figures import LOWER_IS_BETTER
+from htcl_ray.evaluation.saved import Key
+from htcl_ray.settings.section import Settings, nearest
+
+DEFAULT = "default"
+FORM = "expected TASK.METHOD.FIGURE, such as cold.preference.ndcg@10"
+
+
+class Bound(Settings):
+    """What is asked of one figure."""
+
+    figure: str
+    """TASK.METHOD.FIGURE; the method may hold dots, as in `cold.blend_0.5.ndcg@10`."""
+    over: str | None = None
+    """Compare with the same figure of this method."""
+    over_served: bool = False
+    """Compare with the same figure of the model that is being served."""
+    at_least: float | None = None
+    """Of the value; of a difference, its interval's low end."""
+    at_most: float | None = None
+    """Of the value; of a difference, its interval's high end."""
+    ratio_at_least: float | None = None
+    """Of the value divided by the other's."""
+    shown: bool = False
+    """The difference's interval lies on the better side of 0."""
+    optional: bool = False
+    """Holds when it cannot be judged because something was not measured; otherwise that fails."""
+
+    @property
+    def key(self) -> Key:
+        """Task, method, figure."""
+        task, rest = self.figure.split(".", 1)
+        method, figure = rest.rsplit(".", 1)
+        return task, method, figure
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether another figure is subtracted."""
+        return (self.over is not None or self.over_served) and self.ratio_at_least is None
+
+    @property
+    def asked(self) -> str:
+        """The bound in words."""
+        other = "the model being served" if self.over_served else self.over
+        value = f"{self.figure} over {other}" if self.is_difference else self.figure
+        wants = [f"at least {self.at_least:g}"] if self.at_least is not None else []
+        wants += [f"at most {self.at_most:g}"] if self.at_most is not None else []
+        wants += [f"at least {self.ratio_at_least:g} of {other}"] if self.ratio_at_least is not None else []
+        wants += ["shown to be better"] if self.shown else []
+        return f"{value}: {' and '.join(wants)}"
+
+    @field_validator("figure")
+    @classmethod
+    def _check_figure(cls, value: str) -> str:
+        parts = value.split(".")
+        if len(parts) < 3 or not all(parts):
+            raise ValueError(f"'{value}' names no figure; {FORM}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.over is not None and self.over_served:
+            raise ValueError(f"{self.figure} has both over and over_served; choose one")
+        compared = self.over is not None or self.over_served
+        if not compared and (self.ratio_at_least is not None or self.shown):
+            raise ValueError(f"{self.figure} has {'shown' if self.shown else 'ratio_at_least'} but nothing to compare with; add over")
+        ends = self.at_least is not None or self.at_most is not None or self.shown
+        if ends == (self.ratio_at_least is not None):
+            raise ValueError(f"{self.figure} needs at_least, at_most or shown, or else ratio_at_least alone")
+        return self
+
+
+class Gate(Settings):
+    """Content of a gate file."""
+
+    bounds: tuple[Bound, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One bound, and what was measured."""
+
+    bound: Bound
+    value: float | None
+    """The figure, its difference or its ratio; None when it could not be measured."""
+    low: float | None
+    """Of the 95 % interval; None where there is none."""
+    high: float | None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound holds for what was measured."""
+        bound, value = self.bound, self.value
+        if value is None:
+            return bound.optional
+        if bound.ratio_at_least is not None:
+            return value >= bound.ratio_at_least
+        low, high = (self.low, self.high) if bound.is_difference else (None, None)
+        at_least = bound.at_least is None or (value if low is None else low) >= bound.at_least
+        at_most = bound.at_most is None or (value if high is None else high) <= bound.at_most
+        if not bound.shown:
+            return at_least and at_most
+        lower_is_better = bound.key[2] in LOWER_IS_BETTER
+        better = high is not None and high < 0 if lower_is_better else low is not None and low > 0
+        return at_least and at_most and better
+
+    def as_json(self) -> dict[str, Any]:
+        """For the report and for gate.json: the bound, the same in words, what was measured, whether it holds."""
+        measured = {"value": self.value, "low": self.low, "high": self.high, "passed": self.passed, "note": self.note}
+        return {"figure": self.bound.figure, "asked": self.bound.asked, **measured, "bound": self.bound.model_dump(exclude_defaults=True)}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Result:
+        """What `as_json` was called on; `passed` is judged anew. Raises ValueError, KeyError or TypeError for anything else."""
+        value, low, high = (None if tree[name] is None else float(tree[name]) for name in ("value", "low", "high"))
+        return cls(Bound.model_validate(tree["bound"]), value, low, high, str(tree["note"]))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All bounds of a gate with what was measured."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every bound holds."""
+        return all(result.passed for result in self.results)
+
+    @property
+    def failed(self) -> list[Result]:
+        """The bounds that do not hold."""
+        return [result for result in self.results if not result.passed]
+
+
+def judge(gate: Gate, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None = None) -> Verdict:
+    """Hold the bounds against an evaluation's figures; `served`: those of the model being served, None when there is none."""
+    return Verdict(tuple(_judge(bound, figures, served) for bound in gate.bounds))
+
+
+def read_gate(path: str) -> Gate:
+    """The gate of a file, or the shipped one for `default`. Raises ConfigError."""
+    try:
+        if path == DEFAULT:
+            text = resources.files("htcl_ray.evaluation").joinpath("gate.yaml").read_text(encoding="utf-8")
+        else:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the gate {path}: {error.strerror}; expected a YAML file, or 'default' for the shipped one"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the gate {path} is not YAML: {str(error).splitlines()[0]}") from None
+    try:
+        return Gate.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"the gate {path} cannot be used: {_first_fault(error)}") from None
+
+
+def _judge(bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None) -> Result:
+    own = figures.get(bound.key)
+    if own is None or math.isnan(own.value):
+        return Result(bound, None, None, None, _missing(bound.key, figures))
+    if bound.over is None and not bound.over_served:
+        return Result(bound, own.value, *(own.interval or (None, None)))
+    if bound.over_served and served is None:
+        return Result(bound, None, None, None, "no model is being served")
+    task, method, figure = bound.key
+    against = served if bound.over_served and served is not None else figures
+    key = (task, bound.over or method, figure)
+    other = against.get(key)
+    if other is None or math.isnan(other.value):
+        where = " of the model being served" if bound.over_served else ""
+        return Result(bound, None, None, None, _missing(key, against) + where)
+    if bound.ratio_at_least is not None:
+        if other.value <= 0:
+            return Result(bound, None, None, None, f"{'.'.join(key)} is {other.value:g}, which nothing can be a share of")
+        return Result(bound, own.value / other.value, None, None, f"{own.value:.4g} of {other.value:.4g}")
+    gain = difference(own, other)
+    if gain.resampled is None and own.resampled is not None:
+        return Result(bound, None, None, None, f"{'.'.join(key)} was measured on other data, so the difference has no paired interval")
+    low, high = gain.interval or (None, None)
+    return Result(bound, gain.value, low, high, f"{own.value:.4g} against {other.value:.4g}")
+
+
+def _missing(key: Key, figures: Mapping[Key, Estimate]) -> str:
+    name = ".".join(key)
+    if key in figures:
+        return f"{name} has no value"
+    return f"{name} was not measured" + (f"; {nearest(name, ['.'.join(known) for known in figures])}" if figures else "")
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    *parents, last = [str(part) for part in first["loc"]] or [""]
+    where = ".".join([*parents, last])
+    if first["type"] == "extra_forbidden":
+        known = Bound.model_fields if parents else Gate.model_fields
+        return f"there is no key '{where}'; {nearest(last, known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"key '{where}': {message}" if where else f"{message}; expected a list 'bounds:'"

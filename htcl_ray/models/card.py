@@ -1,0 +1,177 @@
+"""The model card: what a model is, how to use it, and what an evaluation measured, in the Hugging Face model-index format too."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from htcl_ray.errors import MismatchError
+from htcl_ray.evaluation.figures import Task
+from htcl_ray.models.record import ModelRecord
+from htcl_ray.settings import Settings
+
+HEADLINES = {
+    ("text_to_audio", "recall@10"): "text-to-audio-retrieval",
+    ("text_to_audio", "median_rank"): "text-to-audio-retrieval",
+    ("probe_*", "accuracy"): "audio-classification",
+    ("cold", "ndcg@10"): "recommendation",
+    ("cold", "item_auc"): "recommendation",
+}
+"""Task and figure that a card shows of the model's own space → task type of the model-index."""
+SPACES = {1: "semantic", 2: "preference"}
+
+
+class Measured(Settings):
+    """One figure of an evaluation."""
+
+    task: str
+    title: str
+    """Of the task, for people."""
+    method: str
+    figure: str
+    value: float
+    low: float | None
+    """Of the 95 % interval; null where there is none."""
+    high: float | None
+    n: int
+
+
+class Evaluation(Settings):
+    """Content of `evaluation.json`."""
+
+    report: str
+    """Version of the report that holds everything."""
+    data: dict[str, Any]
+    """What it was measured on, such as `split` and `songs`."""
+    weights: str
+    """SHA-256 of the `model.safetensors` that was evaluated: the figures of other weights are not written again."""
+    figures: tuple[Measured, ...]
+
+
+def evaluation_of(tasks: Iterable[Task], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
+    """Every figure of the tasks that has a value; see `Evaluation` for the rest."""
+    figures = [
+        Measured(task=task.name, title=task.title, method=method, figure=figure, value=found.value, low=low, high=high, n=found.n)
+        for task in tasks
+        for method, of_method in task.methods.items()
+        for figure, found in of_method.items()
+        if not math.isnan(found.value)
+        for low, high in [found.interval or (None, None)]
+    ]
+    return Evaluation(report=report, data=dict(data), weights=weights, figures=tuple(figures))
+
+
+def read_evaluation(file: Path) -> Evaluation | None:
+    """The evaluation of a model folder, or None when it has none. Raises MismatchError when the file is something else."""
+    try:
+        return Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise MismatchError(f"{file} is not an evaluation of an HTCL model ({reason}); remove it or evaluate again") from None
+
+
+def headlines(record: ModelRecord, evaluation: Evaluation) -> list[tuple[str, Measured]]:
+    """The figures of the model's own space that a card shows, each with its task type."""
+    return [
+        (kind, item)
+        for (task, figure), kind in HEADLINES.items()
+        for item in evaluation.figures
+        if item.method == SPACES[record.stage] and item.figure == figure and fnmatch.fnmatchcase(item.task, task)
+    ]
+
+
+def model_card(record: ModelRecord, parameters: int, evaluation: Evaluation | None = None) -> str:
+    """README.md of a model folder."""
+    stage = {
+        1: "stage 1: audio and text in one semantic space, learned from songs and their descriptions",
+        2: "stage 2: a preference space, fine-tuned from a stage-1 model on songs that listeners like together",
+    }[record.stage]
+    audio = record.audio
+    seconds = record.model.window_seconds
+    windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
+    text = "none: it hears, but cannot read"
+    if record.text is not None:
+        text = record.text.settings.name_or_path or "a BERT trained from scratch on the catalogue's texts"
+    words = "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
+    return f"""---
+{_front_matter(record, evaluation)}
+---
+
+# HTCL music model, {SPACES[record.stage]} space
+
+Hierarchical two-stage contrastive learning of music representations (arXiv 2505.23298), {stage}.
+
+| | |
+|---|---|
+| Embedding | {record.model.dim} numbers, unit norm; compare by inner product |
+| Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {audio.n_mels} mel bands every {audio.hop_length} samples |
+| Input | {record.input}{windows} |
+| Audio encoder | {record.model.layers} layers, width {record.model.width} |
+| Text encoder | {text} |
+| Parameters | {parameters:,} |
+
+```python
+from htcl_ray.models import HTCL
+
+model = HTCL.from_pretrained("path/to/this/folder")
+song = model.embed_audio(waveform, sample_rate){words}
+```
+{_figures(record, evaluation)}
+The model has heard only the catalogue that it was trained on; how well it does there is in `manifest.json` beside this file, when it
+was made by `htcl pretrain` or `htcl finetune`. Similarities reflect that catalogue's descriptions and listeners, with their gaps.
+"""
+
+
+def _front_matter(record: ModelRecord, evaluation: Evaluation | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = None
+    if evaluation is not None:
+        results = [
+            EvalResult(
+                task_type=kind,
+                task_name=item.title,
+                dataset_type="held-out-catalogue",
+                dataset_name=_data_name(evaluation),
+                dataset_config=item.task,  # results of one type, such as two probes, are told apart by it
+                dataset_split=evaluation.data.get("split"),
+                dataset_revision=evaluation.report,
+                metric_type=item.figure,
+                metric_name=item.figure,
+                metric_value=item.value,
+                metric_args={"n": item.n} | ({} if item.low is None else {"interval_95": [item.low, item.high]}),
+            )
+            for kind, item in headlines(record, evaluation)
+        ]
+    tags = ["music", "audio", "contrastive-learning"]
+    name = f"HTCL, {SPACES[record.stage]} space" if results else None
+    return ModelCardData(library_name="htcl-ray", tags=tags, model_name=name, eval_results=results or None).to_yaml()
+
+
+def _figures(record: ModelRecord, evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    lines = [
+        f"| {item.title} | {item.figure} | {item.value:.4g} | {_interval(item)} | {item.n} |" for _, item in headlines(record, evaluation)
+    ]
+    if not lines:
+        return ""
+    head = "| Task | Figure | Value | 95 % interval | n |\n|---|---|---|---|---|"
+    return f"\nMeasured on {_data_name(evaluation)} (report {evaluation.report}):\n\n{head}\n" + "\n".join(lines) + "\n"
+
+
+def _interval(item: Measured) -> str:
+    return "–" if item.low is None else f"{item.low:.4g} to {item.high:.4g}"
+
+
+def _data_name(evaluation: Evaluation) -> str:
+    songs = f"{evaluation.data['songs']} " if "songs" in evaluation.data else ""
+    return f"{songs}held-out songs of its catalogue"
