@@ -69,15 +69,18 @@ def item_questions(
     asked = asked[candidates[asked["row"].to_numpy(dtype=np.int64)]]
     feedback = bool((events["value"] <= 0).any())
     everyone = np.arange(len(history))
-    found: tuple[list[int], list[np.ndarray], list[np.ndarray]] = ([], [], [])
+    rows: list[int] = []
+    positives: list[np.ndarray] = []
+    negatives: list[np.ndarray] = []
     for row, mine in asked.groupby("row", sort=True):
         liked = np.unique(mine.loc[mine["positive"], "user"].to_numpy(dtype=np.int64))
         others = np.setdiff1d(mine["user"].to_numpy(dtype=np.int64) if feedback else everyone, liked)
         positive, negative = ([user for user in users.tolist() if (user, row) not in met] for users in (liked, others))
         if min(len(positive), len(negative)) >= settings.min_item_users:
-            for part, value in zip(found, (int(row), np.array(positive), np.array(negative)), strict=True):
-                part.append(value)  # type: ignore[arg-type]
-    return ItemQuestions(np.array(found[0], dtype=np.int64), history.tolist(), found[1], found[2])
+            rows.append(int(row))
+            positives.append(np.array(positive))
+            negatives.append(np.array(negative))
+    return ItemQuestions(np.array(rows, dtype=np.int64), history.tolist(), positives, negatives)
 
 
 def item_auc(asked: ItemQuestions, scorer: Scorer) -> np.ndarray:
