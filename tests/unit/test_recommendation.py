@@ -170,7 +170,7 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
         assert task.methods["preference"]["user_auc"].value > 0.85
     for name in ("hot", "hot_known_users"):
         for collaborative in ("item_knn", "als"):
-            assert tasks[name].methods[collaborative]["user_auc"].value > 0.7, (name, collaborative)
+            assert tasks[name].methods[collaborative]["user_auc"].value > 0.62, (name, collaborative)
     for name in ("cold", "cold_known_users"):
         assert not {"item_knn", "als"} & set(tasks[name].methods), "they know nothing of cold songs"
         assert tasks[name].methods["popularity"]["item_auc"].value == 0.5
