@@ -18,7 +18,7 @@ from htcl_ray.settings import EvaluateSettings
 SHUFFLES = 3
 """Permutations that the shuffled control is averaged over."""
 ITEM_NEIGHBORS = 100
-ALS_FACTORS, ALS_REGULARIZATION, ALS_ITERATIONS, ALS_ALPHA = 64, 0.05, 15, 10.0
+ALS_REGULARIZATION, ALS_ITERATIONS, ALS_ALPHA = 0.05, 15, 10.0
 
 Scorer = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
 """Histories of some users and candidate songs, as catalogue rows → float [users, candidates]; higher is better."""
@@ -133,6 +133,11 @@ def item_knn_scorer(listened: sparse.csr_matrix, neighbors: int = ITEM_NEIGHBORS
     return score
 
 
+def als_factors(users: int) -> int:
+    """64, or one for every ten training users when they are few: more would memorise who heard what."""
+    return min(64, max(4, users // 10))
+
+
 def als_scorer(listened: sparse.csr_matrix, seed: int) -> Scorer | None:
     """Implicit ALS (Hu, Koren and Volinsky 2008); a user's factors are solved for from their history. None without `implicit`."""
     try:
@@ -141,7 +146,7 @@ def als_scorer(listened: sparse.csr_matrix, seed: int) -> Scorer | None:
         return None
     with threadpool_limits(1, "blas"):  # it warns when BLAS has threads of its own
         model: Any = AlternatingLeastSquares(
-            factors=ALS_FACTORS,
+            factors=als_factors(listened.shape[0]),
             regularization=ALS_REGULARIZATION,
             alpha=ALS_ALPHA,
             iterations=ALS_ITERATIONS,

@@ -45,7 +45,7 @@ def test_als_folds_a_user_in_by_the_closed_form():
     from implicit.cpu.als import AlternatingLeastSquares
 
     model = AlternatingLeastSquares(
-        factors=baselines.ALS_FACTORS,
+        factors=baselines.als_factors(40),
         regularization=baselines.ALS_REGULARIZATION,
         alpha=baselines.ALS_ALPHA,
         iterations=baselines.ALS_ITERATIONS,
