@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,19 @@ def write_index(config: Config, tmp: Path, version: str = "index-0", models: str
     workspace.publish(tmp / version, f"index/{version}", index.manifest)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    config = small_config(folder / "workspace")
+    write_models(config, folder)
+    write_index(config, folder)
+    return folder / "workspace"
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
-    config = small_config(tmp_path / "workspace")
-    write_models(config, tmp_path)
-    write_index(config, tmp_path)
-    return config
+def config(made: Path, tmp_path: Path) -> Config:
+    shutil.copytree(made, tmp_path / "workspace")
+    return small_config(tmp_path / "workspace")
 
 
 @pytest.fixture
@@ -262,7 +270,7 @@ def test_the_newest_accepted_is_the_default(config: Config, workspace: Workspace
     assert artifacts.models(workspace).semantic.version == "semantic-1"
     record_verdict(workspace, "models/preference/preference-1", verdict(0.4), "report-1", {})
     assert artifacts.models(workspace) == Models(artifacts.models(workspace, "semantic-1").semantic, None)
-    assert capsys.readouterr().out.splitlines()[0] == "models/preference/preference-1 is passed over: its gate failed"
+    assert capsys.readouterr().err.splitlines()[0] == "models/preference/preference-1 is passed over: its gate failed"
     assert artifacts.index(workspace).version == "index-0", "the one of a failed model is passed over"
     record_verdict(workspace, "models/semantic/semantic-1", verdict(0.4), "report-1", {})
     found = artifacts.models(workspace)
@@ -288,3 +296,19 @@ def test_the_index_of_models(config: Config, workspace: Workspace, tmp_path: Pat
 def test_evidence_is_plain_json(workspace: Workspace):
     judged(workspace, 0.6)
     json.loads(workspace.read_bytes(f"{INDEX}/gate.json"), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_workspace_on_object_storage_is_judged_and_checked(
+    config: Config, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Workspace, "is_local", False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    judged(workspace, 0.6)
+    assert check(workspace, PREFERENCE) is check(workspace, INDEX) is True
+    assert len(SearchService.open(config).search_songs([song_id(0)], k=3).hits) == 3
+    judged(workspace, 0.4)
+    with pytest.raises(GateError, match="gate of index index-0 failed"):
+        SearchService.open(config, "index-0")
+    flip_manifest(workspace)
+    with pytest.raises(MismatchError, match="gave passed, but the values"):
+        check(workspace, PREFERENCE)
