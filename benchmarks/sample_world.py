@@ -1,24 +1,18 @@
-"""What the demo preset learns on the sample world, over seeds, beside two negative controls.
+"""What the demo preset learns on the sample world, over seeds, and what each part of the method is worth.
 
     python -m benchmarks.sample_world [--seeds 0 1 2] [--out FOLDER]
 
-For each seed: a sample world of that seed, every step with the demo preset and that seed, and the evaluation's figures. Then
+For each seed: a sample world of that seed, every step with the demo preset and that seed, the evaluation's figures, and
+`htcl evaluate --ablate`: the method without each of its parts, and two controls, shuffled captions and shuffled pairs. Their table over
+all seeds holds means over seeds; its intervals resample artists or users within each seed's world.
 
-* shuffled captions: the song texts dealt out to the wrong songs before preprocess; stage 1 alone. Genres stay true, so that the probe
-  asks what the sound itself gives away.
-* shuffled pairs: stage 2 from the same stage-1 model, but the recalled songs of the training pairs dealt out to the wrong triggers;
-  the log that it is evaluated on stays true.
-
-Prints one table and writes benchmarks/results/sample_world.json. Done steps are skipped when --out is given again.
+Prints both tables and writes benchmarks/results/sample_world.json. Done steps are skipped when --out is given again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -26,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import write_result
 from htcl_ray.config import Config, resolve
+from htcl_ray.evaluation.ablation import ablation_table, ablation_tree
+from htcl_ray.evaluation.bootstrap import Estimate
+from htcl_ray.evaluation.saved import Key, from_table
+from htcl_ray.pipelines.ablate import ablate
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.index import build_index
@@ -65,86 +61,49 @@ def run(config: Config, *steps: Any) -> tuple[dict[str, Any], dict[str, float]]:
     return json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8")), seconds
 
 
-def true_world(folder: Path, tables: SampleTables, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
-    return run(configuration(folder / "true", tables, seed), preprocess, pretrain, finetune, embed, build_index)
+def value(report: dict[str, Any], task: str, method: str, figure: str) -> float:
+    return report["tasks"][task]["methods"][method][figure]["value"]
 
 
-def shuffled_captions(folder: Path, tables: SampleTables, seed: int) -> dict[str, Any]:
-    with tables.catalog.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    texts = [" ".join(row[name] for name in TEXT_COLUMNS) for row in rows]
-    random.Random(seed).shuffle(texts)
-    catalog = folder / "shuffled_captions.csv"
-    with catalog.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], "caption"])
-        writer.writeheader()
-        for row, text in zip(rows, texts, strict=True):
-            audio = row["audio_path"] and str(tables.catalog.parent / row["audio_path"])
-            writer.writerow({**row, "audio_path": audio, "caption": text})
-    config = configuration(folder / "shuffled_captions", SampleTables(catalog, tables.interactions), seed)
-    return run(config.with_overrides({"data.interactions": [], "data.text_columns": ["caption"]}), preprocess, pretrain, embed)[0]
-
-
-def shuffled_pairs(folder: Path, tables: SampleTables, seed: int) -> dict[str, Any]:
-    """The true workspace without its stage 2, and with another song as the recalled one of every training pair."""
-    target = folder / "shuffled_pairs"
-    if not target.exists():
-        unfinished = folder / "shuffled_pairs.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for name in ("features", "events", "pairs", "models/semantic"):
-            shutil.copytree(folder / "true" / name, unfinished / name)
-        workspace = Workspace(str(unfinished))
-        for version in workspace.children("pairs"):
-            for name in workspace.children(f"pairs/{version}"):
-                if name.endswith(".parquet"):
-                    workspace.write_table(f"pairs/{version}/{name}", _permute(workspace, f"pairs/{version}/{name}", seed))
-        unfinished.rename(target)
-    return run(configuration(target, tables, seed), finetune, embed)[0]
-
-
-def _permute(workspace: Workspace, path: str, seed: int) -> pa.Table:
-    """Training pairs with their recalled songs exchanged by one permutation of songs, so that each song's weight stays as skewed."""
-    table = pq.read_table(workspace.full(path))
-    training = np.array(table["split"].to_pylist()) == "train"
-    recalled = np.array(table["song_id"].to_pylist(), dtype=object)
-    songs = np.unique(recalled[training].astype(str))
-    other = dict(zip(songs, np.random.default_rng(seed).permutation(songs), strict=True))
-    recalled[training] = [other[song] for song in recalled[training]]
-    return table.set_column(table.schema.get_field_index("song_id"), table.schema.field("song_id"), pa.array(recalled, pa.string()))
-
-
-def figures(true: dict[str, Any], captions: dict[str, Any], pairs: dict[str, Any]) -> dict[str, float]:
+def figures(report: dict[str, Any]) -> dict[str, float]:
     """The figures that the table shows, of one seed."""
-    semantic, methods = true["semantic"], true["recommendation"]["methods"]
-
-    def rank_share(report: dict[str, Any], space: str) -> float:
-        return report["semantic"][space]["text_to_audio"]["median_rank"] / report["data"]["songs"]
-
-    stage_one, stage_two = methods["semantic"]["ndcg@10"], methods["preference"]["ndcg@10"]
+    songs = report["data"]["songs"]
+    stage_one, stage_two = (value(report, "cold", space, "ndcg@10") for space in ("semantic", "preference"))
+    probe = {method: value(report, "probe_genre", method, "accuracy") for method in ("semantic", "preference", "commonest", "log_mel")}
+    cold = ("semantic", "preference", "blend_0.5", "popularity", "random", "shuffled", "log_mel", "genre")
     return {
-        "text→audio median rank / gallery, stage 1": rank_share(true, "semantic"),
-        "text→audio median rank / gallery, stage 2": rank_share(true, "preference"),
-        "text→audio recall@10, stage 1": semantic["semantic"]["text_to_audio"]["recall@10"],
-        "text→audio recall@10, chance": semantic["semantic"]["text_to_audio"]["chance"]["recall@10"],
-        "genre probe, stage 1": semantic["semantic"]["probe"]["accuracy"],
-        "genre probe, stage 2": semantic["preference"]["probe"]["accuracy"],
-        "genre probe, chance": semantic["semantic"]["probe"]["chance"],
-        "genre probe, stage 2 − stage 1": semantic["preference"]["probe"]["accuracy"] - semantic["semantic"]["probe"]["accuracy"],
-        "cold NDCG@10, stage 1": stage_one,
-        "cold NDCG@10, stage 2": stage_two,
-        "cold NDCG@10, blend 0.5": methods["blend_0.5"]["ndcg@10"],
-        "cold NDCG@10, popularity": methods["popularity"]["ndcg@10"],
-        "cold NDCG@10, random": methods["random"]["ndcg@10"],
-        "cold NDCG@10, shuffled vectors": methods["shuffled"]["ndcg@10"],
+        "text→audio median rank / gallery, stage 1": value(report, "text_to_audio", "semantic", "median_rank") / songs,
+        "text→audio median rank / gallery, stage 2": value(report, "text_to_audio", "preference", "median_rank") / songs,
+        "text→audio recall@10, stage 1": value(report, "text_to_audio", "semantic", "recall@10"),
+        "text→audio recall@10, stage 2": value(report, "text_to_audio", "preference", "recall@10"),
+        "text→audio recall@10, chance": value(report, "text_to_audio", "random", "recall@10"),
+        **{f"genre probe, {method}": found for method, found in probe.items()},
+        "genre probe, stage 2 − stage 1": probe["preference"] - probe["semantic"],
+        **{f"cold NDCG@10, {method}": value(report, "cold", method, "ndcg@10") for method in cold},
         "cold NDCG@10, stage 2 / stage 1": stage_two / stage_one,
-        "cold user AUC, stage 1": methods["semantic"]["auc"],
-        "cold user AUC, stage 2": methods["preference"]["auc"],
-        "shuffled captions: text→audio median rank / gallery": rank_share(captions, "semantic"),
-        "shuffled captions: genre probe, stage 1": captions["semantic"]["semantic"]["probe"]["accuracy"],
-        "shuffled pairs: cold NDCG@10, stage 2": pairs["recommendation"]["methods"]["preference"]["ndcg@10"],
-        "shuffled pairs: stage 2 / stage 1": pairs["recommendation"]["methods"]["preference"]["ndcg@10"] / stage_one,
-        "shuffled pairs: genre probe, stage 2": pairs["semantic"]["preference"]["probe"]["accuracy"],
+        **{f"cold user AUC, {method}": value(report, "cold", method, "user_auc") for method in ("semantic", "preference", "log_mel")},
+        **{
+            f"cold item AUC, known users, {method}": value(report, "cold_known_users", method, "item_auc")
+            for method in ("semantic", "preference", "popularity")
+        },
+        **{
+            f"hot NDCG@10, {method}": value(report, "hot", method, "ndcg@10")
+            for method in ("semantic", "preference", "popularity", "item_knn", "als")
+        },
     }
+
+
+def average(found: list[Estimate]) -> Estimate:
+    """The mean over seeds; worlds are independent, so resample r of each gives resample r of the mean."""
+    resampled = [item.resampled for item in found]
+    mean = None if any(item is None for item in resampled) else np.mean(np.stack([item for item in resampled if item is not None]), axis=0)
+    return Estimate(statistics.mean(item.value for item in found), sum(item.n for item in found), mean, "all seeds")
+
+
+def ablation_figures(folder: Path, reports: dict[str, str]) -> dict[str, dict[Key, Estimate]]:
+    """Of each variant, from the reports below the workspace's `ablations/`."""
+    places = {path.parent.name: path.parent for path in folder.glob("ablations/*/*/reports/*/figures.parquet")}
+    return {variant: from_table(Workspace(str(places[name].parent)).read_tables(name)) for variant, name in reports.items()}
 
 
 def main() -> None:
@@ -155,24 +114,42 @@ def main() -> None:
     out = options.out or Path(tempfile.mkdtemp(prefix="sample-world-"))
     found: dict[int, dict[str, float]] = {}
     sizes: dict[int, dict[str, Any]] = {}
+    ablations: dict[int, dict[str, dict[Key, Estimate]]] = {}
     for seed in options.seeds:
         folder = out.absolute() / f"seed-{seed}"
         started = time.monotonic()
-        tables = write_sample(folder / "sample", seed=seed)
-        true, seconds = true_world(folder, tables, seed)
-        found[seed] = figures(true, shuffled_captions(folder, tables, seed), shuffled_pairs(folder, tables, seed))
-        sizes[seed] = {"seconds": seconds, "minutes_with_controls": round((time.monotonic() - started) / 60, 1), **_sizes(true)}
+        config = configuration(folder / "true", write_sample(folder / "sample", seed=seed), seed)
+        report, seconds = run(config, preprocess, pretrain, finetune, embed, build_index)
+        found[seed] = figures(report)
+        tree = json.loads((Path(ablate(config).location) / "report.json").read_text(encoding="utf-8"))
+        ablations[seed] = ablation_figures(folder / "true", tree["reports"])
+        minutes = round((time.monotonic() - started) / 60, 1)
+        sizes[seed] = {"seconds": seconds, "minutes_with_ablations": minutes, **report["data"], **report["tasks"]["cold"]["counts"]}
     mean = {name: statistics.mean(found[seed][name] for seed in found) for name in found[options.seeds[0]]}
     show = Table("figure", *(f"seed {seed}" for seed in found), "mean")
-    for name, value in mean.items():
-        show.add_row(name, *(f"{found[seed][name]:.3f}" for seed in found), f"{value:.3f}")
+    for name, of_all in mean.items():
+        show.add_row(name, *(f"{found[seed][name]:.3f}" for seed in found), f"{of_all:.3f}")
     Console().print(show)
-    result = {"config": resolve("demo").model_dump(mode="json"), "mean": mean, "seeds": found, "sizes": sizes}
+    variants = list(ablations[options.seeds[0]])
+    shared = {
+        variant: {
+            key: average([ablations[seed][variant][key] for seed in options.seeds])
+            for key in ablations[options.seeds[0]][variant]
+            if all(key in ablations[seed][variant] for seed in options.seeds)
+        }
+        for variant in variants
+    }
+    over_seeds = ablation_tree(shared)
+    Console(width=160).print(ablation_table(over_seeds))
+    result = {
+        "config": resolve("demo").model_dump(mode="json"),
+        "mean": mean,
+        "seeds": found,
+        "ablation_over_seeds": over_seeds,
+        "ablation_of_seed": {seed: ablation_tree(ablations[seed])["variants"] for seed in ablations},
+        "sizes": sizes,
+    }
     print(f"written: {write_result('sample_world', result)}; workspaces are in {out}")
-
-
-def _sizes(report: dict[str, Any]) -> dict[str, Any]:
-    return {**report["data"], **report["recommendation"]["task"]}
 
 
 if __name__ == "__main__":

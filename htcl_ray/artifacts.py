@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -179,7 +180,7 @@ def _newest(found: list[Artifact], accepted: bool, failed: Callable[[Artifact], 
     for item in reversed(found):
         if not (accepted and failed(item)):
             return item
-        print(f"{item.path} is passed over: its gate failed", flush=True)
+        print(f"{item.path} is passed over: its gate failed", file=sys.stderr, flush=True)
     return None
 
 

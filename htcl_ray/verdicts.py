@@ -50,7 +50,7 @@ def record_verdict(workspace: Workspace, path: str, verdict: Verdict, report_run
         "files": _judged_files(manifest),
     }
     workspace.write_json(f"{path}/{EVIDENCE}", evidence)
-    files = {**manifest["files"], EVIDENCE: _sha256(workspace, f"{path}/{EVIDENCE}")}
+    files = {**manifest.get("files", {}), EVIDENCE: _sha256(workspace, f"{path}/{EVIDENCE}")}
     workspace.finish(path, {**manifest, "files": files, "gate": {"passed": verdict.passed, "report": report_run}})
 
 
@@ -73,9 +73,9 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
         return None
     gate = manifest["gate"]
     claimed = gate.get("passed") if isinstance(gate, dict) else gate
-    if EVIDENCE not in manifest["files"] or not workspace.exists(f"{path}/{EVIDENCE}"):
+    if EVIDENCE not in manifest.get("files", {}) or not workspace.exists(f"{path}/{EVIDENCE}"):
         raise MismatchError(f"the manifest of {where} says that its gate gave {_word(claimed)}, but {EVIDENCE} is missing; {AGAIN}")
-    for name, recorded in manifest["files"].items():
+    for name, recorded in manifest.get("files", {}).items():
         if workspace.exists(f"{path}/{name}"):
             found = _sha256(workspace, f"{path}/{name}")
             if found != recorded:
@@ -115,7 +115,7 @@ def refuse_failed(workspace: Workspace, index: Artifact, models: Models, allow: 
 
 
 def _judged_files(manifest: Mapping[str, Any]) -> dict[str, str]:
-    return {name: sha256 for name, sha256 in manifest["files"].items() if name not in (EVIDENCE, *DESCRIPTIONS)}
+    return {name: sha256 for name, sha256 in manifest.get("files", {}).items() if name not in (EVIDENCE, *DESCRIPTIONS)}
 
 
 def _sha256(workspace: Workspace, path: str) -> str:

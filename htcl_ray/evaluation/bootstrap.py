@@ -15,6 +15,8 @@ import numpy as np
 from htcl_ray.storage import fingerprint
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-6
+"""Differences of resampled figures below this are rounding of single precision."""
 
 
 @dataclass(frozen=True)
@@ -99,4 +101,4 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 def is_shown(estimate: Estimate) -> bool | None:
     """Whether a difference is shown: its interval does not hold 0. None without an interval."""
     interval = estimate.interval
-    return None if interval is None else not interval[0] <= 0 <= interval[1]
+    return None if interval is None else interval[0] > ROUNDING or interval[1] < -ROUNDING

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from threadpoolctl import threadpool_limits
 
 from htcl_ray.evaluation.scorers import Scorer
 from htcl_ray.evaluation.songs import Songs
@@ -48,6 +47,7 @@ def als_scorer(listened: sparse.csr_matrix, seed: int) -> Scorer | None:
     """Implicit ALS (Hu, Koren and Volinsky 2008); a user's factors are solved for from their history. None without `implicit`."""
     try:
         from implicit.cpu.als import AlternatingLeastSquares
+        from threadpoolctl import threadpool_limits
     except ImportError:
         return None
     with threadpool_limits(1, "blas"):  # it warns when BLAS has threads of its own

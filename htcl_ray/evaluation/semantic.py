@@ -86,6 +86,12 @@ def rank_figures(ranks: np.ndarray, ks: Sequence[int], draws: Draws) -> dict[str
     }
 
 
+def rank_summary(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """`recall@k`, `mrr` and `median_rank` of first correct ranks, float [queries], without uncertainty."""
+    recall = {f"recall@{k}": float((ranks <= k).mean()) for k in ks}
+    return {**recall, "mrr": float((1 / ranks).mean()), "median_rank": float(np.median(ranks))}
+
+
 def chance_figures(gallery: int, correct: np.ndarray, ks: Sequence[int], draws: Draws) -> dict[str, Estimate]:
     """The expected figures of a random order of `gallery` items; `correct`: int [queries], how many of them answer each query."""
     values, which = np.unique(correct, return_inverse=True)

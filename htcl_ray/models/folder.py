@@ -146,7 +146,7 @@ def write_evaluation(workspace: Workspace, path: str, tasks: Iterable[Task], rep
     for name, content in written.items():
         workspace.write_bytes(f"{path}/{name}", content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
-    workspace.finish(path, {**manifest, "files": {**manifest["files"], **hashes}})
+    workspace.finish(path, {**manifest, "files": {**manifest.get("files", {}), **hashes}})
 
 
 def _parameters(folder: Path) -> int:

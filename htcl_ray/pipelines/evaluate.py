@@ -26,6 +26,7 @@ from htcl_ray.evaluation.report_page import html
 from htcl_ray.evaluation.saved import Key, from_table, to_table
 from htcl_ray.evaluation.songs import Songs, with_blend
 from htcl_ray.evaluation.soundness import index_task
+from htcl_ray.models.folder import write_evaluation
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.pipelines.soundness import check_soundness
 from htcl_ray.retrieval.encoder import SongEncoder
@@ -156,6 +157,9 @@ def _write(workspace: Workspace, config: Config, inputs: Inputs, path: str, meas
     workspace.write_bytes(f"{path}/config.yaml", config.as_yaml().encode())
     workspace.write_table(f"{path}/{FIGURES}", to_table(figures))
     workspace.finish(path, manifest)
+    for artifact in (inputs.models.semantic, inputs.models.preference):
+        if artifact is not None:
+            write_evaluation(workspace, artifact.path, [*measured.tasks, *more], run, measured.data)
     return report
 
 

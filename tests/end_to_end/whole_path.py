@@ -40,15 +40,17 @@ class Outcome:
 
     def median_rank_share(self) -> float:
         """Median rank of text → audio in the semantic space, as a share of the gallery; 0.5 is chance."""
-        found = self.report["semantic"]["semantic"]["text_to_audio"]
-        return found["median_rank"] / self.report["data"]["songs"]
+        return self.figure("text_to_audio", "semantic", "median_rank") / self.report["data"]["songs"]
 
     def probe(self, space: str = "semantic") -> float:
-        return self.report["semantic"][space]["probe"]["accuracy"]
+        return self.figure("probe_genre", space, "accuracy")
 
     def user_auc(self, method: str) -> float:
         """Mean over held-out users of the AUC of cold songs; 0.5 is chance, and its standard error here about 0.03."""
-        return self.report["recommendation"]["methods"][method]["auc"]
+        return self.figure("cold", method, "user_auc")
+
+    def figure(self, task: str, method: str, figure: str) -> float:
+        return self.report["tasks"][task]["methods"][method][figure]["value"]
 
 
 def configuration(workspace: Path, tables: SampleTables, **overrides: Any) -> Config:

@@ -1,4 +1,4 @@
-"""The evaluation step on a workspace with made-up vectors: what it finds, refuses, writes and repeats."""
+"""The evaluation step on real, tiny models: what it finds, refuses, writes and repeats; comparison and gate over its reports."""
 
 from __future__ import annotations
 
@@ -6,211 +6,193 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
+import jsonschema
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from htcl_ray import schemas
 from htcl_ray.artifacts import StepResult
+from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
-from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
+from htcl_ray.errors import ConfigError, LeakageError, MismatchError, StepError, WorkspaceError
+from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation import report as reports
+from htcl_ray.evaluation.report_model import Report
+from htcl_ray.models import HTCL
 from htcl_ray.pipelines import evaluate as step
-from htcl_ray.retrieval.vectors import Vectors
-from htcl_ray.storage import Workspace, build_manifest
+from htcl_ray.pipelines.compare import compare
+from htcl_ray.pipelines.gate import evaluate_and_judge
+from htcl_ray.storage import Workspace
+from tests.evaluated_workspace import SONGS, encode_features, write_evaluated
 
 pytestmark = pytest.mark.unit
 
-GENRES = ("rock", "jazz", "folk", "ambient")
-DIM = 8
 
-
-class World:
-    """Songs with a direction for each genre in semantic space, and one for each taste, hidden from text, in preference space."""
-
-    def __init__(self, songs: int = 120) -> None:
-        generator = np.random.default_rng(0)
-        self.ids = [f"s{i:03}" for i in range(songs)]
-        self.genre = generator.integers(0, 4, songs)
-        self.taste = generator.integers(0, 4, songs)
-        self.split = np.array([("train", "validation", "test", "test")[i % 4] for i in range(songs)])
-        self.texts = [f"{GENRES[g]} <b>{i // 8}" for i, g in enumerate(self.genre)]  # some songs share their text
-        noise = 0.3 * generator.normal(size=(2, songs, DIM))
-        self.semantic = _unit(np.eye(DIM)[self.genre] + noise[0])
-        self.preference = _unit(np.eye(DIM)[self.genre] + np.eye(DIM)[4 + self.taste] + noise[1])
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        return np.eye(DIM, dtype=np.float32)[[GENRES.index(text.split()[0]) for text in texts]]
-
-    def events(self) -> pa.Table:
-        generator = np.random.default_rng(1)
-        rows = []
-        for user in range(40):
-            liked = generator.integers(0, 4)
-            for song in generator.choice(len(self.ids), 40, replace=False):
-                late = self.split[song] == "test"
-                rows.append(
-                    {
-                        "user_id": f"u{user}",
-                        "song_id": self.ids[song],
-                        "value": 1.0 if self.taste[song] == liked else -1.0,
-                        "timestamp": 9.0 if late else 1.0,
-                        "held_out_user": user % 2 == 0,
-                        "period": "test" if late else "train",
-                    }
-                )
-        return pa.Table.from_pylist([{"trigger_song_id": None, **row} for row in rows], schema=schemas.EVENTS)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    made = World()
-
-    def load(semantic: object, preference: object | None) -> SimpleNamespace:
-        def encode_texts(texts: list[str]) -> SimpleNamespace:
-            vectors = made.encode(texts)
-            return Vectors(vectors, vectors if preference else None)
-
-        return SimpleNamespace(encode_texts=encode_texts)
-
-    monkeypatch.setattr(step, "SongEncoder", SimpleNamespace(load=load))
-    return made
-
-
-def write(world: World, folder: object, *, stage_two: bool = True, log: bool = True) -> Config:
-    """A workspace as the other steps leave it, without the sound."""
-    config = resolve("demo", assignments=[f"workspace={folder}"])
-    workspace = Workspace(str(folder))
-
-    def finish(path: str, **inputs: object) -> None:
-        workspace.finish(path, build_manifest("test", config=config.model_dump(mode="json"), inputs=inputs))
-
-    columns = {
-        "song_id": world.ids,
-        "text": world.texts,
-        "split": world.split.tolist(),
-        **{name: pa.nulls(len(world.ids), schemas.METADATA.field(name).type) for name in schemas.METADATA.names},
-        "genre": pa.array([[GENRES[g], "other"] for g in world.genre], schemas.METADATA.field("genre").type),
-        "artist": [f"{split} artist {i % 12}" for i, split in enumerate(world.split)],
-    }
-    workspace.write_table("features/f/shard-00000.parquet", pa.table(columns))
-    finish("features/f")
-    finish("models/semantic/m1", features="f")
-    if stage_two:
-        finish("models/preference/m2", model="m1")
-    vectors = {"song_id": world.ids, "semantic": world.semantic.tolist(), "preference": world.preference.tolist() if stage_two else None}
-    order = np.random.default_rng(0).permutation(len(world.ids))
-    rows = [{key: column[i] if column else None for key, column in vectors.items()} for i in order]
-    workspace.write_table("embeddings/e/part-0.parquet", pa.Table.from_pylist(rows, schema=schemas.embeddings_schema(DIM)))
-    finish("embeddings/e", features="f", semantic="m1", preference="m2" if stage_two else None)
-    if log:
-        workspace.write_table("events/v/part-0.parquet", world.events())
-        finish("events/v", features="f")
-    return config
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, StepResult]:
+    """One workspace and its report, for tests that only read."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = write_evaluated(folder / "workspace", folder)
+    return config, step.evaluate(config)
 
 
 def read(result: StepResult) -> dict:
     return json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8"))
 
 
-def test_both_stages_and_controls_side_by_side(world: World, tmp_path, capsys):
-    config = write(world, tmp_path)
-    result = step.evaluate(config)
-    report = read(result)
-    assert report["spaces"] == ["semantic", "preference", "blend_0.5"]
-    assert report["data"] == {
-        "split": "test",
-        "songs": 60,
-        "unique_texts": len({world.texts[i] for i in range(120) if i % 4 > 1}),
-        "artists": 6,
-        "artists_also_in_training": 0,
-        "training_songs": 30,
+def values(report: dict, task: str, figure: str) -> dict[str, float]:
+    return {method: found[figure]["value"] for method, found in report["tasks"][task]["methods"].items() if figure in found}
+
+
+def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Config, StepResult]):
+    report = read(evaluated[1])
+    spaces, controls = ["semantic", "preference", "blend_0.5"], ["random", "popularity", "log_mel", "genre"]
+    hot = ["item_knn", "als", "shuffled"]
+    assert {name: list(task["methods"]) for name, task in report["tasks"].items()} == {
+        "text_to_audio": [*spaces, "random", "shuffled"],
+        "audio_to_text": [*spaces, "random", "shuffled"],
+        "zero_shot_genre": [*spaces, "random"],
+        "probe_genre": [*spaces, "log_mel", "shuffled", "commonest"],
+        "zero_shot_tags": [*spaces, "random"],
+        "probe_tags": [*spaces, "log_mel", "shuffled", "random"],
+        "cold": [*spaces, *controls, "shuffled"],
+        "cold_known_users": [*spaces, *controls, "shuffled"],
+        "hot": [*spaces, *controls, *hot],
+        "hot_known_users": [*spaces, *controls, *hot],
+        "collapse": ["semantic", "preference"],
+        "determinism": ["semantic", "preference"],
+        "index": ["index"],
     }
-    semantic = report["semantic"]["semantic"]
-    assert semantic["text_to_audio"]["gallery"] == 60
-    assert semantic["probe"]["accuracy"] > 0.9 > 0.5 > semantic["probe"]["chance"]
-    methods = report["recommendation"]["methods"]
-    assert list(methods) == ["semantic", "preference", "blend_0.5", "random", "popularity", "shuffled"]
-    assert methods["preference"]["ndcg@10"] > 1.5 * methods["semantic"]["ndcg@10"]
-    assert methods["random"]["auc"] == 0.5
-    assert methods["shuffled"]["auc"] == pytest.approx(0.5, abs=0.06)
-    assert report["inputs"] == {"features": "f", "semantic": "m1", "preference": "m2", "embeddings": "e", "events": "v"}
+    assert report["data"]["songs"] == SONGS // 2
+    assert report["data"]["artists"] == 4
+    assert {kind: found["shared"] for kind, found in report["leakage"].items()}.keys() >= {"songs", "artists", "users", "times"}
+    assert values(report, "index", "recall@10") == {"index": 1.0}
+    assert values(report, "cold", "user_auc")["random"] == 0.5
+    assert values(report, "cold", "user_auc")["genre"] > 0.8, "the users of this log like genres"
+    assert len(report["pictures"]["blend_curve"]) == 11
+    for figure in ("repeat_difference", "padding_difference", "stored_difference"):
+        assert max(values(report, "determinism", figure).values()) < 1e-5
+    assert max(values(report, "determinism", "from_audio_difference").values()) < 0.05
+
+
+def test_every_figure_has_its_n_and_those_of_samples_their_interval(evaluated: tuple[Config, StepResult]):
+    for name, task in read(evaluated[1])["tasks"].items():
+        for method, found in task["methods"].items():
+            for figure, item in found.items():
+                assert item["n"] > 0, (name, method, figure)
+                if task["control"] and figure.partition("@")[0] not in ("coverage", "gini"):
+                    assert item["low"] <= item["value"] + 1e-6, (name, method, figure)
+                    assert item["high"] >= item["value"] - 1e-6, (name, method, figure)
+                    assert (item["shown"] is None) == (method == task["control"]), (name, method, figure)
+
+
+def test_both_stages_answer_with_their_own_towers(evaluated: tuple[Config, StepResult]):
+    config, result = evaluated
+    workspace = Workspace(config.workspace)
+    texts = workspace.read_tables("features/features-1", ["song_id", "text"]).sort_by("song_id")["text"].to_pylist()[1::2]
+    vectors = encode_features(config)
+    assert vectors.preference is not None
+    for space, songs in (("semantic", vectors.semantic), ("preference", vectors.preference)):
+        folder = workspace.full(f"models/{space}/{space}-0")
+        scores = HTCL.from_pretrained(folder).embed_text(texts).detach().numpy() @ songs[1::2].T
+        ranks = [1 + (row > row[i]).sum() for i, row in enumerate(scores)]
+        assert values(read(result), "text_to_audio", "mrr")[space] == pytest.approx(np.mean(1 / np.array(ranks)))
+
+
+def test_the_report_fits_its_schema_and_its_figures_their_table(evaluated: tuple[Config, StepResult]):
+    config, result = evaluated
+    report = read(result)
+    schema = json.loads((Path(result.location) / "report.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(report)
+    assert Report.model_validate(report).run == report["run"]
+    broken = report | {"tasks": {"cold": {"methods": {}}}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate(broken)
+    figures = step.read_figures(Workspace(config.workspace), report["run"])
+    for (task, method, figure), item in figures.items():
+        written = report["tasks"][task]["methods"][method][figure]
+        assert written["value"] == (None if np.isnan(item.value) else item.value)
+    assert {row["method"] for row in report["differences"]} == {"preference"}
+    row = next(row for row in report["differences"] if (row["task"], row["figure"]) == ("cold", "ndcg@10"))
+    gain = bootstrap.difference(figures["cold", "preference", "ndcg@10"], figures["cold", "semantic", "ndcg@10"])
+    assert (row["value"], (row["low"], row["high"])) == (gain.value, gain.interval)
+
+
+def test_the_command_in_the_report_repeats_it(evaluated: tuple[Config, StepResult], capsys):
+    config, result = evaluated
+    report = read(result)
     assert resolve(assignments=[]).model_validate(report["config"]) == config
-    task = report["recommendation"]["task"]
-    assert task["users"] + task["users_with_short_history"] + task["users_without_target"] == 20
-    assert task["cold_songs"] == 60
-    printed = capsys.readouterr().out
-    assert "stage 2" in printed
-    assert "popularity" in printed
-    match = r"text→audio median rank [\d.]+ of 60, genre probe 0\.\d\d \(stage 1: .*\), cold NDCG@10 0\.\d\d \(stage 1: 0\.\d\d\)"
-    assert re.fullmatch(match, result.summary)
+    arguments = report["command"].split()[1:]
+    assert main(arguments) == 0
+    assert "evaluate: already done" in capsys.readouterr().out
 
 
-def test_a_second_run_is_skipped_and_says_the_same(world: World, tmp_path, monkeypatch, capsys):
-    config = write(world, tmp_path)
-    first = step.evaluate(config)
-    table = capsys.readouterr().out
+def test_a_second_run_is_skipped_and_says_the_same(evaluated: tuple[Config, StepResult], monkeypatch, capsys):
+    config, first = evaluated
     monkeypatch.setattr(step, "SongEncoder", None)  # nothing is encoded again
     second = step.evaluate(config)
-    assert (first.skipped, second.skipped) == (False, True)
-    assert (second.location, second.summary) == (first.location, first.summary)
-    assert capsys.readouterr().out == table
-    other = write(world, tmp_path).with_overrides({"evaluate.split": "validation"})
+    assert (second.skipped, second.location, second.summary) == (True, first.location, first.summary)
+    printed = capsys.readouterr().out
+    assert "stage 2" in printed
+    assert "°" in printed
+    match = r"text→audio median rank [\d.]+ of 20, genre probe \d\.\d\d \(stage 1: .*\), cold NDCG@10 0\.\d\d \(stage 1: 0\.\d\d\)"
+    assert re.fullmatch(match, second.summary)
     with pytest.raises(AttributeError):
-        step.evaluate(other)  # other settings are another run
+        step.evaluate(config.with_overrides({"evaluate.seed": 9}))  # other settings are another run
 
 
-def test_the_same_run_twice_gives_the_same_figures(world: World, tmp_path):
-    found = [read(step.evaluate(config)) for config in (write(world, tmp_path / "a"), write(world, tmp_path / "b"))]
-    for key in ("run", "data", "semantic", "recommendation"):
-        assert found[0][key] == found[1][key]
+def test_the_same_run_twice_gives_the_same_figures(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    again = read(step.evaluate(write_evaluated(tmp_path / "workspace", tmp_path)))
+    first = read(evaluated[1])
+    for key in ("data", "tasks", "differences", "pictures"):
+        assert again[key] == first[key]
 
 
-def test_an_unfinished_report_is_made_again(world: World, tmp_path):
-    config = write(world, tmp_path)
+def test_without_logs_only_semantic_tasks(tmp_path: Path):
+    config = write_evaluated(tmp_path / "workspace", tmp_path, log=False, preference=False, index=False)
+    result = step.evaluate(config)
+    report = read(result)
+    assert list(report["tasks"]) == [
+        "text_to_audio", "audio_to_text", "zero_shot_genre", "probe_genre", "zero_shot_tags", "probe_tags", "collapse", "determinism"
+    ]  # fmt: skip
+    assert report["inputs"]["events"] is None
+    assert report["differences"] == []
+    assert report["pictures"]["blend_curve"] is None
+    assert "NDCG" not in result.summary
+    assert "Stage 1 against the controls" in (Path(result.location) / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_unfinished_report_is_made_again(tmp_path: Path):
+    config = write_evaluated(tmp_path / "workspace", tmp_path, log=False, preference=False, index=False)
     result = step.evaluate(config)
     (Path(result.location) / "manifest.json").unlink()
     assert not step.evaluate(config).skipped
 
 
-def test_without_logs_only_semantic_tasks(world: World, tmp_path):
-    config = write(world, tmp_path, log=False, stage_two=False)
-    result = step.evaluate(config)
-    report = read(result)
-    assert report["spaces"] == ["semantic"]
-    assert report["recommendation"] is None
-    assert report["inputs"]["events"] is None
-    assert "NDCG" not in result.summary
-    assert "popularity" not in reports.html(report).split("What the figures mean")[0]
-
-
-def test_a_named_semantic_model_is_measured_alone(world: World, tmp_path):
-    config = write(world, tmp_path)
-    with pytest.raises(WorkspaceError, match=r"no embeddings of the features f by semantic model m1; run 'htcl embed'"):
-        step.evaluate(config, "m1")
-    assert step.evaluate(config, "m2").skipped is False
-
-
-def test_wrong_input_is_one_sentence(world: World, tmp_path):
-    config = write(world, tmp_path)
+def test_wrong_input_is_one_sentence(tmp_path: Path):
+    config = write_evaluated(tmp_path / "workspace", tmp_path, index=False)
     with pytest.raises(ConfigError, match="did you mean 'genre'"):
-        step.evaluate(config.with_overrides({"evaluate.probe_column": "genres"}))
+        step.evaluate(config.with_overrides({"evaluate.probe_columns": ["genres"]}))
+    with pytest.raises(ConfigError, match=r"label_prompt.*expected a text with \{label\}"):
+        config.with_overrides({"evaluate.label_prompt": "a song"})
     with pytest.raises(WorkspaceError, match="run 'htcl preprocess' first"):
         step.evaluate(config.with_overrides({"workspace": str(tmp_path / "empty")}))
+    with pytest.raises(WorkspaceError, match=r"no embeddings of the features features-1 by semantic model semantic-0; run 'htcl embed'"):
+        step.evaluate(config, "semantic-0")
+    with pytest.raises(WorkspaceError, match="no song of the catalogue is in the validation split"):
+        step.evaluate(config.with_overrides({"evaluate.split": "validation"}))
     workspace = Workspace(config.workspace)
-    table = workspace.read_tables("embeddings/e")
-    workspace.write_table("embeddings/e/part-0.parquet", table.slice(1))
-    with pytest.raises(MismatchError, match="hold 119 songs, but the features f hold 120"):
+    pairs = workspace.read_tables("pairs/pairs-1").to_pylist()
+    leaking = [pairs[0] | {"song_id": "song-001"}, *pairs[1:]]
+    workspace.write_table("pairs/pairs-1/part-0.parquet", pa.Table.from_pylist(leaking))
+    with pytest.raises(LeakageError, match=r"1 of the test songs are in training pairs \(for instance song-001\)"):
         step.evaluate(config)
-    world.split[:] = "train"
-    with pytest.raises(WorkspaceError, match="no song of the catalogue is in the test split"):
-        step.evaluate(write(world, tmp_path / "no_test"))
+    name = workspace.children("embeddings")[0]
+    table = workspace.read_tables(f"embeddings/{name}")
+    workspace.write_table(f"embeddings/{name}/part-0.parquet", table.slice(1))
+    with pytest.raises(MismatchError, match="hold 39 songs, but the features features-1 hold 40"):
+        step.evaluate(config)
 
 
 class Page(HTMLParser):
@@ -222,7 +204,7 @@ class Page(HTMLParser):
         self.fetched: list[str] = []
 
     def handle_starttag(self, tag, attrs):
-        self.fetched += [value for name, value in attrs if name in {"src", "href", "srcset", "data"}]
+        self.fetched += [value for name, value in attrs if name in {"src", "href", "srcset", "data"} and not value.startswith("#")]
         if tag not in {"meta", "link", "br", "img"}:
             self.open.append(tag)
 
@@ -230,19 +212,77 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_self_contained_and_escaped(world: World, tmp_path):
-    config = write(world, tmp_path).with_overrides({"data.text_columns": ["<script>alert(1)</script>"]})
-    result = step.evaluate(config)
-    text = (Path(result.location) / "report.html").read_text(encoding="utf-8")
+def check_page(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
     assert page.open == []
     assert page.fetched == []
-    assert "http" not in text.replace("http-equiv", "")
+    assert "http" not in text
     assert "<script" not in text
-    report = read(result)
-    for row in reports.rows(report):
-        for value in row.values.values():
-            assert reports.number(value, row.figure) in text
     assert "prefers-color-scheme: dark" in text
+    return text
+
+
+def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path):
+    config = write_evaluated(tmp_path / "workspace", tmp_path, data__text_columns=["<script>alert(1)</script>"])
+    result = step.evaluate(config)
+    text = check_page(Path(result.location) / "report.html")
+    report = read(result)
+    for task in report["tasks"].values():
+        for found in task["methods"].values():
+            for figure, item in found.items():
+                assert reports.number(item["value"], figure) in text
+    assert text.count("<svg") == 5
+    assert report["command"] in text.replace("&#39;", "'")
     assert json.dumps(report, allow_nan=False)
+
+
+def test_the_model_folders_carry_the_figures(evaluated: tuple[Config, StepResult]):
+    config, result = evaluated
+    found = values(read(result), "cold", "ndcg@10")["preference"]
+    model = HTCL.from_pretrained(Path(config.workspace) / "models" / "preference" / "preference-0")
+    assert model.evaluation is not None
+    card = (Path(config.workspace) / "models" / "preference" / "preference-0" / "README.md").read_text(encoding="utf-8")
+    assert "model-index:" in card
+    assert str(found) in card
+
+
+def test_two_reports_are_compared_with_paired_intervals(evaluated: tuple[Config, StepResult], tmp_path: Path, capsys):
+    config, result = evaluated
+    other = step.evaluate(config.with_overrides({"evaluate.min_history": 2}))
+    first, second = (one.location.rpartition("/")[2] for one in (result, other))
+    comparison = compare(config, first, second)
+    tree = read(comparison)
+    cold = next(row for row in tree["differences"] if (row["task"], row["method"], row["figure"]) == ("text_to_audio", "semantic", "mrr"))
+    assert (cold["value"], cold["low"], cold["high"], cold["verdict"]) == (0, 0, 0, "not shown")
+    check_page(Path(comparison.location) / "report.html")
+    assert "not shown" in comparison.summary
+    with pytest.raises(WorkspaceError, match=f"there is no report 'nothing' in .*; expected one of .*{first}"):
+        compare(config, first, "nothing")
+    assert main(["evaluate", "--workspace", config.workspace, "--compare", first, second, "--gate", "default"]) == 2
+    assert "goes with neither" in capsys.readouterr().err
+
+
+def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
+    config = write_evaluated(tmp_path / "workspace", tmp_path)
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("bounds:\n- {figure: determinism.semantic.repeat_difference, at_most: 1.0e-4}\n")
+    result = evaluate_and_judge(config, None, str(gate))
+    assert result.step == "gate"
+    workspace = Workspace(config.workspace)
+    index = f"index/{workspace.children('index')[0]}"
+    for path in ("models/preference/preference-0", index):
+        assert workspace.manifest(path)["gate"]["passed"] is True
+    assert "Gate: " in check_page(Path(result.location) / "report.html")
+    gate.write_text("bounds:\n- {figure: cold.preference.ndcg@10, over: semantic, shown: true}\n")
+    with pytest.raises(StepError, match=r"the gate failed: 1 of 1 bounds do not hold, first cold.preference.ndcg@10 over semantic"):
+        evaluate_and_judge(config, None, str(gate))
+    assert workspace.manifest("models/preference/preference-0")["gate"]["passed"] is False
+    arguments = ["--workspace", config.workspace, "--preset", "demo"]
+    assert main(["search", *arguments, "--song-id", "song-001"]) == 2
+    assert "gate" in capsys.readouterr().err
+    assert main(["search", *arguments, "--song-id", "song-001", "--set", "serve.allow_failed_gate=true"]) == 0
+    gate.write_text("bounds:\n- {figure: cold.ndcg@10, at_least: 0.1}\n")
+    with pytest.raises(ConfigError, match=r"names no figure; expected TASK\.METHOD\.FIGURE"):
+        evaluate_and_judge(config, None, str(gate))

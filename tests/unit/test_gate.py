@@ -153,7 +153,7 @@ def test_gates_that_cannot_be_used(tmp_path: Path, text: str, message: str):
 
 
 def test_a_gate_that_is_not_there(tmp_path: Path):
-    with pytest.raises(ConfigError, match="cannot read the gate .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the gate .*No such file"):
         read_gate(str(tmp_path / "gate.yaml"))
 
 
@@ -166,7 +166,7 @@ def test_the_shipped_gate_covers_what_the_documentation_says():
 
 
 def test_a_stage_2_of_shuffled_pairs_is_caught():
-    """A vector of each user's taste; stage 1 hears none of it, a sound stage 2 most of it, and one of shuffled pairs that of other songs."""
+    """A vector of each user's taste; stage 1 hears none of it, a sound stage 2 most of it, one of shuffled pairs that of others."""
     rng = np.random.default_rng(0)
     songs, dim = 300, 8
     taste, users = rng.normal(size=(songs, dim)), rng.normal(size=(len(USERS), dim))

@@ -148,7 +148,7 @@ def test_blending_is_the_weighted_sum_of_both_cosines():
 class Listeners:
     """Users who like songs of one hidden taste; `preference` vectors know it, `semantic` ones do not. A third is popular with all."""
 
-    def __init__(self, users: int = 60, feedback: bool = True) -> None:
+    def __init__(self, users: int = 160, feedback: bool = True) -> None:
         generator = np.random.default_rng(7)
         songs = made_up(preference=True)
         self.taste = generator.integers(0, 4, len(songs.ids))

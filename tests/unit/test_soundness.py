@@ -144,6 +144,17 @@ class ReadsPadding(SongEncoder):
         return super().encode_mel(mel, np.full(len(mel), mel.shape[1]))
 
 
+class HearsOneFrameMore(SongEncoder):
+    """Adds a tenth of the frame behind the clip to its last frame: silent while padding is zeros."""
+
+    def encode_mel(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
+        mel = mel.copy()
+        for clip, frames in zip(mel, valid_frames, strict=True):
+            if frames < len(clip):
+                clip[frames - 1] += 0.1 * clip[frames]
+        return super().encode_mel(mel, valid_frames)
+
+
 class Unmasked(nn.Module):
     """A transformer layer whose tokens attend to padding."""
 
@@ -163,10 +174,17 @@ def without_mask(encoder: SongEncoder) -> SongEncoder:
 
 
 def test_padding_that_is_read_is_caught(encoder: SongEncoder):
-    semantic, preference = encoder._models
-    broken = ReadsPadding(semantic, preference, encoder.model_versions)
+    broken = ReadsPadding(*encoder._models, encoder.model_versions)
     found = failed(judge(GATE, figures(broken, world(broken))))
     assert {f"determinism.{space}.{name}_difference" for space in ("semantic", "preference") for name in ("batch", "padding")} <= found
+
+
+def test_padding_that_is_read_is_caught_though_zeros_would_hide_it(encoder: SongEncoder):
+    broken = HearsOneFrameMore(*encoder._models, encoder.model_versions)
+    assert failed(judge(GATE, figures(broken, world(broken)))) == {
+        "determinism.semantic.padding_difference",
+        "determinism.preference.padding_difference",
+    }
 
 
 @pytest.mark.parametrize("seconds", [None, 1.5])

@@ -1,0 +1,81 @@
+"""A model as mteb's benchmarks take it, for their audio tasks: `mteb.evaluate(mteb_model("path/to/model"), tasks)`.
+
+Needs the extra `mteb`. Tasks from the Hugging Face hub decode their audio with torchcodec, which is installed by
+`pip install 'datasets[audio]'` and needs FFmpeg; tasks with arrays in their data set need neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from htcl_ray.errors import ConfigError
+from htcl_ray.models import HTCL, weights_fingerprint
+from htcl_ray.models.folder import find_folder
+
+try:
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+except ModuleNotFoundError:
+    raise ConfigError("mteb is not installed here; run: pip install 'htcl-ray[mteb]'") from None
+
+
+class MtebModel(AbsEncoder):
+    """An `HTCL` model behind mteb's encoder protocol. Similarity is the cosine; tasks' instructions are not read."""
+
+    def __init__(self, model: HTCL, revision: str, name: str = "htcl-ray/HTCL") -> None:
+        """`revision` tells weights apart in mteb's cache of results; `name` is `organisation/model`."""
+        self.model = model
+        self.mteb_model_meta = ModelMeta(
+            loader=None,
+            name=name,
+            revision=revision,
+            release_date=None,
+            languages=None,
+            n_parameters=sum(tensor.numel() for tensor in model.parameters()),
+            memory_usage_mb=None,
+            max_tokens=None,
+            embed_dim=model.dim,
+            license=None,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=False,
+            training_datasets=None,
+            modalities=["audio"] if model.record.text is None else ["audio", "text"],
+            experiment_kwargs={"stage": model.stage},
+        )
+
+    def encode(self, inputs: Iterable[Mapping[str, Any]], **task: Any) -> np.ndarray:
+        """Unit-norm vectors float32 [rows, dim] of batches of `audio`, `text` or both; of both the normalised sum.
+
+        An audio item has `array` (floats [samples] or [channels, samples]) and `sampling_rate`: a dict, or a decoder of the datasets
+        library. Raises InputError for text when the model is an audio encoder alone.
+        """
+        parts = [self._encode_batch(batch) for batch in inputs]
+        return torch.cat(parts).numpy() if parts else np.empty((0, self.model.dim), dtype=np.float32)
+
+    def _encode_batch(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        found = []
+        if "audio" in batch:
+            found.append(self._encode_audio(batch["audio"]))
+        if "text" in batch:
+            found.append(self.model.embed_text(list(batch["text"])))
+        if not found:
+            raise ConfigError(f"the task gives batches of {', '.join(batch)}; expected audio or text, which is what this model reads")
+        return found[0] if len(found) == 1 else torch.nn.functional.normalize(found[0] + found[1], dim=1)
+
+    def _encode_audio(self, items: Sequence[Any]) -> torch.Tensor:
+        return torch.stack([self.model.embed_audio(np.asarray(item["array"], dtype=np.float32), item["sampling_rate"]) for item in items])
+
+
+def mteb_model(path_or_hub_id: str | Path, device: str = "cpu") -> MtebModel:
+    """The model of a folder or of the hub, for `mteb.evaluate`. Raises WorkspaceError or MismatchError."""
+    folder = find_folder(path_or_hub_id)
+    return MtebModel(HTCL.from_pretrained(folder).to(device), weights_fingerprint(folder), f"htcl-ray/{folder.resolve().name}")
