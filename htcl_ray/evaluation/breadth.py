@@ -1,62 +1,64 @@
-"""What recommended lists are made of: how much of the catalogue they reach, how unequally, how many artists, how popular."""
+"""What recommended lists are made of: how much of the catalogue they reach, how unequally, how many artists, how popular.
+
+A list is the set of a user's k best candidates; of those tied for its last places some are drawn, by seed and user, since any fixed order
+would list the same songs for everybody. The figures are those of one such draw.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import rankdata
 
 from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.bootstrap import Draws, Estimate
 
 
-@dataclass(frozen=True)
-class Lists:
-    """The first k candidates of each user."""
+def top(scores: np.ndarray, candidate: np.ndarray, k: int, seed: int, first_user: int = 0) -> sparse.csr_matrix:
+    """Bool [users, candidates]: each user's k best, or all of theirs when they have fewer.
 
-    chosen: list[np.ndarray]
-    """Of each user: int, positions among the candidates, at most k."""
-    artists: np.ndarray
-    """Of each candidate."""
-    popularity: np.ndarray
-    """Of each candidate: positive events."""
-
-
-def pick(scores: np.ndarray, candidate: np.ndarray, k: int, user: int, seed: int) -> np.ndarray:
-    """Positions of the k best of a user's candidates; of those tied for the last places some drawn by seed and user.
-
-    `scores`: float [candidates]; `candidate`: bool of the same shape.
+    `scores`: float [users, candidates]; `candidate`: bool of the same shape, those that are the user's; `first_user`: number of the first
+    of these users in the task.
     """
-    theirs = np.flatnonzero(candidate)
-    if len(theirs) <= k:
-        return theirs
-    mine = scores[theirs]
-    last = np.partition(mine, -k)[-k]
-    sure, tied = np.flatnonzero(mine > last), np.flatnonzero(mine == last)
-    if len(sure) + len(tied) > k:
-        tied = np.random.default_rng((seed, user)).choice(tied, k - len(sure), replace=False)
-    return theirs[np.concatenate([sure, tied])]
+    ranked = np.where(candidate, scores, -np.inf)
+    place = min(k, ranked.shape[1])
+    last = np.partition(ranked, -place, axis=1)[:, [-place]]
+    listed = (ranked >= last) & candidate
+    for row in np.flatnonzero(listed.sum(axis=1) > place):
+        tied = np.flatnonzero(ranked[row] == last[row])
+        surplus = int(listed[row].sum()) - place
+        listed[row, np.random.default_rng((seed, first_user + int(row))).choice(tied, surplus, replace=False)] = False
+    return sparse.csr_matrix(listed)
 
 
-def breadth(lists: Lists, k: int, draws: Draws) -> dict[str, Estimate]:
-    """Figures of all lists together, and means over users.
+def breadth(
+    lists: Sequence[sparse.csr_matrix], met: sparse.csr_matrix, artists: np.ndarray, popularity: np.ndarray, k: int, draws: Draws
+) -> dict[str, Estimate]:
+    """Figures of all lists together, and means over users; of several sets of lists (shuffles) the mean.
+
+    `lists` and `met`: bool [users, candidates], what is listed and what is no candidate of the user; `artists`, `popularity`: [candidates].
 
     coverage@k         share of the candidates that are in any list
     gini@k             inequality of how often the candidates are listed: 0 all alike, towards 1 one of them always
     artist_diversity@k different artists in a list / its length
-    popularity_lift@k  mean percentile of popularity of the listed songs / that of all candidates; 1 is no lift
+    popularity_lift@k  mean percentile of popularity of the listed songs / that of all the user's candidates; 1 is no lift
     """
-    times = np.bincount(np.concatenate(lists.chosen), minlength=len(lists.artists))
-    percentile = rankdata(lists.popularity) / len(lists.popularity)
-    codes = np.unique(lists.artists, return_inverse=True)[1]
-    artists = [len(np.unique(codes[chosen])) / len(chosen) if len(chosen) else np.nan for chosen in lists.chosen]
-    lift = [percentile[chosen].mean() / percentile.mean() if len(chosen) else np.nan for chosen in lists.chosen]
+    n = len(popularity)
+    percentile = (rankdata(popularity) - 0.5) / n
+    codes = np.unique(artists, return_inverse=True)[1]
+    of_artist = sparse.csr_matrix((np.ones(n, dtype=np.int64), (np.arange(n), codes)))
+    typical = (percentile.sum() - met @ percentile) / (n - met.sum(axis=1).A1)
+    times = [listed.sum(axis=0).A1 for listed in lists]
+    lengths = [np.maximum(listed.sum(axis=1).A1, 1) for listed in lists]  # a user with a target has a candidate
+    different = [(listed.astype(np.int64) @ of_artist).getnnz(axis=1) / length for listed, length in zip(lists, lengths, strict=True)]
+    lift = [listed @ percentile / length / typical for listed, length in zip(lists, lengths, strict=True)]
     return {
-        f"coverage@{k}": Estimate(float((times > 0).mean()), len(times)),
-        f"gini@{k}": Estimate(gini(times), len(times)),
-        f"artist_diversity@{k}": bootstrap.mean(np.array(artists, dtype=np.float64), draws),
-        f"popularity_lift@{k}": bootstrap.mean(np.array(lift, dtype=np.float64), draws),
+        f"coverage@{k}": Estimate(float(np.mean([(counts > 0).mean() for counts in times])), n),
+        f"gini@{k}": Estimate(float(np.mean([gini(counts) for counts in times])), n),
+        f"artist_diversity@{k}": bootstrap.mean(np.mean(different, axis=0), draws),
+        f"popularity_lift@{k}": bootstrap.mean(np.mean(lift, axis=0), draws),
     }
 
 

@@ -8,42 +8,65 @@ instance. Here every candidate of a tie is equally likely at each of the tie's p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from htcl_ray.evaluation.metrics import ideal_dcg
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the relevant candidates stand: one entry for each, in order of query."""
+
+    query: np.ndarray
+    """int: which query it belongs to."""
+    start: np.ndarray
+    """int: how many of the query's candidates score higher."""
+    size: np.ndarray
+    """int: how many score the same, itself included."""
+    total: np.ndarray
+    """int [queries]: relevant candidates."""
+    candidates: np.ndarray
+    """int [queries]."""
 
 
-def expected_metrics(scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """`hit_rate@k`, `recall@k`, `ndcg@k` for each k, `mrr` and `auc` of one query; all in [0, 1].
+def expected_metrics(
+    scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int], candidate: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """`hit_rate@k`, `recall@k`, `ndcg@k` for each k, `mrr` and `auc`; each float64 [queries] in [0, 1].
 
-    `scores`: float [candidates], higher is better; `relevant`: bool [candidates]. All nan when no candidate is relevant. Raises
-    ValueError for scores that are not finite, which no order can be read from.
+    `scores`: float [queries, items], higher is better; `relevant`: bool of the same shape; `candidate`: bool of the same shape, items
+    that are ranked for a query, None is all. All nan where no candidate is relevant; `auc` is nan too where all are. Raises ValueError for
+    scores of candidates that are not finite, which no order can be read from.
     """
-    if not np.isfinite(scores).all():
-        raise ValueError("a score is not finite; expected finite scores of all candidates")
-    total = int(relevant.sum())
-    names = [f"{figure}@{k}" for k in ks for figure in ("hit_rate", "recall", "ndcg")]
-    if not total:
-        return dict.fromkeys([*names, "mrr", "auc"], float("nan"))
-    # Only ties that hold a relevant candidate matter: one sort finds where each begins and how large it is.
-    rising = np.sort(scores)
-    values, hits = np.unique(scores[relevant], return_counts=True)
-    values, hits = values[::-1], hits[::-1]
-    starts = len(rising) - np.searchsorted(rising, values, side="right")
-    sizes = len(rising) - np.searchsorted(rising, values, side="left") - starts
-    discounted = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(int(max(ks, default=1))) + 2))]
+    placed = _place(scores, relevant, np.ones(scores.shape, dtype=bool) if candidate is None else candidate)
+    total = placed.total
+    asked = total > 0
+    gained = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(max(ks, default=1)) + 2))]  # the DCG of so many relevant candidates in front
+    start, size, hits = _best_ties(placed)
+
+    def share(of_hit: np.ndarray, by: np.ndarray) -> np.ndarray:
+        summed = np.bincount(placed.query, weights=of_hit, minlength=len(total))
+        return np.divide(summed, by, out=np.full(len(total), np.nan), where=asked)
+
     result = {}
     for k in ks:
-        result[f"hit_rate@{k}"] = _hit_probability(int(starts[0]), int(sizes[0]), int(hits[0]), k)
-        result[f"recall@{k}"] = float((hits * np.clip(k - starts, 0, sizes) / sizes).sum()) / total
-        inside = discounted[np.clip(starts + sizes, 0, k)] - discounted[np.clip(starts, 0, k)]
-        result[f"ndcg@{k}"] = float((hits / sizes * inside).sum()) / ideal_dcg(total, k)
-    result["mrr"] = _expected_reciprocal_rank(int(starts[0]), int(sizes[0]), int(hits[0]))
-    others = len(scores) - total
-    below = len(scores) - starts - sizes - (total - np.cumsum(hits))
-    result["auc"] = float((hits * (below + (sizes - hits) / 2)).sum() / (total * others)) if others else float("nan")
+        inside = np.clip(k - placed.start, 0, placed.size)
+        gain = gained[np.minimum(placed.start + inside, k)] - gained[np.minimum(placed.start, k)]
+        result[f"hit_rate@{k}"] = np.where(asked, _hit_probability(start, size, hits, k), np.nan)
+        result[f"recall@{k}"] = share(inside / placed.size, total)
+        result[f"ndcg@{k}"] = share(gain / placed.size, gained[np.minimum(total, k)])
+    result["mrr"] = np.full(len(total), np.nan)
+    result["mrr"][asked] = [
+        _expected_reciprocal_rank(*tie) for tie in zip(start[asked].tolist(), size[asked].tolist(), hits[asked].tolist(), strict=True)
+    ]
+    result["auc"] = _auc(placed)
     return result
+
+
+def expected_auc(scores: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """The `auc` of `expected_metrics` alone."""
+    return _auc(_place(scores, relevant, candidate))
 
 
 def first_hit_distribution(size: int, hits: int) -> np.ndarray:
@@ -53,12 +76,55 @@ def first_hit_distribution(size: int, hits: int) -> np.ndarray:
     return earlier_missed * hits / (size - position)
 
 
-def _hit_probability(start: int, size: int, hits: int, k: int) -> float:
-    """That a relevant candidate of the best tie with one is among the first k."""
-    slots = min(k - start, size)
-    return float(min(first_hit_distribution(size, hits)[:slots].sum(), 1.0)) if slots > 0 else 0.0
+def _place(scores: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> Placed:
+    if not np.isfinite(scores[candidate]).all():
+        raise ValueError("a score is not finite; expected finite scores of all candidates")
+    ranked = np.where(candidate, scores, -np.inf)
+    rising = np.sort(ranked, axis=1)
+    query, item = np.nonzero(relevant & candidate)
+    theirs = ranked[query, item]
+    total = np.bincount(query, minlength=len(scores))
+    lower, upper = np.empty(len(query), dtype=np.int64), np.empty(len(query), dtype=np.int64)
+    end = 0
+    for number in np.flatnonzero(total):
+        begin, end = end, end + total[number]
+        lower[begin:end] = rising[number].searchsorted(theirs[begin:end], "left")
+        upper[begin:end] = rising[number].searchsorted(theirs[begin:end], "right")
+    return Placed(query, scores.shape[1] - upper, upper - lower, total, candidate.sum(axis=1))
 
 
+def _best_ties(placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each query, the best tie with a relevant candidate: where it starts, its size and its relevant candidates, int [queries]."""
+    queries = len(placed.total)
+    start = np.full(queries, np.iinfo(np.int64).max)
+    np.minimum.at(start, placed.query, placed.start)
+    first = placed.start == start[placed.query]
+    size = np.ones(queries, dtype=np.int64)
+    size[placed.query[first]] = placed.size[first]
+    return start, size, np.bincount(placed.query[first], minlength=queries)
+
+
+def _auc(placed: Placed) -> np.ndarray:
+    """From the mean ranks of the relevant candidates (Mann and Whitney 1947), a tie counting half."""
+    total = placed.total
+    others = placed.candidates - total
+    rank = placed.candidates[placed.query] - placed.start - (placed.size - 1) / 2  # from 1, the lowest score
+    wins = np.bincount(placed.query, weights=rank, minlength=len(total)) - total * (total + 1) / 2
+    return np.divide(wins, total * others, out=np.full(len(total), np.nan), where=(total > 0) & (others > 0))
+
+
+def _hit_probability(start: np.ndarray, size: np.ndarray, hits: np.ndarray, k: int) -> np.ndarray:
+    """That a relevant candidate of the best tie with one is among the first k; float64 [queries]."""
+    slots = np.minimum(k - start, size)
+    missed = np.ones(len(start))
+    for place in range(max(int(slots.max(initial=0)), 0)):
+        taken = place < slots
+        missed[taken] *= np.maximum(size - hits - place, 0)[taken] / (size[taken] - place)
+    return 1 - missed
+
+
+@lru_cache(maxsize=4096)
 def _expected_reciprocal_rank(start: int, size: int, hits: int) -> float:
-    distribution = first_hit_distribution(size, hits)
-    return float((distribution / (start + 1 + np.arange(size))).sum())
+    if size == hits:
+        return 1 / (start + 1)
+    return float((first_hit_distribution(size, hits) / (start + 1 + np.arange(size))).sum())

@@ -11,13 +11,15 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from htcl_ray.evaluation import baselines, bootstrap
-from htcl_ray.evaluation.breadth import Lists, breadth, gini, pick
+from htcl_ray.evaluation import baselines, bootstrap, collaborative
+from htcl_ray.evaluation.breadth import breadth, gini, top
 from htcl_ray.evaluation.item_auc import ItemQuestions, item_auc, item_questions
 from htcl_ray.evaluation.periods import training_positives
+from htcl_ray.evaluation.questions import listening
+from htcl_ray.evaluation.scorers import shared_scorer
 from htcl_ray.settings import EvaluateSettings
 from tests.evaluation_songs import made_up, metadata
-from tests.unit.test_recommendation import SONGS, SPLITS, log
+from tests.unit.test_recommendation import SONGS, SPLITS, histories, log, marked
 
 pytestmark = pytest.mark.unit
 
@@ -27,12 +29,14 @@ def test_item_knn_equals_the_dense_cosine():
     listened = sparse.csr_matrix((generator.random((30, 12)) < 0.3).astype(np.float32))
     dense = cosine_similarity(listened.T.toarray())
     np.fill_diagonal(dense, 0)
-    histories, candidates = [np.array([0, 3]), np.array([7])], np.array([1, 2, 3, 7])
-    expected = np.stack([dense[rows][:, candidates].sum(axis=0) for rows in histories])
-    np.testing.assert_allclose(baselines.item_knn_scorer(listened)(histories, candidates), expected, atol=1e-6)
-    pruned = np.where(dense >= np.sort(dense, axis=1)[:, [-3]], dense, 0)
-    expected = np.stack([pruned[rows][:, candidates].sum(axis=0) for rows in histories])
-    np.testing.assert_allclose(baselines.item_knn_scorer(listened, neighbors=3)(histories, candidates), expected, atol=1e-6)
+    users, candidates = histories([0, 3], [7], songs=12), np.array([1, 2, 3, 7])
+    for neighbors in (100, 3):
+        pruned = np.zeros_like(dense)
+        for song in range(12):
+            nearest = sorted(range(12), key=lambda other, song=song: (-np.float32(dense[song, other]), other))[:neighbors]
+            pruned[song, nearest] = dense[song, nearest]
+        expected = np.stack([pruned[rows][:, candidates].sum(axis=0) for rows in ([0, 3], [7])])
+        np.testing.assert_allclose(collaborative.item_knn_scorer(listened, neighbors)(users, candidates), expected, atol=1e-6)
 
 
 def test_als_folds_a_user_in_by_the_closed_form():
@@ -40,23 +44,23 @@ def test_als_folds_a_user_in_by_the_closed_form():
     generator = np.random.default_rng(0)
     listened = sparse.csr_matrix((generator.random((40, 20)) < 0.3).astype(np.float32))
     history = np.array([2, 5, 11])
-    first, second = (baselines.als_scorer(listened, seed=1)([history], np.arange(20)) for _ in range(2))
+    first, second = (collaborative.als_scorer(listened, seed=1)(histories(history.tolist(), songs=20), np.arange(20)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     from implicit.cpu.als import AlternatingLeastSquares
 
     model = AlternatingLeastSquares(
-        factors=baselines.als_factors(40),
-        regularization=baselines.ALS_REGULARIZATION,
-        alpha=baselines.ALS_ALPHA,
-        iterations=baselines.ALS_ITERATIONS,
+        factors=collaborative.als_factors(40),
+        regularization=collaborative.ALS_REGULARIZATION,
+        alpha=collaborative.ALS_ALPHA,
+        iterations=collaborative.ALS_ITERATIONS,
         num_threads=1,
         random_state=1,
     )
     model.fit(listened, show_progress=False)
     items = model.item_factors.astype(np.float64)
     liked = items[history]
-    left = items.T @ items + (baselines.ALS_ALPHA - 1) * liked.T @ liked + baselines.ALS_REGULARIZATION * np.eye(items.shape[1])
-    user = np.linalg.solve(left, baselines.ALS_ALPHA * liked.sum(axis=0))
+    left = items.T @ items + (collaborative.ALS_ALPHA - 1) * liked.T @ liked + collaborative.ALS_REGULARIZATION * np.eye(items.shape[1])
+    user = np.linalg.solve(left, collaborative.ALS_ALPHA * liked.sum(axis=0))
     np.testing.assert_allclose(first[0], items @ user, atol=2e-3)
 
 
@@ -94,12 +98,13 @@ def test_item_auc_equals_scikit_learn_song_by_song():
     scores = np.round(generator.normal(size=(30, 6)), 1)  # ties
     positive = [generator.choice(30, 8, replace=False) for _ in range(6)]
     negative = [np.setdiff1d(np.arange(30), users)[:12] for users in positive]
-    asked = ItemQuestions(np.arange(6), [np.array([0])] * 30, positive, negative)
-    found = item_auc(asked, lambda histories, songs: scores[:, songs])
+    marks = [histories(*(users.tolist() for users in which), songs=30).T.tocsr() for which in (positive, negative)]
+    asked = ItemQuestions(np.arange(6), histories(*[[0]] * 30, songs=6), marks[0], sparse.csr_matrix((30, 6), dtype=bool), marks[1])
+    found = item_auc(asked, lambda history, songs: scores[:, songs])
     for song in range(6):
         users = np.r_[positive[song], negative[song]]
         assert found[song] == pytest.approx(roc_auc_score(np.isin(users, positive[song]), scores[users, song]))
-    same = item_auc(asked, baselines.shared_scorer(generator.random(6)))
+    same = item_auc(asked, shared_scorer(generator.random(6)))
     assert same.tolist() == [0.5] * 6, "what is equal for all users tells none apart"
 
 
@@ -111,17 +116,26 @@ def item_log(feedback: bool) -> pd.DataFrame:
     return log(*rows)
 
 
-@pytest.mark.parametrize(("feedback", "negatives"), [(True, ["U3", "U4"]), (False, ["U3", "U4", "U5", "U6"])])
-def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: list[str]):
+@pytest.mark.parametrize(("feedback", "negatives"), [(True, [3, 4]), (False, [3, 4, 5, 6])])
+def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: list[int]):
     """U7 met the song before the period, one user has no history, and known users are asked apart."""
-    settings = EvaluateSettings(min_item_users=2)
     cold = SPLITS == "test"
-    asked = item_questions(SONGS, cold, cold, item_log(feedback), settings)
-    users = [f"U{i}" for i in range(8)]
+    heard = listening(SONGS, cold, item_log(feedback), "test")
+    asked = item_questions(heard, cold, EvaluateSettings(min_item_users=2))
     assert asked.songs.tolist() == [3]
-    assert [users[i] for i in asked.positive[0]] == ["U0", "U1", "U2"]
-    assert [users[i] for i in asked.negative[0]] == negatives
-    assert not len(item_questions(SONGS, cold, cold, item_log(feedback), EvaluateSettings()).songs), "five of each are needed by default"
+    users = range(asked.history.shape[0])  # U0 …; of feedback logs only those who were exposed to a cold song in the period
+    assert len(users) == (6 if feedback else 8)
+    positive = marked(asked.positive.T)[0]
+    assert positive == [0, 1, 2]
+    if feedback:
+        assert marked(asked.negative.T)[0] == negatives
+    else:
+        assert asked.negative is None
+        left_out = marked(asked.left_out.T)[0]
+        assert [user for user in users if user not in positive and user not in left_out] == negatives
+        scores = np.array([[5.0], [1], [2], [2], [1], [0], [0], [99]])  # U7 does not count
+        assert item_auc(asked, lambda history, songs: scores)[0] == pytest.approx(roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0]))
+    assert not len(item_questions(heard, cold, EvaluateSettings()).songs), "five of each are needed by default"
 
 
 def test_gini_in_closed_form():
@@ -132,17 +146,27 @@ def test_gini_in_closed_form():
 
 
 def test_breadth_of_lists_written_out():
-    lists = Lists([np.array([0, 1]), np.array([0, 2]), np.array([0])], np.array(["x", "x", "y", "z"]), np.array([4.0, 3.0, 2.0, 1.0]))
-    found = {name: item.value for name, item in breadth(lists, 2, bootstrap.draw(list("abc"), 100, 0)).items()}
+    lists, met = histories([0, 1], [0, 2], [0], songs=4), histories([], [3], [], songs=4)
+    popularity = np.array([4.0, 3.0, 2.0, 1.0])
+    draws = bootstrap.draw(list("abc"), 100, 0)
+    found = {name: item.value for name, item in breadth([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()}
     assert found["coverage@2"] == 3 / 4
     assert found["gini@2"] == pytest.approx(gini(np.array([3, 1, 1, 0])))
     assert found["artist_diversity@2"] == pytest.approx((0.5 + 1 + 1) / 3)
-    assert found["popularity_lift@2"] == pytest.approx(np.mean([0.875, 0.75, 1.0]) / 0.625)
+    percentiles = np.array([0.875, 0.625, 0.375, 0.125])
+    lifts = [percentiles[[0, 1]].mean() / 0.5, percentiles[[0, 2]].mean() / percentiles[:3].mean(), percentiles[0] / 0.5]
+    assert found["popularity_lift@2"] == pytest.approx(np.mean(lifts))
+    twice = breadth([lists, histories([0, 1], [0, 1], [0, 1], songs=4)], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws)
+    assert twice["coverage@2"].value == pytest.approx((3 / 4 + 2 / 4) / 2)
 
 
-def test_the_best_are_picked_and_ties_at_the_end_drawn():
-    scores, candidate = np.array([5.0, 1.0, 1.0, 1.0, 9.0]), np.array([True, True, True, True, False])
-    picked = [tuple(sorted(pick(scores, candidate, 2, user, 0).tolist())) for user in range(60)]
-    assert set(picked) == {(0, 1), (0, 2), (0, 3)}, "the best of theirs, and one of three equals"
-    assert pick(scores, candidate, 2, 5, 0).tolist() == pick(scores, candidate, 2, 5, 0).tolist()
-    assert sorted(pick(scores, candidate, 9, 0, 0).tolist()) == [0, 1, 2, 3]
+def test_the_best_are_listed_and_ties_at_the_end_drawn():
+    scores, candidate = np.array([[5.0, 1.0, 1.0, 1.0, 9.0]] * 60), np.array([[True, True, True, True, False]] * 60)
+    listed = marked(top(scores, candidate, 2, seed=0))
+    assert {tuple(row) for row in listed} == {(0, 1), (0, 2), (0, 3)}, "the best of theirs, and one of three equals"
+    assert marked(top(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], "whatever block a user is in"
+    assert marked(top(scores, candidate, 9, seed=0))[0] == [0, 1, 2, 3]
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(size=(20, 50))
+    expected = [sorted(np.argsort(-row)[:7].tolist()) for row in drawn]
+    assert marked(top(drawn, np.ones(drawn.shape, dtype=bool), 7, seed=0)) == expected

@@ -7,10 +7,12 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 from htcl_ray.evaluation import bootstrap
-from htcl_ray.evaluation.baselines import blended_scorer, user_vectors, vector_scorer
-from htcl_ray.evaluation.recommendation import Questions, blend_curve, chosen_users, questions, recommendation_tasks, user_figures
+from htcl_ray.evaluation.questions import Questions, chosen_users, listening, questions
+from htcl_ray.evaluation.recommendation import answers, blend_curve, recommendation_tasks
+from htcl_ray.evaluation.scorers import blended_scorer, shared_scorer, user_vectors, vector_scorer
 from htcl_ray.evaluation.songs import with_blend
 from htcl_ray.settings import EvaluateSettings
 from tests.evaluation_songs import made_up, unit
@@ -33,7 +35,16 @@ def log(*rows: tuple) -> pd.DataFrame:
 def ask(events: pd.DataFrame, *, splits: np.ndarray = SPLITS, songs: list[str] = SONGS, known_users: bool = False, **settings) -> Questions:
     made = EvaluateSettings(**settings)
     cold = splits == made.split
-    return questions(songs, cold, cold, events, made, known_users=known_users)
+    return questions(listening(songs, cold, events, made.split), cold, made, known_users=known_users)
+
+
+def marked(marks: sparse.csr_matrix) -> list[list[int]]:
+    """The columns of each row."""
+    return [np.flatnonzero(row).tolist() for row in marks.toarray()]
+
+
+def histories(*users: list[int], songs: int) -> sparse.csr_matrix:
+    return sparse.csr_matrix([[song in user for song in range(songs)] for user in users])
 
 
 def test_history_targets_and_candidates():
@@ -51,17 +62,18 @@ def test_history_targets_and_candidates():
     asked = ask(events)
     assert asked.users == ["U"]
     assert asked.candidates.tolist() == [3, 4, 5]
-    assert [rows.tolist() for rows in asked.history] == [[0, 2]]
-    assert [rows.tolist() for rows in asked.targets] == [[1]]
-    assert [rows.tolist() for rows in asked.met] == [[0]]
-    figures = user_figures(asked, [lambda histories, candidates: np.array([[9.0, 2.0, 1.0]])], (1,), bootstrap.draw(["U"], 100, 0))
-    assert figures["hit_rate@1"].value == 1.0, "the met song ranks first by score but is no candidate"
+    assert marked(asked.history) == [[0, 2]]
+    assert marked(asked.targets) == [[1]]
+    assert marked(asked.met) == [[0]]
+    figures, lists = answers(asked, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
+    assert figures["hit_rate@1"].tolist() == [1.0], "the met song ranks first by score but is no candidate"
+    assert marked(lists) == [[1]]
 
 
 def test_a_song_met_as_trigger_is_no_candidate():
     asked = ask(log(("U", "a", 1, "train", "f"), ("U", "e", 1, "test"), ("U", "f", 1, "test")))
-    assert [rows.tolist() for rows in asked.targets] == [[1]]
-    assert [rows.tolist() for rows in asked.met] == [[2]]
+    assert marked(asked.targets) == [[1]]
+    assert marked(asked.met) == [[2]]
 
 
 def test_who_is_left_out_is_counted():
@@ -96,18 +108,18 @@ def test_the_validation_period_ends_and_uses_only_what_came_before_it():
         ("U", "a", 1, "train"), ("U", "b", 1, "validation"), ("U", "c", 1, "validation"), ("U", "d", 1, "test"), ("U", "g", 1, "test")
     )
     asked = ask(events, songs=songs, splits=splits, split="validation")
-    assert [rows.tolist() for rows in asked.history] == [[0]]
+    assert marked(asked.history) == [[0]]
     assert asked.candidates.tolist() == [2, 6]
-    assert asked.candidates[asked.targets[0]].tolist() == [2]
+    assert asked.candidates[marked(asked.targets)[0]].tolist() == [2]
 
 
 def test_logs_without_times_use_all_positives():
     events = log(("U", "a", 3, "train"), ("U", "d", 1, "train"), ("U", "e", -1, "train"))
     events["timestamp"] = np.nan
     asked = ask(events)
-    assert [rows.tolist() for rows in asked.history] == [[0]]
-    assert [rows.tolist() for rows in asked.targets] == [[0]]
-    assert asked.met[0].tolist() == []
+    assert marked(asked.history) == [[0]]
+    assert marked(asked.targets) == [[0]]
+    assert marked(asked.met) == [[]]
 
 
 def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
@@ -121,14 +133,14 @@ def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
 
 def test_user_vectors_are_unit_means():
     vectors = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    found = user_vectors(vectors, [np.array([0]), np.array([0, 1]), np.array([0, 2])])
+    found = user_vectors(vectors, histories([0], [0, 1], [0, 2], songs=3))
     np.testing.assert_allclose(found, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)], [0, 0]])
 
 
 def test_blending_is_the_weighted_sum_of_both_cosines():
     generator = np.random.default_rng(0)
     first, second = (vector_scorer(unit(generator.normal(size=(9, 4)))) for _ in range(2))
-    history, candidates = [np.array([0, 1]), np.array([2])], np.arange(3, 9)
+    history, candidates = histories([0, 1], [2], songs=9), np.arange(3, 9)
     blended = blended_scorer(first, second, 0.3)(history, candidates)
     np.testing.assert_allclose(blended, 0.7 * first(history, candidates) + 0.3 * second(history, candidates))
 
@@ -170,7 +182,7 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
         assert task.methods["preference"]["user_auc"].value > 0.85
     for name in ("hot", "hot_known_users"):
         for collaborative in ("item_knn", "als"):
-            assert tasks[name].methods[collaborative]["user_auc"].value > 0.62, (name, collaborative)
+            assert tasks[name].methods[collaborative]["user_auc"].value > 0.7, (name, collaborative)
     for name in ("cold", "cold_known_users"):
         assert not {"item_knn", "als"} & set(tasks[name].methods), "they know nothing of cold songs"
         assert tasks[name].methods["popularity"]["item_auc"].value == 0.5
@@ -178,10 +190,7 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
 
 
 def test_new_and_known_users_are_different_people(listeners: Listeners):
-    new, known = (
-        questions(listeners.songs.ids, *[listeners.songs.splits == "test"] * 2, listeners.log, SETTINGS, known_users=flag)
-        for flag in (False, True)
-    )
+    new, known = (ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits, known_users=flag) for flag in (False, True))
     assert new.users
     assert known.users
     assert all(user[0] == "U" for user in new.users)
