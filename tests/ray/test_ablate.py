@@ -57,7 +57,7 @@ def test_variants_are_trained_apart_and_set_beside_each_other(config: Config, mo
     models = {kind: Workspace(config.workspace).children(f"models/{kind}") for kind in ("semantic", "preference")}
     result = ablate(config)
     tree = json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8"))
-    assert [variant["name"] for variant in tree["variants"]] == list(CHOSEN)
+    assert [variant["name"] for variant in tree["variants"]] == [*CHOSEN, "chance"]
     assert {kind: Workspace(config.workspace).children(f"models/{kind}") for kind in models} == models, "no variant can be served"
     folders = sorted(Path(config.workspace).glob("ablations/*/*/models/*/*"))
     versions = {kind: [folder for folder in folders if folder.parent.name == kind] for kind in models}
