@@ -30,9 +30,10 @@ class Draws:
 
     def merged(self, group: np.ndarray, groups: int) -> Draws:
         """Draws of groups of units: a group weighs the mean of its units. `group`: int [units], from 0 to `groups` − 1, none empty."""
-        member = np.zeros((len(group), groups), dtype=np.float32)
-        member[np.arange(len(group)), group] = 1
-        return Draws(self.weights @ (member / member.sum(axis=0)), self.population)
+        order = np.argsort(group, kind="stable")
+        starts = np.searchsorted(group[order], np.arange(groups))
+        sums = np.add.reduceat(self.weights[:, order], starts, axis=1)
+        return Draws(sums / np.bincount(group, minlength=groups).astype(np.float32), self.population)
 
     def of(self, rows: np.ndarray) -> Draws:
         """Draws of some of the units."""

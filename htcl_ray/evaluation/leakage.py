@@ -10,7 +10,7 @@ import pandas as pd
 
 from htcl_ray.errors import LeakageError
 from htcl_ray.evaluation.songs import Songs
-from htcl_ray.interactions.splits import same_name
+from htcl_ray.interactions.splits import normal_name
 from htcl_ray.schemas import Split
 from htcl_ray.settings import EvaluateSettings
 
@@ -30,7 +30,7 @@ def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | Non
     shared song, artist, user or time, unless `evaluate.allowed_overlaps` names the kind.
     """
     training, held_out = songs.splits == Split.TRAIN, songs.splits == settings.split
-    artists = [same_name(artist) if artist else "" for artist in songs.metadata["artist"].to_pylist()]
+    artists = [normal_name(artist) if artist else "" for artist in songs.metadata["artist"].to_pylist()]
     found = {
         "songs": _overlap(_paired_songs(pairs), [songs.ids[row] for row in np.flatnonzero(held_out)]),
         "artists": _overlap(*([artists[row] for row in np.flatnonzero(rows) if artists[row]] for rows in (training, held_out))),

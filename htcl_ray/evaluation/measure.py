@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import pandas as pd
 
@@ -11,13 +9,10 @@ from htcl_ray.evaluation.figures import Measured
 from htcl_ray.evaluation.leakage import leakage, without_copies
 from htcl_ray.evaluation.pictures import pictures
 from htcl_ray.evaluation.recommendation import blend_curve, recommendation_tasks
-from htcl_ray.evaluation.semantic import semantic_tasks
+from htcl_ray.evaluation.semantic import Encode, semantic_tasks
 from htcl_ray.evaluation.songs import Songs
 from htcl_ray.schemas import Split
 from htcl_ray.settings import EvaluateSettings
-
-Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
-"""Texts → their unit-norm vectors [texts, dim] in each space."""
 
 
 def measure(songs: Songs, encode: Encode, log: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings) -> Measured:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from htcl_ray.evaluation.semantic import first_correct_rank
+from htcl_ray.evaluation.semantic import Encode, first_correct_rank
 from htcl_ray.evaluation.songs import Songs
 from htcl_ray.settings import EvaluateSettings
 
@@ -18,7 +17,7 @@ PAIRS_OF_SONGS = 20_000
 BINS = np.linspace(-1, 1, 41)
 
 
-def pictures(songs: Songs, encode: Callable[[Sequence[str]], dict[str, np.ndarray]], settings: EvaluateSettings) -> dict[str, Any]:
+def pictures(songs: Songs, encode: Encode, settings: EvaluateSettings) -> dict[str, Any]:
     """Keys of the report's `pictures`, over the held-out songs.
 
     recall_curves   by space: share of held-out texts whose song is among the first k, k = 1 … 50; and of a random order

@@ -1,182 +1,180 @@
-"""What the vectors know of a catalogue column: a linear probe and a nearest-neighbour probe, for one label a song or several."""
+"""Probes: what simple classifiers read from frozen vectors, about songs by artists that they were not trained on.
+
+A linear probe (logistic regression on standardised vectors) and the nearest neighbours by cosine. Each is asked twice: trained on the
+songs that the model trained on, and (`_folds`) within the held-out songs alone, out of fold, all songs of an artist in one fold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.random import default_rng
+from threadpoolctl import threadpool_limits
 
 from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.bootstrap import Draws, Estimate
 from htcl_ray.evaluation.figures import Task
-from htcl_ray.evaluation.songs import Songs
-from htcl_ray.evaluation.weighted import weighted_auc, weighted_average_precision
-from htcl_ray.schemas import Split
+from htcl_ray.evaluation.label_ranking import macro_figures
+from htcl_ray.evaluation.labels import Labels
+from htcl_ray.evaluation.zero_shot import commonest
+from htcl_ray.interactions.splits import normal_name
 from htcl_ray.settings import EvaluateSettings
 
 MAX_TRAINING_SONGS = 20_000
-"""Songs that a probe learns from; of more, these are drawn."""
+"""A probe learns from at most this many songs, drawn with the evaluation's seed: more do not change what it can read."""
+MAX_ITERATIONS = 2000
 
-Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
-"""Vectors [songs, dim] and targets → a function of vectors: the labels named, or (several labels a song) a score for each label."""
+Probe = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""(vectors to learn from, their labels, vectors that are asked about) → answers."""
+Folds = list[tuple[np.ndarray, np.ndarray]]
+"""Positions to learn from and positions to ask about, of each fold."""
 
 
-def probe_task(songs: Songs, column: str, held_out: np.ndarray, draws: Draws, settings: EvaluateSettings) -> Task | None:
-    """The probes of one column, or None when there is nothing to tell apart.
+def probe_task(labels: Labels, methods: dict[str, np.ndarray], artists: list[str], draws: Draws, settings: EvaluateSettings) -> Task | None:
+    """`accuracy`, or `roc_auc` and `map` (macro over labels) where a song may have several; also with `knn_` before and `_folds` behind.
 
-    `held_out`: int rows that are asked; `draws`: of these rows. A column whose songs have one value at most is classified (accuracy;
-    a label that training never had counts as an error); otherwise every label is a yes or no of its own (`roc_auc`, `map`: means over
-    the labels that some held-out songs have and others have not).
+    `methods`: vectors of the whole catalogue [songs, dim]; `artists`: of each song of the catalogue; `draws` of the labelled held-out
+    songs. Songs whose label training never saw count as errors. `_folds` figures are left out when the songs are by one artist. None when
+    fewer than two labels can be told apart.
     """
-    values = songs.values(column)
-    training = _drawn(np.flatnonzero((songs.splits == Split.TRAIN) & np.array([bool(v) for v in values])), settings.seed)
-    asked = np.array([place for place, row in enumerate(held_out) if values[row]], dtype=np.int64)
-    if not len(asked) or len({value for row in training for value in values[row]}) < 2:
+    training = labels.training
+    if len(training) > MAX_TRAINING_SONGS:
+        training = np.sort(default_rng(settings.seed).choice(training, MAX_TRAINING_SONGS, replace=False))
+    folds = artist_folds([normal_name(artists[row]) for row in labels.held_out], settings.folds)
+    counts = {"train_songs": len(training), "test_songs": len(labels.held_out), "folds": len(folds)}
+    if len(training) < len(labels.training):
+        counts["train_songs_left_out"] = len(labels.training) - len(training)
+    ask = _ask_several if labels.several else _ask_one
+    with threadpool_limits(1):  # hundreds of small fits: threads that wait for each other cost more than they compute
+        found = ask(labels, training, methods, folds, draws, settings.neighbors)
+    if found is None:
         return None
-    several = any(len(value) > 1 for value in values)
-    measure = _several_labels if several else _one_label
-    return measure(songs, column, values, training, held_out[asked], draws.of(asked), settings)
+    control, figures, more = found
+    name = f"probe_{labels.column}"
+    return Task(name, f"{labels.column} probe", "songs", "artists", control, figures, {**more, **counts})
 
 
-def _drawn(rows: np.ndarray, seed: int) -> np.ndarray:
-    if len(rows) <= MAX_TRAINING_SONGS:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAINING_SONGS, replace=False))
-
-
-def _one_label(
-    songs: Songs, column: str, values: list[list[str]], training: np.ndarray, asked: np.ndarray, draws: Draws, settings: EvaluateSettings
-) -> Task:
-    known = np.array([values[row][0] for row in training])
-    truth = np.array([values[row][0] for row in asked])
-    folds = _folds([songs.artists[row] for row in asked], settings.folds) if len(set(truth)) > 1 else []
-    fits = {"accuracy": _linear, "knn_accuracy": _nearest(settings.neighbors)}
-
-    def figures(vectors: np.ndarray) -> dict[str, Estimate]:
-        found = {}
-        for name, fit in fits.items():
-            right = fit(vectors[training], known)(vectors[asked]) == truth
-            found[name] = bootstrap.mean(right.astype(np.float64), draws)
-            if folds:
-                found[f"{name}_folds"] = bootstrap.mean(_out_of_fold(fit, vectors[asked], truth, folds), draws)
-        return found
-
-    classes, counts = np.unique(known, return_counts=True)
-    always = bootstrap.mean((truth == classes[counts.argmax()]).astype(np.float64), draws)
-    methods = {name: figures(vectors) for name, vectors in _methods(songs, settings.seed).items()}
-    methods["commonest"] = {name: always for name in next(iter(methods.values()))}
-    sizes = {
-        "classes": len(classes),
-        "train_songs": len(training),
-        "test_songs": len(asked),
-        "unseen_label_songs": int((~np.isin(truth, classes)).sum()),
-        "folds": len(folds),
-    }
-    return Task(f"probe_{column}", f"probe: {column}", "songs", "artists", "commonest", methods, sizes)
-
-
-def _several_labels(
-    songs: Songs, column: str, values: list[list[str]], training: np.ndarray, asked: np.ndarray, draws: Draws, settings: EvaluateSettings
-) -> Task | None:
-    labels = sorted({value for row in training for value in values[row]})
-    place = {label: number for number, label in enumerate(labels)}
-    known, truth = (_indicator(values, rows, place) for rows in (training, asked))
-    kept = truth.any(axis=0) & ~truth.all(axis=0) & known.any(axis=0) & ~known.all(axis=0)
-    if not kept.any():
-        return None
-    known, truth = known[:, kept], truth[:, kept]
-    methods = {}
-    for name, vectors in _methods(songs, settings.seed).items():
-        linear = _linear_scores(vectors[training], known)(vectors[asked])
-        nearest = _neighbor_shares(settings.neighbors)(vectors[training], known)(vectors[asked])
-        found = label_figures(linear, truth, draws)
-        methods[name] = {**found, **{f"knn_{figure}": item for figure, item in label_figures(nearest, truth, draws).items()}}
-    chance = label_figures(np.zeros(truth.shape), truth, draws)
-    methods["random"] = {**chance, **{f"knn_{figure}": item for figure, item in chance.items()}}
-    sizes = {"labels": int(kept.sum()), "train_songs": len(training), "test_songs": len(asked), "labels_left_out": int((~kept).sum())}
-    return Task(f"probe_{column}", f"probe: {column}", "songs", "artists", "random", methods, sizes)
-
-
-def label_figures(scores: np.ndarray, truth: np.ndarray, draws: Draws) -> dict[str, Estimate]:
-    """`roc_auc` and `map`: means over labels of ROC-AUC and average precision; `scores` float and `truth` bool, both [songs, labels].
-
-    Equal scores give chance: 0.5, and the label's share of songs. A resample leaves out a label of which it has no example.
-    """
-    found = {}
-    for name, statistic in (("roc_auc", weighted_auc), ("map", weighted_average_precision)):
-        every = np.concatenate([np.ones((1, len(scores)), dtype=np.float32), draws.weights])
-        rows = np.stack([statistic(scores[:, label], truth[:, label], every) for label in range(truth.shape[1])])
-        there = ~np.isnan(rows)
-        means = np.where(there, rows, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
-        found[name] = Estimate(float(means[0]), len(scores), means[1:].astype(np.float32), draws.population)
-    return found
-
-
-def _methods(songs: Songs, seed: int) -> dict[str, np.ndarray]:
-    """The spaces, raw log-mel statistics, and the vectors of the last stage dealt out to the wrong songs."""
-    last = songs.spaces.get("preference", songs.spaces["semantic"])
-    return {**songs.spaces, "log_mel": songs.log_mel, "shuffled": last[np.random.default_rng(seed).permutation(len(last))]}
-
-
-def _folds(artists: Sequence[str], folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows to learn from and rows to ask, no artist in both; fewer folds when there are fewer artists, none for a single one."""
+def artist_folds(artists: list[str], folds: int) -> Folds:
+    """At most `folds` folds of nearly equal size, an artist in one of them; none when there is one artist."""
     from sklearn.model_selection import GroupKFold
 
     folds = min(folds, len(set(artists)))
-    return list(GroupKFold(folds).split(np.zeros(len(artists)), groups=np.asarray(artists))) if folds > 1 else []
+    return list(GroupKFold(folds).split(artists, groups=artists)) if folds > 1 else []
 
 
-def _out_of_fold(fit: Fit, vectors: np.ndarray, truth: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    right = np.zeros(len(truth))
-    for learned, asked in folds:
-        names = np.unique(truth[learned])
-        named = fit(vectors[learned], truth[learned])(vectors[asked]) if len(names) > 1 else np.repeat(names, len(asked))
-        right[asked] = named == truth[asked]
-    return right
+Found = tuple[str, dict[str, dict[str, Estimate]], dict[str, int]]
+"""Name of the control, figures by method, counts."""
 
 
-def _linear(vectors: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _ask_one(
+    labels: Labels, training: np.ndarray, methods: dict[str, np.ndarray], folds: Folds, draws: Draws, neighbors: int
+) -> Found | None:
+    known, truth = labels.one_each(training), labels.one_each(labels.held_out)
+    classes = np.unique(known)
+    if len(classes) < 2:
+        return None
+    probes = {"": linear_labels, "knn_": _neighbor_labels(neighbors)}
+    figures = {
+        method: {
+            f"{prefix}accuracy{suffix}": bootstrap.mean((answers == truth).astype(np.float64), draws)
+            for prefix, suffix, answers in _all_answers(probes, vectors, training, known, labels.held_out, truth, folds)
+        }
+        for method, vectors in methods.items()
+    }
+    figures |= commonest(labels, tuple(next(iter(figures.values()))), draws)
+    return "commonest", figures, {"classes": len(classes), "unseen_label_songs": int((~np.isin(truth, classes)).sum())}
+
+
+def _ask_several(
+    labels: Labels, training: np.ndarray, methods: dict[str, np.ndarray], folds: Folds, draws: Draws, neighbors: int
+) -> Found | None:
+    rankable = labels.rankable()
+    in_training = labels.indicator(training, rankable)
+    seen = np.flatnonzero(in_training.any(axis=0) & ~in_training.all(axis=0))
+    if not len(seen):
+        return None
+    known, truth = in_training[:, seen], labels.indicator(labels.held_out, [rankable[i] for i in seen])
+    probes = {"": linear_scores, "knn_": _neighbor_shares(neighbors)}
+    figures = {
+        method: {
+            f"{prefix}{figure}{suffix}": estimate
+            for prefix, suffix, scores in _all_answers(probes, vectors, training, known, labels.held_out, truth, folds)
+            for figure, estimate in macro_figures(scores, truth, draws).items()
+        }
+        for method, vectors in methods.items()
+    }
+    tied = macro_figures(np.zeros(truth.shape), truth, draws)
+    suffixes = ("", "_folds") if folds else ("",)
+    figures["random"] = {
+        f"{prefix}{figure}{suffix}": estimate for prefix in probes for suffix in suffixes for figure, estimate in tied.items()
+    }
+    return "random", figures, {"labels": len(seen), "labels_left_out": len(labels.names(labels.held_out)) - len(seen)}
+
+
+def _all_answers(
+    probes: dict[str, Probe],
+    vectors: np.ndarray,
+    training: np.ndarray,
+    known: np.ndarray,
+    held_out: np.ndarray,
+    truth: np.ndarray,
+    folds: Folds,
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name of the probe, "" or `_folds`, and its answers: trained on the training songs, or out of fold."""
+    asked = vectors[held_out]
+    for name, probe in probes.items():
+        yield name, "", probe(vectors[training], known, asked)
+        if folds:
+            parts = [probe(asked[learn], truth[learn], asked[ask]) for learn, ask in folds]
+            order = np.argsort(np.concatenate([ask for _, ask in folds]))
+            yield name, "_folds", np.concatenate(parts)[order]
+
+
+def linear_labels(vectors: np.ndarray, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """What logistic regression answers, str [asked]; the only label there is, when there is one."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+
+    if len(np.unique(known)) == 1:
+        return np.full(len(asked), known[0])
+    learn, ask = _standardised(vectors, asked)
+    return LogisticRegression(max_iter=MAX_ITERATIONS).fit(learn, known).predict(ask)
+
+
+def linear_scores(vectors: np.ndarray, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Log-odds, float [asked, labels], of one logistic regression a label; 0 for a label that all known songs have, or none.
+
+    `known`: bool [songs, labels].
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    learn, ask = _standardised(vectors, asked)
+    scores = np.zeros((len(asked), known.shape[1]))
+    for label in np.flatnonzero(known.any(axis=0) & ~known.all(axis=0)):
+        scores[:, label] = LogisticRegression(max_iter=MAX_ITERATIONS).fit(learn, known[:, label]).decision_function(ask)
+    return scores
+
+
+def _standardised(learn: np.ndarray, ask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(vectors, targets).predict
+    scaler = StandardScaler().fit(learn)
+    return scaler.transform(learn), scaler.transform(ask)
 
 
-def _nearest(neighbors: int) -> Fit:
+def _neighbor_labels(neighbors: int) -> Probe:
+    """The commonest label of the nearest songs; of equals the first in the alphabet."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    def fit(vectors: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        return KNeighborsClassifier(min(neighbors, len(vectors)), metric="cosine").fit(vectors, targets).predict
-
-    return fit
-
-
-def _linear_scores(vectors: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """One logistic regression a label."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(vectors)
-    scaled = scaler.transform(vectors)
-    fitted = [LogisticRegression(max_iter=2000).fit(scaled, targets[:, label]) for label in range(targets.shape[1])]
-    return lambda asked: np.stack([one.decision_function(scaler.transform(asked)) for one in fitted], axis=1)
+    return lambda vectors, known, asked: (
+        KNeighborsClassifier(min(neighbors, len(vectors)), metric="cosine").fit(vectors, known).predict(asked)
+    )
 
 
-def _neighbor_shares(neighbors: int) -> Fit:
-    """The share of the nearest training songs that have each label."""
-    from sklearn.neighbors import NearestNeighbors
+def _neighbor_shares(neighbors: int) -> Probe:
+    """The share of the nearest songs that have each label."""
+    from sklearn.neighbors import KNeighborsRegressor
 
-    def fit(vectors: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        index = NearestNeighbors(n_neighbors=min(neighbors, len(vectors)), metric="cosine").fit(vectors)
-        return lambda asked: targets[index.kneighbors(asked, return_distance=False)].mean(axis=1)
-
-    return fit
-
-
-def _indicator(values: list[list[str]], rows: np.ndarray, place: dict[str, int]) -> np.ndarray:
-    """Bool [rows, labels]; labels that `place` does not know are left out."""
-    found = np.zeros((len(rows), len(place)), dtype=bool)
-    for number, row in enumerate(rows):
-        found[number, [place[value] for value in values[row] if value in place]] = True
-    return found
+    return lambda vectors, known, asked: (
+        KNeighborsRegressor(min(neighbors, len(vectors)), metric="cosine").fit(vectors, known.astype(np.float64)).predict(asked)
+    )

@@ -1,55 +1,51 @@
-"""Zero-shot classification: a label is named by the text that is nearest to the song, and nothing is trained on labels."""
+"""Zero-shot classification: the names of labels, as text, against the sound of held-out songs."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from htcl_ray.evaluation import bootstrap
-from htcl_ray.evaluation.bootstrap import Draws
+from htcl_ray.evaluation.bootstrap import Draws, Estimate
 from htcl_ray.evaluation.figures import Task
-from htcl_ray.evaluation.probes import label_figures
-from htcl_ray.evaluation.songs import Songs
-from htcl_ray.settings import EvaluateSettings
+from htcl_ray.evaluation.label_ranking import macro_figures
+from htcl_ray.evaluation.labels import Labels
 
 
-def zero_shot_task(
-    songs: Songs,
-    column: str,
-    held_out: np.ndarray,
-    draws: Draws,
-    encode: Callable[[Sequence[str]], dict[str, np.ndarray]],
-    settings: EvaluateSettings,
-) -> Task | None:
-    """The held-out songs' labels of a column as prompts, or None when there are fewer than two.
+def asked_labels(labels: Labels) -> list[str]:
+    """The labels that zero-shot classification chooses from: those of the held-out songs. Empty when there is nothing to choose."""
+    names = labels.rankable() if labels.several else labels.names(labels.held_out)
+    return names if labels.several or len(names) > 1 else []
 
-    One label a song: `accuracy`, a tie counting as its share of right labels, so that equal vectors give chance. Several: `roc_auc` and
-    `map` of the cosines, means over labels.
+
+def zero_shot_task(labels: Labels, names: list[str], spaces: dict[str, np.ndarray], prompts: dict[str, np.ndarray], draws: Draws) -> Task:
+    """`accuracy` of naming each song's label, or `roc_auc` and `map` (macro over labels) where a song may have several.
+
+    `names`: see `asked_labels`; `spaces`: vectors of the whole catalogue; `prompts`: of `names` [labels, dim], in each space; `draws` of
+    the labelled held-out songs. The control is a random choice; `commonest` always names the commonest label of training.
     """
-    values = songs.values(column)
-    asked = np.array([place for place, row in enumerate(held_out) if values[row]], dtype=np.int64)
-    rows = held_out[asked]
-    labels = sorted({value for row in rows for value in values[row]})
-    if len(labels) < 2:
-        return None
-    prompts = encode([settings.label_prompt.replace("{label}", label) for label in labels])
-    truth = np.array([[label in values[row] for label in labels] for row in rows])
-    several = any(len(value) > 1 for value in values)
-    units = draws.of(asked)
-    methods = {}
-    kept = truth.any(axis=0) & ~truth.all(axis=0)
-    for space, vectors in songs.spaces.items():
-        scores = vectors[rows] @ prompts[space].T
-        if several:
-            methods[space] = label_figures(scores[:, kept], truth[:, kept], units)
-        else:
-            best = scores == scores.max(axis=1, keepdims=True)
-            methods[space] = {"accuracy": bootstrap.mean((best & truth).sum(axis=1) / best.sum(axis=1), units)}
-    if several:
-        methods["random"] = label_figures(np.zeros(truth[:, kept].shape), truth[:, kept], units)
+    scores = {space: vectors[labels.held_out] @ prompts[space].T for space, vectors in spaces.items()}
+    scores["random"] = np.zeros((len(labels.held_out), len(names)))
+    if labels.several:
+        truth = labels.indicator(labels.held_out, names)
+        methods = {method: macro_figures(of, truth, draws) for method, of in scores.items()}
     else:
-        methods["random"] = {"accuracy": bootstrap.mean(np.full(len(rows), 1 / len(labels)), units)}
-    return Task(
-        f"zero_shot_{column}", f"zero-shot: {column}", "songs", "artists", "random", methods, {"labels": len(labels), "songs": len(rows)}
-    )
+        answers = np.searchsorted(names, labels.one_each(labels.held_out))
+        methods = {method: {"accuracy": bootstrap.mean(chosen(of, answers), draws)} for method, of in scores.items()}
+        methods |= commonest(labels, ("accuracy",), draws)
+    counts = {"labels": len(names), "test_songs": len(labels.held_out)}
+    return Task(f"zero_shot_{labels.column}", f"zero-shot {labels.column}", "songs", "artists", "random", methods, counts)
+
+
+def chosen(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """float64 [songs]: 1 where the answer has the highest score, a share of it where it ties. `scores`: [songs, labels]."""
+    best = scores == scores.max(axis=1, keepdims=True)
+    return best[np.arange(len(scores)), answers] / best.sum(axis=1)
+
+
+def commonest(labels: Labels, figures: tuple[str, ...], draws: Draws) -> dict[str, dict[str, Estimate]]:
+    """The method of always naming the commonest training label (of equals the first), for columns with one label a song."""
+    if not len(labels.training):
+        return {}
+    names, counts = np.unique(labels.one_each(labels.training), return_counts=True)
+    hits = bootstrap.mean((labels.one_each(labels.held_out) == names[counts.argmax()]).astype(np.float64), draws)
+    return {"commonest": dict.fromkeys(figures, hits)}

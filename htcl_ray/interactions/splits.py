@@ -29,14 +29,14 @@ def song_split(artist: str | None, duplicate_group: str, shares: Sequence[float]
 
     Artists are compared without regard to case, white space and Unicode form.
     """
-    key = f"artist:{same_name(artist)}" if artist and same_name(artist) else f"recording:{duplicate_group}"
+    key = f"artist:{normal_name(artist)}" if artist and normal_name(artist) else f"recording:{duplicate_group}"
     position = hash_fraction(key, "song split")
     if position < shares[0]:
         return Split.TRAIN
     return Split.VALIDATION if position < shares[0] + shares[1] else Split.TEST
 
 
-def same_name(name: str) -> str:
+def normal_name(name: str) -> str:
     """Equal for names that differ only in case, white space or Unicode form."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 

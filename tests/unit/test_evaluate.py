@@ -50,9 +50,9 @@ def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Co
     spaces, controls = ["semantic", "preference", "blend_0.5"], ["random", "popularity", "shuffled", "log_mel", "genre"]
     collaborative = ["item_knn", "als"]
     assert {name: list(task["methods"]) for name, task in report["tasks"].items()} == {
-        "text_to_audio": [*spaces, "random", "shuffled"],
-        "audio_to_text": [*spaces, "random", "shuffled"],
-        "zero_shot_genre": [*spaces, "random"],
+        "text_to_audio": [*spaces, "shuffled", "random"],
+        "audio_to_text": [*spaces, "shuffled", "random"],
+        "zero_shot_genre": [*spaces, "random", "commonest"],
         "probe_genre": [*spaces, "log_mel", "shuffled", "commonest"],
         "zero_shot_tags": [*spaces, "random"],
         "probe_tags": [*spaces, "log_mel", "shuffled", "random"],

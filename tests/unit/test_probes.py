@@ -1,156 +1,163 @@
-"""Probes on vectors with known content, and the weighted ROC-AUC and average precision behind them beside scikit-learn's."""
+"""Probes of catalogue columns against scikit-learn's own pipelines, and what they do where labels or artists are too few."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from htcl_ray.evaluation import bootstrap
-from htcl_ray.evaluation.probes import _folds, label_figures, probe_task
+from htcl_ray.evaluation import bootstrap, probes
+from htcl_ray.evaluation.figures import Task
+from htcl_ray.evaluation.labels import labels
 from htcl_ray.evaluation.songs import Songs
-from htcl_ray.evaluation.weighted import weighted_auc, weighted_average_precision
-from htcl_ray.evaluation.zero_shot import zero_shot_task
 from htcl_ray.settings import EvaluateSettings
-from tests.evaluation_songs import DIM, GENRES, TAGS, made_up, metadata
+from tests.labelled_songs import labelled_world, songs_of
 
 pytestmark = pytest.mark.unit
 
 SETTINGS = EvaluateSettings(resamples=200)
 
 
-def task(songs: Songs, column: str = "genre", settings: EvaluateSettings = SETTINGS):
-    held_out = np.flatnonzero(songs.splits == "test")
-    draws = bootstrap.draw([songs.artists[row] for row in held_out], settings.resamples, settings.seed)
-    return probe_task(songs, column, held_out, draws, settings)
+def probe(songs: Songs, column: str, settings: EvaluateSettings = SETTINGS) -> Task | None:
+    training, held_out = np.flatnonzero(songs.splits == "train"), np.flatnonzero(songs.splits == "test")
+    of_column = labels(songs, column, training, held_out)
+    assert of_column is not None
+    draws = bootstrap.draw([songs.artists[row] for row in of_column.held_out], settings.resamples, 0)
+    methods = {"semantic": songs.spaces["semantic"], "log_mel": songs.log_mel}
+    return probes.probe_task(of_column, methods, songs.artists, draws, settings)
 
 
-def with_column(songs: Songs, **columns: list) -> Songs:
-    return dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=songs.metadata["artist"].to_pylist(), **columns))
+@pytest.fixture(scope="module")
+def songs() -> Songs:
+    return labelled_world(signal=2.0)[0]
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_weighted_figures_equal_those_of_scikit_learn(ties: bool):
+def test_the_probes_of_one_label_are_scikit_learns(songs: Songs):
+    x, y = songs.spaces["semantic"], np.array(songs.labels("genre"))
+    train, test = songs.splits == "train", songs.splits == "test"
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    near = KNeighborsClassifier(10, metric="cosine")
+    groups = np.array(songs.artists)[test]
+    expected = {}
+    for name, model in (("accuracy", linear), ("knn_accuracy", near)):
+        expected[name] = (model.fit(x[train], y[train]).predict(x[test]) == y[test]).mean()
+        out_of_fold = cross_val_predict(model, x[test], y[test], groups=groups, cv=GroupKFold(5))
+        expected[f"{name}_folds"] = (out_of_fold == y[test]).mean()
+    task = probe(songs, "genre")
+    assert {figure: estimate.value for figure, estimate in task.methods["semantic"].items()} == pytest.approx(expected)
+    assert len(set(expected.values())) > 1
+    commonest = max(sorted(set(y)), key=lambda label: (y[train] == label).sum())
+    assert {estimate.value for estimate in task.methods["commonest"].values()} == {(y[test] == commonest).mean()}
+    assert task.control == "commonest"
+    assert task.counts == {
+        "classes": 3, "unseen_label_songs": 0, "train_songs": train.sum(), "test_songs": test.sum(), "folds": 5,
+    }  # fmt: skip
+
+
+def test_the_probes_of_several_labels_are_scikit_learns(songs: Songs):
+    tags = songs.values("tags")
+    has, names = np.array([bool(of_song) for of_song in tags]), [f"tag {j}" for j in range(4)]
+    y = np.array([[name in of_song for name in names] for of_song in tags])
+    x, train, test = songs.spaces["semantic"], (songs.splits == "train") & has, (songs.splits == "test") & has
+    model = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(max_iter=2000)))
+    scores = model.fit(x[train], y[train]).decision_function(x[test])
+    neighbors = KNeighborsClassifier(10, metric="cosine").fit(x[train], y[train])
+    shares = np.array([of_label[:, 1] for of_label in neighbors.predict_proba(x[test])]).T
+    out_of_fold = cross_val_predict(
+        model, x[test], y[test], groups=np.array(songs.artists)[test], cv=GroupKFold(5), method="decision_function"
+    )
+    task = probe(songs, "tags")
+    found = {figure: estimate.value for figure, estimate in task.methods["semantic"].items()}
+    for prefix, suffix, of in (("", "", scores), ("knn_", "", shares), ("", "_folds", out_of_fold)):
+        assert found[f"{prefix}roc_auc{suffix}"] == pytest.approx(roc_auc_score(y[test], of, average="macro"), abs=1e-4)
+        assert found[f"{prefix}map{suffix}"] == pytest.approx(average_precision_score(y[test], of, average="macro"), abs=1e-3)
+    assert task.methods["random"].keys() == task.methods["semantic"].keys()
+    assert task.methods["random"]["knn_roc_auc_folds"].value == 0.5
+    assert task.methods["random"]["map_folds"].value == pytest.approx(y[test].mean())
+    assert task.control == "random"
+
+
+def test_a_probe_reads_what_is_there_and_only_that(songs: Songs):
+    genre, mood, tags = (probe(songs, column) for column in ("genre", "mood", "tags"))
+    for task, figure in ((genre, "accuracy"), (tags, "roc_auc")):
+        for name in (figure, f"{figure}_folds", f"knn_{figure}", f"knn_{figure}_folds"):
+            gain = bootstrap.difference(task.methods["semantic"][name], task.methods[task.control][name])
+            assert bootstrap.is_shown(gain), name
+            assert gain.value > 0.1
+            nothing = bootstrap.difference(task.methods["log_mel"][name], task.methods[task.control][name])
+            assert nothing.value < 0.1
+    for name, estimate in mood.methods["semantic"].items():
+        assert estimate.value == pytest.approx(0.5, abs=0.15), name
+
+
+def test_songs_without_a_label_take_no_part_and_unseen_labels_are_errors():
+    vectors = np.tile([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1], [0.5, 0.5]], (2, 1))
+    genre = [["a"], ["a"], ["b"], ["b"], None, ["a"], ["a"], ["b"], ["new"], None]
+    songs = songs_of(["train"] * 5 + ["test"] * 5, list("abcdefghij"), vectors, genre=genre)
+    task = probe(songs, "genre", EvaluateSettings(resamples=100, neighbors=1))
+    assert task.counts == {"classes": 2, "unseen_label_songs": 1, "train_songs": 4, "test_songs": 4, "folds": 4}
+    assert task.methods["semantic"]["accuracy"].value == task.methods["semantic"]["knn_accuracy"].value == 0.75
+    assert task.methods["semantic"]["accuracy"].n == 4
+
+
+@pytest.mark.parametrize("genre", [["a"] * 4 + ["a", "b"] * 2, [None] * 4 + ["a", "b"] * 2])
+def test_without_two_training_labels_there_is_no_probe(genre: list[str | None]):
+    songs = songs_of(["train"] * 4 + ["test"] * 4, list("abcdefgh"), np.eye(8), genre=[value and [value] for value in genre])
+    assert probe(songs, "genre") is None
+
+
+def test_a_label_of_several_that_training_lacks_is_left_out():
     generator = np.random.default_rng(0)
-    scores = generator.normal(size=50)
-    if ties:
-        scores = np.round(scores)
-    relevant = generator.random(50) < 0.3
-    weights = generator.integers(0, 4, size=(30, 50)).astype(np.float32)
-    auc, precision = weighted_auc(scores, relevant, weights), weighted_average_precision(scores, relevant, weights)
-    for row, of in enumerate(weights):
-        assert auc[row] == pytest.approx(roc_auc_score(relevant, scores, sample_weight=of))
-        assert precision[row] == pytest.approx(average_precision_score(relevant, scores, sample_weight=of))
+    tags = [["x", "y"] if i % 2 else ["x"] for i in range(20)]
+    tags[15] = ["y", "new"]
+    songs = songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], generator.normal(size=(20, 4)), tags=tags)
+    assert probe(songs, "tags").counts == {"labels": 1, "labels_left_out": 2, "train_songs": 10, "test_songs": 10, "folds": 5}
+    assert probe(songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], np.eye(20), tags=[["x", "z"]] * 20), "tags") is None
 
 
-def test_a_resample_without_an_example_has_no_figure():
-    scores, relevant = np.array([3.0, 2.0, 1.0]), np.array([True, False, False])
-    weights = np.array([[0, 1, 1], [1, 0, 0], [1, 1, 1]], dtype=np.float32)
-    assert np.isnan(weighted_auc(scores, relevant, weights)).tolist() == [True, True, False]
-    assert np.isnan(weighted_average_precision(scores, relevant, weights)).tolist() == [True, False, False]
+def test_an_artist_is_in_one_fold_however_it_is_written():
+    """Every artist has its own label and direction: who sees the artist in training names every label, who does not none."""
+    artists = [name for name in ("Ann", "ann ", "Bob", "BOB", "cy", "Cy")]
+    vectors = np.repeat(np.eye(3), 2, axis=0)
+    genre = [[name.strip().lower()] for name in artists]
+    songs = songs_of(["train"] * 6 + ["test"] * 6, [f"other {a}" for a in artists] + artists, np.vstack([vectors] * 2), genre=genre * 2)
+    task = probe(songs, "genre", EvaluateSettings(resamples=100, neighbors=1))
+    assert task.counts["folds"] == 3
+    assert task.methods["semantic"]["accuracy"].value == 1
+    assert task.methods["semantic"]["accuracy_folds"].value == task.methods["semantic"]["knn_accuracy_folds"].value == 0
 
 
-def test_means_over_labels_equal_those_of_scikit_learn():
-    generator = np.random.default_rng(1)
-    scores, truth = generator.normal(size=(40, 5)), generator.random((40, 5)) < 0.4
-    found = label_figures(scores, truth, bootstrap.draw([str(i) for i in range(40)], 100, 0))
-    assert found["roc_auc"].value == pytest.approx(roc_auc_score(truth, scores, average="macro"))
-    assert found["map"].value == pytest.approx(average_precision_score(truth, scores, average="macro"))
+def test_of_one_artist_there_are_no_folds():
+    songs = songs_of(["train"] * 4 + ["test"] * 4, list("abcd") + ["e"] * 4, np.eye(8), genre=[["x"], ["y"]] * 4)
+    task = probe(songs, "genre")
+    assert set(task.methods["semantic"]) == set(task.methods["commonest"]) == {"accuracy", "knn_accuracy"}
+    assert task.counts["folds"] == 0
 
 
-def test_a_probe_reads_a_linear_property_and_only_that():
-    probe = task(made_up(noise=0.1))
-    assert {name for name, found in probe.methods.items() if found["accuracy"].value > 0.95} == {"semantic"}
-    for name in ("log_mel", "shuffled", "commonest"):
-        for figure, item in probe.methods[name].items():
-            assert item.value < 0.45, (name, figure)
-    assert probe.methods["semantic"]["knn_accuracy_folds"].value > 0.95
-    assert probe.methods["semantic"]["accuracy"].n == 120
+def test_a_big_catalogue_trains_on_a_sample(songs: Songs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probes, "MAX_TRAINING_SONGS", 50)
+    first, again = probe(songs, "genre"), probe(songs, "genre")
+    assert first.counts["train_songs"] == 50
+    assert first.counts["train_songs_left_out"] == (songs.splits == "train").sum() - 50
+    assert first.methods["semantic"]["accuracy"].value == again.methods["semantic"]["accuracy"].value > 0.6
 
 
-def test_the_control_names_the_commonest_training_label():
-    songs = made_up()
-    labels = ["rock" if i % 2 == 0 and i < 160 else "jazz" for i in range(len(songs.ids))]
-    probe = task(with_column(songs, genre=[[label] for label in labels]))
-    assert probe.methods["commonest"]["accuracy"].value == 0.0, "rock is commonest in training, and no test song is rock"
+def test_a_label_that_all_held_out_songs_have_cannot_be_ranked():
+    tags = [["x", "y"] if i % 2 else ["z"] for i in range(10)] + [["x", "y"] if i % 2 else ["x", "z"] for i in range(10)]
+    vectors = np.random.default_rng(0).normal(size=(20, 4))
+    songs = songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], vectors, tags=tags)
+    assert probe(songs, "tags").counts == {"labels": 2, "labels_left_out": 1, "train_songs": 10, "test_songs": 10, "folds": 5}
 
 
-def test_unseen_labels_are_errors_and_missing_ones_take_no_part():
-    songs = made_up(noise=0.05)
-    genres = [label for label in songs.labels("genre")]
-    genres[1] = "polka"
-    genres[3] = None
-    genres[0] = None
-    probe = task(with_column(songs, genre=[[g] if g else None for g in genres]))
-    assert probe.counts["unseen_label_songs"] == 1
-    assert probe.counts["train_songs"] == 119
-    assert probe.methods["semantic"]["accuracy"].n == 119
-    assert probe.methods["semantic"]["accuracy"].value <= 118 / 119
-
-
-def test_a_column_without_two_labels_is_no_task():
-    songs = made_up()
-    assert task(songs, "mood") is None
-    assert task(with_column(songs, genre=[["rock"]] * len(songs.ids))) is None
-
-
-def test_an_artist_is_in_one_fold():
-    artists = [f"a{i % 7}" for i in range(60)]
-    asked = []
-    for learned, test in _folds(artists, 5):
-        assert not {artists[i] for i in learned} & {artists[i] for i in test}
-        asked += test.tolist()
-    assert sorted(asked) == list(range(60))
-    assert len(_folds(["a", "b", "a"], 5)) == 2
-    assert _folds(["a"] * 4, 5) == []
-
-
-def test_folds_hide_what_belongs_to_an_artist_alone():
-    """Vectors that name the artist and nothing else: random folds would read the genre through the artist, ours cannot."""
-    songs = made_up()
-    artists = np.unique(songs.artists, return_inverse=True)[1]
-    vectors = np.eye(artists.max() + 1, dtype=np.float32)[artists]
-    genre = [[GENRES[number % 4]] for number in artists]
-    songs = dataclasses.replace(with_column(songs, genre=genre), spaces={"semantic": vectors})
-    assert task(songs).methods["semantic"]["accuracy_folds"].value < 0.4
-
-
-def test_several_labels_a_song():
-    probe = task(made_up(noise=0.1), "tags")
-    semantic, chance = probe.methods["semantic"], probe.methods["random"]
-    assert semantic["roc_auc"].value > 0.75 > 0.5 == chance["roc_auc"].value
-    assert semantic["knn_roc_auc"].value > 0.7
-    songs = made_up(noise=0.1)
-    shares = [
-        np.mean([tag in value for value, split in zip(songs.values("tags"), songs.splits, strict=True) if split == "test"]) for tag in TAGS
-    ]
-    assert chance["map"].value == pytest.approx(np.mean(shares))
-    assert bootstrap.is_shown(bootstrap.difference(probe.methods["shuffled"]["roc_auc"], chance["roc_auc"])) is False
-
-
-def test_zero_shot_asks_with_the_prompt_and_shares_ties():
-    songs = made_up(noise=0.05)
-    held_out = np.flatnonzero(songs.splits == "test")
-    draws = bootstrap.draw([songs.artists[row] for row in held_out], 100, 0)
-    asked: list[str] = []
-
-    def encode(texts: list[str]) -> dict[str, np.ndarray]:
-        asked.extend(texts)
-        return {"semantic": np.eye(DIM, dtype=np.float32)[[GENRES.index(text.split()[1]) for text in texts]]}
-
-    settings = EvaluateSettings(label_prompt="a {label} song", resamples=100)
-    found = zero_shot_task(songs, "genre", held_out, draws, encode, settings)
-    assert asked == [f"a {label} song" for label in sorted(GENRES)]
-    assert found.methods["semantic"]["accuracy"].value > 0.95
-    assert found.methods["random"]["accuracy"].value == 0.25
-    two_alike = zero_shot_task(
-        songs, "genre", held_out, draws, lambda texts: {"semantic": np.eye(DIM, dtype=np.float32)[[0, 0, 2, 2]]}, settings
-    )
-    assert two_alike.methods["semantic"]["accuracy"].value < 0.5
-    several = zero_shot_task(
-        songs, "tags", held_out, draws, lambda texts: {"semantic": np.eye(DIM, dtype=np.float32)[: len(texts)]}, settings
-    )
-    assert set(several.methods["semantic"]) == {"roc_auc", "map"}
-    assert zero_shot_task(songs, "mood", held_out, draws, encode, settings) is None
+def test_a_fold_that_learns_one_label_answers_with_it():
+    """Two artists with a label each: out of fold, the other's is all that was seen."""
+    songs = songs_of(["train"] * 4 + ["test"] * 4, list("abcdeeff"), np.eye(8), genre=[["x"], ["x"], ["y"], ["y"]] * 2)
+    task = probe(songs, "genre")
+    assert task.counts["folds"] == 2
+    assert task.methods["semantic"]["accuracy_folds"].value == task.methods["semantic"]["knn_accuracy_folds"].value == 0
