@@ -104,6 +104,17 @@ def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless
     assert found
 
 
+def test_users_who_met_a_song_before_are_no_negatives_to_be_counted():
+    """Without feedback all others are negatives: here everybody else knew the song, so there is nobody to compare with."""
+    events = log(
+        *((f"U{i}", "s00", 1, "train") for i in range(6)),
+        *((f"U{i}", "s01", 1, "test") for i in range(3)),
+        *((f"U{i}", "s01", 1, "train") for i in range(3, 6)),
+    )
+    heard = listening(SONGS, COLD, events, "test")
+    assert not len(item_questions(heard, COLD, EvaluateSettings(min_item_users=1)).songs)
+
+
 def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(listeners: Listeners):  # noqa: F811
     """Training users who liked held-out songs early: no score, and so no figure of a new user's, changes by them."""
     cold = [song for song, split in zip(listeners.songs.ids, listeners.songs.splits, strict=True) if split == "test"]
