@@ -16,7 +16,21 @@ from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.sample import TEXT_COLUMNS, write_sample
 from htcl_ray.storage import Workspace
 
-MADE_BY_DEMO = ("sample", "features", "events", "pairs", "negatives", "quarantine", "runs", "models", "embeddings", "index", "reports")
+MADE_BY_DEMO = (
+    "sample",
+    "features",
+    "statistics",
+    "events",
+    "pairs",
+    "negatives",
+    "quarantine",
+    "runs",
+    "models",
+    "embeddings",
+    "index",
+    "reports",
+    "ablations",
+)
 TEXT_QUERY = "calm ambient piano"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from htcl_ray.evaluation.report import TITLES, figure_title, number
+from htcl_ray.evaluation.report import NOT_SHOWN, TITLES, figure_title, number
 
 SHADES = {"improved": "good", "worse": "bad", "not shown": "faint"}
 
@@ -49,6 +49,8 @@ def ablation_html(tree: Mapping[str, Any]) -> str:
                 continue
             against = figure["against_full"]
             small = "" if against is None else f"{against['value']:+.3f} {_between(against)} {against['verdict']}"
+            if figure["against_chance"] and figure["against_chance"]["verdict"] == NOT_SHOWN:
+                small += ", not above chance"
             shade = SHADES[against["verdict"]] if against else ""
             cells.append(_cell(number(figure["value"], column["figure"]), small, shade))
         rows.append(cells)

@@ -44,7 +44,7 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
             f"the gate failed: {len(verdict.failed)} of {len(verdict.results)} bounds do not hold, first {first.bound.asked}"
             f"{'' if first.value is None else f' (found {first.value:.4g})'}; {result.location}/report.html has all of them"
         )
-    return dataclasses.replace(result, step="gate", summary=f"all {len(verdict.results)} bounds hold; {result.summary}")
+    return dataclasses.replace(result, step="gate", skipped=False, summary=f"all {len(verdict.results)} bounds hold; {result.summary}")
 
 
 def _served(workspace: Workspace, inputs: Inputs) -> dict[Key, Estimate] | None:

@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 
 from htcl_ray.config import Config, resolve
+from htcl_ray.evaluation.gate import judge, read_gate
 from htcl_ray.pipelines.embed import embed
-from htcl_ray.pipelines.evaluate import evaluate
+from htcl_ray.pipelines.evaluate import evaluate, read_figures
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
@@ -37,6 +38,8 @@ class Outcome:
 
     report: dict[str, Any]
     answers: dict[str, list[str]]
+    failed_bounds: list[str]
+    """Of the shipped gate: TASK.METHOD.FIGURE."""
 
     def median_rank_share(self) -> float:
         """Median rank of text → audio in the semantic space, as a share of the gallery; 0.5 is chance."""
@@ -68,7 +71,12 @@ def run_every_step(config: Config, upload: bytes, song_id: str, after_training: 
     for step in (embed, build_index):
         step(config)
     report = evaluate(config)
-    return Outcome(read_report(config, report.location), ask(config, upload, song_id))
+    return Outcome(read_report(config, report.location), ask(config, upload, song_id), failed_bounds(config, report.location))
+
+
+def failed_bounds(config: Config, location: str) -> list[str]:
+    figures = read_figures(Workspace(config.workspace), location.rsplit("/", 1)[1])
+    return [result.bound.figure for result in judge(read_gate("default"), figures).failed]
 
 
 def read_report(config: Config, location: str) -> dict[str, Any]:

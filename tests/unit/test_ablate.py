@@ -97,6 +97,7 @@ def test_the_table_holds_differences_from_the_full_method():
         return {
             ("cold", method, "ndcg@10"): bootstrap.mean(values + shift, draws),
             ("cold", "semantic", "ndcg@10"): bootstrap.mean(values - 0.3, draws),
+            ("cold", "random", "ndcg@10"): bootstrap.mean(values - 0.2, draws),
         }
 
     noise = np.random.default_rng(1).normal(0, 0.3, 60)
@@ -114,7 +115,11 @@ def test_the_table_holds_differences_from_the_full_method():
     assert cells["worse"]["against_full"]["verdict"] == "worse"
     assert cells["alike"]["against_full"]["verdict"] == "not shown"
     assert cells["without stage 2"]["against_full"]["value"] == pytest.approx(-0.3)
+    assert list(cells) == ["full", "worse", "alike", "without stage 2", "chance"]
+    assert cells["full"]["against_chance"]["verdict"] == "improved"
+    assert cells["worse"]["against_chance"]["verdict"] == "not shown"
     page = ablation_html({"created": "now", **tree})
+    assert page.count("not above chance") == 1
     assert f"{values.mean():.3f}" in page
     assert "-0.200 (-0.200 to -0.200) worse" in page
-    assert ablation_table(tree).row_count == 4
+    assert ablation_table(tree).row_count == 5
