@@ -13,7 +13,7 @@ from htcl_ray.evaluation.songs import Songs
 
 ITEM_NEIGHBORS = 100
 ALS_REGULARIZATION, ALS_ITERATIONS, ALS_ALPHA = 10.0, 15, 10.0
-ROWS = 1024
+ROWS = 128
 """Songs whose similarities to all others are held at once."""
 
 

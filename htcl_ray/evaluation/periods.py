@@ -31,4 +31,4 @@ def hot_songs(songs: Songs, events: pd.DataFrame, split: str) -> np.ndarray:
     """Bool [songs]: songs with training positives; none of them when the log has no times, for then nothing comes later."""
     if periods_before(events, split) is None:
         return np.zeros(len(songs.ids), dtype=bool)
-    return np.isin(songs.ids, training_positives(songs, events, split)["song_id"].unique())
+    return pd.Index(songs.ids).isin(training_positives(songs, events, split)["song_id"])

@@ -72,10 +72,9 @@ def listening(songs: Sequence[str], cold: np.ndarray, events: pd.DataFrame, spli
     before = during = np.ones(len(events), dtype=bool)
     if earlier is not None:
         before, during = events["period"].isin(earlier).to_numpy(), (events["period"] == split).to_numpy()
-    is_cold = np.append(cold, False)[row]
 
     def marks(which: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        which = which & (columns >= 0)
+        which = which & (columns >= 0)  # −1 is a song outside the catalogue
         pairs = (number[which], columns[which])
         return sparse.csr_matrix((np.ones(len(pairs[0]), dtype=bool), pairs), shape=(len(users), len(places)))
 
@@ -83,7 +82,7 @@ def listening(songs: Sequence[str], cold: np.ndarray, events: pd.DataFrame, spli
     return Listening(
         np.asarray(users, dtype=str),
         held_out,
-        history=marks(before & positive & ~is_cold, row),
+        history=marks(before & positive & ~cold[row], row),
         met=marks(heard, row) + marks(heard, trigger),
         liked=marks(during & positive, row),
         exposed=marks(during, row),

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from htcl_ray.evaluation import metrics
-from htcl_ray.evaluation.ties import expected_metrics, first_hit_distribution
+from htcl_ray.evaluation.ties import expected_auc, expected_metrics, first_hit_distribution
 
 pytestmark = pytest.mark.unit
 
@@ -76,3 +76,20 @@ def test_first_hit_distribution(size: int, hits: int):
     assert distribution.sum() == pytest.approx(1)
     assert (distribution * np.arange(1, size + 1)).sum() == pytest.approx((size + 1) / (hits + 1))  # mean of the first order statistic
     assert (distribution >= 0).all()
+
+
+def test_many_queries_at_once_are_each_as_alone_among_their_own_candidates():
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 6, (40, 25)).astype(np.float32)
+    candidate, relevant = generator.random((40, 25)) < 0.7, generator.random((40, 25)) < 0.15
+    relevant[3], candidate[4] = False, relevant[4]
+    scores[~candidate] = np.nan  # whatever stands there
+    together = expected_metrics(scores, relevant & candidate, KS, candidate)
+    for query in range(40):
+        mine = candidate[query]
+        alone = one_query(scores[query, mine], relevant[query, mine], KS)
+        assert {name: values[query] for name, values in together.items()} == pytest.approx(alone, nan_ok=True)
+    np.testing.assert_array_equal(expected_auc(scores, relevant & candidate, candidate), together["auc"])
+    assert np.isnan(together["ndcg@5"][3])
+    assert together["ndcg@5"][4] == pytest.approx(1)
+    assert np.isnan(together["auc"][4])
