@@ -143,14 +143,14 @@ def _untrained(config: Config, workspace: Workspace) -> str:
 def prepare(workspace: Workspace, data: str, features: Artifact, pairs: Artifact, events: Artifact, seed: int) -> Workspace:
     """A workspace below `ablations/` with these inputs, the training texts or pairs shuffled if `data` says so.
 
-    On the true data it also has the models that were trained on them, which need not be trained again.
+    It also has the models that were trained on what it does not shuffle, which need not be trained again.
     """
     target = Workspace(workspace.uri_of(f"ablations/{fingerprint(features.version, pairs.version, seed)}/{data}"))
     wrong = {"shuffled_captions": (features.path, "text"), "shuffled_pairs": (pairs.path, "song_id")}.get(data, (None, ""))
     copied = [features.path, events.path, f"negatives/{pairs.version}", pairs.path]
-    if data == "true":
-        for kind in ("models/semantic", "models/preference"):
-            copied += [f"{kind}/{name}" for name, made in workspace.finished(kind) if made["inputs"].get("features") == features.version]
+    trained = {"true": ("models/semantic", "models/preference"), "shuffled_pairs": ("models/semantic",)}
+    for kind in trained.get(data, ()):
+        copied += [f"{kind}/{name}" for name, made in workspace.finished(kind) if made["inputs"].get("features") == features.version]
     for path in copied:
         manifest = workspace.manifest(path)
         if manifest is None or target.manifest(path) is not None:
