@@ -39,8 +39,8 @@ FIGURES = {
     "knn_roc_auc": "kNN ROC-AUC",
     "knn_map": "kNN mAP",
 }
-NEUTRAL = ("popularity_lift", "gini", "coverage", "artist_diversity")
-"""Figures that describe lists: more or less of them is no gain by itself."""
+HEADLINES = ("recall", "median_rank", "accuracy", "roc_auc", "map", "ndcg", "user_auc", "item_auc")
+"""Figures of which the summary and the terminal speak, of several k the largest; all others are in the tables of the page."""
 IMPROVED, WORSE, NOT_SHOWN = "improved", "worse", "not shown"
 
 
@@ -86,7 +86,7 @@ def verdict(figure: str, gain: Estimate) -> str:
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The figures for a terminal: for each task the figures of every space beside its control."""
+    """The headlines for a terminal: for each task with a control the figures of every space beside it."""
     heading = heading_of(report)
     result = Table("", box=rich.box.SIMPLE, pad_edge=False, title=heading, title_justify="left", show_edge=False, min_width=len(heading))
     columns = [*report["data"]["spaces"], "control"]
@@ -95,16 +95,28 @@ def table(report: Mapping[str, Any]) -> Table:
     result.add_column("n", justify="right", no_wrap=True)
     for task in report["tasks"].values():
         methods = {name: task["methods"].get(task["control"] if name == "control" else name, {}) for name in columns}
-        if not any(methods.values()):
+        if task["control"] is None or not any(methods.values()):
             continue
         result.add_section()
         result.add_row(task["title"], style="bold")
-        figures = list(dict.fromkeys(figure for found in methods.values() for figure in found))
-        for figure in figures:
+        for figure in headline_figures(list(dict.fromkeys(figure for found in methods.values() for figure in found))):
             cells = [cell(found.get(figure), figure) for found in methods.values()]
             count = max(found[figure]["n"] for found in methods.values() if figure in found)
             result.add_row(f"  {figure_title(figure)}", *cells, str(count))
     return result
+
+
+def headline_figures(figures: Sequence[str]) -> list[str]:
+    """Those of HEADLINES, in the order given; of `recall@1`, `recall@5` the last."""
+    largest: dict[str, int] = {}
+    for figure in figures:
+        name, _, k = figure.partition("@")
+        largest[name] = max(largest.get(name, 0), int(k or 0))
+    return [
+        figure
+        for figure in figures
+        if (name := figure.partition("@")[0]) in HEADLINES and int(figure.partition("@")[2] or 0) == largest[name]
+    ]
 
 
 def cell(figure: Mapping[str, Any] | None, name: str) -> str:

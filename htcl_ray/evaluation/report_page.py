@@ -11,10 +11,7 @@ import yaml
 from markupsafe import Markup
 
 from htcl_ray.evaluation import plots
-from htcl_ray.evaluation.report import IMPROVED, NEUTRAL, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, number, phrase
-
-HEADLINE_FIGURES = ("recall@10", "median_rank", "accuracy", "map", "ndcg@10", "user_auc", "item_auc")
-"""Figures of which the summary speaks; all others are in the tables."""
+from htcl_ray.evaluation.report import IMPROVED, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, headline_figures, number, phrase
 
 DEFINITIONS = {
     "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same "
@@ -61,18 +58,19 @@ def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) ->
 def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
     """What improved, what got worse and what is not shown from stage 1 to stage 2, a line a figure; without stage 2, against controls."""
     lines: dict[str, list[str]] = {IMPROVED: [], WORSE: [], NOT_SHOWN: []}
+    of_task = {name: headline_figures(list(task["methods"].get("semantic", {}))) for name, task in report["tasks"].items()}
     for row in report["differences"]:
-        if row["figure"] in HEADLINE_FIGURES and row["figure"] not in NEUTRAL:
+        if row["figure"] in of_task[row["task"]]:
             title = f"{report['tasks'][row['task']]['title']}, {figure_title(row['figure'])}"
             before, after = number(row["second"], row["figure"]), number(row["first"], row["figure"])
             between = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f})"
             lines[row["verdict"]].append(f"{title}: {before} → {after}{between}")
     if report["differences"]:
         return lines
-    for task in report["tasks"].values():
-        for name, found in task["methods"].get("semantic", {}).items():
-            control = task["methods"].get(task["control"], {}).get(name)
-            if name in HEADLINE_FIGURES and control is not None and found["shown"] is not None:
+    for task_name, task in report["tasks"].items():
+        for name in of_task[task_name]:
+            found, control = task["methods"]["semantic"][name], task["methods"].get(task["control"], {}).get(name)
+            if control is not None and found["shown"] is not None:
                 line = f"{task['title']}, {figure_title(name)}: {number(found['value'], name)}, {task['control']} "
                 lines[IMPROVED if found["shown"] else NOT_SHOWN].append(line + number(control["value"], name))
     return lines

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from htcl_ray.artifacts import StepResult
+from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, LeakageError, MismatchError, StepError, WorkspaceError
@@ -23,8 +23,11 @@ from htcl_ray.models import HTCL
 from htcl_ray.pipelines import evaluate as step
 from htcl_ray.pipelines.compare import compare
 from htcl_ray.pipelines.gate import evaluate_and_judge
+from htcl_ray.pipelines.index import build_index
+from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.storage import Workspace
-from tests.evaluated_workspace import SONGS, encode_features, write_evaluated
+from tests.evaluated_workspace import SONGS, encode_features, write_embeddings, write_evaluated
+from tests.small_workspace import write_models
 
 pytestmark = pytest.mark.unit
 
@@ -286,3 +289,59 @@ def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
     gate.write_text("bounds:\n- {figure: cold.ndcg@10, at_least: 0.1}\n")
     with pytest.raises(ConfigError, match=r"names no figure; expected TASK\.METHOD\.FIGURE"):
         evaluate_and_judge(config, None, str(gate))
+
+
+def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
+    config = write_evaluated(tmp_path / "workspace", tmp_path)
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1}\n")
+    with pytest.raises(StepError, match="the gate failed: 1 of 1"):  # nothing is served yet, and the bound is not optional
+        evaluate_and_judge(config, None, str(gate))
+    gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1, optional: true}\n")
+    first = evaluate_and_judge(config, None, str(gate))
+    write_models(config, tmp_path, seed=1)
+    write_embeddings(config)
+    build_index(config)
+    gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1}\n")
+    second = evaluate_and_judge(config, None, str(gate))
+    assert second.location != first.location
+    assert "gate  compared with index" in capsys.readouterr().out
+    judged = json.loads((Path(second.location) / "gate.json").read_text(encoding="utf-8"))["results"][0]
+    figures = [values(read(result), "text_to_audio", "mrr")["preference"] for result in (first, second)]
+    assert judged["value"] == pytest.approx(figures[1] - figures[0])
+    assert judged["low"] < judged["value"] < judged["high"]
+    gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, at_least: 2}\n")
+    with pytest.raises(StepError):
+        evaluate_and_judge(config, None, str(gate))
+    write_models(config, tmp_path, seed=2)
+    write_embeddings(config)
+    build_index(config)
+    gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1}\n")
+    capsys.readouterr()
+    evaluate_and_judge(config, None, str(gate))
+    assert f"compared with index {read(first)['inputs']['index']}" in capsys.readouterr().out, "the second failed its gate"
+
+
+def test_log_mel_statistics_are_those_of_the_valid_frames(evaluated: tuple[Config, StepResult]):
+    config, _ = evaluated
+    workspace = Workspace(config.workspace)
+    table = workspace.read_tables("features/features-1").sort_by("song_id")
+    mels = table["log_mel"].combine_chunks().to_numpy_ndarray().astype(np.float64)
+    parts = [mel[:frames] for mel, frames in zip(mels, table["valid_frames"].to_pylist(), strict=True)]
+    naive = np.array([np.concatenate([part.mean(axis=0), part.std(axis=0)]) for part in parts])
+    training = naive[::2]
+    naive = (naive - training.mean(axis=0)) / training.std(axis=0)
+    naive /= np.linalg.norm(naive, axis=1, keepdims=True)
+    features = Artifact("features/features-1", "features-1", workspace.manifest("features/features-1"))
+    np.testing.assert_allclose(log_mel_statistics(workspace, features), naive, atol=2e-3)
+
+
+def test_less_is_better_for_ranks():
+    worse, better = (bootstrap.Estimate(sign * 2.0, 9, np.full(100, sign * 2.0, np.float32), "p") for sign in (1, -1))
+    assert (reports.verdict("median_rank", worse), reports.verdict("median_rank", better)) == ("worse", "improved")
+    assert (reports.verdict("recall@5", worse), reports.verdict("recall@5", better)) == ("improved", "worse")
+
+
+def test_headlines_are_of_the_largest_k():
+    figures = ["recall@1", "recall@10", "recall@5", "mrr", "median_rank", "ndcg@5", "gini@10"]
+    assert reports.headline_figures(figures) == ["recall@10", "median_rank", "ndcg@5"]

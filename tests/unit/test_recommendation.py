@@ -13,7 +13,7 @@ from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.questions import Questions, chosen_users, listening, questions
 from htcl_ray.evaluation.recommendation import answers, blend_curve, recommendation_tasks
 from htcl_ray.evaluation.scorers import blended_scorer, shared_scorer, user_vectors, vector_scorer
-from htcl_ray.evaluation.songs import with_blend
+from htcl_ray.evaluation.songs import blended, with_blend
 from htcl_ray.settings import EvaluateSettings
 from tests.evaluation_songs import made_up, unit
 
@@ -135,6 +135,14 @@ def test_user_vectors_are_unit_means():
     vectors = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     found = user_vectors(vectors, histories([0], [0, 1], [0, 2], songs=3))
     np.testing.assert_allclose(found, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)], [0, 0]])
+
+
+def test_the_blended_vectors_inner_product_is_the_weighted_sum_of_both_cosines():
+    spaces = made_up(20, preference=True).spaces
+    for blend in (0, 0.3, 0.5, 1):
+        vectors = blended(spaces, blend)
+        expected = (1 - blend) * spaces["semantic"] @ spaces["semantic"].T + blend * spaces["preference"] @ spaces["preference"].T
+        np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-6)
 
 
 def test_blending_is_the_weighted_sum_of_both_cosines():
