@@ -21,11 +21,13 @@ from htcl_ray.storage import Workspace, build_manifest, fingerprint
 def compare(config: Config, first: str, second: str) -> StepResult:
     """Figures of report `second` minus those of `first`, method by method, written to reports/comparison-<fingerprint>/.
 
+    Reports go by the name of their folder; its path will do.
     Intervals are paired where both reports ask the same questions: the same songs or users, seed and number of resamples. Raises
     WorkspaceError for an unknown report and MismatchError when no figure is in both.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
+    first, second = (name.rstrip("/").rpartition("/")[2] for name in (first, second))
     before, after = read_figures(workspace, first), read_figures(workspace, second)
     spaces = list(dict.fromkeys(method for _, method, _ in after if method in TITLES))
     rows = [row for method in spaces for row in differences(after, before, method, method)]

@@ -255,7 +255,8 @@ def test_two_reports_are_compared_with_paired_intervals(evaluated: tuple[Config,
     config, result = evaluated
     other = step.evaluate(config.with_overrides({"evaluate.min_history": 2}))
     first, second = (one.location.rpartition("/")[2] for one in (result, other))
-    comparison = compare(config, first, second)
+    comparison = compare(config, result.location, second)
+    assert comparison.location == compare(config, first, second).location
     tree = read(comparison)
     cold = next(row for row in tree["differences"] if (row["task"], row["method"], row["figure"]) == ("text_to_audio", "semantic", "mrr"))
     assert (cold["value"], cold["low"], cold["high"], cold["verdict"]) == (0, 0, 0, "not shown")
