@@ -26,130 +26,9 @@ from tests.architecture.deployment_files import (
     repository_file,
     text,
 )
+from tests.architecture.kuberay_schema import SPECS
 
 pytestmark = pytest.mark.unit
-
-JOBS = {"build_index": "index"}
-"""Files of jobs/ whose command is called otherwise."""
-
-# The parts that we use of the schemas in KubeRay v1.5.1 to v1.7.0, ray-operator/config/crd/bases/ray.io_{rayclusters,rayjobs,rayservices}.yaml,
-# version v1. Closed, so that a misspelt key shows: Kubernetes drops one silently. Rules that the operator checks beyond its schema are here too:
-# the token mode needs rayVersion (controllers/ray/utils/validation.go).
-RESOURCES = {
-    "type": "object",
-    "required": ["requests", "limits"],
-    "additionalProperties": {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}},
-}
-CONTAINER = {
-    "type": "object",
-    "required": ["name", "image", "resources"],
-    "additionalProperties": False,
-    "properties": {
-        "name": {"type": "string"},
-        "image": {"type": "string"},
-        "ports": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["containerPort"],
-                "additionalProperties": False,
-                "properties": {"name": {"type": "string", "maxLength": 15}, "containerPort": {"type": "integer"}},
-            },
-        },
-        "resources": RESOURCES,
-        "envFrom": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["secretRef"],
-                "properties": {"secretRef": {"type": "object", "required": ["name"]}},
-            },
-        },
-    },
-}
-GROUP = {
-    "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
-    "template": {
-        "type": "object",
-        "required": ["spec"],
-        "additionalProperties": False,
-        "properties": {
-            "spec": {
-                "type": "object",
-                "required": ["containers"],
-                "additionalProperties": False,
-                "properties": {
-                    "containers": {"type": "array", "minItems": 1, "items": CONTAINER},
-                    "tolerations": {"type": "array", "items": {"type": "object", "required": ["key", "operator", "effect"]}},
-                },
-            }
-        },
-    },
-}
-CLUSTER = {
-    "type": "object",
-    "required": ["rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"],
-    "additionalProperties": False,
-    "properties": {
-        "rayVersion": {"type": "string"},
-        "authOptions": {"const": {"mode": "token"}},
-        "enableInTreeAutoscaling": {"const": True},
-        "autoscalerOptions": {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {
-                "version": {"enum": ["v1", "v2"]},
-                "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
-                "idleTimeoutSeconds": {"type": "integer"},
-            },
-        },
-        "headGroupSpec": {
-            "type": "object",
-            "required": ["template"],
-            "additionalProperties": False,
-            "properties": {"serviceType": {"const": "ClusterIP"}, **GROUP},
-        },
-        "workerGroupSpecs": {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["groupName", "maxReplicas", "minReplicas", "template"],
-                "additionalProperties": False,
-                "properties": {
-                    "groupName": {"type": "string"},
-                    "replicas": {"type": "integer", "minimum": 0},
-                    "minReplicas": {"type": "integer", "minimum": 0},
-                    "maxReplicas": {"type": "integer", "minimum": 1},
-                    **GROUP,
-                },
-            },
-        },
-    },
-}
-SPECS: dict[str, dict[str, Any]] = {
-    "RayCluster": CLUSTER,
-    "RayJob": {
-        "type": "object",
-        "required": ["entrypoint", "rayClusterSpec"],
-        "additionalProperties": False,
-        "properties": {
-            "entrypoint": {"type": "string"},
-            "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
-            "backoffLimit": {"type": "integer", "minimum": 0},
-            "shutdownAfterJobFinishes": {"type": "boolean"},
-            "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
-            "rayClusterSpec": CLUSTER,
-        },
-    },
-    "RayService": {
-        "type": "object",
-        "required": ["serveConfigV2", "rayClusterConfig"],
-        "additionalProperties": False,
-        "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": CLUSTER},
-    },
-}
 
 
 def pinned_ray() -> str:
@@ -249,6 +128,14 @@ def test_mounted_files_are_there_and_are_what_the_package_is_built_from(name: st
     assert any("--constraint /tmp/htcl-ray/constraints.txt" in line for line in load(name)["setup_commands"])
 
 
+def test_images_have_the_tested_python():
+    """constraints.txt was made with the Python that the Makefile names."""
+    python = re.search(r"^PYTHON \?= python(\d)\.(\d+)$", text("Makefile"), flags=re.MULTILINE)
+    assert python
+    for name in ("cluster.yaml", "deploy/cluster-local.yaml", "deploy/Containerfile"):
+        assert f"-py{python[1]}{python[2]}-" in text(name)
+
+
 def test_the_container_is_built_from_what_is_there():
     lines = text("deploy/Containerfile").splitlines()
     sources = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
@@ -262,8 +149,9 @@ def test_our_commands_exist_with_the_arguments_given(name: str, tmp_path: Path):
     for program, *arguments in our_commands(name):
         command = arguments
         if program != "htcl":
-            assert repository_file(program.removeprefix("/home/ray/htcl-ray/")).is_file(), f"{name}: there is no {program}"
-            command = [JOBS.get(Path(program).stem, Path(program).stem), *arguments]
+            job = repository_file(program.removeprefix("/home/ray/htcl-ray/"))
+            assert job.is_file(), f"{name}: there is no {program}"
+            command = [*re.findall(r'run_step\("([\w-]+)"\)', job.read_text(encoding="utf-8")), *arguments]
         assert command[0] in COMMANDS, f"{name}: there is no {command[0]}"
         options = _parser().parse_args(command)
         resolve(options.preset, None, options.assignments)
