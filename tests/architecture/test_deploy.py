@@ -70,7 +70,7 @@ def test_the_cloud_cluster_grows_from_its_head_alone():
 
 
 def test_the_rehearsal_is_started_as_its_file_says():
-    """The head's name and size are said twice: to the autoscaler in the file, and to `ray start` in the commands above it and in the guide."""
+    """The head's name and size are said to the autoscaler in the file, and again to `ray start` in the commands that use it."""
     cluster = load(LAUNCHER[2])
     cpus = cluster["available_node_types"][cluster["head_node_type"]]["resources"]["CPU"]
     for name in (LAUNCHER[2], GUIDE):
