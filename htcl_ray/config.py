@@ -30,6 +30,7 @@ from htcl_ray.settings import (
     Settings,
     TextSettings,
     TrackingSettings,
+    TuneSettings,
     nearest,
 )
 
@@ -51,6 +52,7 @@ class Config(Settings):
     finetune: FinetuneSettings = FinetuneSettings()
     embed: EmbedSettings = EmbedSettings()
     index: IndexSettings = IndexSettings()
+    tune: TuneSettings = TuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()

@@ -24,24 +24,13 @@ from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import FORMAT_VERSION
-from htcl_ray.settings import LOWER_IS_BETTER, FinetuneSettings, StageSettings
+from htcl_ray.settings import LOWER_IS_BETTER, NOT_IN_MODEL, FinetuneSettings, StageSettings
 from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
 from htcl_ray.training.trackers import check_tracking
 
 if TYPE_CHECKING:
     from htcl_ray.training.songs import Pairs, Songs
 
-NOT_IN_MODEL = (
-    "accelerator",
-    "num_workers",
-    "cpus_per_worker",
-    "micro_batch_size",
-    "max_failures",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "health",
-)
-"""Settings of a stage that say where and how it runs, not what it learns: a run that is resumed may change them."""
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own record, in the folder of the run."""
 
