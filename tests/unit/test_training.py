@@ -159,8 +159,10 @@ def test_validation_is_repeatable_and_complete(world: World):
     assert first == second
     assert set(first) == {
         "validation_recall@10",
+        "validation_ndcg@10",
         "validation_median_rank",
         "validation_pair_recall@10",
+        "validation_pair_ndcg@10",
         "validation_pair_median_rank",
     }
     assert model.training
