@@ -45,10 +45,11 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def head_node(*flags: str, variables: Mapping[str, str] | None = None) -> Iterator[Head]:
-    """`ray start --head` with these flags and environment variables, on ports of its own."""
+def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int | None = None) -> Iterator[Head]:
+    """`ray start --head` with these flags and environment variables, on `port` and other ports of its own."""
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment(), check=True, capture_output=True)
-    gcs, dashboard, agent, client = free_ports(4)
+    free, dashboard, agent, client = free_ports(4)
+    gcs = port or free
     folder = Path(tempfile.mkdtemp(prefix="htcl-head-"))  # short: Ray puts sockets below it
     command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     command += [

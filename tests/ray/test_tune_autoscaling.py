@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from ray.util import get_node_ip_address
 
 from tests.conftest import REPOSITORY
 from tests.ray.test_tune import table, tune_config
-from tests.ray_head import environment, head_node, submit
+from tests.ray_head import environment, free_ports, head_node, submit
 
 pytestmark = pytest.mark.ray
 HEAD_ID = "f" * 51 + "00000"
@@ -30,7 +32,11 @@ def test_the_cluster_grows_for_a_search_and_shrinks_after_it(tmp_path: Path):
         **{"tune.trials": 6, "tune.samples": 320, "tune.early_stopping": False, "pretrain.cpus_per_worker": 2.0},  # a node for each trial
     )
     (tmp_path / "c.yaml").write_text(config.as_yaml())
-    with head_node("--autoscaling-config=deploy/autoscaling-local.yaml", "--num-cpus=1", variables=VARIABLES) as head:
+    (port,) = free_ports(1)
+    shipped = yaml.safe_load((REPOSITORY / "deploy" / "autoscaling-local.yaml").read_text())
+    shipped["provider"]["gcs_address"] = f"{get_node_ip_address()}:{port}"  # else its nodes look for a head on Ray's usual port
+    (tmp_path / "autoscaling.yaml").write_text(yaml.safe_dump(shipped))
+    with head_node(f"--autoscaling-config={tmp_path}/autoscaling.yaml", "--num-cpus=1", variables=VARIABLES, port=port) as head:
         seen = (tmp_path / "nodes").open("w")
         watch = subprocess.Popen(
             [sys.executable, "-m", "tests.ray.watch_nodes", head.address], cwd=REPOSITORY, env=environment(), stdout=seen
@@ -54,4 +60,4 @@ def test_the_cluster_grows_for_a_search_and_shrinks_after_it(tmp_path: Path):
 
 
 def counts(folder: Path) -> list[int]:
-    return [int(line) for line in (folder / "nodes").read_text().split()]
+    return [int(line) for line in (folder / "nodes").read_text().splitlines() if line.isdigit()]
