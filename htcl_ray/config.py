@@ -93,7 +93,7 @@ def resolve(preset: str | None = None, file: str | Path | None = None, assignmen
     The preset is `preset`, else the one that the file names, else `paper`. Values of assignments are YAML, so `a.b=[1, 2]` and
     `a.b=null` work. Raises ConfigError.
     """
-    from_file = _read_yaml(Path(file)) if file is not None else {}
+    from_file = _read_yaml(str(file)) if file is not None else {}
     name = preset or from_file.get("preset") or "paper"
     if name not in PRESETS:
         raise ConfigError(f"there is no preset '{name}'; {nearest(str(name), PRESETS)}")
@@ -121,11 +121,21 @@ def _preset(name: str) -> dict[str, Any]:
     return yaml.safe_load(text) or {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_text(path: str) -> str:
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    from htcl_ray.storage import open_filesystem
+
+    filesystem, name = open_filesystem(path)
+    with filesystem.open_input_stream(name) as stream:
+        return stream.read().decode("utf-8")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(_read_text(path))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
     if tree is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from htcl_ray.errors import ConfigError
+from htcl_ray.settings import StageSettings
 
 HEAD_RESOURCE = "node:__internal_head__"
 """Every head node has 1 of it, whatever its CPUs."""
@@ -22,8 +27,8 @@ class Capacity:
     """Resources of a node, and how many such nodes there can be."""
     max_nodes: int
     """Of all groups together."""
-    grows: bool
-    """Whether an autoscaler adds nodes; False also when nobody says so."""
+    grows: bool | None
+    """Whether an autoscaler adds nodes; None when nobody here can say."""
 
     def workers_that_fit(self, each: Resources) -> int:
         """How many workers, each with these resources on one node, the whole cluster can hold."""
@@ -34,28 +39,30 @@ class Capacity:
             fit, left = fit + workers * taken, left - taken
         return fit
 
-    def has_gpus(self) -> bool:
-        """Whether any node has, or would have, a GPU."""
-        return any(node.get("GPU", 0) > 0 and count > 0 for node, count in self.groups)
-
     def __str__(self) -> str:
-        """Say it as a person would count it: `1 node of 4 CPU, up to 3 of 2 CPU`."""
-        shown = ", ".join(f"{count} of {_named(node)}" for node, count in self.groups if count)
-        return f"{'up to ' if self.grows else ''}{shown or 'no nodes'}"
+        """Say it as a person would count it: `at most 3 nodes: 1 × 4 CPU, 3 × 2 CPU`."""
+        kinds = Counter[str]()
+        for node, count in self.groups:
+            kinds[_named(node)] += count
+        shown = ", ".join(f"{count} × {kind}" for kind, count in kinds.items() if count)
+        return f"{'at most ' if self.grows else ''}{self.max_nodes} node(s): {shown or 'none'}"
 
 
 def capacity() -> Capacity:
     """What the cluster that this process is connected to can become.
 
-    The autoscaler's configuration says it; it lies on the head node, where a submitted job runs. Ray itself tells nobody, so on Kubernetes,
-    where that file is out of reach, the nodes that are there are counted.
+    The autoscaler's configuration says it; it lies on the head node, where a submitted job runs. Ray itself tells nobody, so where that
+    file is out of reach (on Kubernetes, or in a driver elsewhere) the nodes that are there are counted, and `grows` is None.
     """
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    here, nodes = ray.get_runtime_context().get_node_id(), [node for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in nodes]
     file = autoscaling_file(ray.get_runtime_context().gcs_address)
-    config = {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
-    return from_autoscaling_config(config, alive)
+    if file is not None:
+        return from_autoscaling_config(yaml.safe_load(file.read_text(encoding="utf-8")), alive)
+    on_head = any(node["NodeID"] == here and HEAD_RESOURCE in node["Resources"] for node in nodes)
+    return nodes_that_are_there(alive, grows=False if on_head and "KUBERNETES_SERVICE_HOST" not in os.environ else None)
 
 
 def from_autoscaling_config(config: Mapping[str, Any], alive: Sequence[Resources]) -> Capacity:
@@ -64,12 +71,41 @@ def from_autoscaling_config(config: Mapping[str, Any], alive: Sequence[Resources
     A configuration that does not state the resources of every type of node says as little as none.
     """
     types = {name: kind for name, kind in config.get("available_node_types", {}).items() if name != config["head_node_type"]}
-    if not types or not all(kind.get("resources") for kind in types.values()):
-        return Capacity(tuple((node, 1) for node in alive), len(alive), grows=False)
+    if not all(kind.get("resources") for kind in types.values()):
+        return nodes_that_are_there(alive, grows=None)
     most = int(config.get("max_workers", 0))
     head = tuple((node, 1) for node in alive if HEAD_RESOURCE in node)
     workers = tuple((kind["resources"], int(kind.get("max_workers", most))) for kind in types.values())
     return Capacity((*head, *workers), len(head) + most, grows=True)
+
+
+def nodes_that_are_there(alive: Sequence[Resources], grows: bool | None) -> Capacity:
+    """The capacity of a cluster as it is."""
+    return Capacity(tuple((node, 1) for node in alive), len(alive), grows)
+
+
+def worker_resources(settings: StageSettings, use_gpu: bool) -> dict[str, float]:
+    """What one training worker reserves on its node."""
+    return {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+
+
+def use_gpu(settings: StageSettings, found: Capacity) -> bool:
+    """Whether a stage trains on GPUs: as it says, and by itself when the cluster has, or can get, one for each worker."""
+    if settings.accelerator != "auto":
+        return settings.accelerator == "gpu"
+    return found.workers_that_fit(worker_resources(settings, use_gpu=True)) >= settings.num_workers
+
+
+def check_fits(step: str, settings: StageSettings, found: Capacity) -> int:
+    """How many runs of a stage the cluster can hold at a time. Raises ConfigError when it can never hold one, which would wait for ever."""
+    each = worker_resources(settings, use_gpu(settings, found))
+    workers = found.workers_that_fit(each)
+    if workers < settings.num_workers and found.grows is not None:
+        raise ConfigError(
+            f"{step} needs {settings.num_workers} worker(s) with {_named(each)} each, but only {workers} fit on the cluster, which "
+            f"{'can grow to' if found.grows else 'has'} {found}; lower {step}.num_workers or {step}.cpus_per_worker, or give it more nodes"
+        )
+    return workers // settings.num_workers
 
 
 def autoscaling_file(gcs_address: str, processes: Path = Path("/proc")) -> Path | None:

@@ -48,8 +48,8 @@ def train(
     """Train `model` in place for the steps that are left.
 
     `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every `checkpoint_every_steps` with no
-    metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets lines for a person, on the first worker only;
-    those that only say how far it is are left out unless `show_progress`.
+    metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets lines for a person, on the first worker
+    only; those that only say how far it is are left out unless `show_progress`.
     Raises StepError when a gradient is no longer a number, or when `settings.health` says to stop.
     """
     say = say if rank() == 0 else lambda line: None

@@ -24,16 +24,16 @@ FIXED = {
 }
 
 
-def search_space(config: Config) -> Space:
-    """`tune.space`, or the default space of the stages, checked. Raises ConfigError."""
-    space = config.tune.space or default_space(config)
+def search_space(config: Config, rows: Mapping[str, int]) -> Space:
+    """`tune.space`, or the default space of the stages, checked. `rows`: training songs or pairs of a stage. Raises ConfigError."""
+    space = config.tune.space or default_space(config, rows)
     for key, dimension in space.items():
         _check(config, key, dimension)
     return dict(space)
 
 
-def default_space(config: Config) -> Space:
-    """For each stage: initial temperature, fixed or learned, four batch sizes around the configured one, a hundredfold of learning rates."""
+def default_space(config: Config, rows: Mapping[str, int]) -> Space:
+    """For each stage: initial temperature, fixed or learned, and, around the configured ones, four batch sizes and learning rates."""
     space: Space = {}
     for name in config.tune.stages:
         stage = getattr(config, name)
@@ -42,9 +42,11 @@ def default_space(config: Config) -> Space:
         space |= {
             f"{name}.temperature": Dimension(low=0.02, high=0.5, log=True),
             f"{name}.learn_temperature": Dimension(values=(True, False)),
-            f"{name}.batch_size": Dimension(values=tuple(smallest * 2**power for power in range(4))),
             f"{name}.learning_rate": Dimension(low=stage.learning_rate / 10, high=stage.learning_rate * 10, log=True),
         }
+        sizes = tuple(smallest * 2**power for power in range(4) if smallest * 2**power <= rows[name])
+        if len(sizes) > 1:
+            space[f"{name}.batch_size"] = Dimension(values=sizes)
     return space
 
 
@@ -122,7 +124,8 @@ def distributions(config: Config, space: Mapping[str, Dimension]) -> dict[str, B
         if dimension.values is not None:
             found[key] = CategoricalDistribution(dimension.values)
             continue
-        assert dimension.low is not None and dimension.high is not None
+        assert dimension.low is not None
+        assert dimension.high is not None
         if _is_integer_range(config, key, dimension):
             found[key] = IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
         else:

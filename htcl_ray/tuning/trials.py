@@ -51,7 +51,7 @@ class Trial:
 
     @property
     def node_seconds(self) -> float:
-        """Nodes × seconds, from the start of the workers to their last measurement, over all attempts and stages."""
+        """Nodes × seconds, from the start of workers to their last measurement, over stages and attempts that measured anything."""
         return sum(nodes * seconds for nodes, seconds in self.attempts.values())
 
     def values(self, objectives: Sequence[str]) -> tuple[float, ...] | None:
@@ -87,12 +87,17 @@ def write_trials(workspace: Workspace, study: str, trials: Iterable[Trial]) -> N
 
 
 def optuna_study(
-    trials: Iterable[Trial], space: Mapping[str, BaseDistribution], objectives: Sequence[str], *, seed: int = 0
+    trials: Iterable[Trial],
+    space: Mapping[str, BaseDistribution],
+    objectives: Sequence[str],
+    *,
+    seed: int = 0,
+    storage: optuna.storages.BaseStorage | None = None,
 ) -> optuna.Study:
     """The study that these trials make up; to be maximised. Those that run are left out, and those that failed have no value."""
     with quiet_optuna():
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler)
+        study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler, storage=storage)
         for trial in trials:
             values = trial.values(objectives)
             if not trial.ended or (values is None and trial.state != "failed"):
@@ -112,7 +117,7 @@ def optuna_study(
 
 
 def winners(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """The finished trials that no other one beats: the best (of equals the first), or with two objectives the Pareto front, best sum first."""
+    """The finished trials that none beats, of equals the first: the best, or with two objectives the Pareto front, best sum first."""
     finished = [(trial, trial.values(objectives)) for trial in trials if trial.state == "finished" and trial.history]
     front = [
         (trial, values)
@@ -123,7 +128,8 @@ def winners(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
 
 
 def _beats(first: tuple[float, ...] | None, second: tuple[float, ...] | None) -> bool:
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     return first != second and all(a >= b for a, b in zip(first, second, strict=True))
 
 
