@@ -94,9 +94,13 @@ def optuna_study(
     seed: int = 0,
     storage: optuna.storages.BaseStorage | None = None,
 ) -> optuna.Study:
-    """The study that these trials make up; to be maximised. Those that run are left out, and those that failed have no value."""
+    """The study that these trials make up; to be maximised. Those that run are left out, and those that failed have no value.
+
+    The sampler's seed is `seed` plus the number of trials: with the same one, a search that goes on would propose its first points again.
+    """
+    trials = list(trials)
     with quiet_optuna():
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        sampler = optuna.samplers.TPESampler(seed=seed + len(trials), constant_liar=True)
         study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler, storage=storage)
         for trial in trials:
             values = trial.values(objectives)
