@@ -88,7 +88,9 @@ def _check_key(config: Config, key: str) -> None:
     if reason:
         raise ConfigError(f"tune.space names {key}, but {reason}; take it out of the space")
     if isinstance(value, Settings):
-        raise ConfigError(f"tune.space names {key}, which is a section; expected its keys, such as {key}.{next(iter(type(value).model_fields))}")
+        raise ConfigError(
+            f"tune.space names {key}, which is a section; expected its keys, such as {key}.{next(iter(type(value).model_fields))}"
+        )
 
 
 def _check_batch_sizes(dimension: Dimension, key: str, workers: int) -> None:

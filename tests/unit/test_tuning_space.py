@@ -28,7 +28,10 @@ def configured(space: str | None = None, *assignments: str) -> Config:
     ("space", "message"),
     [
         ("{}", "space is empty; expected at least one configuration key, or null for the default space"),
-        ("{pretrain.temprature: [0.1, 0.2]}", "pretrain.temprature, but there is no such configuration key; did you mean 'pretrain.temperature'"),
+        (
+            "{pretrain.temprature: [0.1, 0.2]}",
+            "pretrain.temprature, but there is no such configuration key; did you mean 'pretrain.temperature'",
+        ),
         ("{pretrian.temperature: [0.1, 0.2]}", "pretrian.temperature, but there is no such configuration key; did you mean 'pretrain'"),
         ("{pretrain.temperature.x: [0.1, 0.2]}", "there is no such configuration key; pretrain.temperature is a value, not a section"),
         ("{data.columns.song_id: [a, b]}", "tune.space names data.columns.song_id"),
@@ -45,7 +48,10 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{pretrain.temperature: {low: 0.1}}", "it is neither a list nor a range"),
         ("{pretrain.temperature: {lo: 0.1, high: 0.2}}", "'tune.space.pretrain.temperature': a range has no 'lo'; did you mean 'low'?"),
         ("{pretrain.temperature: {values: [0.1, 0.2], high: 0.2}}", "it has values and a range; expected either"),
-        ("{pretrain.temperature: 0.5}", "'tune.space.pretrain.temperature': it is 0.5; expected a list of values, or a range with low and high"),
+        (
+            "{pretrain.temperature: 0.5}",
+            "'tune.space.pretrain.temperature': it is 0.5; expected a list of values, or a range with low and high",
+        ),
         ("{pretrain: {temperature: [0.1, 0.2]}}", "'tune.space.pretrain': a range has no 'temperature'"),
         ("{pretrain.temperature: {low: 0.001, high: 0.2}}", "tune.space cannot give pretrain.temperature the value 0.001"),
         ("{pretrain.warmup_share: {low: 0, high: 1}}", "tune.space cannot give pretrain.warmup_share the value 1.0"),
@@ -54,27 +60,42 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{pretrain.compile: {low: 0, high: 1}}", "tune.space.pretrain.compile is a range, but pretrain.compile is true or false"),
         ("{pretrain.learn_temperature: [1, true]}", "tune.space.pretrain.learn_temperature is [1, True], of which two are the same value"),
         ("{pretrain.batch_size: {low: 8, high: 32}}", "tune.space.pretrain.batch_size is a range; expected a list of values"),
-        ("{pretrain.batch_size: [8, 9]}", "tune.space.pretrain.batch_size has 9, which pretrain.num_workers (2) does not divide; expected multiples of 2"),
+        (
+            "{pretrain.batch_size: [8, 9]}",
+            "tune.space.pretrain.batch_size has 9, which pretrain.num_workers (2) does not divide; expected multiples of 2",
+        ),
         ("{pretrain.batch_size: [8, 16.0]}", "tune.space.pretrain.batch_size has 16.0; expected whole numbers"),
         ("{pretrain.batch_size: [8, true]}", "tune.space.pretrain.batch_size has True; expected whole numbers"),
         ("{pretrain.batch_size: [8, '16']}", "tune.space.pretrain.batch_size has '16'; expected whole numbers"),
         ("{pretrain.batch_size: [8, 0]}", "tune.space cannot give pretrain.batch_size the value 0"),
-        ("{data.catalog: [a, b]}", "tune.space names data.catalog, which no trial of tune.stage=pretrain reads anew; expected keys of pretrain, model"),
+        (
+            "{data.catalog: [a, b]}",
+            "tune.space names data.catalog, which no trial of tune.stage=pretrain reads anew; expected keys of pretrain, model",
+        ),
         ("{audio.n_mels: [64, 128]}", "tune.space names audio.n_mels, which no trial"),
         ("{evaluate.seed: [1, 2]}", "tune.space names evaluate.seed, which no trial"),
         ("{tune.samples: [100, 200]}", "tune.space names tune.samples, which no trial"),
         ("{tune.space.x: [1, 2]}", "tune.space names tune.space.x"),
         ("{workspace: [a, b]}", "tune.space names workspace, which no trial"),
         ("{finetune.temperature: [0.1, 0.2]}", "tune.space names finetune.temperature, which no trial of tune.stage=pretrain reads anew"),
-        ("{pretrain.num_workers: [1, 2]}", "pretrain.num_workers, but it changes where and how a stage runs, not what it learns; take it out"),
+        (
+            "{pretrain.num_workers: [1, 2]}",
+            "pretrain.num_workers, but it changes where and how a stage runs, not what it learns; take it out",
+        ),
         ("{pretrain.micro_batch_size: [1, 2]}", "pretrain.micro_batch_size, but it changes where and how"),
         ("{pretrain.health.action: [warn, stop]}", "pretrain.health.action, but it changes where and how"),
         ("{pretrain.seed: [1, 2]}", "tune.space names pretrain.seed, but trials are compared with the same seed; take it out of the space"),
         ("{pretrain.epochs: [1, 2]}", "tune.space names pretrain.epochs, but every trial sees tune.samples rows; take it out of the space"),
         ("{pretrain.songs_per_epoch: [64, 128]}", "tune.space names pretrain.songs_per_epoch, but every trial sees tune.samples rows"),
         ("{pretrain.best_metric: [loss, null]}", "tune.space names pretrain.best_metric, but trials are compared by tune.objectives"),
-        ("{pretrain.freeze_audio_layers: [0, 2], model.layers: [1, 2]}", "pretrain.freeze_audio_layers the value 2 and model.layers the value 1, which"),
-        ("{pretrain.mel_masks: {low: 0, high: 4}, pretrain.mel_mask_bands: [8, 40]}", "pretrain.mel_masks the value 4 and pretrain.mel_mask_bands"),
+        (
+            "{pretrain.freeze_audio_layers: [0, 2], model.layers: [1, 2]}",
+            "pretrain.freeze_audio_layers the value 2 and model.layers the value 1, which",
+        ),
+        (
+            "{pretrain.mel_masks: {low: 0, high: 4}, pretrain.mel_mask_bands: [8, 40]}",
+            "pretrain.mel_masks the value 4 and pretrain.mel_mask_bands",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_sentence(space: str, message: str):
@@ -101,7 +122,9 @@ def test_values_are_of_the_type_of_their_key():
 
 
 def test_ranges_of_whole_numbers_give_whole_numbers():
-    config = configured("{pretrain.mel_masks: {low: 0, high: 3}, pretrain.learning_rate: {low: 1.0e-4, high: 1, log: true}, model.dim: [8, 16]}")
+    config = configured(
+        "{pretrain.mel_masks: {low: 0, high: 3}, pretrain.learning_rate: {low: 1.0e-4, high: 1, log: true}, model.dim: [8, 16]}"
+    )
     assert distributions(config, search_space(config, ROWS)) == {
         "pretrain.mel_masks": optuna.distributions.IntDistribution(0, 3),
         "pretrain.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1.0, log=True),
@@ -153,7 +176,9 @@ def test_the_default_space_lies_around_the_configuration():
     config = configured(None, "tune.stage=both")
     space = default_space(config, ROWS)
     assert set(space) == {
-        f"{stage}.{key}" for stage in ("pretrain", "finetune") for key in ("temperature", "learn_temperature", "batch_size", "learning_rate")
+        f"{stage}.{key}"
+        for stage in ("pretrain", "finetune")
+        for key in ("temperature", "learn_temperature", "batch_size", "learning_rate")
     }
     assert space["pretrain.batch_size"].values == (32, 64, 128, 256)
     point = configured_point(config, space)
@@ -165,7 +190,11 @@ def test_the_default_space_lies_around_the_configuration():
 
 
 def test_a_configuration_outside_the_space_is_no_point_of_it():
-    for space in ("{pretrain.temperature: {low: 0.2, high: 0.3}}", "{pretrain.batch_size: [32, 128]}", "{pretrain.max_gradient_norm: [null, 2]}"):
+    for space in (
+        "{pretrain.temperature: {low: 0.2, high: 0.3}}",
+        "{pretrain.batch_size: [32, 128]}",
+        "{pretrain.max_gradient_norm: [null, 2]}",
+    ):
         config = configured(space)
         assert configured_point(config, search_space(config, ROWS)) is None
     config = configured("{pretrain.temperature: {low: 0.074, high: 0.3}, pretrain.batch_size: [64, 128]}")
@@ -203,7 +232,9 @@ def test_a_space_is_set_whole_or_by_key(tmp_path: Path):
     assert config.tune.space == {"pretrain.temperature": listed}
     by_set = resolve("demo", tmp_path / "run.yaml", ["tune.space={pretrain.temperature: {low: 0.02, high: 0.5, log: true}}"])
     assert by_set.tune.space == {"pretrain.temperature": ranged}
-    assert resolve("demo", tmp_path / "run.yaml", ["tune.space={model.dim: [8, 16]}"]).tune.space == {"model.dim": Dimension(values=(8, 16))}
+    assert resolve("demo", tmp_path / "run.yaml", ["tune.space={model.dim: [8, 16]}"]).tune.space == {
+        "model.dim": Dimension(values=(8, 16))
+    }
     assert resolve("demo", None, ["tune.space.pretrain.temperature=[0.1, 0.2]"]) == configured("{pretrain.temperature: [0.1, 0.2]}")
     more = config.with_overrides({"tune.space.model.dim": [8, 16]})
     assert more.tune.space == {"pretrain.temperature": listed, "model.dim": Dimension(values=(8, 16))}
