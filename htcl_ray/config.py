@@ -145,40 +145,46 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
-def _is_free_form(prefix: str) -> bool:
-    """Whether the keys below `prefix` are the user's rather than ours."""
-    return prefix in ("data.columns", "tune.space")
+FREE_FORM = ("data.columns", "tune.space")
+"""Sections whose keys are the user's rather than ours, and may have dots; one that is given whole replaces the one before."""
+
+
+def _parts(dotted: str) -> list[str]:
+    for section in FREE_FORM:
+        if dotted.startswith(f"{section}."):
+            return [*section.split("."), dotted.removeprefix(f"{section}.")]
+    return dotted.split(".")
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> None:
     for key, value in changes.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and not _is_free_form(dotted) and isinstance(tree.get(key), dict):
+        if isinstance(value, Mapping) and not {dotted, prefix} & {*FREE_FORM} and isinstance(tree.get(key), dict):
             _merge(tree[key], value, dotted)
         else:
             _set_leaf(tree, str(key), value, dotted)
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
+    *parents, leaf = _parts(dotted)
     section: Any = tree
     for depth, name in enumerate(parents):
         if not isinstance(section, dict) or name not in section:
             _refuse(dotted, section, ".".join(parents[:depth]), name)
+        if section[name] is None and ".".join(parents[: depth + 1]) in FREE_FORM:
+            section[name] = {}
         section = section[name]
     if not isinstance(section, dict):
         raise ConfigError(f"'{'.'.join(parents)}' is a value, not a section, so '{dotted}' does not exist")
-    if isinstance(value, Mapping) and isinstance(section.get(leaf), dict) and not _is_free_form(dotted):
-        _merge(section[leaf], value, dotted)
-    else:
-        _set_leaf(section, leaf, value, dotted)
+    _merge(section, {leaf: value}, ".".join(parents))
 
 
 def _set_leaf(section: dict[str, Any], leaf: str, value: Any, dotted: str) -> None:
-    prefix = dotted.rpartition(".")[0]
-    if leaf not in section and not _is_free_form(prefix):
+    prefix = ".".join(_parts(dotted)[:-1])
+    free = dotted in FREE_FORM or prefix in FREE_FORM
+    if leaf not in section and not free:
         _refuse(dotted, section, prefix, leaf)
-    if isinstance(section.get(leaf), dict) and not isinstance(value, Mapping):
+    if isinstance(section.get(leaf), dict) and not isinstance(value, Mapping) and not free:
         raise ConfigError(f"'{dotted}' is a section; expected one of its keys: {', '.join(section[leaf]) or 'key=value'}")
     section[leaf] = value
 
@@ -199,5 +205,6 @@ def _validate(tree: Mapping[str, Any]) -> Config:
         key = ".".join(str(part) for part in first["loc"])
         where = f"configuration key '{key}': " if key else ""  # none: keys of two sections contradict each other
         message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
-        raise ConfigError(f"{where}{message}{given if given not in message else ''}") from None
+        given = f"it is {first['input']!r}"
+        said = isinstance(first["input"], dict) or given in message
+        raise ConfigError(f"{where}{message}{'' if said else f' ({given})'}") from None

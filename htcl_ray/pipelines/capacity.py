@@ -23,17 +23,24 @@ Resources = Mapping[str, float]
 class Capacity:
     """The nodes of a cluster that has grown as far as it can."""
 
+    stay: tuple[Resources, ...]
+    """Resources of each node that is there in any case: the head, or without an autoscaler all nodes."""
     groups: tuple[tuple[Resources, int], ...]
-    """Resources of a node, and how many such nodes there can be."""
-    max_nodes: int
-    """Of all groups together."""
+    """Resources of a node that can be added, and how many such nodes there can be."""
+    max_added: int
+    """Nodes of all groups together."""
     grows: bool | None
     """Whether an autoscaler adds nodes; None when nobody here can say."""
+
+    @property
+    def max_nodes(self) -> int:
+        """Nodes that there can be."""
+        return len(self.stay) + self.max_added
 
     def workers_that_fit(self, each: Resources) -> int:
         """How many workers, each with these resources on one node, the whole cluster can hold."""
         per_node = ((_times(each, node), count) for node, count in self.groups)
-        left, fit = self.max_nodes, 0
+        left, fit = self.max_added, sum(_times(each, node) for node in self.stay)
         for workers, count in sorted(per_node, reverse=True, key=lambda item: item[0]):
             taken = min(count, left)
             fit, left = fit + workers * taken, left - taken
@@ -41,9 +48,9 @@ class Capacity:
 
     def __str__(self) -> str:
         """Say it as a person would count it: `at most 3 nodes: 1 × 4 CPU, 3 × 2 CPU`."""
-        kinds = Counter[str]()
+        kinds = Counter(map(_named, self.stay))
         for node, count in self.groups:
-            kinds[_named(node)] += count
+            kinds[_named(node)] += min(count, self.max_added)
         shown = ", ".join(f"{count} × {kind}" for kind, count in kinds.items() if count)
         return f"{'at most ' if self.grows else ''}{self.max_nodes} node(s): {shown or 'none'}"
 
@@ -70,13 +77,43 @@ def from_autoscaling_config(config: Mapping[str, Any], alive: Sequence[Resources
 
     A configuration that does not state the resources of every type of node says as little as none.
     """
-    types = {name: kind for name, kind in config.get("available_node_types", {}).items() if name != config["head_node_type"]}
-    if not all(kind.get("resources") for kind in types.values()):
-        return nodes_that_are_there(alive, grows=None)
+    types = config.get("available_node_types") or {}
     most = int(config.get("max_workers", 0))
-    head = tuple((node, 1) for node in alive if HEAD_RESOURCE in node)
-    workers = tuple((kind["resources"], int(kind.get("max_workers", most))) for kind in types.values())
-    return Capacity((*head, *workers), len(head) + most, grows=True)
+    added = {name: int(kind.get("max_workers", 0 if name == config.get("head_node_type") else most)) for name, kind in types.items()}
+    if not types or not all(types[name].get("resources") for name, count in added.items() if count):
+        return nodes_that_are_there(alive, grows=None)
+    head = tuple(node for node in alive if HEAD_RESOURCE in node)
+    groups = tuple((types[name]["resources"], count) for name, count in added.items() if count)
+    return Capacity(head, groups, min(most, sum(added.values())), grows=True)
+
+
+def nodes_that_are_there(alive: Sequence[Resources], grows: bool | None) -> Capacity:
+    """The capacity of a cluster as it is."""
+    return Capacity(tuple(alive), (), 0, grows)
+
+
+def worker_resources(settings: StageSettings, use_gpu: bool) -> dict[str, float]:
+    """What one training worker reserves on its node."""
+    return {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+
+
+def use_gpu(settings: StageSettings, found: Capacity) -> bool:
+    """Whether a stage trains on GPUs: as it says, and by itself when the cluster has, or can get, one for each worker."""
+    if settings.accelerator != "auto":
+        return settings.accelerator == "gpu"
+    return found.workers_that_fit(worker_resources(settings, use_gpu=True)) >= settings.num_workers
+
+
+def check_fits(step: str, settings: StageSettings, found: Capacity) -> int:
+    """How many runs of a stage the cluster can hold at a time. Raises ConfigError when it can never hold one, which would wait for ever."""
+    each = worker_resources(settings, use_gpu(settings, found))
+    workers = found.workers_that_fit(each)
+    if workers < settings.num_workers and found.grows is not None:
+        raise ConfigError(
+            f"{step} needs {settings.num_workers} worker(s) with {_named(each)} each, but only {workers} fit on the cluster, which "
+            f"{'can grow to' if found.grows else 'has'} {found}; lower {step}.num_workers or {step}.cpus_per_worker, or give it more nodes"
+        )
+    return workers // settings.num_workers
 
 
 def nodes_that_are_there(alive: Sequence[Resources], grows: bool | None) -> Capacity:
@@ -117,7 +154,7 @@ def autoscaling_file(gcs_address: str, processes: Path = Path("/proc")) -> Path 
             continue
         if any(word.endswith("monitor.py") for word in command) and f"--gcs-address={gcs_address}" in command:
             named = [word.partition("=")[2] for word in command if word.startswith("--autoscaling-config=")]
-            file = (process / "cwd").resolve() / named[0] if named else None
+            file = (process / "cwd").resolve() / os.path.expanduser(named[0]) if named else None
             if file is not None and file.is_file():
                 return file
     return None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from htcl_ray.settings.section import Settings, one_or_many
+from htcl_ray.settings.section import Settings, nearest, one_or_many
 
+Value = str | int | float | bool | None
 Objective = Literal["semantic", "preference"]
 
 
 class Dimension(Settings):
     """The values that a search may give one configuration key: a list, or a range."""
 
-    values: tuple[str | int | float | bool | None, ...] | None = None
+    values: tuple[Value, ...] | None = None
     """Chosen from."""
     low: float | None = None
     """Lowest value of a range, itself possible."""
@@ -22,6 +25,14 @@ class Dimension(Settings):
     """Highest value of a range, itself possible."""
     log: bool = False
     """Whether equal ratios of the range are equally likely, rather than equal differences."""
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _check_values(cls, value: Any) -> Any:
+        for item in value if isinstance(value, list | tuple) else ():
+            if not isinstance(item, Value) or (isinstance(item, float) and not math.isfinite(item)):
+                raise ValueError(f"{item!r} is among its values; expected finite numbers, strings, true, false or null")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -33,15 +44,22 @@ class Dimension(Settings):
             return self
         if self.low is None or self.high is None:
             raise ValueError("it is neither a list nor a range; expected values: [..], or low: and high:")
-        if not self.low < self.high:
-            raise ValueError(f"its range is {self.low:g} to {self.high:g}; expected low to be less than high")
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"its range is {self.low:g} to {self.high:g}; expected finite numbers, low less than high")
         if self.log and self.low <= 0:
             raise ValueError(f"low is {self.low:g}; expected more than 0 in a range with log")
         return self
 
 
 def _values_or_range(value: Any) -> Any:
-    return {"values": value} if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return {"values": value}
+    if not isinstance(value, Mapping | Dimension):
+        raise ValueError(f"it is {value!r}; expected a list of values, or a range with low and high")
+    unknown = [str(name) for name in value if name not in Dimension.model_fields] if isinstance(value, Mapping) else []
+    if unknown:
+        raise ValueError(f"a range has no '{unknown[0]}'; {nearest(unknown[0], ('low', 'high', 'log'))}")
+    return value
 
 
 class TuneSettings(Settings):
@@ -51,7 +69,7 @@ class TuneSettings(Settings):
     """What a trial trains; `finetune` starts every trial from one semantic model."""
     study: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the folder below runs/tune/; null is the name of the stage. The same name continues the search."""
-    space: dict[str, Annotated[Dimension, BeforeValidator(_values_or_range)]] | None = None
+    space: dict[str, Annotated[Dimension, BeforeValidator(_values_or_range, json_schema_input_type=Dimension | list[Value])]] | None = None
     """Dotted configuration keys → a list of values, or {low, high, log}; null: temperature, fixed or learned, batch size, learning rate."""
     trials: int = Field(20, ge=1)
     """Trials in all. A finished search goes on when there are more."""

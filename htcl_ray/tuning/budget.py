@@ -38,8 +38,9 @@ def stage_budget(config: Config, space: Space, stage: str, training_rows: int) -
     """The budget of a stage with so many training songs or pairs, near `tune.samples`. Raises ConfigError."""
     sizes = batch_sizes(config, space, stage)
     if max(sizes) > training_rows:
+        key = f"{stage}.batch_size"
         raise ConfigError(
-            f"tune.space.{stage}.batch_size goes up to {max(sizes)}, but there are {training_rows} training "
+            f"{'tune.space.' if key in space else ''}{key} goes up to {max(sizes)}, but there are {training_rows} training "
             f"{'songs' if stage == 'pretrain' else 'pairs'}; expected at most that many"
         )
     settings = getattr(config, stage)
@@ -47,8 +48,8 @@ def stage_budget(config: Config, space: Space, stage: str, training_rows: int) -
     unit = math.lcm(*sizes)
     if unit > wanted:
         raise ConfigError(
-            f"batches of {', '.join(map(str, sizes))} end together after {unit} rows only, and a trial of {stage} sees {wanted}; "
-            "choose batch sizes with a smaller common multiple, such as powers of two, or raise tune.samples"
+            f"a trial of {stage} sees {wanted} rows, but batches of {', '.join(map(str, sizes))} first end together after {unit}; raise "
+            f"tune.samples, or choose values of {stage}.batch_size with a smaller common multiple, such as powers of two"
         )
     units_per_report = max(1, round(wanted / (unit * config.tune.reports)))
     return Budget(units_per_report * unit, max(1, round(wanted / (units_per_report * unit))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError
-from htcl_ray.settings import NOT_IN_MODEL, Dimension
+from htcl_ray.settings import NOT_IN_MODEL, Dimension, Settings, nearest
 
 Space = dict[str, Dimension]
 Parameters = dict[str, Any]
@@ -25,11 +26,14 @@ FIXED = {
 
 
 def search_space(config: Config, rows: Mapping[str, int]) -> Space:
-    """`tune.space`, or the default space of the stages, checked. `rows`: training songs or pairs of a stage. Raises ConfigError."""
+    """`tune.space`, or the default space of the stages, checked, its values of their keys' types.
+
+    `rows`: training songs or pairs of a stage. Raises ConfigError.
+    """
     space = config.tune.space or default_space(config, rows)
-    for key, dimension in space.items():
-        _check(config, key, dimension)
-    return dict(space)
+    space = {key: _checked(config, key, dimension) for key, dimension in space.items()}
+    _check_combinations(config, space)
+    return space
 
 
 def default_space(config: Config, rows: Mapping[str, int]) -> Space:
@@ -50,9 +54,29 @@ def default_space(config: Config, rows: Mapping[str, int]) -> Space:
     return space
 
 
-def _check(config: Config, key: str, dimension: Dimension) -> None:
-    ends = dimension.values if dimension.values is not None else (dimension.low, dimension.high)
-    _value_of(config, key)
+def _checked(config: Config, key: str, dimension: Dimension) -> Dimension:
+    """The dimension, its values as the configuration has them: `1` is true of a switch and 1.0 of a rate."""
+    _check_key(config, key)
+    section, _, name = key.partition(".")
+    if name == "batch_size":
+        _check_batch_sizes(dimension, key, getattr(config, section).num_workers)
+    if isinstance(_value_of(config, key), bool) and dimension.values is None:
+        raise ConfigError(f"tune.space.{key} is a range, but {key} is true or false; expected [true, false]")
+    found = []
+    for value in _ends(config, key, dimension):
+        try:
+            found.append(_value_of(with_parameters(config, {key: value}), key))
+        except ConfigError as error:
+            raise ConfigError(f"tune.space cannot give {key} the value {value}: {error}") from None
+    if dimension.values is None:
+        return dimension
+    if len(set(found)) < len(found):
+        raise ConfigError(f"tune.space.{key} is {list(dimension.values)}, of which two are the same value of {key}; expected all different")
+    return Dimension(values=tuple(found))
+
+
+def _check_key(config: Config, key: str) -> None:
+    value = _value_of(config, key)
     section, _, name = key.partition(".")
     stages = config.tune.stages
     searched = (*stages, *(("model", "text") if "pretrain" in stages else ()))
@@ -60,32 +84,58 @@ def _check(config: Config, key: str, dimension: Dimension) -> None:
         raise ConfigError(
             f"tune.space names {key}, which no trial of tune.stage={config.tune.stage} reads anew; expected keys of {', '.join(searched)}"
         )
-    if section in stages and name in FIXED:
-        raise ConfigError(f"tune.space names {key}, but {FIXED[name]}; take it out of the space")
-    if name == "batch_size" and dimension.values is None:
+    reason = FIXED.get(name.partition(".")[0]) if section in stages else None
+    if reason:
+        raise ConfigError(f"tune.space names {key}, but {reason}; take it out of the space")
+    if isinstance(value, Settings):
+        raise ConfigError(
+            f"tune.space names {key}, which is a section; expected its keys, such as {key}.{next(iter(type(value).model_fields))}"
+        )
+
+
+def _check_batch_sizes(dimension: Dimension, key: str, workers: int) -> None:
+    if dimension.values is None:
         raise ConfigError(f"tune.space.{key} is a range; expected a list of values, since trials of all batch sizes see equally many rows")
-    workers = getattr(config, section).num_workers if section in stages else 1
-    for value in ends:
-        if name == "batch_size" and isinstance(value, int) and value % workers:
+    for value in dimension.values:
+        if type(value) is not int:
+            raise ConfigError(f"tune.space.{key} has {value!r}; expected whole numbers")
+        if value % workers:
             raise ConfigError(
-                f"tune.space.{key} has {value}, which {section}.num_workers ({workers}) does not divide; expected multiples of {workers}"
+                f"tune.space.{key} has {value}, which {key.partition('.')[0]}.num_workers ({workers}) does not divide; "
+                f"expected multiples of {workers}"
             )
-        try:
-            with_parameters(config, {key: _as_type(config, key, dimension, value)})
-        except ConfigError as error:
-            raise ConfigError(f"tune.space cannot give {key} the value {value}: {error}") from None
+
+
+def _check_combinations(config: Config, space: Space) -> None:
+    """Refuse two keys of which some values contradict each other, before a trial fails for it."""
+    for (first, one), (second, other) in itertools.combinations(space.items(), 2):
+        for a, b in itertools.product(_ends(config, first, one), _ends(config, second, other)):
+            try:
+                with_parameters(config, {first: a, second: b})
+            except ConfigError as error:
+                raise ConfigError(
+                    f"tune.space can give {first} the value {a} and {second} the value {b}, which contradict each other: {error}"
+                ) from None
+
+
+def _ends(config: Config, key: str, dimension: Dimension) -> tuple[Any, ...]:
+    """The values, or the ends of the range."""
+    if dimension.low is None or dimension.high is None:
+        return dimension.values or ()
+    return tuple(_as_type(config, key, dimension, end) for end in (dimension.low, dimension.high))
 
 
 def _value_of(config: Config, key: str) -> Any:
-    """The configured value of a dotted key. Raises ConfigError with the nearest valid key, also for a whole section."""
-    try:
-        config.with_overrides({key: None})
-    except ConfigError as error:
-        if not str(error).startswith("configuration key"):
-            raise ConfigError(f"tune.space: {error}") from None
+    """The configured value of a dotted key, or the section. Raises ConfigError with the nearest valid key."""
     found: Any = config
-    for part in key.split("."):
-        found = getattr(found, part)
+    before = ""
+    for name in key.split("."):
+        below = [f"{before}{known}" for known in type(found).model_fields] if isinstance(found, Settings) else []
+        if f"{before}{name}" not in below:
+            hint = nearest(f"{before}{name}", below) if below else f"{before[:-1]} is a value, not a section"
+            raise ConfigError(f"tune.space names {key}, but there is no such configuration key; {hint}")
+        found = getattr(found, name)
+        before += f"{name}."
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.storage import Workspace
@@ -28,6 +29,7 @@ NUMBER = "number"
 class Trial:
     """One trial of a study."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     number: int
     """From 0; names its folder."""
     parameters: Parameters
@@ -70,14 +72,16 @@ class Trial:
 def read_trials(workspace: Workspace, study: str) -> list[Trial]:
     """The trials of the study in this folder, by number; empty when there is none. Raises WorkspaceError when the table is damaged."""
     path = f"{study}/{TABLE}"
-    if not workspace.exists(path):
-        return []
-    try:
-        return [Trial(**json.loads(line)) for line in workspace.read_bytes(path).decode().splitlines()]
-    except (ValueError, TypeError) as error:
-        raise WorkspaceError(
-            f"{workspace.uri_of(path)} is not a table of trials ({error}); remove the study's folder, or name another with tune.study"
-        ) from None
+    lines = workspace.read_bytes(path).splitlines() if workspace.exists(path) else []
+    one, trials = TypeAdapter(Trial), []
+    for number, line in enumerate(lines, 1):
+        try:
+            trials.append(one.validate_json(line))
+        except ValidationError:
+            raise WorkspaceError(
+                f"line {number} of {workspace.uri_of(path)} is not a trial; remove the study's folder, or name another with tune.study"
+            ) from None
+    return trials
 
 
 def write_trials(workspace: Workspace, study: str, trials: Iterable[Trial]) -> None:
@@ -94,9 +98,13 @@ def optuna_study(
     seed: int = 0,
     storage: optuna.storages.BaseStorage | None = None,
 ) -> optuna.Study:
-    """The study that these trials make up; to be maximised. Those that run are left out, and those that failed have no value."""
+    """The study that these trials make up; to be maximised. Those that run are left out, and those that failed have no value.
+
+    The sampler's seed is `seed` plus the number of trials: with the same one, a search that goes on would propose its first points again.
+    """
+    trials = list(trials)
     with quiet_optuna():
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        sampler = optuna.samplers.TPESampler(seed=seed + len(trials), constant_liar=True)
         study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler, storage=storage)
         for trial in trials:
             values = trial.values(objectives)
