@@ -116,35 +116,6 @@ def check_fits(step: str, settings: StageSettings, found: Capacity) -> int:
     return workers // settings.num_workers
 
 
-def nodes_that_are_there(alive: Sequence[Resources], grows: bool | None) -> Capacity:
-    """The capacity of a cluster as it is."""
-    return Capacity(tuple((node, 1) for node in alive), len(alive), grows)
-
-
-def worker_resources(settings: StageSettings, use_gpu: bool) -> dict[str, float]:
-    """What one training worker reserves on its node."""
-    return {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-
-
-def use_gpu(settings: StageSettings, found: Capacity) -> bool:
-    """Whether a stage trains on GPUs: as it says, and by itself when the cluster has, or can get, one for each worker."""
-    if settings.accelerator != "auto":
-        return settings.accelerator == "gpu"
-    return found.workers_that_fit(worker_resources(settings, use_gpu=True)) >= settings.num_workers
-
-
-def check_fits(step: str, settings: StageSettings, found: Capacity) -> int:
-    """How many runs of a stage the cluster can hold at a time. Raises ConfigError when it can never hold one, which would wait for ever."""
-    each = worker_resources(settings, use_gpu(settings, found))
-    workers = found.workers_that_fit(each)
-    if workers < settings.num_workers and found.grows is not None:
-        raise ConfigError(
-            f"{step} needs {settings.num_workers} worker(s) with {_named(each)} each, but only {workers} fit on the cluster, which "
-            f"{'can grow to' if found.grows else 'has'} {found}; lower {step}.num_workers or {step}.cpus_per_worker, or give it more nodes"
-        )
-    return workers // settings.num_workers
-
-
 def autoscaling_file(gcs_address: str, processes: Path = Path("/proc")) -> Path | None:
     """The file that this cluster's autoscaler was started with, when it runs on this machine."""
     for process in processes.glob("[0-9]*"):

@@ -182,7 +182,7 @@ def test_trials_are_asked_for_together(tmp_path: Path, ray_cluster: None, monkey
 def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
     from htcl_ray.pipelines.capacity import Capacity
 
-    grown = Capacity((({"CPU": 4.0}, 1), ({"CPU": 8.0, "GPU": 1.0}, 3)), 4, grows=True)
+    grown = Capacity(({"CPU": 4.0},), (({"CPU": 8.0, "GPU": 1.0}, 3),), 3, grows=True)
     monkeypatch.setattr(step, "capacity", lambda: grown)
     shared = step._on_this_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.accelerator": "cpu"}))
     assert shared.tune.max_concurrent_trials == (4 + 3 * 8) // 2
