@@ -19,7 +19,7 @@ from rich.console import Console
 from htcl_ray.pipelines.train import CHECKPOINT_LIST
 from htcl_ray.pipelines.trial import trial_folder
 from htcl_ray.storage import Workspace
-from htcl_ray.tuning.live_table import live_table, progress_line
+from htcl_ray.tuning.live_table import in_words, live_table, progress_line
 from htcl_ray.tuning.space import Parameters
 from htcl_ray.tuning.trials import NUMBER, Trial, write_trials
 
@@ -104,6 +104,7 @@ class StudyCallback(Callback):
         self.table, self.objectives, self.total, self.rows = table, objectives, total, rows
         self.started = self.line_at = self.table_at = time.monotonic()
         self.changed = False
+        self.rows_before = sum(trial.last.get("rows", 0) for trial in table.trials.values())
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A measurement."""
@@ -133,7 +134,7 @@ class StudyCallback(Callback):
         if now - self.line_at < SECONDS_BETWEEN_LINES:
             return
         self.line_at = now
-        print(progress_line(ours, list(self.objectives), self.total, self.rows, now - self.started), flush=True)
+        print(progress_line(ours, list(self.objectives), self.total, self.rows, now - self.started, self.rows_before), flush=True)
         if self.changed and now - self.table_at >= SECONDS_BETWEEN_TABLES:
             self.table_at, self.changed = now, False
             Console().print(live_table(ours, list(self.objectives), self.total, self.rows))
@@ -145,8 +146,7 @@ class StudyCallback(Callback):
         trial.state, trial.error = state, error
         found = ", ".join(f"{name} {trial.last[name]:.4f}" for name in self.objectives if name in trial.last)
         after = f" after {trial.last['rows']:,.0f} rows" if trial.history else ""
-        tried = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.parameters.items())
-        print(f"tune  trial {trial.number} {state}{after}: {error or found}  ({tried})", flush=True)
+        print(f"tune  trial {trial.number} {state}{after}: {error or found}  ({in_words(trial.parameters)})", flush=True)
         self._save()
         tidy(self.table.workspace, self.table.study, trial)
 
