@@ -75,7 +75,8 @@ def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(head: Head, *entrypoint: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`, waiting for the job's end."""
-    command = [BIN / "ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *entrypoint]
+def submit(head: Head, *entrypoint: str, upload: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, waiting for the job's end; with the working directory unless not `upload`."""
+    working_dir = ("--working-dir", ".") if upload else ()
+    command = [BIN / "ray", "job", "submit", "--address", head.dashboard, *working_dir, "--", *entrypoint]
     return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout)

@@ -161,7 +161,7 @@ def test_our_commands_exist_with_the_arguments_given(name: str, tmp_path: Path):
     for program, *arguments in our_commands(name):
         command = arguments
         if program != "htcl":
-            job = repository_file(program.removeprefix("/home/ray/htcl-ray/"))
+            job = repository_file(program.removeprefix("/home/ray/htcl-ray/").removeprefix("$PWD/"))
             assert job.is_file(), f"{name}: there is no {program}"
             command = [*re.findall(r'run_step\("([\w-]+)"\)', job.read_text(encoding="utf-8")), *arguments]
         assert command[0] in COMMANDS, f"{name}: there is no {command[0]}"

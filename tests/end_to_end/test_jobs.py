@@ -9,7 +9,9 @@ import pytest
 
 from htcl_ray.sample import write_sample
 from htcl_ray.storage import Workspace
+from tests.conftest import REPOSITORY
 from tests.ray_head import Head, head_node, submit
+from tests.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.end_to_end
 
@@ -40,6 +42,38 @@ def test_bad_input_fails_the_job_with_its_sentence(head: Head, tmp_path: Path):
     assert "htcl: error: " in done.stdout + done.stderr
     assert "absent.csv" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout
+
+
+def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path):
+    config = tiny_config(tmp_path / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1, "pretrain.epochs": 1})
+    config = config.with_overrides(
+        {"finetune.epochs": 1, "finetune.pairs_per_epoch": 64, "evaluate.resamples": 100, "finetune.num_workers": 1}
+    )
+    write_features(config)
+    write_pairs(config)
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    made = {
+        "tune": "runs/tune",
+        "pretrain": "models/semantic",
+        "finetune": "models/preference",
+        "embed": "embeddings",
+        "build_index": "index",
+        "evaluate": "reports",
+    }
+    assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__", "preprocess"} == set(made)
+    for job, folder in made.items():
+        done = submit(head, "python", f"jobs/{job}.py", "--config", str(tmp_path / "c.yaml"))
+        assert done.returncode == 0, f"{job}: {done.stdout}{done.stderr}"
+        assert len(Workspace(config.workspace).finished(folder)) == 1, job
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune", "tune", "embed", "build_index", "evaluate"])
+def test_a_job_that_lacks_its_input_fails_with_the_step_to_run(head: Head, tmp_path: Path, job: str):
+    done = submit(head, "python", f"jobs/{job}.py", "--preset", "demo", "--workspace", str(tmp_path))
+    assert done.returncode == 1
+    assert "failed with exit code 2" in done.stdout + done.stderr
+    assert "htcl: error: the workspace" in done.stdout
+    assert "first" in done.stdout
 
 
 def test_a_relative_workspace_is_refused(head: Head):
