@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from htcl_ray.config import resolve
@@ -39,6 +39,7 @@ cpus = some.integers(0, 8)
 groups = some.lists(some.tuples(cpus, some.integers(0, 2), some.integers(0, 3)), max_size=3)
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     stay=some.lists(cpus, max_size=2), groups=groups, most=some.integers(0, 6), needs=some.tuples(some.integers(1, 3), some.integers(0, 1))
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
 from htcl_ray.config import Config, resolve
@@ -33,6 +33,7 @@ def rows_seen(config: Config, stage: str, training_rows: int) -> tuple[int, int]
     return settings.epochs * steps_per_epoch(length, batch) * batch, steps_per_epoch(length, batch) * batch
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     stage=some.sampled_from(["pretrain", "finetune"]),
     sizes=some.lists(some.integers(1, 64).map(lambda half: 2 * half), min_size=2, max_size=5, unique=True),
