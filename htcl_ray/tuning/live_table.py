@@ -69,7 +69,7 @@ def progress_line(
     `seconds`: since this process took up the search; `rows_before`: rows that the trials had seen by then, so that a continued search
     is not taken for a fast one. Time left is rows still to come ÷ (rows since then ÷ `seconds`): at most that, when more are stopped.
     """
-    states = Counter(trial.state for trial in trials)
+    states: Counter[str] = Counter(trial.state for trial in trials)
     ended = sum(trial.ended for trial in trials)
     waiting = sum(state_text(trial) == WAITING for trial in trials)
     notes = [f"{states[state]} {word}" for state, word in (("stopped", "stopped early"), ("failed", "failed")) if states[state]]

@@ -154,7 +154,8 @@ def _plot(
 
     with rc_context({"figure.figsize": inches}):
         axes = draw()
-        figure = axes.figure
+        figure = axes.get_figure(root=True)
+        assert figure is not None
         _follow_page(figure, axes, legend)
         svg = inline_svg(figure, name)
         pyplot.close(figure)
@@ -185,6 +186,7 @@ def _follow_page(figure: Figure, axes: Axes, legend: bool) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.text import Text
+    from matplotlib.ticker import MaxNLocator
 
     figure.set_layout_engine("none")
     figure.patch.set_alpha(0)
@@ -198,16 +200,19 @@ def _follow_page(figure: Figure, axes: Axes, legend: bool) -> None:
         each.patch.set_alpha(0)
         each.tick_params(which="both", colors=INK, labelsize=9)
         each.grid(False)
-        each.xaxis.label.set_size(10)
-        each.yaxis.label.set_size(10)
+        each.xaxis.label.set_fontsize(10)
+        each.yaxis.label.set_fontsize(10)
         for spine in each.spines.values():
             spine.set_color(INK)
         for axis in (each.xaxis, each.yaxis):
             if axis.get_scale() == "log":
                 _plain_log_ticks(axis)
+            elif axis.get_label_text() == "Trial":
+                axis.set_major_locator(MaxNLocator(integer=True))
     scale = LinearSegmentedColormap.from_list("of the page", [LOW, HIGH])
-    for drawn in figure.findobj(lambda artist: isinstance(artist, ScalarMappable) and artist.get_array() is not None):
-        drawn.set_cmap(scale)
+    for drawn in figure.findobj():
+        if isinstance(drawn, ScalarMappable) and drawn.get_array() is not None:
+            drawn.set_cmap(scale)
     for text in figure.findobj(Text):
         text.set_color(INK)
 

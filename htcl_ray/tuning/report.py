@@ -22,11 +22,11 @@ from htcl_ray.tuning.wording import objective_titles, short_names, state_text, v
 ROWS = {"pretrain": "songs", "finetune": "pairs"}
 OPTIMISTIC = (
     "Both were measured on the validation gallery that chose the winner, each trained once: the winner's figure, and with it the "
-    "difference, is optimistic. What it is worth, songs tell that no trial was judged by: train it in full, then htcl evaluate."
+    "difference, is optimistic. Only songs that no trial was judged by can tell what it is worth: train it in full, then htcl evaluate."
 )
 OPTIMISTIC_ALONE = (
-    "It was measured on the validation gallery that chose it, trained once: the figure is optimistic. What it is worth, songs tell "
-    "that no trial was judged by: train it in full, then htcl evaluate."
+    "It was measured on the validation gallery that chose it, trained once: its figure is optimistic. Only songs that "
+    "no trial was judged by can tell what it is worth: train it in full, then htcl evaluate."
 )
 
 
@@ -66,7 +66,7 @@ class StudyReport:
 
 def report_html(report: StudyReport) -> str:
     """The page; a plot that cannot be drawn is a sentence that says why."""
-    titles = objective_titles(report.objectives, report.metric)
+    titles = _titles(report)
     trials = sorted(report.trials, key=lambda trial: trial.number)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(value=value_text, state=state_text, rows=lambda count: f"{count:,.0f}", figure=_figure)
@@ -107,21 +107,20 @@ def summary(report: StudyReport) -> str:
     if len(report.objectives) > 1:
         head = f"{counts} {_front(len(best))} Of these, trial {winner.number} has the highest sum: {_values(report, winner)}."
     if winner.number == report.configured:
-        return f"{head} It ran the configuration as it was: no other trial beat it. {OPTIMISTIC_ALONE}"
+        return f"{head} It ran the configuration as it was, which no trial beat. {OPTIMISTIC_ALONE}"
     configured = next((trial for trial in report.trials if trial.number == report.configured), None)
     if configured is None:
         return f"{head} No trial ran the configuration as it was, so that there is nothing to compare with. {OPTIMISTIC_ALONE}"
+    name = f"The configuration as it was, trial {configured.number},"
     if configured.state != "finished" or not configured.history:
-        seen = f" after {configured.last['rows']:,.0f} rows, at {_values(report, configured)}" if configured.history else ""
-        return (
-            f"{head} The configuration as it was, trial {configured.number}, did not finish (state: {state_text(configured)}{seen}), so that "
-            f"no difference is given. {OPTIMISTIC_ALONE}"
-        )
-    differences = ", ".join(
-        f"{title} {winner.last[name] - configured.last[name]:+.4f}"
-        for name, title in objective_titles(report.objectives, report.metric).items()
-    )
-    return f"{head} The configuration as it was, trial {configured.number}: {_values(report, configured)}. Difference: {differences}. {OPTIMISTIC}"
+        seen = f", after {configured.last['rows']:,.0f} rows at {_values(report, configured)}" if configured.history else ""
+        return f"{head} {name} did not finish ({state_text(configured)}{seen}), so that no difference is given. {OPTIMISTIC_ALONE}"
+    differences = ", ".join(f"{title} {winner.last[key] - configured.last[key]:+.4f}" for key, title in _titles(report).items())
+    return f"{head} {name} has {_values(report, configured)}. Difference: {differences}. {OPTIMISTIC}"
+
+
+def _titles(report: StudyReport) -> dict[str, str]:
+    return objective_titles(report.objectives, report.metric)
 
 
 def _front(count: int) -> str:
@@ -129,7 +128,7 @@ def _front(count: int) -> str:
 
 
 def _values(report: StudyReport, trial: Trial) -> str:
-    return ", ".join(f"{title} {trial.last[name]:.4f}" for name, title in objective_titles(report.objectives, report.metric).items())
+    return ", ".join(f"{title} {trial.last[name]:.4f}" for name, title in _titles(report).items())
 
 
 def _beside(report: StudyReport, winner: Trial | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How a search is put into words: short names of parameters, values, states, and the best trial of each objective
+"""How a search is put into words: short names of parameters, values, states, and the best trial of each objective.
 
 Shared by the live table and the report, so that a person meets the same words in both.
 """
