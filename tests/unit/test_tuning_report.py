@@ -165,8 +165,8 @@ def test_logarithmic_ranges_have_logarithmic_axes():
     ]
     plots = study_plots(trials, DISTRIBUTIONS, {"semantic": "s"})["Optimisation of s"]
     svg = next(plot.svg for plot in plots if plot.caption == "Slice: temperature")
-    texts = {element.text: element for element in ElementTree.fromstring(svg or "").iter("text")}
-    assert "text-anchor: middle" in texts["0.1"].get("style", "")
+    below = [text for text in ElementTree.fromstring(svg or "").iter("text") if "text-anchor: middle" in text.get("style", "")]
+    texts = {text.text: text for text in below}
     ticks = [float(texts[word].get("x", "")) for word in ("0.02", "0.05", "0.1", "0.2", "0.5")]
     assert np.diff(ticks) == pytest.approx(np.log([2.5, 2, 2, 2.5]) * (ticks[-1] - ticks[0]) / np.log(25), rel=1e-3)
 
