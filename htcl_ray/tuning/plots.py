@@ -103,7 +103,7 @@ def _importances(study: optuna.Study, name: str) -> Plot:
         return optuna.visualization.matplotlib.plot_param_importances(study, evaluator)
 
     try:
-        return _plot(caption, name, draw, why_not)
+        return _plot(caption, name, draw, why_not, (4.6, 3.2))
     except (RuntimeError, ValueError) as error:
         return Plot(caption, None, f"Not drawn: Optuna cannot tell the parameters apart from these trials ({error}).")
 
@@ -194,8 +194,14 @@ def _follow_page(figure: Figure, axes: Axes, legend: bool) -> None:
     axes.set_title("")
     if (shown := axes.get_legend()) is not None:
         shown.remove()
+    for line in axes.lines:
+        line.set_alpha(1)
     if legend:
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.14), ncols=3, frameon=False)
+    scale = LinearSegmentedColormap.from_list("of the page", [LOW, HIGH])
+    for drawn in figure.findobj():
+        if isinstance(drawn, ScalarMappable) and drawn.get_array() is not None:
+            drawn.set_cmap(scale)
     for each in figure.axes:
         each.patch.set_alpha(0)
         each.tick_params(which="both", colors=INK, labelsize=9)
@@ -209,10 +215,6 @@ def _follow_page(figure: Figure, axes: Axes, legend: bool) -> None:
                 _plain_log_ticks(axis)
             elif axis.get_label_text() == "Trial":
                 axis.set_major_locator(MaxNLocator(integer=True))
-    scale = LinearSegmentedColormap.from_list("of the page", [LOW, HIGH])
-    for drawn in figure.findobj():
-        if isinstance(drawn, ScalarMappable) and drawn.get_array() is not None:
-            drawn.set_cmap(scale)
     for text in figure.findobj(Text):
         text.set_color(INK)
 

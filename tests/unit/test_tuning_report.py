@@ -243,7 +243,7 @@ def test_importances_find_the_parameter_that_matters():
 
 def test_trials_in_the_plots_have_the_numbers_of_the_table():
     """A running and a failed trial between them do not move the others."""
-    trials = [trial(0, 0.3), trial(1, state="running"), trial(2, state="failed"), trial(5, 0.4), trial(6, 0.2, "running")]
+    trials = [trial(0, 0.3), trial(1, 0.1, "running", rows=300), trial(2, state="failed"), trial(5, 0.4), trial(6, state="running")]
     study = _study(trials, DISTRIBUTIONS, ["semantic"])
     assert {item.number: item.value for item in _measured(study)} == {0: 0.3, 5: 0.4}
 
