@@ -11,7 +11,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from ray.tune import Callback
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
@@ -19,9 +18,10 @@ from rich.console import Console
 from htcl_ray.pipelines.train import CHECKPOINT_LIST
 from htcl_ray.pipelines.trial import trial_folder
 from htcl_ray.storage import Workspace
-from htcl_ray.tuning.live_table import in_words, live_table, progress_line
+from htcl_ray.tuning.live_table import live_table, progress_line
 from htcl_ray.tuning.space import Parameters
 from htcl_ray.tuning.trials import NUMBER, Trial, write_trials
+from htcl_ray.tuning.wording import short_names, value_text
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_TABLES = 60.0
@@ -84,18 +84,6 @@ class StudySearch(OptunaSearch):
         return Searcher.FINISHED
 
 
-class ReportToTune(TuneReportCallback):
-    """Hands the epochs of a trial's last stage to Ray Tune, with what its earlier stages cost."""
-
-    def __init__(self, earlier_work: Sequence[Mapping[str, float]]) -> None:
-        super().__init__()
-        self._earlier_work = list(earlier_work)
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train with what each worker reported; the first one knows all."""
-        super().after_report(run_context, [{**metrics[0], "earlier_work": self._earlier_work}], checkpoint)
-
-
 class StudyCallback(Callback):
     """Keeps the table and the terminal level with Ray Tune."""
 
@@ -134,7 +122,9 @@ class StudyCallback(Callback):
         if now - self.line_at < SECONDS_BETWEEN_LINES:
             return
         self.line_at = now
-        print(progress_line(ours, list(self.objectives), self.total, self.rows, now - self.started, self.rows_before), flush=True)
+        print(
+            progress_line(ours, list(self.objectives), self.total, self.rows, now - self.started, rows_before=self.rows_before), flush=True
+        )
         if self.changed and now - self.table_at >= SECONDS_BETWEEN_TABLES:
             self.table_at, self.changed = now, False
             Console().print(live_table(ours, list(self.objectives), self.total, self.rows))
@@ -146,7 +136,9 @@ class StudyCallback(Callback):
         trial.state, trial.error = state, error
         found = ", ".join(f"{name} {trial.last[name]:.4f}" for name in self.objectives if name in trial.last)
         after = f" after {trial.last['rows']:,.0f} rows" if trial.history else ""
-        print(f"tune  trial {trial.number} {state}{after}: {error or found}  ({in_words(trial.parameters)})", flush=True)
+        names = short_names(trial.parameters)
+        tried = ", ".join(f"{names[key]} {value_text(value)}" for key, value in trial.parameters.items())
+        print(f"tune  trial {trial.number} {state}{after}: {error or found}  ({tried})", flush=True)
         self._save()
         tidy(self.table.workspace, self.table.study, trial)
 

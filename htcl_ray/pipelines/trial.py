@@ -46,7 +46,7 @@ def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
 
     `lines`: see `cluster.progress_lines`.
     """
-    from htcl_ray.pipelines.study import ReportToTune
+    from htcl_ray.pipelines.report_to_tune import ReportToTune
 
     number, parameters = point["number"], point["parameters"]
     config = trial_config(job.config, parameters, job.budgets)

@@ -1,82 +1,117 @@
-"""What a person sees while a search runs: a line that says how far it is, and a table of its trials."""
+"""What a person sees while a search runs: a table with a row a trial, and one sentence of how far it is."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
-from htcl_ray.tuning.space import Parameters
 from htcl_ray.tuning.trials import Trial, winners
+from htcl_ray.tuning.wording import STARTING, best_so_far, objective_titles, short_names, state_text, value_text
 
-MOST_ROWS = 30
-
-
-def state_of(trial: Trial) -> str:
-    """The trial's state; one whose workers have measured nothing yet waits for a node, or for them to start."""
-    return "starting" if trial.state == "running" and not trial.history else trial.state
+SHOWN = 30
+"""Rows of the table at most."""
+STYLES = {"failed": "red", "stopped early": "dim", STARTING: "dim"}
 
 
-def progress_line(trials: Sequence[Trial], objectives: Sequence[str], total: int, rows: int, seconds: float, rows_before: float = 0) -> str:
-    """How far the search is. `rows`: of a whole trial; `seconds`: that this search has run; `rows_before`: seen before it began."""
-    states = Counter(state_of(trial) for trial in trials)
-    ended = sum(trial.ended for trial in trials)
-    early = ", ".join(f"{states[state]} {named}" for state, named in (("stopped", "stopped early"), ("failed", "failed")) if states[state])
-    line = f"tune  {ended} of {total} trials ended{f' ({early})' if early else ''}"
-    line += "".join(f", {states[state]} {state}" for state in ("running", "starting") if states[state])
-    best = winners(trials, objectives)
-    if best:
-        figures = ", ".join(f"{name} {best[0].last[name]:.4f}" for name in objectives)
-        line += f"; best {figures} (trial {best[0].number})"
-    done = sum(trial.last.get("rows", 0) for trial in trials) - rows_before
-    open_rows = sum(rows - trial.last.get("rows", 0) for trial in trials if not trial.ended) + max(0, total - len(trials)) * rows
-    return line + (f"; at most {duration(open_rows * seconds / done)} left" if done > 0 and open_rows > 0 else "")
+def live_table(trials: Sequence[Trial], objectives: Sequence[str], total: int, rows: int, *, metric: str | None = None) -> Table:
+    """A row a trial, by number: state, parameters, rows seen of the last stage, newest values, samples/s.
 
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key → its last part, or the whole key where two end alike."""
-    last = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: key if last[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2] for key in keys}
-
-
-def shown(value: object) -> str:
-    """A parameter's value as a person writes it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def in_words(parameters: Parameters) -> str:
-    """Every parameter with its value."""
-    names = short_names(list(parameters))
-    return ", ".join(f"{names[key]} {shown(value)}" for key, value in parameters.items())
-
-
-def live_table(trials: Sequence[Trial], objectives: Sequence[str], total: int, rows: int) -> Table:
-    """A row a trial: those that run, then the best, then the rest; at most 30."""
-    best = [trial.number for trial in winners(trials, objectives)]
-    order = {"running": 0, "starting": 0, "finished": 1, "stopped": 2, "failed": 3}
-    ranked = sorted(trials, key=lambda trial: (order[state_of(trial)], -sum(trial.values(objectives) or (0.0,)), trial.number))
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.parameters))
-    left_out = len(ranked) - MOST_ROWS
-    table = Table(title=f"{sum(trial.ended for trial in trials)} of {total} trials ended", caption_justify="left")
-    table.caption = f"{left_out} more are in trials.jsonl" if left_out > 0 else None
-    for name in ("trial", "state", *short_names(keys).values(), "rows", *objectives, "songs/s"):
-        table.add_column(name, justify="left" if name == "state" else "right")
-    for trial in ranked[:MOST_ROWS]:
-        last = trial.last
-        table.add_row(
-            f"{'* ' if trial.number in best else ''}{trial.number}",
-            state_of(trial),
-            *(shown(trial.parameters.get(key, "")) for key in keys),
-            f"{last.get('rows', 0):,.0f} of {rows:,}",
-            *(f"{last[name]:.4f}" if name in last else "" for name in objectives),
-            f"{last['songs_per_second']:.0f}" if last else "",
+    `total`: trials in all; `rows`: what a trial sees of the last stage. Of more than `SHOWN` trials those that lead, that run
+    and that are best have a row; the line below the table counts the others.
+    """
+    titles = objective_titles(objectives, metric)
+    names = short_names(dict.fromkeys(key for trial in trials for key in trial.parameters))
+    best = {trial.number for trial in winners(trials, objectives)}
+    shown = sorted(trials, key=lambda trial: _priority(trial, objectives, best))[:SHOWN]
+    table = Table(title=f"{len(trials)} of {total} trials", title_justify="left", caption_justify="left")
+    table.add_column("trial", justify="right")
+    table.add_column("state")
+    table.add_column("parameters", overflow="fold")
+    table.add_column("rows", justify="right")
+    for title in titles.values():
+        table.add_column(Text(title), justify="right")
+    table.add_column("samples/s", justify="right")
+    for trial in sorted(shown, key=lambda trial: trial.number):
+        state = state_text(trial)
+        values = trial.values(objectives) or (None,) * len(objectives)
+        cells = (
+            str(trial.number),
+            f"{state}, best" if trial.number in best else state,
+            "  ".join(f"{names[key]} {value_text(value)}" for key, value in trial.parameters.items()),
+            f"{trial.last.get('rows', 0):,.0f} / {rows:,}",
+            *("–" if value is None else f"{value:.3f}" for value in values),
+            f"{trial.last['songs_per_second']:,.1f}" if "songs_per_second" in trial.last else "–",
         )
+        # As Text: a value in square brackets is no markup.
+        table.add_row(*map(Text, cells), style="bold green" if trial.number in best else STYLES.get(state))
+    kept = {trial.number for trial in shown}
+    left_out = [trial for trial in trials if trial.number not in kept]
+    if left_out:
+        table.caption = Text(f"{len(left_out)} more without a row: {_counted(state_text(trial) for trial in left_out)}")
     return table
+
+
+def progress_line(
+    trials: Sequence[Trial],
+    objectives: Sequence[str],
+    total: int,
+    rows: int,
+    seconds: float,
+    *,
+    metric: str | None = None,
+    rows_before: float = 0,
+) -> str:
+    """One sentence: trials that ended, run and start, the best of each objective, and about how long it still takes.
+
+    `seconds`: since this process took up the search; `rows_before`: rows that the trials had seen by then, so that a continued search
+    is not taken for a fast one. Time left is rows still to come ÷ (rows since then ÷ `seconds`): at most that, when more are stopped.
+    """
+    states: Counter[str] = Counter(trial.state for trial in trials)
+    ended = sum(trial.ended for trial in trials)
+    starting = sum(state_text(trial) == STARTING for trial in trials)
+    notes = [f"{states[state]} {word}" for state, word in (("stopped", "stopped early"), ("failed", "failed")) if states[state]]
+    head = f"{ended} of {total} trials ended" + (f" ({', '.join(notes)})" if notes else "")
+    if states["running"] > starting:
+        head += f", {states['running'] - starting} running"
+    if starting:
+        head += f", {starting} starting"
+    parts = [f"tune  {head}"]
+    best = [(title, name, best_so_far(trials, name)) for name, title in objective_titles(objectives, metric).items()]
+    found = [f"best {title} {trial.last[name]:.3f} (trial {trial.number})" for title, name, trial in best if trial is not None]
+    if found:
+        parts.append(", ".join(found))
+    left = seconds_left(trials, total, rows, seconds, rows_before)
+    if left:
+        parts.append(f"about {_duration(left)} left")
+    return "; ".join(parts)
+
+
+def seconds_left(trials: Sequence[Trial], total: int, rows: int, seconds: float, rows_before: float = 0) -> float | None:
+    """Rows still to come at the pace so far, in seconds; None before anything was measured. Trials that ended have none to come."""
+    done = sum(trial.last.get("rows", 0) for trial in trials) - rows_before
+    if done <= 0 or seconds <= 0:
+        return None
+    running = sum(max(rows - trial.last.get("rows", 0), 0) for trial in trials if not trial.ended)
+    return (running + max(total - len(trials), 0) * rows) * seconds / done
+
+
+def _priority(trial: Trial, objectives: Sequence[str], best: set[int]) -> tuple[int, float, int]:
+    value = sum(trial.values(objectives) or ())
+    if trial.number in best:
+        return 0, -value, trial.number
+    if not trial.ended:
+        return (1 if trial.attempts else 3), -value, trial.number
+    return (4 if trial.state == "failed" else 2), -value, trial.number
+
+
+def _counted(words: Iterable[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,198 +1,171 @@
-"""The report of a search as one page that opens offline: the winner, Optuna's plots, every trial and what it cost."""
+"""The report of a search as one page that opens offline: the winner, what it beat, the plots, every trial and what it cost."""
 
 from __future__ import annotations
 
-import functools
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
-import optuna
 import yaml
 from markupsafe import Markup
 from optuna.distributions import BaseDistribution
 
 from htcl_ray.settings import Dimension
 from htcl_ray.tuning.budget import Budget
-from htcl_ray.tuning.live_table import in_words, short_names, shown
-from htcl_ray.tuning.trials import Trial, optuna_study, quiet_optuna, winners
+from htcl_ray.tuning.plots import study_plots
+from htcl_ray.tuning.trials import Trial, winners
+from htcl_ray.tuning.wording import objective_titles, short_names, state_text, value_text
+
+ROWS = {"pretrain": "songs", "finetune": "pairs"}
+OPTIMISTIC = (
+    "Both were measured on the validation gallery that chose the winner, each trained once: the winner's figure, and with it the "
+    "difference, is optimistic. Only songs that no trial was judged by can tell what it is worth: train it in full, then htcl evaluate."
+)
+OPTIMISTIC_ALONE = (
+    "It was measured on the validation gallery that chose it, trained once: its figure is optimistic. Only songs that "
+    "no trial was judged by can tell what it is worth: train it in full, then htcl evaluate."
+)
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What the page shows."""
+    """All that the page shows."""
 
     name: str
+    """Of the study."""
     stage: str
+    """pretrain, finetune or both."""
     objectives: tuple[str, ...]
+    """One or two; keys of the trials' measurements."""
     metric: str
-    """recall@10 or ndcg@10."""
+    """Of the objectives, such as recall@10."""
     trials: list[Trial]
     space: dict[str, Dimension]
+    """By dotted configuration key."""
     distributions: dict[str, BaseDistribution]
+    """The space as Optuna has it."""
     budgets: dict[str, Budget]
-    """By stage."""
-    gallery: Mapping[str, Any]
-    """`songs`, `pairs` and `fingerprint` of what every trial was measured on."""
+    """What every trial sees, by stage in order."""
+    gallery: dict[str, Any]
+    """songs, pairs, fingerprint of what the trials were judged by."""
     configured: int | None
-    """The trial that ran the configuration as it is."""
+    """Number of the trial that ran the configuration as it was; None: it lies outside the space."""
     command: str
     """Trains the winner in full."""
     created: str
-    config: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    libraries: Mapping[str, str | None]
+    config: dict[str, Any]
+    """The configuration that the trials change, nested."""
+    inputs: dict[str, Any]
+    """Versions."""
+    libraries: dict[str, Any]
+    """Versions."""
 
 
 def report_html(report: StudyReport) -> str:
-    """The page."""
-    best = winners(report.trials, report.objectives)
-    keys = list(report.space)
+    """The page; a plot that cannot be drawn is a sentence that says why."""
+    titles = _titles(report)
+    trials = sorted(report.trials, key=lambda trial: trial.number)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(value=value_text, state=state_text, rows=lambda count: f"{count:,.0f}", figure=_figure)
     template = environment.from_string(resources.files("htcl_ray.tuning").joinpath("report.html").read_text(encoding="utf-8"))
+    best = winners(trials, report.objectives)
+    plots = {
+        heading: [(plot, None if plot.svg is None else Markup(plot.svg)) for plot in drawn]  # Texts were escaped by matplotlib.
+        for heading, drawn in study_plots(trials, report.distributions, titles).items()
+    }
     return template.render(
         report=report,
+        titles=titles,
+        names=short_names(report.space),
+        trials=trials,
+        winner=best[0] if best else None,
+        front=best,
         summary=summary(report),
-        changes=_changes(report, best[0]) if best else [],
-        plots=list(_plots(report)),
-        keys=list(short_names(keys).values()),
-        trials=[_row(report, trial, trial in best) for trial in report.trials],
-        node_seconds=f"{sum(trial.node_seconds for trial in report.trials):,.0f}",
-        attempts=sum(len(trial.attempts) for trial in report.trials),
+        beside=_beside(report, best[0] if best else None),
+        plots=plots,
+        stopped=sum(trial.state == "stopped" for trial in trials),
+        rows=list(report.budgets.values())[-1].rows,
         same=_same(report),
-        config=yaml.safe_dump(dict(report.config), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
     )
 
 
 def summary(report: StudyReport) -> str:
-    """What was found, in words, and how far to believe it."""
+    """One paragraph: who won, by how much, against what, and how far that can be believed."""
+    states = Counter(state_text(trial) for trial in report.trials)
+    counts = (
+        f"{len(report.trials)} trials: {', '.join(f'{count} {state}' for state, count in states.most_common())}." if states else "No trial."
+    )
     best = winners(report.trials, report.objectives)
-    ended = {state: sum(trial.state == state for trial in report.trials) for state in ("finished", "stopped", "failed")}
-    said = f"{len(report.trials)} trials: {ended['finished']} saw all their rows, {ended['stopped']} were stopped early, "
-    said += f"{ended['failed']} failed."
     if not best:
-        return f"{said} None can be compared."
-    found = ", ".join(f"{name} {best[0].last[name]:.4f}" for name in report.objectives)
-    said += f" Trial {best[0].number} is best: {found}, with {in_words(best[0].parameters)}."
+        return f"{counts} No trial finished, so there is no winner; the table of trials holds the errors."
+    winner = best[0]
+    head = f"{counts} Trial {winner.number} is best: {_values(report, winner)}."
     if len(report.objectives) > 1:
-        said += f" It has the best sum on a front of {len(best)}: trial(s) {', '.join(str(trial.number) for trial in best)}."
-    before = next((trial for trial in report.trials if trial.number == report.configured and trial.state == "finished"), None)
-    if before is not None and before is not best[0]:
-        gains = ", ".join(f"{name} {best[0].last[name] - before.last[name]:+.4f}" for name in report.objectives)
-        said += f" Against the configuration as it was (trial {before.number}): {gains}."
-    elif before is not None:
-        said += " That is the configuration as it was: nothing better was found."
-    return f"{said} The winner was chosen on these validation songs, so its figure is too good; test songs say what was gained."
+        head = f"{counts} {_front(len(best))} Of these, trial {winner.number} has the highest sum: {_values(report, winner)}."
+    if winner.number == report.configured:
+        return f"{head} It ran the configuration as it was, which no trial beat. {OPTIMISTIC_ALONE}"
+    configured = next((trial for trial in report.trials if trial.number == report.configured), None)
+    if configured is None:
+        return f"{head} No trial ran the configuration as it was, so that there is nothing to compare with. {OPTIMISTIC_ALONE}"
+    name = f"The configuration as it was, trial {configured.number},"
+    if configured.state != "finished" or not configured.history:
+        seen = f", after {configured.last['rows']:,.0f} rows at {_values(report, configured)}" if configured.history else ""
+        return f"{head} {name} did not finish ({state_text(configured)}{seen}), so that no difference is given. {OPTIMISTIC_ALONE}"
+    differences = ", ".join(f"{title} {winner.last[key] - configured.last[key]:+.4f}" for key, title in _titles(report).items())
+    return f"{head} {name} has {_values(report, configured)}. Difference: {differences}. {OPTIMISTIC}"
 
 
-def _changes(report: StudyReport, best: Trial) -> list[dict[str, Any]]:
+def _titles(report: StudyReport) -> dict[str, str]:
+    return objective_titles(report.objectives, report.metric)
+
+
+def _front(count: int) -> str:
+    return "One trial is better than all others in both." if count == 1 else f"{count} trials make up the Pareto front."
+
+
+def _values(report: StudyReport, trial: Trial) -> str:
+    return ", ".join(f"{title} {trial.last[name]:.4f}" for name, title in _titles(report).items())
+
+
+def _beside(report: StudyReport, winner: Trial | None) -> list[dict[str, Any]]:
+    """A row a parameter: what was searched, what was configured, what the winner has."""
     rows = []
-    for key, value in best.parameters.items():
-        section, _, name = key.partition(".")
-        configured: Any = report.config[section]
-        for part in name.split("."):
-            configured = configured[part]
-        rows.append({"key": key, "configured": shown(configured), "winner": shown(value), "changed": configured != value})
+    for key, dimension in report.space.items():
+        searched = (
+            ", ".join(map(value_text, dimension.values))
+            if dimension.values is not None
+            else f"{value_text(dimension.low)} to {value_text(dimension.high)}{', logarithmic' if dimension.log else ''}"
+        )
+        configured = value_text(_configured(report.config, key))
+        rows.append(
+            {"key": key, "searched": searched, "configured": configured, "winner": value_text(winner.parameters[key]) if winner else "–"}
+        )
     return rows
 
 
-def _row(report: StudyReport, trial: Trial, best: bool) -> dict[str, Any]:
-    last = trial.last
-    return {
-        "number": trial.number,
-        "best": best,
-        "state": trial.state,
-        "parameters": [shown(trial.parameters.get(key, "")) for key in report.space],
-        "rows": f"{last.get('rows', 0):,.0f}",
-        "values": [f"{last[name]:.4f}" if name in last else "" for name in report.objectives],
-        "error": trial.error or "",
-        "node_seconds": f"{trial.node_seconds:,.0f}",
-        "speed": f"{last['songs_per_second']:,.0f}" if last else "",
-        "attempts": len(trial.attempts),
-    }
+def _configured(config: Mapping[str, Any], key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = found[part]
+    return found
 
 
-def _same(report: StudyReport) -> dict[str, str]:
-    found = {
-        f"rows of {stage}": f"{budget.rows:,}, measured {budget.reports} times, after {budget.rows_per_report:,} each"
-        for stage, budget in report.budgets.items()
-    }
-    seeds = {f"seed of {stage}": str(report.config[stage]["seed"]) for stage in report.budgets}
-    gallery = f"{report.gallery['songs']:,} songs, {report.gallery['pairs']:,} pairs, fingerprint {report.gallery['fingerprint']}"
-    inputs = {f"input: {name}": version for name, version in report.inputs.items()}
-    libraries = {f"library: {name}": version or "not installed" for name, version in report.libraries.items()}
-    return {**found, **seeds, "gallery": gallery, **inputs, **libraries}
+def _same(report: StudyReport) -> list[tuple[str, str]]:
+    """What no trial could change."""
+    lines = []
+    for stage, budget in report.budgets.items():
+        unit = ROWS[stage]
+        lines.append((f"{stage}: rows of a trial", f"{budget.rows:,} {unit}, in {budget.reports} parts of {budget.rows_per_report:,}"))
+        lines.append((f"{stage}: seed", value_text(report.config.get(stage, {}).get("seed"))))
+    gallery = report.gallery
+    lines.append(("gallery", f"{gallery['songs']:,} validation songs, {gallery['pairs']:,} validation pairs"))
+    lines.append(("gallery's fingerprint", str(gallery["fingerprint"])))
+    return lines
 
 
-def _plots(report: StudyReport) -> Iterator[dict[str, Any]]:
-    """Optuna's plots, each as an SVG or with the reason why there is none."""
-    from optuna.visualization import matplotlib as drawn
-
-    study = optuna_study(report.trials, report.distributions, report.objectives)
-    complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-    several = len(report.objectives) > 1
-    # Optuna's default evaluator looks at low values when there are two objectives.
-    importances = functools.partial(drawn.plot_param_importances, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
-    if several:
-        front = functools.partial(drawn.plot_pareto_front, study, target_names=list(report.objectives))
-        yield _plot("The front: no trial is better in both", front, (7.0, 4.5), None if complete else "No trial was measured.")
-    for position, name in enumerate(report.objectives):
-        target: dict[str, Any] = {"target_name": f"{name} {report.metric}"}
-        if several:
-            target["target"] = lambda trial, position=position: trial.values[position]
-        of = f"{name}: " if several else ""
-        none = None if complete else "No trial was measured."
-        few = none or (
-            None if len({trial.values[position] for trial in complete}) > 1 else "Importances need two trials with different values."
-        )
-        wide = max(7.0, 2.6 * len(report.space))
-        options: list[tuple[str, Callable[..., Any], tuple[float, float], str | None]] = [
-            ("history", drawn.plot_optimization_history, (7.0, 3.8), none),
-            ("importance of each key for the value (fANOVA)", importances, (7.0, 1.5 + 0.4 * len(report.space)), few),
-            ("value against each key", drawn.plot_slice, (wide, 3.6), none),
-            ("all keys of a trial as one line", drawn.plot_parallel_coordinate, (wide, 4.2), none),
-        ]
-        for caption, plot, size, missing in options:
-            yield _plot(f"{of}{caption}", functools.partial(plot, study, **target), size, missing)
-
-
-def _plot(caption: str, draw: Callable[[], Any], size: tuple[float, float], missing: str | None) -> dict[str, Any]:
-    if missing is not None:
-        return {"caption": caption, "svg": None, "missing": missing}
-    import matplotlib
-    from matplotlib import pyplot
-
-    backend = matplotlib.get_backend()
-    pyplot.switch_backend("Agg")
-    try:
-        with (
-            quiet_optuna(),
-            warnings.catch_warnings(),
-            matplotlib.rc_context({"figure.figsize": size, "svg.fonttype": "none", "svg.hashsalt": caption, "font.size": 9}),
-        ):
-            warnings.simplefilter("ignore", UserWarning)  # axes of a single value
-            axes = draw()
-            figure = pyplot.gcf() if not hasattr(axes, "figure") else axes.figure
-            figure.set_size_inches(*size)
-            out = io.StringIO()
-            figure.savefig(out, format="svg", bbox_inches="tight", metadata={key: None for key in ("Date", "Creator", "Format", "Type")})
-            return {"caption": caption, "svg": Markup(_inline(out.getvalue(), caption)), "missing": None}
-    except (ValueError, RuntimeError) as error:  # Optuna's: too little to draw from
-        return {"caption": caption, "svg": None, "missing": f"Optuna cannot draw it: {str(error).splitlines()[0]}"}
-    finally:
-        pyplot.close("all")
-        pyplot.switch_backend(backend)
-
-
-def _inline(svg: str, caption: str) -> str:
-    """The SVG element alone; its ids carry the caption, so that several stand in one page."""
-    prefix = re.sub(r"\W+", "-", caption)
-    text = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    return re.sub(r'(<svg) [^>]*?(viewBox="[^"]*")[^>]*>', r'\1 \2 role="img">', text, count=1).strip()
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -98,16 +98,15 @@ def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys
 
 
 def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, ray_cluster: None, capsys):
-    space = {"pretrain.learning_rate": [0.001, 1e30], "pretrain.max_gradient_norm": [1.0, None]}
-    config = tune_config(tmp_path, **{"tune.space": space, "tune.early_stopping": False})
+    """And a space of two points is searched through with two trials, however many are asked for."""
+    config = tune_config(tmp_path, **{"tune.space": {"pretrain.learning_rate": [1e30, 0.001]}, "tune.early_stopping": False})
     tune(config)
-    trials = table(config)
-    assert len(trials) == 4, "four points, each once"
-    assert len({json.dumps(trial["parameters"]) for trial in trials}) == 4
-    failed = [trial for trial in trials if trial["state"] == "failed"]
-    assert {trial["parameters"]["pretrain.learning_rate"] for trial in failed} == {1e30}
-    assert all("lower pretrain.learning_rate" in trial["error"] for trial in failed)
-    assert {trial["state"] for trial in trials if trial["parameters"]["pretrain.learning_rate"] == 0.001} == {"finished"}
+    trials = {trial["parameters"]["pretrain.learning_rate"]: trial for trial in table(config)}
+    assert len(table(config)) == 2
+    assert trials[1e30]["state"] == "failed"
+    assert trials[1e30]["error"].startswith("pretrain: the gradient of step")
+    assert "lower pretrain.learning_rate" in trials[1e30]["error"]
+    assert trials[0.001]["state"] == "finished"
     assert "failed: pretrain: the gradient of step" in capsys.readouterr().out
 
 
@@ -132,14 +131,14 @@ def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
 
 def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     """One after the other, the good ones first: ASHA stops those that learn nothing after the grace period."""
-    space = {"pretrain.learning_rate": [0.003, 1e-12, 1.1e-12, 1.2e-12, 1.3e-12]}
+    space = {"pretrain.learning_rate": [0.003, 1e-12, 1.1e-12]}
     config = tune_config(
         tmp_path,
         **{
             "tune.space": space,
-            "tune.trials": 4,
+            "tune.trials": 3,
             "tune.max_concurrent_trials": 1,
-            "tune.samples": 640,
+            "tune.samples": 320,
             "tune.metric": "ndcg@10",
             "pretrain.learning_rate": 0.003,
             "pretrain.text_learning_rate": 1e-12,
@@ -174,8 +173,8 @@ def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_def
 
 def test_trials_are_asked_for_together(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
     """So that an autoscaler sees the need for several nodes at once; with Ray's default for searchers it sees that for one."""
-    config = tune_config(tmp_path, **{"tune.samples": 32, "tune.trials": 3, "tune.max_concurrent_trials": 3, "tune.study": "ours"})
-    assert pending_at_once(config, monkeypatch, rays_default=False) == 3
+    config = tune_config(tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2, "tune.study": "ours"})
+    assert pending_at_once(config, monkeypatch, rays_default=False) == 2
     assert pending_at_once(config.with_overrides({"tune.study": "rays"}), monkeypatch, rays_default=True) == 1
 
 
@@ -203,7 +202,7 @@ def test_a_killed_search_goes_on(tmp_path: Path):
     """What has ended stays; what was running goes on after its last checkpoint."""
     config = tune_config(
         tmp_path,
-        **{"tune.samples": 32 * 40, "tune.reports": 40, "tune.trials": 3, "tune.max_concurrent_trials": 1, "tune.early_stopping": False},
+        **{"tune.samples": 32 * 40, "tune.reports": 40, "tune.trials": 2, "tune.max_concurrent_trials": 1, "tune.early_stopping": False},
     )
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", str(tmp_path / "c.yaml")]
@@ -226,10 +225,10 @@ def test_a_killed_search_goes_on(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     after = table(config)
     assert after[0] == before[0]
-    assert [trial["state"] for trial in after] == ["finished"] * 3
+    assert [trial["state"] for trial in after] == ["finished"] * 2
     assert after[1]["parameters"] == before[1]["parameters"]
     assert len(after[1]["attempts"]) == 2
-    assert [trial["history"][-1]["rows"] for trial in after] == [32 * 40] * 3
+    assert [trial["history"][-1]["rows"] for trial in after] == [32 * 40] * 2
     seen = len(before[1]["history"])
     assert after[1]["history"][:seen] == before[1]["history"]
     rows = [item["rows"] for item in after[1]["history"]]
@@ -243,8 +242,11 @@ def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tune.space": {"pretrain.temprature": [0.1, 0.2]}}, "there is no configuration key 'pretrain.temprature'; did you mean"),
-        ({"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}}, "expected low to be less than high"),
+        (
+            {"tune.space": {"pretrain.temprature": [0.1, 0.2]}},
+            "tune.space names pretrain.temprature, but there is no such configuration key; did you mean",
+        ),
+        ({"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}}, "expected finite numbers, low less than high"),
         ({"tune.space": {"pretrain.temperature": []}}, "expected at least two"),
         (
             {"tune.space": {"pretrain.batch_size": [8, 9]}, "pretrain.num_workers": 2},
