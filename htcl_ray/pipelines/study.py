@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from htcl_ray.pipelines.train import CHECKPOINT_LIST
-from htcl_ray.pipelines.trial import trial_folder
+from htcl_ray.pipelines.trial import trial_folder, trial_version
 from htcl_ray.storage import Workspace
+from htcl_ray.training.metrics_log import METRICS
 from htcl_ray.tuning.live_table import live_table, progress_line
 from htcl_ray.tuning.space import Parameters
 from htcl_ray.tuning.trials import NUMBER, Trial, write_trials
@@ -145,6 +147,17 @@ class StudyCallback(Callback):
     def _save(self) -> None:
         self.changed = True
         self.table.save()
+
+
+def catch_up(workspace: Workspace, study: str, trial: Trial, stage: str, objectives: Mapping[str, str], rows: int) -> None:
+    """Take what a trial of a killed search had measured before its end from its metrics; it is finished if it had seen all its `rows`."""
+    file = f"{trial_folder(study, trial.number)}/runs/{stage}/{trial_version(study, trial.number)}/{METRICS}"
+    lines = workspace.read_bytes(file).decode().splitlines() if workspace.exists(file) else []
+    for line in map(json.loads, lines):
+        figures = {name: line[metric] for name, metric in objectives.items()}
+        trial.measure({"rows": line["rows_seen"], **figures, "songs_per_second": line["songs_per_second"]})
+    if trial.history and trial.last["rows"] >= rows:
+        trial.state = "finished"
 
 
 def sentence(trace: str) -> str:

@@ -41,6 +41,11 @@ def trial_folder(study: str, number: int) -> str:
     return f"{study}/trials/{number:04d}"
 
 
+def trial_version(study: str, number: int) -> str:
+    """Name of a trial's runs, also where MLflow and W&B show them."""
+    return f"{study.rpartition('/')[2]}-{number:04d}"
+
+
 def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
     """Train the stages of one point of the space: `number` and `parameters`. The last stage's epochs are reported to Ray Tune.
 
@@ -62,7 +67,7 @@ def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
             features=job.features,
             pairs=job.pairs if second else None,
             parent=parent if second else None,
-            version=f"{job.study.rpartition('/')[2]}-{number:04d}",
+            version=trial_version(job.study, number),
             folder=f"{trial_folder(job.study, number)}/",
         )
         manifest = workspace.manifest(stage.model_path)

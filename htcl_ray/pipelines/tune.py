@@ -68,7 +68,7 @@ def tune(config: Config, model: str | None = None) -> StepResult:
             print(f"tune  every trial of {name} sees {budget.rows:,} rows, measured {budget.reports} times", flush=True)
         workspace.write_json(f"{study}/{ABOUT}", about)
         job = TrialJob(shared, study, budgets, features, pairs, parent, vocabulary)
-        trials = _search(workspace, job, space, trials, left)
+        trials = _search(workspace, job, space, trials)
     if not any(trial.history for trial in trials):
         errors = [trial.error for trial in trials if trial.error]
         raise StepError(f"all {len(trials)} trials failed; the first one: {errors[0] if errors else 'without a measurement'}")
@@ -121,7 +121,7 @@ def _about(
         "rows": {name: [budget.rows_per_report, budget.reports] for name, budget in budgets.items()},
         "inputs": {kind: item.version for kind, item in (("features", features), ("pairs", pairs), ("model", parent)) if item is not None},
         "gallery": dict(gallery),
-        "configuration": fingerprint(_compared(config, space)),
+        "configuration": _compared(config, space),
     }
 
 
@@ -160,18 +160,22 @@ def _compared(config: Config, space: Mapping[str, Dimension]) -> dict[str, Any]:
 def _check_same_study(workspace: Workspace, study: str, about: Mapping[str, Any]) -> None:
     if not workspace.exists(f"{study}/{ABOUT}"):
         return
-    before = workspace.read_json(f"{study}/{ABOUT}")
-    for name, value in about.items():
-        if before.get(name) != value:
+    before, now = _flat(workspace.read_json(f"{study}/{ABOUT}")), _flat(about)
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
             raise ConfigError(
-                f"the study in {workspace.uri_of(study)} was begun with {name} {_short(before.get(name))}, and this command says "
-                f"{_short(value)}; name another study with tune.study, or search as before"
+                f"the study in {workspace.uri_of(study)} was begun with {name} {before.get(name)}, and this command says "
+                f"{now.get(name)}; name another study with tune.study, or search as before"
             )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 300 else f"{text[:300]}…"
+def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study is about, a line each; the space as a whole."""
+    flat: dict[str, Any] = {}
+    for name, value in about.items():
+        inner = value if isinstance(value, dict) and name != "space" else {"": value}
+        flat |= {" ".join(filter(None, (name, key))): of_key for key, of_key in inner.items()}
+    return flat
 
 
 def _on_this_cluster(config: Config) -> Config:
@@ -198,8 +202,8 @@ def _on_this_cluster(config: Config) -> Config:
     return shared.model_copy(update={"tracking": check_tracking(config.tracking)})
 
 
-def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Trial], left: int) -> list[Trial]:
-    """Run trials until `left` more have ended; returns all of them."""
+def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Trial]) -> list[Trial]:
+    """Run trials until as many have ended as are wanted; returns all of them."""
     # Read when Tune is imported, or by the processes that it starts.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -207,12 +211,16 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
     from ray import tune as ray_tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's trace; our line has its reason, and Ray's logs the trace
-    from htcl_ray.pipelines.study import StudyCallback, StudySearch, StudyTable, tidy
+    from htcl_ray.pipelines.study import StudyCallback, StudySearch, StudyTable, catch_up, tidy
 
     config, settings = job.config, job.config.tune
-    last = list(job.budgets.values())[-1]
+    last_stage, last = list(job.budgets.items())[-1]
     metrics: dict[str, str] = {name: f"{METRICS[name]}_{settings.metric}" for name in settings.judged_by}
     found = distributions(config, space)
+    for trial in trials:
+        if not trial.ended:
+            catch_up(workspace, job.study, trial, last_stage, metrics, last.rows)
+    left = settings.trials - sum(trial.ended for trial in trials)
     storage = optuna.storages.InMemoryStorage()
     study = optuna_study(trials, found, list(metrics), seed=settings.seed, storage=storage)
     for trial in trials:
@@ -231,7 +239,7 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
                 search_alg=StudySearch(found, list(metrics.values()), study, storage, table),
                 scheduler=_asha(trials, metrics, last, settings.grace_share) if settings.early_stopping and len(metrics) == 1 else None,
                 num_samples=left,
-                max_concurrent_trials=min(settings.max_concurrent_trials or 1, left),
+                max_concurrent_trials=min(settings.max_concurrent_trials or 1, max(left, 1)),
                 reuse_actors=True,
             ),
             run_config=ray_tune.RunConfig(
@@ -241,7 +249,8 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
                 verbose=0,
             ),
         )
-        tuner.fit()
+        if left > 0:
+            tuner.fit()
     ours = list(table.trials.values())
     for trial in ours:
         if trial.ended:  # workers of a stopped trial may have written after its end

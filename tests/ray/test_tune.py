@@ -94,7 +94,7 @@ def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys
     assert "was begun with space" in said
     assert "name another study with tune.study" in said
     assert main(["tune", "--config", str(tmp_path / "c.yaml"), "--set", "pretrain.seed=5"]) == 2
-    assert "was begun with configuration" in capsys.readouterr().err
+    assert "was begun with configuration pretrain.seed 0, and this command says 5" in capsys.readouterr().err
 
 
 def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, ray_cluster: None, capsys):
@@ -232,7 +232,22 @@ def test_a_killed_search_goes_on(tmp_path: Path):
     seen = len(before[1]["history"])
     assert after[1]["history"][:seen] == before[1]["history"]
     rows = [item["rows"] for item in after[1]["history"]]
-    assert rows == sorted(set(rows)), "it was not begun anew"
+    assert rows == list(range(32, 32 * 41, 32)), "also what was measured between the last line of the table and the kill"
+
+
+@pytest.mark.parametrize(
+    ("trace", "said"),
+    [
+        ("Traceback:\n  File x\nhtcl_ray.errors.StepError: pretrain: the gradient is nan\n\n", "pretrain: the gradient is nan"),
+        ("ray.exceptions.RayActorError: The actor died\n", "The actor died"),
+        ("KeyError: 'a'", "'a'"),
+        ("", "no reason was given"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_last_line(trace: str, said: str):
+    from htcl_ray.pipelines.study import sentence
+
+    assert sentence(trace) == said
 
 
 def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
