@@ -3,7 +3,8 @@
 from htcl_ray.settings.data import AudioRecipe, DataSettings, PairSettings
 from htcl_ray.settings.model import ModelSettings, TextSettings
 from htcl_ray.settings.section import Names, Settings, nearest
-from htcl_ray.settings.steps import EmbedSettings, EvaluateSettings, IndexSettings, RaySettings, ServeSettings
+from htcl_ray.settings.serve import ServeSettings
+from htcl_ray.settings.steps import EmbedSettings, EvaluateSettings, IndexSettings, RaySettings
 from htcl_ray.settings.training import (
     LOWER_IS_BETTER,
     NOT_IN_MODEL,

@@ -1,4 +1,4 @@
-"""Embedding, index, evaluation, serving, and the cluster that steps run on."""
+"""Embedding, index, evaluation, and the cluster that steps run on."""
 
 from __future__ import annotations
 
@@ -60,27 +60,6 @@ class EvaluateSettings(Settings):
         if "{label}" not in value:
             raise ValueError(f"it is '{value}'; expected a text with {{label}} where the label goes, such as 'a {{label}} song'")
         return value
-
-
-class ServeSettings(Settings):
-    """The HTTP application."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    allowed_hosts: Names = ()
-    """Names that a request's Host header may carry, beside localhost and serve.host; `*` allows any, for a proxy that checks."""
-    encoder_replicas: int = Field(1, ge=1)
-    encoder_cpus: float = Field(1.0, gt=0)
-    """CPUs that an encoder replica reserves; it computes with max(1, this) threads."""
-    encoder_gpus: float = Field(0.0, ge=0)
-    """Share of a GPU that an encoder replica reserves; 0 computes on the CPU."""
-    max_batch_size: int = Field(16, ge=1)
-    """Audio clips or texts that one encoder call takes together."""
-    batch_wait_seconds: float = Field(0.01, ge=0)
-    """How long the first request of a batch waits for others."""
-    max_upload_bytes: int = Field(50_000_000, gt=0)
-    allow_failed_gate: bool = False
-    """Serve a model or index whose gate failed."""
 
 
 class RaySettings(Settings):

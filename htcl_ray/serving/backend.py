@@ -1,0 +1,29 @@
+"""What the routes need of the process that they run in."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from htcl_ray.retrieval.service import SearchService
+from htcl_ray.retrieval.vectors import Vectors
+
+
+class Backend(Protocol):
+    """The ingress replica; in tests, anything with these."""
+
+    @property
+    def service(self) -> SearchService:
+        """Over the index that is active now. A request takes it once, so that its answer comes from one index whole."""
+
+    @property
+    def index_version(self) -> str:
+        """Of that index."""
+
+    async def encode_text(self, text: str) -> Vectors:
+        """One row of vectors."""
+
+    async def encode_audio(self, data: bytes) -> Vectors:
+        """One row of vectors of an audio file's bytes. Raises AudioError."""
+
+    async def check_ready(self) -> None:
+        """Raise unless the models are loaded."""

@@ -1,0 +1,23 @@
+"""The failures that `/openapi.json` tells of each route."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from htcl_ray.retrieval.http import ErrorResponse
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _failures(**descriptions: str) -> Responses:
+    return {int(status[1:]): {"model": ErrorResponse, "description": text} for status, text in descriptions.items()}
+
+
+EVERYWHERE = _failures(
+    _400="Malformed body, or a Host that is not allowed",
+    _413="Body too large",
+    _422="A value that cannot be used",
+    _503="The encoder cannot answer now",
+)
+NOT_FOUND = _failures(_404="No such song in the index")
+UNSUPPORTED = _failures(_415="The file is not audio that can be decoded")

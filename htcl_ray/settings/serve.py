@@ -1,0 +1,66 @@
+"""The HTTP application: where it listens, who may call, how it encodes, and what it refuses."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from htcl_ray.settings.section import Names, Settings
+
+
+class ServeSettings(Settings):
+    """The HTTP application."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    allowed_hosts: Names = ()
+    """Names that a request's Host header may carry, beside localhost and serve.host; `*` allows any, for a proxy that checks."""
+    allow_failed_gate: bool = False
+    """Serve a model or index whose gate failed."""
+
+    encoder_replicas: int = Field(1, ge=1)
+    """Encoder replicas, and the fewest when they scale."""
+    max_encoder_replicas: int | None = Field(None, ge=1)
+    """The most; replicas then scale with the requests under way. Null: always `encoder_replicas`."""
+    encoder_cpus: float = Field(1.0, gt=0)
+    """CPUs that an encoder replica reserves; it computes with max(1, this) threads."""
+    encoder_gpus: float = Field(0.0, ge=0)
+    """Share of a GPU that an encoder replica reserves; 0 computes on the CPU."""
+    ingress_replicas: int = Field(1, ge=1)
+    """Replicas that hold the index and answer HTTP; those on one machine share its pages."""
+    max_batch_size: int = Field(16, ge=1)
+    """Audio clips or texts that one encoder call takes together."""
+    batch_wait_seconds: float = Field(0.01, ge=0)
+    """How long the first request of a batch waits for others."""
+    cache_entries: int = Field(10_000, ge=0)
+    """Queries, by the hash of their content, whose vectors an ingress replica remembers; 0 none."""
+
+    api_keys_file: str | None = None
+    """YAML file of the keys that may call; see `serving/keys.py`. Null: HTCL_API_KEYS, or none."""
+    requests_per_second: float | None = Field(None, gt=0)
+    """Lasting rate of one key, or of one address without keys, at each ingress replica; null is no limit."""
+    request_burst: int = Field(20, ge=1)
+    """Requests beyond the lasting rate that may come at once."""
+    max_waiting_requests: int = Field(100, ge=1)
+    """Requests that an ingress replica takes at a time; more are answered 429."""
+    request_seconds: float = Field(30.0, gt=0)
+    """After this a request is answered 503."""
+    allowed_origins: Names = ()
+    """Origins of web pages that may call from a browser (CORS); none."""
+
+    max_upload_bytes: int = Field(50_000_000, gt=0)
+    max_upload_seconds: float = Field(600.0, gt=0)
+    """Sound heard of an upload; longer than audio.clip_seconds, it is cut into windows whose mean direction is its vector. An upload
+    that declares or holds more is refused."""
+    max_channels: int = Field(8, ge=1)
+    max_sample_rate: int = Field(192_000, ge=1_000)
+    decode_seconds: float = Field(20.0, gt=0)
+    """Decoding an upload that takes longer is ended."""
+    decode_bytes: int = Field(2_000_000_000, ge=300_000_000)
+    """Memory of a decoding process."""
+    decoders: int = Field(2, ge=1)
+    """Decoding processes of an encoder replica."""
+
+    poll_seconds: float = Field(1.0, gt=0)
+    """How often an ingress replica looks for updates of songs and for another active index."""
+    activate_newest: bool = False
+    """Activate each newly built index of the same models whose gate did not fail."""
