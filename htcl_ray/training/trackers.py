@@ -198,7 +198,7 @@ class WandbTracker:
         self.run.log({name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]), commit=True)
 
     def close(self, finished: bool) -> None:
-        """Waits until everything is sent, or on the disk."""
+        """Waits until everything is sent; offline, W&B's own process may write the end a moment later."""
         self.run.finish(exit_code=0 if finished else 1)
 
 

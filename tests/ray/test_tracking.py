@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,22 @@ def test_wandb_writes_one_run_with_every_step_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_MODE", "offline")
     train_and_resume(Workspace(str(tmp_path)), TrackingSettings(trackers=("wandb",), project="songs"))
     files = sorted((tmp_path / RUN / "wandb").glob("offline-run-*/*.wandb"))
-    records = [wandb_records(file) for file in files]
+    records = [finished_wandb_records(file) for file in files]
     assert [[step for step, _ in part["history"]] for part in records] == [[10, 20], [30]]
     assert [values["validation_recall@10"] for part in records for _, values in part["history"]] == [0.25, 0.5, 0.75]
     assert [(part["project"], part["name"], part["exit"]) for part in records] == [("songs", "abc", 1), ("songs", "abc", 0)]
     (run_id,) = {part["id"] for part in records}
     assert json.loads((tmp_path / RUN / "trackers.json").read_text()) == {"wandb songs": {"run": run_id, "step": 30}}
     assert records[0]["config"]["pretrain.batch_size"] == 32
+
+
+def finished_wandb_records(file: Path) -> dict[str, Any]:
+    """W&B writes in a process of its own, which may be a moment behind when `finish` returns; the exit is the last record."""
+    deadline = time.monotonic() + 30
+    while "exit" not in (found := wandb_records(file)):
+        assert time.monotonic() < deadline, f"{file} has no end: {found}"
+        time.sleep(0.1)
+    return found
 
 
 def wandb_records(file: Path) -> dict[str, Any]:
