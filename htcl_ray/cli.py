@@ -225,6 +225,11 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command(
         "stage 2: preference pairs, from a stage-1 model", _step("htcl_ray.pipelines.train", "finetune", takes_model=True), _model_flag
     ),
+    "tune": Command(
+        "search over configuration keys: temperature, batch size, …",
+        _step("htcl_ray.pipelines.tune", "tune", takes_model=True),
+        _model_flag,
+    ),
     "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", takes_model=True), _model_flag),
     "index": Command("vectors → FAISS index", _step("htcl_ray.pipelines.index", "build_index", takes_model=True), _model_flag),
     "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),

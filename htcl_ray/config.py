@@ -30,6 +30,7 @@ from htcl_ray.settings import (
     Settings,
     TextSettings,
     TrackingSettings,
+    TuneSettings,
     nearest,
 )
 
@@ -51,6 +52,7 @@ class Config(Settings):
     finetune: FinetuneSettings = FinetuneSettings()
     embed: EmbedSettings = EmbedSettings()
     index: IndexSettings = IndexSettings()
+    tune: TuneSettings = TuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -91,7 +93,7 @@ def resolve(preset: str | None = None, file: str | Path | None = None, assignmen
     The preset is `preset`, else the one that the file names, else `paper`. Values of assignments are YAML, so `a.b=[1, 2]` and
     `a.b=null` work. Raises ConfigError.
     """
-    from_file = _read_yaml(Path(file)) if file is not None else {}
+    from_file = _read_yaml(str(file)) if file is not None else {}
     name = preset or from_file.get("preset") or "paper"
     if name not in PRESETS:
         raise ConfigError(f"there is no preset '{name}'; {nearest(str(name), PRESETS)}")
@@ -119,11 +121,21 @@ def _preset(name: str) -> dict[str, Any]:
     return yaml.safe_load(text) or {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_text(path: str) -> str:
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    from htcl_ray.storage import open_filesystem
+
+    filesystem, name = open_filesystem(path)
+    with filesystem.open_input_stream(name) as stream:
+        return stream.read().decode("utf-8")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(_read_text(path))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
     if tree is None:
@@ -133,40 +145,46 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _is_free_form(prefix: str) -> bool:
-    """Whether the keys below `prefix` are the user's rather than ours."""
-    return prefix == "data.columns"
+FREE_FORM = ("data.columns", "tune.space")
+"""Sections whose keys are the user's rather than ours, and may have dots; one that is given whole replaces the one before."""
+
+
+def _parts(dotted: str) -> list[str]:
+    for section in FREE_FORM:
+        if dotted.startswith(f"{section}."):
+            return [*section.split("."), dotted.removeprefix(f"{section}.")]
+    return dotted.split(".")
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> None:
     for key, value in changes.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and not _is_free_form(dotted) and isinstance(tree.get(key), dict):
+        if isinstance(value, Mapping) and not {dotted, prefix} & {*FREE_FORM} and isinstance(tree.get(key), dict):
             _merge(tree[key], value, dotted)
         else:
             _set_leaf(tree, str(key), value, dotted)
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
+    *parents, leaf = _parts(dotted)
     section: Any = tree
     for depth, name in enumerate(parents):
         if not isinstance(section, dict) or name not in section:
             _refuse(dotted, section, ".".join(parents[:depth]), name)
+        if section[name] is None and ".".join(parents[: depth + 1]) in FREE_FORM:
+            section[name] = {}
         section = section[name]
     if not isinstance(section, dict):
         raise ConfigError(f"'{'.'.join(parents)}' is a value, not a section, so '{dotted}' does not exist")
-    if isinstance(value, Mapping) and isinstance(section.get(leaf), dict):
-        _merge(section[leaf], value, dotted)
-    else:
-        _set_leaf(section, leaf, value, dotted)
+    _merge(section, {leaf: value}, ".".join(parents))
 
 
 def _set_leaf(section: dict[str, Any], leaf: str, value: Any, dotted: str) -> None:
-    prefix = dotted.rpartition(".")[0]
-    if leaf not in section and not _is_free_form(prefix):
+    prefix = ".".join(_parts(dotted)[:-1])
+    free = dotted in FREE_FORM or prefix in FREE_FORM
+    if leaf not in section and not free:
         _refuse(dotted, section, prefix, leaf)
-    if isinstance(section.get(leaf), dict) and not isinstance(value, Mapping):
+    if isinstance(section.get(leaf), dict) and not isinstance(value, Mapping) and not free:
         raise ConfigError(f"'{dotted}' is a section; expected one of its keys: {', '.join(section[leaf]) or 'key=value'}")
     section[leaf] = value
 
@@ -187,5 +205,6 @@ def _validate(tree: Mapping[str, Any]) -> Config:
         key = ".".join(str(part) for part in first["loc"])
         where = f"configuration key '{key}': " if key else ""  # none: keys of two sections contradict each other
         message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict) else f" (it is {first['input']!r})"
-        raise ConfigError(f"{where}{message}{given if given not in message else ''}") from None
+        given = f"it is {first['input']!r}"
+        said = isinstance(first["input"], dict) or given in message
+        raise ConfigError(f"{where}{message}{'' if said else f' ({given})'}") from None

@@ -29,7 +29,7 @@ def recall_curves(curves: Mapping[str, Sequence[float]], titles: Mapping[str, st
         axes[0].plot(range(1, len(values) + 1), values, style, color=COLORS.get(space, INK), label=titles.get(space, space))
     _finish(axes[0], "k", "text → audio recall@k")
     axes[0].set_ylim(0, 1.02)
-    return _svg(figure, "recall")
+    return inline_svg(figure, "recall")
 
 
 def blend_curve(points: Sequence[Mapping[str, Any]], figures: Sequence[str], titles: Mapping[str, str]) -> str:
@@ -43,7 +43,7 @@ def blend_curve(points: Sequence[Mapping[str, Any]], figures: Sequence[str], tit
             lows, highs = [item["low"] for item in found], [item["high"] for item in found]
             axis.fill_between(blends, lows, highs, color=COLORS["preference"], alpha=0.15, linewidth=0)
         _finish(axis, "blend: 0 semantic … 1 preference", f"cold songs, {titles.get(name, name)}", legend=False)
-    return _svg(figure, "blend")
+    return inline_svg(figure, "blend")
 
 
 def genre_bars(agreement: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
@@ -60,7 +60,7 @@ def genre_bars(agreement: Mapping[str, Mapping[str, float]], titles: Mapping[str
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 1)
     _finish(axes[0], "share of the 10 nearest songs by other artists that are of the song's genre", "")
-    return _svg(figure, "genres")
+    return inline_svg(figure, "genres")
 
 
 def song_map(points: Sequence[Mapping[str, Any]]) -> str:
@@ -77,7 +77,7 @@ def song_map(points: Sequence[Mapping[str, Any]]) -> str:
     axes[0].set_xticks([])
     axes[0].set_yticks([])
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK)
-    return _svg(figure, "map")
+    return inline_svg(figure, "map")
 
 
 def similarity_histograms(similarities: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str]) -> str:
@@ -87,7 +87,21 @@ def similarity_histograms(similarities: Mapping[str, Mapping[str, Sequence[float
         for (name, shares), color in zip(found.items(), (COLORS["preference"], COLORS["random"]), strict=True):
             axis.stairs(shares, BINS, fill=True, color=color, alpha=0.6, label=name)
         _finish(axis, f"cosine, {titles.get(space, space)}", "share")
-    return _svg(figure, "similarity")
+    return inline_svg(figure, "similarity")
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The SVG element alone, the same for the same numbers; ids carry `name`, so that several stand in one page."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}):
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={key: None for key in ("Date", "Creator", "Format", "Type")})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return re.sub(r'(<svg) [^>]*?(viewBox="[^"]*")[^>]*>', r'\1 \2 role="img">', text, count=1).replace(INK, "currentColor").strip()
 
 
 def _plain(label: str) -> str:
@@ -115,17 +129,3 @@ def _finish(axis: Axes, x: str, y: str, legend: bool = True) -> None:
     axis.set_ylabel(y, color=INK)
     if legend:
         axis.legend(frameon=False, labelcolor=INK)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The SVG element alone, the same for the same numbers; ids carry `name`, so that several stand in one page."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}):
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={key: None for key in ("Date", "Creator", "Format", "Type")})
-    text = out.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return re.sub(r'(<svg) [^>]*?(viewBox="[^"]*")[^>]*>', r'\1 \2 role="img">', text, count=1).replace(INK, "currentColor").strip()

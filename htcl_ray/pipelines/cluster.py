@@ -23,6 +23,8 @@ def connect(config: Config) -> None:
         # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and they would refuse
         # their own driver. Unset, both sides choose tokens by themselves.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Its remark that there are many processes for few CPUs comes past every other switch; training's waiting processes are meant.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     import ray

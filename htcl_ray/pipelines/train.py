@@ -14,6 +14,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,25 +24,15 @@ from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.pipelines import cluster
+from htcl_ray.pipelines.capacity import capacity, check_fits, use_gpu, worker_resources
 from htcl_ray.schemas import FORMAT_VERSION
-from htcl_ray.settings import LOWER_IS_BETTER, FinetuneSettings, StageSettings
+from htcl_ray.settings import LOWER_IS_BETTER, NOT_IN_MODEL, FinetuneSettings, StageSettings
 from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
 from htcl_ray.training.trackers import check_tracking
 
 if TYPE_CHECKING:
     from htcl_ray.training.songs import Pairs, Songs
 
-NOT_IN_MODEL = (
-    "accelerator",
-    "num_workers",
-    "cpus_per_worker",
-    "micro_batch_size",
-    "max_failures",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "health",
-)
-"""Settings of a stage that say where and how it runs, not what it learns: a run that is resumed may change them."""
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own record, in the folder of the run."""
 
@@ -58,16 +49,18 @@ class StageRun:
     pairs: Artifact | None
     parent: Artifact | None
     version: str
+    folder: str = ""
+    """Prefix of the two paths below: empty, or the folder of a search's trial, with a slash at its end."""
 
     @property
     def model_path(self) -> str:
         """Folder of the model, below the workspace's root."""
-        return f"models/{self.space}/{self.version}"
+        return f"{self.folder}models/{self.space}/{self.version}"
 
     @property
     def runs_path(self) -> str:
         """Folder that holds the stage's runs."""
-        return f"runs/{self.step}"
+        return f"{self.folder}runs/{self.step}"
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -90,19 +83,25 @@ def finetune(config: Config, model: str | None = None) -> StepResult:
     """Stage 2: train the preference model from the newest semantic model, or from version `model`. Raises InputError before Ray starts."""
     workspace = Workspace(config.workspace)
     features = artifacts.features(workspace, config)
+    pairs = preference_pairs(workspace, config, features)
+    parent = artifacts.models(workspace, model).semantic
+    check_parent(workspace, parent, config)
+    version = fingerprint("preference", FORMAT_VERSION, features.version, pairs.version, parent.version, _determining(config.finetune))
+    return _run(workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version))
+
+
+def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -> Artifact:
+    """The newest pairs mined on these features. Raises InputError when there are none."""
     pairs = artifacts.pairs(workspace, features.version)
-    if pairs is None and not config.data.interactions:
+    if pairs is not None:
+        return pairs
+    if not config.data.interactions:
         raise ConfigError(
             "finetune learns from preference pairs, but data.interactions is empty; name the log table(s) there and run 'htcl preprocess'"
         )
-    if pairs is None:
-        raise WorkspaceError(
-            f"the workspace {workspace.uri} holds no preference pairs for the features {features.version}; run 'htcl preprocess' first"
-        )
-    parent = artifacts.models(workspace, model).semantic
-    _check_parent(workspace, parent, config)
-    version = fingerprint("preference", FORMAT_VERSION, features.version, pairs.version, parent.version, _determining(config.finetune))
-    return _run(workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version))
+    raise WorkspaceError(
+        f"the workspace {workspace.uri} holds no preference pairs for the features {features.version}; run 'htcl preprocess' first"
+    )
 
 
 def _model_settings(config: Config) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def _determining(settings: StageSettings) -> dict[str, Any]:
     return {name: value for name, value in settings.model_dump(mode="json").items() if name not in NOT_IN_MODEL}
 
 
-def _check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
+def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
     """Raise MismatchError when the stage-1 model is of another recipe, size or text tower than the configuration says."""
     from htcl_ray.models.record import parse_record
 
@@ -152,9 +151,12 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     cluster.refuse_relative_workspace(config)
     _check_cpus(config, stage)
     config = config.model_copy(update={"tracking": check_tracking(config.tracking)})
-    vocabulary = _check_data(workspace, config, stage)
+    vocabulary = check_data(workspace, config, stage)
     cluster.connect(config)
-    manifest = _fit(workspace, config, stage, vocabulary)
+    check_fits(stage.step, stage.settings, capacity())
+    with cluster.progress_lines() as lines:
+        checkpoint, metrics = fit_stage(workspace, config, stage, vocabulary, lines)
+    manifest = publish(workspace, config, stage, checkpoint, metrics)
     return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started)
 
 
@@ -170,7 +172,7 @@ def _check_cpus(config: Config, stage: StageRun) -> None:
         )
 
 
-def _check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | None:
+def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | None:
     """Read what training will read, and refuse what cannot be trained on. Returns the vocabulary of a text tower from scratch."""
     from htcl_ray.training.order import global_batch
     from htcl_ray.training.songs import read_songs
@@ -234,8 +236,20 @@ def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Art
     return pairs
 
 
-def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str | None) -> dict[str, Any]:
-    """Run Ray Train to the end and publish the model; returns the model's manifest."""
+def fit_stage(
+    workspace: Workspace,
+    config: Config,
+    stage: StageRun,
+    vocabulary: str | None,
+    lines: Any,
+    *,
+    label: str = "",
+    callbacks: Sequence[Any] = (),
+) -> tuple[Any, dict[str, Any]]:
+    """Run Ray Train to the end, from its last checkpoint if there is one; returns the checkpoint to publish and its epoch's figures.
+
+    `lines`: see `cluster.progress_lines`; `label`: see TrainJob. `callbacks`: of Ray Train.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -244,26 +258,29 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
 
     # Ray Train takes reports when it polls its workers, by default every 2 s: longer than an epoch of a small catalogue.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # It gives up on workers that have no node after a minute; a cloud takes several to start one, and spot nodes may be gone for longer.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")
     settings = stage.settings
-    use_gpu = _use_gpu(stage)
+    gpu = use_gpu(settings, capacity())
     local_text = config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path)
     if local_text:  # workers run in a folder of their own
         config = config.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path or "")})
     run = f"{stage.runs_path}/{stage.version}"
-    job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent)
-    print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if use_gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)
+    job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent, label)
+    print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)
     _forget_unusable_checkpoints(workspace, run, stage.step)
-    with cluster.progress_lines() as lines, _own_interrupt_handler():
+    with _own_interrupt_handler():
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job, "lines": lines},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=settings.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": settings.cpus_per_worker}
+                num_workers=settings.num_workers, use_gpu=gpu, resources_per_worker=worker_resources(settings, gpu)
             ),
             run_config=RunConfig(
                 name=stage.version,
                 storage_path=workspace.uri_of(stage.runs_path),
+                callbacks=list(callbacks) or None,
                 checkpoint_config=_checkpoint_config(settings),
                 failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=settings.max_failures),
             ),
@@ -287,7 +304,7 @@ def _fit(workspace: Workspace, config: Config, stage: StageRun, vocabulary: str 
         print(
             f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: {metrics[settings.best_metric]:.4g}", flush=True
         )
-    return _publish(workspace, config, stage, checkpoint, metrics)
+    return checkpoint, metrics
 
 
 def _forget_unusable_checkpoints(workspace: Workspace, run: str, step: str) -> None:
@@ -325,14 +342,6 @@ def _best(checkpoints: list[tuple[Any, dict[str, Any]]], metric: str) -> tuple[A
     return min(epochs, key=lambda item: (sign * item[1][metric], item[1]["epoch"]))
 
 
-def _use_gpu(stage: StageRun) -> bool:
-    import ray
-
-    if stage.settings.accelerator != "auto":
-        return stage.settings.accelerator == "gpu"
-    return ray.cluster_resources().get("GPU", 0) >= stage.settings.num_workers
-
-
 class _own_interrupt_handler:
     """Ray Train installs a handler of Ctrl-C for the run; the caller's comes back afterwards."""
 
@@ -344,7 +353,8 @@ class _own_interrupt_handler:
             signal.signal(signal.SIGINT, self.handler)
 
 
-def _publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Make a checkpoint of Ray Train a model of the workspace; returns its manifest."""
     from htcl_ray.training.checkpoint import TRAINING_STATE
 
     with tempfile.TemporaryDirectory() as scratch, checkpoint.as_directory() as trained:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +48,8 @@ class TrainJob:
     """Stage 2."""
     parent: Artifact | None
     """Stage 2: the semantic model that it starts from."""
+    label: str = ""
+    """Stands before every line, and only what is not plain progress is said: many runs share a terminal."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
@@ -58,6 +62,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
 
 
 def _train(job: TrainJob, say: Callable[[str], None]) -> None:
+    started = time.time()
+    say = functools.partial(_labelled, say, job.label)
     settings = job.config.pretrain if job.parent is None else job.config.finetune
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     device = ray.train.torch.get_device()
@@ -82,20 +88,31 @@ def _train(job: TrainJob, say: Callable[[str], None]) -> None:
             save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         # Within an epoch there are no figures; NaN is the score that Ray ranks below every other, whichever way is better.
-        unranked: Metrics = {settings.best_metric: math.nan} if settings.best_metric else {}
+        unranked: Metrics = {"step": float(step), **({settings.best_metric: math.nan} if settings.best_metric else {})}
+        work = {"started": started, "seconds": time.time() - started, "nodes": _nodes()}
         ray.train.report(
-            metrics or {"step": step} | unranked,
+            {**(metrics or unranked), "work": work},
             checkpoint=checkpoint,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,  # training goes on; the local copy is removed when it is stored
         )
 
     loader = BatchLoader(songs, frames, model.text_encoder, Augmentation(settings, model.window_frames))
     try:
-        train(model, task, loader, settings, device, on_checkpoint=on_checkpoint, say=say, resume=resume)
+        train(model, task, loader, settings, device, on_checkpoint=on_checkpoint, say=say, resume=resume, show_progress=not job.label)
         finished = True
     finally:
         if log is not None:
             log.close(finished)
+
+
+def _labelled(say: Callable[[str], None], label: str, line: str) -> None:
+    say(f"{label}{line}")
+
+
+def _nodes() -> float:
+    """Nodes that the run's workers are on, each holding as many as this worker's node."""
+    context = ray.train.get_context()
+    return float(-(-context.get_world_size() // context.get_local_world_size()))
 
 
 def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]) -> MetricsLog:

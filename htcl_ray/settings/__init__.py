@@ -6,6 +6,7 @@ from htcl_ray.settings.section import Names, Settings, nearest
 from htcl_ray.settings.steps import EmbedSettings, EvaluateSettings, IndexSettings, RaySettings, ServeSettings
 from htcl_ray.settings.training import (
     LOWER_IS_BETTER,
+    NOT_IN_MODEL,
     BestMetric,
     FinetuneSettings,
     HealthSettings,
@@ -13,12 +14,15 @@ from htcl_ray.settings.training import (
     StageSettings,
     TrackingSettings,
 )
+from htcl_ray.settings.tune import Dimension, Objective, TuneSettings
 
 __all__ = [
     "LOWER_IS_BETTER",
+    "NOT_IN_MODEL",
     "AudioRecipe",
     "BestMetric",
     "DataSettings",
+    "Dimension",
     "EmbedSettings",
     "EvaluateSettings",
     "FinetuneSettings",
@@ -26,6 +30,7 @@ __all__ = [
     "IndexSettings",
     "ModelSettings",
     "Names",
+    "Objective",
     "PairSettings",
     "PretrainSettings",
     "RaySettings",
@@ -34,5 +39,6 @@ __all__ = [
     "StageSettings",
     "TextSettings",
     "TrackingSettings",
+    "TuneSettings",
     "nearest",
 ]

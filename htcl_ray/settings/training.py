@@ -25,8 +25,27 @@ class HealthSettings(Settings):
     """Plateau: a softmax term within this share of the loss that equal vectors for all songs would have."""
 
 
-BestMetric = Literal["loss", "validation_recall@10", "validation_median_rank", "validation_pair_recall@10", "validation_pair_median_rank"]
+BestMetric = Literal[
+    "loss",
+    "validation_recall@10",
+    "validation_ndcg@10",
+    "validation_median_rank",
+    "validation_pair_recall@10",
+    "validation_pair_ndcg@10",
+    "validation_pair_median_rank",
+]
 LOWER_IS_BETTER = ("loss", "validation_median_rank", "validation_pair_median_rank")
+NOT_IN_MODEL = (
+    "accelerator",
+    "num_workers",
+    "cpus_per_worker",
+    "micro_batch_size",
+    "max_failures",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "health",
+)
+"""Settings of a stage that say where and how it runs, not what it learns: a run that is resumed may change them."""
 
 
 class StageSettings(Settings):
@@ -55,7 +74,9 @@ class StageSettings(Settings):
     mask_false_negatives: bool = True
     """Rows of one song, duplicate group, text or (stage 2) known pair are not each other's negatives; false is the published loss."""
     temperature: float = Field(0.074, ge=0.01, le=1)
-    """Initial temperature of the contrastive losses; learned, kept at or above 0.01."""
+    """Initial temperature of the contrastive losses; kept at or above 0.01."""
+    learn_temperature: bool = True
+    """False keeps the temperatures of the losses where they start."""
     freeze_text: bool = False
     """The text encoder stays as it is; its head learns."""
     freeze_audio_layers: int = Field(0, ge=0)
@@ -118,6 +139,9 @@ class StageSettings(Settings):
 
 class PretrainSettings(StageSettings):
     """Stage 1: audio ↔ text."""
+
+    songs_per_epoch: int | None = Field(None, ge=2)
+    """Songs of an epoch, which goes on in the order where the one before ended; null is every training song once."""
 
 
 class FinetuneSettings(StageSettings):

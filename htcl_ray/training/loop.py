@@ -43,11 +43,13 @@ def train(
     on_checkpoint: OnCheckpoint,
     say: Callable[[str], None],
     resume: TrainingState | None = None,
+    show_progress: bool = True,
 ) -> None:
     """Train `model` in place for the steps that are left.
 
     `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every `checkpoint_every_steps` with no
-    metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets progress lines, on the first worker only.
+    metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets lines for a person, on the first worker
+    only; those that only say how far it is are left out unless `show_progress`.
     Raises StepError when a gradient is no longer a number, or when `settings.health` says to stop.
     """
     say = say if rank() == 0 else lambda line: None
@@ -80,7 +82,7 @@ def train(
     watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings, device, step=step, say=say)
     if rng is not None:
         set_rng_state(rng, device)
-    progress = Progress(task, batch, settings.epochs, steps, start=step, say=say)
+    progress = Progress(task, batch, settings.epochs, steps, start=step, say=say if show_progress else lambda line: None)
     while step < settings.epochs * steps:
         epoch, position = divmod(step, steps)
         model.train()
@@ -103,7 +105,7 @@ def train(
                 on_checkpoint(None, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device)))
         metrics = _epoch_metrics(task, sums, steps)
         metrics |= {f"temperature_{name}": value for name, value in model.temperatures().items()}
-        metrics |= {"epoch": epoch + 1, "step": step, "learning_rate": optimizer.param_groups[-1]["lr"]}
+        metrics |= {"epoch": epoch + 1, "step": step, "rows_seen": float(step * batch), "learning_rate": optimizer.param_groups[-1]["lr"]}
         metrics |= validate(model, loader, gallery, task.validation_pairs)
         metrics |= {
             "songs_per_second": progress.songs_per_second(step),

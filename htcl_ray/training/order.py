@@ -23,9 +23,16 @@ def steps_per_epoch(rows: int, batch: int) -> int:
     return rows // batch
 
 
-def song_order(seed: int, epoch: int, songs: Rows) -> Rows:
-    """Stage 1: the songs of an epoch, each once, [songs, 1]."""
-    return np.random.default_rng([seed, epoch]).permutation(songs)[:, None]
+def song_order(seed: int, epoch: int, songs: Rows, length: int | None = None) -> Rows:
+    """Stage 1: the songs of an epoch, [length, 1].
+
+    Epochs follow each other in one endless order, in which every song comes once before any comes again; null makes them that long.
+    """
+    length = length or len(songs)
+    rounds = range(epoch * length // len(songs), -(-(epoch + 1) * length // len(songs)))
+    order = np.concatenate([np.random.default_rng([seed, number]).permutation(songs) for number in rounds])
+    start = epoch * length - rounds.start * len(songs)
+    return order[start : start + length, None]
 
 
 def pair_order(seed: int, epoch: int, pairs: Rows, weights: npt.NDArray[np.float64], draws: int) -> Rows:

@@ -37,12 +37,12 @@ class Task:
 
 
 def pretrain_task(songs: Songs, settings: PretrainSettings) -> Task:
-    """Stage 1: every training song once an epoch."""
+    """Stage 1: training songs in random order."""
     return Task(
         name="pretrain",
-        rows=len(songs.train),
+        rows=settings.songs_per_epoch or len(songs.train),
         songs_per_row=1,
-        order=lambda epoch: song_order(settings.seed, epoch, songs.train),
+        order=lambda epoch: song_order(settings.seed, epoch, songs.train, settings.songs_per_epoch),
         terms=functools.partial(pretrain_terms, masked=settings.mask_false_negatives),
         weights={"text": 1.0},
     )

@@ -27,8 +27,9 @@ def validation_gallery(validation: Rows) -> Rows:
 def validate(model: HTCL, loader: BatchLoader, gallery: Rows, pairs: Rows | None) -> dict[str, float]:
     """Metrics of the gallery; workers share the work and each gets the whole result. Empty when the gallery is.
 
-    `validation_recall@10` and `validation_median_rank`: text → audio, songs with the same text being one correct set. With pairs,
-    `validation_pair_recall@10` and `validation_pair_median_rank`: recalled song found from the trigger's audio, itself left out.
+    `validation_recall@10`, `validation_ndcg@10` and `validation_median_rank`: text → audio, songs with the same text being one correct
+    set, of which the first counts. With pairs, `validation_pair_recall@10` and so on: recalled song found from the trigger's audio,
+    itself left out.
     """
     if not len(gallery):
         return {}
@@ -61,7 +62,11 @@ def pair_ranks(vectors: npt.NDArray[np.float32], pairs: Rows) -> npt.NDArray[np.
 
 def _named(prefix: str, ranks: npt.NDArray[np.float64]) -> dict[str, float]:
     summary = rank_summary(ranks, [RECALL_AT])
-    return {f"{prefix}_recall@{RECALL_AT}": summary[f"recall@{RECALL_AT}"], f"{prefix}_median_rank": summary["median_rank"]}
+    return {
+        f"{prefix}_recall@{RECALL_AT}": summary[f"recall@{RECALL_AT}"],
+        f"{prefix}_ndcg@{RECALL_AT}": float(np.where(ranks <= RECALL_AT, 1 / np.log2(1 + ranks), 0.0).mean()),
+        f"{prefix}_median_rank": summary["median_rank"],
+    }
 
 
 def _embed(model: HTCL, loader: BatchLoader, songs: Rows) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -46,7 +46,7 @@ def test_wrong_input_is_one_sentence_and_exit_2(arguments: list[str], message: s
     assert message in shown.err
 
 
-@pytest.mark.parametrize("step", ["pretrain", "finetune", "embed", "index", "evaluate"])
+@pytest.mark.parametrize("step", ["pretrain", "finetune", "tune", "embed", "index", "evaluate"])
 def test_steps_name_the_step_that_is_missing(step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """An empty workspace is the commonest mistake; no Ray is started to find it."""
     assert cli.main([step, "--preset", "demo", "--workspace", str(tmp_path)]) == 2

@@ -35,6 +35,7 @@ FREEZES: list[dict[str, object]] = [
     {"freeze_text": True},
     {"freeze_audio_layers": 1},
     {"freeze_text": True, "freeze_audio_layers": 3},
+    {"learn_temperature": False},
 ]
 
 
@@ -51,6 +52,8 @@ def batch(model: HTCL) -> Batch:
 
 def stays(name: str, changes: dict[str, object]) -> bool:
     """Whether a parameter is frozen, by its name."""
+    if name.startswith("logit_scale."):
+        return not changes.get("learn_temperature", True)
     if name.startswith("text_encoder."):
         return bool(changes.get("freeze_text"))
     layers = int(str(changes.get("freeze_audio_layers", 0)))
@@ -105,6 +108,10 @@ def test_freezing_follows_the_settings_alone():
     freeze(model, CONFIG.finetune.model_copy(update={"freeze_text": True, "freeze_audio_layers": 3}))
     heads = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert heads == {"audio_head", "text_head", "fusion", "logit_scale"}
+    freeze(model, CONFIG.finetune.model_copy(update={"learn_temperature": False}))
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == {
+        f"logit_scale.{term}" for term in ("text", "preference", "fusion")
+    }
     freeze(model, CONFIG.finetune)
     assert all(parameter.requires_grad for parameter in model.parameters())
 

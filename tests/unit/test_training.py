@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import ndcg_score
 
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
@@ -49,8 +50,9 @@ class World:
         self.vocabulary = train_wordpiece([self.songs.texts[row] for row in self.songs.train], 100)
 
     def model(self, stage: int, config: Config | None = None) -> HTCL:
-        model = HTCL.untrained(config or self.config, self.vocabulary)
-        return model if stage == 1 else model.to_stage_2(0.074, seed=0)
+        config = config or self.config
+        model = HTCL.untrained(config, self.vocabulary)
+        return model if stage == 1 else model.to_stage_2(0.074, 0, config.finetune.initial_bias)
 
     def task(self, stage: int, config: Config | None = None) -> Task:
         config = config or self.config
@@ -159,13 +161,32 @@ def test_validation_is_repeatable_and_complete(world: World):
     assert first == second
     assert set(first) == {
         "validation_recall@10",
+        "validation_ndcg@10",
         "validation_median_rank",
         "validation_pair_recall@10",
+        "validation_pair_ndcg@10",
         "validation_pair_median_rank",
     }
     assert model.training
     assert validate(model, world.loader(model), gallery[:0], None) == {}
     assert len(validation_gallery(np.arange(5000))) == len(set(validation_gallery(np.arange(5000)))) == 2048
+
+
+def test_ndcg_of_validation_is_scikit_learn_s(world: World):
+    """12 songs, each with a text of its own, so that ranks 11 and 12 count nothing; the trigger of a pair is no candidate."""
+    model = world.model(2).eval()
+    loader, gallery = world.loader(model), validation_gallery(world.songs.validation)
+    found = validate(model, loader, gallery, world.pairs.validation)
+    batch = loader.load(gallery)
+    audio = model.embed_mel(batch.mel, batch.valid_frames).numpy()
+    text = model.embed_text([world.songs.texts[row] for row in gallery]).numpy()
+    assert len(gallery) == 12
+    assert found["validation_ndcg@10"] == pytest.approx(ndcg_score(np.eye(12), text @ audio.T, k=10))
+    inside = pairs_inside(gallery, world.pairs.validation)
+    scores = np.array([np.delete(audio[trigger] @ audio.T, trigger) for trigger, _ in inside])
+    wanted = np.array([np.delete(np.arange(12) == recalled, trigger) for trigger, recalled in inside])
+    assert found["validation_pair_ndcg@10"] == pytest.approx(ndcg_score(wanted, scores, k=10))
+    assert 0 < found["validation_pair_ndcg@10"] < found["validation_pair_recall@10"] < 1
 
 
 def run(world: World, stage: int, config: Config, folder: Path | None = None, model: HTCL | None = None, **more: Any) -> tuple[HTCL, list]:
@@ -258,6 +279,63 @@ def test_stage_2_moves_every_part(world: World):
     assert {"loss_text", "loss_preference", "loss_fusion"} <= set(epochs[0])
     weights = world.task(2, config).weights
     assert epochs[0]["loss"] == pytest.approx(sum(weights[name] * epochs[0][f"loss_{name}"] for name in weights))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_temperature_that_is_not_learned_stays_exactly_where_it_starts(
+    world: World, stage: int, loss: str, micro_batch_size: int | None, learned: bool
+):
+    name = "pretrain" if stage == 1 else "finetune"
+    chosen = {"loss": loss, "micro_batch_size": micro_batch_size, "learn_temperature": learned, "epochs": 2, "health.action": "off"}
+    config = world.config.with_overrides({"finetune.pairs_per_epoch": 32, **{f"{name}.{key}": value for key, value in chosen.items()}})
+    before, temperatures = world.model(stage, config).state_dict(), world.model(stage, config).temperatures()
+    model, epochs = run(world, stage, config)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]) == (key.startswith("logit_scale.") and not learned), key
+    assert len(temperatures) == (1 if stage == 1 else 3)
+    assert len([key for key in before if key.startswith("logit_bias.")]) == (len(temperatures) if loss == "sigmoid" else 0)
+    for term, value in temperatures.items():
+        assert (epochs[-1][f"temperature_{term}"] == value) == (not learned)
+
+
+def test_the_lowest_temperature_stays_too(world: World):
+    config = world.config.with_overrides({"pretrain.temperature": 0.01, "pretrain.learn_temperature": False, "pretrain.epochs": 1})
+    model, _ = run(world, 1, config)
+    assert torch.equal(model.logit_scale["text"], world.model(1, config).logit_scale["text"])
+
+
+def test_rows_seen_count_full_batches_of_all_epochs(world: World, tmp_path: Path):
+    """36 training songs are two batches of 16, and 48 are three; a run that goes on counts on."""
+    config = world.config.with_overrides({"finetune.pairs_per_epoch": 40})
+    assert [metrics["rows_seen"] for metrics in run(world, 1, config, tmp_path)[1]] == [32, 64, 96]
+    _, rest = run(world, 1, config, model=HTCL.from_pretrained(tmp_path / "step-4"), resume=load_state(tmp_path / "step-4"))
+    assert [metrics["rows_seen"] for metrics in rest] == [96]
+    longer = config.with_overrides({"pretrain.songs_per_epoch": 48, "pretrain.epochs": 2})
+    assert [(metrics["step"], metrics["rows_seen"]) for metrics in run(world, 1, longer)[1]] == [(3, 48), (6, 96)]
+    assert [metrics["rows_seen"] for metrics in run(world, 2, config)[1]] == [32, 64]
+
+
+def test_songs_of_an_epoch_go_on_where_the_one_before_ended(world: World):
+    task = world.task(1, world.config.with_overrides({"pretrain.songs_per_epoch": 24, "pretrain.seed": 3}))
+    assert task.rows == 24
+    whole = world.task(1, world.config.with_overrides({"pretrain.seed": 3}))
+    assert whole.rows == 36
+    assert np.array_equal(np.concatenate([task.order(epoch) for epoch in range(3)]), np.concatenate([whole.order(0), whole.order(1)]))
+
+
+def test_without_progress_only_what_a_person_must_know_is_said(world: World, tmp_path: Path):
+    config = world.config.with_overrides({"pretrain.epochs": 2, "pretrain.micro_batch_size": 4})
+    lines: list[str] = []
+    run(world, 1, config, tmp_path, say=lines.append, show_progress=False)
+    assert lines == []
+    other = config.with_overrides({"pretrain.micro_batch_size": 2})
+    resumed = HTCL.from_pretrained(tmp_path / "step-2")
+    run(world, 1, other, model=resumed, resume=load_state(tmp_path / "step-2"), say=lines.append, show_progress=False)
+    assert len(lines) == 1
+    assert "made with micro_batch_size 4, now it is 2" in lines[0]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(world: World):

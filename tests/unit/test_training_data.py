@@ -169,6 +169,23 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert sorted(song_order(3, 4, songs)[:, 0]) == songs.tolist()
 
 
+@pytest.mark.parametrize("length", [1, 7, 49, 50, 51, 100, 130])
+def test_epochs_of_any_length_follow_each_other_in_one_endless_order(length: int):
+    """Every song comes once before any comes again; with the catalogue's length it is the order without one."""
+    songs = np.arange(100, 150)
+    endless = np.concatenate([song_order(3, epoch, songs)[:, 0] for epoch in range(9)])
+    rounds = endless.reshape(9, 50)
+    assert (np.sort(rounds, axis=1) == songs).all()
+    assert len({tuple(order) for order in rounds.tolist()}) == 9
+    epochs = [song_order(3, epoch, songs, length) for epoch in range(len(endless) // length)]
+    assert {order.shape for order in epochs} == {(length, 1)}
+    found = np.concatenate(epochs)[:, 0]
+    assert np.array_equal(found, endless[: len(found)])
+    old = np.random.default_rng([3, 5]).permutation(songs)[:, None]
+    assert np.array_equal(song_order(3, 5, songs), old)
+    assert np.array_equal(song_order(3, 5, songs, 50), old)
+
+
 def test_pairs_are_drawn_by_weight():
     pairs, weights = np.array([[0, 1], [2, 3], [4, 5]]), np.array([6.0, 3.0, 1.0])
     drawn = pair_order(0, 0, pairs, weights, 30_000)

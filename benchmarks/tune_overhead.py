@@ -1,0 +1,121 @@
+"""What a trial of a search costs beyond training, with Ray's defaults and as `htcl tune` runs it.
+
+    python -m benchmarks.tune_overhead [--trials 6]
+
+Searches of trials one after the other, on features that are made for it, with a model that trains in seconds. Training is what the loop
+says of itself: rows seen over rows a second, measurements included. The rest of the time between the ends of two trials is overhead: the
+trial's process, Ray Train's controller, the workers' processes and their imports, reading the songs, the end of the run. The first trial
+of a search starts everything and is left out. "Ray's defaults": a process of its own for every trial, and results polled every 2 s.
+
+Prints a table and writes benchmarks/results/tune_overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import write_result
+
+VARIANTS = {
+    "Ray's defaults": {"reuse_actors": False, "poll_seconds": "2"},
+    "polled every 0.2 s": {"reuse_actors": False, "poll_seconds": "0.2"},
+    "polled every 0.2 s, processes reused (htcl tune)": {"reuse_actors": True, "poll_seconds": "0.2"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a trial costs beyond training.")
+    parser.add_argument("--trials", type=int, default=6, help="trials of each search, the first of which is not counted")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--workspace", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        search(options.variant, options.workspace, options.trials)
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, variant in enumerate(VARIANTS):
+            workspace = Path(folder) / str(number)
+            command = [sys.executable, "-m", "benchmarks.tune_overhead", "--trials", str(options.trials)]
+            subprocess.run([*command, "--variant", variant, "--workspace", str(workspace)], check=True)  # a Ray of its own for each
+            found[variant] = summary(workspace)
+    table = Table(title="A trial of a search, seconds (median)")
+    for column in ("", "until training", "training", "after training", "not training", "share of a trial"):
+        table.add_column(column, justify="left" if not column else "right")
+    for variant, figures in found.items():
+        cells = [f"{figures[name]:.1f}" for name in ("before", "training", "after", "overhead")]
+        table.add_row(variant, *cells, f"{figures['share']:.0%}")
+    Console().print(table)
+    write_result("tune_overhead", {"trials": options.trials, "variants": found})
+
+
+def search(variant: str, workspace: Path, trials: int) -> None:
+    """One search in this process; the time of each trial's end goes into `ends` beside the study."""
+    chosen = VARIANTS[variant]
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = chosen["poll_seconds"]
+    from htcl_ray.pipelines import cluster
+    from htcl_ray.pipelines.tune import tune
+    from tests.synthetic_features import tiny_config, write_features
+
+    config = tiny_config(
+        workspace,
+        **{
+            "tune.trials": trials,
+            "tune.samples": 16 * 16 * 40,
+            "tune.reports": 8,
+            "tune.early_stopping": False,
+            "tune.max_concurrent_trials": 1,
+            "tune.space": {"pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.batch_size": [8, 16, 32]},
+            "pretrain.num_workers": 1,
+        },
+    )
+    write_features(config)
+    cluster.connect(config)
+    from ray import tune as ray_tune
+
+    from htcl_ray.pipelines.study import StudyCallback
+
+    original = ray_tune.TuneConfig
+    ray_tune.TuneConfig = lambda **given: original(**{**given, "reuse_actors": chosen["reuse_actors"]})
+    ends: list[float] = []
+    end = StudyCallback._end
+
+    def timed(self: Any, *arguments: Any) -> None:
+        ends.append(time.time())
+        end(self, *arguments)
+
+    StudyCallback._end = timed  # type: ignore[method-assign]
+    tune(config)
+    (workspace / "ends").write_text(" ".join(map(str, ends)))
+
+
+def summary(workspace: Path) -> dict[str, float]:
+    """Medians over all trials but the first."""
+    from htcl_ray.storage import Workspace
+    from htcl_ray.tuning.trials import read_trials
+
+    ends = [float(word) for word in (workspace / "ends").read_text().split()]
+    rows = []
+    for trial, previous, end in zip(read_trials(Workspace(str(workspace)), "runs/tune/pretrain")[1:], ends, ends[1:], strict=False):
+        ((started, (_, seconds)),) = trial.attempts.items()
+        training = trial.last["rows"] / trial.last["songs_per_second"]
+        last_report = float(started) + seconds
+        rows.append({"before": last_report - training - previous, "training": training, "after": end - last_report})
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    overhead = statistics.median(row["before"] + row["after"] for row in rows)
+    return {**medians, "overhead": overhead, "share": overhead / (overhead + medians["training"])}
+
+
+if __name__ == "__main__":
+    main()

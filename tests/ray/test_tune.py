@@ -1,0 +1,283 @@
+"""`htcl tune` on a real cluster: trials of equal length, failures, a killed search, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from htcl_ray.cli import main
+from htcl_ray.config import Config, resolve
+from htcl_ray.pipelines import tune as step
+from htcl_ray.pipelines.train import pretrain
+from htcl_ray.pipelines.tune import tune
+from htcl_ray.storage import Workspace
+from tests.synthetic_features import tiny_config, write_features, write_pairs
+
+pytestmark = pytest.mark.ray
+SPACE = {"pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.batch_size": [8, 16, 32]}
+
+
+def tune_config(workspace: Path, **overrides: object) -> Config:
+    settings = {"tune.space": SPACE, "tune.reports": 4, "tune.trials": 4, "pretrain.num_workers": 1, "finetune.num_workers": 1}
+    config = tiny_config(workspace, **{"pretrain.epochs": 4, **settings, **overrides})
+    write_features(config)
+    write_pairs(config)
+    return config
+
+
+def table(config: Config) -> list[dict[str, Any]]:
+    file = Path(config.workspace) / "runs" / "tune" / config.tune.name / "trials.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Config:
+    config = tune_config(tmp_path_factory.mktemp("searched"), **{"tune.early_stopping": False})
+    tune(config)
+    return config
+
+
+def test_every_trial_sees_equally_many_rows_and_is_what_its_metrics_say(searched: Config):
+    trials = table(searched)
+    assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
+    assert {trial["state"] for trial in trials} == {"finished"}
+    assert len({trial["parameters"]["pretrain.batch_size"] for trial in trials}) > 1, "the search must have tried several batch sizes"
+    for trial in trials:
+        assert [item["rows"] for item in trial["history"]] == [32, 64, 96, 128]
+        run = Path(searched.workspace) / f"runs/tune/pretrain/trials/{trial['number']:04d}/runs/pretrain/pretrain-{trial['number']:04d}"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["validation_recall@10"] for line in lines] == [item["semantic"] for item in trial["history"]]
+        assert lines[0]["candidates"] == trial["parameters"]["pretrain.batch_size"]
+        assert not list(run.glob("checkpoint_*")), "a trial that has ended keeps its metrics only"
+    assert trials[0]["parameters"] == {"pretrain.temperature": 0.074, "pretrain.batch_size": 16}, "the configuration as it is comes first"
+
+
+def test_the_winner_is_a_configuration_that_trains(searched: Config):
+    study = Path(searched.workspace) / "runs" / "tune" / "pretrain"
+    trials = table(searched)
+    best = max(trials, key=lambda trial: (trial["history"][-1]["semantic"], -trial["number"]))
+    chosen = resolve(file=study / "best.yaml")
+    assert chosen.pretrain.batch_size == best["parameters"]["pretrain.batch_size"]
+    assert chosen.pretrain.temperature == best["parameters"]["pretrain.temperature"]
+    assert chosen.pretrain.epochs == searched.pretrain.epochs, "the winner trains in full"
+    manifest = json.loads((study / "manifest.json").read_text())
+    assert manifest["best"] == best["number"]
+    assert manifest["quality"] == {"semantic": best["history"][-1]["semantic"]}
+    assert not pretrain(chosen).skipped
+    page = (study / "report.html").read_text()
+    assert f"htcl pretrain --config {study}/best.yaml" in page
+
+
+def test_the_same_command_is_done_and_more_trials_go_on(searched: Config):
+    before = table(searched)
+    assert tune(searched).skipped
+    more = tune(searched.with_overrides({"tune.trials": 5}))
+    assert not more.skipped
+    assert table(searched)[:4] == before
+    assert table(searched)[4]["state"] == "finished"
+
+
+def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys):
+    (tmp_path / "c.yaml").write_text(searched.as_yaml())
+    assert main(["tune", "--config", str(tmp_path / "c.yaml"), "--set", "tune.space={pretrain.batch_size: [8, 16]}"]) == 2
+    said = capsys.readouterr().err
+    assert "was begun with space" in said
+    assert "name another study with tune.study" in said
+    assert main(["tune", "--config", str(tmp_path / "c.yaml"), "--set", "pretrain.seed=5"]) == 2
+    assert "was begun with configuration pretrain.seed 0, and this command says 5" in capsys.readouterr().err
+
+
+def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, ray_cluster: None, capsys):
+    """And a space of two points is searched through with two trials, however many are asked for."""
+    config = tune_config(tmp_path, **{"tune.space": {"pretrain.learning_rate": [1e30, 0.001]}, "tune.early_stopping": False})
+    tune(config)
+    trials = {trial["parameters"]["pretrain.learning_rate"]: trial for trial in table(config)}
+    assert len(table(config)) == 2
+    assert trials[1e30]["state"] == "failed"
+    assert trials[1e30]["error"].startswith("pretrain: the gradient of step")
+    assert "lower pretrain.learning_rate" in trials[1e30]["error"]
+    assert trials[0.001]["state"] == "finished"
+    assert "failed: pretrain: the gradient of step" in capsys.readouterr().out
+
+
+def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
+    space = {"finetune.preference_loss_weight": {"low": 0.1, "high": 2.0}, "pretrain.learning_rate": [0.001, 0.002]}
+    config = tune_config(
+        tmp_path,
+        **{"tune.stage": "both", "tune.objectives": ["semantic", "preference"], "tune.space": space, "tune.trials": 2, "tune.samples": 64},
+    )
+    tune(config)
+    trials = table(config)
+    assert [trial["state"] for trial in trials] == ["finished", "finished"]
+    assert all(len(trial["attempts"]) == 2 for trial in trials), "both stages cost something"
+    values = np.array([[trial["history"][-1][name] for name in ("semantic", "preference")] for trial in trials])
+    front = {
+        number for number in range(2) if not any((other >= values[number]).all() and (other > values[number]).any() for other in values)
+    }
+    written = sorted(int(file.stem) for file in (Path(config.workspace) / "runs/tune/both/pareto").glob("*.yaml"))
+    assert set(written) <= front
+    assert len(np.unique(values[written], axis=0)) == len(np.unique(values[sorted(front)], axis=0)), "of equals the first"
+
+
+def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
+    """One after the other, the good ones first: ASHA stops those that learn nothing after the grace period."""
+    space = {"pretrain.learning_rate": [0.003, 1e-12, 1.1e-12]}
+    config = tune_config(
+        tmp_path,
+        **{
+            "tune.space": space,
+            "tune.trials": 3,
+            "tune.max_concurrent_trials": 1,
+            "tune.samples": 320,
+            "tune.metric": "ndcg@10",
+            "pretrain.learning_rate": 0.003,
+            "pretrain.text_learning_rate": 1e-12,
+        },
+    )
+    tune(config)
+    trials = table(config)
+    assert trials[0]["state"] == "finished"
+    stopped = [trial for trial in trials if trial["state"] == "stopped"]
+    assert stopped
+    assert all(len(trial["history"]) < 4 for trial in stopped)
+
+
+def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_default: bool) -> int:
+    """The most trials that Ray Tune had pending at a time."""
+    from ray import tune as ray_tune
+
+    from htcl_ray.pipelines.study import StudyCallback
+
+    seen = []
+
+    def watch(self: StudyCallback, iteration: int, trials: list[Any], **info: Any) -> None:
+        seen.append(sum(trial.status == "PENDING" for trial in trials))
+
+    monkeypatch.setattr(StudyCallback, "on_step_end", watch)
+    if rays_default:
+        original = ray_tune.TuneConfig
+        monkeypatch.setattr(ray_tune, "TuneConfig", lambda **given: original(**{**given, "max_concurrent_trials": None}))
+    tune(config)
+    return max(seen)
+
+
+def test_trials_are_asked_for_together(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+    """So that an autoscaler sees the need for several nodes at once; with Ray's default for searchers it sees that for one."""
+    config = tune_config(tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2, "tune.study": "ours"})
+    assert pending_at_once(config, monkeypatch, rays_default=False) == 2
+    assert pending_at_once(config.with_overrides({"tune.study": "rays"}), monkeypatch, rays_default=True) == 1
+
+
+def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+    from htcl_ray.pipelines.capacity import Capacity
+
+    grown = Capacity(({"CPU": 4.0},), (({"CPU": 8.0, "GPU": 1.0}, 3),), 3, grows=True)
+    monkeypatch.setattr(step, "capacity", lambda: grown)
+    shared = step._on_this_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.accelerator": "cpu"}))
+    assert shared.tune.max_concurrent_trials == (4 + 3 * 8) // 2
+    on_gpus = step._on_this_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.batch_size": 16}))
+    assert (on_gpus.pretrain.accelerator, on_gpus.tune.max_concurrent_trials) == ("gpu", 1)
+
+
+def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(tmp_path: Path, ray_cluster: None, capsys):
+    config = tune_config(tmp_path, **{"ray.num_cpus": 64, "pretrain.num_workers": 2, "pretrain.cpus_per_worker": 3.0})
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    assert main(["tune", "--config", str(tmp_path / "c.yaml")]) == 2
+    said = capsys.readouterr()
+    assert "pretrain needs 2 worker(s) with 3 CPU each, but only 1 fit on the cluster, which has 1 node(s): 1 × 4 CPU" in said.err
+    assert table(config) == []
+
+
+def test_a_killed_search_goes_on(tmp_path: Path):
+    """What has ended stays; what was running goes on after its last checkpoint."""
+    config = tune_config(
+        tmp_path,
+        **{"tune.samples": 32 * 40, "tune.reports": 40, "tune.trials": 2, "tune.max_concurrent_trials": 1, "tune.early_stopping": False},
+    )
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", str(tmp_path / "c.yaml")]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 240
+    try:
+        while not _in_the_middle_of(table(config), 1):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = table(config)
+    assert [trial["state"] for trial in before] == ["finished", "running"]
+    checkpoints = list((Path(config.workspace) / "runs/tune/pretrain/trials/0001/runs/pretrain").glob("*/checkpoint_*"))
+    assert checkpoints
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = table(config)
+    assert after[0] == before[0]
+    assert [trial["state"] for trial in after] == ["finished"] * 2
+    assert after[1]["parameters"] == before[1]["parameters"]
+    assert len(after[1]["attempts"]) == 2
+    assert [trial["history"][-1]["rows"] for trial in after] == [32 * 40] * 2
+    seen = len(before[1]["history"])
+    assert after[1]["history"][:seen] == before[1]["history"]
+    rows = [item["rows"] for item in after[1]["history"]]
+    assert rows == list(range(32, 32 * 41, 32)), "also what was measured between the last line of the table and the kill"
+
+
+@pytest.mark.parametrize(
+    ("trace", "said"),
+    [
+        ("Traceback:\n  File x\nhtcl_ray.errors.StepError: pretrain: the gradient is nan\n\n", "pretrain: the gradient is nan"),
+        ("ray.exceptions.RayActorError: The actor died\n", "The actor died"),
+        ("KeyError: 'a'", "'a'"),
+        ("", "no reason was given"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_last_line(trace: str, said: str):
+    from htcl_ray.pipelines.study import sentence
+
+    assert sentence(trace) == said
+
+
+def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
+    return len(trials) > number and trials[number]["state"] == "running" and len(trials[number]["history"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"tune.space": {"pretrain.temprature": [0.1, 0.2]}},
+            "tune.space names pretrain.temprature, but there is no such configuration key; did you mean",
+        ),
+        ({"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}}, "expected finite numbers, low less than high"),
+        ({"tune.space": {"pretrain.temperature": []}}, "expected at least two"),
+        (
+            {"tune.space": {"pretrain.batch_size": [8, 9]}, "pretrain.num_workers": 2},
+            "has 9, which pretrain.num_workers (2) does not divide",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_starts(tmp_path: Path, capsys, change: dict[str, Any], said: str):
+    config = tune_config(tmp_path)
+    tree = config.model_dump(mode="json")
+    for key, value in change.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["tune", "--config", str(tmp_path / "c.yaml")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (Workspace(config.workspace).exists("runs"))
