@@ -187,11 +187,14 @@ def _demo(config: Config, options: argparse.Namespace) -> None:
 
 
 def _serve(config: Config, options: argparse.Namespace) -> None:
-    from htcl_ray.serving.application import serve_until_stopped
+    from htcl_ray.serving.front import haproxy_front
 
     if options.allow_failed_gate:
         config = config.with_overrides({"serve.allow_failed_gate": True})
-    serve_until_stopped(config, options.index)
+    with haproxy_front(config):
+        from htcl_ray.serving.application import serve_until_stopped  # imports Ray Serve, which reads what the front sets
+
+        serve_until_stopped(config, options.index)
 
 
 def _search(config: Config, options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
 from htcl_ray import artifacts
 from htcl_ray.config import Config, resolve
@@ -25,14 +26,19 @@ from htcl_ray.pipelines.cluster import connect
 from htcl_ray.retrieval.index_folder import read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.serving.deployments import Encoder, Ingress, Served
+from htcl_ray.serving.keys import Keys
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 from htcl_ray.verdicts import refuse_failed
 
 APPLICATION = "htcl"
-INGRESS_REQUESTS = 100
-"""Requests that the ingress works on at a time; more wait."""
+SHED_REQUESTS = 10_000
+"""Requests that Ray Serve lets into an ingress replica: more than may ever wait there, since it is the guard that answers 429."""
+ONGOING_BATCHES = 4
+"""Batches' worth of requests that an encoder replica holds, so that the next batch is there when one ends; twice as many wait for it."""
 START_SECONDS = 120
+QUIET = {"enable_access_log": False, "encoding": "JSON"}
+"""Ray Serve's logging: JSON lines, without its own line for each request, since `serving/observed.py` writes one."""
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
@@ -55,14 +61,37 @@ def create(config: Config, index: str | None = None) -> Application:
     """
     settings = config.serve
     served = _served(Workspace(config.workspace), index, settings.allow_failed_gate)
+    Keys.from_settings(settings)  # refuses what cannot be served before anything starts
+    at_a_time = ONGOING_BATCHES * settings.max_batch_size
+    drain = settings.request_seconds + 1
     encoder = serve.deployment(
         Encoder,
-        num_replicas=settings.encoder_replicas,
         ray_actor_options={"num_cpus": settings.encoder_cpus, "num_gpus": settings.encoder_gpus},
-        max_ongoing_requests=4 * settings.max_batch_size,
+        max_ongoing_requests=at_a_time,
+        max_queued_requests=2 * at_a_time,
+        graceful_shutdown_timeout_s=drain,
+        **_replicas(settings),
     )
-    ingress = serve.deployment(Ingress, ray_actor_options={"num_cpus": 0.5}, max_ongoing_requests=INGRESS_REQUESTS)
+    ingress = serve.deployment(
+        Ingress,
+        num_replicas=settings.ingress_replicas,
+        ray_actor_options={"num_cpus": 0.5},
+        max_ongoing_requests=SHED_REQUESTS,
+        graceful_shutdown_timeout_s=drain,
+    )
     return ingress.bind(encoder.bind(served, settings), served, settings)
+
+
+def _replicas(settings: ServeSettings) -> dict[str, Any]:
+    """How many encoders: a number, or as many as the requests under way need, about one batch for each."""
+    if settings.max_encoder_replicas is None:
+        return {"num_replicas": settings.encoder_replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=settings.encoder_replicas,
+        max_replicas=settings.max_encoder_replicas,
+        target_ongoing_requests=settings.max_batch_size,
+    )
+    return {"autoscaling_config": scaling}
 
 
 @contextlib.contextmanager
@@ -75,15 +104,15 @@ def serving(config: Config, index: str | None = None) -> Iterator[str]:
         raise ConfigError("Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address")
     logging.getLogger("ray.serve").addFilter(_errors_only)
     try:
-        quiet = {"enable_access_log": False}
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": port}, logging_config=quiet)
+        serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": port}, logging_config=QUIET)
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+            serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
         except RuntimeError as error:
             raise StepError(f"the application did not start: {_last_line(str(error))}; Ray's logs say more") from error
         url = f"http://{_reachable(config.serve.host)}:{port}"
         _wait_until_ready(url)
         yield url
+        serve.delete(APPLICATION)  # replicas end what they have begun, while the front still carries their answers
     finally:
         _mute_shutdown()
         serve.shutdown()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
 from fastapi import FastAPI
+from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from htcl_ray.audio import decode, log_mel
-from htcl_ray.errors import InputError
-from htcl_ray.retrieval.index import SongIndex
+from htcl_ray.audio.isolated import Decoders
+from htcl_ray.retrieval.drift import QueryDrift, mean_of
+from htcl_ray.retrieval.live_index import LiveIndex
+from htcl_ray.retrieval.query_cache import QueryCache
 from htcl_ray.retrieval.service import SearchService
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors
+from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate, unit_norm
+from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
 from htcl_ray.serving.routes import create_app
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
@@ -28,15 +30,11 @@ class Served:
     """What is served, by place in the workspace, so that every replica loads the same."""
 
     workspace: Workspace
-    index_version: str
+    index_version: str | None
+    """That the command named; None: the active one."""
     semantic: str
     preference: str | None
     model_versions: ModelVersions
-
-    @property
-    def index(self) -> str:
-        """Folder of the index, below the workspace's root."""
-        return f"index/{self.index_version}"
 
 
 class Encoder:
@@ -53,36 +51,58 @@ class Encoder:
         device = "cuda" if settings.encoder_gpus else "cpu"
         self._encoder = SongEncoder.load(workspace.local_copy(served.semantic), preference, device)
         self._encoder.check_versions(served.model_versions)
+        self._measurements = EncoderMeasurements()
+        self._decoders = Decoders(
+            self._encoder.recipe,
+            processes=settings.decoders,
+            seconds=settings.decode_seconds,
+            memory_bytes=settings.decode_bytes,
+            max_seconds=settings.max_upload_seconds,
+            max_channels=settings.max_channels,
+            max_sample_rate=settings.max_sample_rate,
+        )
         for batched in (self._encode_texts, self._encode_mels):
             batched.set_max_batch_size(settings.max_batch_size)
             batched.set_batch_wait_timeout_s(settings.batch_wait_seconds)
-        with contextlib.suppress(InputError):  # an imported model may have no text tower or no tokenizer at hand, and still answers sound
-            self._encoder.encode_texts(["warm up"])
+        # The first call of a model is slow; nobody should wait for it.
+        self._encoder.encode_texts(["warm"])
         self._encoder.encode_waveforms([np.zeros(self._encoder.recipe.sample_rate, dtype=np.float32)])
 
     async def encode_text(self, text: str) -> Vectors:
         """One row of vectors."""
         return await self._encode_texts(text)
 
-    async def encode_audio(self, data: bytes) -> Vectors:
-        """One row of vectors of an audio file's bytes. Decoded before it joins a batch, so that a bad file fails alone."""
-        return await self._encode_mels(await asyncio.to_thread(self._mel, data))
+    async def encode_audio(self, data: bytes, whole: bool) -> Vectors:
+        """One row of vectors of an audio file's bytes. Decoded before it joins a batch, so that a bad file fails alone.
+
+        `whole`: the mean direction of the windows that hear all of it; otherwise its first clip, as the catalogue was embedded.
+        """
+        with self._measurements.stage("decode"):
+            mels = await asyncio.to_thread(self._decoders.decode, data)
+        windows = await asyncio.gather(*(self._encode_mels(mel) for mel in (mels if whole else mels[:1])))
+        return _mean_direction(concatenate(windows))
 
     async def ready(self) -> bool:
         """Answers once the models are loaded."""
         return True
 
-    def _mel(self, data: bytes) -> np.ndarray:
-        recipe = self._encoder.recipe
-        return log_mel(decode(data, recipe), recipe.sample_rate, recipe)
-
     @serve.batch
     async def _encode_texts(self, texts: list[str]) -> list[Vectors]:
-        return _one_by_one(await asyncio.to_thread(self._encoder.encode_texts, texts))
+        self._measurements.batch("text", len(texts))
+        with self._measurements.stage("encode_text"):
+            return _one_by_one(await asyncio.to_thread(self._encoder.encode_texts, texts))
 
     @serve.batch
-    async def _encode_mels(self, mels: list[np.ndarray]) -> list[Vectors]:
-        return _one_by_one(await asyncio.to_thread(self._encoder.encode_mels, mels))
+    async def _encode_mels(self, mels: list[NDArray[np.float32]]) -> list[Vectors]:
+        self._measurements.batch("audio", len(mels))
+        with self._measurements.stage("encode_audio"):
+            return _one_by_one(await asyncio.to_thread(self._encoder.encode_mels, mels))
+
+    def __del__(self) -> None:
+        """Called by Ray Serve when a replica stops; the decoding processes end with it."""
+        decoders = getattr(self, "_decoders", None)
+        if decoders is not None:
+            decoders.close()
 
 
 @serve.ingress()
@@ -92,25 +112,60 @@ class Ingress:
     def __init__(self, encoder: DeploymentHandle, served: Served, settings: ServeSettings) -> None:
         self._encoder = encoder
         self._settings = settings
-        folder = served.workspace.local_copy(served.index)
-        self.service = SearchService(SongIndex.load(folder, model_versions=served.model_versions))
-        self.index_version = served.index_version
+        self._cache = QueryCache(settings.cache_entries)
+        self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
+        self._centre: tuple[str, NDArray[np.float64]] | None = None
+        self.measurements = IngressMeasurements()
+        self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index_version)
+        self.live.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return create_app(self, self._settings)
+        return create_app(self, self._settings, self.measurements)
+
+    @property
+    def service(self) -> SearchService:
+        """See `backend.Backend`."""
+        return self.live.service
+
+    @property
+    def index_version(self) -> str:
+        """See `backend.Backend`."""
+        return self.live.version
 
     async def encode_text(self, text: str) -> Vectors:
-        """See `routes.Backend`."""
-        return await self._encoder.encode_text.remote(text)
+        """See `backend.Backend`."""
+        return await self._query("text", text.encode("utf-8", "surrogatepass"), lambda: self._encoder.encode_text.remote(text))
 
     async def encode_audio(self, data: bytes) -> Vectors:
-        """See `routes.Backend`."""
-        return await self._encoder.encode_audio.remote(data)
+        """See `backend.Backend`."""
+        return await self._query("audio", data, lambda: self._encoder.encode_audio.remote(data, True))
+
+    async def encode_song(self, data: bytes) -> Vectors:
+        """See `backend.Backend`."""
+        return await self._encoder.encode_audio.remote(data, False)
 
     async def check_ready(self) -> None:
-        """See `routes.Backend`."""
+        """See `backend.Backend`."""
         await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
+
+    async def _query(self, kind: str, content: bytes, encode: object) -> Vectors:
+        vectors, hit = await self._cache.get(kind, content, encode)
+        self.measurements.remembered(hit)
+        self.measurements.drift(kind, self._drift[kind].add(vectors.semantic[0], self._index_centre()))
+        return vectors
+
+    def _index_centre(self) -> NDArray[np.float64]:
+        version = self.live.version
+        if self._centre is None or self._centre[0] != version:
+            self._centre = version, mean_of(self.live.service.index)
+        return self._centre[1]
+
+    def __del__(self) -> None:
+        """Called by Ray Serve when a replica stops."""
+        live = getattr(self, "live", None)
+        if live is not None:
+            live.stop()
 
 
 async def _wait(encoder: DeploymentHandle) -> None:
@@ -119,3 +174,11 @@ async def _wait(encoder: DeploymentHandle) -> None:
 
 def _one_by_one(vectors: Vectors) -> list[Vectors]:
     return [vectors.rows(slice(row, row + 1)) for row in range(len(vectors))]
+
+
+def _mean_direction(windows: Vectors) -> Vectors:
+    """One row: the normalised mean of the windows' vectors; a single window as it is."""
+    if len(windows) == 1:
+        return windows
+    preference = None if windows.preference is None else unit_norm(windows.preference.mean(axis=0, keepdims=True))
+    return Vectors(unit_norm(windows.semantic.mean(axis=0, keepdims=True)), preference)

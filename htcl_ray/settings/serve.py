@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from htcl_ray.settings.section import Names, Settings
 
@@ -64,3 +66,11 @@ class ServeSettings(Settings):
     """How often an ingress replica looks for updates of songs and for another active index."""
     activate_newest: bool = False
     """Activate each newly built index of the same models whose gate did not fail."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_encoder_replicas is not None and self.max_encoder_replicas < self.encoder_replicas:
+            raise ValueError(
+                f"max_encoder_replicas is {self.max_encoder_replicas}; expected at least encoder_replicas ({self.encoder_replicas})"
+            )
+        return self

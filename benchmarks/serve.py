@@ -1,0 +1,192 @@
+"""Throughput and latency of the running application, beside the same service without Ray and without HTTP.
+
+    python -m benchmarks.serve [--songs 20000] [--seconds 10] [--only haproxy,ray,bare]
+
+Serves an index of random unit vectors and an untrained model of the demo preset's size (time does not depend on what a model learned)
+three ways, one after the other: `htcl serve` with Ray's HAProxy in front, the same with Ray's own proxy, and a bare FastAPI + uvicorn process that
+holds model and index. An open-loop generator (benchmarks/load.py) in this process shares the machine with all of them. For each kind of
+query: the highest rate that is still answered (saturation), the latency at half of it, and, by song, what happens at three times of it.
+
+Prints a table and writes benchmarks/results/serve.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import write_result
+from benchmarks.load import Outcome, drive, request_bytes
+from benchmarks.served_world import config_of, make_world, recording, song_id
+
+FRONTS = ("haproxy", "ray", "bare")
+ANSWERED = 0.95
+"""Share of the asked rate that must be answered for the rate to count as sustained."""
+STEP = 1.25
+FIRST_RATE = {"by song": 100.0, "by text": 40.0, "by text, remembered": 100.0, "by recording": 4.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Throughput and latency of the application.")
+    parser.add_argument("--songs", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--only", default=",".join(FRONTS), help="fronts to measure")
+    parser.add_argument("--serve", choices=FRONTS, help=argparse.SUPPRESS)
+    parser.add_argument("--workspace", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        from benchmarks.served_world import serve_here
+
+        serve_here(options.serve, options.workspace)
+        return
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Path(folder) / "workspace"
+        make_world(workspace, options.songs)
+        found["in process"] = in_process(workspace, options.songs)
+        for front in options.only.split(","):
+            with running(front, workspace) as told:
+                found[front] = measure(told["url"], options.songs, options.seconds)
+                found[front]["stages"] = stages(told.get("metrics"))
+    show(found)
+    write_result("serve", {"songs": options.songs, "seconds": options.seconds, "fronts": found})
+
+
+@contextmanager
+def running(front: str, workspace: Path) -> Iterator[dict[str, str]]:
+    """The application in a process of its own, with what it says of itself: url, metrics."""
+    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "0"} if front == "ray" else dict(os.environ)
+    command = [sys.executable, "-m", "benchmarks.serve", "--serve", front, "--workspace", str(workspace)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+                break
+        else:
+            raise SystemExit(f"the application behind {front} did not start")
+    finally:
+        process.communicate("stop\n", timeout=120)
+
+
+def measure(url: str, songs: int, seconds: float) -> dict[str, Any]:
+    """Saturation and latencies of every kind of query."""
+    rng = np.random.default_rng(0)
+    chosen = [song_id(int(row)) for row in rng.integers(songs, size=2000)]
+    queries = {
+        "by song": [request_bytes(url, "GET", f"/v1/songs/{name}/similar") for name in chosen],
+        "by text": [search(url, {"text": f"calm piano number {number}"}) for number in range(20_000)],
+        "by text, remembered": [search(url, {"text": "calm piano"})],
+        "by recording": [upload(url, seed) for seed in range(200)],
+    }
+    found: dict[str, Any] = {}
+    for kind, requests in queries.items():
+        saturation = saturate(url, requests, FIRST_RATE[kind], seconds / 2)
+        half = uvloop.run(drive(url, requests[::-1], saturation / 2, seconds))
+        found[kind] = {"saturation_per_second": round(saturation, 1), "at_half": half.as_json()}
+        if kind == "by song":
+            found[kind]["at_saturation"] = uvloop.run(drive(url, requests, saturation, seconds)).as_json()
+            found[kind]["at_three_times"] = uvloop.run(drive(url, requests, 3 * saturation, seconds)).as_json()
+        print(kind, json.dumps(found[kind]), flush=True)
+    return found
+
+
+def saturate(url: str, requests: list[bytes], first: float, seconds: float) -> float:
+    """The most answers a second that the application gave, with rates raised until it no longer keeps up."""
+    rate, best = first, 0.0
+    while True:
+        outcome: Outcome = uvloop.run(drive(url, requests, rate, seconds))
+        best = max(best, outcome.throughput)
+        if outcome.throughput < ANSWERED * rate or sum(outcome.late) / max(1, len(outcome.late)) > 0.05:
+            return best
+        rate *= STEP if outcome.throughput > 0.5 * best else 1
+
+
+def search(url: str, question: dict[str, Any]) -> bytes:
+    return request_bytes(url, "POST", "/v1/search", json.dumps(question).encode())
+
+
+def upload(url: str, seed: int) -> bytes:
+    part = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="clip.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+    return request_bytes(
+        url, "POST", "/v1/search/audio", part + recording(seed) + b"\r\n--edge--\r\n", "multipart/form-data; boundary=edge"
+    )
+
+
+def in_process(workspace: Path, songs: int) -> dict[str, Any]:
+    """Questions a second of the service itself, one after the other in one thread."""
+    from htcl_ray.retrieval import SearchService
+
+    service = SearchService.open(config_of(workspace))
+    rows = np.random.default_rng(0).integers(songs, size=2000)
+    clips = [recording(seed) for seed in range(20)]
+    return {
+        "by song": per_second(lambda i: service.search_songs([song_id(int(rows[i % len(rows)]))])),
+        "by text": per_second(lambda i: service.search_text(f"calm piano number {i}")),
+        "by recording": per_second(lambda i: service.search_audio(clips[i % len(clips)])),
+    }
+
+
+def per_second(ask: Callable[[int], Any], seconds: float = 3.0) -> float:
+    ask(0)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        ask(count)
+        count += 1
+    return round(count / (time.perf_counter() - started), 1)
+
+
+def stages(metrics: str | None) -> dict[str, Any]:
+    """Mean milliseconds and count of each stage, as Prometheus would scrape them; empty without Ray."""
+    if metrics is None:
+        return {}
+    sums: dict[tuple[str, str], float] = {}
+    for line in httpx.get(metrics, timeout=10).text.splitlines():
+        for suffix in ("sum", "count"):
+            if line.startswith(f"ray_htcl_stage_seconds_{suffix}{{"):
+                stage = line.partition('stage="')[2].partition('"')[0]
+                sums[stage, suffix] = sums.get((stage, suffix), 0.0) + float(line.rsplit(" ", 1)[1])
+    names = sorted({stage for stage, _ in sums})
+    return {
+        name: {"mean_ms": round(1000 * sums[name, "sum"] / sums[name, "count"], 3), "count": int(sums[name, "count"])} for name in names
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    table = Table(title="Answers a second, and milliseconds at half of saturation")
+    for column in ("", "query", "saturation", "of bare", "p50", "p95", "p99", "3×: answered", "3×: p99", "3×: 429"):
+        table.add_column(column, justify="left" if column in ("", "query") else "right")
+    for kind, rate in found["in process"].items():
+        table.add_row("in process", kind, f"{rate:.0f}")
+    for front, kinds in found.items():
+        for kind, figures in kinds.items() if front in FRONTS else ():
+            if kind == "stages":
+                continue
+            bare = found.get("bare", {}).get(kind, {}).get("saturation_per_second")
+            half, flood = figures["at_half"], figures.get("at_three_times")
+            row = [front, kind, f"{figures['saturation_per_second']:.0f}", f"{figures['saturation_per_second'] / bare:.0%}" if bare else ""]
+            row += [f"{half[name]:.1f}" if half[name] is not None else "–" for name in ("p50_ms", "p95_ms", "p99_ms")]
+            if flood:
+                row += [f"{flood['answered_per_second']:.0f}", f"{flood['p99_ms']:.0f}", str(flood["statuses"].get("429", 0))]
+            table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What is told of every request: its id in the answer, a line in the log, and its time in the metrics."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from htcl_ray.serving.measurements import IngressMeasurements
+
+REQUEST_ID = "x-request-id"
+_SOUND_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+UNKNOWN = "other"
+"""Stands for every address that no route has, so that visitors cannot make labels."""
+log = logging.getLogger("ray.serve.htcl")
+"""A child of Ray Serve's logger, whose handlers write a file of JSON lines for each replica."""
+
+
+class Observed:
+    """ASGI middleware, the outermost, so that what the others refuse is seen as well."""
+
+    def __init__(self, app: ASGIApp, measurements: IngressMeasurements | None = None) -> None:
+        self._app = app
+        self._measurements = measurements
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; an id that the client gave is kept when it is of plain characters."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _SOUND_ID.fullmatch(given) else uuid.uuid4().hex
+        status = 499  # the client went away before there was an answer
+        started = time.perf_counter()
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        self._count(1)
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            self._count(-1)
+            self._tell(scope, request_id, status, time.perf_counter() - started)
+
+    def _count(self, step: int) -> None:
+        self._under_way += step
+        if self._measurements is not None:
+            self._measurements.under_way(self._under_way)
+
+    def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", None)
+        endpoint = f"{scope['method']} {route}" if route else UNKNOWN
+        if self._measurements is not None:
+            self._measurements.request(endpoint, status, seconds)
+        key = (scope.get("state") or {}).get("key")
+        log.info(
+            "request",
+            extra={
+                "http_request_id": request_id,
+                "endpoint": endpoint,
+                "status": status,
+                "milliseconds": round(1000 * seconds, 2),
+                "key": getattr(key, "name", None),
+            },
+        )
