@@ -3,9 +3,10 @@
     python -m benchmarks.serve [--songs 20000] [--seconds 10] [--only haproxy,ray,bare]
 
 Serves an index of random unit vectors and an untrained model of the demo preset's size (time does not depend on what a model learned)
-three ways, one after the other: `htcl serve` with Ray's HAProxy in front, the same with Ray's own proxy, and a bare FastAPI + uvicorn process that
-holds model and index. An open-loop generator (benchmarks/load.py) in this process shares the machine with all of them. For each kind of
-query: the highest rate that is still answered (saturation), the latency at half of it, and, by song, what happens at three times of it.
+three ways, one after the other: `htcl serve` with Ray's HAProxy in front, the same with Ray's own proxy, and a bare FastAPI + uvicorn
+process that holds model and index. An open-loop generator (benchmarks/load.py) in this process shares the machine with all of them. For
+each kind of query: the highest rate that is still answered (saturation), the latency at half of it, and, by song, what happens at three
+times of it.
 
 Prints a table and writes benchmarks/results/serve.json.
 """
