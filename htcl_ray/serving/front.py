@@ -40,11 +40,10 @@ def haproxy_front(config: Config) -> Iterator[None]:
     if _serve_imported():
         raise StepError("the front was chosen after Ray Serve was imported, which reads the choice once; choose it first")
     folder = Path(tempfile.mkdtemp(prefix="htcl-front-"))  # of mode 0700: Ray makes HAProxy's admin socket writable for everyone
-    configuration = folder / "haproxy.cfg"
     ours = {
         SWITCH: "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_loopback_only(folder, binary, configuration)),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(configuration),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_loopback_only(folder, binary)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
@@ -63,15 +62,19 @@ def haproxy_front(config: Config) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _loopback_only(folder: Path, binary: str, configuration: Path) -> Path:
+def _loopback_only(folder: Path, binary: str) -> Path:
     """A program to be started as HAProxy, which starts `binary` with its statistics on loopback.
 
-    Ray's template binds them to every interface and offers no setting for the address.
+    Ray's template binds them to every interface and offers no setting for the address, so the file after -f is edited.
     """
     program = folder / "haproxy"
     program.write_text(
         "#!/bin/sh\n"
-        f"""sed -i -e 's/^\\( *bind \\)[*]\\{{0,1\\}}:/\\1127.0.0.1:/' "{configuration}" && exec "{binary}" "$@"\n""",
+        "for argument; do\n"
+        """  [ "$before" = -f ] && sed -i -e 's/^\\( *bind \\)[*]\\{0,1\\}:/\\1127.0.0.1:/' "$argument"\n"""
+        "  before=$argument\n"
+        "done\n"
+        f"""exec "{binary}" "$@"\n""",
         encoding="utf-8",
     )
     program.chmod(0o700)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from htcl_ray.retrieval import SearchService
 from htcl_ray.retrieval.service import Answer
 from htcl_ray.serving import application
 from htcl_ray.serving.application import serving
+from tests.serve.processes import replicas
 from tests.small_workspace import SONGS, song_id, sound, wav
 
 pytestmark = pytest.mark.serve
@@ -40,26 +40,6 @@ def client(url: str) -> Iterator[httpx.Client]:
 def service(indexed: Config) -> SearchService:
     """The same service in this process."""
     return SearchService.open(indexed)
-
-
-def replicas() -> set[int]:
-    """Process ids of the replicas."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ServeReplica:htcl:" in (process / "cmdline").read_bytes() and _is_ours(int(process.name)):
-                found.add(int(process.name))
-        except OSError:
-            continue
-    return found
-
-
-def _is_ours(pid: int) -> bool:
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-    return False
 
 
 def assert_same(response: httpx.Response, expected: Answer) -> None:

@@ -1,0 +1,31 @@
+"""Processes that the test session started, by what they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replicas() -> set[int]:
+    """Process ids of the application's replicas."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ServeReplica:htcl:" in (process / "cmdline").read_bytes() and _is_ours(int(process.name)):
+                found.add(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
+
+
+def _is_ours(pid: int) -> bool:
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    return False
