@@ -24,7 +24,6 @@ from rich.table import Table
 from benchmarks.environment import write_result
 from benchmarks.sample_world import configuration
 from htcl_ray.config import Config
-from htcl_ray.pipelines.cluster import connect
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.preprocess import preprocess
@@ -72,7 +71,6 @@ def one_seed(folder: Path, seed: int, trials: int, samples: int) -> dict[str, An
     config = configuration(folder / "workspace", tables, seed).with_overrides(
         {"tune.trials": trials, "tune.samples": samples, "tune.seed": seed, "pretrain.num_workers": 1}
     )
-    connect(config, dashboard=True)  # as the search does; the first step decides
     preprocess(config)
     took = tune(config).seconds
     workspace = Workspace(config.workspace)

@@ -32,6 +32,6 @@ def ray_cluster() -> Iterator[None]:
     from htcl_ray.config import resolve
     from htcl_ray.pipelines.cluster import connect
 
-    connect(resolve("demo"), dashboard=True)
+    connect(resolve("demo"))
     yield
     ray.shutdown()

@@ -16,15 +16,9 @@ from typing import Any
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
 
-STATE_API_SECONDS = 30
 
-
-def connect(config: Config, *, dashboard: bool = False) -> None:
-    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine.
-
-    `dashboard`: a private cluster with Ray's dashboard, half a gigabyte of processes. Ray Train asks its state API whether a run that was
-    ended from outside is gone; without an answer the run's CPUs are never given back.
-    """
+def connect(config: Config) -> None:
+    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine."""
     if "ray" not in sys.modules:
         # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and they would refuse
         # their own driver. Unset, both sides choose tokens by themselves.
@@ -44,7 +38,7 @@ def connect(config: Config, *, dashboard: bool = False) -> None:
         local_only = {
             "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
             "object_store_memory": config.ray.object_store_bytes,
-            "include_dashboard": dashboard,
+            "include_dashboard": False,
         }
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -56,18 +50,6 @@ def connect(config: Config, *, dashboard: bool = False) -> None:
     _quiet_ray_data()
     session = ray._private.worker.global_worker.node.get_session_dir_path() if address == "local" else "the cluster's head node"
     print(f"Ray: {'private cluster on this machine' if address == 'local' else address}; its logs are in {session}", flush=True)
-
-
-def answers_about_actors() -> bool:
-    """Whether the cluster's state API, a part of its dashboard, can be asked."""
-    from ray.util.state import list_actors
-    from ray.util.state.exception import RayStateApiException
-
-    try:
-        list_actors(limit=1, timeout=STATE_API_SECONDS)
-    except RayStateApiException:
-        return False
-    return True
 
 
 def address_of(config: Config) -> str:

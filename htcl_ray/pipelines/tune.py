@@ -61,7 +61,7 @@ def tune(config: Config, model: str | None = None) -> StepResult:
         return StepResult("tune", workspace.uri_of(f"{study}/report.html"), _summary(trials, config), 0.0, skipped=True)
     if left > 0:
         cluster.refuse_relative_workspace(config)
-        cluster.connect(config, dashboard=True)
+        cluster.connect(config)
         shared = _on_this_cluster(config)
         vocabulary = _check_stages(workspace, config, features, pairs, parent)
         for name, budget in budgets.items():
@@ -196,13 +196,6 @@ def _on_this_cluster(config: Config) -> Config:
         )
     else:
         print(f"tune  at most {concurrent} trial(s) at a time; the cluster is {found}", flush=True)
-    if config.tune.early_stopping and len(config.tune.judged_by) == 1 and not cluster.answers_about_actors():
-        print(
-            "tune  this cluster's dashboard does not answer, and without it Ray Train cannot give back the CPUs of a trial that is "
-            "stopped: no trial is stopped early",
-            flush=True,
-        )
-        chosen["tune.early_stopping"] = False
     shared = config.with_overrides({**chosen, "tune.max_concurrent_trials": concurrent})
     if config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path):  # trials run in folders of their own
         shared = shared.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path)})

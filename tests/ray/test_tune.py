@@ -150,33 +150,6 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     stopped = [trial for trial in trials if trial["state"] == "stopped"]
     assert stopped
     assert all(len(trial["history"]) < 4 for trial in stopped)
-    assert_nothing_is_held()
-
-
-def assert_nothing_is_held() -> None:
-    """No stopped trial keeps its CPUs, or the process that was to give them back."""
-    import ray
-    from ray.util.state import list_actors
-
-    def held() -> list[Any]:
-        groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-        alive = [actor for actor in list_actors(timeout=30) if actor.state == "ALIVE"]
-        return groups + [actor for actor in alive if "PlacementGroupCleaner" in actor.class_name]
-
-    deadline = time.monotonic() + 30
-    while held() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not held()
-
-
-def test_without_the_dashboard_no_trial_is_stopped_early(
-    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """Its CPUs would never be given back."""
-    monkeypatch.setattr(step.cluster, "answers_about_actors", lambda: False)
-    found = step._on_this_cluster(tune_config(tmp_path))
-    assert not found.tune.early_stopping
-    assert "dashboard does not answer" in capsys.readouterr().out
 
 
 def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_default: bool) -> int:
