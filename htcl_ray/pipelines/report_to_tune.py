@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from ray.tune.integration.ray_train import TuneReportCallback
+
+CONTROLLER = "controller"
+"""In a result: the actor that runs the trial's training."""
 
 
 class ReportToTune(TuneReportCallback):
@@ -17,4 +21,5 @@ class ReportToTune(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Called by Ray Train with what each worker reported; the first one knows all."""
-        super().after_report(run_context, [{**metrics[0], "earlier_work": self._earlier_work}], checkpoint)
+        told = {"earlier_work": self._earlier_work, CONTROLLER: ray.get_runtime_context().current_actor}
+        super().after_report(run_context, [{**metrics[0], **told}], checkpoint)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import ray
 from optuna.distributions import BaseDistribution
 from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from htcl_ray.pipelines.report_to_tune import CONTROLLER
 from htcl_ray.pipelines.train import CHECKPOINT_LIST
 from htcl_ray.pipelines.trial import trial_folder, trial_version
 from htcl_ray.storage import Workspace
@@ -28,6 +30,7 @@ from htcl_ray.tuning.wording import short_names, value_text
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_TABLES = 60.0
 DUPLICATES_IN_A_ROW = 50
+ABORT_SECONDS = 30
 
 
 class StudyTable:
@@ -95,11 +98,13 @@ class StudyCallback(Callback):
         self.started = self.line_at = self.table_at = time.monotonic()
         self.changed = False
         self.rows_before = sum(trial.last.get("rows", 0) for trial in table.trials.values())
+        self.controllers: dict[int, Any] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A measurement."""
         ours = self._ours(trial)
         figures = {name: float(result[metric]) for name, metric in self.objectives.items()}
+        self.controllers[ours.number] = result.pop(CONTROLLER)
         ours.measure({"rows": result["rows_seen"], **figures, "songs_per_second": result["songs_per_second"]})
         for work in (*result["earlier_work"], result["work"]):
             ours.worked(work["started"], work["nodes"], work["seconds"])
@@ -112,6 +117,11 @@ class StudyCallback(Callback):
             self._end(ours, "failed", "it ended without a measurement")
         else:
             self._end(ours, "finished" if ours.last["rows"] >= self.rows else "stopped")
+        controller = self.controllers.pop(ours.number, None)
+        if ours.state == "stopped" and controller is not None:
+            # Tune would let go of the trial's process, or keep it for later, and leave the CPUs to an actor of Train that asks Ray's
+            # dashboard whether the controller is gone: on a private cluster, for ever.
+            ray.wait([controller.abort.remote()], timeout=ABORT_SECONDS)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed; the search goes on."""

@@ -16,6 +16,7 @@ from htcl_ray.pipelines.train import StageRun, check_data, fit_stage, publish
 from htcl_ray.storage import Workspace
 from htcl_ray.tuning.budget import Budget, trial_config
 from htcl_ray.tuning.space import Parameters
+from htcl_ray.tuning.trials import read_trials
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
 
     `lines`: see `cluster.progress_lines`.
     """
+    from ray.exceptions import RayActorError
+
     from htcl_ray.pipelines.report_to_tune import ReportToTune
 
     number, parameters = point["number"], point["parameters"]
@@ -72,18 +75,28 @@ def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
         )
         manifest = workspace.manifest(stage.model_path)
         if manifest is None:
-            checkpoint, metrics = fit_stage(
-                workspace,
-                config,
-                stage,
-                None if second else _vocabulary(workspace, job, config, parameters, stage),
-                lines,
-                label=f"trial {number}  ",
-                callbacks=[ReportToTune(cost)] if last else (),
-            )
+            try:
+                checkpoint, metrics = fit_stage(
+                    workspace,
+                    config,
+                    stage,
+                    None if second else _vocabulary(workspace, job, config, parameters, stage),
+                    lines,
+                    label=f"trial {number}  ",
+                    callbacks=[ReportToTune(cost)] if last else (),
+                )
+            except RayActorError:
+                if _was_stopped(workspace, job.study, number):
+                    return
+                raise
             cost.append(metrics["work"])
             manifest = {} if last else publish(workspace, config, stage, checkpoint, metrics)
         parent = Artifact(stage.model_path, stage.version, manifest)
+
+
+def _was_stopped(workspace: Workspace, study: str, number: int) -> bool:
+    """Whether the search ended this trial, so that its controller is gone on purpose."""
+    return any(trial.number == number and trial.state == "stopped" for trial in read_trials(workspace, study))
 
 
 def _vocabulary(workspace: Workspace, job: TrialJob, config: Config, parameters: Parameters, stage: StageRun) -> str | None:

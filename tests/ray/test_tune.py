@@ -35,6 +35,16 @@ def tune_config(workspace: Path, **overrides: object) -> Config:
     return config
 
 
+def processes() -> list[str]:
+    """Titles of all processes below this one."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [line.split(None, 2) for line in lines]
+    ours = {os.getpid()}
+    for _ in range(8):
+        ours |= {int(pid) for pid, parent, _ in rows if int(parent) in ours}
+    return [title for pid, _, title in rows if int(pid) in ours]
+
+
 def table(config: Config) -> list[dict[str, Any]]:
     file = Path(config.workspace) / "runs" / "tune" / config.tune.name / "trials.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -131,6 +141,9 @@ def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
 
 def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     """One after the other, the good ones first: ASHA stops those that learn nothing after the grace period."""
+    import ray
+
+    groups = set(ray.util.placement_group_table())
     space = {"pretrain.learning_rate": [0.003, 1e-12, 1.1e-12]}
     config = tune_config(
         tmp_path,
@@ -150,6 +163,9 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     stopped = [trial for trial in trials if trial["state"] == "stopped"]
     assert stopped
     assert all(len(trial["history"]) < 4 for trial in stopped)
+    left = {key: group for key, group in ray.util.placement_group_table().items() if key not in groups and group["state"] != "REMOVED"}
+    assert not left, "a stopped trial keeps its CPUs"
+    assert not [name for name in processes() if "PlacementGroupCleaner" in name]
 
 
 def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_default: bool) -> int:
