@@ -18,7 +18,6 @@ from htcl_ray.retrieval.recall import build_measured
 from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
 from htcl_ray.storage import Workspace, fingerprint
 
-
 MORE_RECALL = {
     "flat": "which is exact, so this is a defect",
     "hnsw": "raise index.ef_search, index.hnsw_neighbors or index.ef_construction",

@@ -79,7 +79,7 @@ class SongIndex:
         return cls(state, dim=vectors.dim, settings=settings, model_versions=model_versions or {})
 
     def snapshot(self) -> Self:
-        """This index as it is now: nothing that happens to one of the two afterwards changes an answer of the other."""
+        """The index as it is now: nothing that happens to one of the two afterwards changes an answer of the other."""
         other = type(self)(self._state, dim=self.dim, settings=self.settings, model_versions=self.model_versions)
         other.manifest = self.manifest
         return other

@@ -57,7 +57,9 @@ def plan_index(settings: IndexSettings, songs: int, width: int) -> IndexPlan:
     most = max(songs // POINTS_PER_LIST, 1)
     lists = min(settings.ivf_lists or round(4 * math.sqrt(songs)) or 1, most)
     if kind == "ivf_pq" and settings.pq_bytes is not None and width % settings.pq_bytes:
-        raise ConfigError(f"index.pq_bytes is {settings.pq_bytes}, but the vectors have {width} numbers; expected a divisor of that, or null")
+        raise ConfigError(
+            f"index.pq_bytes is {settings.pq_bytes}, but the vectors have {width} numbers; expected a divisor of that, or null"
+        )
     return IndexPlan(
         kind=kind,
         songs=songs,

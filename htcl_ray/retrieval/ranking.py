@@ -53,19 +53,21 @@ def _rank(state: IndexState, queries: Vectors, candidates: NDArray[np.int64], k:
     if queries.preference is not None and stored.shape[2] > queries.dim:
         preference = _cosines(stored[:, :, queries.dim :], queries.preference)
         scores = (1 - blend) * semantic + blend * preference
-    scores = np.where(candidates >= 0, scores, -np.inf)
+    there = candidates >= 0
+    scores = np.where(there, scores, -np.inf)
+    query = np.arange(len(queries))[:, None]
     order = np.argsort(-scores, axis=1)
-    best = np.take_along_axis(scores, order, axis=1)
-    for i in np.flatnonzero(((best[:, 1:] == best[:, :-1]) & np.isfinite(best[:, 1:])).any(axis=1)):
-        order[i] = sorted(order[i], key=lambda at, i=i: (-scores[i, at], state.id_of(candidates[i, at])))
-    counts = np.count_nonzero(candidates >= 0, axis=1)
+    best = scores[query, order]
+    equal = (best[:, 1:] == best[:, :-1]) & (best[:, 1:] > -np.inf)
+    for i in equal.any(axis=1).nonzero()[0].tolist():
+        by_id = [(-score, state.id_of(row), at) for at, (score, row) in enumerate(zip(scores[i], candidates[i].tolist(), strict=True))]
+        order[i] = [at for _, _, at in sorted(by_id)]
     taken = order[:, :k]
-    columns = [np.take_along_axis(values, taken, axis=1).tolist() for values in (candidates, scores, semantic)]
-    columns.append([[None] * taken.shape[1]] * len(taken) if preference is None else np.take_along_axis(preference, taken, axis=1).tolist())
+    shown = [values[query, taken].tolist() for values in (candidates, scores, semantic)]
+    shown.append([[None] * taken.shape[1]] * len(taken) if preference is None else preference[query, taken].tolist())
     ranked = []
-    for i, (rows, totals, ours, theirs) in enumerate(zip(*columns, strict=True)):
-        count = int(counts[i])
-        hits = [Hit(state.id_of(row), *values) for row, *values in zip(rows[:count], totals, ours, theirs, strict=False)]
+    for i, (count, rows, *values) in enumerate(zip(there.sum(axis=1).tolist(), *shown, strict=True)):
+        hits = [Hit(state.id_of(row), *three) for row, *three in zip(rows[:count], *values, strict=False)]
         ranked.append(Ranked(hits, count > k and bool(best[i, k - 1] - best[i, count - 1] <= TIE_TOLERANCE)))
     return ranked
 

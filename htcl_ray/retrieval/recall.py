@@ -59,9 +59,7 @@ def build_measured(
         return [song_ids[row] for row in rows], vectors.rows(rows), None if metadata is None else metadata.take(rows)
 
     ids, stored, about = part(first)
-    index = SongIndex.build(
-        ids, stored, metadata=about, settings=settings, model_versions=model_versions, songs_to_come=held_out
-    )
+    index = SongIndex.build(ids, stored, metadata=about, settings=settings, model_versions=model_versions, songs_to_come=held_out)
     ids, queries, about = part(asked)
     recall = measure_recall(index, stored, queries)
     index.upsert(ids, queries, metadata=about)

@@ -17,8 +17,11 @@ from htcl_ray.retrieval.index_folder import EXACT_FILE, VECTORS_FILE
 from htcl_ray.retrieval.index_plan import IndexPlan
 
 CLASSES = {"flat": "IndexFlatIP", "hnsw": "IndexHNSWSQ", "ivf": "IndexIVFScalarQuantizer", "ivf_pq": "IndexIVFPQ"}
-GATHER_BELOW = 0.25
+GATHER_BELOW = 0.1
 """Of a flat structure: below this share of allowed rows, copying them together and scoring the copy beats asking about every row."""
+GRAPH_WORK = 20
+"""What one entry of a graph's search list costs, in rows of an exact search: it is far from the last in memory, and it has neighbours.
+Measured at 30,000 and 100,000 songs (docs/decisions/0015-index-kinds.md)."""
 BLOCK_ROWS = 65_536
 """Rows scored at a time in an exact search."""
 THREADS = faiss.omp_get_max_threads()
@@ -69,7 +72,9 @@ class Structure:
         if plan.kind == "flat" or (plan.kind == "hnsw" and not whole):
             return self.make(plan, vectors)
         faiss.omp_set_num_threads(THREADS)
-        index = faiss.deserialize_index(faiss.serialize_index(self._faiss))  # clone_index would keep a mapped file's memory, which cannot grow
+        index = faiss.deserialize_index(
+            faiss.serialize_index(self._faiss)
+        )  # clone_index would keep a mapped file's memory, which cannot grow
         if plan.kind == "hnsw":
             index.add(more)
         else:
@@ -114,7 +119,8 @@ class Structure:
             raise MismatchError(f"{folder} holds no {plan.kind} index that can be read ({reason}); run 'htcl index' again") from None
         if type(index).__name__ != CLASSES[plan.kind]:
             raise MismatchError(
-                f"{folder} holds an {type(index).__name__}, but its manifest says {plan.kind} ({CLASSES[plan.kind]}); run 'htcl index' again"
+                f"{folder} holds an {type(index).__name__}, but its manifest says {plan.kind}, an {CLASSES[plan.kind]}; "
+                "run 'htcl index' again"
             )
         for what, shape in {VECTORS_FILE: (index.ntotal, index.d), EXACT_FILE: vectors.shape}.items():
             if shape != (songs, width):
@@ -132,11 +138,11 @@ class Structure:
         if self.plan.kind == "flat":
             return 0 if share >= GATHER_BELOW else math.inf
         if self.plan.kind == "hnsw":
-            return 2 * max(self.plan.ef_search, wanted) / share
+            return GRAPH_WORK * max(self.plan.ef_search, wanted) / share
         return len(self) * self.plan.probes / self.plan.lists
 
     def _parameters(self, wanted: int, total: int, allowed: NDArray[np.bool_] | None) -> Any:
-        selector = None if total == len(self) else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        selector = None if allowed is None or total == len(self) else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         wider = len(self) / total
         if self.plan.kind == "hnsw":
             return faiss.SearchParametersHNSW(sel=selector, efSearch=math.ceil(max(self.plan.ef_search, wanted) * wider))
@@ -182,6 +188,7 @@ def _empty(plan: IndexPlan, width: int) -> Any:
         index.cp.min_points_per_centroid = 1  # silences a warning; the plan bounds the lists
     if plan.kind == "ivf_pq":
         index.pq.cp.min_points_per_centroid = 1
+        index.do_polysemous_training = False  # 1.5 s for each byte of the code, for a comparison by bits that nothing here uses
     return index
 
 
