@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from htcl_ray.errors import QueryError
 from htcl_ray.retrieval.index_folder import SONGS_FILE, read_manifest
-from htcl_ray.retrieval.index_plan import IndexPlan, plan_index
+from htcl_ray.retrieval.index_plan import IndexPlan
 from htcl_ray.retrieval.index_state import IndexState
+from htcl_ray.retrieval.probes import make_structure
 from htcl_ray.retrieval.ranking import Hit, rank
 from htcl_ray.retrieval.structures import Structure
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
@@ -74,7 +75,7 @@ class SongIndex:
         """
         settings = settings or IndexSettings()
         joined = _checked(song_ids, vectors)
-        structure = Structure.make(plan_index(settings, len(song_ids) + songs_to_come, joined.shape[1]), joined)
+        structure = make_structure(joined, vectors.dim, settings, len(song_ids) + songs_to_come)
         state = IndexState.of(structure, _song_rows(song_ids, metadata))
         return cls(state, dim=vectors.dim, settings=settings, model_versions=model_versions or {})
 
@@ -203,7 +204,7 @@ class SongIndex:
     def compact(self) -> None:
         """Fold later and removed songs into the structure. Answers stay the same up to the kind's recall."""
         with self._writing:
-            self._state = self._state.compacted(self.settings)
+            self._state = self._state.compacted(self.settings, self.dim)
 
     def save(
         self,

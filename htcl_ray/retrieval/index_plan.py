@@ -68,6 +68,6 @@ def plan_index(settings: IndexSettings, songs: int, width: int) -> IndexPlan:
         ef_construction=settings.ef_construction,
         ef_search=settings.ef_search,
         lists=lists,
-        probes=min(settings.ivf_probes or max(math.ceil(lists / 8), 4), lists),
+        probes=min(settings.ivf_probes or math.ceil(lists / 8), lists),
         code_bytes=settings.pq_bytes or max(size for size in range(1, max(width // 4, 1) + 1) if width % size == 0),
     )

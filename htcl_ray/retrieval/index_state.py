@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from htcl_ray.errors import QueryError, SongNotFoundError
-from htcl_ray.retrieval.index_plan import plan_index
+from htcl_ray.retrieval.probes import make_structure
 from htcl_ray.retrieval.structures import Structure, best_rows
 from htcl_ray.settings import IndexSettings
 
@@ -124,7 +124,7 @@ class IndexState:
             later=self.later[stay],
         )
 
-    def compacted(self, settings: IndexSettings) -> Self:
+    def compacted(self, settings: IndexSettings, dim: int) -> Self:
         """The same songs, all in the structure. Lists and codes are learned anew only when the number of songs asks for others."""
         if not self.removed and not self.later_ids:
             return self
@@ -134,7 +134,7 @@ class IndexState:
             structure = self.structure.changed(self.structure.plan, kept, self.later)
         else:
             vectors = np.concatenate([self.structure.vectors[kept], self.later])
-            structure = Structure.make(plan_index(settings, len(self), self.structure.width), vectors)
+            structure = make_structure(vectors, dim, settings, len(self))
         return self.of(structure, songs)
 
     def _find(self, song_id: object) -> int | None:

@@ -82,10 +82,14 @@ class Structure:
             index.add(vectors)
         return type(self)(plan, index, vectors)
 
+    def planned(self, plan: IndexPlan) -> Self:
+        """The same structure, searched with other numbers."""
+        return type(self)(plan, self._faiss, self.vectors)
+
     def nearest(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """Candidates for the `count` best rows of each of q queries, in no promised order: [q, at least min(count, allowed rows)].
 
-        `allowed` has one entry per row. Where a kind is not exact, candidates are as many more as `plan.rerank` says.
+        `allowed` has one entry per row. Where a kind is not exact, candidates are up to as many more as `plan.rerank` says; -1 is none.
         """
         faiss.omp_set_num_threads(1 if len(queries) == 1 else THREADS)  # of this thread; a single query is not worth waking others
         total = len(self) if allowed is None else int(np.count_nonzero(allowed))
@@ -95,7 +99,7 @@ class Structure:
         if self._scored(wanted, total) >= total:
             return self._exact(queries, wanted, allowed)
         rows: NDArray[np.int64] = self._faiss.search(queries, wanted, params=self._parameters(wanted, total, allowed))[1]
-        short = np.flatnonzero((rows < 0).any(axis=1))
+        short = np.flatnonzero(rows[:, min(count, total) - 1] < 0)
         if len(short):
             rows[short] = self._exact(queries[short], wanted, allowed)
         return rows
@@ -113,8 +117,8 @@ class Structure:
         """Map what `write` wrote; pages are read when they are needed and shared by all processes. Raises MismatchError."""
         try:
             index = faiss.read_index(str(folder / VECTORS_FILE), faiss.IO_FLAG_MMAP_IFC)
-            vectors = _flat_rows(index) if plan.kind == "flat" else np.asarray(np.load(folder / EXACT_FILE, mmap_mode="r"))
-        except (RuntimeError, ValueError, AttributeError) as error:
+            rows = None if plan.kind == "flat" else np.asarray(np.load(folder / EXACT_FILE, mmap_mode="r"))
+        except (RuntimeError, ValueError, EOFError) as error:
             reason = str(error).splitlines()[0]
             raise MismatchError(f"{folder} holds no {plan.kind} index that can be read ({reason}); run 'htcl index' again") from None
         if type(index).__name__ != CLASSES[plan.kind]:
@@ -122,6 +126,7 @@ class Structure:
                 f"{folder} holds an {type(index).__name__}, but its manifest says {plan.kind}, an {CLASSES[plan.kind]}; "
                 "run 'htcl index' again"
             )
+        vectors = _flat_rows(index) if rows is None else rows
         for what, shape in {VECTORS_FILE: (index.ntotal, index.d), EXACT_FILE: vectors.shape}.items():
             if shape != (songs, width):
                 raise MismatchError(

@@ -32,7 +32,7 @@ class IndexSettings(Settings):
     ivf_lists: int | None = Field(None, ge=1)
     """Null is four times the square root of the number of songs."""
     ivf_probes: int | None = Field(None, ge=1)
-    """Lists that a query reads; null is an eighth of them."""
+    """Lists that a query reads; null is found by trying until recall is safely above `min_recall`."""
     pq_bytes: int | None = Field(None, ge=1)
     """Bytes of a song's code in ivf_pq, a divisor of the vectors' width; null is about one for four numbers."""
 
