@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from htcl_ray.errors import QueryError
 from htcl_ray.retrieval.index_folder import SONGS_FILE, read_manifest
+from htcl_ray.retrieval.index_input import joined_rows, song_rows
 from htcl_ray.retrieval.index_plan import IndexPlan
 from htcl_ray.retrieval.index_state import IndexState
 from htcl_ray.retrieval.probes import make_structure
@@ -29,7 +30,6 @@ from htcl_ray.schemas import INDEX_SONGS
 from htcl_ray.settings import IndexSettings
 from htcl_ray.storage import MANIFEST, Workspace, build_manifest, file_sha256
 
-UNIT_NORM_TOLERANCE = 1e-3
 SPARE_CANDIDATES = 8
 """Candidates fetched beyond what is asked for, so that ties at the k-th place are seen without a second search."""
 
@@ -74,9 +74,9 @@ class SongIndex:
         not finite or not of unit norm, and for repeated ids.
         """
         settings = settings or IndexSettings()
-        joined = _checked(song_ids, vectors)
+        joined = joined_rows(song_ids, vectors)
         structure = make_structure(joined, vectors.dim, settings, len(song_ids) + songs_to_come)
-        state = IndexState.of(structure, _song_rows(song_ids, metadata))
+        state = IndexState.of(structure, song_rows(song_ids, metadata))
         return cls(state, dim=vectors.dim, settings=settings, model_versions=model_versions or {})
 
     def snapshot(self) -> Self:
@@ -188,11 +188,11 @@ class SongIndex:
 
     def upsert(self, song_ids: Sequence[str], vectors: Vectors, *, metadata: pa.Table | None = None) -> None:
         """Add songs, or replace those that are there. Arguments and errors are those of `build`."""
-        joined = _checked(song_ids, vectors)
+        joined = joined_rows(song_ids, vectors)
         width = self._state.structure.width
         if vectors.dim != self.dim or joined.shape[1] != width:
             raise ValueError(f"the vectors are {joined.shape[1]} wide, but the index is {width}; expected those of the same models")
-        songs = _song_rows(song_ids, metadata)
+        songs = song_rows(song_ids, metadata)
         with self._writing:
             self._state = self._state.with_songs(song_ids, joined, songs)
 
@@ -283,27 +283,3 @@ def _search(
             hits = _search(state, queries.rows(one), joined[one], k, blend, excluded[one], allowed, 2 * count)[0]
         answers.append(hits)
     return answers
-
-
-def _song_rows(song_ids: Sequence[str], metadata: pa.Table | None) -> pa.Table:
-    if metadata is not None and metadata.num_rows != len(song_ids):
-        raise ValueError(f"metadata has {metadata.num_rows} rows for {len(song_ids)} songs; expected one each")
-    columns = {"song_id": pa.array(song_ids, pa.string())}
-    for field in INDEX_SONGS:
-        if field.name not in columns:
-            given = metadata[field.name] if metadata is not None and field.name in metadata.column_names else None
-            columns[field.name] = pa.nulls(len(song_ids), field.type) if given is None else given.cast(field.type)
-    return pa.table(columns, schema=INDEX_SONGS)
-
-
-def _checked(song_ids: Sequence[str], vectors: Vectors) -> NDArray[np.float32]:
-    """Rows as they are stored, [n, width]."""
-    repeated = len(song_ids) - len(set(song_ids))
-    if repeated:
-        raise ValueError(f"{repeated} song ids are repeated; expected each once")
-    if len(vectors) != len(song_ids):
-        raise ValueError(f"there are {len(vectors)} vectors for {len(song_ids)} songs; expected one each")
-    halves = [half for half in (vectors.semantic, vectors.preference) if half is not None]
-    if not all((np.abs(np.linalg.norm(half, axis=1) - 1) < UNIT_NORM_TOLERANCE).all() for half in halves):
-        raise ValueError("a vector is not of unit norm; expected finite rows of length 1")
-    return np.ascontiguousarray(np.concatenate(halves, axis=1), dtype=np.float32)

@@ -17,7 +17,8 @@ FEWEST = {"flat": 0, "hnsw": 1, "ivf": 1, "ivf_pq": 256}
 """Songs that a kind needs to learn its lists and codes from. With fewer, the index is flat, whatever was asked."""
 POINTS_PER_LIST = 39
 """Songs that k-means wants for each centroid (FAISS's own lower bound)."""
-RERANK = {"flat": 1.0, "hnsw": 1.25, "ivf": 1.25, "ivf_pq": 8.0}
+RERANK = {"flat": 1.0, "hnsw": 1.0, "ivf": 1.0, "ivf_pq": 8.0}
+"""Candidates per result, spare ones apart; one byte a number is nearly exact."""
 GROWTH = 2.0
 """A structure made for n songs is kept while there are n / GROWTH to n · GROWTH."""
 
