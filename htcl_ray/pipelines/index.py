@@ -7,21 +7,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.artifacts import StepResult
 from htcl_ray.config import Config
-from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.errors import MismatchError, StepError, WorkspaceError
 from htcl_ray.pipelines.embed import EmbedJob, plan, read_vectors
-from htcl_ray.retrieval import SongIndex, Vectors
+from htcl_ray.retrieval.recall import build_measured
 from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
 from htcl_ray.storage import Workspace, fingerprint
 
-RECALL_AT = 10
-RECALL_QUERIES = 256
-SAME_SCORE = 1e-6
+MORE_RECALL = {
+    "flat": "which is exact, so this is a defect",
+    "hnsw": "raise index.ef_search, index.hnsw_neighbors or index.ef_construction",
+    "ivf": "raise index.ivf_probes",
+    "ivf_pq": "raise index.ivf_probes, index.rerank or index.pq_bytes",
+}
+"""What to change when a build finds too few."""
 
 
 def build_index(config: Config, model: str | None = None) -> StepResult:
@@ -42,45 +45,26 @@ def build_index(config: Config, model: str | None = None) -> StepResult:
         workspace.check_writable()
         manifest = _build(workspace, config, job, path)
     recall = manifest["quality"]["recall_at_10"]
-    summary = f"{manifest['songs']} songs, {config.index.kind}, recall@{RECALL_AT} {recall:.3f} of exact search"
+    summary = f"{manifest['songs']} songs, {manifest['structure']['kind']}, recall@10 {recall:.3f} of exact search"
     return StepResult("index", workspace.uri_of(path), summary, time.monotonic() - started, skipped)
-
-
-def recall_by_blend(index: SongIndex, song_ids: list[str], vectors: Vectors) -> dict[str, float]:
-    """Share of the 10 best songs of exact search that the index finds, at each end and in the middle of the blend.
-
-    Queries are up to 256 of its own songs, each left out of its own answer. A song that scores like the 10th counts as one of the 10.
-    """
-    chosen = np.unique(np.linspace(0, len(song_ids) - 1, min(RECALL_QUERIES, len(song_ids)), dtype=np.int64))
-    queries, excluded = vectors.rows(chosen), [[song_ids[row]] for row in chosen]
-    recalls = {}
-    for blend in (0.0, 0.5, 1.0) if index.has_preference else (0.0,):
-        scores = (1 - blend) * queries.semantic @ vectors.semantic.T
-        if vectors.preference is not None and queries.preference is not None:
-            scores += blend * queries.preference @ vectors.preference.T
-        scores[np.arange(len(chosen)), chosen] = -np.inf
-        k = min(RECALL_AT, len(song_ids) - 1)
-        if k < 1:
-            return {str(blend): 1.0}
-        tenth = np.partition(scores, -k, axis=1)[:, -k]
-        answers = index.search(queries, k, blend=blend, exclude=excluded)
-        right = sum(hit.score >= bound - SAME_SCORE for hits, bound in zip(answers, tenth, strict=True) for hit in hits)
-        recalls[str(blend)] = right / (k * len(chosen))
-    return recalls
 
 
 def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> dict[str, Any]:
     song_ids, vectors = read_vectors(workspace, job.path)
     metadata = _metadata(workspace, job, song_ids)
-    index = SongIndex.build(song_ids, vectors, metadata=metadata, settings=config.index, model_versions=job.model_versions)
-    recalls = recall_by_blend(index, song_ids, vectors)
+    index, recall = build_measured(song_ids, vectors, metadata=metadata, settings=config.index, model_versions=job.model_versions)
+    if recall.worst < config.index.min_recall:
+        raise StepError(
+            f"the {index.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall is "
+            f"{config.index.min_recall}; {MORE_RECALL[index.kind]}, or lower index.min_recall"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
         index.save(
             folder,
             config=config.model_dump(mode="json"),
             inputs={**job.inputs, "embeddings": job.version},
-            quality={"recall_at_10": min(recalls.values()), "recall_at_10_by_blend": recalls},
+            quality=recall.quality(),
         )
         workspace.publish(folder, path, index.manifest)
     return index.manifest

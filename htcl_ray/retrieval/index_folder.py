@@ -11,6 +11,8 @@ from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.storage import Workspace, file_sha256
 
 VECTORS_FILE = "index.faiss"
+EXACT_FILE = "vectors.npy"
+"""Beside a structure that holds codes; a flat one holds the vectors themselves."""
 SONGS_FILE = "songs.parquet"
 
 
@@ -22,6 +24,8 @@ def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions:
         raise WorkspaceError(f"{source.uri} holds no finished index; run 'htcl index' first")
     if manifest.get("kind") != "index":
         raise MismatchError(f"{source.uri} holds '{manifest.get('kind')}'; expected 'index'")
+    if "structure" not in manifest:
+        raise MismatchError(f"{source.uri} was written before indexes named their structure; run 'htcl index' again")
     for name in dict.fromkeys((VECTORS_FILE, SONGS_FILE, *manifest["files"])):
         recorded = manifest["files"].get(name)
         if not source.exists(name):

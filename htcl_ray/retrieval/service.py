@@ -12,8 +12,9 @@ from htcl_ray import artifacts
 from htcl_ray.audio import decode
 from htcl_ray.config import Config
 from htcl_ray.errors import QueryError
-from htcl_ray.retrieval.index import Hit, SongIndex
+from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.index_folder import check_fits
+from htcl_ray.retrieval.ranking import Hit
 from htcl_ray.retrieval.vectors import Vectors, unit_norm
 from htcl_ray.schemas import METADATA
 from htcl_ray.storage import Workspace

@@ -20,11 +20,21 @@ class EmbedSettings(Settings):
 class IndexSettings(Settings):
     """The nearest-neighbour index."""
 
-    kind: Literal["flat", "hnsw"] = "flat"
-    """flat is exact."""
+    kind: Literal["auto", "flat", "hnsw", "ivf", "ivf_pq"] = "auto"
+    """flat is exact; auto chooses by the number of songs (retrieval/index_plan.py)."""
+    min_recall: float = Field(0.95, ge=0, le=1)
+    """Recall@10 against exact search that a build must reach on songs that it has not seen."""
+    rerank: float | None = Field(None, ge=1)
+    """Candidates per result that are scored again exactly; null is what the kind's codes need."""
     hnsw_neighbors: int = Field(32, ge=2)
     ef_construction: int = Field(200, ge=1)
     ef_search: int = Field(128, ge=1)
+    ivf_lists: int | None = Field(None, ge=1)
+    """Null is four times the square root of the number of songs."""
+    ivf_probes: int | None = Field(None, ge=1)
+    """Lists that a query reads; null is found by trying until recall is safely above `min_recall`."""
+    pq_bytes: int | None = Field(None, ge=1)
+    """Bytes of a song's code in ivf_pq, a divisor of the vectors' width; null is about one for four numbers."""
 
 
 class EvaluateSettings(Settings):

@@ -127,7 +127,8 @@ def test_index_holds_every_song_with_its_metadata(config: Config, kind: str):
     assert "recall@10 1.000" in result.summary
     workspace = Workspace(config.workspace)
     folder = Path(result.location)
-    assert sorted(file.name for file in folder.iterdir()) == ["index.faiss", "manifest.json", "songs.parquet"]
+    vectors = [] if kind == "flat" else ["vectors.npy"]
+    assert sorted(file.name for file in folder.iterdir()) == ["index.faiss", "manifest.json", "songs.parquet", *vectors]
     index = SongIndex.load(folder)
     assert index.kind == kind
     assert index.songs.schema.equals(INDEX_SONGS)

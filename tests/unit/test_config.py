@@ -56,7 +56,7 @@ def test_columns_accept_free_names():
         ("workspace.x=1", "is a value, not a section"),
         ("pretrain.epochs=abc", "pretrain.epochs"),
         ("pretrain.epochs=0", "pretrain.epochs"),
-        ("index.kind=faiss", "'flat' or 'hnsw'"),
+        ("index.kind=faiss", "'auto', 'flat', 'hnsw', 'ivf' or 'ivf_pq'"),
         ("data.split_shares=[0.5, 0.1, 0.1]", "sum to 1"),
         ("audio.f_max=9000", "sample_rate / 2"),
         ("pairs.negative_feedback=[like]", "positive_feedback and in negative_feedback"),

@@ -18,7 +18,9 @@ from htcl_ray.settings import IndexSettings
 pytestmark = pytest.mark.unit
 
 DIM = 8
-KINDS = ("flat", "hnsw")
+KINDS = ("auto", "flat", "hnsw", "ivf", "ivf_pq")
+EVERY_LIST = {"ivf": {"ivf_probes": 1000}, "ivf_pq": {"ivf_probes": 1000}}
+"""With few songs spread at random a nearest song may lie in any list; what fewer lists find is measured in test_index_kinds.py."""
 BLENDS = (0.0, 0.3, 1.0)
 
 
@@ -36,8 +38,12 @@ def names(count: int, start: int = 0) -> list[str]:
     return [f"song-{i:04d}" for i in range(start, start + count)]
 
 
-def build(kind: str, count: int = 200, *, preference: bool = True, seed: int = 0) -> SongIndex:
-    return SongIndex.build(names(count), vectors(seed, count, preference=preference), settings=IndexSettings(kind=kind))
+def build(kind: str, count: int = 300, *, preference: bool = True, seed: int = 0) -> SongIndex:
+    return SongIndex.build(names(count), vectors(seed, count, preference=preference), settings=settings_of(kind))
+
+
+def settings_of(kind: str) -> IndexSettings:
+    return IndexSettings(kind=kind, **EVERY_LIST.get(kind, {}))
 
 
 def brute_force(ids: list[str], stored: Vectors, query: Vectors, row: int, k: int, blend: float, exclude: set[str] = frozenset()):
@@ -70,16 +76,16 @@ def test_kinds_are_those_of_the_configuration():
 class TestEveryKind:
     @pytest.mark.parametrize("blend", BLENDS)
     def test_equals_brute_force(self, kind: str, blend: float):
-        stored, queries = vectors(0, 200), vectors(1, 5)
+        stored, queries = vectors(0, 300), vectors(1, 5)
         answers = build(kind).search(queries, 10, blend=blend)
         for row, hits in enumerate(answers):
-            expected = brute_force(names(200), stored, queries, row, 10, blend)
+            expected = brute_force(names(300), stored, queries, row, 10, blend)
             assert found(hits) == [song_id for song_id, _ in expected]
             assert [hit.score for hit in hits] == pytest.approx([score for _, score in expected], abs=1e-6)
 
     def test_scores_are_cosines_and_their_blend(self, kind: str):
-        stored, query = vectors(0, 200), vectors(1, 1)
-        for hit in build(kind).search(query, 200, blend=0.3)[0]:
+        stored, query = vectors(0, 300), vectors(1, 1)
+        for hit in build(kind).search(query, 300, blend=0.3)[0]:
             row = int(hit.song_id[-4:])
             assert hit.semantic_score == pytest.approx(float(stored.semantic[row] @ query.semantic[0]), abs=1e-6)
             assert hit.preference_score == pytest.approx(float(stored.preference[row] @ query.preference[0]), abs=1e-6)
@@ -104,15 +110,15 @@ class TestEveryKind:
         assert build(kind).search(vectors(1, 0), 5) == []
 
     def test_excluded_songs_are_replaced_by_the_next(self, kind: str):
-        index, stored, queries = build(kind), vectors(0, 200), vectors(1, 2)
+        index, stored, queries = build(kind), vectors(0, 300), vectors(1, 2)
         left_out = {*found(index.search(queries, 40)[0]), "not-in-the-index"}
         first, second = index.search(queries, 40, exclude=[left_out, ()])
-        assert found(first) == [song_id for song_id, _ in brute_force(names(200), stored, queries, 0, 40, 0.5, left_out)]
+        assert found(first) == [song_id for song_id, _ in brute_force(names(300), stored, queries, 0, 40, 0.5, left_out)]
         assert found(second) == found(index.search(queries, 40)[1])
 
     def test_excluding_all_but_a_few(self, kind: str):
-        hits = build(kind).search(vectors(1, 1), 10, exclude=[names(197)])[0]
-        assert sorted(found(hits)) == names(3, start=197)
+        hits = build(kind).search(vectors(1, 1), 10, exclude=[names(297)])[0]
+        assert sorted(found(hits)) == names(3, start=297)
 
     def test_equal_songs_are_in_the_order_of_their_ids(self, kind: str):
         """30 identical vectors under ids in random order: the k best of them are the k smallest ids, whatever k."""
@@ -120,17 +126,17 @@ class TestEveryKind:
         rows = Vectors(np.repeat(one.semantic, 30, axis=0), np.repeat(one.preference, 30, axis=0))
         both = Vectors(np.concatenate([rows.semantic, other.semantic]), np.concatenate([rows.preference, other.preference]))
         shuffled = [f"same-{i:02d}" for i in np.random.default_rng(0).permutation(30)]
-        index = SongIndex.build([*shuffled, *names(10)], both, settings=IndexSettings(kind=kind))
+        index = SongIndex.build([*shuffled, *names(10)], both, settings=settings_of(kind))
         for k in (1, 3, 12, 30):
             assert found(index.search(one, k)[0]) == [f"same-{i:02d}" for i in range(k)]
 
     def test_removed_songs_never_come_back(self, kind: str):
-        index, stored, query = build(kind), vectors(0, 200), vectors(1, 1)
-        gone = found(index.search(query, 150)[0])
+        index, stored, query = build(kind), vectors(0, 300), vectors(1, 1)
+        gone = found(index.search(query, 250)[0])
         index.remove(gone)
         assert len(index) == 50
         assert gone[0] not in index
-        expected = [song_id for song_id, _ in brute_force(names(200), stored, query, 0, 50, 0.5, set(gone))]
+        expected = [song_id for song_id, _ in brute_force(names(300), stored, query, 0, 50, 0.5, set(gone))]
         assert found(index.search(query, 60)[0]) == expected
         index.compact()
         assert found(index.search(query, 60)[0]) == expected
@@ -169,17 +175,17 @@ class TestEveryKind:
         index.save(tmp_path / "index")
         loaded = SongIndex.load(tmp_path / "index", dim=DIM, model_versions=index.model_versions)
         assert loaded.search(queries, 25) == index.search(queries, 25)
-        assert len(loaded) == 182
+        assert len(loaded) == 282
         assert loaded.metadata_of("ä/ö ?")["genre"] == ["a", "b"]
         assert loaded.songs.column_names == index.songs.column_names
         np.testing.assert_array_equal(loaded.vectors_of(["new"]).semantic, index.vectors_of(["new"]).semantic)
 
     def test_without_stage_2_only_blend_0_is_valid(self, kind: str):
-        index, stored = build(kind, preference=False), vectors(0, 200, preference=False)
+        index, stored = build(kind, preference=False), vectors(0, 300, preference=False)
         assert index.default_blend == 0
         query = vectors(1, 1, preference=False)
         hits = index.search(query, 10)[0]
-        assert found(hits) == [song_id for song_id, _ in brute_force(names(200), stored, query, 0, 10, 0.0)]
+        assert found(hits) == [song_id for song_id, _ in brute_force(names(300), stored, query, 0, 10, 0.0)]
         assert {hit.preference_score for hit in hits} == {None}
         assert all(hit.score == hit.semantic_score for hit in hits)
         with pytest.raises(QueryError, match=r"0\.5.*expected 0"):
