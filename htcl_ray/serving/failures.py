@@ -27,7 +27,14 @@ CODES = {
 }
 STATUS = {SongNotFoundError: (404, "song_not_found"), QueryError: (422, "invalid_query")}
 """Status and code of our own errors; the first class that fits counts. AudioError depends on its reason."""
-READABLE_BUT_UNUSABLE = (Reason.TOO_SHORT, Reason.NOT_FINITE)
+AUDIO_STATUS = {
+    Reason.TOO_SHORT: 422,
+    Reason.NOT_FINITE: 422,
+    Reason.TOO_MANY_CHANNELS: 422,
+    Reason.SAMPLE_RATE_TOO_HIGH: 422,
+    Reason.TOO_LONG: 413,
+}
+"""Of sound that can be decoded and is refused all the same; what cannot be decoded, or ends or stalls the decoder, is 415."""
 
 
 def failure(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -65,8 +72,7 @@ def _http(request: Request, error: Any) -> JSONResponse:
 
 def _ours(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, AudioError):
-        status = 422 if error.reason in READABLE_BUT_UNUSABLE else 415
-        return failure(status, f"the audio cannot be used: {error.detail}", str(error.reason))
+        return failure(AUDIO_STATUS.get(error.reason, 415), f"the audio cannot be used: {error.detail}", str(error.reason))
     for kind, (status, code) in STATUS.items():
         if isinstance(error, kind):
             return failure(status, str(error), code)

@@ -223,7 +223,8 @@ def test_bad_uploads(client: Client):
 @pytest.mark.parametrize("reason", list(Reason))
 def test_audio_that_cannot_be_used(client: Client, reason: Reason):
     client.backend.error = AudioError(reason, "what was found")
-    status = 422 if reason in (Reason.TOO_SHORT, Reason.NOT_FINITE) else 415
+    unusable = (Reason.TOO_SHORT, Reason.NOT_FINITE, Reason.TOO_MANY_CHANNELS, Reason.SAMPLE_RATE_TOO_HIGH)
+    status = 422 if reason in unusable else 413 if reason is Reason.TOO_LONG else 415
     assert_failure(client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "what was found")
 
 
