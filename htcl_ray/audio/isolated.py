@@ -1,4 +1,4 @@
-"""Decoding in child processes, so that an upload that crashes, stalls or swells a decoder costs that process and nothing else
+"""Decoding in child processes, so that an upload that crashes, stalls or swells a decoder costs that process and nothing else.
 
 A process is warm when it gets a file, is used for many, and is replaced when a file ended it. What it answers is checked like any other
 input, because a file may have taken it over. It is given no environment but the paths of libraries, and no open file but its pipes.
@@ -86,9 +86,9 @@ class Decoders:
     def decode(self, data: bytes) -> list[FloatArray]:
         """Log-mels [frames, n_mels] in dB of the windows of an audio file's bytes; blocks; may be called from any thread.
 
-        One window of at most `recipe.clip_seconds`, equal to `log_mel(decode(data, recipe), …)`, or, of a longer sound, as few windows of that
-        length as hear all of it. Raises AudioError: those of `decode`, too_long, too_many_channels, sample_rate_too_high, decoder_timed_out,
-        decoder_crashed. Raises TimeoutError when no process was free in time, StepError when closed.
+        One window of at most `recipe.clip_seconds`, equal to `log_mel(decode(data, recipe), …)`, or, of a longer sound, as few windows of
+        that length as hear all of it. Raises AudioError: the reasons of `decode`, and too_long, too_many_channels, sample_rate_too_high,
+        decoder_timed_out, decoder_crashed. Raises TimeoutError when no process was free in time, StepError when closed.
         """
         while (process := self._take()).is_dead:  # something outside ended it, and no file is to blame
             self._give_back(process, False)

@@ -1,4 +1,4 @@
-"""The process that decodes one upload after another: bytes on its standard input, log-mels on its standard output
+"""The process that decodes one upload after another: bytes on its standard input, log-mels on its standard output.
 
 Started by `htcl_ray.audio.isolated`; ends when its standard input does. Messages are a length (8 bytes, big endian) and that many bytes.
 First comes the configuration as JSON, answered by an empty message once everything is loaded. Then each file is answered by a JSON
@@ -16,7 +16,6 @@ import math
 import os
 import pkgutil
 import resource
-import sys
 from typing import IO, Any
 
 import numpy as np
@@ -138,4 +137,4 @@ def _json(**fields: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
