@@ -1,4 +1,4 @@
-"""Every failure as one shape, {"error": {"code", "message"}}, with its HTTP status."""
+"""Which HTTP status every error is answered with."""
 
 from __future__ import annotations
 
@@ -15,16 +15,8 @@ from starlette.requests import Request
 
 from htcl_ray.errors import AudioError, HtclError, QueryError, SongNotFoundError
 from htcl_ray.schemas import Reason
+from htcl_ray.serving.answers import failure
 
-CODES = {
-    400: "bad_request",
-    404: "not_found",
-    405: "method_not_allowed",
-    413: "too_large",
-    415: "unsupported_audio",
-    422: "invalid_request",
-    503: "unavailable",
-}
 STATUS = {SongNotFoundError: (404, "song_not_found"), QueryError: (422, "invalid_query")}
 """Status and code of our own errors; the first class that fits counts. AudioError depends on its reason."""
 AUDIO_STATUS = {
@@ -35,12 +27,6 @@ AUDIO_STATUS = {
     Reason.TOO_LONG: 413,
 }
 """Of sound that can be decoded and is refused all the same; what cannot be decoded, or ends or stalls the decoder, is 415."""
-
-
-def failure(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The response of a failure."""
-    body = {"error": {"code": code or CODES.get(status, "error"), "message": message}}
-    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def install(app: FastAPI) -> None:

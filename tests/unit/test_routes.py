@@ -270,7 +270,8 @@ def test_errors_from_another_replica_keep_their_meaning(client: Client):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"])
-def test_hosts_that_are_allowed(host: str):
+def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTCL_API_KEYS", '[{"name": "a", "key": "0123456789abcdef", "scopes": ["read"]}]')
     client = Client(ServeSettings(host="192.0.2.7", allowed_hosts=("Music.example",)))
     assert client("GET", "/healthz", headers={"host": host}).status_code == 200
 
