@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from htcl_ray.serving.answers import HEADERS
+from htcl_ray.serving.answers import HEADERS, failure
 from htcl_ray.serving.guard import MAX_JSON_BYTES, MAX_JSON_DEPTH, nesting
 from htcl_ray.settings import ServeSettings
 from tests.unit.test_routes import Client, assert_failure
@@ -149,7 +149,7 @@ HOSTILE = [
     b'{"a":' * (MAX_JSON_BYTES // 5),
     b"[{}," * (MAX_JSON_BYTES // 4),
     b"[]," * (MAX_JSON_BYTES // 3),
-    b'"",' * (MAX_JSON_BYTES // 3) + b"[" * 40,
+    b'"",' * (MAX_JSON_BYTES // 3 - 20) + b"[" * 40,
     b'"' + b"\\" * (MAX_JSON_BYTES - 50) + b"[" * 40,
     b"[" * 40 + b'"' + b"\\\\" * (MAX_JSON_BYTES // 2 - 50),
     b"[" * 40 + b'"\\' * (MAX_JSON_BYTES // 2 - 50),
@@ -166,7 +166,7 @@ def test_hostile_json_is_400_quickly_and_in_bounded_memory(client: Client, body:
     tracemalloc.stop()
     assert_failure(response, 400, response.json()["error"]["code"])
     assert seconds < 3
-    assert peak < 60 * MAX_JSON_BYTES
+    assert peak < 40 * MAX_JSON_BYTES
 
 
 def test_the_limit_of_nesting(client: Client):
@@ -189,9 +189,9 @@ def test_numbers_that_are_none(client: Client, content: bytes):
     assert_failure(client("POST", "/v1/search", content=content, headers=JSON), 422, "invalid_request")
 
 
-def test_names_that_cannot_be_sent_back(client: Client):
-    response = client("POST", "/v1/search", content=b'{"text": "a", "\\ud800": 1}', headers=JSON)
-    assert_failure(response, 422, "invalid_request", "ud800")
+def test_text_that_cannot_be_sent_back():
+    """Half a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    assert json.loads(failure(404, "no song '\ud800'").body)["error"]["message"] == "no song '\\ud800'"
 
 
 def multipart(*parts: bytes, end: bytes = b"\r\n--x--\r\n") -> dict[str, Any]:
@@ -211,7 +211,7 @@ class TestMultipart:
         [
             (multipart(*[FIELD] * 2_000), 400),
             (multipart(*[FILE % b"a"] * 2_000), 400),
-            (multipart(FILE % b"a", end=b""), 400),
+            (multipart(FILE % b"a", end=b""), 422),
             (multipart(FILE % (b"a" * 50_000)), 400),
             (multipart(b"X: " + b"y" * 60_000 + b"\r\n" + FIELD), 400),
             (multipart(*[b"X: y\r\n" * 100 + FIELD]), 400),
