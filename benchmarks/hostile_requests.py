@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -149,7 +150,7 @@ def handmade() -> Iterator[Request]:
 
 def hostile_files() -> Iterator[tuple[str, bytes]]:
     """Audio that swells or lies."""
-    silence = _encoded(np.zeros(16_000 * 3_600, dtype=np.float32), "FLAC")
+    silence = _hour_of_silence()
     yield "an hour of silence in little FLAC", silence
     yield "FLAC of an hour that leaves its length open", with_declared_samples(silence, 0)
     yield "FLAC of an hour that declares a second", with_declared_samples(silence, 16_000)
@@ -240,6 +241,11 @@ def with_declared_samples(flac: bytes, samples: int) -> bytes:
     info[21] = info[21] & 0xF0 | samples >> 32
     info[22:26] = struct.pack(">I", samples & 0xFFFFFFFF)
     return bytes(info)
+
+
+@functools.cache
+def _hour_of_silence() -> bytes:
+    return _encoded(np.zeros(16_000 * 3_600, dtype=np.float32), "FLAC")
 
 
 def _encoded(samples: np.ndarray, format: str) -> bytes:

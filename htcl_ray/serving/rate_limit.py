@@ -46,7 +46,7 @@ class TokenBuckets:
 
 
 class RateLimit:
-    """ASGI middleware: 429 with Retry-After to who calls too often. Behind a proxy that does not tell, all without key are one client."""
+    """ASGI middleware: 429 with Retry-After to who calls too often. Behind a proxy, all without a key come from its address: one client."""
 
     def __init__(self, app: ASGIApp, buckets: TokenBuckets) -> None:
         self._app = app
