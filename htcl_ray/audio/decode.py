@@ -35,6 +35,8 @@ BLOCK_SAMPLES = 1 << 16
 REMOTE_READ_BYTES = 1 << 20
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 """In Hz. A header may claim anything; the decoder's memory and time must not follow it."""
+UNKNOWN_FRAMES = 1 << 62
+"""libsndfile says about 2⁶³ for a header that leaves the length open."""
 LARGEST_SAMPLE = 1e6
 """Full scale is 1. Float files with values beyond this are damaged, and their power would overflow: such samples count as not finite."""
 
@@ -67,9 +69,32 @@ _SIGNATURES = (
     _Format(0, b"\xff\xfb", "mp3", "MP3", needs_ffmpeg=False),
 )
 
+_GUESSED_DURATION = ("aac", "mp3")
+"""Demuxers of streams that declare no duration: FFmpeg's is a guess from the first frame's bit rate."""
 
-def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe) -> FloatArray:
+
+class Limits(NamedTuple):
+    """What an upload may be: neither what its header declares nor what is decoded of it may be more."""
+
+    seconds: float
+    channels: int
+    sample_rate: int
+    """In Hz."""
+
+    def check(self, sound: _Sound) -> None:
+        """Raise AudioError when the header declares more."""
+        if sound.channels > self.channels:
+            raise AudioError(Reason.TOO_MANY_CHANNELS, f"it has {sound.channels} channels; expected at most {self.channels}")
+        if sound.rate > self.sample_rate:
+            raise AudioError(Reason.SAMPLE_RATE_TOO_HIGH, f"its sample rate is {sound.rate} Hz; expected at most {self.sample_rate}")
+        if sound.seconds is not None and sound.seconds > self.seconds:
+            raise AudioError(Reason.TOO_LONG, f"its header declares {sound.seconds:,.0f} s of sound; expected at most {self.seconds:g}")
+
+
+def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> FloatArray:
     """The first `recipe.clip_seconds` of an audio file as mono float32 [samples] at `recipe.sample_rate`; full scale is ±1.
+
+    With `limits` the whole sound instead; more than they allow is too_long, too_many_channels or sample_rate_too_high.
 
     `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are averaged, then
     resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError, and nothing else, for anything that cannot be
@@ -81,21 +106,34 @@ def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioReci
         if not head:
             raise AudioError(Reason.AUDIO_EMPTY, "the file is empty (0 bytes)")
         path = getattr(file, "name", None) if isinstance(file, io.BufferedReader) else None
-        waveform, failure = _Waveform(recipe), ""
+        waveform, failure = _Waveform(recipe, limits), ""
         try:
-            waveform.fill(*_read_sndfile(path if isinstance(path, str) else file))  # from a path, it also tries what the name says
+            waveform.fill(_read_sndfile(path if isinstance(path, str) else file))  # from a path, it also tries what the name says
+        except AudioError:  # beyond the limits
+            raise
         except Exception as error:  # on broken files: RuntimeError, ValueError, TypeError, MemoryError, …
             failure = f"libsndfile: {_one_line(error)}"
         if failure and waveform.seconds < recipe.min_seconds:
-            waveform = _decode_with_ffmpeg(file, head, recipe, failure)
+            waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits), failure)
     return waveform.finish()
 
 
-class _Waveform:
-    """Collects decoded blocks as mono audio at the recipe's rate, up to the length of a clip."""
+class _Sound(NamedTuple):
+    """An opened file: what its header declares, and its blocks of [frames, channels] as they are decoded."""
 
-    def __init__(self, recipe: AudioRecipe) -> None:
+    rate: int
+    channels: int
+    seconds: float | None
+    """None when the header does not tell."""
+    blocks: Iterator[FloatArray]
+
+
+class _Waveform:
+    """Collects decoded blocks as mono audio at the recipe's rate, up to the length of a clip or to the limits."""
+
+    def __init__(self, recipe: AudioRecipe, limits: Limits | None) -> None:
         self.recipe = recipe
+        self.limits = limits
         self.rate = 0
         self.frames = 0
         self.finite = 0
@@ -106,18 +144,23 @@ class _Waveform:
     def seconds(self) -> float:
         return self.frames / self.rate if self.rate else 0.0
 
-    def fill(self, rate: int, blocks: Iterator[FloatArray]) -> None:
-        """Take blocks of [frames, channels] until the clip is full or they end."""
+    def fill(self, sound: _Sound) -> None:
+        """Take blocks until the clip is full or they end. Raises AudioError for more than the limits."""
+        if self.limits:
+            self.limits.check(sound)
+        rate = sound.rate
         if not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise ValueError(f"the sample rate is {rate} Hz; expected {LOWEST_RATE} to {HIGHEST_RATE}")
         self.rate = rate
         if rate != self.recipe.sample_rate:
             self.resampler = soxr.ResampleStream(rate, self.recipe.sample_rate, 1, dtype="float32", quality="HQ")
-        wanted = int(np.ceil(self.recipe.clip_seconds * rate))
-        for block in blocks:
+        wanted = int(np.ceil((self.limits.seconds if self.limits else self.recipe.clip_seconds) * rate))
+        for block in sound.blocks:
+            if self.limits and self.frames + len(block) > wanted:
+                raise AudioError(Reason.TOO_LONG, f"it holds more than {self.limits.seconds:g} s of sound; expected at most that")
             if len(block):
                 self._add(block[: wanted - self.frames])
-            if self.frames >= wanted:
+            if self.frames >= wanted and not self.limits:
                 return
 
     def _add(self, block: FloatArray) -> None:
@@ -140,7 +183,7 @@ class _Waveform:
             raise AudioError(Reason.NOT_FINITE, "no sample is a finite number")
         if self.resampler:
             self.parts.append(self.resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-        return np.concatenate(self.parts)[: self.recipe.max_samples]
+        return np.concatenate(self.parts)[: None if self.limits else self.recipe.max_samples]
 
 
 @contextlib.contextmanager
@@ -170,7 +213,7 @@ def _opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[b
         yield file
 
 
-def _read_sndfile(file: str | IO[bytes]) -> tuple[int, Iterator[FloatArray]]:
+def _read_sndfile(file: str | IO[bytes]) -> _Sound:
     sound = soundfile.SoundFile(file)
 
     def blocks() -> Iterator[FloatArray]:
@@ -181,11 +224,12 @@ def _read_sndfile(file: str | IO[bytes]) -> tuple[int, Iterator[FloatArray]]:
                 return
             yield block
 
-    return sound.samplerate, blocks()
+    seconds = sound.frames / sound.samplerate if 0 <= sound.frames < UNKNOWN_FRAMES and sound.samplerate else None
+    return _Sound(sound.samplerate, sound.channels, seconds, blocks())
 
 
-def _decode_with_ffmpeg(file: IO[bytes], head: bytes, recipe: AudioRecipe, failure: str) -> _Waveform:
-    """What FFmpeg makes of a file that libsndfile refused; `failure` is libsndfile's own complaint."""
+def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failure: str) -> _Waveform:
+    """`waveform`, filled with what FFmpeg makes of a file that libsndfile refused; `failure` is libsndfile's own complaint."""
     found = next((format for format in _SIGNATURES if head[format.offset :].startswith(format.signature)), None)
     if found is None:
         raise AudioError(Reason.UNDECODABLE, failure)
@@ -195,18 +239,19 @@ def _decode_with_ffmpeg(file: IO[bytes], head: bytes, recipe: AudioRecipe, failu
         if not found.needs_ffmpeg:
             raise AudioError(Reason.UNDECODABLE, failure) from None
         raise AudioError(Reason.DECODER_MISSING, f"{found.name} needs FFmpeg: pip install 'htcl-ray[ffmpeg]'") from None
-    waveform = _Waveform(recipe)
     try:
         file.seek(0)
         with av.open(file, format=found.demuxer) as container:
-            waveform.fill(*_read_ffmpeg(container))
+            waveform.fill(_read_ffmpeg(container, trust_duration=found.demuxer not in _GUESSED_DURATION))
+    except AudioError:  # beyond the limits
+        raise
     except Exception as error:  # FFmpeg's own errors, and whatever PyAV raises on a broken file
-        if waveform.seconds < recipe.min_seconds:
+        if waveform.seconds < waveform.recipe.min_seconds:
             raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {_one_line(error)}") from None
     return waveform
 
 
-def _read_ffmpeg(container: Any) -> tuple[int, Iterator[FloatArray]]:
+def _read_ffmpeg(container: Any, trust_duration: bool) -> _Sound:
     import av
 
     # Interleaved, because PyAV counts a ninth plane in planar frames of 8 channels, and reading that one ends the process.
@@ -225,7 +270,9 @@ def _read_ffmpeg(container: Any) -> tuple[int, Iterator[FloatArray]]:
     first = next(rest, None)  # its rate is true; the container's is a claim
     if first is None:
         raise ValueError("no audio found")
-    return first.sample_rate, (_as_rows(frame) for frame in itertools.chain([first], rest))
+    seconds = container.duration / av.time_base if trust_duration and container.duration else None
+    blocks = (_as_rows(frame) for frame in itertools.chain([first], rest))
+    return _Sound(first.sample_rate, first.layout.nb_channels, seconds, blocks)
 
 
 def _as_rows(frame: Any) -> FloatArray:

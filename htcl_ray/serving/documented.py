@@ -15,9 +15,11 @@ def _failures(**descriptions: str) -> Responses:
 
 EVERYWHERE = _failures(
     _400="Malformed body, or a Host that is not allowed",
+    _401="An API key is needed, is not known, or lacks the scope",
     _413="Body too large",
     _422="A value that cannot be used",
-    _503="The encoder cannot answer now",
+    _429="Too many requests; Retry-After tells when there may be more",
+    _503="No answer now, or not in time; Retry-After tells when to try again",
 )
 NOT_FOUND = _failures(_404="No such song in the index")
 UNSUPPORTED = _failures(_415="The file is not audio that can be decoded")

@@ -1,4 +1,4 @@
-"""Every failure as one shape, {"error": {"code", "message"}}, with its HTTP status."""
+"""Which HTTP status every error is answered with."""
 
 from __future__ import annotations
 
@@ -15,25 +15,18 @@ from starlette.requests import Request
 
 from htcl_ray.errors import AudioError, HtclError, QueryError, SongNotFoundError
 from htcl_ray.schemas import Reason
+from htcl_ray.serving.answers import failure
 
-CODES = {
-    400: "bad_request",
-    404: "not_found",
-    405: "method_not_allowed",
-    413: "too_large",
-    415: "unsupported_audio",
-    422: "invalid_request",
-    503: "unavailable",
-}
 STATUS = {SongNotFoundError: (404, "song_not_found"), QueryError: (422, "invalid_query")}
 """Status and code of our own errors; the first class that fits counts. AudioError depends on its reason."""
-READABLE_BUT_UNUSABLE = (Reason.TOO_SHORT, Reason.NOT_FINITE)
-
-
-def failure(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The response of a failure."""
-    body = {"error": {"code": code or CODES.get(status, "error"), "message": message}}
-    return JSONResponse(body, status_code=status, headers=headers)
+AUDIO_STATUS = {
+    Reason.TOO_SHORT: 422,
+    Reason.NOT_FINITE: 422,
+    Reason.TOO_MANY_CHANNELS: 422,
+    Reason.SAMPLE_RATE_TOO_HIGH: 422,
+    Reason.TOO_LONG: 413,
+}
+"""Of sound that can be decoded and is refused all the same; what cannot be decoded, or ends or stalls the decoder, is 415."""
 
 
 def install(app: FastAPI) -> None:
@@ -65,8 +58,7 @@ def _http(request: Request, error: Any) -> JSONResponse:
 
 def _ours(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, AudioError):
-        status = 422 if error.reason in READABLE_BUT_UNUSABLE else 415
-        return failure(status, f"the audio cannot be used: {error.detail}", str(error.reason))
+        return failure(AUDIO_STATUS.get(error.reason, 415), f"the audio cannot be used: {error.detail}", str(error.reason))
     for kind, (status, code) in STATUS.items():
         if isinstance(error, kind):
             return failure(status, str(error), code)

@@ -162,16 +162,16 @@ def test_a_truncated_file_keeps_what_there_is() -> None:
 
 @pytest.mark.parametrize(("seconds", "kept"), [(0.05, False), (0.5, True)])
 def test_an_error_in_the_middle_keeps_what_came_before_it(seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(file: object) -> tuple[int, Iterator[np.ndarray]]:
+    module = importlib.import_module("htcl_ray.audio.decode")  # the package exports a function of that name
+
+    def broken(file: object) -> object:
         def blocks() -> Iterator[np.ndarray]:
             yield tone(seconds, 16000)
             raise RuntimeError("bad frame")
 
-        return 16000, blocks()
+        return module._Sound(16000, 1, None, blocks())
 
-    monkeypatch.setattr(
-        importlib.import_module("htcl_ray.audio.decode"), "_read_sndfile", broken
-    )  # the package exports a function of that name
+    monkeypatch.setattr(module, "_read_sndfile", broken)
     if kept:
         np.testing.assert_array_equal(decode(b"RIFF", RECIPE), tone(seconds, 16000)[:, 0])
     else:

@@ -223,7 +223,8 @@ def test_bad_uploads(client: Client):
 @pytest.mark.parametrize("reason", list(Reason))
 def test_audio_that_cannot_be_used(client: Client, reason: Reason):
     client.backend.error = AudioError(reason, "what was found")
-    status = 422 if reason in (Reason.TOO_SHORT, Reason.NOT_FINITE) else 415
+    unusable = (Reason.TOO_SHORT, Reason.NOT_FINITE, Reason.TOO_MANY_CHANNELS, Reason.SAMPLE_RATE_TOO_HIGH)
+    status = 422 if reason in unusable else 413 if reason is Reason.TOO_LONG else 415
     assert_failure(client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "what was found")
 
 
@@ -269,7 +270,8 @@ def test_errors_from_another_replica_keep_their_meaning(client: Client):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"])
-def test_hosts_that_are_allowed(host: str):
+def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTCL_API_KEYS", '[{"name": "a", "key": "0123456789abcdef", "scopes": ["read"]}]')
     client = Client(ServeSettings(host="192.0.2.7", allowed_hosts=("Music.example",)))
     assert client("GET", "/healthz", headers={"host": host}).status_code == 200
 

@@ -1,0 +1,243 @@
+"""Token buckets, requests at a time, and the deadline of one."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from hypothesis import given
+from hypothesis import strategies as st
+
+from htcl_ray.serving.admission import Admission
+from htcl_ray.serving.keys import Key
+from htcl_ray.serving.rate_limit import RateLimit, TokenBuckets, client_of
+
+pytestmark = pytest.mark.unit
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    rate=st.sampled_from([0.5, 1.0, 4.0, 8.0]),
+    burst=st.integers(1, 5),
+    steps=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 64)), max_size=60),
+)
+def test_equals_buckets_that_are_filled_step_by_step(rate: float, burst: int, steps: list[tuple[str, int]]):
+    """Sixteenths of a second and rates of two, so that the naive buckets are exact."""
+    clock = Clock()
+    buckets = TokenBuckets(rate, burst, clock=clock)
+    naive = {"a": float(burst), "b": float(burst)}
+    for client, sixteenths in steps:
+        clock.now += sixteenths / 16
+        naive = {name: min(burst, tokens + rate * sixteenths / 16) for name, tokens in naive.items()}
+        wait = buckets.take(client)
+        if naive[client] >= 1:
+            assert wait == 0
+            naive[client] -= 1
+        else:
+            assert wait == pytest.approx((1 - naive[client]) / rate)
+
+
+def test_waiting_as_long_as_it_says_is_enough_and_less_is_not():
+    clock = Clock()
+    buckets = TokenBuckets(3, 2, clock=clock)
+    assert [buckets.take("a") for _ in range(2)] == [0, 0]
+    wait = buckets.take("a")
+    assert wait == pytest.approx(1 / 3)
+    clock.now += wait * 0.99
+    assert buckets.take("a") > 0
+    clock.now += wait * 0.0101
+    assert buckets.take("a") == 0
+
+
+def test_clients_beyond_the_size_are_forgotten_the_longest_silent_first():
+    clock = Clock()
+    buckets = TokenBuckets(0.001, 1, size=100, clock=clock)
+    for number in range(1_000):
+        assert buckets.take(f"client {number}") == 0
+        assert len(buckets) <= 100
+    assert buckets.take("client 950") > 0
+    assert buckets.take("client 0") == 0
+
+
+@pytest.mark.parametrize(
+    ("client", "expected"),
+    [
+        (("192.0.2.1", 5), "address 192.0.2.1"),
+        (("::ffff:192.0.2.1", 5), "address 192.0.2.1"),
+        (("2001:db8::1", 5), "address 2001:db8::"),
+        (("2001:db8::ffff:0:0:1", 5), "address 2001:db8::"),
+        (("2001:db8:0:1::1", 5), "address 2001:db8:0:1::"),
+        (("fe80::1%eth0", 5), "address fe80::"),
+        (("testclient", 5), "address testclient"),
+        (None, "address unknown"),
+    ],
+)
+def test_who_a_client_is(client: Any, expected: str):
+    assert client_of({"client": client}) == expected
+    assert client_of({"client": client, "state": {"key": Key("app", frozenset(), b"")}}) == "key app"
+
+
+def send(app: Any, method: str = "GET", path: str = "/", **options: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(ask())
+
+
+def assert_refused(response: httpx.Response, status: int, code: str) -> None:
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"code", "message"}
+    assert response.json()["error"]["code"] == code
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def fast_app() -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/{path:path}")
+    async def answer(path: str) -> dict[str, str]:
+        return {}
+
+    return app
+
+
+def test_too_often_is_429_with_the_whole_seconds_to_wait():
+    clock = Clock()
+    app = fast_app()
+    app.add_middleware(RateLimit, buckets=TokenBuckets(0.4, 3, clock=clock))
+    assert [send(app).status_code for _ in range(3)] == [200] * 3
+    response = send(app)
+    assert_refused(response, 429, "rate_limited")
+    assert response.headers["retry-after"] == str(math.ceil(1 / 0.4))
+    clock.now += 3
+    assert send(app).status_code == 200
+    assert send(app).status_code == 429
+    for probe in ("/healthz", "/readyz"):
+        assert send(app, path=probe).status_code == 200
+
+
+class Gate:
+    """An application whose answers wait until it is opened, and which knows what became of each request."""
+
+    def __init__(self, most: int = 2, seconds: float = 30.0) -> None:
+        self.open = asyncio.Event()
+        self.cancelled = 0
+        self.read = 0
+        app = FastAPI()
+
+        @app.get("/healthz")
+        async def healthz() -> dict[str, str]:
+            return {}
+
+        @app.get("/wait")
+        async def wait() -> dict[str, str]:
+            try:
+                await self.open.wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            return {}
+
+        @app.get("/thread")
+        async def thread() -> dict[str, str]:
+            await run_in_threadpool(time.sleep, 1.0)
+            return {}
+
+        @app.get("/timeout")
+        async def timeout() -> dict[str, str]:
+            raise TimeoutError("its own")
+
+        @app.post("/body")
+        async def body(request: Request) -> dict[str, int]:
+            return {"read": len(await request.body())}
+
+        app.add_middleware(Admission, most=most, seconds=seconds)
+        self.app = app
+
+
+def test_more_requests_than_it_takes_are_429_at_once_and_probes_are_not():
+    async def scene() -> None:
+        gate = Gate(most=2)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
+            for _ in range(2):  # twice, so that places are given back
+                inside = [asyncio.create_task(client.get("/wait")) for _ in range(2)]
+                await asyncio.sleep(0.05)
+                for _ in range(3):
+                    assert_refused(await client.get("/wait"), 429, "overloaded")
+                assert (await client.get("/healthz")).status_code == 200
+                gate.open.set()
+                assert [response.status_code for response in await asyncio.gather(*inside)] == [200, 200]
+                gate.open.clear()
+
+    asyncio.run(scene())
+
+
+def test_a_request_that_takes_too_long_is_503_and_cancelled():
+    async def scene() -> None:
+        gate = Gate(seconds=0.1, most=1)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
+            for number in (1, 2):  # the place is given back
+                assert_refused(await client.get("/wait"), 503, "deadline_exceeded")
+                assert gate.cancelled == number
+
+    started = time.monotonic()
+    asyncio.run(scene())
+    assert time.monotonic() - started < 2
+
+
+def test_a_thread_does_not_hold_up_the_deadline():
+    async def scene() -> float:
+        gate = Gate(seconds=0.1)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
+            started = time.monotonic()
+            assert_refused(await client.get("/thread"), 503, "deadline_exceeded")
+            return time.monotonic() - started
+
+    assert asyncio.run(scene()) < 0.8
+
+
+def test_a_body_that_drips_counts_too():
+    async def drip() -> AsyncIterator[bytes]:
+        for _ in range(1_000):
+            yield b"x"
+            await asyncio.sleep(0.02)
+
+    started = time.monotonic()
+    assert_refused(send(Gate(seconds=0.2).app, "POST", "/body", content=drip()), 503, "deadline_exceeded")
+    assert time.monotonic() - started < 2
+
+
+def test_a_timeout_of_the_application_is_its_own():
+    with pytest.raises(TimeoutError, match="its own"):
+        send(Gate().app, path="/timeout")
+
+
+def test_an_answer_that_has_begun_is_cut_off_not_mixed():
+    sent: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(5)
+
+    async def collect(message: Any) -> None:
+        sent.append(message)
+
+    middleware = Admission(inner, 1, 0.05)
+    with pytest.raises(TimeoutError):
+        asyncio.run(middleware({"type": "http", "path": "/", "headers": []}, None, collect))  # type: ignore[arg-type]
+    assert [message["type"] for message in sent] == ["http.response.start"]
