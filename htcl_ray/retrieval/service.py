@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
@@ -11,10 +11,15 @@ import numpy as np
 from htcl_ray import artifacts
 from htcl_ray.audio import decode
 from htcl_ray.config import Config
-from htcl_ray.errors import QueryError
+from htcl_ray.errors import QueryError, SongNotFoundError
+from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.index_folder import check_fits
+from htcl_ray.retrieval.profiles import HALF_LIFE_DAYS, Heard, decayed_weights, profile, rocchio
 from htcl_ray.retrieval.ranking import Hit
+from htcl_ray.retrieval.shared_tags import TAG_COLUMNS, shared_with_songs, shared_with_text, tags_of
+from htcl_ray.retrieval.song_columns import LatestColumns, SongColumns
+from htcl_ray.retrieval.variety import varied_search
 from htcl_ray.retrieval.vectors import Vectors, unit_norm
 from htcl_ray.schemas import METADATA
 from htcl_ray.storage import Workspace
@@ -25,6 +30,26 @@ if TYPE_CHECKING:
 
 MAX_K = 1000
 DEFAULT_K = 10
+MAX_TEXT_LENGTH = 10_000
+SHOWN = ("song_id", *(name for name in METADATA.names if name != "lyrics"))
+"""Columns of an answer's songs."""
+
+Shared = Callable[[dict[str, Any]], list[str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a question is to be answered."""
+
+    k: int = DEFAULT_K
+    """Songs wanted: 1 to 1,000."""
+    blend: float | None = None
+    """0 semantic to 1 preference; None: 0.5, or 0 without stage 2."""
+    filter: Filter | None = None
+    max_per_artist: int | None = None
+    """Songs without an artist are not counted together."""
+    collapse_duplicates: bool = True
+    """Of songs that preprocessing found to be the same recording only the best is returned, and none that is the same as a seed."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +58,28 @@ class Answer:
 
     hits: list[Hit]
     metadata: list[dict[str, Any]]
-    """Of each hit: the columns of `schemas.METADATA`."""
+    """Of each hit: `SHOWN`."""
     k: int
     blend: float
+    shared_tags: list[list[str]] = field(default_factory=list)
+    """Of each hit: its tags, genres and moods that the question has as well."""
+    unknown_song_ids: list[str] = field(default_factory=list)
+    """Songs of a history that the index does not hold."""
 
 
 class SearchService:
     """Answers from one index. Words and audio need an encoder; songs and vectors do not.
 
-    All questions take `k` (1 to 1,000) and `blend` (0 semantic to 1 preference; default 0.5, or 0 without stage 2) and raise
-    QueryError for values that cannot be used.
+    All questions take the fields of `Options` as keywords and raise QueryError for values that cannot be used. An answer comes from the
+    index as it was at one moment.
     """
 
     def __init__(self, index: SongIndex, encoder: SongEncoder | None = None) -> None:
         if encoder is not None:
             check_fits(index.describe(), "given", dim=encoder.dim, model_versions=encoder.model_versions)
         self.index = index
-        self._encoder = encoder
+        self.encoder = encoder
+        self._columns = LatestColumns()
 
     @classmethod
     def open(cls, config: Config, index: str | None = None, *, encoder: bool = True) -> Self:
@@ -66,65 +96,135 @@ class SearchService:
         loaded = SongIndex.load(workspace.local_copy(artifact.path))
         return cls(loaded, _load_encoder(workspace, models) if encoder else None)
 
-    def search_text(self, text: str, *, k: int = DEFAULT_K, blend: float | None = None) -> Answer:
+    def search_text(self, text: str, **options: Any) -> Answer:
         """Songs that words describe."""
-        blend = self.check(k, blend)
-        return self.search(self._need_encoder().encode_texts([check_text(text)]), k=k, blend=blend)
+        chosen = Options(**options)
+        self.check(chosen)
+        return self.search_encoded_text(text, self._need_encoder().encode_texts([check_text(text)]), **options)
 
-    def search_audio(self, source: str | bytes | BinaryIO, *, k: int = DEFAULT_K, blend: float | None = None) -> Answer:
+    def search_encoded_text(self, text: str, query: Vectors, **options: Any) -> Answer:
+        """Songs near the vectors of words that were encoded elsewhere."""
+        return self._answer(self.index.snapshot(), query, Options(**options), shared=lambda song: shared_with_text(song, text))
+
+    def search_audio(self, source: str | bytes | BinaryIO, **options: Any) -> Answer:
         """Songs that sound like a recording: a path, a file's bytes or a file object. Raises AudioError."""
-        blend = self.check(k, blend)
+        self.check(Options(**options))
         encoder = self._need_encoder()
-        return self.search(encoder.encode_waveforms([decode(source, encoder.recipe)]), k=k, blend=blend)
+        return self.search(encoder.encode_waveforms([decode(source, encoder.recipe)]), **options)
 
-    def search_songs(self, song_ids: Sequence[str], *, k: int = DEFAULT_K, blend: float | None = None) -> Answer:
-        """Songs like the mean of these, which are left out themselves. Raises SongNotFoundError."""
+    def search_songs(self, song_ids: Sequence[str], negative_song_ids: Sequence[str] = (), **options: Any) -> Answer:
+        """Songs like the mean of these and unlike the mean of the negatives (`profiles.rocchio`); all of them are left out.
+
+        Raises SongNotFoundError.
+        """
         if not song_ids:
             raise QueryError("there is no song id; expected at least one")
-        stored = self.index.vectors_of(song_ids)
-        preference = None if stored.preference is None else stored.preference.mean(axis=0, keepdims=True)
-        return self.search(Vectors(stored.semantic.mean(axis=0, keepdims=True), preference), k=k, blend=blend, exclude=song_ids)
+        index = self.index.snapshot()
+        negatives = index.vectors_of(negative_song_ids) if negative_song_ids else None
+        query = rocchio(index.vectors_of(song_ids), negatives)
+        return self._answer(
+            index, query, Options(**options), exclude=(*song_ids, *negative_song_ids), shared=_like_songs(self, index, song_ids)
+        )
 
-    def search_vector(self, vector: Sequence[float], *, k: int = DEFAULT_K, blend: float | None = None) -> Answer:
+    def search_vector(self, vector: Sequence[float], **options: Any) -> Answer:
         """Songs near a vector of 2·dim numbers [semantic ; preference], or dim without stage 2; halves may have any length."""
-        dim = self.index.dim
-        expected = 2 * dim if self.index.has_preference else dim
+        index = self.index.snapshot()
+        dim = index.dim
+        expected = 2 * dim if index.has_preference else dim
         given = np.asarray(vector, dtype=np.float64)
         if given.shape != (expected,):
-            layout = f"2 × {dim}, [semantic ; preference]" if self.index.has_preference else f"{dim}, the index has no preference vectors"
+            layout = f"2 × {dim}, [semantic ; preference]" if index.has_preference else f"{dim}, the index has no preference vectors"
             raise QueryError(f"the vector has {given.size} numbers; expected {expected} ({layout})")
         halves = given.reshape(-1, 1, dim)
-        return self.search(Vectors(halves[0], halves[1] if self.index.has_preference else None), k=k, blend=blend)
+        return self._answer(index, Vectors(halves[0], halves[1] if index.has_preference else None), Options(**options))
 
-    def search(self, query: Vectors, *, k: int = DEFAULT_K, blend: float | None = None, exclude: Collection[str] = ()) -> Answer:
+    def recommend(self, history: Sequence[Heard], *, half_life_days: float = HALF_LIFE_DAYS, **options: Any) -> Answer:
+        """Songs for a listener that are not in the history: near its weighted mean, of which what was heard long ago is less.
+
+        Songs that the index does not hold are named in the answer. Raises SongNotFoundError when it holds none of them.
+        """
+        index = self.index.snapshot()
+        known = [heard for heard in history if heard.song_id in index]
+        if not known:
+            raise SongNotFoundError(f"none of the {len(history)} songs of the history is in the index; expected one at least")
+        ids = [heard.song_id for heard in known]
+        query = profile(index.vectors_of(ids), decayed_weights(known, half_life_days))
+        liked = [heard.song_id for heard in known if heard.weight > 0]
+        unknown = list(dict.fromkeys(heard.song_id for heard in history if heard.song_id not in index))
+        return self._answer(index, query, Options(**options), exclude=ids, shared=_like_songs(self, index, liked), unknown=unknown)
+
+    def search(self, query: Vectors, *, exclude: Collection[str] = (), **options: Any) -> Answer:
         """Songs near one row of vectors, `exclude` left out."""
-        blend = self.check(k, blend)
-        unit = Vectors(unit_norm(query.semantic), None if query.preference is None else unit_norm(query.preference))
-        hits = self.index.search(unit, k, blend=blend, exclude=[exclude])[0]
-        return Answer(hits, [self.metadata(hit.song_id) for hit in hits], k, blend)
+        return self._answer(self.index.snapshot(), query, Options(**options), exclude=exclude)
 
     def metadata(self, song_id: str) -> dict[str, Any]:
         """The song's metadata. Raises SongNotFoundError."""
         row = self.index.metadata_of(song_id)
         return {name: row[name] for name in METADATA.names}
 
-    def check(self, k: int, blend: float | None) -> float:
-        """The blend to use. Raises QueryError for a `k` or blend that cannot be used, before anything is encoded."""
-        if not 1 <= k <= MAX_K:
-            raise QueryError(f"k is {k}; expected 1 to {MAX_K}")
-        return self.index.check_blend(blend)
+    def check(self, options: Options) -> float:
+        """The blend to use. Raises QueryError for options that cannot be used, before anything is encoded."""
+        return _checked(self.index, options)
+
+    def columns(self, index: SongIndex) -> SongColumns:
+        """Those of the snapshot's songs."""
+        return self._columns.of(index.songs)
+
+    def _answer(
+        self,
+        index: SongIndex,
+        query: Vectors,
+        options: Options,
+        *,
+        exclude: Collection[str] = (),
+        shared: Shared | None = None,
+        unknown: Sequence[str] = (),
+    ) -> Answer:
+        blend = _checked(index, options)
+        unit = Vectors(unit_norm(query.semantic), None if query.preference is None else unit_norm(query.preference))
+        columns = self.columns(index)
+        hits = varied_search(
+            index,
+            columns,
+            unit,
+            options.k,
+            blend=blend,
+            exclude=exclude,
+            allowed=None if options.filter is None else columns.allowed(options.filter),
+            max_per_artist=options.max_per_artist,
+            collapse=options.collapse_duplicates,
+        )
+        found = columns.metadata([index.row_of(hit.song_id) for hit in hits], SHOWN)
+        return Answer(hits, found, options.k, blend, [shared(song) if shared else [] for song in found], list(unknown))
 
     def _need_encoder(self) -> SongEncoder:
-        if self._encoder is None:
+        if self.encoder is None:
             raise QueryError("words and audio need the models; open the service with its encoder")
-        return self._encoder
+        return self.encoder
 
 
 def check_text(text: str) -> str:
-    """The words to search for. Raises QueryError when there are none."""
+    """The words to search for. Raises QueryError when there are none, too many, or characters that are none."""
     if not text.strip():
         raise QueryError("the text is empty; expected words")
+    if len(text) > MAX_TEXT_LENGTH:
+        raise QueryError(f"the text has {len(text)} characters; expected at most {MAX_TEXT_LENGTH}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise QueryError("the text holds half of a surrogate pair, which is no character; expected Unicode text")
     return text
+
+
+def _checked(index: SongIndex, options: Options) -> float:
+    if not 1 <= options.k <= MAX_K:
+        raise QueryError(f"k is {options.k}; expected 1 to {MAX_K}")
+    if options.max_per_artist is not None and options.max_per_artist < 1:
+        raise QueryError(f"max_per_artist is {options.max_per_artist}; expected at least 1")
+    return index.check_blend(options.blend)
+
+
+def _like_songs(service: SearchService, index: SongIndex, song_ids: Sequence[str]) -> Shared:
+    asked = tags_of(service.columns(index).metadata([index.row_of(song_id) for song_id in song_ids], TAG_COLUMNS))
+    return lambda song: shared_with_songs(song, asked)
 
 
 def _load_encoder(workspace: Workspace, models: artifacts.Models) -> SongEncoder:

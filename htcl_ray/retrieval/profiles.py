@@ -1,0 +1,58 @@
+"""Several songs as one query: seeds with negatives, and what a listener heard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from htcl_ray.errors import QueryError
+from htcl_ray.retrieval.vectors import Vectors
+
+NEGATIVE_WEIGHT = 0.5
+DAY_SECONDS = 86_400.0
+HALF_LIFE_DAYS = 30.0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A song of a listener's history. `weight`: how much it was liked, below 0 disliked; `timestamp`: epoch seconds."""
+
+    song_id: str
+    weight: float = 1.0
+    timestamp: float | None = None
+
+
+def rocchio(seeds: Vectors, negatives: Vectors | None) -> Vectors:
+    """One row: mean of the seeds - 0.5 · mean of the negatives, in each space (Rocchio 1971; not normalised)."""
+    query = _weighted(seeds, np.full(len(seeds), 1 / len(seeds)))
+    if negatives is None or not len(negatives):
+        return query
+    away = _weighted(negatives, np.full(len(negatives), NEGATIVE_WEIGHT / len(negatives)))
+    preference = None if query.preference is None or away.preference is None else query.preference - away.preference
+    return Vectors(query.semantic - away.semantic, preference)
+
+
+def decayed_weights(history: Sequence[Heard], half_life_days: float) -> NDArray[np.float64]:
+    """weight · 2^(-age / half life) for each song. Age counts from the newest timestamp of the history; a song without one does not age."""
+    times = np.array([np.nan if heard.timestamp is None else heard.timestamp for heard in history], dtype=np.float64)
+    newest = np.nanmax(times) if not np.isnan(times).all() else 0.0
+    ages = np.nan_to_num((newest - times) / DAY_SECONDS, nan=0.0)
+    with np.errstate(under="ignore"):
+        return np.array([heard.weight for heard in history]) * np.exp2(-ages / half_life_days)
+
+
+def profile(vectors: Vectors, weights: NDArray[np.float64]) -> Vectors:
+    """One row: the weighted sum of the songs. Raises QueryError when nothing has weight."""
+    largest = np.abs(weights).max(initial=0.0)
+    if not largest > 0:
+        raise QueryError("no song of the history has weight; expected one whose weight is not 0")
+    return _weighted(vectors, weights / largest)
+
+
+def _weighted(vectors: Vectors, weights: NDArray[np.float64]) -> Vectors:
+    halves = [None if half is None else (weights @ half.astype(np.float64))[None, :] for half in (vectors.semantic, vectors.preference)]
+    assert halves[0] is not None
+    return Vectors(halves[0], halves[1])
