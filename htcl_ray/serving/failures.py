@@ -13,19 +13,26 @@ from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from htcl_ray.errors import AudioError, HtclError, QueryError, SongNotFoundError
+from htcl_ray.errors import AudioError, HtclError, IndexNotFoundError, IndexRefusedError, QueryError, SongNotFoundError
 from htcl_ray.schemas import Reason
 
 CODES = {
     400: "bad_request",
+    401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",
     415: "unsupported_audio",
     422: "invalid_request",
+    429: "busy",
     503: "unavailable",
 }
-STATUS = {SongNotFoundError: (404, "song_not_found"), QueryError: (422, "invalid_query")}
+STATUS = {
+    SongNotFoundError: (404, "song_not_found"),
+    QueryError: (422, "invalid_query"),
+    IndexNotFoundError: (404, "index_not_found"),
+    IndexRefusedError: (422, "index_refused"),
+}
 """Status and code of our own errors; the first class that fits counts. AudioError depends on its reason."""
 READABLE_BUT_UNUSABLE = (Reason.TOO_SHORT, Reason.NOT_FINITE)
 

@@ -1,4 +1,4 @@
-"""API keys (stand-in)"""
+"""API keys (stand-in)."""
 
 from __future__ import annotations
 

@@ -21,6 +21,6 @@ def create_app(backend: Backend, settings: ServeSettings) -> FastAPI:
     app = FastAPI(title="HTCL music search", version=__version__, responses=EVERYWHERE)
     failures.install(app)
     app.add_middleware(Guard, settings=settings)
-    for router in (search_routes(backend, settings), song_routes(backend), index_routes(backend), operation_routes(backend)):
+    for router in (search_routes(backend, settings), song_routes(backend, settings), index_routes(backend), operation_routes(backend)):
         app.include_router(router)
     return app
