@@ -123,6 +123,14 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _build_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument(
+        "--compact", action="store_true", help="fold the songs that were put in and taken out while it was served into a new index version"
+    )
+    parser.add_argument("--index", metavar="VERSION", help="with --compact: the index to start from (default: the active one)")
+
+
 def _search_flags(parser: argparse.ArgumentParser) -> None:
     _index_flag(parser)
     query = parser.add_mutually_exclusive_group(required=True)
@@ -142,7 +150,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo made in this workspace, and start over")
 
 
-def _step(module: str, function: str, *, takes_model: bool = False) -> Callable[[Config, argparse.Namespace], None]:
+def _step(module: str, function: str, *, argument: str | None = None) -> Callable[[Config, argparse.Namespace], None]:
     def run(config: Config, options: argparse.Namespace) -> None:
         import importlib
 
@@ -152,7 +160,7 @@ def _step(module: str, function: str, *, takes_model: bool = False) -> Callable[
         refuse_relative_workspace(config)
         Workspace(config.workspace).check_writable()
         step = getattr(importlib.import_module(module), function)
-        _say(step(config, options.model) if takes_model else step(config))
+        _say(step(config, getattr(options, argument)) if argument else step(config))
 
     return run
 
@@ -177,7 +185,18 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
 
         _say(evaluate_and_judge(config, options.model, options.gate))
     else:
-        _step("htcl_ray.pipelines.evaluate", "evaluate", takes_model=True)(config, options)
+        _step("htcl_ray.pipelines.evaluate", "evaluate", argument="model")(config, options)
+
+
+def _index(config: Config, options: argparse.Namespace) -> None:
+    if options.index and not options.compact:
+        raise ConfigError("--index says which index --compact starts from; give --compact too")
+    if options.compact and options.model:
+        raise ConfigError("--compact keeps the models of the index that it starts from; leave out --model, or choose with --index")
+    if options.compact:
+        _step("htcl_ray.pipelines.compact", "compact", argument="index")(config, options)
+    else:
+        _step("htcl_ray.pipelines.index", "build_index", argument="model")(config, options)
 
 
 def _demo(config: Config, options: argparse.Namespace) -> None:
@@ -226,15 +245,15 @@ COMMANDS: dict[str, Command] = {
     "preprocess": Command("catalogue → log-mel features; logs → preference pairs", _step("htcl_ray.pipelines.preprocess", "preprocess")),
     "pretrain": Command("stage 1: audio ↔ text", _step("htcl_ray.pipelines.train", "pretrain")),
     "finetune": Command(
-        "stage 2: preference pairs, from a stage-1 model", _step("htcl_ray.pipelines.train", "finetune", takes_model=True), _model_flag
+        "stage 2: preference pairs, from a stage-1 model", _step("htcl_ray.pipelines.train", "finetune", argument="model"), _model_flag
     ),
     "tune": Command(
         "search over configuration keys: temperature, batch size, …",
-        _step("htcl_ray.pipelines.tune", "tune", takes_model=True),
+        _step("htcl_ray.pipelines.tune", "tune", argument="model"),
         _model_flag,
     ),
-    "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", takes_model=True), _model_flag),
-    "index": Command("vectors → FAISS index", _step("htcl_ray.pipelines.index", "build_index", takes_model=True), _model_flag),
+    "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", argument="model"), _model_flag),
+    "index": Command("vectors → FAISS index", _index, _build_flags),
     "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),
     "serve": Command("start the HTTP application", _serve, _serve_flags),
     "search": Command("one query from the shell, no server needed", _search, _search_flags),

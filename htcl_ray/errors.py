@@ -8,6 +8,8 @@
     │   ├── LeakageError      what is evaluated was seen in training
     │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
     │   ├── GateError         a model or index that an evaluation's gate did not let through
+    │   ├── IndexRefusedError an index that cannot be switched to
+    │   │   └── IndexNotFoundError an index that the workspace does not hold
     │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
     │   │   └── SongNotFoundError a song that the index does not hold
     │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
@@ -55,6 +57,14 @@ class LeakageError(InputError):
 
 class GateError(InputError):
     """A model or index failed its gate, and nobody said to use it all the same."""
+
+
+class IndexRefusedError(InputError):
+    """An index cannot be switched to: its name is none, it is damaged, of other models, or its gate failed."""
+
+
+class IndexNotFoundError(IndexRefusedError):
+    """The workspace does not hold this index."""
 
 
 class QueryError(InputError):

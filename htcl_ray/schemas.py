@@ -156,3 +156,19 @@ INDEX_SONGS = pa.schema(
     ]
 )
 """`index/<version>/songs.parquet`: row i describes vector i of `index.faiss`."""
+
+UPDATES = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("op", pa.string(), nullable=False),
+        pa.field("semantic", pa.list_(pa.float32())),
+        pa.field("preference", pa.list_(pa.float32())),
+        pa.field("semantic_model", pa.string()),
+        pa.field("preference_model", pa.string()),
+        *INDEX_SONGS,
+    ]
+)
+"""`updates/*.arrow`: songs put into or taken out of the indexes while they are served; see `retrieval/update_log.py`.
+
+`name` orders the updates: of one song, that with the greatest counts. `op`: `upsert` or `remove`. Models are fingerprints of weights.
+"""

@@ -128,8 +128,8 @@ class Workspace:
         infos = self.fs.get_file_info(pafs.FileSelector(self.full(path), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write one file atomically."""
+    def write_bytes(self, path: str, data: bytes, *, durable: bool = False) -> None:
+        """Write one file atomically. `durable`: it is there after a power cut too (object storage always promises that)."""
         target = self.full(path)
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         if not self.is_local:
@@ -140,9 +140,16 @@ class Workspace:
         try:
             with open(beside, "wb") as file:
                 file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(beside, target)
         finally:
             Path(beside).unlink(missing_ok=True)
+        if durable:
+            folder = Path(target).parent
+            for changed in (folder, folder.parent):  # the file's name, and the folder's, which may be new
+                _sync_folder(changed)
 
     def read_bytes(self, path: str) -> bytes:
         """The whole of one file. Raises WorkspaceError when it is missing."""
@@ -226,6 +233,14 @@ class Workspace:
             except OSError:  # another process was faster
                 shutil.rmtree(beside)
         return target
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_format(manifest: Mapping[str, Any], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from htcl_ray.retrieval.live_index import LiveIndex
 from htcl_ray.retrieval.service import SearchService
 from htcl_ray.retrieval.vectors import Vectors
 
@@ -19,11 +20,18 @@ class Backend(Protocol):
     def index_version(self) -> str:
         """Of that index."""
 
+    @property
+    def live(self) -> LiveIndex:
+        """Where songs and indexes are changed."""
+
     async def encode_text(self, text: str) -> Vectors:
         """One row of vectors."""
 
     async def encode_audio(self, data: bytes) -> Vectors:
         """One row of vectors of an audio file's bytes. Raises AudioError."""
+
+    async def encode_song(self, data: bytes) -> Vectors:
+        """One row of vectors as the catalogue's embedding gives them: of the first clip only. Raises AudioError."""
 
     async def check_ready(self) -> None:
         """Raise unless the models are loaded."""

@@ -23,3 +23,6 @@ EVERYWHERE = _failures(
 )
 NOT_FOUND = _failures(_404="No such song in the index")
 UNSUPPORTED = _failures(_415="The file is not audio that can be decoded")
+WRITES = _failures(_401="No API key, or one without scope write")
+NO_INDEX = _failures(_404="No such index in the workspace")
+BUSY = _failures(_429="Another one is under way; Retry-After says when to try again")

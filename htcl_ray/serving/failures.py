@@ -13,11 +13,16 @@ from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from htcl_ray.errors import AudioError, HtclError, QueryError, SongNotFoundError
+from htcl_ray.errors import AudioError, HtclError, IndexNotFoundError, IndexRefusedError, QueryError, SongNotFoundError
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.answers import failure
 
-STATUS = {SongNotFoundError: (404, "song_not_found"), QueryError: (422, "invalid_query")}
+STATUS = {
+    SongNotFoundError: (404, "song_not_found"),
+    QueryError: (422, "invalid_query"),
+    IndexNotFoundError: (404, "index_not_found"),
+    IndexRefusedError: (422, "index_refused"),
+}
 """Status and code of our own errors; the first class that fits counts. AudioError depends on its reason."""
 AUDIO_STATUS = {
     Reason.TOO_SHORT: 422,

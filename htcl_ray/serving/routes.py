@@ -36,7 +36,7 @@ def create_app(backend: Backend, settings: ServeSettings, keys: Keys | None = No
     )
     failures.install(app)
     reading = [Depends(REQUEST_KEY)] if keys.reads_need_key else []
-    for router in (search_routes(backend, settings), song_routes(backend), index_routes(backend)):
+    for router in (search_routes(backend, settings), song_routes(backend, settings), index_routes(backend)):
         app.include_router(router, dependencies=reading)
     app.include_router(operation_routes(backend))
     return app

@@ -1,15 +1,29 @@
-"""One song of the index."""
+"""One song of the index: reading it, putting it in, taking it out."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
 
+from fastapi import APIRouter, Depends, File, Form, Path, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from htcl_ray.errors import QueryError
 from htcl_ray.retrieval.http import Song
+from htcl_ray.retrieval.http_updates import SongMetadata, SongUpdated
+from htcl_ray.retrieval.uploads import store_upload
 from htcl_ray.serving.backend import Backend
-from htcl_ray.serving.documented import NOT_FOUND
+from htcl_ray.serving.documented import NOT_FOUND, UNSUPPORTED, WRITES
+from htcl_ray.serving.keys import write_access
+from htcl_ray.serving.storage_calls import with_storage
+from htcl_ray.settings import ServeSettings
+
+NewSongId = Annotated[str, Path(min_length=1, max_length=1_000)]
+JSON_BODY = {"requestBody": {"content": {"application/json": {"schema": SongMetadata.model_json_schema()}}}}
 
 
-def song_routes(backend: Backend) -> APIRouter:
+def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
     """Included after the searches, because a song's id may hold slashes."""
     router = APIRouter(tags=["songs"])
 
@@ -18,4 +32,52 @@ def song_routes(backend: Backend) -> APIRouter:
         """What the catalogue says of a song."""
         return Song(song_id=song_id, **backend.service.metadata(song_id))
 
+    @router.put(
+        "/v1/songs/{song_id:path}",
+        responses={**WRITES, **NOT_FOUND, **UNSUPPORTED},
+        dependencies=[Depends(write_access)],
+        openapi_extra=JSON_BODY,
+    )
+    async def put_song(
+        song_id: NewSongId,
+        request: Request,
+        file: Annotated[UploadFile | None, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")] = None,
+        metadata: Annotated[str | None, Form(description="SongMetadata as JSON.")] = None,
+    ) -> SongUpdated:
+        """Put a song in, or change one.
+
+        With a file, its sound is that of the file. Metadata, as a part of a form or alone as a JSON body, replaces what was said of the
+        song; without metadata that stays. Without a file the song must be there, and its sound stays.
+        """
+        is_json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        given = _metadata(await request.body() if is_json else metadata, "body" if is_json else "metadata")
+        if file is None:
+            if given is None:
+                raise QueryError("there is neither a file nor metadata; expected at least one of them")
+            update = await with_storage(backend.live.describe, song_id, given.model_dump())
+        else:
+            if file.size is None or file.size > settings.max_upload_bytes:
+                raise HTTPException(413, f"the file is larger than {settings.max_upload_bytes} bytes; send a shorter part of it")
+            data = await file.read()
+            vectors = await backend.encode_song(data)
+            audio_path = await with_storage(store_upload, backend.live.workspace, data, file.filename)
+            about = {"audio_path": audio_path, "duplicate_group": None, **(given.model_dump() if given else {})}
+            update = await with_storage(backend.live.upsert, song_id, vectors, about)
+        return SongUpdated(song_id=song_id, update=update, index=backend.live.version)
+
+    @router.delete("/v1/songs/{song_id:path}", responses={**WRITES, **NOT_FOUND}, dependencies=[Depends(write_access)])
+    async def delete_song(song_id: str) -> SongUpdated:
+        """Take a song out of every later answer."""
+        return SongUpdated(song_id=song_id, update=await with_storage(backend.live.remove, song_id), index=backend.live.version)
+
     return router
+
+
+def _metadata(text: str | bytes | None, place: str) -> SongMetadata | None:
+    if text is None:
+        return None
+    try:
+        return SongMetadata.model_validate_json(text)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise RequestValidationError([{**problem, "loc": (place, *problem["loc"])} for problem in problems]) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import httpx
@@ -13,10 +14,14 @@ import pytest
 
 from htcl_ray.errors import AudioError, HtclError, InputError
 from htcl_ray.retrieval import SearchService, SongIndex, Vectors
+from htcl_ray.retrieval.live_index import Active
+from htcl_ray.retrieval.replay import Replay
+from htcl_ray.retrieval.update_log import UpdateLog
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.guard import MAX_JSON_BYTES
 from htcl_ray.serving.routes import create_app
 from htcl_ray.settings import AudioRecipe, ServeSettings
+from htcl_ray.storage import Workspace
 from tests.small_workspace import sound, wav
 
 pytestmark = pytest.mark.unit
@@ -38,6 +43,9 @@ class StandIn:
     def __init__(self) -> None:
         self.service = SearchService(SongIndex.build(IDS, vectors(0, len(IDS))))
         self.index_version = "v1"
+        replay = Replay(self.service.index, UpdateLog(Workspace("nowhere")))
+        active = Active("v1", self.service, "2026-01-01T00:00:00.000000+00:00", replay)
+        self.live = SimpleNamespace(active=active, broken={}, failed_polls=0)
         self.error: Exception | None = None
 
     async def encode_text(self, text: str) -> Vectors:
@@ -343,7 +351,10 @@ class TestOpenApi:
             ("POST", "/v1/search/audio"),
             ("GET", "/v1/songs/{song_id}"),
             ("GET", "/v1/songs/{song_id}/similar"),
+            ("PUT", "/v1/songs/{song_id}"),
+            ("DELETE", "/v1/songs/{song_id}"),
             ("GET", "/v1/index"),
+            ("POST", "/v1/index/activate"),
             ("GET", "/healthz"),
             ("GET", "/readyz"),
         }

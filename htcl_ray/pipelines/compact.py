@@ -1,0 +1,66 @@
+"""An index and the log of updates → a new index version, and a log of one file."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from htcl_ray import artifacts
+from htcl_ray.artifacts import Artifact, StepResult
+from htcl_ray.config import Config
+from htcl_ray.errors import StepError
+from htcl_ray.retrieval.activation import check_accepted, starting_pointer
+from htcl_ray.retrieval.index import SongIndex
+from htcl_ray.retrieval.recall import build_measured
+from htcl_ray.retrieval.replay import Replay
+from htcl_ray.retrieval.update_log import UpdateLog
+from htcl_ray.schemas import FORMAT_VERSION
+from htcl_ray.storage import Workspace, fingerprint
+
+
+def compact(config: Config, version: str | None = None) -> StepResult:
+    """Fold the log into a new version of an index (default: the active one, else the newest accepted), and the log into one file.
+
+    Nothing becomes active; `POST /v1/index/activate` does that. The log keeps what it says, because other indexes need it too: a song that
+    was taken out stays out of one built from the catalogue later. Needs no Ray. Raises InputError when there is no such index or its gate
+    failed, unless `serve.allow_failed_gate`, and StepError when the new one finds too few.
+    """
+    started = time.monotonic()
+    workspace = Workspace(config.workspace)
+    allow = config.serve.allow_failed_gate
+    chosen = starting_pointer(workspace, version, allow_failed_gate=allow).version
+    artifacts.index(workspace, chosen)
+    source = check_accepted(workspace, chosen, allow)
+    index = SongIndex.load(workspace.local_copy(source.path))
+    log = UpdateLog(workspace)
+    replay = Replay(index, log)
+    replay.catch_up()
+    path, skipped = source.path, True
+    if replay.changed:
+        path = f"index/{fingerprint('compacted', FORMAT_VERSION, source.version, sorted(replay.names.items()))}"
+        skipped = workspace.manifest(path) is not None
+        if not skipped:
+            _build(workspace, source, replay, path)
+    merged = log.merge()
+    what = f"{len(replay.added)} songs added and {len(replay.removed)} removed since index {source.version}"
+    summary = f"{len(index)} songs, {what}; {merged} files of the log became one" if merged else f"{len(index)} songs, {what}"
+    return StepResult("index", workspace.uri_of(path), summary, time.monotonic() - started, skipped)
+
+
+def _build(workspace: Workspace, source: Artifact, replay: Replay, path: str) -> None:
+    index = replay.index
+    index.compact()
+    song_ids = index.songs["song_id"].to_pylist()
+    vectors = index.vectors_of(song_ids)
+    built, recall = build_measured(song_ids, vectors, metadata=index.songs, settings=index.settings, model_versions=index.model_versions)
+    if recall.worst < index.settings.min_recall:
+        raise StepError(
+            f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall "
+            f"was {index.settings.min_recall} when it was built; build one with 'htcl index' and other settings, and compact that"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "index"
+        inputs = {**source.manifest["inputs"], "compacted_from": source.version, "updates_through": replay.last}
+        built.save(folder, config=source.manifest["config"], inputs=inputs, quality=recall.quality())
+        workspace.publish(folder, path, built.manifest)

@@ -1,0 +1,183 @@
+"""What a replica serves: its log of updates, its switches, and its agreement with other replicas."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from htcl_ray.errors import IndexNotFoundError, IndexRefusedError, SongNotFoundError
+from htcl_ray.retrieval.activation import POINTER, Pointer, read_pointer, starting_pointer, write_pointer
+from htcl_ray.retrieval.live_index import LiveIndex, SwitchUnderWay
+from htcl_ray.retrieval.update_log import FOLDER, Update, UpdateLog
+from htcl_ray.settings import ServeSettings
+from htcl_ray.storage import Workspace
+from tests.live import VERSIONS, content_of, contents, unit_vectors, write_index
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    made = Workspace(str(tmp_path / "workspace"))
+    write_index(made, "v1", {"a": 1, "b": 2, "c": 3}, titles={"a": "Aria"})
+    return made
+
+
+def live(workspace: Workspace, version: str | None = None, **settings: object) -> LiveIndex:
+    return LiveIndex(workspace, ServeSettings(**settings), VERSIONS, version)
+
+
+def test_another_replica_sees_an_update_after_its_poll(workspace: Workspace):
+    one, other = live(workspace), live(workspace)
+    one.upsert("new", unit_vectors(9), {"title": "New"})
+    one.remove("b")
+    assert contents(one.service.index) == contents_of({"a": (1, "Aria"), "c": (3, None), "new": (9, "New")})
+    assert "b" in other.service.index
+    other.poll()
+    assert contents(other.service.index) == contents(one.service.index)
+    assert contents(live(workspace).service.index) == contents(one.service.index)
+
+
+def test_a_song_that_is_put_again_is_replaced_and_its_title_stays_when_none_is_given(workspace: Workspace):
+    one = live(workspace)
+    one.upsert("a", unit_vectors(10), {"album": "Debut"})
+    assert contents(one.service.index)["a"] == content_of(10, "Aria")
+    one.describe("a", {"title": "Ballad"})
+    assert contents(one.service.index)["a"] == content_of(10, "Ballad")
+    assert one.service.index.metadata_of("a")["album"] == "Debut"
+
+
+def test_unknown_songs_are_refused_after_the_log_was_read(workspace: Workspace):
+    one, other = live(workspace), live(workspace)
+    with pytest.raises(SongNotFoundError):
+        one.remove("nobody")
+    with pytest.raises(SongNotFoundError):
+        one.describe("nobody", {"title": "x"})
+    other.upsert("late", unit_vectors(4), {})
+    one.remove("late")
+    assert "late" not in one.service.index
+
+
+def test_writes_that_follow_one_another_count_in_that_order_though_a_clock_is_slow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    fast, slow = live(workspace), live(workspace)
+    monkeypatch.setattr(time, "time_ns", lambda: 2_000_000_000_000_000_000)
+    fast.upsert("x", unit_vectors(5), {})
+    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000_000_000_000)
+    slow.upsert("x", unit_vectors(6), {})
+    fast.poll()
+    for replica in (fast, slow, live(workspace)):
+        assert contents(replica.service.index)["x"] == content_of(6, None)
+    slow.remove("x")
+    fast.poll()
+    assert "x" not in fast.service.index
+
+
+def test_upserts_of_other_models_are_skipped_and_removals_count(workspace: Workspace):
+    log = UpdateLog(workspace)
+    log.append(Update("foreign", unit_vectors(1), {"semantic": "others", "preference": "weights-p"}, {}))
+    log.append(Update("half", unit_vectors(1), {"semantic": "weights-s", "preference": None}, {}))
+    log.append(Update("a", None, {}, {}))
+    one = live(workspace)
+    assert set(contents(one.service.index)) == {"b", "c"}
+    assert (one.active.replay.skipped, one.active.replay.applied) == (2, 1)
+
+
+def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(workspace: Workspace, caplog: pytest.LogCaptureFixture):
+    one = live(workspace)
+    name, _ = UpdateLog(workspace).append(Update("cut", unit_vectors(7), VERSIONS, {}))
+    path = Path(workspace.full(f"{FOLDER}/{name}"))
+    path.write_bytes(path.read_bytes()[:-100])
+    Path(workspace.full(f"{FOLDER}/notes.txt")).write_text("hello")
+    UpdateLog(workspace).append(Update("whole", unit_vectors(8), VERSIONS, {}))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            one.poll()
+    assert "whole" in one.service.index
+    assert "cut" not in one.service.index
+    assert set(one.broken) == {name, "notes.txt"}
+    assert len(caplog.records) == 2
+
+
+def test_switching_applies_the_whole_log_and_tells_the_other_replicas(workspace: Workspace):
+    one, other = live(workspace), live(workspace)
+    one.upsert("new", unit_vectors(9), {})
+    one.remove("c")
+    write_index(workspace, "v2", {"b": 20, "c": 30, "d": 40})
+    one.activate("v2")
+    expected = contents_of({"b": (20, None), "d": (40, None), "new": (9, None)})
+    assert one.version == "v2"
+    assert contents(one.service.index) == expected
+    other.poll()
+    assert other.version == "v2"
+    assert contents(other.service.index) == expected
+    restarted = live(workspace)
+    assert restarted.version == "v2"
+
+
+@pytest.mark.parametrize("version", ["..", ".", "a/b", "../v1", "", "x" * 65, "v1\n", "ü"])
+def test_a_version_is_never_a_path(workspace: Workspace, version: str):
+    one = live(workspace)
+    with pytest.raises(IndexRefusedError, match="no index version"):
+        one.activate(version)
+    assert one.version == "v1"
+
+
+def refused_indexes(workspace: Workspace) -> dict[str, str]:
+    """Indexes that must not be served, and what the refusal says."""
+    write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
+    for version in ("cut", "unfinished", "failed", "damaged", "odd"):
+        write_index(workspace, version, {"a": 1, "b": 2})
+    folder = Path(workspace.full("index"))
+    vectors = max((folder / "cut").iterdir(), key=lambda file: (file.suffix != ".json", file.stat().st_size))
+    vectors.write_bytes(vectors.read_bytes()[:-3])
+    (folder / "unfinished" / "manifest.json").unlink()
+    (folder / "damaged" / "manifest.json").write_text("{")
+    manifest = json.loads((folder / "odd" / "manifest.json").read_text())
+    (folder / "odd" / "manifest.json").write_text(json.dumps({"format_version": 1, "kind": "index", "created": manifest["created"]}))
+    gate = {"passed": False, "report": "r"}
+    evidence = {
+        "bounds": [{"measure": "recall", "value": 0.1}],
+        "files": {},
+    }
+    (folder / "failed" / "gate.json").write_text(json.dumps(evidence))
+    manifest = json.loads((folder / "failed" / "manifest.json").read_text())
+    (folder / "failed" / "manifest.json").write_text(json.dumps({**manifest, "gate": gate}))
+    return {
+        "others": "others",
+        "cut": "SHA-256",
+        "failed": "gate",
+        "damaged": "not JSON",
+        "odd": "odd",
+        "unfinished": "no finished index",
+        "missing": "no finished index",
+    }
+
+
+def test_a_bad_index_is_refused_and_the_old_one_stays(workspace: Workspace, caplog: pytest.LogCaptureFixture):
+    one, other = live(workspace), live(workspace)
+    before = contents(one.service.index)
+    for version, message in refused_indexes(workspace).items():
+        expected = IndexNotFoundError if "no finished" in message else IndexRefusedError
+        with pytest.raises(expected, match=message):
+            one.activate(version)
+        assert (one.version, contents(one.service.index)) == ("v1", before)
+        assert read_pointer(workspace) is None
+        caplog.clear()
+        write_pointer(workspace, Pointer(version, f"9999-{version}"))
+        for _ in range(3):
+            other.poll()
+        assert len(caplog.records) == 1, version
+        assert other.version == "v1"
+        assert live(workspace).version == "v1"
+        Path(workspace.full(POINTER)).unlink()
+
+
+def contents_of(songs: dict[str, tuple[int, str | None]]) -> dict[str, tuple[bytes, str | None]]:
+    return {song: content_of(seed, title) for song, (seed, title) in songs.items()}
