@@ -227,6 +227,7 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
         if not trial.ended:
             study.enqueue_trial(trial.parameters, user_attrs={NUMBER: trial.number})
     table = StudyTable(workspace, job.study, trials)
+    table.save()  # also when what was caught up with leaves nothing to search
     configured = configured_point(config, space)
     if not trials and configured is not None:
         study.enqueue_trial(configured)

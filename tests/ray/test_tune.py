@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,7 +166,10 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     assert all(len(trial["history"]) < 4 for trial in stopped)
     left = {key: group for key, group in ray.util.placement_group_table().items() if key not in groups and group["state"] != "REMOVED"}
     assert not left, "a stopped trial keeps its CPUs"
-    assert not [name for name in processes() if "PlacementGroupCleaner" in name]
+    deadline = time.monotonic() + 120  # it ends by itself, after its last question to Ray's state API
+    while [name for name in processes() if "PlacementGroupCleaner" in name]:
+        assert time.monotonic() < deadline, "a stopped trial leaves an actor of Ray Train"
+        time.sleep(0.5)
 
 
 def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_default: bool) -> int:
@@ -216,9 +220,16 @@ def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(tm
 
 def test_a_killed_search_goes_on(tmp_path: Path):
     """What has ended stays; what was running goes on after its last checkpoint."""
+    rows_per_report = 32 * 10  # long enough that no worker sees all its rows between the kill and its own end
     config = tune_config(
         tmp_path,
-        **{"tune.samples": 32 * 40, "tune.reports": 40, "tune.trials": 2, "tune.max_concurrent_trials": 1, "tune.early_stopping": False},
+        **{
+            "tune.samples": rows_per_report * 40,
+            "tune.reports": 40,
+            "tune.trials": 2,
+            "tune.max_concurrent_trials": 1,
+            "tune.early_stopping": False,
+        },
     )
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", str(tmp_path / "c.yaml")]
@@ -244,11 +255,25 @@ def test_a_killed_search_goes_on(tmp_path: Path):
     assert [trial["state"] for trial in after] == ["finished"] * 2
     assert after[1]["parameters"] == before[1]["parameters"]
     assert len(after[1]["attempts"]) == 2
-    assert [trial["history"][-1]["rows"] for trial in after] == [32 * 40] * 2
+    assert [trial["history"][-1]["rows"] for trial in after] == [rows_per_report * 40] * 2
     seen = len(before[1]["history"])
     assert after[1]["history"][:seen] == before[1]["history"]
     rows = [item["rows"] for item in after[1]["history"]]
-    assert rows == list(range(32, 32 * 41, 32)), "also what was measured between the last line of the table and the kill"
+    assert rows == list(range(rows_per_report, rows_per_report * 41, rows_per_report)), (
+        "also what was measured between the last line of the table and the kill"
+    )
+
+
+def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Config, tmp_path: Path, ray_cluster: None):
+    shutil.copytree(searched.workspace, tmp_path / "workspace")
+    before = table(searched)
+    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": len(before)})
+    killed = [*before[:-1], {**before[-1], "state": "running", "history": before[-1]["history"][:2]}]
+    (tmp_path / "workspace/runs/tune/pretrain/trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in killed))
+    tune(config)
+    after = table(config)
+    assert {trial["state"] for trial in after} == {"finished"}
+    assert [trial["history"] for trial in after] == [trial["history"] for trial in before]
 
 
 @pytest.mark.parametrize(
