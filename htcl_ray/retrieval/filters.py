@@ -35,8 +35,9 @@ class YearRange(BaseModel):
 
 
 class Filter(BaseModel):
-    """Conditions that all must hold; of several values in one of them, any. Upper and lower case are the same, and a song that lacks a value
-    does not have it.
+    """Conditions that all must hold; of several values in one of them, any.
+
+    Upper and lower case are the same, and a song that lacks a value does not have it.
     """
 
     model_config = ConfigDict(
@@ -96,5 +97,5 @@ def _holds(name: str, column: pa.Array, wanted: Any) -> NDArray[np.bool_]:
 
 
 def _plain(mask: pa.Array) -> NDArray[np.bool_]:
-    """Without nulls: what is not known does not hold. (`is_in` of a null is false already.)"""
+    """Without nulls: what is not known does not hold."""
     return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)

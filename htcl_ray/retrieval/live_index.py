@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,9 +149,9 @@ class LiveIndex:
             finally:
                 self._switching.release()
 
-    def start(self) -> None:
-        """Poll every `settings.poll_seconds` in a thread, until `stop`."""
-        self._watcher = threading.Thread(target=self._watch, name="htcl-live-index", daemon=True)
+    def start(self, after_poll: Callable[[], None] = lambda: None) -> None:
+        """Poll every `settings.poll_seconds` in a thread, until `stop`; `after_poll` is called there each time."""
+        self._watcher = threading.Thread(target=self._watch, args=(after_poll,), name="htcl-live-index", daemon=True)
         self._watcher.start()
 
     def stop(self) -> None:
@@ -160,13 +160,14 @@ class LiveIndex:
         if self._watcher is not None:
             self._watcher.join(STOP_SECONDS)
 
-    def _watch(self) -> None:
+    def _watch(self, after_poll: Callable[[], None]) -> None:
         while not self._stop.wait(self._settings.poll_seconds):
             try:
                 self.poll()
             except Exception as error:  # whatever it is, the next poll may succeed, and what is served stays
                 self.failed_polls += 1
                 log.warning("looking for updates in %s failed and is tried again: %s", self.workspace.uri, error)
+            after_poll()
 
     def _known(self, song_id: str) -> dict[str, Any]:
         """Columns of the index but song_id; none of a song that it does not hold."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from htcl_ray.errors import QueryError
-from htcl_ray.retrieval.vectors import Vectors
+from htcl_ray.retrieval.vectors import Vectors, concatenate, unit_norm
 
 NEGATIVE_WEIGHT = 0.5
 DAY_SECONDS = 86_400.0
@@ -26,17 +26,16 @@ class Heard:
 
 
 def rocchio(seeds: Vectors, negatives: Vectors | None) -> Vectors:
-    """One row: mean of the seeds - 0.5 · mean of the negatives, in each space (Rocchio 1971; not normalised)."""
-    query = _weighted(seeds, np.full(len(seeds), 1 / len(seeds)))
+    """One row: the direction of mean of the seeds - 0.5 · mean of the negatives, in each space (Rocchio 1971)."""
+    weights = np.full(len(seeds), 1 / len(seeds))
     if negatives is None or not len(negatives):
-        return query
-    away = _weighted(negatives, np.full(len(negatives), NEGATIVE_WEIGHT / len(negatives)))
-    preference = None if query.preference is None or away.preference is None else query.preference - away.preference
-    return Vectors(query.semantic - away.semantic, preference)
+        return _direction(seeds, weights)
+    away = np.full(len(negatives), -NEGATIVE_WEIGHT / len(negatives))
+    return _direction(concatenate([seeds, negatives]), np.concatenate([weights, away]))
 
 
 def decayed_weights(history: Sequence[Heard], half_life_days: float) -> NDArray[np.float64]:
-    """weight · 2^(-age / half life) for each song. Age counts from the newest timestamp of the history; a song without one does not age."""
+    """Weight · 2^(-age / half life) for each song. Age counts from the newest timestamp of the history; a song without one does not age."""
     times = np.array([np.nan if heard.timestamp is None else heard.timestamp for heard in history], dtype=np.float64)
     newest = np.nanmax(times) if not np.isnan(times).all() else 0.0
     ages = np.nan_to_num((newest - times) / DAY_SECONDS, nan=0.0)
@@ -45,14 +44,15 @@ def decayed_weights(history: Sequence[Heard], half_life_days: float) -> NDArray[
 
 
 def profile(vectors: Vectors, weights: NDArray[np.float64]) -> Vectors:
-    """One row: the weighted sum of the songs. Raises QueryError when nothing has weight."""
+    """One row: the direction of the weighted sum of the songs. Raises QueryError when nothing has weight."""
     largest = np.abs(weights).max(initial=0.0)
     if not largest > 0:
         raise QueryError("no song of the history has weight; expected one whose weight is not 0")
-    return _weighted(vectors, weights / largest)
+    return _direction(vectors, weights / largest)
 
 
-def _weighted(vectors: Vectors, weights: NDArray[np.float64]) -> Vectors:
-    halves = [None if half is None else (weights @ half.astype(np.float64))[None, :] for half in (vectors.semantic, vectors.preference)]
-    assert halves[0] is not None
-    return Vectors(halves[0], halves[1])
+def _direction(vectors: Vectors, weights: NDArray[np.float64]) -> Vectors:
+    """One row of unit norm: that of the weighted sum, in each space. Raises QueryError when the songs cancel out."""
+    semantic = weights @ vectors.semantic.astype(np.float64)
+    preference = None if vectors.preference is None else weights @ vectors.preference.astype(np.float64)
+    return Vectors(unit_norm(semantic[None]), None if preference is None else unit_norm(preference[None]))

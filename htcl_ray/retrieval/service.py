@@ -98,8 +98,7 @@ class SearchService:
 
     def search_text(self, text: str, **options: Any) -> Answer:
         """Songs that words describe."""
-        chosen = Options(**options)
-        self.check(chosen)
+        self.check(**options)
         return self.search_encoded_text(text, self._need_encoder().encode_texts([check_text(text)]), **options)
 
     def search_encoded_text(self, text: str, query: Vectors, **options: Any) -> Answer:
@@ -108,7 +107,7 @@ class SearchService:
 
     def search_audio(self, source: str | bytes | BinaryIO, **options: Any) -> Answer:
         """Songs that sound like a recording: a path, a file's bytes or a file object. Raises AudioError."""
-        self.check(Options(**options))
+        self.check(**options)
         encoder = self._need_encoder()
         return self.search(encoder.encode_waveforms([decode(source, encoder.recipe)]), **options)
 
@@ -162,9 +161,9 @@ class SearchService:
         row = self.index.metadata_of(song_id)
         return {name: row[name] for name in METADATA.names}
 
-    def check(self, options: Options) -> float:
+    def check(self, **options: Any) -> float:
         """The blend to use. Raises QueryError for options that cannot be used, before anything is encoded."""
-        return _checked(self.index, options)
+        return _checked(self.index, Options(**options))
 
     def columns(self, index: SongIndex) -> SongColumns:
         """Those of the snapshot's songs."""

@@ -26,11 +26,13 @@ def varied_search(
     max_per_artist: int | None,
     collapse: bool,
 ) -> list[Hit]:
-    """The k best songs for one query, taken greedily in the order of their scores: a song is passed over when its artist has
-    `max_per_artist` already, and, with `collapse`, when a song of its duplicate group is there or excluded.
+    """The k best songs for one query, taken greedily in the order of their scores.
 
-    Passing over needs more candidates than k. What can no longer be taken is masked and the search repeated for the rest, so that k
-    songs come back while there are that many, and the order is that of one pass over all songs.
+    A song is passed over when its artist has `max_per_artist` already, and, with `collapse`, when a song of its duplicate group is there
+    or excluded.
+
+    Passing over needs more candidates than k. What can no longer be taken is masked and the search repeated for the rest, so that k songs
+    come back while there are that many, and the order is that of one pass over all songs.
     """
     taken: list[Hit] = []
     per_artist: Counter[int] = Counter()

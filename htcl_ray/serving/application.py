@@ -23,13 +23,13 @@ from htcl_ray import artifacts
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines.cluster import connect
+from htcl_ray.retrieval.activation import check_accepted, starting_pointer
 from htcl_ray.retrieval.index_folder import read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.serving.deployments import Encoder, Ingress, Served
 from htcl_ray.serving.keys import Keys
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
-from htcl_ray.verdicts import refuse_failed
 
 APPLICATION = "htcl"
 SHED_REQUESTS = 10_000
@@ -44,7 +44,7 @@ QUIET = {"enable_access_log": False, "encoding": "JSON"}
 def build_app(args: Mapping[str, Any]) -> Application:
     """The application, for `serve run serve.app:build_app workspace=/path preset=demo` and for the `args` of a Serve config file.
 
-    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the newest accepted), and any configuration key, such as
+    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the active one), and any configuration key, such as
     `serve.max_batch_size`. Host and port are those of Ray Serve itself.
     """
     given = {key: str(value) for key, value in args.items()}
@@ -55,7 +55,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 
 def create(config: Config, index: str | None = None) -> Application:
-    """The application over an index of the workspace (default: the newest accepted) and the models that it names.
+    """The application over an index of the workspace (default: what was activated last, else the newest accepted) and its models.
 
     Checks that they fit each other and that no gate failed, unless `serve.allow_failed_gate`; loads neither and starts nothing.
     """
@@ -136,16 +136,16 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
 def _served(workspace: Workspace, index: str | None, allow_failed_gate: bool) -> Served:
     from htcl_ray.models import weights_fingerprint  # loads torch
 
-    artifact = artifacts.index(workspace, index, accepted=not allow_failed_gate)
+    pointer = starting_pointer(workspace, index, allow_failed_gate=allow_failed_gate)
+    artifact = check_accepted(workspace, pointer.version, allow_failed_gate)
     models = artifacts.models_of(workspace, artifact)
-    refuse_failed(workspace, artifact, models, allow_failed_gate)
     preference = models.preference
     versions: ModelVersions = {
         "semantic": weights_fingerprint(workspace.local_copy(models.semantic.path)),
         "preference": weights_fingerprint(workspace.local_copy(preference.path)) if preference else None,
     }
     read_manifest(workspace.local_copy(artifact.path), model_versions=versions)
-    return Served(workspace, artifact.version, models.semantic.path, preference.path if preference else None, versions)
+    return Served(workspace, pointer, models.semantic.path, preference.path if preference else None, versions)
 
 
 def _claim_port(settings: ServeSettings) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from htcl_ray.retrieval.live_index import LiveIndex
-from htcl_ray.retrieval.service import SearchService
 from htcl_ray.retrieval.vectors import Vectors
 
 
@@ -13,16 +12,8 @@ class Backend(Protocol):
     """The ingress replica; in tests, anything with these."""
 
     @property
-    def service(self) -> SearchService:
-        """Over the index that is active now. A request takes it once, so that its answer comes from one index whole."""
-
-    @property
-    def index_version(self) -> str:
-        """Of that index."""
-
-    @property
     def live(self) -> LiveIndex:
-        """Where songs and indexes are changed."""
+        """What is served, and where it is changed. A request takes `live.active` once, so that its answer comes from one index whole."""
 
     async def encode_text(self, text: str) -> Vectors:
         """One row of vectors."""

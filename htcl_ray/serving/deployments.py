@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 from fastapi import FastAPI
@@ -12,10 +14,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from htcl_ray.audio.isolated import Decoders
+from htcl_ray.retrieval.activation import Pointer
 from htcl_ray.retrieval.drift import QueryDrift, mean_of
 from htcl_ray.retrieval.live_index import LiveIndex
 from htcl_ray.retrieval.query_cache import QueryCache
-from htcl_ray.retrieval.service import SearchService
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate, unit_norm
 from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
 from htcl_ray.serving.routes import create_app
@@ -30,8 +32,8 @@ class Served:
     """What is served, by place in the workspace, so that every replica loads the same."""
 
     workspace: Workspace
-    index_version: str | None
-    """That the command named; None: the active one."""
+    index: Pointer
+    """What the application was started with, and when; what is activated later counts instead."""
     semantic: str
     preference: str | None
     model_versions: ModelVersions
@@ -114,24 +116,15 @@ class Ingress:
         self._settings = settings
         self._cache = QueryCache(settings.cache_entries)
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
-        self._centre: tuple[str, NDArray[np.float64]] | None = None
         self.measurements = IngressMeasurements()
-        self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index_version)
-        self.live.start()
+        self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index.version, started_at=served.index.activated_at)
+        self._centre = self.live.version, mean_of(self.live.service.index)
+        """Of the index of that version."""
+        self.live.start(self._measure_index)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return create_app(self, self._settings, self.measurements)
-
-    @property
-    def service(self) -> SearchService:
-        """See `backend.Backend`."""
-        return self.live.service
-
-    @property
-    def index_version(self) -> str:
-        """See `backend.Backend`."""
-        return self.live.version
+        return create_app(self, self._settings, measurements=self.measurements)
 
     async def encode_text(self, text: str) -> Vectors:
         """See `backend.Backend`."""
@@ -149,17 +142,20 @@ class Ingress:
         """See `backend.Backend`."""
         await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
 
-    async def _query(self, kind: str, content: bytes, encode: object) -> Vectors:
+    async def _query(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> Vectors:
         vectors, hit = await self._cache.get(kind, content, encode)
         self.measurements.remembered(hit)
-        self.measurements.drift(kind, self._drift[kind].add(vectors.semantic[0], self._index_centre()))
+        self.measurements.drift(kind, self._drift[kind].add(vectors.semantic[0], self._centre[1]))
         return vectors
 
-    def _index_centre(self) -> NDArray[np.float64]:
-        version = self.live.version
-        if self._centre is None or self._centre[0] != version:
-            self._centre = version, mean_of(self.live.service.index)
-        return self._centre[1]
+    def _measure_index(self) -> None:
+        """Called in the thread of the live index."""
+        active = self.live.active
+        index = active.service.index
+        if self._centre[0] != active.version:
+            self._centre = active.version, mean_of(index)
+        age = datetime.now(UTC) - datetime.fromisoformat(index.manifest["created"])
+        self.measurements.index(len(index), age.total_seconds(), active.replay.applied)
 
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops."""

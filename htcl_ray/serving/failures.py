@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -17,6 +17,7 @@ from htcl_ray.errors import AudioError, HtclError, IndexNotFoundError, IndexRefu
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.answers import failure
 
+RETRY = {"Retry-After": "1"}
 STATUS = {
     SongNotFoundError: (404, "song_not_found"),
     QueryError: (422, "invalid_query"),
@@ -40,6 +41,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(HtclError, _ours)
     app.add_exception_handler(RayError, _remote)
+    app.add_exception_handler(BackPressureError, _full)
     app.add_exception_handler(RayServeException, _unavailable)
     app.add_exception_handler(TimeoutError, _unavailable)
     app.add_exception_handler(Exception, _unexpected)
@@ -76,8 +78,12 @@ def _remote(request: Request, error: Any) -> JSONResponse:
     return _ours(request, cause) if isinstance(cause, HtclError) else _unavailable(request, error)
 
 
+def _full(request: Request, error: Any) -> JSONResponse:
+    return failure(429, "every encoder has as many requests waiting as it may; try again", "overloaded", RETRY)
+
+
 def _unavailable(request: Request, error: Any) -> JSONResponse:
-    return failure(503, "the encoder cannot answer now; try again", headers={"Retry-After": "1"})
+    return failure(503, "the encoder cannot answer now; try again", headers=RETRY)
 
 
 def _unexpected(request: Request, error: Any) -> JSONResponse:

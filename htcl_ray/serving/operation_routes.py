@@ -21,6 +21,7 @@ def operation_routes(backend: Backend) -> APIRouter:
     async def readyz() -> Ready:
         """Models and index are loaded; 503 until then."""
         await backend.check_ready()
-        return Ready(index=backend.index_version, songs=len(backend.service.index))
+        active = backend.live.active
+        return Ready(index=active.version, songs=len(active.service.index))
 
     return router

@@ -15,6 +15,8 @@ from htcl_ray.serving.documented import EVERYWHERE
 from htcl_ray.serving.guard import Guard
 from htcl_ray.serving.index_routes import index_routes
 from htcl_ray.serving.keys import REQUEST_KEY, Authentication, Keys
+from htcl_ray.serving.measurements import IngressMeasurements
+from htcl_ray.serving.observed import Observed
 from htcl_ray.serving.operation_routes import operation_routes
 from htcl_ray.serving.rate_limit import RateLimit, TokenBuckets
 from htcl_ray.serving.search_routes import search_routes
@@ -22,29 +24,31 @@ from htcl_ray.serving.song_routes import song_routes
 from htcl_ray.settings import ServeSettings
 
 
-def create_app(backend: Backend, settings: ServeSettings, keys: Keys | None = None) -> FastAPI:
+def create_app(
+    backend: Backend, settings: ServeSettings, keys: Keys | None = None, measurements: IngressMeasurements | None = None
+) -> FastAPI:
     """The application. `keys`: default those of the settings and the environment; raises ConfigError when they are not usable."""
     keys = Keys.from_settings(settings) if keys is None else keys
     app = FastAPI(
         title="HTCL music search",
         version=__version__,
         responses=EVERYWHERE,
-        middleware=_middleware(settings, keys),
+        middleware=_middleware(settings, keys, measurements),
         docs_url=None,  # their pages load scripts from other sites
         redoc_url=None,
         redirect_slashes=False,  # a redirect would name the host that the client sent
     )
     failures.install(app)
     reading = [Depends(REQUEST_KEY)] if keys.reads_need_key else []
-    for router in (search_routes(backend, settings), song_routes(backend, settings), index_routes(backend)):
+    for router in (search_routes(backend, settings, measurements), song_routes(backend, settings), index_routes(backend)):
         app.include_router(router, dependencies=reading)
     app.include_router(operation_routes(backend))
     return app
 
 
-def _middleware(settings: ServeSettings, keys: Keys) -> list[Middleware]:
+def _middleware(settings: ServeSettings, keys: Keys, measurements: IngressMeasurements | None) -> list[Middleware]:
     """From the outside in. What is refused without looking further comes first; the body is read behind all of them."""
-    layers = [Middleware(AnswerHeaders)]
+    layers = [Middleware(Observed, measurements=measurements), Middleware(AnswerHeaders)]
     if settings.allowed_origins:  # around the refusals, so that a page can read them
         layers.append(Middleware(CrossOrigin, origins=settings.allowed_origins))
     layers += [Middleware(Guard, settings=settings), Middleware(Authentication, keys=keys)]

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, File, Form, Path, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 
 from htcl_ray.errors import QueryError
 from htcl_ray.retrieval.http import Song
@@ -15,7 +12,9 @@ from htcl_ray.retrieval.http_updates import SongMetadata, SongUpdated
 from htcl_ray.retrieval.uploads import store_upload
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.documented import NOT_FOUND, UNSUPPORTED, WRITES
+from htcl_ray.serving.json_parts import parse_part
 from htcl_ray.serving.keys import write_access
+from htcl_ray.serving.search_routes import read_upload
 from htcl_ray.serving.storage_calls import with_storage
 from htcl_ray.settings import ServeSettings
 
@@ -30,7 +29,7 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.get("/v1/songs/{song_id:path}", responses=NOT_FOUND)
     async def song(song_id: str) -> Song:
         """What the catalogue says of a song."""
-        return Song(song_id=song_id, **backend.service.metadata(song_id))
+        return Song(song_id=song_id, **backend.live.active.service.metadata(song_id))
 
     @router.put(
         "/v1/songs/{song_id:path}",
@@ -50,15 +49,13 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
         song; without metadata that stays. Without a file the song must be there, and its sound stays.
         """
         is_json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-        given = _metadata(await request.body() if is_json else metadata, "body" if is_json else "metadata")
+        given = parse_part(SongMetadata, await request.body() if is_json else metadata, "body" if is_json else "metadata")
         if file is None:
             if given is None:
                 raise QueryError("there is neither a file nor metadata; expected at least one of them")
             update = await with_storage(backend.live.describe, song_id, given.model_dump())
         else:
-            if file.size is None or file.size > settings.max_upload_bytes:
-                raise HTTPException(413, f"the file is larger than {settings.max_upload_bytes} bytes; send a shorter part of it")
-            data = await file.read()
+            data = await read_upload(file, settings)
             vectors = await backend.encode_song(data)
             audio_path = await with_storage(store_upload, backend.live.workspace, data, file.filename)
             about = {"audio_path": audio_path, "duplicate_group": None, **(given.model_dump() if given else {})}
@@ -71,13 +68,3 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
         return SongUpdated(song_id=song_id, update=await with_storage(backend.live.remove, song_id), index=backend.live.version)
 
     return router
-
-
-def _metadata(text: str | bytes | None, place: str) -> SongMetadata | None:
-    if text is None:
-        return None
-    try:
-        return SongMetadata.model_validate_json(text)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise RequestValidationError([{**problem, "loc": (place, *problem["loc"])} for problem in problems]) from None

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from htcl_ray.errors import IndexNotFoundError, IndexRefusedError, SongNotFoundError
-from htcl_ray.retrieval.activation import POINTER, Pointer, read_pointer, starting_pointer, write_pointer
+from htcl_ray.retrieval.activation import POINTER, Pointer, now, read_pointer, starting_pointer, write_pointer
 from htcl_ray.retrieval.live_index import LiveIndex, SwitchUnderWay
 from htcl_ray.retrieval.update_log import FOLDER, Update, UpdateLog
 from htcl_ray.settings import ServeSettings
@@ -177,6 +175,108 @@ def test_a_bad_index_is_refused_and_the_old_one_stays(workspace: Workspace, capl
         assert other.version == "v1"
         assert live(workspace).version == "v1"
         Path(workspace.full(POINTER)).unlink()
+
+
+def test_what_an_application_starts_with(workspace: Workspace):
+    write_index(workspace, "v2", {"a": 1})
+    assert starting_pointer(workspace, None).version == "v2", "the newest"
+    write_pointer(workspace, Pointer("v1", now()))
+    assert starting_pointer(workspace, None).version == "v1", "what was activated"
+    assert starting_pointer(workspace, "v2").version == "v2", "what the command names"
+    write_pointer(workspace, Pointer("gone", now()))
+    assert starting_pointer(workspace, None).version == "v2", "a pointer to nothing is passed over"
+    Path(workspace.full(POINTER)).write_text("{")
+    assert starting_pointer(workspace, None).version == "v2"
+
+
+def test_a_named_index_counts_until_another_is_activated_later(workspace: Workspace):
+    write_index(workspace, "v2", {"a": 1})
+    write_pointer(workspace, Pointer("v1", now()))
+    named = live(workspace, "v2")
+    named.poll()
+    assert named.version == "v2"
+    live(workspace).activate("v1")
+    named.poll()
+    assert named.version == "v1"
+
+
+def test_a_newer_index_is_followed_only_when_asked(workspace: Workspace):
+    still, following = live(workspace, "v1"), live(workspace, "v1", activate_newest=True)
+    write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
+    write_index(workspace, "v2", {"a": 1, "z": 2})
+    for replica in (still, following):
+        replica.poll()
+    assert (still.version, following.version) == ("v1", "v2")
+
+
+def test_one_switch_at_a_time(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    write_index(workspace, "v2", {"a": 1})
+    one = live(workspace)
+    load, second = one._load, []
+
+    def while_loading(pointer: Pointer) -> object:
+        with pytest.raises(SwitchUnderWay):
+            one.activate("v2")
+        second.append(pointer)
+        return load(pointer)
+
+    monkeypatch.setattr(one, "_load", while_loading)
+    one.activate("v2")
+    assert (one.version, len(second)) == ("v2", 1)
+
+
+def test_searches_beside_updates_and_switches_see_one_state(workspace: Workspace):
+    """Every answer is the one of some moment: `x` and `y` are put in together, so to speak, and `x` first."""
+    write_index(workspace, "v2", {"a": 1, "b": 2, "c": 3})
+    one = live(workspace)
+    stop, problems = threading.Event(), []
+
+    def search() -> None:
+        while not stop.is_set():
+            active = one.active
+            answer = active.service.search_songs(["a"], k=10)
+            ids = [hit.song_id for hit in answer.hits]
+            if len(ids) != len(set(ids)) or not {"b", "c"} <= set(ids) or [song["song_id"] for song in answer.metadata] != ids:
+                problems.append(ids)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(30):
+            one.upsert("x", unit_vectors(turn), {"title": str(turn)})
+            one.activate("v1" if turn % 2 else "v2")
+            one.remove("x")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not problems
+    assert set(contents(one.service.index)) == {"a", "b", "c"}
+
+
+def test_the_watcher_survives_a_storage_that_fails(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    one, other = live(workspace), live(workspace, poll_seconds=0.01)
+    polls, files, told = [], UpdateLog.files, []
+
+    def failing(log: UpdateLog) -> list[str]:
+        polls.append(1)
+        if len(polls) < 3:
+            raise OSError("the disk is away")
+        return files(log)
+
+    one.upsert("x", unit_vectors(5), {})
+    monkeypatch.setattr(UpdateLog, "files", failing)
+    other.start(lambda: told.append(1))
+    try:
+        deadline = time.monotonic() + 20
+        while "x" not in other.service.index:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        other.stop()
+    assert other.failed_polls == 2
+    assert len(told) >= 2
 
 
 def contents_of(songs: dict[str, tuple[int, str | None]]) -> dict[str, tuple[bytes, str | None]]:

@@ -164,7 +164,7 @@ def test_every_write_needs_a_key_with_write_scope(workspace: Workspace, scopes: 
         ("DELETE", "/v1/songs/a", {}),
         ("POST", "/v1/index/activate", {"json": {"version": "v1"}}),
     ):
-        assert_failure(client(method, path, **options), 401, "unauthorized", "write")
+        assert_failure(client(method, path, **options), 401, "unauthorised", "write")
     assert not workspace.exists("updates")
     assert not workspace.exists("index/active.json")
     assert client("GET", "/v1/songs/a").json()["title"] == "Aria"
@@ -215,7 +215,7 @@ def test_a_second_switch_at_a_time_is_told_to_wait(client: Client, monkeypatch: 
 
     monkeypatch.setattr(client.live, "activate", busy)
     response = client("POST", "/v1/index/activate", json={"version": "v1"})
-    assert_failure(response, 429, "busy")
+    assert_failure(response, 429, "too_many_requests", "another index is being loaded")
     assert int(response.headers["retry-after"]) > 0
 
 

@@ -10,11 +10,15 @@ from urllib.parse import quote
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
+from ray.serve.exceptions import BackPressureError
 
 from htcl_ray.errors import AudioError, HtclError, InputError
 from htcl_ray.retrieval import SearchService, SongIndex, Vectors
+from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.live_index import Active
+from htcl_ray.retrieval.profiles import Heard
 from htcl_ray.retrieval.replay import Replay
 from htcl_ray.retrieval.update_log import UpdateLog
 from htcl_ray.schemas import Reason
@@ -41,8 +45,9 @@ class StandIn:
     """Words and bytes → vectors drawn from their hash; raises what it is told to."""
 
     def __init__(self) -> None:
-        self.service = SearchService(SongIndex.build(IDS, vectors(0, len(IDS))))
-        self.index_version = "v1"
+        metadata = pa.table({"artist": ["A", "A", "B", None, None], "year": pa.array([1990, 1995, 2000, None, 1991], pa.int32())})
+        versions = {"semantic": "s1", "preference": "p1"}
+        self.service = SearchService(SongIndex.build(IDS, vectors(0, len(IDS)), metadata=metadata, model_versions=versions))
         replay = Replay(self.service.index, UpdateLog(Workspace("nowhere")))
         active = Active("v1", self.service, "2026-01-01T00:00:00.000000+00:00", replay)
         self.live = SimpleNamespace(active=active, broken={}, failed_polls=0)
@@ -135,6 +140,81 @@ def test_uploads(client: Client):
     assert found(response) == [hit.song_id for hit in client.backend.service.search(vectors(len(data), 1), k=2, blend=1).hits]
     assert (response.json()["k"], response.json()["blend"]) == (2, 1)
     assert client("POST", "/v1/search/audio", files={"file": ("a.wav", data)}).json()["k"] == 10
+
+
+JSON = {"content-type": "application/json"}
+NOT_A_WEIGHT = b'{"history": [{"song_id": "a", "weight": NaN}]}'
+OPTIONS = {"k": 3, "blend": 0.25, "filter": {"year": {"gte": 1990, "lte": 1999}}, "max_per_artist": 1, "collapse_duplicates": False}
+
+
+def test_options_mean_the_same_in_every_call(client: Client):
+    service = client.backend.service
+    options = {**OPTIONS, "filter": Filter.model_validate(OPTIONS["filter"])}
+    flat = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in OPTIONS.items()}
+    file = {"file": ("a.wav", b"12345")}
+    likes = [hit.song_id for hit in service.search_songs(["b"], **options).hits]
+    assert likes, "the filter must leave something"
+    assert found(client("POST", "/v1/search", json={"song_id": "b", **OPTIONS})) == likes
+    assert found(client("GET", "/v1/songs/b/similar", params=flat)) == likes
+    assert found(client("POST", "/v1/recommend", json={"history": [{"song_id": "b"}], **OPTIONS})) == likes
+    near = [hit.song_id for hit in service.search(vectors(5, 1), **options).hits]
+    assert found(client("POST", "/v1/search/audio", files=file, data=flat)) == near
+    assert found(client("POST", "/v1/search", json={"text": "\x05", **OPTIONS})) == near
+
+
+def test_negatives_and_histories(client: Client):
+    service = client.backend.service
+    body = {"song_ids": ["a"], "negative_song_ids": ["b"]}
+    assert found(client("POST", "/v1/search", json=body)) == [hit.song_id for hit in service.search_songs(["a"], ["b"]).hits]
+    history = [{"song_id": "a", "weight": 2, "timestamp": 1_700_000_000}, {"song_id": "b", "weight": -0.5}, {"song_id": "zz"}]
+    response = client("POST", "/v1/recommend", json={"history": history, "half_life_days": 7})
+    heard = [Heard("a", 2, 1_700_000_000), Heard("b", -0.5)]
+    assert found(response) == [hit.song_id for hit in service.recommend(heard, half_life_days=7).hits]
+    assert response.json()["unknown_song_ids"] == ["zz"]
+
+
+def test_embeddings(client: Client):
+    by_text = client("POST", "/v1/embeddings", json={"text": "calm"})
+    expected = vectors(sum(b"calm"), 1)
+    assert by_text.json() == {
+        "semantic": expected.semantic[0].tolist(),
+        "preference": expected.preference[0].tolist(),
+        "model_versions": {"semantic": "s1", "preference": "p1"},
+    }
+    by_sound = client("POST", "/v1/embeddings", files={"file": ("a.wav", b"123")}).json()
+    assert by_sound["semantic"] == vectors(3, 1).semantic[0].tolist()
+    vector = [*by_sound["semantic"], *by_sound["preference"]]
+    near = client("POST", "/v1/search/audio", files={"file": ("a.wav", b"123")})
+    assert found(client("POST", "/v1/search", json={"vector": vector})) == found(near)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status", "code", "message"),
+    [
+        ("/v1/embeddings", {"json": {}}, 422, "invalid_request", "body.text: Field required"),
+        ("/v1/embeddings", {"json": {"text": ""}}, 422, "invalid_request", "body.text"),
+        ("/v1/embeddings", {"json": {"text": " "}}, 422, "invalid_query", "the text is empty"),
+        ("/v1/embeddings", {"content": b"{"}, 400, "malformed_json", "not JSON"),
+        ("/v1/embeddings", {"content": b""}, 400, "malformed_json", "not JSON"),
+        ("/v1/embeddings", {"files": {"other": b"1"}}, 422, "invalid_query", "neither a file nor a text"),
+        ("/v1/embeddings", {"data": {"text": "calm"}}, 422, "invalid_query", "neither a file nor a text"),
+        ("/v1/recommend", {"json": {"history": []}}, 422, "invalid_request", "body.history"),
+        ("/v1/recommend", {"json": {"history": [{"song_id": "zz"}]}}, 404, "song_not_found", "none of the 1 songs"),
+        ("/v1/recommend", {"json": {"history": [{"song_id": "a", "weight": 0}]}}, 422, "invalid_query", "weight"),
+        ("/v1/recommend", {"content": NOT_A_WEIGHT, "headers": JSON}, 422, "invalid_request", "weight"),
+        ("/v1/recommend", {"json": {"history": [{"song_id": "a", "timestamp": 1e300}]}}, 422, "invalid_request", "timestamp"),
+        ("/v1/recommend", {"json": {"history": [{"song_id": "a"}], "half_life_days": 0}}, 422, "invalid_request", "half_life_days"),
+        ("/v1/search", {"json": {"text": "a", "negative_song_ids": ["b"]}}, 422, "invalid_request", "goes with song_id or song_ids"),
+        ("/v1/search", {"json": {"song_id": "a", "negative_song_ids": ["zz"]}}, 404, "song_not_found", "zz"),
+        ("/v1/search", {"json": {"song_id": "a", "filter": {"genres": ["x"]}}}, 422, "invalid_request", "did you mean 'genre'"),
+        ("/v1/search", {"json": {"song_id": "a", "max_per_artist": 0}}, 422, "invalid_request", "max_per_artist"),
+        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": "{"}}, 400, "malformed_json", "not JSON"),
+        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": '{"yeer": 1}'}}, 422, "invalid_request", "body.filter"),
+        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": "[" * 100_000}}, 400, "malformed_json", "not JSON"),
+    ],
+)
+def test_bad_questions(client: Client, path: str, options: dict, status: int, code: str, message: str):
+    assert_failure(client("POST", path, **options), status, code, message)
 
 
 @pytest.mark.parametrize("song_id", IDS)
@@ -261,6 +341,13 @@ def test_errors_that_nobody_expected(client: Client):
     assert "secret" not in response.text
 
 
+def test_encoders_that_are_full_are_429(client: Client):
+    client.backend.error = BackPressureError(num_queued_requests=9, max_queued_requests=8)
+    response = client("POST", "/v1/search", json={"text": "calm"})
+    assert_failure(response, 429, "overloaded", "try again")
+    assert response.headers["retry-after"] == "1"
+
+
 def test_errors_from_another_replica_keep_their_meaning(client: Client):
     from ray.exceptions import RayActorError, RayTaskError
     from ray.serve.exceptions import BackPressureError
@@ -349,6 +436,8 @@ class TestOpenApi:
         assert calls == {
             ("POST", "/v1/search"),
             ("POST", "/v1/search/audio"),
+            ("POST", "/v1/recommend"),
+            ("POST", "/v1/embeddings"),
             ("GET", "/v1/songs/{song_id}"),
             ("GET", "/v1/songs/{song_id}/similar"),
             ("PUT", "/v1/songs/{song_id}"),
@@ -368,7 +457,8 @@ class TestOpenApi:
                 assert {"200", "400", "413", "422", "503"} <= set(operation["responses"])
 
     def test_examples_are_valid_requests(self, schema: dict, client: Client):
-        examples = schema["components"]["schemas"]["SearchRequest"]["examples"]
-        assert len(examples) >= 2
-        for example in examples:
-            assert client("POST", "/v1/search", json=example).status_code in (200, 404)
+        for path, name in (("/v1/search", "SearchRequest"), ("/v1/recommend", "RecommendRequest")):
+            examples = schema["components"]["schemas"][name]["examples"]
+            assert examples
+            for example in examples:
+                assert client("POST", path, json=example).status_code in (200, 404)

@@ -107,7 +107,7 @@ def test_k_out_of_range_is_refused_before_anything_is_encoded(k: int):
     asked = service()
     with pytest.raises(QueryError, match=f"k is {k}; expected 1 to 1000"):
         asked.search_text("0", k=k)
-    assert asked._encoder.asked == []
+    assert asked.encoder.asked == []
 
 
 def test_a_blend_needs_stage_2():
