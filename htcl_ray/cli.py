@@ -139,6 +139,8 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--song-id", metavar="ID", help="a song of the index")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="number of songs (default 10)")
     parser.add_argument("--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)")
+    parser.add_argument("--filter", metavar="JSON", help="""conditions on metadata, such as '{"genre": ["rock"], "year": {"gte": 1990}}'""")
+    parser.add_argument("--max-per-artist", type=int, metavar="N", help="at most so many songs of one artist")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -220,7 +222,8 @@ def _search(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.search import search
 
     query = {"text": options.text, "audio": Path(options.audio) if options.audio else None, "song_id": options.song_id}
-    search(config, options.index, k=options.k, blend=options.blend, as_json=options.json, **query)
+    how = {"k": options.k, "blend": options.blend, "max_per_artist": options.max_per_artist}
+    search(config, options.index, **query, conditions=options.filter, as_json=options.json, **how)
 
 
 def _import_official_flags(parser: argparse.ArgumentParser) -> None:

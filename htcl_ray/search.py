@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from htcl_ray.config import Config
+from htcl_ray.errors import QueryError
+from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.service import Answer, SearchService
 
 
@@ -19,22 +23,35 @@ def search(
     text: str | None,
     audio: Path | None,
     song_id: str | None,
-    k: int,
-    blend: float | None,
+    conditions: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Answer by words, by an audio file, or by a song of the index, and print the songs."""
+    """Answer by words, by an audio file, or by a song of the index, and print the songs.
+
+    `conditions`: a Filter as JSON; `options`: others of `service.Options`. Raises QueryError.
+    """
+    options["filter"] = None if conditions is None else _filter(conditions)
     service = SearchService.open(config, index, encoder=song_id is None)
     if song_id is not None:
-        answer = service.search_songs([song_id], k=k, blend=blend)
+        answer = service.search_songs([song_id], **options)
     elif audio is not None:
-        answer = service.search_audio(str(audio), k=k, blend=blend)
+        answer = service.search_audio(str(audio), **options)
     else:
-        answer = service.search_text(text or "", k=k, blend=blend)
+        answer = service.search_text(text or "", **options)
     if as_json:
         print(json.dumps({"k": answer.k, "blend": answer.blend, "results": _results(answer)}, ensure_ascii=False, indent=2))
     else:
         _print(answer)
+
+
+def _filter(conditions: str) -> Filter:
+    try:
+        return Filter.model_validate_json(conditions)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(("--filter", *map(str, first["loc"])))
+        raise QueryError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _results(answer: Answer) -> list[dict]:
@@ -44,9 +61,10 @@ def _results(answer: Answer) -> list[dict]:
             "score": hit.score,
             "semantic_score": hit.semantic_score,
             "preference_score": hit.preference_score,
+            "shared_tags": shared_tags,
             **metadata,
         }
-        for hit, metadata in zip(answer.hits, answer.metadata, strict=True)
+        for hit, metadata, shared_tags in zip(answer.hits, answer.metadata, answer.shared_tags, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from htcl_ray.audio.isolated import Decoders
@@ -140,7 +142,8 @@ class Ingress:
 
     async def check_ready(self) -> None:
         """See `backend.Backend`."""
-        await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
+        with contextlib.suppress(BackPressureError):  # who is too busy to answer is there
+            await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
 
     async def _query(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> Vectors:
         vectors, hit = await self._cache.get(kind, content, encode)
