@@ -8,14 +8,35 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from htcl_ray.settings import nearest
 
 MAX_VALUES = 1_000
 
+
+def _expecting(what: str) -> WrapValidator:
+    """One sentence in place of one for each form that a value may have."""
+
+    def validated(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"expected {what}") from None
+
+    return WrapValidator(validated)
+
+
 Word = Annotated[str, Field(min_length=1, max_length=1_000)]
-Words = Annotated[Word | Annotated[list[Word], Field(min_length=1, max_length=MAX_VALUES)], Field(union_mode="left_to_right")]
+Words = Annotated[Word | Annotated[list[Word], Field(min_length=1, max_length=MAX_VALUES)], _expecting("a text, or a list of 1 to 1000")]
 Year = Annotated[int, Field(ge=-10_000, le=10_000)]
 
 
@@ -32,6 +53,12 @@ class YearRange(BaseModel):
         if self.gte is None and self.lte is None:
             raise ValueError("expected gte, lte or both")
         return self
+
+
+Years = Annotated[
+    Year | Annotated[list[Year], Field(min_length=1, max_length=MAX_VALUES)] | YearRange,
+    _expecting('a year, a list of 1 to 1000 years, or a range {"gte": YEAR, "lte": YEAR} with one or both of them'),
+]
 
 
 class Filter(BaseModel):
@@ -53,9 +80,7 @@ class Filter(BaseModel):
     mood: Words | None = Field(None, description="One of its moods.")
     tags: Words | None = Field(None, description="One of its tags.")
     language: Words | None = Field(None, description="One of its languages.")
-    year: Year | Annotated[list[Year], Field(min_length=1, max_length=MAX_VALUES)] | YearRange | None = Field(
-        None, description="A year, several, or a range."
-    )
+    year: Years | None = Field(None, description="A year, several, or a range.")
 
     @model_validator(mode="before")
     @classmethod

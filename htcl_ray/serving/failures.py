@@ -12,11 +12,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match
 
 from htcl_ray.errors import AudioError, HtclError, IndexNotFoundError, IndexRefusedError, QueryError, SongNotFoundError
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.answers import failure
 
+METHODS = ("DELETE", "GET", "POST", "PUT")
 RETRY = {"Retry-After": "1"}
 STATUS = {
     SongNotFoundError: (404, "song_not_found"),
@@ -58,9 +60,18 @@ def _invalid(request: Request, error: Any) -> JSONResponse:
 
 
 def _http(request: Request, error: Any) -> JSONResponse:
+    if error.status_code == 405:
+        allowed = ", ".join(_methods(request))
+        return failure(405, f"{request.url.path} does not take {request.method}; it takes {allowed}", headers={"Allow": allowed})
     if error.status_code == 404:
         return failure(404, f"there is no {request.method} {request.url.path}; /openapi.json lists what there is")
     return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+def _methods(request: Request) -> list[str]:
+    """What the address takes, over all its routes; Starlette looks at the first one only."""
+    asked = ({**request.scope, "method": method} for method in METHODS)
+    return [scope["method"] for scope in asked if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)]
 
 
 def _ours(request: Request, error: Any) -> JSONResponse:

@@ -425,6 +425,13 @@ def test_an_endless_body_is_cut_off_while_it_is_read(client: Client, kind: str):
     assert sent < 2 * MAX_JSON_BYTES
 
 
+@pytest.mark.parametrize(("path", "allowed"), [("/v1/search", "POST"), ("/v1/songs/a", "DELETE, GET, PUT"), ("/healthz", "GET")])
+def test_a_wrong_method_is_told_the_right_ones(client: Client, path: str, allowed: str):
+    response = client("OPTIONS", path)
+    assert_failure(response, 405, "method_not_allowed", f"it takes {allowed}")
+    assert response.headers["allow"] == allowed
+
+
 class TestOpenApi:
     @pytest.fixture
     def schema(self, client: Client) -> dict:
