@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from htcl_ray.config import Config
-from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
+from htcl_ray.errors import ConfigError, IndexNotFoundError, MismatchError, WorkspaceError
 from htcl_ray.retrieval import SearchService
 from htcl_ray.retrieval.service import Answer
 from htcl_ray.serving import application
@@ -177,7 +177,7 @@ class TestRefusedBeforeRayStarts:
             pass
 
     def test_an_unknown_version(self, indexed: Config):
-        with pytest.raises(WorkspaceError, match="no index 'nothing'"), serving(indexed, "nothing"):
+        with pytest.raises(IndexNotFoundError, match="no finished index 'nothing'"), serving(indexed, "nothing"):
             pass
 
     def test_an_index_of_other_weights(self, tmp_path: Path, indexed: Config):

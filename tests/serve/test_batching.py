@@ -13,6 +13,7 @@ from ray import serve
 
 from htcl_ray.config import Config
 from htcl_ray.errors import AudioError
+from htcl_ray.retrieval.activation import Pointer, now
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.serving.deployments import Encoder, Served
 from htcl_ray.settings import ServeSettings
@@ -51,7 +52,9 @@ class RecordingEncoder(Encoder):
 def replica(indexed: Config) -> Iterator[Any]:
     models = Path(indexed.workspace) / "models"
     versions = SongEncoder.load(models / "semantic/semantic-0", models / "preference/preference-0").model_versions
-    served = Served(Workspace(indexed.workspace), "none", "models/semantic/semantic-0", "models/preference/preference-0", versions)
+    served = Served(
+        Workspace(indexed.workspace), Pointer("none", now()), "models/semantic/semantic-0", "models/preference/preference-0", versions
+    )
     settings = indexed.with_overrides({"serve.max_batch_size": 8, "serve.batch_wait_seconds": 0.5}).serve
     deployment = serve.deployment(RecordingEncoder, max_ongoing_requests=64)
     yield serve.run(deployment.bind(served, settings), name="batching", route_prefix=None)
@@ -64,8 +67,8 @@ def test_batches(replica: Any, indexed: Config):
     clips = [sound(i, indexed.audio) for i in range(12)]
 
     async def all_at_once() -> list[Any]:
-        calls = [replica.encode_audio.remote(wav(clip, indexed.audio)) for clip in clips]
-        calls += [replica.encode_audio.remote(b"not audio" * 50)]
+        calls = [replica.encode_audio.remote(wav(clip, indexed.audio), True) for clip in clips]
+        calls += [replica.encode_audio.remote(b"not audio" * 50, True)]
         calls += [replica.encode_text.remote(text_of(i)) for i in range(12)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
