@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
 
 
 def test_htcl_serve(indexed: Config):
-    command = (str(SCRIPTS / "htcl"), "serve", "--preset", "demo", "--workspace", indexed.workspace, "--set", "serve.port=0")
+    """A request that has begun when the signal comes is answered."""
+    slow = ("--set", "serve.batch_wait_seconds=3")
+    command = (str(SCRIPTS / "htcl"), "serve", "--preset", "demo", "--workspace", indexed.workspace, "--set", "serve.port=0", *slow)
     with started(*command) as process:
         lines = []
         for line in process.stdout:
@@ -60,7 +63,11 @@ def test_htcl_serve(indexed: Config):
         address = re.search(rf"serving index \w+ \({SONGS} songs\) at (http://127\.0\.0\.1:\d+); Ctrl-C stops", "\n".join(lines))
         assert address, lines
         assert httpx.get(f"{address[1]}/readyz").status_code == 200
-        process.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{address[1]}/v1/search", json={"text": "rock"}, timeout=30)
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert asked.result().status_code == 200
         rest = process.stdout.read().splitlines()
         assert process.wait(timeout=60) == 0
     assert len(lines) == 3, f"noise in the terminal: {lines}"
@@ -113,6 +120,11 @@ def test_the_builder_takes_configuration_keys(indexed: Config):
     assert served.workspace.uri == indexed.workspace
     assert settings.max_batch_size == 4
     assert encoder._bound_deployment.num_replicas == 2
+    scaled = entry.build_app({"workspace": indexed.workspace, "preset": "demo", "serve.max_encoder_replicas": 5, "serve.encoder_gpus": 0.5})
+    encoder = scaled._bound_deployment.init_args[0]._bound_deployment
+    scaling = encoder._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.get_target_ongoing_requests()) == (1, 5, 16)
+    assert encoder.ray_actor_options["num_gpus"] == 0.5
     with pytest.raises(ConfigError, match=r"serve\.max_batch_siz.*did you mean"):
         entry.build_app({"serve.max_batch_siz": "4"})
     with pytest.raises(AttributeError, match="nothing"):
