@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ def _process(rank: int, workers: int, store: str, work: Callable[..., Any], argu
         work(*arguments)
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # rather than through the interpreter's end, where torch's own threads now and then abort the process
 
 
 def run_workers(workers: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> None:
