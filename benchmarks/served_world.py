@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Awaitable
@@ -118,14 +119,6 @@ class Bare:
         self._mel = lambda data: log_mel(decode(data, recipe), recipe.sample_rate, recipe)
         self.live = LiveIndex(Workspace(config.workspace), config.serve, opened.index.model_versions)
 
-    @property
-    def service(self) -> Any:
-        return self.live.service
-
-    @property
-    def index_version(self) -> str:
-        return self.live.version
-
     def encode_text(self, text: str) -> Awaitable[Vectors]:
         return asyncio.to_thread(self._encoder.encode_texts, [text])
 
@@ -147,6 +140,7 @@ def _serve_bare(config: Config) -> None:
     from htcl_ray.serving.routes import create_app
 
     torch.set_num_threads(1)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which Ray Serve would send to a file
     server = uvicorn.Server(uvicorn.Config(create_app(Bare(config), config.serve), port=0, log_level="error", access_log=False))
 
     def tell() -> None:

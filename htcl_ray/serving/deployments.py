@@ -158,7 +158,7 @@ class Ingress:
         if self._centre[0] != active.version:
             self._centre = active.version, mean_of(index)
         age = datetime.now(UTC) - datetime.fromisoformat(index.manifest["created"])
-        self.measurements.index(len(index), age.total_seconds(), active.replay.applied)
+        self.measurements.state(len(index), age.total_seconds(), active.replay.applied)
 
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops."""

@@ -1,13 +1,15 @@
-"""Ray's HAProxy in front of the replicas, set up before Ray starts and kept to loopback.
+"""Ray's HAProxy in front of the replicas, set up before Ray starts: kept to loopback, and answering 429 by itself under overload.
 
 HAProxy hands a request to the replica's own HTTP server; without it every request passes through two more Python processes
-(docs/serving.md has the figures). Ray reads what is set here when its Serve processes start, so it must come before Ray and only
-reaches a cluster that this process starts. On another cluster, whoever starts its nodes sets RAY_SERVE_ENABLE_HA_PROXY there.
+(docs/decisions/0018-front.md has the figures). Ray reads what is set here when its Serve processes start, so it must come before Ray
+and only reaches a cluster that this process starts. On another cluster, whoever starts its nodes sets these variables there.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -19,10 +21,18 @@ from pathlib import Path
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
 from htcl_ray.pipelines.cluster import address_of
+from htcl_ray.serving.answers import HEADERS
+from htcl_ray.serving.rate_limit import PROBES
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 IDLE_CLIENT_SECONDS = 75
 """After which HAProxy closes a connection on which nothing comes or goes."""
+FEWER_HOPS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
 DRAIN_SECONDS = 1
 """That a replica waits for HAProxy to forget it before it stops taking requests."""
 
@@ -42,7 +52,8 @@ def haproxy_front(config: Config) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="htcl-front-"))  # of mode 0700: Ray makes HAProxy's admin socket writable for everyone
     ours = {
         SWITCH: "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_loopback_only(folder, binary)),
+        **FEWER_HOPS,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_edited(folder, binary, config.serve.ingress_replicas * config.serve.max_waiting_requests)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -62,16 +73,27 @@ def haproxy_front(config: Config) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _loopback_only(folder: Path, binary: str) -> Path:
-    """A program to be started as HAProxy, which starts `binary` with its statistics on loopback.
+def _edited(folder: Path, binary: str, most: int) -> Path:
+    """A program to be started as HAProxy, which starts `binary` with two changes to the file after -f.
 
-    Ray's template binds them to every interface and offers no setting for the address, so the file after -f is edited.
+    Ray's template binds statistics to every interface and offers no setting for the address; and it has no limit of requests under way.
+    Beyond `most` of them HAProxy answers 429, as `serving/admission.py` does, but at a hundredth of the cost: refusing in Python takes
+    the time in which others would be answered.
     """
+    loopback = r"s/^\( *bind \)[*]\{0,1\}:/\1127.0.0.1:/"
+    headers = " ".join(f'hdr {name} "{value}"' for name, value in {**HEADERS, "Retry-After": "1"}.items())
+    body = json.dumps({"error": {"code": "overloaded", "message": f"{most} requests are being worked on; try again"}})
+    probes = " ".join(sorted(PROBES))
+    refusal = (
+        f"http-request return status 429 content-type application/json string '{body}' {headers} "
+        rf"if is_\1 {{ be_conn(\1) ge {most} }} !{{ path {probes} }}"
+    )
+    limit = rf"s@^    use_backend \([^ ]*\) if is_\1$@    {refusal}\n&@"
     program = folder / "haproxy"
     program.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
-        """  [ "$before" = -f ] && sed -i -e 's/^\\( *bind \\)[*]\\{0,1\\}:/\\1127.0.0.1:/' "$argument"\n"""
+        f"""  [ "$before" = -f ] && sed -i -e {shlex.quote(loopback)} -e {shlex.quote(limit)} "$argument"\n"""
         "  before=$argument\n"
         "done\n"
         f"""exec "{binary}" "$@"\n""",

@@ -23,6 +23,8 @@ class IngressMeasurements:
         self._errors = Counter("htcl_errors", "Answers that are not a success.", ("endpoint", "status"))
         self._answers = Counter("htcl_answers", "Searches that were answered.", ("empty",))
         self._cache = Counter("htcl_query_cache", "Queries whose vectors were remembered (hit) or not (miss).", ("result",))
+        self.under_way = 0
+        """Requests that were taken and are not answered, as the middleware counts them."""
         self._waiting = Gauge("htcl_requests_under_way", "Requests that were taken and are not answered.")
         self._songs = Gauge("htcl_index_songs", "Songs that can be found.")
         self._age = Gauge("htcl_index_age_seconds", "Since the index that is served was built.")
@@ -55,12 +57,9 @@ class IngressMeasurements:
         """A query that was looked up in the cache."""
         self._cache.inc(1, {"result": "hit" if hit else "miss"})
 
-    def under_way(self, requests: int) -> None:
-        """Requests that were taken and are not answered."""
-        self._waiting.set(requests)
-
-    def index(self, songs: int, age_seconds: float, updates: int) -> None:
-        """State of the served index."""
+    def state(self, songs: int, age_seconds: float, updates: int) -> None:
+        """What a replica is in: called about once a second."""
+        self._waiting.set(self.under_way)
         self._songs.set(songs)
         self._age.set(age_seconds)
         self._updates.set(updates)

@@ -26,7 +26,6 @@ class Observed:
     def __init__(self, app: ASGIApp, measurements: IngressMeasurements | None = None) -> None:
         self._app = app
         self._measurements = measurements
-        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
@@ -51,9 +50,8 @@ class Observed:
             self._tell(scope, request_id, status, time.perf_counter() - started)
 
     def _count(self, step: int) -> None:
-        self._under_way += step
         if self._measurements is not None:
-            self._measurements.under_way(self._under_way)
+            self._measurements.under_way += step
 
     def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
-from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -34,13 +35,17 @@ from htcl_ray.serving.measurements import IngressMeasurements
 from htcl_ray.settings import ServeSettings
 
 AudioFile = Annotated[UploadFile, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")]
+SEARCH_THREADS = 4
+"""Of an ingress replica: FAISS lets others run while it searches, Python does not, so more threads only wait for each other."""
 FILTER = "Filter as JSON."
+# The dependencies below are async so that FastAPI calls them where it is, and not in a thread.
 EMBEDDINGS_BODY = {"requestBody": {"content": {"application/json": {"schema": EmbedTextRequest.model_json_schema()}}}}
 
 
 def search_routes(backend: Backend, settings: ServeSettings, measurements: IngressMeasurements | None = None) -> APIRouter:
     """Searches run in threads, so that a long one does not hold up the others."""
     router = APIRouter()
+    threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="search")
 
     async def answer(question: Callable[[SearchService], Answer], active: Active, model: type[SearchResponse] = SearchResponse) -> Response:
         def search() -> tuple[Answer, bytes]:
@@ -48,7 +53,7 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
                 found = question(active.service)
             return found, model.of(found, active.version).model_dump_json().encode()
 
-        found, body = await run_in_threadpool(search)
+        found, body = await asyncio.get_running_loop().run_in_executor(threads, search)
         if measurements:
             measurements.answer(len(found.hits))
         return Response(body, media_type="application/json")  # validated when it was made; FastAPI would do it again
@@ -115,7 +120,7 @@ async def read_upload(file: UploadFile, settings: ServeSettings) -> bytes:
     return await file.read()
 
 
-def _form_options(
+async def _form_options(
     k: Annotated[K, Form()] = DEFAULT_K,
     blend: Annotated[Blend | None, Form()] = None,
     filter: Annotated[str | None, Form(description=FILTER)] = None,
@@ -125,7 +130,7 @@ def _form_options(
     return _options(k, blend, filter, max_per_artist, collapse_duplicates, "body")
 
 
-def _query_options(
+async def _query_options(
     k: Annotated[K, Query()] = DEFAULT_K,
     blend: Annotated[Blend | None, Query()] = None,
     filter: Annotated[str | None, Query(description=FILTER)] = None,

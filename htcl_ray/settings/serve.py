@@ -42,7 +42,7 @@ class ServeSettings(Settings):
     """Lasting rate of one key, or of one address without keys, at each ingress replica; null is no limit."""
     request_burst: int = Field(20, ge=1)
     """Requests beyond the lasting rate that may come at once."""
-    max_waiting_requests: int = Field(100, ge=1)
+    max_waiting_requests: int = Field(32, ge=1)
     """Requests that an ingress replica takes at a time; more are answered 429."""
     request_seconds: float = Field(30.0, gt=0)
     """After this a request is answered 503."""

@@ -67,6 +67,30 @@ def test_statistics_listen_on_loopback_only(config: Config, monkeypatch: pytest.
         )
 
 
+def test_too_many_requests_are_refused_before_they_reach_the_backend(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """HAProxy itself answers; that it takes the file, and what it answers, is seen in the serve tier."""
+    monkeypatch.setattr(front, "_binary", lambda: "/bin/echo")
+    rule = "    use_backend http-htcl if is_http-htcl"
+    with haproxy_front(config.with_overrides({"serve.ingress_replicas": 3, "serve.max_waiting_requests": 7})):
+        configuration = Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
+        configuration.write_text(f"frontend x\n{rule}\n    default_backend default_backend\n")
+        subprocess.run([os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-f", str(configuration)], capture_output=True, check=True)
+        lines = configuration.read_text().splitlines()
+    assert lines[0] == "frontend x"
+    assert lines[1].startswith('    http-request return status 429 content-type application/json string \'{"error": ')
+    assert 'hdr Retry-After "1" if is_http-htcl' in lines[1].replace("  ", " ")
+    assert lines[1].endswith("if is_http-htcl { be_conn(http-htcl) ge 21 } !{ path /healthz /readyz }")
+    assert lines[2:] == [rule, "    default_backend default_backend"]
+
+
+def test_the_template_of_this_ray_has_the_line_that_is_limited():
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "serve" / "_private" / "haproxy_templates.py").read_text()
+    assert "\n    use_backend {{ backend.name or 'unknown' }} if is_{{ backend.name or 'unknown' }}\n" in source
+
+
 def test_the_template_of_this_ray_has_no_other_open_address():
     """Lines that bind without an address are those that the program rewrites."""
     spec = importlib.util.find_spec("ray")

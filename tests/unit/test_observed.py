@@ -20,14 +20,11 @@ class Recorded:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, int]] = []
-        self.waiting: list[int] = []
+        self.under_way = 0
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         assert 0 <= seconds < 5
         self.requests.append((endpoint, status))
-
-    def under_way(self, requests: int) -> None:
-        self.waiting.append(requests)
 
 
 @pytest.fixture
@@ -42,6 +39,10 @@ def app(recorded: Recorded) -> Observed:
     @inner.get("/songs/{name}")
     async def song(name: str) -> PlainTextResponse:
         return PlainTextResponse(name)
+
+    @inner.get("/waiting")
+    async def waiting() -> PlainTextResponse:
+        return PlainTextResponse(str(recorded.under_way))
 
     @inner.get("/fails")
     async def fails() -> None:
@@ -68,7 +69,8 @@ def test_metrics_name_the_route_and_not_what_a_visitor_typed(app: Observed, reco
 def test_requests_under_way_return_to_none_also_after_a_failure(app: Observed, recorded: Recorded):
     for path in ("/songs/a", "/fails"):
         get(app, path)
-    assert recorded.waiting == [1, 0, 1, 0]
+        assert recorded.under_way == 0
+    assert get(app, "/waiting").text == "1"
 
 
 def test_the_log_line_says_who_asked_what(app: Observed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
