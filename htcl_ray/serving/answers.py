@@ -31,7 +31,7 @@ def failure(status: int, message: str, code: str | None = None, headers: dict[st
     """The response of a failure, {"error": {"code", "message"}}."""
     readable = message.encode("utf-8", "backslashreplace").decode()  # a client's half of a surrogate pair cannot be sent back
     body = {"error": {"code": code or CODES.get(status, "error"), "message": readable}}
-    return JSONResponse(body, status_code=status, headers=headers)
+    return JSONResponse(body, status_code=status, headers={**HEADERS, **(headers or {})})
 
 
 class AnswerHeaders:

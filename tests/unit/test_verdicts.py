@@ -245,6 +245,7 @@ def test_the_application_refuses_before_anything_is_loaded(config: Config, works
 
 def test_the_flag_of_serve_is_the_setting(config: Config, monkeypatch: pytest.MonkeyPatch):
     given = []
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")  # chosen, because this process may have imported Ray Serve long ago
     monkeypatch.setattr(
         "htcl_ray.serving.application.serve_until_stopped", lambda config, index: given.append(config.serve.allow_failed_gate)
     )
