@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -168,19 +170,36 @@ def per_second(ask: Callable[[int], Any], seconds: float = 3.0) -> float:
 
 
 def stages(metrics: str | None) -> dict[str, Any]:
-    """Mean milliseconds and count of each stage, as Prometheus would scrape them; empty without Ray."""
+    """Milliseconds of each stage, as Prometheus would scrape them: mean, and percentiles within buckets; empty without Ray."""
     if metrics is None:
         return {}
-    sums: dict[tuple[str, str], float] = {}
+    sums: Counter[tuple[str, str]] = Counter()
+    buckets: dict[str, Counter[float]] = defaultdict(Counter)
     for line in httpx.get(metrics, timeout=10).text.splitlines():
-        for suffix in ("sum", "count"):
-            if line.startswith(f"ray_htcl_stage_seconds_{suffix}{{"):
-                stage = line.partition('stage="')[2].partition('"')[0]
-                sums[stage, suffix] = sums.get((stage, suffix), 0.0) + float(line.rsplit(" ", 1)[1])
-    names = sorted({stage for stage, _ in sums})
+        name, _, rest = line.partition("{")
+        stage = rest.partition('stage="')[2].partition('"')[0]
+        if name == "ray_htcl_stage_seconds_bucket":
+            buckets[stage][float(rest.partition('le="')[2].partition('"')[0])] += float(line.rsplit(" ", 1)[1])
+        elif name in ("ray_htcl_stage_seconds_sum", "ray_htcl_stage_seconds_count"):
+            sums[stage, name.rpartition("_")[2]] += float(line.rsplit(" ", 1)[1])
     return {
-        name: {"mean_ms": round(1000 * sums[name, "sum"] / sums[name, "count"], 3), "count": int(sums[name, "count"])} for name in names
+        stage: {
+            "mean_ms": round(1000 * sums[stage, "sum"] / sums[stage, "count"], 3),
+            **{f"p{percent}_ms": round(1000 * percentile(cumulative, percent / 100), 2) for percent in (50, 95, 99)},
+            "count": int(sums[stage, "count"]),
+        }
+        for stage, cumulative in sorted(buckets.items())
     }
+
+
+def percentile(cumulative: Counter[float], share: float) -> float:
+    """Seconds below which that share of a histogram's entries lie: upper bound → entries up to it; evenly spread within a bucket."""
+    wanted, lower, below = share * cumulative[math.inf], 0.0, 0.0
+    for bound, count in sorted(cumulative.items()):
+        if count >= wanted:
+            return lower if math.isinf(bound) else lower + (bound - lower) * (wanted - below) / max(count - below, 1e-9)
+        lower, below = bound, count
+    return lower
 
 
 def show(found: dict[str, Any]) -> None:
@@ -201,6 +220,11 @@ def show(found: dict[str, Any]) -> None:
                 row += [f"{flood['answered_per_second']:.0f}", f"{flood['p99_ms']:.0f}", str(flood["statuses"].get("429", 0))]
             table.add_row(*row)
     Console().print(table)
+    parts = Table("", "stage", "mean", "p50", "p95", "p99", title="Milliseconds of each stage, over the whole run")
+    for front in found:
+        for stage, figures in (found[front].get("stages") or {}).items():
+            parts.add_row(front, stage, *(f"{figures[f'{name}_ms']:.1f}" for name in ("mean", "p50", "p95", "p99")))
+    Console().print(parts)
 
 
 if __name__ == "__main__":
