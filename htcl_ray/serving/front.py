@@ -23,6 +23,8 @@ from htcl_ray.pipelines.cluster import address_of
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 IDLE_CLIENT_SECONDS = 75
 """After which HAProxy closes a connection on which nothing comes or goes."""
+LOG_FORMAT = "%ci:%cp [%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %ts %HM %HP"
+"""Who, when, where to, how long, what came of it, method and path: HAProxy's own without what follows the `?`."""
 DRAIN_SECONDS = 1
 """That a replica waits for HAProxy to forget it before it stops taking requests."""
 
@@ -63,15 +65,17 @@ def haproxy_front(config: Config) -> Iterator[None]:
 
 
 def _loopback_only(folder: Path, binary: str) -> Path:
-    """A program to be started as HAProxy, which starts `binary` with its statistics on loopback.
+    """A program to be started as HAProxy, which starts `binary` with its statistics on loopback and a log without parameters.
 
-    Ray's template binds them to every interface and offers no setting for the address, so the file after -f is edited.
+    Ray's template binds the statistics to every interface and logs whole addresses, in which players send their keys; it offers no
+    setting for either, so the file after -f is edited.
     """
     program = folder / "haproxy"
     program.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
-        """  [ "$before" = -f ] && sed -i -e 's/^\\( *bind \\)[*]\\{0,1\\}:/\\1127.0.0.1:/' "$argument"\n"""
+        """  [ "$before" = -f ] && sed -i -e 's/^\\( *bind \\)[*]\\{0,1\\}:/\\1127.0.0.1:/' """
+        f"""-e 's|^\\( *\\)option httplog$|\\1log-format "{LOG_FORMAT}"|' "$argument"\n"""
         "  before=$argument\n"
         "done\n"
         f"""exec "{binary}" "$@"\n""",
