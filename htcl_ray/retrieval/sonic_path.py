@@ -45,16 +45,15 @@ def sonic_path(index: SongIndex, start_id: str, end_id: str, count: int, blend: 
 
 def arc(ends: Vectors, count: int) -> Vectors:
     """`count` rows of unit norm between the two rows of `ends`, in equal angles, without the ends; each space by itself."""
-    preference = None if ends.preference is None else _arc(*ends.preference, count)
-    return Vectors(_arc(*ends.semantic, count), preference)
+    return Vectors(_arc(ends.semantic, count), None if ends.preference is None else _arc(ends.preference, count))
 
 
-def _arc(first: NDArray[np.float32], last: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+def _arc(ends: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """Slerp (Shoemake 1985): sin((1 - t)·θ)/sin θ · first + sin(t·θ)/sin θ · last, [count, dim].
 
     Opposite directions have no shortest arc; theirs goes by the axis that lies most across them.
     """
-    a, b = first.astype(np.float64), last.astype(np.float64)
+    a, b = ends.astype(np.float64)
     shares = (np.arange(1, count + 1) / (count + 1))[:, None]
     angle = 2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
     if angle < NO_ANGLE:
