@@ -24,6 +24,8 @@ from htcl_ray.serving.keys import Keys
 from htcl_ray.serving.routes import create_app
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
+from tests.conftest import REPOSITORY
+from tests.documented_commands import blocks
 from tests.live import DIM, VERSIONS, unit_vectors, write_index
 
 pytestmark = pytest.mark.serve
@@ -229,3 +231,12 @@ def test_where_nobody_listens_there_is_no_answer():
             client.search("piano")
         with pytest.raises(NoAnswerError):
             client.ready()
+
+
+@pytest.mark.parametrize("block", blocks(REPOSITORY / "docs" / "client.md", "python"))
+def test_what_the_documentation_shows_runs(url: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "clip.wav").write_bytes(b"x" * 44)
+    monkeypatch.chdir(tmp_path)
+    here = block.replace(', key="an-API-key-of-yours"', "").replace('"http://127.0.0.1:8000"', f'"{url}", key="{READER}"')
+    assert here.count(READER) == 1
+    exec(compile(here, "docs/client.md", "exec"), {})
