@@ -78,7 +78,9 @@ def test_legends_name_labels_that_the_expression_keeps():
 
 
 def test_every_measurement_is_shown():
-    shown = {name for _, expression in EXPRESSIONS for name in re.findall(r"\bray_(htcl_\w+?)(?:_bucket|_sum|_count|_total)?\b", expression)}
+    shown = {
+        name for _, expression in EXPRESSIONS for name in re.findall(r"\bray_(htcl_\w+?)(?:_bucket|_sum|_count|_total)?\b", expression)
+    }
     assert shown == OWN
 
 

@@ -24,7 +24,9 @@ from tests.documented_commands import PAGES, Shown, blocks, commands, spans
 pytestmark = pytest.mark.unit
 
 COMMANDS = [shown for page in PAGES for shown in commands(page)]
-SECTIONS = [name for name, field in Config.model_fields.items() if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)]
+SECTIONS = [
+    name for name, field in Config.model_fields.items() if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+]
 KEY = re.compile(rf"({'|'.join(SECTIONS)})\.(\w+)(?:\.\w+)?(?:=.*)?")
 FILE_SUFFIXES = {"py", "yaml", "html", "json", "jsonl", "md", "faiss", "pth", "parquet"}
 REQUESTS: dict[str, type[BaseModel]] = {"/v1/search": SearchRequest, "/v1/recommend": RecommendRequest, "/v1/embeddings": EmbedTextRequest}
@@ -114,7 +116,18 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path):
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", "mkdocs.yml", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--config-file",
+        "mkdocs.yml",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.name for path in (tmp_path / "site").glob("*.html")}
