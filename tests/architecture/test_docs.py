@@ -122,7 +122,6 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path):
         "mkdocs",
         "build",
         "--strict",
-        "--quiet",
         "--config-file",
         "mkdocs.yml",
         "--site-dir",
