@@ -13,7 +13,9 @@
     │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
     │   │   └── SongNotFoundError a song that the index does not hold
     │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
-    └── StepError             a step that started and could not finish
+    ├── StepError             a step that started and could not finish
+    ├── RequestError          a request of the client that the server refused; carries status, code and message
+    └── NoAnswerError         a request of the client that no server answered
 
 Messages are one sentence for a person: what is wrong and where, what was expected, what to do.
 """
@@ -89,3 +91,24 @@ class AudioError(InputError):
 
 class StepError(HtclError):
     """A step started and could not finish."""
+
+
+class RequestError(HtclError):
+    """The server refused a request.
+
+    `status`: of HTTP; `code`: for programs, stable; `message`: for people; `retry_after`: seconds to wait, where the server said so.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{message} ({status} {code})")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[int, str, str, float | None]]:
+        return type(self), (self.status, self.code, self.message, self.retry_after)
+
+
+class NoAnswerError(HtclError):
+    """No server answered a request: it cannot be reached, broke off, or took too long."""

@@ -19,6 +19,7 @@ from htcl_ray.retrieval.profiles import HALF_LIFE_DAYS, Heard, decayed_weights, 
 from htcl_ray.retrieval.ranking import Hit
 from htcl_ray.retrieval.shared_tags import TAG_COLUMNS, shared_with_songs, shared_with_text, tags_of
 from htcl_ray.retrieval.song_columns import LatestColumns, SongColumns
+from htcl_ray.retrieval.sonic_path import sonic_path
 from htcl_ray.retrieval.variety import varied_search
 from htcl_ray.retrieval.vectors import Vectors, unit_norm
 from htcl_ray.schemas import METADATA
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MAX_K = 1000
 DEFAULT_K = 10
 MAX_TEXT_LENGTH = 10_000
+MAX_PATH = 100
+"""Songs of a path, each of which is a search of its own."""
 SHOWN = ("song_id", *(name for name in METADATA.names if name != "lyrics"))
 """Columns of an answer's songs."""
 
@@ -151,6 +154,24 @@ class SearchService:
         liked = [heard.song_id for heard in known if heard.weight > 0]
         unknown = list(dict.fromkeys(heard.song_id for heard in history if heard.song_id not in index))
         return self._answer(index, query, Options(**options), exclude=ids, shared=_like_songs(self, index, liked), unknown=unknown)
+
+    def path(self, start_id: str, end_id: str, count: int, *, blend: float | None = None) -> Answer:
+        """Songs that lead from one to the other (`sonic_path`), none the same recording as another; scores are relative to the start.
+
+        `count`: 1 to MAX_PATH songs, both ends included, which are always there. Raises SongNotFoundError.
+        """
+        if not 1 <= count <= MAX_PATH:
+            raise QueryError(f"count is {count}; expected 1 to {MAX_PATH}")
+        index = self.index.snapshot()
+        columns, used = self.columns(index), index.check_blend(blend)
+
+        def nearest(point: Vectors, taken: set[str]) -> str | None:
+            hits = varied_search(index, columns, point, 1, blend=used, exclude=taken, allowed=None, max_per_artist=None, collapse=True)
+            return hits[0].song_id if hits else None
+
+        hits = sonic_path(index, start_id, end_id, count, used, nearest)
+        found = columns.metadata([index.row_of(hit.song_id) for hit in hits], SHOWN)
+        return Answer(hits, found, count, used)
 
     def search(self, query: Vectors, *, exclude: Collection[str] = (), **options: Any) -> Answer:
         """Songs near one row of vectors, `exclude` left out."""

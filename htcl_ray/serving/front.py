@@ -33,6 +33,8 @@ FEWER_HOPS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 """A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
+LOG_FORMAT = "%ci:%cp [%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %ts %HM %HP"
+"""Who, when, where to, how long, what came of it, method and path: HAProxy's own without what follows the `?`."""
 DRAIN_SECONDS = 1
 """That a replica waits for HAProxy to forget it before it stops taking requests."""
 
@@ -74,13 +76,14 @@ def haproxy_front(config: Config) -> Iterator[None]:
 
 
 def _edited(folder: Path, binary: str, most: int) -> Path:
-    """A program to be started as HAProxy, which starts `binary` with two changes to the file after -f.
+    """A program to be started as HAProxy, which starts `binary` with three changes to the file after -f.
 
-    Ray's template binds statistics to every interface and offers no setting for the address; and it has no limit of requests under way.
-    Beyond `most` of them HAProxy answers 429, as `serving/admission.py` does, but at a hundredth of the cost: refusing in Python takes
-    the time in which others would be answered.
+    Ray's template binds statistics to every interface, logs whole addresses, in which players send their keys, and has no limit of
+    requests under way; it offers no setting for any. Beyond `most` requests HAProxy answers 429, as `serving/admission.py` does, but at
+    a hundredth of the cost: refusing in Python takes the time in which others would be answered.
     """
     loopback = r"s/^\( *bind \)[*]\{0,1\}:/\1127.0.0.1:/"
+    log = rf's|^\( *\)option httplog$|\1log-format "{LOG_FORMAT}"|'
     headers = " ".join(f'hdr {name} "{value}"' for name, value in {**HEADERS, "Retry-After": "1"}.items())
     body = json.dumps({"error": {"code": "overloaded", "message": f"{most} requests are being worked on; try again"}})
     probes = " ".join(sorted(PROBES))
@@ -89,11 +92,13 @@ def _edited(folder: Path, binary: str, most: int) -> Path:
         rf"if is_\1 {{ be_conn(\1) ge {most} }} !{{ path {probes} }}"
     )
     limit = rf"s@^    use_backend \([^ ]*\) if is_\1$@    {refusal}\n&@"
+    edits = folder / "edits.sed"
+    edits.write_text(f"{loopback}\n{log}\n{limit}\n", encoding="utf-8")
     program = folder / "haproxy"
     program.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
-        f"""  [ "$before" = -f ] && sed -i -e {shlex.quote(loopback)} -e {shlex.quote(limit)} "$argument"\n"""
+        f"""  [ "$before" = -f ] && sed -i -f {shlex.quote(str(edits))} "$argument"\n"""
         "  before=$argument\n"
         "done\n"
         f"""exec "{binary}" "$@"\n""",

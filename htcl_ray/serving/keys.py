@@ -10,8 +10,9 @@ The file `serve.api_keys_file`, or the environment variable HTCL_API_KEYS, is a 
       scopes: [write]              # includes read
 
 Requests carry `Authorization: Bearer KEY`. Writing always needs a key with scope write. Reading needs a key when the application is bound
-to an address that other machines reach; there, no keys at all is a ConfigError. /, /openapi.json and the probes never need one. A key
-that is sent and wrong is refused everywhere else, also where none is needed.
+to an address that other machines reach; there, no keys at all is a ConfigError. /, /openapi.json, the probes and the list of extensions for
+players never need one. A key that is sent and wrong is refused everywhere else, also where none is needed. Players send theirs otherwise:
+see subsonic_keys.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from htcl_ray.settings import ServeSettings
 
 ENVIRONMENT = "HTCL_API_KEYS"
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
-WITHOUT_KEY = frozenset({"/", "/openapi.json", "/healthz", "/readyz"})
+PLAYERS_EXTENSIONS = "/rest/getOpenSubsonicExtensions"
+WITHOUT_KEY = frozenset({"/", "/openapi.json", "/healthz", "/readyz", PLAYERS_EXTENSIONS, f"{PLAYERS_EXTENSIONS}.view"})
 SHORTEST_KEY = 16
 LARGEST_FILE_BYTES = 1_000_000
 REQUEST_KEY = HTTPBearer(auto_error=False, description="A key of the file that serve.api_keys_file names.")

@@ -21,6 +21,8 @@ from htcl_ray.serving.operation_routes import operation_routes
 from htcl_ray.serving.rate_limit import RateLimit, TokenBuckets
 from htcl_ray.serving.search_routes import search_routes
 from htcl_ray.serving.song_routes import song_routes
+from htcl_ray.serving.subsonic_keys import SubsonicKeys
+from htcl_ray.serving.subsonic_routes import subsonic_routes
 from htcl_ray.settings import ServeSettings
 
 
@@ -42,6 +44,7 @@ def create_app(
     reading = [Depends(REQUEST_KEY)] if keys.reads_need_key else []
     for router in (search_routes(backend, settings, measurements), song_routes(backend, settings), index_routes(backend)):
         app.include_router(router, dependencies=reading)
+    app.include_router(subsonic_routes(backend, measurements), dependencies=reading)
     app.include_router(operation_routes(backend))
     return app
 
@@ -51,7 +54,7 @@ def _middleware(settings: ServeSettings, keys: Keys, measurements: IngressMeasur
     layers = [Middleware(Observed, measurements=measurements), Middleware(AnswerHeaders)]
     if settings.allowed_origins:  # around the refusals, so that a page can read them
         layers.append(Middleware(CrossOrigin, origins=settings.allowed_origins))
-    layers += [Middleware(Guard, settings=settings), Middleware(Authentication, keys=keys)]
+    layers += [Middleware(Guard, settings=settings), Middleware(SubsonicKeys, keys=keys), Middleware(Authentication, keys=keys)]
     if settings.requests_per_second is not None:  # behind the keys, because it counts by key
         buckets = TokenBuckets(settings.requests_per_second, settings.request_burst)
         layers.append(Middleware(RateLimit, buckets=buckets))

@@ -91,7 +91,9 @@ def test_no_unsafe_loading():
     assert not offenders
 
 
-@pytest.mark.parametrize("module", ["htcl_ray", "htcl_ray.config", "htcl_ray.cli", "htcl_ray.audio", "htcl_ray.evaluation.metrics"])
+@pytest.mark.parametrize(
+    "module", ["htcl_ray", "htcl_ray.config", "htcl_ray.cli", "htcl_ray.client", "htcl_ray.audio", "htcl_ray.evaluation.metrics"]
+)
 def test_light_imports(module: str):
     """`import htcl_ray`, and what every command imports first, loads neither ray nor torch."""
     code = f"import {module}, sys; print([name for name in ('ray', 'torch', 'faiss', 'transformers') if name in sys.modules])"

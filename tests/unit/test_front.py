@@ -13,11 +13,13 @@ import pytest
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import StepError
 from htcl_ray.serving import front
-from htcl_ray.serving.front import SWITCH, haproxy_front
+from htcl_ray.serving.front import LOG_FORMAT, SWITCH, haproxy_front
 
 pytestmark = pytest.mark.unit
 
-TEMPLATE = """frontend prometheus
+TEMPLATE = """defaults
+    option httplog
+frontend prometheus
     bind :9101
     mode http
 frontend http_frontend
@@ -64,7 +66,22 @@ def test_statistics_listen_on_loopback_only(config: Config, monkeypatch: pytest.
         assert started.stdout == f"-db -f {configuration}\n"
         assert configuration.read_text() == TEMPLATE.replace("bind :9101", "bind 127.0.0.1:9101").replace(
             "bind *:8404", "bind 127.0.0.1:8404"
-        )
+        ).replace("option httplog", f'log-format "{LOG_FORMAT}"')
+
+
+def test_the_log_of_this_ray_has_no_parameters_of_addresses():
+    """In them players send their keys."""
+    template = rays_template()
+    assert template.count("option httplog\n") == 1
+    others = [line.strip() for line in template.splitlines() if line.strip().startswith(("log-format ", "log-format-sd "))]
+    assert not any(part in line for line in [*others, LOG_FORMAT] for part in ("%r", "%HU", "%HQ", "url", "query"))
+
+
+def rays_template() -> str:
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / "serve" / "_private" / "haproxy_templates.py").read_text()
 
 
 def test_too_many_requests_are_refused_before_they_reach_the_backend(config: Config, monkeypatch: pytest.MonkeyPatch):
@@ -93,11 +110,7 @@ def test_the_template_of_this_ray_has_the_line_that_is_limited():
 
 def test_the_template_of_this_ray_has_no_other_open_address():
     """Lines that bind without an address are those that the program rewrites."""
-    spec = importlib.util.find_spec("ray")
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent / "serve" / "_private" / "haproxy_templates.py"
-    binds = [line.strip() for line in source.read_text().splitlines() if line.strip().startswith("bind ")]
+    binds = [line.strip() for line in rays_template().splitlines() if line.strip().startswith("bind ")]
     assert len(binds) >= 3
     for bind in binds:
         assert bind.startswith(("bind :", "bind *:", "bind {{ config.frontend_host }}", "bind {{ config.grpc_frontend_host }}"))

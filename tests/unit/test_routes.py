@@ -450,6 +450,10 @@ class TestOpenApi:
             ("DELETE", "/v1/songs/{song_id}"),
             ("GET", "/v1/index"),
             ("POST", "/v1/index/activate"),
+            ("GET", "/rest/getOpenSubsonicExtensions"),
+            ("GET", "/rest/tokenInfo"),
+            ("GET", "/rest/getSonicSimilarTracks"),
+            ("GET", "/rest/findSonicPath"),
             ("GET", "/healthz"),
             ("GET", "/readyz"),
         }

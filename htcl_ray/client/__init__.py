@@ -1,0 +1,42 @@
+"""A client of the HTTP application, for threads and for asyncio; loads neither torch nor Ray nor FAISS.
+
+with Client("http://127.0.0.1:8000") as client:
+    for song in client.search("calm piano", k=5, blend=0.3).results:
+        print(song.score, song.title)
+"""
+
+from htcl_ray.client.calls import Heard
+from htcl_ray.client.clients import AsyncClient, Client
+from htcl_ray.client.results import (
+    Activated,
+    Alive,
+    EmbeddingResponse,
+    Ready,
+    RecommendResponse,
+    Result,
+    SearchResponse,
+    ServedIndexResponse,
+    Song,
+    SongUpdated,
+)
+from htcl_ray.client.retries import Retries
+from htcl_ray.errors import NoAnswerError, RequestError
+
+__all__ = [
+    "Activated",
+    "Alive",
+    "AsyncClient",
+    "Client",
+    "EmbeddingResponse",
+    "Heard",
+    "NoAnswerError",
+    "Ready",
+    "RecommendResponse",
+    "RequestError",
+    "Result",
+    "Retries",
+    "SearchResponse",
+    "ServedIndexResponse",
+    "Song",
+    "SongUpdated",
+]

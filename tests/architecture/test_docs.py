@@ -1,0 +1,137 @@
+"""What the documentation shows exists: commands, flags, configuration keys, requests, imports, and links; and the site can be built."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from htcl_ray import cli
+from htcl_ray.config import Config, resolve
+from htcl_ray.retrieval.http import EmbedTextRequest, RecommendRequest, SearchRequest
+from htcl_ray.settings import Settings
+from tests.conftest import REPOSITORY
+from tests.documented_commands import PAGES, Shown, blocks, commands, spans
+
+pytestmark = pytest.mark.unit
+
+COMMANDS = [shown for page in PAGES for shown in commands(page)]
+SECTIONS = [
+    name for name, field in Config.model_fields.items() if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+]
+KEY = re.compile(rf"({'|'.join(SECTIONS)})\.(\w+)(?:\.\w+)?(?:=.*)?")
+FILE_SUFFIXES = {"py", "yaml", "html", "json", "jsonl", "md", "faiss", "pth", "parquet"}
+REQUESTS: dict[str, type[BaseModel]] = {"/v1/search": SearchRequest, "/v1/recommend": RecommendRequest, "/v1/embeddings": EmbedTextRequest}
+
+
+def by_page(path: Path) -> str:
+    return path.name
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) > 40
+    shown = {shown.words[0] for shown in COMMANDS}
+    assert shown >= set(cli.COMMANDS) - {"demo"}  # it is shown as `make demo`
+
+
+@pytest.mark.parametrize("shown", sorted(set(COMMANDS), key=str), ids=str)
+def test_a_command_that_is_shown_is_one(shown: Shown):
+    """Subcommand and flags are those of the parser, and every --set is a key with a value that it may have."""
+    options = cli._parser().parse_args(shown.words)
+    resolve(options.preset or "paper", None, options.assignments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_page)
+def test_flags_within_sentences_are_there(page: Path):
+    parser = cli._parser()
+    subcommands = next(action for action in parser._actions if action.dest == "command").choices
+    assert isinstance(subcommands, dict)
+    for span in spans(page):
+        words = span.split()
+        if words[:1] != ["htcl"] or len(words) < 2 or words[1].startswith("-"):
+            continue
+        assert words[1] in subcommands, f"{page.name}: `{span}`"
+        flags = subcommands[words[1]]._option_string_actions
+        for word in words[2:]:
+            assert not word.startswith("-") or word.partition("=")[0] in flags, f"{page.name}: `{span}`: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_page)
+def test_configuration_keys_within_sentences_are_there(page: Path):
+    for span in spans(page):
+        for word in span.replace("'", " ").split():
+            match = KEY.fullmatch(word)
+            if match and match[2] not in FILE_SUFFIXES:
+                fields = Config.model_fields[match[1]].annotation.model_fields  # type: ignore[union-attr]
+                assert match[2] in fields, f"{page.name}: `{span}`: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_page)
+def test_requests_are_valid(page: Path):
+    for block in blocks(page, "bash"):
+        for path, body in re.findall(r"localhost:8000(/v1/\w+) [^\n]*?-d '(\{.*?\})'", block, re.DOTALL):
+            REQUESTS[path].model_validate(json.loads(body))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_page)
+def test_python_is_python_and_imports_what_there_is(page: Path):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("htcl_ray"):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_page)
+def test_yaml_of_our_configuration_is_valid(page: Path):
+    for block in blocks(page, "yaml"):
+        content = yaml.safe_load(block)
+        if isinstance(content, dict) and set(content) <= set(SECTIONS):
+            Config.model_validate(content)
+
+
+def test_the_calls_of_the_client_that_are_shown_exist():
+    from htcl_ray.client import AsyncClient, Client
+
+    page = REPOSITORY / "docs" / "client.md"
+    text = page.read_text(encoding="utf-8")
+    named = {*re.findall(r"\bclient\.(\w+)\(", text), *re.findall(r"^\| `(\w+)\(", text, re.MULTILINE)}
+    assert len(named) >= 10
+    assert all(hasattr(client, name) for client in (Client, AsyncClient) for name in named)
+
+
+def test_every_page_is_in_the_navigation():
+    text = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    shown = {path for entry in yaml.safe_load(text)["nav"] for path in entry.values()}
+    assert shown == {page.name for page in PAGES[1:]}
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        "mkdocs.yml",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert pages >= {page.name.replace(".md", ".html") for page in PAGES[1:]}
+    for page in (tmp_path / "site").glob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)"', page.read_text())
+        loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(https?:[^"]+)"', page.read_text())
+        assert not loaded, f"{page.name} loads from elsewhere: {loaded}"
