@@ -77,7 +77,7 @@ def write_world(folder: Path, songs: int = SONGS, preference: bool = True) -> Wo
     )
     versions = VERSIONS if preference else {**VERSIONS, "preference": None}
     index = SongIndex.build([song_id(i) for i in range(songs)], vectors, metadata=metadata, model_versions=dict(versions))
-    inputs = {"semantic": "model-semantic"} | ({"preference": "model-preference"} if preference else {})
+    inputs = {"semantic": "model-semantic", "preference": "model-preference" if preference else None}
     made = Path(workspace.full(".scratch"))
     index.save(made, inputs=inputs, quality={"recall_at_10": 1.0})
     workspace.publish(made, "index/v1", index.manifest)

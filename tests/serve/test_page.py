@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.page_world import SONGS, PageBackend, Running, running, song_id, title, write_world
+from tests.page_world import GENRES, SONGS, PageBackend, Running, running, song_id, title, write_world
 
 pytestmark = pytest.mark.serve
 
@@ -21,6 +21,7 @@ if CHROMIUM is None and "CI" not in os.environ:
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
+from htcl_ray.errors import InputError  # noqa: E402
 from htcl_ray.storage import Workspace  # noqa: E402
 
 DESKTOP = {"width": 1280, "height": 860}
@@ -101,6 +102,11 @@ def place_on_map(page: Page, song: str) -> tuple[float, float]:
     page.locator("#map").scroll_into_view_if_needed()
     box = page.locator("#map").bounding_box()
     return box["x"] + x, box["y"] + y
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait for an expression; as a function, because the page's policy evaluates no text."""
+    page.wait_for_function(f"() => {condition}")
 
 
 def shown_state(page: Page):
@@ -191,7 +197,7 @@ def test_the_dial_ranks_again_as_the_service_does_and_asks_seldom(page: Page, se
     page.keyboard.press("Home")
     expected = [hit.song_id for hit in server.backend.live.service.search_songs([song], k=12, blend=0.0).hits]
     expect(cards(page).first).to_have_attribute("data-song", expected[0])
-    page.wait_for_function("!running")
+    until(page, "!running")
     assert found(page) == expected
 
 
@@ -210,16 +216,16 @@ def test_a_song_plays_seeks_pauses_and_another_follows(page: Page, server: Runni
     search(page, "folk")
     expect(cards(page)).to_have_count(12)
     cards(page).first.get_by_role("button", name="Play").click()
-    page.wait_for_function("!audio.paused && audio.currentTime > 0.1")
+    until(page, "!audio.paused && audio.currentTime > 0.1")
     assert page.evaluate("audio.duration") == pytest.approx(4.0, abs=0.1)
     expect(page.locator("#player")).to_be_visible()
     assert ("GET", f"/v1/songs/{found(page)[0]}/audio") in server.requests
     page.locator("#seek").fill("750")
-    page.wait_for_function("audio.currentTime > 2.9")
+    until(page, "audio.currentTime > 2.9")
     page.locator("#player").get_by_role("button", name="Pause").click()
     assert page.evaluate("audio.paused")
     cards(page).nth(1).get_by_role("button", name="Play").click()
-    page.wait_for_function("!audio.paused && audio.currentTime > 0.05 && audio.currentTime < 2")
+    until(page, "!audio.paused && audio.currentTime > 0.05 && audio.currentTime < 2")
     expect(cards(page).nth(1).get_by_role("button", name="Pause")).to_be_visible()
     page.get_by_role("button", name="Close the player").click()
     expect(page.locator("#player")).to_be_hidden()
@@ -236,7 +242,7 @@ def test_results_light_up_on_the_map_and_a_click_plays_and_offers_a_search(page:
     page.mouse.click(x, y)
     picked = page.evaluate("picked.song_id")
     assert picked in page.evaluate("points.map(song => song.song_id)")
-    page.wait_for_function("!audio.paused && audio.currentTime > 0.05")
+    until(page, "!audio.paused && audio.currentTime > 0.05")
     page.locator("#picked").get_by_role("button", name="Songs like this").click()
     expect(page.locator("#results-title")).to_contain_text("Songs like")
     assert page.evaluate("question.id") == picked
@@ -272,7 +278,7 @@ def test_the_whole_page_is_used_with_the_keyboard(page: Page):
     page.keyboard.press("+")
     assert page.evaluate("view.scale") > 1
     page.keyboard.press("Enter")
-    page.wait_for_function("!audio.paused")
+    until(page, "!audio.paused")
     page.keyboard.press("s")
     expect(page.locator("#results-title")).to_contain_text("Songs like")
     expect(page.locator("#results-title")).to_be_focused()
@@ -328,16 +334,17 @@ def test_recordings_that_cannot_be_used(page: Page, server: Running, content: by
 
 
 def test_too_many_requests_are_waited_for_as_the_server_says(workspace: Workspace, new_page: Callable[..., Page]):
-    with running(workspace, requests_per_second=0.4, request_burst=4) as server:
+    with running(workspace, requests_per_second=0.2, request_burst=4) as server:
         page = new_page()
         page.goto(server.url)
         expect(page.locator("#map-count")).to_have_text(f"{SONGS} songs")
-        search(page, "jazz")
-        expect(cards(page)).to_have_count(12)
-        search(page, "folk")
+        for words in GENRES:
+            search(page, words)
+            page.wait_for_timeout(200)
+            if not cards(page).count():
+                break
         expect(shown_state(page)).to_contain_text("One moment, please")
-        expect(shown_state(page).locator(".count")).to_have_text(re.compile(r"[123] s"))
-        assert page.locator(BUSY).count() <= 6
+        expect(shown_state(page).locator(".count")).to_have_text(re.compile(r"^[1-5] s$"))
         expect(cards(page)).to_have_count(12)
         expect(shown_state(page)).to_have_count(0)
 
@@ -391,10 +398,14 @@ def test_a_server_that_stays_away_is_asked_five_times(page: Page, failure: dict 
 
 
 def test_an_error_inside_names_its_request(page: Page, server: Running):
-    server.backend.error = ZeroDivisionError("secret")
-    search(page, "jazz")
-    expect(shown_state(page)).to_contain_text("Something went wrong")
-    assert re.search(r"Request [0-9a-f]{32}", shown_state(page).inner_text())
+    server.backend.error = InputError("secret")
+    try:
+        search(page, "jazz")
+        expect(shown_state(page)).to_contain_text("Something went wrong")
+        assert re.search(r"Request [0-9a-f]{32}", shown_state(page).inner_text())
+        assert "secret" not in page.content()
+    finally:
+        server.backend.error = None
 
 
 @pytest.mark.parametrize("hanging", ["index", "map", "search", "embeddings", "audio"])
@@ -459,7 +470,7 @@ def test_the_page_asks_for_a_key_keeps_it_for_the_tab_and_plays_signed_addresses
     expect(cards(page)).to_have_count(12)
     assert page.evaluate("[sessionStorage.getItem('htcl-key'), localStorage.length, document.cookie]") == [KEY, 0, ""]
     cards(page).first.get_by_role("button", name="Play").click()
-    page.wait_for_function("!audio.paused && audio.currentTime > 0.05")
+    until(page, "!audio.paused && audio.currentTime > 0.05")
     assert "signature=" in page.evaluate("audio.src")
     assert not [address for address in addresses if KEY in address]
     page.reload()
@@ -506,7 +517,7 @@ def test_every_state_fits_its_screen_and_is_accessible(
     check("results")
     x, y = place_on_map(page, found(page)[2])
     page.mouse.click(x, y)
-    page.wait_for_function("!audio.paused && audio.currentTime > 0.05")
+    until(page, "!audio.paused && audio.currentTime > 0.05")
     page.mouse.move(0, 0)
     check("map-and-player", full=False)
     page.get_by_role("button", name="Close the player").click()
