@@ -77,6 +77,10 @@ class SongNotFoundError(QueryError):
     """The index does not hold this song."""
 
 
+class AudioNotFoundError(QueryError):
+    """The index holds the song, but there is no sound of it to play."""
+
+
 class AudioError(InputError):
     """One audio file cannot be used; `reason` says why in the quarantine table's vocabulary."""
 

@@ -13,6 +13,7 @@ CODES = {
     405: "method_not_allowed",
     413: "too_large",
     415: "unsupported_audio",
+    416: "range_not_satisfiable",
     422: "invalid_request",
     429: "too_many_requests",
     503: "unavailable",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
@@ -23,6 +23,7 @@ from htcl_ray.retrieval.query_cache import QueryCache
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate, unit_norm
 from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
 from htcl_ray.serving.routes import create_app
+from htcl_ray.serving.signed_urls import new_signing_key
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 
@@ -39,6 +40,8 @@ class Served:
     semantic: str
     preference: str | None
     model_versions: ModelVersions
+    signing_key: bytes = field(default_factory=new_signing_key, repr=False)
+    """See `signed_urls.py`."""
 
 
 class Encoder:
@@ -116,6 +119,7 @@ class Ingress:
     def __init__(self, encoder: DeploymentHandle, served: Served, settings: ServeSettings) -> None:
         self._encoder = encoder
         self._settings = settings
+        self._signing_key = served.signing_key
         self._cache = QueryCache(settings.cache_entries)
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
         self.measurements = IngressMeasurements()
@@ -126,7 +130,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return create_app(self, self._settings, measurements=self.measurements)
+        return create_app(self, self._settings, measurements=self.measurements, signing_key=self._signing_key)
 
     async def encode_text(self, text: str) -> Vectors:
         """See `backend.Backend`."""

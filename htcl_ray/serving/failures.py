@@ -14,7 +14,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
 
-from htcl_ray.errors import AudioError, HtclError, IndexNotFoundError, IndexRefusedError, QueryError, SongNotFoundError
+from htcl_ray.errors import (
+    AudioError,
+    AudioNotFoundError,
+    HtclError,
+    IndexNotFoundError,
+    IndexRefusedError,
+    QueryError,
+    SongNotFoundError,
+)
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.answers import failure
 
@@ -22,6 +30,7 @@ METHODS = ("DELETE", "GET", "POST", "PUT")
 RETRY = {"Retry-After": "1"}
 STATUS = {
     SongNotFoundError: (404, "song_not_found"),
+    AudioNotFoundError: (404, "audio_not_found"),
     QueryError: (422, "invalid_query"),
     IndexNotFoundError: (404, "index_not_found"),
     IndexRefusedError: (422, "index_refused"),

@@ -11,8 +11,8 @@ The file `serve.api_keys_file`, or the environment variable HTCL_API_KEYS, is a 
 
 Requests carry `Authorization: Bearer KEY`. Writing always needs a key with scope write. Reading needs a key when the application is bound
 to an address that other machines reach; there, no keys at all is a ConfigError. /, /openapi.json, the probes and the list of extensions for
-players never need one. A key that is sent and wrong is refused everywhere else, also where none is needed. Players send theirs otherwise:
-see subsonic_keys.py.
+players never need one. A key that is sent and wrong is refused everywhere else, also where none is needed. Players send theirs otherwise
+(subsonic_keys.py), and a song's audio can be had without a key at an address that signed_urls.py made for the holder of one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from htcl_ray.errors import ConfigError
 from htcl_ray.serving.answers import failure
+from htcl_ray.serving.signed_urls import SignedUrls
 from htcl_ray.settings import ServeSettings
 
 ENVIRONMENT = "HTCL_API_KEYS"
@@ -114,12 +115,13 @@ class Keys:
 class Authentication:
     """ASGI middleware: puts the request's Key, or None, at scope["state"]["key"].
 
-    Answers 401 to a key that is not known, and to none where one is needed.
+    Answers 401 to a key that is not known, and to none where one is needed, unless the address is signed for itself.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, signed_urls: SignedUrls | None = None) -> None:
         self._app = app
         self._keys = keys
+        self._signed_urls = signed_urls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer 401."""
@@ -130,11 +132,15 @@ class Authentication:
                 if sent and key is None:
                     await _refuse("the API key is not one that this server knows")(scope, receive, send)
                     return
-                if key is None and self._keys.reads_need_key:
+                if key is None and self._keys.reads_need_key and not self._is_signed(scope):
                     await _refuse("an API key is needed: send it as 'Authorization: Bearer KEY'")(scope, receive, send)
                     return
             scope["state"] = {**scope.get("state", {}), "key": key}
         await self._app(scope, receive, send)
+
+    def _is_signed(self, scope: Scope) -> bool:
+        signed = self._signed_urls
+        return signed is not None and signed.allows(scope["method"], scope["path"], scope.get("query_string", b""))
 
 
 async def write_access(request: Request, _: Annotated[object, Depends(REQUEST_KEY)] = None) -> None:

@@ -9,6 +9,7 @@ from htcl_ray import __version__
 from htcl_ray.serving import failures
 from htcl_ray.serving.admission import Admission
 from htcl_ray.serving.answers import AnswerHeaders
+from htcl_ray.serving.audio_routes import audio_routes
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.browsers import CrossOrigin
 from htcl_ray.serving.documented import EVERYWHERE
@@ -18,8 +19,10 @@ from htcl_ray.serving.keys import REQUEST_KEY, Authentication, Keys
 from htcl_ray.serving.measurements import IngressMeasurements
 from htcl_ray.serving.observed import Observed
 from htcl_ray.serving.operation_routes import operation_routes
+from htcl_ray.serving.page_routes import map_routes, page_routes
 from htcl_ray.serving.rate_limit import RateLimit, TokenBuckets
 from htcl_ray.serving.search_routes import search_routes
+from htcl_ray.serving.signed_urls import SignedUrls, new_signing_key
 from htcl_ray.serving.song_routes import song_routes
 from htcl_ray.serving.subsonic_keys import SubsonicKeys
 from htcl_ray.serving.subsonic_routes import subsonic_routes
@@ -27,34 +30,53 @@ from htcl_ray.settings import ServeSettings
 
 
 def create_app(
-    backend: Backend, settings: ServeSettings, keys: Keys | None = None, measurements: IngressMeasurements | None = None
+    backend: Backend,
+    settings: ServeSettings,
+    keys: Keys | None = None,
+    measurements: IngressMeasurements | None = None,
+    signing_key: bytes | None = None,
 ) -> FastAPI:
-    """The application. `keys`: default those of the settings and the environment; raises ConfigError when they are not usable."""
+    """The application. `keys`: default those of the settings and the environment; raises ConfigError when they are not usable.
+
+    `signing_key`: of the addresses of audio, the same for all replicas; default a new one.
+    """
     keys = Keys.from_settings(settings) if keys is None else keys
+    signed_urls = SignedUrls(signing_key or new_signing_key())
     app = FastAPI(
         title="HTCL music search",
         version=__version__,
         responses=EVERYWHERE,
-        middleware=_middleware(settings, keys, measurements),
+        middleware=_middleware(settings, keys, signed_urls, measurements),
         docs_url=None,  # their pages load scripts from other sites
         redoc_url=None,
         redirect_slashes=False,  # a redirect would name the host that the client sent
     )
     failures.install(app)
     reading = [Depends(REQUEST_KEY)] if keys.reads_need_key else []
-    for router in (search_routes(backend, settings, measurements), song_routes(backend, settings), index_routes(backend)):
+    for router in (
+        search_routes(backend, settings, measurements),
+        audio_routes(backend, settings, signed_urls),
+        song_routes(backend, settings),  # behind those whose addresses go on after a song's id
+        index_routes(backend),
+        map_routes(backend),
+    ):
         app.include_router(router, dependencies=reading)
     app.include_router(subsonic_routes(backend, measurements), dependencies=reading)
+    app.include_router(page_routes(settings))
     app.include_router(operation_routes(backend))
     return app
 
 
-def _middleware(settings: ServeSettings, keys: Keys, measurements: IngressMeasurements | None) -> list[Middleware]:
+def _middleware(settings: ServeSettings, keys: Keys, signed_urls: SignedUrls, measurements: IngressMeasurements | None) -> list[Middleware]:
     """From the outside in. What is refused without looking further comes first; the body is read behind all of them."""
     layers = [Middleware(Observed, measurements=measurements), Middleware(AnswerHeaders)]
     if settings.allowed_origins:  # around the refusals, so that a page can read them
         layers.append(Middleware(CrossOrigin, origins=settings.allowed_origins))
-    layers += [Middleware(Guard, settings=settings), Middleware(SubsonicKeys, keys=keys), Middleware(Authentication, keys=keys)]
+    layers += [
+        Middleware(Guard, settings=settings),
+        Middleware(SubsonicKeys, keys=keys),
+        Middleware(Authentication, keys=keys, signed_urls=signed_urls),
+    ]
     if settings.requests_per_second is not None:  # behind the keys, because it counts by key
         buckets = TokenBuckets(settings.requests_per_second, settings.request_burst)
         layers.append(Middleware(RateLimit, buckets=buckets))

@@ -62,6 +62,9 @@ class ServeSettings(Settings):
     decoders: int = Field(2, ge=1)
     """Decoding processes of an encoder replica."""
 
+    play_audio: bool = True
+    """Let those who may search hear the songs: the files that the catalogue names, read from where they lie."""
+
     poll_seconds: float = Field(1.0, gt=0)
     """How often an ingress replica looks for updates of songs and for another active index."""
     activate_newest: bool = False

@@ -1,0 +1,136 @@
+"""The web page, and the map of the catalogue that it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import html
+import re
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import resources
+
+import numpy as np
+from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, Field
+from starlette.responses import HTMLResponse, Response
+
+from htcl_ray.retrieval.live_index import Active
+from htcl_ray.retrieval.song_map import evenly_chosen, song_map
+from htcl_ray.serving.backend import Backend
+from htcl_ray.settings import ServeSettings
+
+Places = list[tuple[str, float, float]]
+
+
+class MapSong(BaseModel):
+    """A song and its place."""
+
+    song_id: str
+    x: float = Field(ge=0, le=1)
+    y: float = Field(ge=0, le=1)
+    title: str | None
+    artist: str | None
+    genre: list[str] | None
+
+
+class MapResponse(BaseModel):
+    """Songs on a plane, near each other when they are alike."""
+
+    index: str = Field(description="Version of the index whose songs these are.")
+    songs: list[MapSong] = Field(description="At most 5,000, evenly chosen from the index as it was loaded.")
+
+
+def page_routes(settings: ServeSettings) -> APIRouter:
+    """The page alone, which needs no key."""
+    router = APIRouter()
+    content = _page(settings)
+    headers = {"Content-Security-Policy": _policy(content)}
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """Search, listen, and see why."""
+        return HTMLResponse(content, headers=headers)
+
+    return router
+
+
+def map_routes(backend: Backend) -> APIRouter:
+    """The map, computed once for each version of the index, in a thread of its own so that searches find theirs."""
+    router = APIRouter(tags=["songs"])
+    maps = Maps()
+
+    @router.get("/v1/map", response_model=MapResponse)
+    async def song_places() -> Response:
+        """A map of the catalogue. The first request for an index waits while it is drawn: seconds for thousands of songs."""
+        active = backend.live.active
+        places = await asyncio.shield(asyncio.wrap_future(maps.of(active)))
+        body = await run_in_threadpool(lambda: _answer(active, places).model_dump_json().encode())
+        return Response(body, media_type="application/json")
+
+    return router
+
+
+class Maps:
+    """The places of the songs of the index that was asked about last. Whoever asks while they are computed waits for the same."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="htcl-song-map")
+        self._version = ""
+        self._places: Future[Places] = Future()
+
+    def of(self, active: Active) -> Future[Places]:
+        """Of the index's songs at the time of the first call; one that failed is tried again."""
+        with self._lock:
+            failed = self._places.done() and self._places.exception() is not None
+            if self._version != active.version or failed:
+                self._version, self._places = active.version, self._thread.submit(_places, active)
+            return self._places
+
+
+def _places(active: Active) -> Places:
+    index = active.service.index.snapshot()
+    ids = index.songs["song_id"]
+    chosen = [(int(row), ids[int(row)].as_py()) for row in evenly_chosen(len(ids))]
+    present = [song_id for row, song_id in chosen if song_id in index and index.row_of(song_id) == row]
+    if not present:
+        return []
+    vectors = index.vectors_of(present)
+    halves = [vectors.semantic] if vectors.preference is None else [vectors.semantic, vectors.preference]
+    return [(song_id, float(x), float(y)) for song_id, (x, y) in zip(present, song_map(np.hstack(halves)).round(4), strict=True)]
+
+
+def _answer(active: Active, places: Places) -> MapResponse:
+    """With what is said of the songs now; those taken out since are not there."""
+    service = active.service
+    index = service.index.snapshot()
+    there = [place for place in places if place[0] in index]
+    rows = [index.row_of(song_id) for song_id, _, _ in there]
+    said = service.columns(index).metadata(rows, ["title", "artist", "genre"])
+    songs = [MapSong(song_id=song_id, x=x, y=y, **about) for (song_id, x, y), about in zip(there, said, strict=True)]
+    return MapResponse(index=active.version, songs=songs)
+
+
+def _page(settings: ServeSettings) -> str:
+    """The page, told by attributes of its body what this server allows."""
+    content = resources.files("htcl_ray.serving").joinpath("page.html").read_text(encoding="utf-8")
+    told = {"max-upload-bytes": settings.max_upload_bytes, "play-audio": str(settings.play_audio).lower()}
+    return content.replace(
+        "<body>", "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in told.items()) + ">", 1
+    )
+
+
+def _policy(content: str) -> str:
+    """What the page may do: run its own script and style, which are known by their hash, and talk to its own server."""
+    hashes = {tag: _hash(re.findall(rf"<{tag}>(.*?)</{tag}>", content, re.DOTALL)) for tag in ("script", "style")}
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; media-src 'self'; "
+        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _hash(contents: list[str]) -> str:
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" for content in contents)
