@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 import uvicorn
+from starlette.datastructures import MutableHeaders
 
 from htcl_ray.errors import AudioError
 from htcl_ray.retrieval import SongIndex, Vectors
@@ -140,9 +142,16 @@ class Running:
         app = create_app(self.backend, self._settings)
 
         async def noted(scope, receive, send):
+            """Keeps what was asked, and answers with an id of the request, as Ray Serve does."""
+
+            async def named(message):
+                if message["type"] == "http.response.start":
+                    MutableHeaders(scope=message).append("X-Request-ID", str(uuid.uuid4()))
+                await send(message)
+
             if scope["type"] == "http":
                 self.requests.append((scope["method"], scope["path"]))
-            await app(scope, receive, send)
+            await app(scope, receive, named)
 
         config = uvicorn.Config(noted, log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)

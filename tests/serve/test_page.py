@@ -402,7 +402,7 @@ def test_an_error_inside_names_its_request(page: Page, server: Running):
     try:
         search(page, "jazz")
         expect(shown_state(page)).to_contain_text("Something went wrong")
-        assert re.search(r"Request [0-9a-f]{32}", shown_state(page).inner_text())
+        assert re.search(r"Request [0-9a-f-]{36}", shown_state(page).inner_text())
         assert "secret" not in page.content()
     finally:
         server.backend.error = None
