@@ -61,7 +61,7 @@ def measure(workspace: Path, repetitions: int) -> dict[str, Any]:
         dial = _turn(browser, url, server_times)
         browser.close()
     return {
-        "songs": len(backend.service.index),
+        "songs": len(backend.live.service.index),
         "page_load_to_first_result_ms": _summary(first),
         "dial_server_ms": _summary(dial),
         "repetitions": repetitions,
