@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,7 @@ ANSWERED = 0.95
 SLOW_SECONDS = 1.0
 """A rate at whose end answers take longer is not sustained either: its queue only has not been full yet."""
 STEP = 1.2
-FIRST_RATE = {"by song": 150.0, "by text": 40.0, "by text, remembered": 150.0, "by recording": 8.0}
+FIRST_RATE = {"by song": 150.0, "by text": 40.0, "by remembered text": 150.0, "by recording": 8.0}
 
 
 def main() -> None:
@@ -53,6 +53,9 @@ def main() -> None:
     parser.add_argument("--songs", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--only", default=",".join(FRONTS), help="fronts to measure")
+    parser.add_argument(
+        "--queries", default=",".join(FIRST_RATE), help="kinds of query to measure; a part of them is written to a file of its own"
+    )
     parser.add_argument("--serve", choices=FRONTS, help=argparse.SUPPRESS)
     parser.add_argument("--workspace", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,10 +71,12 @@ def main() -> None:
         found["in process"] = in_process(workspace, options.songs)
         for front in options.only.split(","):
             with running(front, workspace) as told:
-                found[front] = measure(told["url"], options.songs, options.seconds)
+                found[front] = measure(told["url"], options.songs, options.seconds, options.queries.split(","))
                 found[front]["stages"] = stages(told.get("metrics"))
     show(found)
-    write_result("serve", {"songs": options.songs, "seconds": options.seconds, "fronts": found})
+    whole = options.queries == parser.get_default("queries")
+    name = "serve" if whole else f"serve_{options.queries.replace(', ', ' ').replace(' ', '_')}"
+    write_result(name, {"songs": options.songs, "seconds": options.seconds, "fronts": found})
 
 
 @contextmanager
@@ -92,18 +97,19 @@ def running(front: str, workspace: Path) -> Iterator[dict[str, str]]:
         process.communicate("stop\n", timeout=120)
 
 
-def measure(url: str, songs: int, seconds: float) -> dict[str, Any]:
-    """Saturation and latencies of every kind of query."""
+def measure(url: str, songs: int, seconds: float, kinds: Sequence[str]) -> dict[str, Any]:
+    """Saturation and latencies of these kinds of query."""
     rng = np.random.default_rng(0)
     chosen = [song_id(int(row)) for row in rng.integers(songs, size=2000)]
     queries = {
         "by song": [request_bytes(url, "GET", f"/v1/songs/{name}/similar") for name in chosen],
         "by text": [search(url, {"text": f"calm piano number {number}"}) for number in range(20_000)],
-        "by text, remembered": [search(url, {"text": "calm piano"})],
+        "by remembered text": [search(url, {"text": "calm piano"})],
         "by recording": [upload(url, number) for number in range(4_000)],
     }
     found: dict[str, Any] = {}
-    for kind, requests in queries.items():
+    for kind in kinds:
+        requests = queries[kind]
         saturation = saturate(url, requests, FIRST_RATE[kind], seconds / 2)
         half = uvloop.run(drive(url, requests[::-1], saturation / 2, seconds))
         found[kind] = {"saturation_per_second": round(saturation, 1), "at_half": half.as_json()}
