@@ -20,14 +20,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write benchmarks/results/NAME.json: the command, the machine and the versions, then the result."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**environment(name), **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**environment(), **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
-def environment(name: str) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Command, date, commit, hardware and library versions."""
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gb": _memory_gb()},

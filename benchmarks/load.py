@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -65,8 +65,8 @@ def request_bytes(url: str, method: str, path: str, body: bytes = b"", content_t
     return head.encode() + b"\r\n" + body
 
 
-async def drive(url: str, requests: Sequence[bytes], rate: float, seconds: float, seed: int = 0, warm_seconds: float = 1.0) -> Outcome:
-    """Send `requests`, over and over, at `rate` a second with exponential gaps, for `warm_seconds` unmeasured and `seconds` measured."""
+async def drive(url: str, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0, warm_seconds: float = 1.0) -> Outcome:
+    """Send the next `requests` at `rate` a second with exponential gaps, for `warm_seconds` unmeasured and `seconds` measured."""
     address = urlsplit(url)
     pool: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
     for _ in range(CONNECTIONS):
@@ -87,7 +87,7 @@ async def drive(url: str, requests: Sequence[bytes], rate: float, seconds: float
         measured = offset >= warm_seconds
         if measured:
             outcome.late.append(max(0.0, time.perf_counter() - at))
-        task = asyncio.create_task(_send(pool, requests[number % len(requests)], at, outcome if measured else None))
+        task = asyncio.create_task(_send(pool, next(requests), at, outcome if measured else None))
         running.add(task)
         task.add_done_callback(running.discard)
     if running:
