@@ -76,7 +76,7 @@ def main() -> None:
                 found[front]["stages"] = stages(told.get("metrics"))
     show(found)
     whole = options.queries == parser.get_default("queries")
-    name = "serve" if whole else f"serve_{options.queries.replace(', ', ' ').replace(' ', '_')}"
+    name = "serve" if whole else "serve_part"
     write_result(name, {"songs": options.songs, "seconds": options.seconds, "fronts": found})
 
 
