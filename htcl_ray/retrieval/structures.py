@@ -24,6 +24,9 @@ GRAPH_WORK = 20
 Measured at 30,000 and 100,000 songs (docs/decisions/0015-index-kinds.md)."""
 BLOCK_ROWS = 65_536
 """Rows scored at a time in an exact search."""
+CODE_LANES = 16
+"""FAISS has vector instructions for one-byte codes of widths that this divides (8 without AVX-512); others take five times as long.
+Codes are padded with zeros to such a width, which changes no inner product."""
 THREADS = faiss.omp_get_max_threads()
 
 
@@ -48,10 +51,11 @@ class Structure:
     def make(cls, plan: IndexPlan, vectors: NDArray[np.float32]) -> Self:
         """A structure over the rows of [n, width]; learns lists and codes from them."""
         faiss.omp_set_num_threads(THREADS)
-        index = _empty(plan, vectors.shape[1])
+        index = _empty(plan, _code_width(plan, vectors.shape[1]))
+        wide = _padded(vectors, index.d)
         if not index.is_trained:
-            index.train(vectors)
-        index.add(vectors)
+            index.train(wide)
+        index.add(wide)
         return cls(plan, index, _flat_rows(index) if plan.kind == "flat" else vectors)
 
     def __len__(self) -> int:
@@ -76,10 +80,10 @@ class Structure:
             faiss.serialize_index(self._faiss)
         )  # clone_index would keep a mapped file's memory, which cannot grow
         if plan.kind == "hnsw":
-            index.add(more)
+            index.add(_padded(more, index.d))
         else:
             index.reset()
-            index.add(vectors)
+            index.add(_padded(vectors, index.d))
         return type(self)(plan, index, vectors)
 
     def planned(self, plan: IndexPlan) -> Self:
@@ -98,7 +102,9 @@ class Structure:
             return np.empty((len(queries), 0), dtype=np.int64)
         if self._scored(wanted, total) >= total:
             return self._exact(queries, wanted, allowed)
-        rows: NDArray[np.int64] = self._faiss.search(queries, wanted, params=self._parameters(wanted, total, allowed))[1]
+        rows: NDArray[np.int64] = self._faiss.search(
+            _padded(queries, self._faiss.d), wanted, params=self._parameters(wanted, total, allowed)
+        )[1]
         short = np.flatnonzero(rows[:, min(count, total) - 1] < 0)
         if len(short):
             rows[short] = self._exact(queries[short], wanted, allowed)
@@ -127,11 +133,12 @@ class Structure:
                 "run 'htcl index' again"
             )
         vectors = _flat_rows(index) if rows is None else rows
-        for what, shape in {VECTORS_FILE: (index.ntotal, index.d), EXACT_FILE: vectors.shape}.items():
-            if shape != (songs, width):
+        coded = (index.ntotal, index.d)
+        for what, shape, numbers in ((VECTORS_FILE, coded, _code_width(plan, width)), (EXACT_FILE, vectors.shape, width)):
+            if shape != (songs, numbers):
                 raise MismatchError(
-                    f"{folder / what} holds {shape[0]} vectors of {shape[-1]} numbers, but its manifest and songs say {songs} of {width}; "
-                    "run 'htcl index' again"
+                    f"{folder / what} holds {shape[0]} vectors of {shape[-1]} numbers, "
+                    f"but its manifest and songs say {songs} of {numbers}; run 'htcl index' again"
                 )
         if vectors.dtype != np.float32 or not vectors.flags.c_contiguous:
             raise MismatchError(f"{folder / EXACT_FILE} holds {vectors.dtype}; expected float32 in C order; run 'htcl index' again")
@@ -177,6 +184,19 @@ def best_rows(
         return best[0]
     order = np.argsort(-np.concatenate(scores, axis=1), axis=1, kind="stable")[:, :count]
     return np.take_along_axis(np.concatenate(best, axis=1), order, axis=1)
+
+
+def _code_width(plan: IndexPlan, width: int) -> int:
+    return math.ceil(width / CODE_LANES) * CODE_LANES if plan.kind in ("hnsw", "ivf") else width
+
+
+def _padded(vectors: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """[n, width]: the vectors and zeros after them; the vectors themselves where they are as wide."""
+    if vectors.shape[1] == width:
+        return vectors
+    wide = np.zeros((len(vectors), width), dtype=np.float32)
+    wide[:, : vectors.shape[1]] = vectors
+    return wide
 
 
 def _empty(plan: IndexPlan, width: int) -> Any:

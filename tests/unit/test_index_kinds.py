@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from functools import cache
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -300,6 +302,32 @@ class TestChanges:
             thread.join()
         assert len(index) == 10 + 6 * 15
         assert all(song_id in index for ids in groups for song_id in ids[5:])
+
+
+@pytest.mark.parametrize("dim", [9, 20])
+def test_codes_padded_for_vector_instructions_change_nothing(kind: str, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Widths that 16 does not divide, through all that touches the codes; FAISS without padding is the reference."""
+    stored, queries, later = clustered(COUNT, 0, dim), clustered(40, 1, dim), clustered(200, 8, dim)
+    structure_only(monkeypatch)
+    index = SongIndex.build(names(range(COUNT)), stored, settings=SETTINGS[kind])
+    with monkeypatch.context() as unpadded:
+        unpadded.setattr("htcl_ray.retrieval.structures.CODE_LANES", 1)
+        reference = SongIndex.build(names(range(COUNT)), stored, settings=SETTINGS[kind])
+    true = true_scores(stored, queries)
+    if kind in ("flat", "ivf"):
+        assert index.search(queries, 10) == reference.search(queries, 10)
+    else:  # threads link a graph in an order of their own
+        assert recall(index.search(queries, 10), true) >= recall(reference.search(queries, 10), true) - 0.02
+    index.save(tmp_path)
+    coded, asked = (2 * dim, 2 * dim) if kind in ("flat", "ivf_pq") else (math.ceil(dim / 8) * 16, 2 * dim)
+    assert (faiss.read_index(str(tmp_path / "index.faiss")).d, index._state.structure.width) == (coded, asked)
+    loaded = SongIndex.load(tmp_path)
+    assert loaded.search(queries, 10) == index.search(queries, 10)
+    loaded.upsert(names(range(COUNT, COUNT + 200)), later)
+    loaded.compact()
+    both = Vectors(*(np.concatenate(pair) for pair in zip(halves(stored), halves(later), strict=True)))
+    assert recall(loaded.search(queries, 10), true_scores(both, queries)) >= recall(index.search(queries, 10), true) - 0.02
+    np.testing.assert_array_equal(loaded.vectors_of(names([COUNT + 3])).semantic, later.semantic[3:4])
 
 
 class TestSaveAndLoad:
