@@ -157,6 +157,15 @@ INDEX_SONGS = pa.schema(
 )
 """`index/<version>/songs.parquet`: row i describes vector i of `index.faiss`."""
 
+SONG_MAP = pa.schema(
+    [
+        pa.field("song_id", pa.string(), nullable=False),
+        pa.field("x", pa.float32(), nullable=False),
+        pa.field("y", pa.float32(), nullable=False),
+    ]
+)
+"""`index/<version>/map.parquet`: places of at most 5,000 songs on a plane for people to look at, each coordinate from 0 to 1."""
+
 UPDATES = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),

@@ -14,6 +14,7 @@ from htcl_ray.retrieval.activation import check_accepted, starting_pointer
 from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.recall import build_measured
 from htcl_ray.retrieval.replay import Replay
+from htcl_ray.retrieval.song_map import draw_map
 from htcl_ray.retrieval.update_log import UpdateLog
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.storage import Workspace, fingerprint
@@ -59,6 +60,7 @@ def _build(workspace: Workspace, source: Artifact, replay: Replay, path: str) ->
             f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall "
             f"was {index.settings.min_recall} when it was built; build one with 'htcl index' and other settings, and compact that"
         )
+    built.song_map = draw_map(built)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
         inputs = {**source.manifest["inputs"], "compacted_from": source.version, "updates_through": replay.last}

@@ -15,6 +15,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import MismatchError, StepError, WorkspaceError
 from htcl_ray.pipelines.embed import EmbedJob, plan, read_vectors
 from htcl_ray.retrieval.recall import build_measured
+from htcl_ray.retrieval.song_map import draw_map
 from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
 from htcl_ray.storage import Workspace, fingerprint
 
@@ -58,6 +59,7 @@ def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> di
             f"the {index.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall is "
             f"{config.index.min_recall}; {MORE_RECALL[index.kind]}, or lower index.min_recall"
         )
+    index.song_map = draw_map(index)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
         index.save(

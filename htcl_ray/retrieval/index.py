@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from htcl_ray.errors import QueryError
-from htcl_ray.retrieval.index_folder import SONGS_FILE, read_manifest
+from htcl_ray.retrieval.index_folder import MAP_FILE, SONGS_FILE, read_manifest
 from htcl_ray.retrieval.index_input import joined_rows, song_rows
 from htcl_ray.retrieval.index_plan import IndexPlan
 from htcl_ray.retrieval.index_state import IndexState
@@ -26,7 +26,7 @@ from htcl_ray.retrieval.probes import make_structure
 from htcl_ray.retrieval.ranking import Hit, rank
 from htcl_ray.retrieval.structures import Structure
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
-from htcl_ray.schemas import INDEX_SONGS
+from htcl_ray.schemas import INDEX_SONGS, SONG_MAP
 from htcl_ray.settings import IndexSettings
 from htcl_ray.storage import MANIFEST, Workspace, build_manifest, file_sha256
 
@@ -55,6 +55,8 @@ class SongIndex:
         """Fingerprints of the weights that made the vectors."""
         self.manifest: dict[str, Any] = {}
         """Of the folder that the index was loaded from or saved to."""
+        self.song_map: pa.Table | None = None
+        """Places of songs for people to look at (`song_map.draw_map`); None where nobody drew them."""
 
     @classmethod
     def build(
@@ -83,6 +85,7 @@ class SongIndex:
         """The index as it is now: nothing that happens to one of the two afterwards changes an answer of the other."""
         other = type(self)(self._state, dim=self.dim, settings=self.settings, model_versions=self.model_versions)
         other.manifest = self.manifest
+        other.song_map = self.song_map
         return other
 
     @property
@@ -214,21 +217,24 @@ class SongIndex:
         inputs: Mapping[str, Any] | None = None,
         quality: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the structure's files, `songs.parquet` and, last, `manifest.json`; compacts first."""
+        """Write the structure's files, `songs.parquet`, the map where there is one and, last, `manifest.json`; compacts first."""
         self.compact()
         whole = self.snapshot()
         target = Workspace(str(folder))
         Path(target.root).mkdir(parents=True, exist_ok=True)
         Path(target.full(MANIFEST)).unlink(missing_ok=True)
-        names = whole._state.structure.write(Path(target.root))
+        names = [*whole._state.structure.write(Path(target.root)), SONGS_FILE]
         target.write_table(SONGS_FILE, whole.songs)
+        if whole.song_map is not None:
+            target.write_table(MAP_FILE, whole.song_map)
+            names.append(MAP_FILE)
         self.manifest = build_manifest(
             "index",
             config=config or {},
             inputs=inputs or {},
             quality=quality,
             **whole.describe(),
-            files={name: file_sha256(target.full(name)) for name in (*names, SONGS_FILE)},
+            files={name: file_sha256(target.full(name)) for name in names},
         )
         target.finish("", self.manifest)
 
@@ -248,6 +254,8 @@ class SongIndex:
         state = IndexState.of(structure, songs)
         index = cls(state, dim=manifest["dim"], settings=settings, model_versions=manifest["model_versions"])
         index.manifest = manifest
+        if MAP_FILE in manifest["files"]:
+            index.song_map = pq.read_table(source.full(MAP_FILE)).cast(SONG_MAP)
         return index
 
     def _scaled(self, queries: Vectors, blend: float) -> NDArray[np.float32]:

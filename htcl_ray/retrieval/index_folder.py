@@ -14,6 +14,8 @@ VECTORS_FILE = "index.faiss"
 EXACT_FILE = "vectors.npy"
 """Beside a structure that holds codes; a flat one holds the vectors themselves."""
 SONGS_FILE = "songs.parquet"
+MAP_FILE = "map.parquet"
+"""Places of songs on a plane, where they were drawn: song_id, x, y."""
 
 
 def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> dict[str, Any]:

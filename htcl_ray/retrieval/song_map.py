@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+
+from htcl_ray.schemas import SONG_MAP
+
+if TYPE_CHECKING:
+    from htcl_ray.retrieval.index import SongIndex
 
 MOST_SONGS = 5_000
 NEIGHBOURS = 12.0
@@ -14,6 +22,20 @@ EVENNESS = 0.5
 """Share of a song's rank along an axis in its place there; the rest is where t-SNE puts it. Loosens tight groups, and keeps the order."""
 FEWEST_TO_SPREAD = 8
 """Fewer songs are placed by their principal components alone."""
+
+
+def draw_map(index: SongIndex) -> pa.Table:
+    """Places of at most `MOST_SONGS` songs of the index, evenly chosen, as `schemas.SONG_MAP`."""
+    index = index.snapshot()
+    ids = index.songs["song_id"]
+    chosen = [(int(row), ids[int(row)].as_py()) for row in evenly_chosen(len(ids))]
+    present = [song_id for row, song_id in chosen if song_id in index and index.row_of(song_id) == row]
+    if not present:
+        return SONG_MAP.empty_table()
+    vectors = index.vectors_of(present)
+    halves = [vectors.semantic] if vectors.preference is None else [vectors.semantic, vectors.preference]
+    places = song_map(np.hstack(halves))
+    return pa.table([present, places[:, 0], places[:, 1]], schema=SONG_MAP)
 
 
 def evenly_chosen(rows: int, most: int = MOST_SONGS) -> NDArray[np.int64]:

@@ -11,18 +11,16 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import resources
 
-import numpy as np
+import pyarrow as pa
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, Response
 
 from htcl_ray.retrieval.live_index import Active
-from htcl_ray.retrieval.song_map import evenly_chosen, song_map
+from htcl_ray.retrieval.song_map import draw_map
 from htcl_ray.serving.backend import Backend
 from htcl_ray.settings import ServeSettings
-
-Places = list[tuple[str, float, float]]
 
 
 class MapSong(BaseModel):
@@ -58,15 +56,17 @@ def page_routes(settings: ServeSettings) -> APIRouter:
 
 
 def map_routes(backend: Backend) -> APIRouter:
-    """The map, computed once for each version of the index, in a thread of its own so that searches find theirs."""
+    """The map of the index, or where its build drew none, one drawn once in a thread of its own so that searches find theirs."""
     router = APIRouter(tags=["songs"])
     maps = Maps()
 
     @router.get("/v1/map", response_model=MapResponse)
     async def song_places() -> Response:
-        """A map of the catalogue. The first request for an index waits while it is drawn: seconds for thousands of songs."""
+        """A map of the catalogue, drawn when the index was built; without one the first request waits seconds for it to be drawn."""
         active = backend.live.active
-        places = await asyncio.shield(asyncio.wrap_future(maps.of(active)))
+        places = active.service.index.song_map
+        if places is None:
+            places = await asyncio.shield(asyncio.wrap_future(maps.of(active)))
         body = await run_in_threadpool(lambda: _answer(active, places).model_dump_json().encode())
         return Response(body, media_type="application/json")
 
@@ -80,37 +80,25 @@ class Maps:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="htcl-song-map")
         self._version = ""
-        self._places: Future[Places] = Future()
+        self._places: Future[pa.Table] = Future()
 
-    def of(self, active: Active) -> Future[Places]:
+    def of(self, active: Active) -> Future[pa.Table]:
         """Of the index's songs at the time of the first call; one that failed is tried again."""
         with self._lock:
             failed = self._places.done() and self._places.exception() is not None
             if self._version != active.version or failed:
-                self._version, self._places = active.version, self._thread.submit(_places, active)
+                self._version, self._places = active.version, self._thread.submit(draw_map, active.service.index)
             return self._places
 
 
-def _places(active: Active) -> Places:
-    index = active.service.index.snapshot()
-    ids = index.songs["song_id"]
-    chosen = [(int(row), ids[int(row)].as_py()) for row in evenly_chosen(len(ids))]
-    present = [song_id for row, song_id in chosen if song_id in index and index.row_of(song_id) == row]
-    if not present:
-        return []
-    vectors = index.vectors_of(present)
-    halves = [vectors.semantic] if vectors.preference is None else [vectors.semantic, vectors.preference]
-    return [(song_id, float(x), float(y)) for song_id, (x, y) in zip(present, song_map(np.hstack(halves)).round(4), strict=True)]
-
-
-def _answer(active: Active, places: Places) -> MapResponse:
+def _answer(active: Active, places: pa.Table) -> MapResponse:
     """With what is said of the songs now; those taken out since are not there."""
     service = active.service
     index = service.index.snapshot()
-    there = [place for place in places if place[0] in index]
+    there = [place for place in zip(*(column.to_pylist() for column in places.columns), strict=True) if place[0] in index]
     rows = [index.row_of(song_id) for song_id, _, _ in there]
     said = service.columns(index).metadata(rows, ["title", "artist", "genre"])
-    songs = [MapSong(song_id=song_id, x=x, y=y, **about) for (song_id, x, y), about in zip(there, said, strict=True)]
+    songs = [MapSong(song_id=song_id, x=round(x, 4), y=round(y, 4), **about) for (song_id, x, y), about in zip(there, said, strict=True)]
     return MapResponse(index=active.version, songs=songs)
 
 

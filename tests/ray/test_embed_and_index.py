@@ -128,10 +128,11 @@ def test_index_holds_every_song_with_its_metadata(config: Config, kind: str):
     workspace = Workspace(config.workspace)
     folder = Path(result.location)
     vectors = [] if kind == "flat" else ["vectors.npy"]
-    assert sorted(file.name for file in folder.iterdir()) == ["index.faiss", "manifest.json", "songs.parquet", *vectors]
+    assert sorted(file.name for file in folder.iterdir()) == ["index.faiss", "manifest.json", "map.parquet", "songs.parquet", *vectors]
     index = SongIndex.load(folder)
     assert index.kind == kind
     assert index.songs.schema.equals(INDEX_SONGS)
+    assert sorted(index.song_map["song_id"].to_pylist()) == sorted(index.songs["song_id"].to_pylist())
     assert index.metadata_of("song-003")["title"] == "number 3"
     assert index.metadata_of("song-003")["year"] == 1993
     assert index.manifest["quality"]["recall_at_10"] == 1.0

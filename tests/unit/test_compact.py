@@ -53,6 +53,7 @@ def test_a_compacted_index_holds_what_was_served_and_the_log_is_one_file(workspa
         assert contents(start.service.index) == served
     one.activate(version)
     assert contents(one.service.index) == served
+    assert set(one.service.index.song_map["song_id"].to_pylist()) == set(served), "the map is drawn anew"
     assert not one.active.replay.changed, "a compacted index needs nothing of the log"
 
 

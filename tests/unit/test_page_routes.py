@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from htcl_ray.retrieval import SongIndex
 from htcl_ray.retrieval.live_index import LiveIndex
-from htcl_ray.retrieval.song_map import evenly_chosen, song_map
+from htcl_ray.retrieval.song_map import draw_map, evenly_chosen, song_map
 from htcl_ray.serving import page_routes
 from htcl_ray.serving.routes import create_app
 from htcl_ray.settings import ServeSettings
@@ -120,7 +121,7 @@ def test_the_map_holds_every_song_with_what_is_said_of_it(client: Client):
 
 def test_the_map_is_drawn_once_for_an_index_however_many_ask(client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     drawn = []
-    monkeypatch.setattr(page_routes, "song_map", lambda vectors: drawn.append(len(vectors)) or song_map(vectors))
+    monkeypatch.setattr(page_routes, "draw_map", lambda index: drawn.append(len(index)) or draw_map(index))
 
     async def crowd() -> list[httpx.Response]:
         return await asyncio.gather(*(client.ask("/v1/map") for _ in range(8)))
@@ -133,9 +134,25 @@ def test_the_map_is_drawn_once_for_an_index_however_many_ask(client: Client, wor
     assert drawn == [20, 2]
 
 
+def test_a_map_that_the_index_brings_is_not_drawn_again(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its places are those of the build, less the songs taken out since."""
+    index = SongIndex.load(workspace.local_copy("index/v1"))
+    index.song_map = draw_map(index)
+    index.save(tmp_path / "drawn", inputs=index.manifest["inputs"], quality=index.manifest["quality"])
+    workspace.publish(tmp_path / "drawn", "index/v2", index.manifest)
+    monkeypatch.setattr(page_routes, "draw_map", lambda index: 1 / 0)
+    client = Client(workspace)
+    client.backend.live.activate("v2")
+    client.backend.live.remove("song 5")
+    songs = {song["song_id"]: (song["x"], song["y"]) for song in client("/v1/map").json()["songs"]}
+    drawn = {row["song_id"]: pytest.approx((row["x"], row["y"]), abs=1e-4) for row in index.song_map.to_pylist()}
+    assert len(drawn) == 20
+    assert songs == {song_id: place for song_id, place in drawn.items() if song_id != "song 5"}
+
+
 def test_a_map_that_failed_is_tried_again(client: Client, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patched:
-        patched.setattr(page_routes, "song_map", lambda vectors: 1 / 0)
+        patched.setattr(page_routes, "draw_map", lambda index: 1 / 0)
         assert client("/v1/map").status_code == 500
     assert len(client("/v1/map").json()["songs"]) == 20
 
