@@ -28,6 +28,8 @@ STAGE_TWO_GAIN = "cold.preference.ndcg@10"
 RETENTION = ("probe_genre.preference.accuracy", "text_to_audio.preference.recall@10")
 """Bounds of the shipped gate. In a world this small, stage 2 may fail to show its gain or to keep what stage 1 knew."""
 WORLD = {"songs": 500, "artists": 100, "users": 400, "seed": 5, "seconds": 4.0}
+EPOCHS = {"pretrain__epochs": 24, "finetune__epochs": 8}
+"""Of every run but those that show it in less; enough for the baseline to be far from chance."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def baseline_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def baseline(world: SampleTables, query: tuple[bytes, str], baseline_workspace: Path) -> Outcome:
-    return run_every_step(configuration(baseline_workspace, world), *query)
+    return run_every_step(configuration(baseline_workspace, world, **EPOCHS), *query)
 
 
 def changed_answers(one: Outcome, other: Outcome) -> None:
@@ -75,7 +77,7 @@ def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[by
     for path in (world.catalog.parent / "audio").glob("*.wav"):
         soundfile.write(folder / "audio" / path.name, 0.1 * rng.standard_normal(64000), 16000)
     tables = SampleTables(rewrite(world.catalog, folder / "catalog.csv", list), world.interactions)
-    outcome = run_every_step(configuration(tmp_path / "workspace", tables), *query)
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables, **EPOCHS), *query)
     changed_answers(baseline, outcome)
     assert 0.35 < outcome.median_rank_share() < 0.65
     assert outcome.probe() < 0.3
@@ -124,7 +126,7 @@ def test_permuted_log(baseline: Outcome, baseline_workspace: Path, world: Sample
         return [row | {"song_id": other[row["song_id"]], "trigger_song_id": other[row["trigger_song_id"]]} for row in rows]
 
     tables = SampleTables(world.catalog, rewrite(world.interactions, tmp_path / "log.csv", permute))
-    outcome = run_every_step(configuration(tmp_path / "workspace", tables), *query)
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables, **EPOCHS), *query)
     changed_answers(baseline, outcome)
     assert outcome.user_auc("preference") < 0.58
     assert STAGE_TWO_GAIN in outcome.failed_bounds
@@ -140,7 +142,7 @@ def test_shuffled_captions(baseline: Outcome, world: SampleTables, query: tuple[
         return [row | other | {"audio_path": str(world.catalog.parent / row["audio_path"])} for row, other in zip(rows, words, strict=True)]
 
     tables = SampleTables(rewrite(world.catalog, tmp_path / "catalog.csv", shuffle), world.interactions)
-    outcome = run_every_step(configuration(tmp_path / "workspace", tables, finetune__epochs=1), *query)
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables, **{**EPOCHS, "finetune__epochs": 1}), *query)
     changed_answers(baseline, outcome)
     assert 0.35 < outcome.median_rank_share() < 0.65
     assert TEXT_FINDS_SOUND in outcome.failed_bounds
