@@ -41,18 +41,19 @@ def spans(page: Path) -> list[str]:
 
 def commands(page: Path) -> list[Shown]:
     """Every `htcl …` of the page's shell blocks, and every job as its step; variables are those of the page or of the README."""
-    variables = _variables(PAGES[0]) | _variables(page)
+    named = variables(PAGES[0]) | variables(page)
     found = []
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            for name, value in variables.items():
+            for name, value in named.items():
                 line = line.replace(f"${name}", value)
             words = shlex.split(line, comments=True) if "htcl" in line or "jobs/" in line else []
             found += [Shown(page.name, command) for part in _parts(words) if (command := _htcl(part))]
     return found
 
 
-def _variables(page: Path) -> dict[str, str]:
+def variables(page: Path) -> dict[str, str]:
+    """What the page's shell blocks assign."""
     return dict(re.findall(r'^(\w+)="([^"]*)"$', "\n".join(blocks(page, "bash")), re.MULTILINE))
 
 

@@ -44,7 +44,6 @@ def server(workspace: Workspace) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     assert CHROMIUM, "CI is set, and there is no Chromium; install the system package 'chromium'"
-    expect.set_options(timeout=15_000)  # of a machine that does much else
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield launched
@@ -60,7 +59,7 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(viewport=viewport or DESKTOP, color_scheme="dark" if dark else "light", **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda said: problems.append(said.text) if re.search("Content Security|Uncaught", said.text) else None)
         return page
@@ -346,7 +345,7 @@ def test_too_many_requests_are_waited_for_as_the_server_says(workspace: Workspac
                 break
         expect(shown_state(page)).to_contain_text("One moment, please")
         expect(shown_state(page).locator(".count")).to_have_text(re.compile(r"^[1-5] s$"))
-        expect(cards(page)).to_have_count(12, timeout=20_000)
+        expect(cards(page)).to_have_count(12, timeout=20_000)  # the server may ask for as long as `expect` waits: 5 s
         expect(shown_state(page)).to_have_count(0)
 
 
