@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.random import default_rng
-from threadpoolctl import threadpool_limits
 
 from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.bootstrap import Draws, Estimate
@@ -45,6 +44,8 @@ def probe_task(labels: Labels, methods: dict[str, np.ndarray], artists: list[str
     counts = {"train_songs": len(training), "test_songs": len(labels.held_out), "folds": len(folds)}
     if len(training) < len(labels.training):
         counts["train_songs_left_out"] = len(labels.training) - len(training)
+    from threadpoolctl import threadpool_limits
+
     ask = _ask_several if labels.several else _ask_one
     with threadpool_limits(1):  # hundreds of small fits: threads that wait for each other cost more than they compute
         found = ask(labels, training, methods, folds, draws, settings.neighbors)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htcl_ray.audio import log_mel
 from htcl_ray.evaluation.bootstrap import Estimate
 from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
 from htcl_ray.evaluation.figures import Task
@@ -86,8 +85,7 @@ def _determinism(
     again = _spaces(encoder.encode_mels(mels))
     padded = _padded(encoder, mels, seed)
     heard = [i for i, waveform in enumerate(waveforms) if waveform is not None]
-    recipe = encoder.recipe
-    anew = [log_mel(waveform, recipe.sample_rate, recipe)[: recipe.max_frames] for waveform in waveforms if waveform is not None]
+    anew = _log_mels(encoder, [waveform for waveform in waveforms if waveform is not None])
     from_audio = _spaces(encoder.encode_mels(anew)) if anew else {}
     methods = {}
     for space in _names(songs):
@@ -103,6 +101,16 @@ def _determinism(
         methods[space] = figures
     counts = {"clips": len(mels), "unreadable_files": len(mels) - len(heard)}
     return Task("determinism", "determinism", "clips", "nothing", None, methods, counts)
+
+
+def _log_mels(encoder: SongEncoder, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Log-mels [frames, n_mels] of waveforms, as preprocessing makes them."""
+    if not waveforms:
+        return []
+    from htcl_ray.audio import log_mel  # audio libraries, which stored log-mels do not need
+
+    recipe = encoder.recipe
+    return [log_mel(waveform, recipe.sample_rate, recipe)[: recipe.max_frames] for waveform in waveforms]
 
 
 def _padded(encoder: SongEncoder, mels: Sequence[np.ndarray], seed: int) -> Spaces:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from htcl_ray.audio import log_mel
 from htcl_ray.errors import MismatchError
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
@@ -70,6 +69,8 @@ class SongEncoder:
 
     def encode_waveforms(self, waveforms: Sequence[NDArray[np.float32]]) -> Vectors:
         """Mono waveforms at `recipe.sample_rate`, each [samples]."""
+        from htcl_ray.audio import log_mel  # audio libraries, which embedding stored log-mels does not need
+
         return self.encode_mels([log_mel(waveform, self.recipe.sample_rate, self.recipe) for waveform in waveforms])
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:

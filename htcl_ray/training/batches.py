@@ -17,6 +17,8 @@ from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.frames import Frames
 from htcl_ray.training.songs import Rows, Songs
 
+AUTOCAST = {"cuda": torch.bfloat16}
+"""Kind of device → precision of matrix products and convolutions in the towers; a device that is not named computes in the weights' own."""
 LONG_TEXTS = 64
 """Songs with the most characters, among which the most tokens are looked for."""
 
@@ -126,9 +128,10 @@ class BatchLoader:
 
 
 def encode(model: HTCL, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Audio and text [S, dim], not normalised, at least fp32; the towers compute in bf16 on a GPU."""
+    """Audio and text [S, dim], not normalised, at least fp32; the towers compute in the precision that `AUTOCAST` names."""
     device = batch.mel.device
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    dtype = AUTOCAST.get(device.type)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         audio, text = model.encode_audio(batch.mel, batch.valid_frames), model.encode_text(batch.tokens)
     wide = torch.promote_types(audio.dtype, torch.float32)
     return audio.to(wide), text.to(wide)
