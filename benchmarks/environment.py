@@ -17,9 +17,9 @@ from htcl_ray.storage import build_manifest
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write benchmarks/results/NAME.json: the command, the machine and the versions, then the result."""
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write NAME.json in benchmarks/results/ or another folder: the command, the machine and the versions, then the result."""
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({**environment(), **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
@@ -27,7 +27,7 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
 def environment() -> dict[str, Any]:
     """Command, date, commit, hardware and library versions."""
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gb": _memory_gb()},
@@ -36,8 +36,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _module() -> str:
+    """The module that python -m was given."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec is not None else f"benchmarks.{Path(sys.argv[0]).stem}"
+
+
 def _output(*command: str) -> str | None:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    except FileNotFoundError:  # a source tree on a machine without git
+        return None
     return done.stdout.strip() or None
 
 

@@ -37,7 +37,7 @@ def measure_step(case: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from benchmarks import synthetic_songs
-    from benchmarks.train_step import our_step
+    from benchmarks.steps import our_step
 
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
@@ -45,7 +45,7 @@ def measure_step(case: dict[str, Any]) -> dict[str, float]:
         model = synthetic_songs.make_model(world, 1, device)
         before = resident_mb()["now"]
         batch = synthetic_songs.first_batch(world, model, 1, case["batch"], device)
-        step = our_step({"stage": 1, "micro_batch_size": case["micro_batch_size"]}, world, model, device)
+        step = our_step(world, model, 1, device, case["micro_batch_size"])
         started = time.perf_counter()
         step(batch)
         return {"seconds": time.perf_counter() - started, "memory_before_mb": before, "peak_memory_mb": resident_mb()["peak"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,16 @@ STORED = 1024
 WORDS = {"demo": 8, "paper": 48}
 """Of a text; the sample world's texts have 5 to 8."""
 MULTILINGUAL_VOCABULARY = 105_879
+PREVIEW_SHARE, PREVIEW_SECONDS = 1 / 3, 30.0
+MEDIAN_SECONDS, DEVIATION = 210.0, 0.5
+MIXED_LENGTHS = (
+    f"{PREVIEW_SHARE:.0%} previews of {PREVIEW_SECONDS:g} s; other songs log-normal (median {MEDIAN_SECONDS:g} s, sigma {DEVIATION:g}), "
+    "cut at the clip length; lengths scale with the clip length where it is not 120 s"
+)
+"""Lengths of `mixed` clips: a catalogue of full songs in which a third is known by a preview only."""
+
+
+Clips = Literal["full", "mixed", "sample"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,15 @@ class World:
     vocabulary: str
 
 
-def make_world(folder: Path, size: str, songs: int) -> World:
-    """`size` demo: the demo preset, clips of 8 s ± 3 % as in the sample world. paper: the paper preset, every clip a full 120 s."""
+def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) -> World:
+    """`size` demo or paper: the preset of that name, with clips of 8 s or 120 s.
+
+    `clips` full: every clip as long as the preset takes; mixed: MIXED_LENGTHS; sample: full ± 3 %, as in the sample world. None is
+    sample at demo size and full at paper size.
+    """
     config = resolve(size)
     longest, bands, rng = config.audio.max_frames, config.audio.n_mels, np.random.default_rng(0)
-    lengths = np.full(songs, longest) if size == "paper" else np.minimum(longest, (longest * rng.uniform(0.97, 1.03, songs)).astype(int))
+    lengths = clip_lengths(clips or ("full" if size == "paper" else "sample"), longest, songs, rng)
     stored = min(songs, STORED)
     starts = np.arange(songs) % stored * longest
     folder.mkdir(parents=True)
@@ -55,14 +70,28 @@ def make_world(folder: Path, size: str, songs: int) -> World:
     return World(config, found, Frames(folder, bands), train_wordpiece(texts[:500], config.text.vocab_size))
 
 
-def make_model(world: World, stage: int, device: torch.device) -> HTCL:
-    """Ours, with random weights: at paper size the text tower has the sizes of bert-base-multilingual-uncased."""
-    config = world.config
+def clip_lengths(clips: Clips, longest: int, songs: int, rng: np.random.Generator) -> np.ndarray:
+    """Frames of each clip, int [songs], from 1 to `longest`."""
+    if clips == "full":
+        return np.full(songs, longest)
+    if clips == "sample":
+        return np.minimum(longest, (longest * rng.uniform(0.97, 1.03, songs)).astype(int))
+    seconds = MEDIAN_SECONDS * np.exp(DEVIATION * rng.standard_normal(songs))
+    seconds[rng.random(songs) < PREVIEW_SHARE] = PREVIEW_SECONDS
+    return np.clip(np.round(seconds / 120 * longest), 1, longest).astype(int)
+
+
+def make_model(world: World, stage: int, device: torch.device, layers: int | None = None) -> HTCL:
+    """Ours, with random weights: at paper size the text tower has the sizes of bert-base-multilingual-uncased.
+
+    `layers`: Transformer layers of both towers, instead of those of the preset.
+    """
+    config = world.config if layers is None else world.config.with_overrides({"model.layers": layers, "text.layers": layers})
     if config.text.name_or_path is None:
         model = HTCL.untrained(config, world.vocabulary)
     else:
         tokenizer = text_encoder_from_scratch(config.text, world.vocabulary).tokenizer
-        bert = BertConfig(vocab_size=MULTILINGUAL_VOCABULARY).to_dict()
+        bert = BertConfig(vocab_size=MULTILINGUAL_VOCABULARY, num_hidden_layers=layers or 12).to_dict()
         text = TextEncoder(transformer_from_config(bert), tokenizer, config.text)
         model = HTCL(ModelRecord(stage=1, audio=config.audio, model=config.model, text=text.record), text)
     return (model if stage == 1 else model.to_stage_2(0.074, seed=0)).to(device)

@@ -55,6 +55,7 @@ ELSEWHERE = {
     r"ray (up|dashboard|down) |docker build|kubectl ": "needs a cloud, Docker or Kubernetes; test_deploy.py reads their files",
     r"htcl import-official ": "tests/unit/test_official.py",
     r"htcl evaluate .*--ablate": "tests/ray/test_ablate.py",
+    r"python -m benchmarks\.gpu|PYTHONPATH=site |pip download ": "tests/end_to_end/test_gpu_benchmark.py",
     r"htcl tune ": "tests/ray/test_tune.py; tests/end_to_end/test_jobs.py",
 }
 GATE_FAILED = 1

@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.model_flops import forward_flops, peak_tflops
 from benchmarks.published_step import PublishedModel
-from benchmarks.train_step import flops, peak_tflops
 from htcl_ray.models import HTCL
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.models.vocabulary import train_wordpiece
@@ -76,8 +76,8 @@ def test_flops_are_those_that_torch_counts(model: HTCL):
     batch = batch_for(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encode(model, batch)
-    counted = flops(model, batch.mel.shape[1], batch.tokens["input_ids"].shape[1], len(batch))
-    assert counted == counter.get_total_flops()
+    frames, tokens = batch.mel.shape[1], batch.tokens["input_ids"].shape[1]  # the official recipe computes padding too
+    assert forward_flops(model, [frames] * len(batch), [tokens] * len(batch)) == counter.get_total_flops()
 
 
 def test_peaks_are_looked_up_by_part_of_the_name():

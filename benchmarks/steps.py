@@ -1,0 +1,74 @@
+"""One training step of either side, ours and the published one, as a function of a batch; and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import synthetic_songs
+from benchmarks.published_step import PublishedModel
+from benchmarks.synthetic_songs import World
+from htcl_ray.models import HTCL
+from htcl_ray.training.batches import Batch
+from htcl_ray.training.optim import build_optimizer
+from htcl_ray.training.step import compute_gradients
+from htcl_ray.training.towers import compile_towers
+
+Step = Callable[[Batch], None]
+
+
+def our_step(
+    world: World, model: HTCL, stage: int, device: torch.device, micro_batch_size: int | None = None, *, compiled: bool = False
+) -> Step:
+    """A step as the training loop takes it. `compiled` compiles the towers of `model` in place."""
+    settings = world.config.pretrain if stage == 1 else world.config.finetune
+    task = synthetic_songs.make_task(world, stage, device)
+    optimizer = build_optimizer(model.train(), settings)
+    if compiled:
+        compile_towers(model, device)
+
+    def step(batch: Batch) -> None:
+        compute_gradients(model, batch, task, micro_batch_size)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.clamp_temperatures()
+
+    return step
+
+
+def published_step(world: World, text: torch.nn.Module, stage: int, device: torch.device) -> Callable[..., None]:
+    """The restated published step. `text`: a BERT like ours, which it takes over. `step(batch, bf16=True)` computes under autocast."""
+    published = PublishedModel(world.config.model, world.config.audio, text, stage).to(device).train()
+    optimizer = published.optimizer()
+
+    def step(batch: Batch, bf16: bool = False) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = published.loss(batch)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step: Callable[[], None], device: torch.device, *, at_least: float, warmup: int, steps: int = 3) -> list[float]:
+    """Seconds of each step after `warmup` others, for at least `at_least` seconds and `steps` steps."""
+    for _ in range(warmup):
+        step()
+    wait(device)
+    seconds: list[float] = []
+    while sum(seconds) < at_least or len(seconds) < steps:
+        started = time.perf_counter()
+        step()
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds
