@@ -131,6 +131,12 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
             f"the semantic model {parent.version} is an audio encoder alone, without heads or a text tower; stage 2 needs a model that "
             "'htcl pretrain' made or that was imported from a whole stage-1 file"
         )
+    if workspace.is_local:  # of a remote one, a worker checks it before it trains
+        from htcl_ray.models.folder import read_tokenizer
+        from htcl_ray.models.text_encoder import tokenizer_from_name
+
+        if read_tokenizer(workspace.local_copy(parent.path), record.text) is None:
+            tokenizer_from_name(record.text.settings.name_or_path, record.text.transformer)
     theirs = {"audio": record.audio, "model": record.model, "text": record.text.settings}
     for section, made in theirs.items():
         ours = getattr(config, section).model_dump(mode="json")
@@ -186,14 +192,18 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
         print(f"{stage.step}  {rows} training rows are fewer than {stage.step}.batch_size; batches have {batch}", flush=True)
     if stage.parent is not None:
         return None
-    if config.text.name_or_path is not None:
-        from htcl_ray.models.text_encoder import check_text_settings
-
-        check_text_settings(config.text)
-        return None
+    from htcl_ray.models.text_encoder import check_song_texts, check_text_settings, fast_tokenizer
     from htcl_ray.models.vocabulary import train_wordpiece
+    from htcl_ray.training.health import distinct_texts
 
-    return train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+    tower = check_text_settings(config.text)
+    if tower is not None:
+        check_song_texts(tower.tokenizer, distinct_texts(songs), config.text)
+    if config.text.name_or_path is not None:
+        return None
+    vocabulary = train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+    check_song_texts(fast_tokenizer(vocabulary), distinct_texts(songs), config.text)
+    return vocabulary
 
 
 def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> None:
