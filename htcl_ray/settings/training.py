@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from htcl_ray.settings.section import Settings, one_or_many
+from htcl_ray.settings.section import Seed, Settings, one_or_many
 
 
 class HealthSettings(Settings):
@@ -51,6 +51,8 @@ NOT_IN_MODEL = (
 class StageSettings(Settings):
     """What both training stages share."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     batch_size: int = Field(32, ge=2)
     """Global: rows of one loss, over all workers (stage 2: pairs)."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
@@ -91,7 +93,8 @@ class StageSettings(Settings):
     """Widest group; widths are uniform from 0."""
     compile: bool = False
     """Compile the towers with torch.compile: minutes at the start, faster steps; worth it on GPUs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
+    """Of the order of rows, initial weights, dropout, crops and masks."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes one GPU per worker when the cluster has GPUs."""
     cpus_per_worker: float = Field(1.0, gt=0)

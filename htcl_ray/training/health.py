@@ -62,6 +62,12 @@ def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
         )
 
 
+def probe_rows(rows: int, workers: int) -> Rows:
+    """Rows of an epoch that make up the probe, equally many for every worker and at least one; `rows` is at least `workers`."""
+    wanted = min(max(PROBE_ROWS, workers), rows)
+    return np.sort(np.random.default_rng(0).choice(rows, wanted // workers * workers, replace=False))
+
+
 class HealthWatch:
     """The probe of one run, its figures after each epoch, and how long each fault has lasted. Every worker must use it alike."""
 
@@ -75,9 +81,8 @@ class HealthWatch:
         """Fault → the last step at which all was well."""
         self.healthy_at = step
         order = task.order(0)
-        rows = min(PROBE_ROWS, len(order)) // world_size() * world_size()
-        chosen = np.sort(np.random.default_rng(0).choice(len(order), rows, replace=False))
-        own = worker_rows(order[chosen], 0, rows, rank(), world_size())
+        chosen = probe_rows(len(order), world_size())
+        own = worker_rows(order[chosen], 0, len(chosen), rank(), world_size())
         self.batch = loader.load_first_windows(own.T.reshape(-1)).to(device)
 
     def measure(self, model: HTCL) -> dict[str, float]:

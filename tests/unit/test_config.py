@@ -99,6 +99,21 @@ def test_micro_batch_sizes(value: str):
     assert str(config.pretrain.micro_batch_size) == value.replace("null", "None")
 
 
+@pytest.mark.parametrize("section", ["pretrain", "finetune", "tune", "evaluate"])
+def test_seeds_are_numbers_that_every_library_takes(section: str):
+    assert getattr(resolve("demo", None, [f"{section}.seed={2**32 - 1}"]), section).seed == 2**32 - 1
+    for seed in (-1, 2**32, 20_000_000_000_000):
+        with pytest.raises(ConfigError, match=rf"^configuration key '{section}\.seed': Input should be .* \(it is {seed}\)$"):
+            resolve("demo", None, [f"{section}.seed={seed}"])
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "text_learning_rate", "weight_decay", "max_gradient_norm", "cpus_per_worker"])
+def test_numbers_of_a_stage_are_finite(key: str):
+    for value in (".inf", ".nan"):
+        with pytest.raises(ConfigError, match=rf"configuration key 'pretrain\.{key}': Input should be"):
+            resolve("demo", None, [f"pretrain.{key}={value}"])
+
+
 def test_unknown_preset_and_unreadable_file(tmp_path: Path):
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         resolve("demmo")

@@ -24,7 +24,7 @@ from htcl_ray.training.frames import open_frames
 from htcl_ray.training.loop import train
 from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.optim import build_optimizer, learning_rate_factor
-from htcl_ray.training.randomness import get_rng_state, set_rng_state
+from htcl_ray.training.randomness import get_rng_state, seed_worker, set_rng_state
 from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
@@ -359,3 +359,14 @@ def test_metrics_log_continues_without_repeating(world: World, tmp_path: Path):
     assert [line.split(",")[0] for line in lines] == ['{"epoch": 1', '{"epoch": 2', '{"epoch": 3']
     assert '"loss": 0.5' in lines[2]
     assert len(list((tmp_path / "runs/a/tensorboard").glob("events.*"))) >= 1
+
+
+def test_every_seed_rank_and_step_has_dropout_of_its_own():
+    """The largest seed of the settings, and resumed runs: a CPU's generator takes the lowest 32 bits of a seed alone."""
+    drawn = {}
+    for seed, worker, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 999), (0, 1, 2**20)):
+        seed_worker(seed, worker, step)
+        drawn[seed, worker, step] = tuple(torch.rand(4).tolist())
+    assert len(set(drawn.values())) == len(drawn)
+    seed_worker(1, 999, 1)
+    assert tuple(torch.rand(4).tolist()) == drawn[1, 999, 1]
