@@ -33,6 +33,7 @@ from htcl_ray.training.trackers import check_tracking
 if TYPE_CHECKING:
     from htcl_ray.training.songs import Pairs, Songs
 
+PAPER_ROWS_PER_WORKER = 32
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own record, in the folder of the run."""
 
@@ -117,7 +118,7 @@ def _text_weights(config: Config) -> dict[str, str]:
 
 
 def _determining(settings: StageSettings) -> dict[str, Any]:
-    return {name: value for name, value in settings.model_dump(mode="json").items() if name not in NOT_IN_MODEL}
+    return {name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL}
 
 
 def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
@@ -186,10 +187,17 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
     songs = read_songs(workspace, stage.features.path)
     pairs = None if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
     rows = len(songs.train) if pairs is None else config.finetune.pairs_per_epoch or len(pairs.train)
-    batch = global_batch(rows, stage.settings.batch_size, stage.settings.num_workers)
+    wanted, workers = stage.settings.global_batch_size, stage.settings.num_workers
+    batch = global_batch(rows, wanted, workers)
     _check_best_metric(stage, songs, pairs)
-    if batch < stage.settings.batch_size:
-        print(f"{stage.step}  {rows} training rows are fewer than {stage.step}.batch_size; batches have {batch}", flush=True)
+    if batch < wanted:
+        print(f"{stage.step}  {rows} training rows are fewer than a batch of {wanted}; batches have {batch}", flush=True)
+    elif wanted // workers < PAPER_ROWS_PER_WORKER:
+        print(
+            f"{stage.step}  WARNING: each of {workers} worker(s) has {wanted // workers} of the {wanted} rows of a batch; the paper has "
+            f"{PAPER_ROWS_PER_WORKER} per GPU, which {stage.step}.batch_size_per_worker={PAPER_ROWS_PER_WORKER} would give",
+            flush=True,
+        )
     if stage.parent is not None:
         return None
     from htcl_ray.models.text_encoder import check_song_texts, check_text_settings, fast_tokenizer

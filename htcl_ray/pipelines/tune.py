@@ -152,7 +152,9 @@ def _gallery(config: Config, songs: Songs, mined: Pairs | None) -> dict[str, Any
 
 def _compared(config: Config, space: Mapping[str, Dimension]) -> dict[str, Any]:
     """The configured values that every trial has: those that determine a model and are not searched."""
-    tree = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "model", "text", *config.tune.stages)}
+    sections = {name: getattr(config, name) for name in ("audio", "model", "text")}
+    sections |= {name: getattr(config, name).resolved() for name in config.tune.stages}
+    tree = {name: section.model_dump(mode="json") for name, section in sections.items()}
     return {
         f"{section}.{key}": value
         for section, values in tree.items()

@@ -31,7 +31,7 @@ EQUAL = 1e-5
 
 REMEDIES = {
     "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, or check that song texts differ",
-    "collapse": "lower {stage}.learning_rate, raise {stage}.batch_size, or check that audio and texts differ between songs",
+    "collapse": "lower {stage}.learning_rate, raise the batch size, or check that audio and texts differ between songs",
 }
 
 

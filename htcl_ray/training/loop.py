@@ -60,7 +60,7 @@ def train(
         refuse_equal_texts(model, loader.songs)
     freeze(model, settings)
     optimizer = build_optimizer(model, settings)
-    batch = global_batch(task.rows, settings.batch_size, world_size())
+    batch = global_batch(task.rows, settings.global_batch_size, world_size())
     steps = steps_per_epoch(task.rows, batch)
     probed = settings.micro_batch_size == "auto"
     if settings.micro_batch_size != "auto":

@@ -12,11 +12,13 @@ import pytest
 import torch
 from sklearn.metrics import ndcg_score
 
+from htcl_ray.artifacts import Artifact
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
 from htcl_ray.models import HTCL
 from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.objectives.stages import total_loss
+from htcl_ray.pipelines.train import StageRun, _determining, check_data
 from htcl_ray.storage import Workspace
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.checkpoint import TrainingState, load_state
@@ -370,3 +372,27 @@ def test_every_seed_rank_and_step_has_dropout_of_its_own():
     assert len(set(drawn.values())) == len(drawn)
     seed_worker(1, 999, 1)
     assert tuple(torch.rand(4).tolist()) == drawn[1, 999, 1]
+
+
+def test_rows_per_worker_and_workers_make_the_batch(world: World, capsys: pytest.CaptureFixture[str]):
+    """The same global batch is the same run, another number of workers another one; workers with few rows are warned about."""
+    features = Artifact("features/synthetic", "synthetic", {})
+
+    def checked(**sizes: int) -> tuple[StageRun, str]:
+        config = world.config.with_overrides({f"pretrain.{name}": value for name, value in sizes.items()})
+        stage = StageRun("pretrain", "semantic", config.pretrain, features, None, None, "v")
+        check_data(world.workspace, config, stage)
+        return stage, capsys.readouterr().out
+
+    few, said = checked(batch_size_per_worker=8, num_workers=2)
+    assert said == (
+        "pretrain  WARNING: each of 2 worker(s) has 8 of the 16 rows of a batch; the paper has 32 per GPU, which "
+        "pretrain.batch_size_per_worker=32 would give\n"
+    )
+    same, other = checked(batch_size=16, num_workers=2)[0], checked(batch_size_per_worker=8, num_workers=4)[0]
+    assert _determining(few.settings) == _determining(same.settings) != _determining(other.settings)
+    assert checked(batch_size_per_worker=32, num_workers=1)[1] == ""
+    assert checked(batch_size=64, num_workers=2)[1] == "pretrain  36 training rows are fewer than a batch of 64; batches have 36\n"
+    one = world.config.with_overrides({"pretrain.batch_size_per_worker": 9, "pretrain.num_workers": 1, "pretrain.epochs": 1})
+    _, epochs = run(world, 1, one)
+    assert (epochs[0]["candidates"], epochs[0]["step"]) == (9, 4)
