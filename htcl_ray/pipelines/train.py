@@ -114,7 +114,7 @@ def _text_weights(config: Config) -> dict[str, str]:
     folder = Path(config.text.name_or_path or "")
     if config.text.name_or_path is None or not folder.is_dir():
         return {}
-    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt")}
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt", ".model")}
 
 
 def _determining(settings: StageSettings) -> dict[str, Any]:

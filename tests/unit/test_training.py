@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from htcl_ray.models import HTCL
 from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.objectives.stages import total_loss
 from htcl_ray.pipelines.train import StageRun, _determining, check_data
+from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 from htcl_ray.storage import Workspace
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.checkpoint import TrainingState, load_state
@@ -396,3 +398,24 @@ def test_rows_per_worker_and_workers_make_the_batch(world: World, capsys: pytest
     one = world.config.with_overrides({"pretrain.batch_size_per_worker": 9, "pretrain.num_workers": 1, "pretrain.epochs": 1})
     _, epochs = run(world, 1, one)
     assert (epochs[0]["candidates"], epochs[0]["step"]) == (9, 4)
+
+
+@pytest.mark.parametrize(("learning_rate", "error"), [(1e-3, None), (1e30, "StepError")])
+def test_a_run_leaves_no_frames(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning_rate: float, error: str | None):
+    """Neither one that ends well nor one that fails. The pipeline's worker runs in this process, in Ray Train's local mode."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    changes = {"pretrain.num_workers": 1, "pretrain.epochs": 1, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None}
+    config = world.config.with_overrides({**changes, "pretrain.learning_rate": learning_rate})
+    features = Artifact("features/synthetic", "synthetic", world.workspace.manifest("features/synthetic") or {})
+    job = TrainJob(config, world.workspace, features, f"runs/pretrain/{error}", world.vocabulary, None, None)
+    result = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "lines": queue.SimpleQueue()},
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(storage_path=str(tmp_path / "runs")),
+    ).fit()
+    assert (result.return_value or {}).get("error") == error
+    assert list(tmp_path.glob("htcl-*/frames*")) == []
