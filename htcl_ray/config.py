@@ -7,7 +7,8 @@ and their keys are in settings/.
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,8 +79,9 @@ class Config(Settings):
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """A new configuration with dotted keys replaced, `{"pretrain.batch_size": 64}`; every check runs again."""
         tree = self.model_dump(mode="json")
-        for key, value in overrides.items():
-            _set(tree, key, value)
+        with _one_batch_size(tree):
+            for key, value in overrides.items():
+                _set(tree, key, value)
         return _validate(tree)
 
     def as_yaml(self) -> str:
@@ -98,7 +100,14 @@ def resolve(preset: str | None = None, file: str | Path | None = None, assignmen
     if name not in PRESETS:
         raise ConfigError(f"there is no preset '{name}'; {nearest(str(name), PRESETS)}")
     tree = _validate({"preset": name, **_preset(name)}).model_dump(mode="json")
-    _merge(tree, {**from_file, "preset": name}, prefix="")
+    with _one_batch_size(tree):
+        _merge(tree, {**from_file, "preset": name}, prefix="")
+    with _one_batch_size(tree):
+        _assign(tree, assignments)
+    return _validate(tree)
+
+
+def _assign(tree: dict[str, Any], assignments: Iterable[str]) -> None:
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator:
@@ -108,7 +117,22 @@ def resolve(preset: str | None = None, file: str | Path | None = None, assignmen
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of '--set {assignment}' is not YAML: {str(error).splitlines()[0]}") from None
         _set(tree, key.strip(), value)
-    return _validate(tree)
+
+
+BATCH_SIZES = ("batch_size", "batch_size_per_worker")
+
+
+@contextmanager
+def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
+    """Within this, a layer of the configuration is applied: the size of a batch that it gives replaces the other one of a layer before."""
+    stages = [tree[name] for name in ("pretrain", "finetune")]
+    before = [{key: stage[key] for key in BATCH_SIZES} for stage in stages]
+    for stage in stages:
+        stage.update(dict.fromkeys(BATCH_SIZES, ...))
+    yield
+    for stage, sizes in zip(stages, before, strict=True):
+        given = any(stage[key] not in (..., None) for key in BATCH_SIZES)
+        stage.update({key: None if given else sizes[key] for key in BATCH_SIZES if stage[key] is ...})
 
 
 def json_schema() -> dict[str, Any]:

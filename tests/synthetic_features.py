@@ -16,7 +16,7 @@ GENRES = ("jazz", "techno", "folk", "metal", "choir", "dub")
 
 def tiny_config(workspace: Path | str, **overrides: object) -> Config:
     """The demo preset with a model that trains in seconds."""
-    return resolve("demo").with_overrides(
+    tiny = resolve("demo").with_overrides(
         {
             "workspace": str(workspace),
             "audio.clip_seconds": 3.0,
@@ -36,9 +36,9 @@ def tiny_config(workspace: Path | str, **overrides: object) -> Config:
             "pretrain.epochs": 3,
             "finetune.batch_size": 16,
             "finetune.epochs": 2,
-            **overrides,
         }
     )
+    return tiny.with_overrides(overrides)
 
 
 def write_features(config: Config, songs: int = 60, *, version: str = "synthetic", seed: int = 0) -> str:

@@ -20,6 +20,7 @@ from htcl_ray.errors import MismatchError, WorkspaceError
 from htcl_ray.evaluation.figures import Task
 from htcl_ray.models.card import Evaluation, evaluation_of, model_card
 from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
+from htcl_ray.models.text_encoder import check_tokenizer
 from htcl_ray.storage import Workspace, file_sha256, fingerprint
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer", "README.md"
@@ -81,16 +82,22 @@ def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor], file: s
 
 
 def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
-    """The tokenizer of a model folder; None when it brings none and `text` names where one is."""
+    """The tokenizer of a model folder, checked; None when it brings none and `text` names where one is.
+
+    Raises WorkspaceError or MismatchError.
+    """
     from transformers import AutoTokenizer
 
     if text.settings.name_or_path is not None and not (folder / TOKENIZER).exists():
         return None
+    where = folder / TOKENIZER
     try:
-        return AutoTokenizer.from_pretrained(str(folder / TOKENIZER), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise WorkspaceError(f"{folder / TOKENIZER} cannot be read ({reason}); expected the model's tokenizer") from None
+        tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # what transformers and tokenizers raise depends on where a file stops to make sense
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WorkspaceError(f"{where} cannot be read ({reason}); expected the model's tokenizer") from None
+    check_tokenizer(tokenizer, text.transformer, f"the tokenizer in {where}")
+    return tokenizer
 
 
 def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any, evaluation: Evaluation | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ from htcl_ray.settings import TextSettings
 
 Tokens = dict[str, Tensor]
 """`input_ids` and `attention_mask`, int64 [B, S]."""
+SPECIAL = ("pad", "bos", "eos", "cls", "sep")
+"""Special tokens whose ids a transformers configuration may state."""
+PADDED_ROWS = 128
+"""Embedding rows without a token that every text tower may have; larger ones may have as many as there are tokens."""
+PROBED_TOKENS = 256
+UNKNOWN_TEXT = "\u2042 \u13a0 qxzj"
+"""Hardly in any vocabulary; a WordPiece tokenizer without [UNK] fails on it."""
+MAX_UNKNOWN_SHARE = 0.5
+"""Of the tokens of a catalogue's song texts."""
 
 
 class TextEncoder(nn.Module):
@@ -35,7 +44,7 @@ class TextEncoder(nn.Module):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded now if it has not been. Raises ConfigError or MismatchError."""
         if self.loaded_tokenizer is None:
-            self.loaded_tokenizer = _tokenizer_from_name(self.settings.name_or_path, self.transformer.config.vocab_size)  # type: ignore[union-attr, arg-type]
+            self.loaded_tokenizer = tokenizer_from_name(self.settings.name_or_path, self.record.transformer)
         return self.loaded_tokenizer
 
     @property
@@ -90,8 +99,9 @@ def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
             name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what transformers, safetensors and tokenizers raise depends on where a file stops to make sense
         raise _unusable(name, error) from None
+    check_tokenizer(tokenizer, transformer.config.to_dict(), f"the tokenizer of the text model '{name}'")
     encoder = TextEncoder(transformer, tokenizer, settings)
     missing = sorted(set(found["missing_keys"]) & set(transformer.state_dict()))
     if missing and all(key.startswith("pooler.") for key in missing):
@@ -107,7 +117,7 @@ def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEn
     """A small BERT with random weights. `vocabulary` is what `train_wordpiece` returned."""
     from transformers import BertConfig
 
-    tokenizer = _fast_tokenizer(vocabulary)
+    tokenizer = fast_tokenizer(vocabulary)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.width,
@@ -141,17 +151,34 @@ def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
         config = AutoConfig.for_model(model_type, **tree)
     except ValueError:
         raise ConfigError(f"the text model is of type '{model_type}', which this transformers does not know; install a newer one") from None
-    return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    try:
+        return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except Exception as error:  # sizes that contradict each other: what is raised depends on the type of model
+        raise ConfigError(
+            f"the text model's configuration describes no {model_type} model ({_reason(error)}); expected the one that its weights are of"
+        ) from None
 
 
-def check_text_settings(settings: TextSettings) -> None:
-    """Raise ConfigError unless the configured pretrained text model can be used. A local folder is loaded; a hub model is only found."""
-    if settings.name_or_path is None:
-        return
-    if Path(settings.name_or_path).is_dir():
-        text_encoder_from_name(settings)
-    else:
-        _check_length(settings)
+def check_text_settings(settings: TextSettings) -> TextEncoder | None:
+    """Raise ConfigError or MismatchError unless the configured pretrained text model can be used.
+
+    A local folder is loaded and returned. Of a hub model only the configuration and the tokenizer are read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = settings.name_or_path
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return text_encoder_from_name(settings)
+    _check_length(settings)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # see text_encoder_from_name
+        raise _unusable(name, error) from None
+    check_tokenizer(tokenizer, config.to_dict(), f"the tokenizer of the text model '{name}'")
+    return None
 
 
 def _check_length(settings: TextSettings) -> None:
@@ -160,38 +187,106 @@ def _check_length(settings: TextSettings) -> None:
 
     try:
         config = AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # see text_encoder_from_name
         raise _unusable(settings.name_or_path, error) from None
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and settings.max_tokens > limit:
         raise ConfigError(f"text.max_tokens is {settings.max_tokens}, but the text model '{settings.name_or_path}' takes at most {limit}")
 
 
-def _tokenizer_from_name(name: str | None, vocabulary: int) -> Any:
+def tokenizer_from_name(name: str | None, transformer: Mapping[str, Any]) -> Any:
+    """The tokenizer that goes with a model folder without one. `transformer`: the configuration of the text tower."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except Exception as error:  # see text_encoder_from_name
         raise ConfigError(
-            f"words cannot be embedded yet, because the tokenizer '{name}' cannot be loaded ({reason}); make it reachable, "
+            f"words cannot be embedded yet, because the tokenizer '{name}' cannot be loaded ({_reason(error)}); make it reachable, "
             "or import the weights again with the folder of a copy as tokenizer (htcl import-official: --set text.name_or_path=FOLDER)"
         ) from None
-    if len(tokenizer) > vocabulary:
-        raise MismatchError(f"the tokenizer '{name}' has {len(tokenizer)} tokens, but the text tower knows {vocabulary}")
+    check_tokenizer(tokenizer, transformer, f"the tokenizer '{name}'")
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any, transformer: Mapping[str, Any], where: str) -> None:
+    """Raise MismatchError unless a tokenizer can be that of a text tower with this configuration.
+
+    transformers makes a tokenizer of special tokens alone when a folder has no tokenizer files, and such a one gives every text of n
+    words the same tokens. `where` begins the message.
+    """
+    vocabulary, special, rows = tokenizer.get_vocab(), set(tokenizer.all_special_ids), int(transformer.get("vocab_size") or 0)
+    tokens = [token for token, number in vocabulary.items() if number not in special]
+    files = "copy the tokenizer's files (tokenizer.json, vocab.txt, …) from where the text model came from"
+    if not tokens:
+        raise MismatchError(f"{where} has no vocabulary, only {len(vocabulary)} special tokens, so its files are missing; {files}")
+    if max(vocabulary.values()) >= rows or rows - len(vocabulary) > max(PADDED_ROWS, rows // 2):
+        raise MismatchError(
+            f"{where} has {len(vocabulary)} tokens, but the text tower knows {rows}, so they do not belong together; {files}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise MismatchError(f"{where} has no padding token, so texts cannot be embedded together; expected that of a BERT-like model")
+    defaults = _default_config(transformer)
+    for name in SPECIAL:
+        stated, own = transformer.get(f"{name}_token_id"), getattr(tokenizer, f"{name}_token_id", None)
+        # Converted models keep defaults of their class, which state nothing: MiniLM's padding id is 0, and 1 in its tokenizer.
+        if None not in (stated, own) and stated not in (own, defaults.get(f"{name}_token_id")):
+            raise MismatchError(f"{where} has {name}_token_id {own}, but the text tower's configuration says {stated}; {files}")
+    probed = [tokenizer.convert_tokens_to_string([token]) for token in tokens[:: max(1, len(tokens) // PROBED_TOKENS)]]
+    try:
+        found = tokenizer([*probed, UNKNOWN_TEXT], add_special_tokens=False)["input_ids"][:-1]
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise MismatchError(f"{where} cannot tokenize texts ({_reason(error)}); {files}") from None
+    if len({tuple(ids) for ids in found if set(ids) - special}) < min(2, len(tokens)):
+        raise MismatchError(f"{where} does not recognise its own vocabulary: every text becomes '{tokenizer.unk_token}'; {files}")
+
+
+def check_song_texts(tokenizer: Any, texts: Sequence[str], settings: TextSettings) -> None:
+    """Raise ConfigError when a tokenizer leaves too little of a catalogue's texts, of which no two are the same, to tell them apart."""
+    if len(texts) < 2:
+        return
+    encoded = tokenizer(list(texts), truncation=True, max_length=settings.max_tokens)["input_ids"]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    tokens = [number for ids in encoded for number in ids if number not in special]
+    unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
+    another = "another text.name_or_path" if settings.name_or_path is not None else "a larger text.vocab_size"
+    if unknown > MAX_UNKNOWN_SHARE:
+        raise ConfigError(
+            f"{unknown:.0%} of the tokens of the song texts are unknown to the tokenizer, for instance in '{texts[0][:80]}'; "
+            f"expected at most {MAX_UNKNOWN_SHARE:.0%}: choose {another}"
+        )
+    different = len({tuple(ids) for ids in encoded})
+    if different < len(texts) / 2:
+        raise ConfigError(
+            f"{len(texts)} different song texts become only {different} different sequences of tokens, for instance '{texts[0][:80]}'; "
+            f"expected at least half as many: raise text.max_tokens ({settings.max_tokens}), put what differs first with "
+            f"data.text_columns, or choose {another}"
+        )
+
+
+def _default_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of the same type of model that states nothing."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(str(transformer.get("model_type"))).to_dict()
+    except ValueError:
+        return {}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
 def _unusable(name: str | None, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return ConfigError(
-        f"the text model '{name}' cannot be loaded ({reason}); expected a hub name or folder of a BERT-like model "
-        "with safetensors weights, or text.name_or_path=null to train one from scratch"
+        f"the text model '{name}' cannot be loaded ({_reason(error)}); expected a hub name or folder of a BERT-like model "
+        "with safetensors weights and its tokenizer, or text.name_or_path=null to train one from scratch"
     )
 
 
-def _fast_tokenizer(vocabulary: str) -> Any:
+def fast_tokenizer(vocabulary: str) -> Any:
+    """The tokenizer of a text tower from scratch; `vocabulary` is what `train_wordpiece` returned."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import platform
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from htcl_ray.errors import HtclError
+
+PREPARATION = timedelta(days=1)
+"""Longest wait for a worker that copies its data. torch gives up on collectives after half an hour."""
 BUCKET_BYTES = 32 * 2**20
 
 
@@ -107,3 +113,24 @@ def wait_for_all() -> None:
     """Return when every worker has come here."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def prepared_together() -> Iterator[None]:
+    """End this block when every worker has ended it, however much longer the slowest takes. What one worker refuses, all refuse.
+
+    Without it a worker that copies a large data set lets the others' first collective time out, and one that raises leaves them waiting.
+    """
+    group = dist.new_group(backend="gloo", timeout=PREPARATION) if world_size() > 1 else None
+    failure: HtclError | None = None
+    try:
+        yield
+    except HtclError as error:
+        failure = error
+    if group is not None:
+        failures: list[HtclError | None] = [None] * world_size()
+        dist.all_gather_object(failures, failure, group=group)
+        dist.destroy_process_group(group)
+        failure = next((found for found in failures if found is not None), None)
+    if failure is not None:
+        raise failure

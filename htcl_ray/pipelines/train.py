@@ -33,6 +33,7 @@ from htcl_ray.training.trackers import check_tracking
 if TYPE_CHECKING:
     from htcl_ray.training.songs import Pairs, Songs
 
+PAPER_ROWS_PER_WORKER = 32
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own record, in the folder of the run."""
 
@@ -113,11 +114,11 @@ def _text_weights(config: Config) -> dict[str, str]:
     folder = Path(config.text.name_or_path or "")
     if config.text.name_or_path is None or not folder.is_dir():
         return {}
-    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt")}
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt", ".model")}
 
 
 def _determining(settings: StageSettings) -> dict[str, Any]:
-    return {name: value for name, value in settings.model_dump(mode="json").items() if name not in NOT_IN_MODEL}
+    return {name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL}
 
 
 def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
@@ -131,6 +132,12 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
             f"the semantic model {parent.version} is an audio encoder alone, without heads or a text tower; stage 2 needs a model that "
             "'htcl pretrain' made or that was imported from a whole stage-1 file"
         )
+    if workspace.is_local:  # of a remote one, a worker checks it before it trains
+        from htcl_ray.models.folder import read_tokenizer
+        from htcl_ray.models.text_encoder import tokenizer_from_name
+
+        if read_tokenizer(workspace.local_copy(parent.path), record.text) is None:
+            tokenizer_from_name(record.text.settings.name_or_path, record.text.transformer)
     theirs = {"audio": record.audio, "model": record.model, "text": record.text.settings}
     for section, made in theirs.items():
         ours = getattr(config, section).model_dump(mode="json")
@@ -180,20 +187,31 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
     songs = read_songs(workspace, stage.features.path)
     pairs = None if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
     rows = len(songs.train) if pairs is None else config.finetune.pairs_per_epoch or len(pairs.train)
-    batch = global_batch(rows, stage.settings.batch_size, stage.settings.num_workers)
+    wanted, workers = stage.settings.global_batch_size, stage.settings.num_workers
+    batch = global_batch(rows, wanted, workers)
     _check_best_metric(stage, songs, pairs)
-    if batch < stage.settings.batch_size:
-        print(f"{stage.step}  {rows} training rows are fewer than {stage.step}.batch_size; batches have {batch}", flush=True)
+    if batch < wanted:
+        print(f"{stage.step}  {rows} training rows are fewer than a batch of {wanted}; batches have {batch}", flush=True)
+    elif wanted // workers < PAPER_ROWS_PER_WORKER:
+        print(
+            f"{stage.step}  WARNING: each of {workers} worker(s) has {wanted // workers} of the {wanted} rows of a batch; the paper has "
+            f"{PAPER_ROWS_PER_WORKER} per GPU, which {stage.step}.batch_size_per_worker={PAPER_ROWS_PER_WORKER} would give",
+            flush=True,
+        )
     if stage.parent is not None:
         return None
-    if config.text.name_or_path is not None:
-        from htcl_ray.models.text_encoder import check_text_settings
-
-        check_text_settings(config.text)
-        return None
+    from htcl_ray.models.text_encoder import check_song_texts, check_text_settings, fast_tokenizer
     from htcl_ray.models.vocabulary import train_wordpiece
+    from htcl_ray.training.health import distinct_texts
 
-    return train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+    tower = check_text_settings(config.text)
+    if tower is not None:
+        check_song_texts(tower.tokenizer, distinct_texts(songs), config.text)
+    if config.text.name_or_path is not None:
+        return None
+    vocabulary = train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+    check_song_texts(fast_tokenizer(vocabulary), distinct_texts(songs), config.text)
+    return vocabulary
 
 
 def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> None:

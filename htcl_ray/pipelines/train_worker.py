@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import tempfile
@@ -20,6 +21,7 @@ from htcl_ray.artifacts import Artifact
 from htcl_ray.config import Config
 from htcl_ray.errors import HtclError
 from htcl_ray.models.htcl import HTCL
+from htcl_ray.objectives.gather import prepared_together
 from htcl_ray.storage import Workspace
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.batches import BatchLoader
@@ -55,26 +57,28 @@ class TrainJob:
 def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
     """Train one stage in one worker of Ray Train. Returns None, or the error that ends the run: trying again would repeat it."""
     try:
-        _train(arguments["job"], arguments["lines"].put_nowait)
+        with contextlib.ExitStack() as opened:
+            _train(arguments["job"], arguments["lines"].put_nowait, opened)
     except HtclError as error:
         return {"error": type(error).__name__, "message": str(error)}
     return None
 
 
-def _train(job: TrainJob, say: Callable[[str], None]) -> None:
+def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitStack) -> None:
     started = time.time()
     say = functools.partial(_labelled, say, job.label)
     settings = job.config.pretrain if job.parent is None else job.config.finetune
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    songs = read_songs(job.workspace, job.features.path)
-    frames = open_frames(job.workspace, job.features.path, job.features.manifest, songs)
-    if job.pairs is None:
-        task = pretrain_task(songs, job.config.pretrain)
-    else:
-        pairs = read_pairs(job.workspace, job.pairs.path, songs, rejected=job.config.finetune.explicit_negatives)
-        task = finetune_task(pairs, job.config.finetune, device)
-    model, resume = _model(job)
+    with prepared_together():
+        songs = read_songs(job.workspace, job.features.path)
+        frames = opened.enter_context(open_frames(job.workspace, job.features.path, job.features.manifest, songs))
+        if job.pairs is None:
+            task = pretrain_task(songs, job.config.pretrain)
+        else:
+            pairs = read_pairs(job.workspace, job.pairs.path, songs, rejected=job.config.finetune.explicit_negatives)
+            task = finetune_task(pairs, job.config.finetune, device)
+        model, resume = _model(job)
     first = ray.train.get_context().get_world_rank() == 0
     log = _log(job, resume, say) if first else None
     finished = False
@@ -117,7 +121,8 @@ def _nodes() -> float:
 
 def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]) -> MetricsLog:
     stage = "pretrain" if job.parent is None else "finetune"
-    parameters = {name: getattr(job.config, name).model_dump(mode="json") for name in ("audio", "text", "model", stage)}
+    sections = {name: getattr(job.config, name) for name in ("audio", "text", "model")} | {stage: getattr(job.config, stage).resolved()}
+    parameters = {name: section.model_dump(mode="json") for name, section in sections.items()}
     trackers = open_trackers(job.config.tracking, job.workspace, job.run, parameters, say)
     return MetricsLog(job.workspace, job.run, resume.step if resume else 0, trackers)
 

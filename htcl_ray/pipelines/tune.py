@@ -61,9 +61,9 @@ def tune(config: Config, model: str | None = None) -> StepResult:
         return StepResult("tune", workspace.uri_of(f"{study}/report.html"), _summary(trials, config), 0.0, skipped=True)
     if left > 0:
         cluster.refuse_relative_workspace(config)
+        vocabulary = _check_stages(workspace, config, space, features, pairs, parent)
         cluster.connect(config)
         shared = _on_this_cluster(config)
-        vocabulary = _check_stages(workspace, config, features, pairs, parent)
         for name, budget in budgets.items():
             print(f"tune  every trial of {name} sees {budget.rows:,} rows, measured {budget.reports} times", flush=True)
         workspace.write_json(f"{study}/{ABOUT}", about)
@@ -90,7 +90,9 @@ def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Ar
     return features, pairs, parent
 
 
-def _check_stages(workspace: Workspace, config: Config, features: Artifact, pairs: Artifact | None, parent: Artifact | None) -> str | None:
+def _check_stages(
+    workspace: Workspace, config: Config, space: Space, features: Artifact, pairs: Artifact | None, parent: Artifact | None
+) -> str | None:
     """Refuse what cannot be trained on. Returns the vocabulary of the configured text tower, if stage 1 makes one from scratch."""
     vocabulary = None
     for name in config.tune.stages:
@@ -98,6 +100,8 @@ def _check_stages(workspace: Workspace, config: Config, features: Artifact, pair
         if name == "pretrain":
             stage = StageRun(name, "semantic", settings, features, None, None, config.tune.name)
             vocabulary = check_data(workspace, config, stage)
+            for value in space["text.name_or_path"].values or () if "text.name_or_path" in space else ():
+                check_data(workspace, with_parameters(config, {"text.name_or_path": value}), stage)
         else:
             check_data(workspace, config, StageRun(name, "preference", settings, features, pairs, parent or features, config.tune.name))
     return vocabulary
@@ -148,7 +152,9 @@ def _gallery(config: Config, songs: Songs, mined: Pairs | None) -> dict[str, Any
 
 def _compared(config: Config, space: Mapping[str, Dimension]) -> dict[str, Any]:
     """The configured values that every trial has: those that determine a model and are not searched."""
-    tree = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "model", "text", *config.tune.stages)}
+    sections = {name: getattr(config, name) for name in ("audio", "model", "text")}
+    sections |= {name: getattr(config, name).resolved() for name in config.tune.stages}
+    tree = {name: section.model_dump(mode="json") for name, section in sections.items()}
     return {
         f"{section}.{key}": value
         for section, values in tree.items()

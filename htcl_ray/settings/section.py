@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def one_or_many(value: Any) -> Any:
@@ -16,6 +16,8 @@ def one_or_many(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
 """One string or a list of strings."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of random numbers; 32 bits, because torch on a CPU and scikit-learn take no more."""
 
 
 class Settings(BaseModel):

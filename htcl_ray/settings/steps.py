@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from htcl_ray.settings.section import Names, Settings, one_or_many
+from htcl_ray.settings.section import Names, Seed, Settings, one_or_many
 
 
 class EmbedSettings(Settings):
@@ -61,7 +61,7 @@ class EvaluateSettings(Settings):
     """What training and evaluation may share although figures flatter the model then: `artists` when a split column was chosen so."""
     resamples: int = Field(1000, ge=100)
     """Of the bootstrap that gives the intervals."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the shuffled controls, the random draws and the bootstrap."""
 
     @field_validator("label_prompt")

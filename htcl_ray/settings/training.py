@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from htcl_ray.settings.section import Settings, one_or_many
+from htcl_ray.settings.section import Seed, Settings, one_or_many
 
 
 class HealthSettings(Settings):
@@ -51,8 +52,12 @@ NOT_IN_MODEL = (
 class StageSettings(Settings):
     """What both training stages share."""
 
-    batch_size: int = Field(32, ge=2)
-    """Global: rows of one loss, over all workers (stage 2: pairs)."""
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    batch_size: int | None = Field(32, ge=2)
+    """Global: rows of one loss, over all workers (stage 2: pairs); null: `batch_size_per_worker`. Setting one of them unsets the other."""
+    batch_size_per_worker: int | None = Field(None, ge=1)
+    """Rows of one loss that each worker brings: the global batch is this × `num_workers`, and grows with them. Null: `batch_size`."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Rows that one worker encodes at a time; null is its whole share, auto what fits its memory. The gradient does not depend on it."""
     epochs: int = Field(20, ge=1)
@@ -91,7 +96,8 @@ class StageSettings(Settings):
     """Widest group; widths are uniform from 0."""
     compile: bool = False
     """Compile the towers with torch.compile: minutes at the start, faster steps; worth it on GPUs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
+    """Of the order of rows, initial weights, dropout, crops and masks."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes one GPU per worker when the cluster has GPUs."""
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -107,12 +113,21 @@ class StageSettings(Settings):
     health: HealthSettings = HealthSettings()
 
     @property
+    def global_batch_size(self) -> int:
+        """Rows of one loss, over all workers."""
+        return self.batch_size or (self.batch_size_per_worker or 0) * self.num_workers
+
+    def resolved(self) -> Self:
+        """These settings with the global batch size as a number: equal for runs that have equal batches."""
+        return self.model_copy(update={"batch_size": self.global_batch_size, "batch_size_per_worker": None})
+
+    @property
     def initial_bias(self) -> float | None:
         """Sigmoid loss: where its bias starts, at the log odds that two rows of a batch match; None for softmax.
 
         The −10 of the paper is about this number for its batches of 32,768; for small ones it would be far below.
         """
-        return -math.log(self.batch_size - 1) if self.loss == "sigmoid" else None
+        return -math.log(self.global_batch_size - 1) if self.loss == "sigmoid" else None
 
     @field_validator("micro_batch_size", mode="before")
     @classmethod
@@ -121,15 +136,29 @@ class StageSettings(Settings):
             return value
         raise ValueError(f"it is {value!r}; expected a number from 1, auto or null")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unset_batch_size(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("batch_size_per_worker") is not None and "batch_size" not in value:
+            return {**value, "batch_size": None}
+        return value
+
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
-        if self.batch_size % self.num_workers:
+        if (self.batch_size is None) == (self.batch_size_per_worker is None):
+            raise ValueError(
+                f"batch_size (global) is {self.batch_size} and batch_size_per_worker is {self.batch_size_per_worker}; "
+                "expected a number for one of them and null for the other"
+            )
+        if self.global_batch_size < 2:
+            raise ValueError("batch_size_per_worker × num_workers is 1; expected at least 2 rows, since each needs a negative")
+        if self.batch_size is not None and self.batch_size % self.num_workers:
             below = self.batch_size - self.batch_size % self.num_workers
             nearest_valid = " or ".join(str(size) for size in (below, below + self.num_workers) if size)
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected a multiple of num_workers ({self.num_workers}), for instance {nearest_valid}"
             )
-        local = self.batch_size // self.num_workers
+        local = self.global_batch_size // self.num_workers
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size > local:
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}; expected at most batch_size / num_workers ({local}), or auto or null"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from htcl_ray.settings.section import Settings, nearest, one_or_many
+from htcl_ray.settings.section import Seed, Settings, nearest, one_or_many
 
 Value = str | int | float | bool | None
 Objective = Literal["semantic", "preference"]
@@ -87,7 +87,7 @@ class TuneSettings(Settings):
     """Share of its rows that a trial sees before it may be stopped."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Null is as many as the cluster can hold when it has grown as far as it can."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Of the search; the seeds of training are those of the stages, the same in every trial."""
 
     @model_validator(mode="after")

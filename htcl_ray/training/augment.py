@@ -40,7 +40,8 @@ class Augmentation:
         """Hide stretches of frames and groups of mel bands of a clip, in place. Mel [valid frames, n_mels] in dB, without padding.
 
         Hidden cells take the mean of those that are left. The masked input recipe subtracts the clip's mean, which is then the same
-        number, so they become what padding is: zeros. Widths are uniform from 0 to the configured one, then places are uniform.
+        number, so they become what padding is: zeros. Widths are uniform from 0 to the configured one, then places are uniform. All time
+        masks together hide at most half of the frames and all mel masks leave at least one band, so that some cells are left.
         """
         frames, bands = mel.shape
         settings = self.settings
@@ -49,7 +50,7 @@ class Augmentation:
             start, stop = _stretch(random, min(settings.time_mask_frames, frames // (2 * settings.time_masks)), frames)
             hidden[start:stop] = True
         for _ in range(settings.mel_masks):
-            start, stop = _stretch(random, settings.mel_mask_bands, bands)
+            start, stop = _stretch(random, min(settings.mel_mask_bands, (bands - 1) // settings.mel_masks), bands)
             hidden[:, start:stop] = True
         if hidden.any():
             mel[hidden] = mel[~hidden].mean(dtype=np.float64)

@@ -11,23 +11,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from htcl_ray.errors import StepError
+from htcl_ray.errors import MismatchError, StepError
 from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
 from htcl_ray.models.htcl import HTCL
+from htcl_ray.models.text_encoder import check_song_texts
 from htcl_ray.objectives.gather import gather_rows, rank, sum_over_workers, world_size
 from htcl_ray.settings import StageSettings
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.order import worker_rows
+from htcl_ray.training.songs import Rows, Songs
 from htcl_ray.training.tasks import Task
 
 PROBE_ROWS = 128
 """Rows of the probe: enough for a rank of tens, little beside an epoch."""
 ENCODED_AT_ONCE = 16
+COMPARED_TEXTS = 64
+EQUAL = 1e-5
+"""Largest difference of unit-norm vectors that are the same but for rounding; a narrow tower that is not trained yet differs by 1e-3."""
 
 REMEDIES = {
     "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, or check that song texts differ",
-    "collapse": "lower {stage}.learning_rate, raise {stage}.batch_size, or check that audio and texts differ between songs",
+    "collapse": "lower {stage}.learning_rate, raise the batch size, or check that audio and texts differ between songs",
 }
+
+
+def distinct_texts(songs: Songs) -> list[str]:
+    """Up to 64 texts of training songs, no two the same."""
+    _, first = np.unique(songs.ids[songs.train, 2], return_index=True)
+    chosen: Rows = songs.train[np.sort(first)[:: max(1, len(first) // COMPARED_TEXTS)][:COMPARED_TEXTS]]
+    return [songs.texts[song] for song in chosen.tolist()]
+
+
+def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
+    """Raise ConfigError or MismatchError when the model embeds different song texts alike, so that no training can tell them apart.
+
+    For the start of a run: a tower that collapses later is `HealthWatch`'s affair.
+    """
+    texts = distinct_texts(songs)
+    if len(texts) < 2:
+        return
+    check_song_texts(model.text_encoder.tokenizer, texts, model.text_encoder.settings)
+    vectors = model.embed_text(texts)
+    if not (vectors - vectors[0]).abs().max() > EQUAL:
+        what = "alike" if bool(vectors.isfinite().all()) else "as NaN or infinity"
+        name = model.text_encoder.settings.name_or_path
+        raise MismatchError(
+            f"the text tower{f' (text.name_or_path {name})' if name else ''} embeds {len(texts)} different song texts {what}, "
+            f"for instance '{texts[0][:80]}' and '{texts[1][:80]}'; expected different vectors: its weights are damaged or collapsed, "
+            "so train or choose another one"
+        )
+
+
+def probe_rows(rows: int, workers: int) -> Rows:
+    """Rows of an epoch that make up the probe, equally many for every worker and at least one; `rows` is at least `workers`."""
+    wanted = min(max(PROBE_ROWS, workers), rows)
+    return np.sort(np.random.default_rng(0).choice(rows, wanted // workers * workers, replace=False))
 
 
 class HealthWatch:
@@ -43,9 +81,8 @@ class HealthWatch:
         """Fault → the last step at which all was well."""
         self.healthy_at = step
         order = task.order(0)
-        rows = min(PROBE_ROWS, len(order)) // world_size() * world_size()
-        chosen = np.sort(np.random.default_rng(0).choice(len(order), rows, replace=False))
-        own = worker_rows(order[chosen], 0, rows, rank(), world_size())
+        chosen = probe_rows(len(order), world_size())
+        own = worker_rows(order[chosen], 0, len(chosen), rank(), world_size())
         self.batch = loader.load_first_windows(own.T.reshape(-1)).to(device)
 
     def measure(self, model: HTCL) -> dict[str, float]:

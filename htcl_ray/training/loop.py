@@ -17,7 +17,7 @@ from htcl_ray.objectives.stages import Terms
 from htcl_ray.settings import StageSettings
 from htcl_ray.training.batches import Batch, BatchLoader, BatchRows
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
-from htcl_ray.training.health import HealthWatch
+from htcl_ray.training.health import HealthWatch, refuse_equal_texts
 from htcl_ray.training.memory import peak_memory_gb
 from htcl_ray.training.micro_batch import probe_micro_batch_size
 from htcl_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -50,14 +50,17 @@ def train(
     `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every `checkpoint_every_steps` with no
     metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets lines for a person, on the first worker
     only; those that only say how far it is are left out unless `show_progress`.
-    Raises StepError when a gradient is no longer a number, or when `settings.health` says to stop.
+    Raises ConfigError or MismatchError, before the first step, when the text tower embeds different texts alike; StepError when a
+    gradient is no longer a number, or when `settings.health` says to stop.
     """
     say = say if rank() == 0 else lambda line: None
     model.to(device)
     copy_from_first(model)
+    if resume is None:
+        refuse_equal_texts(model, loader.songs)
     freeze(model, settings)
     optimizer = build_optimizer(model, settings)
-    batch = global_batch(task.rows, settings.batch_size, world_size())
+    batch = global_batch(task.rows, settings.global_batch_size, world_size())
     steps = steps_per_epoch(task.rows, batch)
     probed = settings.micro_batch_size == "auto"
     if settings.micro_batch_size != "auto":

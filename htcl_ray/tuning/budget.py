@@ -30,7 +30,7 @@ class Budget:
 def batch_sizes(config: Config, space: Space, stage: str) -> tuple[int, ...]:
     """The batch sizes that trials of a stage may have."""
     dimension = space.get(f"{stage}.batch_size")
-    values = (getattr(config, stage).batch_size,) if dimension is None else dimension.values or ()
+    values = (getattr(config, stage).global_batch_size,) if dimension is None else dimension.values or ()
     return tuple(int(value) for value in values if value is not None)
 
 

@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError
-from htcl_ray.settings import NOT_IN_MODEL, Dimension, Settings, nearest
+from htcl_ray.settings import NOT_IN_MODEL, Dimension, Settings, StageSettings, nearest
 
 Space = dict[str, Dimension]
 Parameters = dict[str, Any]
@@ -19,6 +19,7 @@ FIXED = {
     "epochs": "every trial sees tune.samples rows",
     "songs_per_epoch": "every trial sees tune.samples rows",
     "pairs_per_epoch": "every trial sees tune.samples rows",
+    "batch_size_per_worker": "batches are searched by their global size, batch_size",
     "seed": "trials are compared with the same seed",
     "best_metric": "trials are compared by tune.objectives",
     **{name: "it changes where and how a stage runs, not what it learns" for name in NOT_IN_MODEL},
@@ -41,7 +42,7 @@ def default_space(config: Config, rows: Mapping[str, int]) -> Space:
     space: Space = {}
     for name in config.tune.stages:
         stage = getattr(config, name)
-        smallest = max(stage.batch_size // 2, 2)
+        smallest = max(stage.global_batch_size // 2, 2)
         smallest += -smallest % stage.num_workers
         space |= {
             f"{name}.temperature": Dimension(low=0.02, high=0.5, log=True),
@@ -134,7 +135,7 @@ def _value_of(config: Config, key: str) -> Any:
         if f"{before}{name}" not in below:
             hint = nearest(f"{before}{name}", below) if below else f"{before[:-1]} is a value, not a section"
             raise ConfigError(f"tune.space names {key}, but there is no such configuration key; {hint}")
-        found = getattr(found, name)
+        found = found.global_batch_size if name == "batch_size" and isinstance(found, StageSettings) else getattr(found, name)
         before += f"{name}."
     return found
 
@@ -160,7 +161,7 @@ def with_parameters(config: Config, parameters: Mapping[str, Any]) -> Config:
         stage = getattr(config, name)
         size = parameters.get(f"{name}.batch_size")
         if isinstance(size, int) and not isinstance(size, bool) and stage.micro_batch_size != "auto":
-            fits = stage.micro_batch_size or stage.batch_size // stage.num_workers
+            fits = stage.micro_batch_size or stage.global_batch_size // stage.num_workers
             local = size // stage.num_workers
             if local >= 1:
                 changes[f"{name}.micro_batch_size"] = None if local <= fits and stage.micro_batch_size is None else min(local, fits)

@@ -104,7 +104,7 @@ def optuna_study(
     """
     trials = list(trials)
     with quiet_optuna():
-        sampler = optuna.samplers.TPESampler(seed=seed + len(trials), constant_liar=True)
+        sampler = optuna.samplers.TPESampler(seed=(seed + len(trials)) % 2**32, constant_liar=True)
         study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler, storage=storage)
         for trial in trials:
             values = trial.values(objectives)

@@ -102,6 +102,22 @@ def test_masks_hide_whole_rows_and_columns_within_bounds():
     assert max(frames_hidden) == 10, "two stretches of five, apart"
 
 
+@pytest.mark.parametrize("bands", [1, 2, 16])
+@pytest.mark.parametrize("masks", [1, 2, 7, 50])
+@pytest.mark.parametrize("width", [1, 8, 16, 200])
+def test_some_cells_are_left_whatever_the_settings_and_the_clip(masks: int, width: int, bands: int):
+    """Masks wider than the bands or longer than the clip, together more than all of it, and clips whose cells are equal."""
+    settings = PretrainSettings(time_masks=masks, time_mask_frames=width, mel_masks=masks, mel_mask_bands=width)
+    for seed, frames in [(seed, frames) for seed in range(20) for frames in (1, 2, 3, 40)]:
+        noise = np.random.default_rng(seed).normal(-60, 9, (frames, bands))
+        for clip in (noise.astype(np.float16), np.full((frames, bands), -80, dtype=np.float16)):
+            masked = clip.copy()
+            Augmentation(settings, None).mask(np.random.default_rng([seed, frames]), masked)
+            assert (masked == clip).any()
+            prepared, _ = masked_input(torch.from_numpy(masked)[None].float(), torch.tensor([frames]))
+            assert prepared.isfinite().all()
+
+
 def test_hidden_cells_are_zeros_to_the_audio_encoder():
     clip = np.random.default_rng(0).normal(-40, 12, (30, 16)).astype(np.float16)
     masked = clip.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,21 @@ def test_micro_batch_sizes(value: str):
     assert str(config.pretrain.micro_batch_size) == value.replace("null", "None")
 
 
+@pytest.mark.parametrize("section", ["pretrain", "finetune", "tune", "evaluate"])
+def test_seeds_are_numbers_that_every_library_takes(section: str):
+    assert getattr(resolve("demo", None, [f"{section}.seed={2**32 - 1}"]), section).seed == 2**32 - 1
+    for seed in (-1, 2**32, 20_000_000_000_000):
+        with pytest.raises(ConfigError, match=rf"^configuration key '{section}\.seed': Input should be .* \(it is {seed}\)$"):
+            resolve("demo", None, [f"{section}.seed={seed}"])
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "text_learning_rate", "weight_decay", "max_gradient_norm", "cpus_per_worker"])
+def test_numbers_of_a_stage_are_finite(key: str):
+    for value in (".inf", ".nan"):
+        with pytest.raises(ConfigError, match=rf"configuration key 'pretrain\.{key}': Input should be"):
+            resolve("demo", None, [f"pretrain.{key}={value}"])
+
+
 def test_unknown_preset_and_unreadable_file(tmp_path: Path):
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         resolve("demmo")
@@ -123,7 +139,53 @@ def test_paper_preset_is_the_published_model():
         3072,
         100,
     )
-    assert (config.pretrain.batch_size, config.pretrain.epochs, config.pretrain.temperature) == (32, 20, 0.074)
+    assert (config.pretrain.epochs, config.pretrain.temperature) == (20, 0.074)
+    for stage in ("pretrain", "finetune"):
+        assert getattr(config, stage).global_batch_size == 32
+        assert getattr(config.with_overrides({f"{stage}.num_workers": 8}), stage).global_batch_size == 256, "32 per GPU"
+
+
+@pytest.mark.parametrize(
+    ("preset", "file", "assignments", "expected"),
+    [
+        ("paper", {}, [], (None, 32, 32)),
+        ("paper", {}, ["num_workers=8"], (None, 32, 256)),
+        ("paper", {}, ["batch_size=256", "num_workers=4"], (256, None, 256)),
+        ("paper", {"batch_size": 64}, ["num_workers=2"], (64, None, 64)),
+        ("paper", {"batch_size": 64}, ["num_workers=2", "batch_size_per_worker=5"], (None, 5, 10)),
+        ("demo", {"batch_size_per_worker": 5}, [], (None, 5, 10)),
+        ("demo", {"batch_size": None, "batch_size_per_worker": 5}, [], (None, 5, 10)),
+        ("demo", {"batch_size_per_worker": 5}, ["batch_size=12"], (12, None, 12)),
+    ],
+)
+def test_a_later_batch_size_replaces_the_other_one(
+    preset: str, file: dict[str, int], assignments: list[str], expected: tuple[int | None, int | None, int], tmp_path: Path
+):
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump({"finetune": file}))
+    config = resolve(preset, tmp_path / "file.yaml", [f"finetune.{assignment}" for assignment in assignments])
+    stage = config.finetune
+    assert (stage.batch_size, stage.batch_size_per_worker, stage.global_batch_size) == expected
+    assert stage.resolved().batch_size == expected[2]
+    assert stage.model_copy(update={"loss": "sigmoid"}).initial_bias == -math.log(expected[2] - 1)
+    (tmp_path / "shown.yaml").write_text(config.as_yaml())
+    assert resolve(None, tmp_path / "shown.yaml") == config == config.with_overrides({})
+    more = config.with_overrides({"finetune.num_workers": 1}).finetune.global_batch_size
+    assert more == (expected[0] or expected[1])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["batch_size=64", "batch_size_per_worker=32"], "is 64 and batch_size_per_worker is 32; expected a number for one of them"),
+        (["batch_size=null"], "is None and batch_size_per_worker is None; expected a number for one of them"),
+        (["batch_size_per_worker=1", "num_workers=1"], "num_workers is 1; expected at least 2 rows"),
+        (["batch_size_per_worker=0"], "greater than or equal to 1"),
+        (["batch_size_per_worker=8", "num_workers=2", "micro_batch_size=9"], r"expected at most batch_size / num_workers \(8\)"),
+    ],
+)
+def test_batch_sizes_that_contradict_each_other_are_refused(assignments: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        resolve("demo", None, [f"pretrain.{assignment}" for assignment in assignments])
 
 
 def test_configuration_is_frozen_and_typed():

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from htcl_ray.errors import StepError
 from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
 from htcl_ray.settings import HealthSettings
 from htcl_ray.training.batches import encode
-from htcl_ray.training.health import HealthWatch
+from htcl_ray.training.health import HealthWatch, probe_rows
 from tests.unit.test_training import CPU, World, run
 
 pytestmark = pytest.mark.unit
@@ -124,3 +127,25 @@ def test_a_collapsed_run_stops_and_says_why(world: World, tmp_path: Path):
     off = config.with_overrides({"pretrain.health.action": "off", "pretrain.epochs": 4})
     _, epochs = run(world, 1, off, model=world.model(1, off))
     assert not any(name.startswith(("probe", "mean_cosine")) for name in epochs[-1])
+
+
+@pytest.mark.parametrize(("rows", "workers", "expected"), [(1000, 1, 128), (1000, 3, 126), (60, 7, 56), (1000, 129, 129), (300, 250, 250)])
+def test_the_probe_has_rows_for_every_worker(rows: int, workers: int, expected: int):
+    chosen = probe_rows(rows, workers)
+    assert len(chosen) == len(set(chosen.tolist())) == expected
+    assert expected % workers == 0
+    assert chosen.max() < rows
+    assert np.array_equal(chosen, probe_rows(rows, workers))
+
+
+def test_the_last_of_129_workers_has_a_probe(world: World):
+    """The process group is torch's fake one: this worker's part is made in earnest, and collectives return at once."""
+    config = world.config.with_overrides({"finetune.pairs_per_epoch": 500})
+    model = world.model(2)
+    dist.init_process_group("fake", store=FakeStore(), rank=128, world_size=129)
+    try:
+        watch = HealthWatch(world.task(2, config), world.loader(model), config.finetune, CPU, step=0, say=print)
+        assert len(watch.batch) == 2, "one pair"
+        assert "probe_loss_preference" in watch.measure(model)
+    finally:
+        dist.destroy_process_group()

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 from htcl_ray.config import Config
-from htcl_ray.errors import ConfigError
+from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
 from htcl_ray.models import HTCL
-from htcl_ray.models.text_encoder import check_text_settings, text_encoder_from_name, transformer_from_config
+from htcl_ray.models.text_encoder import check_song_texts, check_text_settings, text_encoder_from_name, transformer_from_config
 from htcl_ray.objectives.stages import pretrain_terms
+from htcl_ray.pipelines.train import pretrain
 from htcl_ray.settings import TextSettings
 from htcl_ray.training.batches import Batch
+from htcl_ray.training.health import distinct_texts, refuse_equal_texts
 from htcl_ray.training.optim import build_optimizer
+from htcl_ray.training.songs import Songs
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.tasks import Task
-from tests.synthetic_features import tiny_config
+from tests.synthetic_features import tiny_config, write_features
 
 pytestmark = pytest.mark.unit
 TEXTS = ["calm piano", "fast technos calm"]
@@ -115,3 +122,128 @@ def test_unusable_text_models_are_refused(bert_folder: Path, tmp_path: Path):
     for name, message in ((str(tmp_path), "cannot be loaded"), (str(bert_folder), "max_tokens is 99, .* takes at most 16")):
         with pytest.raises(ConfigError, match=message):
             check_text_settings(TextSettings(name_or_path=name, max_tokens=99))
+
+
+def no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def only_its_settings(folder: Path) -> None:
+    no_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+
+
+def vocabulary(*tokens: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        only_its_settings(folder)
+        (folder / "vocab.txt").write_text("\n".join(tokens))
+
+    return write
+
+
+def changed(name: str, **values: object) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(tree | values))
+
+    return write
+
+
+def garbage(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text('{"version": "1.0", "model": {"type": "none"}}') and None
+
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+DAMAGES = {
+    "no tokenizer": (no_tokenizer, r"the tokenizer of the text model '.*' has no vocabulary, only 5 special tokens"),
+    "only its settings": (only_its_settings, "has no vocabulary, only 5 special tokens"),
+    "an empty vocabulary": (vocabulary(), "has no vocabulary, only 5 special tokens"),
+    "special tokens alone": (vocabulary(*SPECIALS), "has no vocabulary, only 5 special tokens"),
+    "no [UNK] in the vocabulary": (vocabulary("calm", "piano"), r"cannot tokenize texts \(WordPiece error: Missing \[UNK\] token"),
+    "capital words, lower-cased texts": (
+        vocabulary(*SPECIALS, "CALM", "PIANO", "FAST"),
+        r"does not recognise its own vocabulary: every text becomes '\[UNK\]'",
+    ),
+    "too large a vocabulary": (
+        vocabulary(*SPECIALS, "calm", "piano", "a", "b", "c", "d"),
+        "has 11 tokens, but the text tower knows 10, so they do not belong together",
+    ),
+    "another model's vocabulary": (changed("config.json", vocab_size=400), "cannot be loaded"),
+    "another padding id": (changed("config.json", pad_token_id=3), "has pad_token_id 0, but the text tower's configuration says 3"),
+    "no padding token": (changed("tokenizer_config.json", pad_token=None), "no padding token"),
+    "a damaged tokenizer": (garbage("tokenizer.json"), "cannot be loaded"),
+    "damaged weights": (garbage("model.safetensors"), "cannot be loaded"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_text_model_without_a_usable_tokenizer_is_refused(bert_folder: Path, tmp_path: Path, damage: str):
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    change, message = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(InputError, match=message):
+        check_text_settings(TextSettings(name_or_path=str(folder), max_tokens=16))
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer", "capital words, lower-cased texts", "too large a vocabulary", "a damaged tokenizer"])
+def test_a_model_folder_with_a_damaged_tokenizer_is_refused(config: Config, tmp_path: Path, damage: str):
+    HTCL.untrained(config).save_pretrained(tmp_path / "model")
+    assert len(HTCL.from_pretrained(tmp_path / "model").embed_text(TEXTS)) == 2
+    DAMAGES[damage][0](tmp_path / "model/tokenizer")
+    with pytest.raises((MismatchError, WorkspaceError), match="tokenizer"):
+        HTCL.from_pretrained(tmp_path / "model")
+
+
+def test_pretrain_is_refused_before_ray_starts(config: Config, bert_folder: Path, tmp_path: Path):
+    """Case 09: only config.json and model.safetensors of a text model were copied."""
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    no_tokenizer(folder)
+    write_features(config)
+    with pytest.raises(
+        MismatchError, match="has no vocabulary, only 5 special tokens, so its files are missing; copy the tokenizer's files"
+    ):
+        pretrain(config.with_overrides({"text.name_or_path": str(folder)}))
+    with pytest.raises(
+        ConfigError, match=r"of the tokens of the song texts are unknown to the tokenizer, for instance in 'jazz song number 0'"
+    ):
+        pretrain(config)
+    with pytest.raises(
+        ConfigError, match=r"36 different song texts become only \d different .*: raise text\.max_tokens \(3\), .*vocab_size"
+    ):
+        pretrain(config.with_overrides({"text.name_or_path": None, "text.max_tokens": 3}))
+    assert not ray.is_initialized()
+
+
+def test_ids_that_a_configuration_does_not_state_are_the_tokenizers(bert_folder: Path, tmp_path: Path):
+    """As paraphrase-multilingual-MiniLM-L12-v2: a BertConfig with its default padding id, and a tokenizer with another."""
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    vocabulary("[CLS]", "[PAD]", "[SEP]", "[UNK]", "calm", "piano", "techno", "fast", "##s", "[MASK]")(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id == 1
+    check_text_settings(TextSettings(name_or_path=str(folder), max_tokens=16))
+
+
+def test_texts_that_a_tokenizer_cannot_tell_apart_are_refused(bert_folder: Path):
+    tokenizer = AutoTokenizer.from_pretrained(bert_folder)
+    settings = TextSettings(name_or_path=str(bert_folder), max_tokens=16)
+    check_song_texts(tokenizer, ["calm piano", "calm techno", "fast drums"], settings)
+    with pytest.raises(ConfigError, match=r"80% of the tokens .* are unknown .* choose another text\.name_or_path"):
+        check_song_texts(tokenizer, ["angry drums", "loud drums calm"], settings)
+    check_song_texts(tokenizer, ["calm piano calm", "calm piano fast"], settings)
+    with pytest.raises(ConfigError, match=r"^3 different song texts become only 1 .* raise text\.max_tokens \(4\)"):
+        check_song_texts(tokenizer, ["calm piano", "calm piano fast", "calm piano techno"], settings.model_copy(update={"max_tokens": 4}))
+
+
+@pytest.mark.parametrize(("fault", "message"), [(0.0, "alike"), (float("nan"), "as NaN or infinity")])
+def test_training_does_not_begin_when_every_text_is_one_vector(config: Config, fault: float, message: str):
+    model = HTCL.untrained(config)
+    ids = np.arange(2).repeat(3).reshape(2, 3)
+    songs = Songs(["a", "b"], TEXTS, ids, train=np.arange(2), validation=np.arange(0))
+    assert distinct_texts(songs) == TEXTS
+    refuse_equal_texts(model, songs)
+    with torch.no_grad():
+        model.text_head[-1].weight.fill_(fault)
+    with pytest.raises(MismatchError, match=f"embeds 2 different song texts {message}, for instance 'calm piano' and 'fast technos calm'"):
+        refuse_equal_texts(model, songs)
+    refuse_equal_texts(model, Songs(["a", "b"], ["calm", "calm"], ids * 0, train=np.arange(2), validation=np.arange(0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 from sklearn.metrics import ndcg_score
 
+from htcl_ray.artifacts import Artifact
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
 from htcl_ray.models import HTCL
 from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.objectives.stages import total_loss
+from htcl_ray.pipelines.train import StageRun, _determining, check_data
+from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 from htcl_ray.storage import Workspace
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.checkpoint import TrainingState, load_state
@@ -24,7 +28,7 @@ from htcl_ray.training.frames import open_frames
 from htcl_ray.training.loop import train
 from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.optim import build_optimizer, learning_rate_factor
-from htcl_ray.training.randomness import get_rng_state, set_rng_state
+from htcl_ray.training.randomness import get_rng_state, seed_worker, set_rng_state
 from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
@@ -359,3 +363,59 @@ def test_metrics_log_continues_without_repeating(world: World, tmp_path: Path):
     assert [line.split(",")[0] for line in lines] == ['{"epoch": 1', '{"epoch": 2', '{"epoch": 3']
     assert '"loss": 0.5' in lines[2]
     assert len(list((tmp_path / "runs/a/tensorboard").glob("events.*"))) >= 1
+
+
+def test_every_seed_rank_and_step_has_dropout_of_its_own():
+    """The largest seed of the settings, and resumed runs: a CPU's generator takes the lowest 32 bits of a seed alone."""
+    drawn = {}
+    for seed, worker, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 999), (0, 1, 2**20)):
+        seed_worker(seed, worker, step)
+        drawn[seed, worker, step] = tuple(torch.rand(4).tolist())
+    assert len(set(drawn.values())) == len(drawn)
+    seed_worker(1, 999, 1)
+    assert tuple(torch.rand(4).tolist()) == drawn[1, 999, 1]
+
+
+def test_rows_per_worker_and_workers_make_the_batch(world: World, capsys: pytest.CaptureFixture[str]):
+    """The same global batch is the same run, another number of workers another one; workers with few rows are warned about."""
+    features = Artifact("features/synthetic", "synthetic", {})
+
+    def checked(**sizes: int) -> tuple[StageRun, str]:
+        config = world.config.with_overrides({f"pretrain.{name}": value for name, value in sizes.items()})
+        stage = StageRun("pretrain", "semantic", config.pretrain, features, None, None, "v")
+        check_data(world.workspace, config, stage)
+        return stage, capsys.readouterr().out
+
+    few, said = checked(batch_size_per_worker=8, num_workers=2)
+    assert said == (
+        "pretrain  WARNING: each of 2 worker(s) has 8 of the 16 rows of a batch; the paper has 32 per GPU, which "
+        "pretrain.batch_size_per_worker=32 would give\n"
+    )
+    same, other = checked(batch_size=16, num_workers=2)[0], checked(batch_size_per_worker=8, num_workers=4)[0]
+    assert _determining(few.settings) == _determining(same.settings) != _determining(other.settings)
+    assert checked(batch_size_per_worker=32, num_workers=1)[1] == ""
+    assert checked(batch_size=64, num_workers=2)[1] == "pretrain  36 training rows are fewer than a batch of 64; batches have 36\n"
+    one = world.config.with_overrides({"pretrain.batch_size_per_worker": 9, "pretrain.num_workers": 1, "pretrain.epochs": 1})
+    _, epochs = run(world, 1, one)
+    assert (epochs[0]["candidates"], epochs[0]["step"]) == (9, 4)
+
+
+@pytest.mark.parametrize(("learning_rate", "error"), [(1e-3, None), (1e30, "StepError")])
+def test_a_run_leaves_no_frames(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning_rate: float, error: str | None):
+    """Neither one that ends well nor one that fails. The pipeline's worker runs in this process, in Ray Train's local mode."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    changes = {"pretrain.num_workers": 1, "pretrain.epochs": 1, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None}
+    config = world.config.with_overrides({**changes, "pretrain.learning_rate": learning_rate})
+    features = Artifact("features/synthetic", "synthetic", world.workspace.manifest("features/synthetic") or {})
+    job = TrainJob(config, world.workspace, features, f"runs/pretrain/{error}", world.vocabulary, None, None)
+    result = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "lines": queue.SimpleQueue()},
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(storage_path=str(tmp_path / "runs")),
+    ).fit()
+    assert (result.return_value or {}).get("error") == error
+    assert list(tmp_path.glob("htcl-*/frames*")) == []

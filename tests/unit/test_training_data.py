@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from htcl_ray.errors import WorkspaceError
+from htcl_ray.errors import StepError, WorkspaceError
 from htcl_ray.storage import Workspace
-from htcl_ray.training.frames import open_frames
+from htcl_ray.training.frames import Frames, open_frames
 from htcl_ray.training.order import global_batch, pair_order, song_order, steps_per_epoch, with_rejected, worker_rows
 from htcl_ray.training.songs import known_pair_codes, log_draw_probability, normalized_text, read_pairs, read_songs
+from tests.conftest import REPOSITORY
 from tests.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 
 pytestmark = pytest.mark.unit
@@ -79,16 +88,173 @@ def test_frames_are_those_of_the_shards(tmp_path: Path):
     assert made == ["frames.f16"]
 
 
-def test_an_interrupted_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@dataclass
+class Source:
+    """Features, and how they are opened."""
+
+    workspace: Workspace
+    path: str
+    root: Path
+
+    def open(self) -> Frames:
+        manifest = self.workspace.manifest(self.path)
+        assert manifest is not None
+        return open_frames(self.workspace, self.path, manifest, read_songs(self.workspace, self.path))
+
+    def left(self) -> set[str]:
+        """Kinds of files in the temporary directory."""
+        return {re.sub("-[0-9a-f]{16}", "", found.name) for found in self.root.rglob("*")}
+
+
+WHOLE = {"frames", "frames.lock", "frames.f16", "offsets.npy"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
     config = tiny_config(tmp_path / "workspace")
-    path = write_features(config, songs=60)
-    workspace = Workspace(config.workspace)
-    manifest, songs = workspace.manifest(path), read_songs(workspace, path)
+    root = tmp_path / f"tmp/htcl-{os.getuid()}"
+    return Source(Workspace(config.workspace), write_features(config, songs=60), root)
+
+
+def everything(frames: Frames) -> bytes:
+    mel, valid = frames.batch(np.arange(48))
+    return mel.tobytes() + valid.tobytes()
+
+
+def test_frames_are_removed_by_their_last_user(source: Source):
+    first, second = source.open(), source.open()
+    first.close()
+    first.close()
+    assert source.left() == WHOLE
+    with second:
+        assert len(second.batch(np.array([0]))[0]) == 1
+    assert source.left() == set()
+
+
+def test_what_is_left_of_a_killed_process_is_removed_and_what_is_used_is_not(source: Source, tmp_path: Path):
+    """Three other files in the temporary directory: of a process that is alive, of one that was killed, and of one killed while copying."""
+    script = "\n".join(
+        (
+            "import sys; sys.path[:0] = sys.argv[1:2]",
+            "import tempfile; tempfile.tempdir = sys.argv[2]",
+            "from tests.unit.test_training_data import Source, Workspace, Path",
+            "frames = Source(Workspace(sys.argv[3]), 'features/synthetic', Path()).open()",
+            "print('open', flush=True); sys.stdin.read()",
+        )
+    )
+    for name in ("alive", "killed"):
+        write_features(tiny_config(tmp_path / name), songs=24)
+    running = []
+    try:
+        for name in ("alive", "killed"):
+            command = [sys.executable, "-c", script, str(REPOSITORY), str(tmp_path / "tmp"), str(tmp_path / name)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            running.append(process)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+        killed = running[1]
+        killed.kill()
+        killed.wait()
+        halved = source.root / "frames-0123456789abcdef"
+        halved.mkdir()
+        (halved / "frames.f16").write_bytes(b"half of it")
+        assert len(list(source.root.glob("frames-*/"))) == 3
+        with source.open():
+            assert len(list(source.root.glob("frames-*/offsets.npy"))) == 2, "of the process that is alive, and of this one"
+            assert not halved.exists()
+        assert source.left() == WHOLE
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    with source.open():
+        pass
+    assert source.left() == set()
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.0001, 0.2, 0.7, 0.999, 1.0])
+def test_a_half_written_file_is_completed(source: Source, monkeypatch: pytest.MonkeyPatch, cut: float):
+    """Cut anywhere, also within a song: what is whole stays, no shard that is whole is read again, and the result is the same."""
+    with source.open() as frames:
+        expected, folder = everything(frames), frames.folder
+        whole = (folder / "frames.f16").read_bytes()
+    folder.mkdir()
+    (folder / "frames.f16").write_bytes(whole[: int(cut * len(whole))])
+    inode = (folder / "frames.f16").stat().st_ino
+    read: list[str] = []
+    read_table = pq.read_table
+
+    def counted(file: Any, columns: list[str]) -> Any:
+        read.append(columns[0])
+        return read_table(file, columns=columns)
+
+    monkeypatch.setattr("htcl_ray.training.frames.pq.read_table", counted)
+    with source.open() as frames:
+        assert everything(frames) == expected
+        assert (folder / "frames.f16").read_bytes() == whole
+        assert (folder / "frames.f16").stat().st_ino == inode
+    assert len(read) == {0.0: 2, 0.0001: 2, 0.2: 2, 0.7: 1, 0.999: 1, 1.0: 0}[cut], "of two shards, of 32 and 28 songs"
+
+
+def test_frames_that_lost_a_part_are_made_again(source: Source, monkeypatch: pytest.MonkeyPatch):
+    """Cleaners of temporary directories remove old files one by one. While a run uses them, another one cannot make them again."""
+    monkeypatch.setattr("htcl_ray.training.frames.SECONDS_TO_AGREE", 0.2)
+    frames = source.open()
+    expected = everything(frames)
+    (frames.folder / "frames.f16").unlink()
+    with pytest.raises(StepError, match="is damaged while another run uses it"):
+        source.open()
+    assert everything(frames) == expected
+    os.close(frames._lock)  # as the end of a process that was killed
+    with source.open() as again:
+        assert everything(again) == expected
+
+
+def test_a_disk_without_room_is_refused_before_copying(source: Source, monkeypatch: pytest.MonkeyPatch):
+    with source.open() as frames:
+        size = frames.data.nbytes
+    usage = shutil.disk_usage(source.root)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size - 1))
+    message = rf"^the log-mels of 48 songs need {size:,} bytes in {source.root} on .*, where {size - 1:,} are free; make room .* TMPDIR"
+    with pytest.raises(StepError, match=message):
+        source.open()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size))
+    source.open().close()
+
+
+def test_a_disk_that_fills_up_while_copying_is_one_sentence_and_nothing_stays(source: Source):
+    """The limit on the size of a file stands in for a full disk; both fail in the middle of a write."""
+    script = "\n".join(
+        (
+            "import sys; sys.path[:0] = sys.argv[1:2]",
+            "import tempfile; tempfile.tempdir = sys.argv[2]",
+            "import errno, resource, signal",
+            "from tests.unit.test_training_data import Source, Workspace, Path",
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))",
+            "errno.EDQUOT = errno.EFBIG",
+            "Source(Workspace(sys.argv[3]), 'features/synthetic', Path()).open()",
+        )
+    )
+    command = [sys.executable, "-c", script, str(REPOSITORY), str(source.root.parent), source.workspace.uri]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1].startswith("htcl_ray.errors.StepError: the log-mels of 48 songs need ")
+    assert "frames.f16" not in source.left()
+
+
+def test_an_interrupted_cache_is_made_again(source: Source, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as broken:
         broken.setattr("numpy.save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            open_frames(workspace, path, manifest, songs)
-    assert len(open_frames(workspace, path, manifest, songs).batch(songs.train)[0]) == 36
+            source.open()
+    assert len(source.open().batch(np.arange(36))[0]) == 36
+
+
+def test_features_that_changed_are_refused(source: Source):
+    songs, manifest = read_songs(source.workspace, source.path), source.workspace.manifest(source.path)
+    assert manifest is not None
+    Path(source.workspace.full(f"{source.path}/shard-00001.parquet")).unlink()
+    with pytest.raises(WorkspaceError, match=r"changed while it was read: \d+ songs are missing; run 'htcl preprocess' again"):
+        open_frames(source.workspace, source.path, manifest, songs)
 
 
 def test_too_few_songs_are_refused(tmp_path: Path):

@@ -13,6 +13,7 @@ import yaml
 from htcl_ray.config import Config, json_schema, resolve
 from htcl_ray.errors import ConfigError
 from htcl_ray.settings import Dimension
+from htcl_ray.tuning.budget import batch_sizes
 from htcl_ray.tuning.space import configured_point, default_space, distributions, search_space, with_parameters
 from htcl_ray.tuning.trials import optuna_study
 
@@ -67,6 +68,7 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{pretrain.batch_size: [8, 16.0]}", "tune.space.pretrain.batch_size has 16.0; expected whole numbers"),
         ("{pretrain.batch_size: [8, true]}", "tune.space.pretrain.batch_size has True; expected whole numbers"),
         ("{pretrain.batch_size: [8, '16']}", "tune.space.pretrain.batch_size has '16'; expected whole numbers"),
+        ("{pretrain.batch_size_per_worker: [8, 16]}", "but batches are searched by their global size, batch_size; take it out"),
         ("{pretrain.batch_size: [8, 0]}", "tune.space cannot give pretrain.batch_size the value 0"),
         (
             "{data.catalog: [a, b]}",
@@ -254,3 +256,16 @@ def test_objectives_are_those_that_the_stages_learn():
     for bad, message in (("preference", "which stage 1 does not learn"), ("[semantic, semantic]", "expected each once")):
         with pytest.raises(ConfigError, match=message):
             resolve("demo", None, [f"tune.objectives={bad}"])
+
+
+def test_batches_per_worker_are_searched_as_global_ones():
+    """The paper preset on 4 workers: batches of 128, of which trials have more or fewer."""
+    config = resolve("paper", None, ["pretrain.num_workers=4", "tune.space={pretrain.batch_size: [64, 128, 256]}"])
+    space = search_space(config, {"pretrain": 1000})
+    assert configured_point(config, space) == {"pretrain.batch_size": 128}
+    for size, micro in ((64, None), (128, None), (256, 32)):
+        trial = with_parameters(config, {"pretrain.batch_size": size}).pretrain
+        assert (trial.global_batch_size, trial.batch_size_per_worker, trial.micro_batch_size) == (size, None, micro)
+    default = search_space(resolve("paper", None, ["pretrain.num_workers=4"]), {"pretrain": 1000})
+    assert default["pretrain.batch_size"].values == (64, 128, 256, 512)
+    assert batch_sizes(config, {}, "pretrain") == (128,)

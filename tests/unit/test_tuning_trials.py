@@ -162,6 +162,11 @@ def test_a_rebuilt_study_proposes_what_an_equal_one_would(objectives: list[str])
     assert proposals[0] != proposals[2]
 
 
+def test_the_largest_seed_serves_a_search_that_goes_on():
+    trials = [Trial(number, {}, state="stopped") for number in range(3)]
+    assert set(optuna_study(trials, SPACE, ["semantic"], seed=2**32 - 1).ask(SPACE).params) == set(SPACE)
+
+
 def test_a_search_that_goes_on_does_not_propose_its_first_points_again():
     trials: list[Trial] = []
     for number in range(8):
