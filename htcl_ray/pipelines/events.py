@@ -15,12 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.catalog.columns import as_epoch_seconds, as_strings
+from htcl_ray.catalog.columns import as_epoch_seconds, as_ids
 from htcl_ray.catalog.quarantine import check_share, describe
 from htcl_ray.catalog.tables import TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
 from htcl_ray.config import Config
 from htcl_ray.errors import TableError
-from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, LogShape, check_feedback_values, complete, normalise, recognise
+from htcl_ray.interactions.log_summary import LogSummary
+from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
@@ -36,9 +37,13 @@ TIMES_PER_BATCH = 2_000
 class LogPart:
     """A part of a log, its shape, and the columns to read, by the user's names."""
 
+    log: str
+    """The path of `data.interactions` that it belongs to."""
     part: TablePart
     shape: LogShape
     columns: tuple[str, ...]
+    names: tuple[str, ...]
+    """All columns of the file, by our names."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,18 @@ class LogPlan:
 
 def plan_log(config: Config, features_version: str) -> LogPlan:
     """Find the log files and recognise their shapes. Raises TableError."""
-    files = table_files(config.data.interactions)
+    named = [(path, file) for path in config.data.interactions for file in table_files([path])]
+    files = [file for _, file in named]
     parts = []
-    for file in files:
+    for path, file in named:
         names = column_names(file)
-        shape = recognise(renamed(names, config.data.columns), file.path)
+        ours_of_file = tuple(renamed(names, config.data.columns))
+        shape = recognise(ours_of_file, file.path)
         columns = []
         for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
             theirs = config.data.columns.get(ours, ours)
             columns += [theirs] if theirs in names else [ours] if ours in names else []
-        parts += [LogPart(part, shape, tuple(columns)) for part in table_parts([file])]
+        parts += [LogPart(path, part, shape, tuple(columns), ours_of_file) for part in table_parts([file])]
     log = fingerprint([(file.path, file.size, file.modified_ns) for file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
     meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
@@ -72,33 +79,35 @@ def plan_log(config: Config, features_version: str) -> LogPlan:
 
 
 def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
-    """Scan the feedback column for values that mean nothing, and the songs until a known one appears. Raises TableError."""
+    """Print what each log was recognised as. Raises TableError for values that cannot be meant, and when no song is known."""
     if not plan.parts:
         raise TableError(f"the log {', '.join(config.data.interactions)} is empty; expected at least one row")
-    rows, knows_a_song, example = 0, False, None
+    knows_a_song, example = False, None
+    summaries: dict[tuple[str, LogShape], LogSummary] = {}
+    scanned = ("song_id", "timestamp", "feedback", "rating", "weight")
     for part in plan.parts:
-        wanted = [name for name in part.columns if name in ("song_id", "feedback", *_theirs(config, "song_id", "feedback"))]
-        words = set[str]()
+        summary = summaries.setdefault((part.log, part.shape), LogSummary(part.log, part.shape))
+        summary.add_names(part.names)
+        wanted = [name for name in part.columns if name in (*scanned, *_theirs(config, *scanned))]
         for _, table in read_part(part.part, wanted):
             table = rename(table, config.data.columns)
-            rows += table.num_rows
             if not knows_a_song:
-                songs = as_strings(table["song_id"])
+                songs = as_ids(table["song_id"])
                 knows_a_song = bool(pc.any(pc.is_in(songs, value_set=song_ids)).as_py())
                 example = example or next((song for song in songs.slice(0, 100).to_pylist() if song), None)
-            if "feedback" in table.column_names:
-                words.update(as_strings(table["feedback"].unique()).drop_null().to_pylist())
-            elif knows_a_song:
-                break
-        check_feedback_values(sorted(words), config.pairs, part.part.file.path)
+            summary.add(table, config.pairs)
+    for summary in summaries.values():
+        print("".join(f"preprocess  {line}\n" for line in summary.lines(config.pairs)), end="", flush=True)
     named = ", ".join(config.data.interactions)
-    if not rows:
+    if not any(summary.rows for summary in summaries.values()):
         raise TableError(f"the log {named} is empty; expected at least one row")
     if not knows_a_song:
         raise TableError(
             f"the log {named} names no song of the catalogue (it has song_id '{example}', the catalogue '{song_ids[0].as_py()}'); "
             "expected the same ids in both"
         )
+    for summary in summaries.values():
+        summary.check(config.pairs, config.data.max_rejected_share)
 
 
 def _theirs(config: Config, *ours: str) -> list[str]:
@@ -156,7 +165,7 @@ def _run_parts(plan: LogPlan, task: Callable[..., Any]) -> Iterator[dict[str, An
 
 def _period_ends(config: Config, plan: LogPlan) -> tuple[float, float]:
     seconds, events = [np.zeros(0)], [np.zeros(0)]
-    if any(part.shape is not LogShape.AFFINITY for part in plan.parts):
+    if any(part.shape in TIMED for part in plan.parts):
         for batch in _run_parts(plan, functools.partial(_read_times, plan=plan, config=config)):
             seconds.append(batch["seconds"])
             events.append(batch["events"])
@@ -168,7 +177,7 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
     seconds, events = [np.zeros(0)], [np.zeros(0)]
     for number in batch["part"].tolist():
         part = plan.parts[number]
-        if part.shape is LogShape.AFFINITY:
+        if part.shape not in TIMED:
             continue
         wanted = [name for name in part.columns if name in ("timestamp", *_theirs(config, "timestamp"))]
         for _, table in read_part(part.part, wanted):

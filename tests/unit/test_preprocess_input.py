@@ -17,7 +17,7 @@ from htcl_ray.pipelines.preprocess import preprocess
 pytestmark = pytest.mark.unit
 
 CATALOG = "song_id,audio_path,title\na,a.wav,One\nb,b.wav,Two\n"
-LOG = "user_id,trigger_song_id,song_id,feedback,timestamp\nu,a,b,like,1\n"
+LOG = "user_id,trigger_song_id,song_id,feedback,timestamp\nu,a,b,like,1700000000\n"
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ WRONG: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ({"log.csv": ""}, {}, "log.csv is empty"),
     ({"log.csv": LOG.splitlines()[0] + "\n"}, {}, "is empty; expected at least one row"),
     ({"log.csv": "user_id,song_id\nu,a\n"}, {}, "no column 'timestamp'"),
-    ({"log.csv": LOG + "u,a,b,liked,2\n"}, {}, "unknown feedback values: 'liked'; expected like, collect"),
+    ({"log.csv": LOG + "u,a,b,liked,1700000002\n"}, {}, "unknown feedback values: 'liked'; expected like, collect"),
     ({"log.csv": LOG.replace("a,b", "y,z")}, {}, "names no song of the catalogue .*song_id 'z', the catalogue 'a'"),
 ]
 
