@@ -140,11 +140,11 @@ _ScalarLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.
 def _parse(text: str, key: str = "") -> Any:
     """The YAML value of a configuration key, or of a whole configuration."""
     if key == "tune.space" or key.startswith("tune.space."):
-        return yaml.load(text, _ScalarLoader)
-    tree = yaml.load(text, _TextLoader)
+        return _ScalarLoader(text).get_single_data()
+    tree = _TextLoader(text).get_single_data()
     section = tree if key == "tune" else tree.get("tune") if isinstance(tree, dict) and not key else None
     if isinstance(section, dict) and section.get("space") is not None:
-        typed = yaml.load(text, _ScalarLoader)
+        typed = _ScalarLoader(text).get_single_data()
         section["space"] = (typed if key == "tune" else typed["tune"])["space"]
     return tree
 

@@ -56,7 +56,7 @@ def read_catalog(settings: DataSettings) -> Catalog:
     all: missing, empty, without a song_id or audio_path column, without any text column, or with one song_id twice.
     """
     if not settings.catalog:
-        raise TableError("no catalogue is given; set data.catalog to a Parquet, CSV or JSON Lines table with song_id and audio_path")
+        raise TableError("no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and audio_path")
     files = table_files(settings.catalog)
     for file in files:
         _check_columns(file, settings)

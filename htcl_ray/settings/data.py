@@ -58,9 +58,9 @@ class DataSettings(Settings):
     """The user's tables and how they are split."""
 
     catalog: Names = ()
-    """Catalogue table(s): Parquet, CSV or JSON Lines; path or URI."""
+    """Catalogue table(s): Parquet, CSV, JSON Lines or Arrow IPC; path or URI."""
     interactions: Names = ()
-    """Log table(s) in the feedback, plays or affinity shape; empty trains stage 1 only."""
+    """Log table(s) in the feedback, plays, affinity or ratings shape; empty trains stage 1 only."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our column name → the name in the user's tables, for columns that are called otherwise."""
     text_columns: Names = ("title", "artist", "album", "genre", "mood", "tags", "language", "year", "lyrics")
@@ -118,7 +118,7 @@ class PairSettings(Settings):
     popularity_exponent: float = Field(0.5, ge=0, le=1)
     """Pair weight is divided by (positives of trigger · positives of song) to this power; 0 is no correction."""
     max_songs_per_user: int = Field(200, ge=2)
-    """Affinity logs: only a user's heaviest songs form pairs."""
+    """Affinity logs and ratings: only a user's heaviest songs form pairs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
