@@ -206,7 +206,7 @@ def _cast(array: pa.Array) -> pa.Array | None:
 
 
 def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """One array without dictionaries, run ends, half floats, and extension types other than JSON."""
+    """One array without dictionaries, and without extension types other than JSON."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of more than 2 GB, or of none
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.nulls(0)
@@ -214,9 +214,7 @@ def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
         return _one_array(array.storage)
     if pa.types.is_dictionary(array.type):
         return _one_array(array.dictionary.take(array.indices))
-    if pa.types.is_run_end_encoded(array.type):
-        return _one_array(pc.run_end_decode(array))
-    return array.cast(pa.float32()) if pa.types.is_float16(array.type) else array
+    return array
 
 
 def _is_nested(kind: pa.DataType) -> bool:
@@ -240,6 +238,8 @@ def _value(array: pa.Array, row: int) -> Any:
         value = array[row].as_py()
         if value is not None and _is_json(array.type):
             return json.loads(value)
+    except UnicodeDecodeError:  # a string that is not UTF-8
+        return bytes(array[row].as_buffer())
     except _CONVERSION_ERRORS:
         return _UNREADABLE
     is_uuid = isinstance(value, bytes) and pa.types.is_fixed_size_binary(array.type) and len(value) == 16

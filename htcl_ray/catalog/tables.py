@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
@@ -255,11 +256,21 @@ def _open_stream(file: TableFile) -> pa.NativeFile:
     return filesystem.open_input_stream(inner)  # decompresses by the name
 
 
-_CSV_PARSE = pacsv.ParseOptions(newlines_in_values=True)
+def _open_csv(stream: pa.NativeFile, bad: dict[int, str], convert: pacsv.ConvertOptions | None = None) -> pacsv.CSVStreamingReader:
+    """A reader that leaves out rows with another number of cells than the header, and notes them in `bad`: row → reason."""
+
+    def skip(row: pacsv.InvalidRow) -> str:
+        bad[row.number - 2] = (
+            f"the row has {row.actual_columns} cells; expected {row.expected_columns}, as the header has"  # the header is 1
+        )
+        return "skip"
+
+    parse = pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
+    return pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES), parse, convert)
 
 
 def _csv_header(stream: pa.NativeFile) -> list[str]:
-    with pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES), _CSV_PARSE) as reader:
+    with _open_csv(stream, {}) as reader:
         return list(reader.schema.names)
 
 
@@ -271,13 +282,32 @@ def _read_csv(file: TableFile, columns: list[str] | None) -> Iterator[pa.Table]:
         include_columns=columns,
         strings_can_be_null=True,
         null_values=[""],  # "NA", "null" and "None" are names of songs and artists
+        check_utf8=False,  # a cell that is not UTF-8 is unreadable, which `columns` finds; the others are not
     )
-    with (
-        _open_stream(file) as stream,
-        pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES), _CSV_PARSE, convert) as reader,
-    ):
+    bad: dict[int, str] = {}
+    with _open_stream(file) as stream, _open_csv(stream, bad, convert) as reader:
+        start, table = 0, reader.schema.empty_table()
         for batch in reader:
-            yield pa.Table.from_batches([batch])
+            table = _with_bad_rows(pa.Table.from_batches([batch]), bad, start)
+            start += table.num_rows
+            yield table
+        if any(row >= start for row in bad):
+            yield _with_bad_rows(table.select(reader.schema.names).slice(0, 0), bad, start)
+
+
+def _with_bad_rows(table: pa.Table, bad: Mapping[int, str], start: int) -> pa.Table:
+    """Put the rows that the reader left out back in their places, as rows of nulls, in a table that begins at row `start` of the file."""
+    end, inside = start + table.num_rows, list[int]()
+    for row in sorted(row for row in bad if row >= start):
+        if row <= end:
+            inside.append(row)
+            end += 1
+    if not inside:
+        return table
+    is_bad = np.isin(np.arange(start, end), inside)
+    reasons = [bad.get(row) for row in range(start, end)]
+    whole = table.take(pa.array(np.cumsum(~is_bad) - 1, mask=is_bad))
+    return whole.append_column(UNREADABLE_ROW, pa.array(reasons, pa.string()))
 
 
 def _read_jsonl(file: TableFile, names: Sequence[str]) -> Iterator[pa.Table]:

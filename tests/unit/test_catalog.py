@@ -144,8 +144,7 @@ UNUSABLE: list[tuple[Change, str]] = [
     (settings_for("s.jsonl", ""), "is empty"),
     (settings_for("s.jsonl", '[{"song_id": 1}]\n'), "no row of .* can be read: line 1 is not a JSON object; expected one row a line"),
     (settings_for("s.parquet", "not parquet"), "cannot be read as parquet"),
-    (settings_for("s.csv", b"song_id,audio_path,title\n1,x,\xff\xfe\n"), "cannot be read as csv"),
-    (settings_for("s.csv", "song_id,audio_path,title\n1,x\n"), "cannot be read as csv"),
+    (settings_for("s.csv.gz", "no gzip"), "cannot be read as csv"),
     (settings_for("s.csv", "song_id,audio_path,title,title\n1,x,y,z\n"), "several columns called 'title'"),
     (settings_for("s.csv", "song_id,path,title\n1,x,y\n"), r"no column 'audio_path' .*set data\.columns\.audio_path"),
     (settings_for("s.csv", "id,audio_path,title\n1,x,y\n"), r"no column 'song_id'"),
@@ -283,6 +282,28 @@ def test_rows_of_json_lines_that_cannot_be_parsed(tmp_path: Path) -> None:
     assert catalog.rows == 6
     found = [(row["row"], row["reason"], row["detail"].partition(";")[0]) for row in catalog.rejected.to_pylist()]
     assert found == [(row, "unreadable_row", f"line {line} is not a JSON object") for row, line in ((1, 2), (2, 4), (3, 5), (4, 6))]
+
+
+@pytest.mark.parametrize("block", [1 << 24, 64])
+def test_rows_of_csv_that_cannot_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", block)
+    random = np.random.default_rng(0)
+    for broken in ([], [0], [19], [0, 1, 2], [5, 6, 17, 18, 19], list(range(20)), sorted(random.choice(20, 8, False).tolist())):
+        lines = [f'{i},x{i}.wav,"Song\n{i}"' if i not in broken else f"{i},x{i}.wav" + ",too,many" * (i % 2) for i in range(20)]
+        (tmp_path / "s.csv").write_text("song_id,audio_path,title\n" + "\n".join(lines) + "\n")
+        catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.csv")))
+        assert catalog.rows == 20
+        assert {row["row"]: row["song_id"] for row in catalog.songs.to_pylist()} == {i: str(i) for i in range(20) if i not in broken}
+        assert [(row["row"], row["reason"]) for row in catalog.rejected.to_pylist()] == [(i, "unreadable_row") for i in broken]
+        assert all(f"has {4 if i % 2 else 2} cells; expected 3" in catalog.rejected["detail"][n].as_py() for n, i in enumerate(broken))
+
+
+def test_csv_cells_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_bytes("song_id,audio_path,title,artist\n1,x,caf\xe9,A\n2,x,B,B\n\xe9,x,C,C\n".encode("latin-1"))
+    catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.csv")))
+    assert [(song["song_id"], song["title"], song["text"]) for song in catalog.songs.to_pylist()] == [("1", None, "A"), ("2", "B", "B; B")]
+    assert str(catalog.null_cells).endswith(rf"title 1, e.g. b'caf\xe9' in row 0 of {tmp_path}/s.csv")
+    assert [(row["row"], row["detail"]) for row in catalog.rejected.to_pylist()] == [(2, r"song_id cannot be read as text: b'\xe9'")]
 
 
 def test_json_cells_of_several_types(tmp_path: Path) -> None:

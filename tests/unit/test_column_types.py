@@ -152,6 +152,7 @@ def test_ids_and_texts_of_bytes() -> None:
     assert unreadable(mixed, as_strings(mixed)).tolist() == [False, True, True]
     assert as_ids(pa.array([Decimal(7), Decimal("7.50"), None])).to_pylist() == ["7", "7.50", None]
     assert as_ids(pa.array([7.0, 8.0], pa.float16())).to_pylist() == ["7", "8"]
+    assert as_ids(ARRAYS["run ends"]).to_pylist() == ["a", "a", None]
     assert as_ids(pa.array([["a"], None])).to_pylist() == [None, None]
 
 
