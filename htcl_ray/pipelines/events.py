@@ -133,14 +133,19 @@ def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_ve
     songs = ray.put(read_songs(workspace, features_version))
     write = functools.partial(_write_events, plan=plan, ends=ends, songs=songs, workspace=workspace, config=config)
     counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     for done, batch in enumerate(_run_parts(plan, write), start=1):
         for text in batch["counts"].tolist():
             counts.update(json.loads(text))
+        for text in batch["examples"].tolist():
+            examples = {**json.loads(text), **examples}
         if done % 100 == 0:
             print(f"preprocess  {done:,}/{len(plan.parts):,} parts of the log", flush=True)
     rows, accepted = counts.pop("rows"), counts.pop("accepted", 0)
     rejected = dict(counts.most_common())
     print(f"preprocess  {rows:,} log rows: {accepted:,} accepted, {describe(rejected)}", flush=True)
+    for reason in rejected:
+        print(f"preprocess  {reason}, for instance {examples[reason]}", flush=True)
     check_share("log", rejected, rows, config.data.max_rejected_share, workspace.uri_of(quarantine))
     tree, inputs = config.model_dump(mode="json"), {"features": features_version, "log": plan.log}
     if rejected:
@@ -190,13 +195,16 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
 def _write_events(
     batch: dict[str, Any], *, plan: LogPlan, ends: tuple[float, float], songs: Any, workspace: Workspace, config: Config
 ) -> dict[str, Any]:
-    """Write event and quarantine files of a part of the log, and return its counts as JSON. Runs in a Ray task."""
+    """Write event and quarantine files of a part of the log, and return its counts and an example of each reason as JSON.
+
+    Runs in a Ray task.
+    """
     import ray
 
     song_ids = ray.get(songs)["song_id"].combine_chunks()
-    counts = []
+    counts, examples = [], []
     for number in batch["part"].tolist():
-        part, found = plan.parts[number], Counter[str]()
+        part, found, first = plan.parts[number], Counter[str](), dict[str, str]()
         events, rejected = (
             _Files(workspace, f"events/{plan.events_version}", number, EVENTS),
             _Files(workspace, f"quarantine/{plan.events_version}", number, QUARANTINE),
@@ -208,10 +216,14 @@ def _write_events(
             rejected.add(bad)
             found.update({"rows": table.num_rows, "accepted": good.num_rows})
             found.update(bad["reason"].to_pylist())
+            for reason in set(bad["reason"].unique().to_pylist()) - {*first}:
+                row = bad.slice(pc.index(bad["reason"], reason).as_py(), 1).to_pylist()[0]
+                first[reason] = f"row {row['row']} of {row['source']}: {row['detail']}"
         events.flush()
         rejected.flush()
         counts.append(json.dumps(found))
-    return {"counts": np.array(counts)}
+        examples.append(json.dumps(first))
+    return {"counts": np.array(counts), "examples": np.array(examples)}
 
 
 class _Files:
