@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import as_epoch_seconds, as_ids
 from htcl_ray.catalog.quarantine import check_share, describe
-from htcl_ray.catalog.tables import TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.catalog.tables import TableFile, TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
 from htcl_ray.config import Config
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.log_summary import LogSummary
@@ -52,30 +52,37 @@ class LogPlan:
 
     events_version: str
     pairs_version: str
-    parts: tuple[LogPart, ...]
     log: str
     """Fingerprint of the log files."""
+    files: tuple[tuple[str, TableFile], ...]
+    """Each file with the path of `data.interactions` that it belongs to."""
+    columns: Mapping[str, str]
+    """`data.columns`."""
+
+    @functools.cached_property
+    def parts(self) -> tuple[LogPart, ...]:
+        """The parts of the files, whose shapes are recognised here: this reads every row of JSON Lines. Raises TableError."""
+        parts = []
+        for path, file in self.files:
+            names = column_names(file)
+            ours_of_file = tuple(renamed(names, self.columns))
+            shape = recognise(ours_of_file, file.path)
+            columns = []
+            for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
+                theirs = self.columns.get(ours, ours)
+                columns += [theirs] if theirs in names else [ours] if ours in names else []
+            parts += [LogPart(path, part, shape, tuple(columns), ours_of_file) for part in table_parts([file])]
+        return tuple(parts)
 
 
 def plan_log(config: Config, features_version: str) -> LogPlan:
-    """Find the log files and recognise their shapes. Raises TableError."""
-    named = [(path, file) for path in config.data.interactions for file in table_files([path])]
-    files = [file for _, file in named]
-    parts = []
-    for path, file in named:
-        names = column_names(file)
-        ours_of_file = tuple(renamed(names, config.data.columns))
-        shape = recognise(ours_of_file, file.path)
-        columns = []
-        for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
-            theirs = config.data.columns.get(ours, ours)
-            columns += [theirs] if theirs in names else [ours] if ours in names else []
-        parts += [LogPart(path, part, shape, tuple(columns), ours_of_file) for part in table_parts([file])]
-    log = fingerprint([(file.path, file.size, file.modified_ns) for file in files])
+    """Find the log files, without opening them. Raises TableError."""
+    files = tuple((path, file) for path in config.data.interactions for file in table_files([path]))
+    log = fingerprint([(file.path, file.size, file.modified_ns) for _, file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
     meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
     events = fingerprint(FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning))
-    return LogPlan(events, fingerprint(events, config.pairs.model_dump(mode="json")), tuple(parts), log)
+    return LogPlan(events, fingerprint(events, config.pairs.model_dump(mode="json")), log, files, config.data.columns)
 
 
 def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
@@ -116,9 +123,12 @@ def _theirs(config: Config, *ours: str) -> list[str]:
 
 def check_all_renames(config: Config) -> None:
     """Raise TableError when `data.columns` points to a column that neither the catalogue nor the log has."""
-    if config.data.columns:
-        files = table_files([*config.data.catalog, *config.data.interactions])
-        check_renames([name for file in files for name in column_names(file)], config.data.columns)
+    wanted, names = {*config.data.columns.values()}, set[str]()
+    for file in table_files([*config.data.catalog, *config.data.interactions]) if wanted else []:
+        names.update(column_names(file))
+        if wanted <= names:
+            return
+    check_renames(sorted(names), config.data.columns)
 
 
 def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:

@@ -152,6 +152,14 @@ def test_keys_that_a_log_begins_to_write_late(config: Config, tmp_path: Path, mo
         assert rejected["row"].to_pylist() == list(range(70))
 
 
+def test_planning_opens_no_log_file(config: Config, tmp_path: Path) -> None:
+    """A step that finds its events made does not read a large log again."""
+    (tmp_path / "log.jsonl").write_text("this is no table")
+    plan = plan_log(config.with_overrides({"data.interactions": str(tmp_path / "log.jsonl")}), "features")
+    with pytest.raises(InputError, match=r"no row of .* can be read: line 1 is not a JSON object"):
+        assert plan.parts
+
+
 def test_hidden_and_temporary_folders_of_a_log(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("a.csv", ".ipynb_checkpoints/a-checkpoint.csv", "_temporary/0/a.csv", "_delta_log/0.json")
     for name in names:
