@@ -7,10 +7,12 @@ and their keys are in settings/.
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -19,6 +21,7 @@ from htcl_ray.errors import ConfigError
 from htcl_ray.settings import (
     AudioRecipe,
     DataSettings,
+    Dimension,
     EmbedSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -92,8 +95,8 @@ class Config(Settings):
 def resolve(preset: str | None = None, file: str | Path | None = None, assignments: Iterable[str] = ()) -> Config:
     """Preset, then file, then `key=value` assignments; later wins.
 
-    The preset is `preset`, else the one that the file names, else `paper`. Values of assignments are YAML, so `a.b=[1, 2]` and
-    `a.b=null` work. Raises ConfigError.
+    The preset is `preset`, else the one that the file names, else `paper`. Values are texts that the type of their key converts: `yes` is
+    true of a switch and a column's name in data.columns. Lists and sections are YAML: `a.b=[1, 2]`, `a={b: 1}`. Raises ConfigError.
     """
     from_file = _read_yaml(str(file)) if file is not None else {}
     name = preset or from_file.get("preset") or "paper"
@@ -112,11 +115,89 @@ def _assign(tree: dict[str, Any], assignments: Iterable[str]) -> None:
         key, separator, text = assignment.partition("=")
         if not separator:
             raise ConfigError(f"'--set {assignment}' has no '='; expected key=value, for instance pretrain.epochs=5")
+        _set(tree, key.strip(), _assigned_value(key.strip(), text.strip(), assignment))
+
+
+def _loader(resolvers: Mapping[str, str]) -> type[yaml.SafeLoader]:
+    """A YAML loader that takes plain scalars for texts unless they match the pattern of one of these tags."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {}
+    for tag, pattern in resolvers.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), None)
+    return Loader
+
+
+_TEXTS = {"null": "~|null|Null|NULL|", "merge": "<<"}
+_TextLoader = _loader(_TEXTS)
+"""For values whose key has a type, which converts their text. YAML 1.1 reads `yes`, `064`, `1:30` and `2024-01-01` as something else."""
+_ScalarLoader = _loader(
+    {
+        **_TEXTS,
+        "bool": "true|True|TRUE|false|False|FALSE",
+        "int": "[-+]?[0-9]+",
+        "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    }
+)
+"""For the values of `tune.space`, whose type is theirs: the core schema of YAML 1.2."""
+_ScalarLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def _parse(text: str, key: str = "") -> Any:
+    """The YAML value of a configuration key, or of a whole configuration."""
+    if key == "tune.space" or key.startswith("tune.space."):
+        return _ScalarLoader(text).get_single_data()
+    tree = _TextLoader(text).get_single_data()
+    section = tree if key == "tune" else tree.get("tune") if isinstance(tree, dict) and not key else None
+    if isinstance(section, dict) and section.get("space") is not None:
+        typed = _ScalarLoader(text).get_single_data()
+        section["space"] = (typed if key == "tune" else typed["tune"])["space"]
+    return tree
+
+
+NULLS = ("~", "null", "Null", "NULL")
+
+
+def _assigned_value(key: str, text: str, assignment: str) -> Any:
+    """The value of `--set key=text`: null, a list or a section where the key's type has them, else the text."""
+    wanted = _type_of(key)
+    if not text or (text in NULLS and not _admits(wanted, str, without=NoneType)):
+        return None
+    if (text.startswith("[") and _admits(wanted, tuple, Dimension)) or (text.startswith("{") and _admits(wanted, dict, Settings)):
         try:
-            value = yaml.safe_load(text)
+            return _parse(text, key)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of '--set {assignment}' is not YAML: {str(error).splitlines()[0]}") from None
-        _set(tree, key.strip(), value)
+    return text
+
+
+def _type_of(dotted: str) -> Any:
+    """The annotation of a configuration key, or None when there is no such key."""
+    found: Any = Config
+    for name in _parts(dotted):
+        if isinstance(found, type) and issubclass(found, Settings):
+            field = found.model_fields.get(name)
+            found = None if field is None else field.annotation
+        else:
+            found = next((get_args(kind)[1] for kind in _alternatives(found) if get_origin(kind) is dict), None)
+    return found
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, without `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for member in get_args(annotation) for kind in _alternatives(member))
+    return (annotation,)
+
+
+def _admits(annotation: Any, *kinds: type, without: type | None = None) -> bool:
+    """Whether one alternative of an annotation is of one of these types, and none is `without`."""
+    found = [get_origin(kind) or kind for kind in _alternatives(annotation)]
+    return without not in found and any(isinstance(kind, type) and issubclass(kind, kinds) for kind in found)
 
 
 BATCH_SIZES = ("batch_size", "batch_size_per_worker")
@@ -142,7 +223,7 @@ def json_schema() -> dict[str, Any]:
 
 def _preset(name: str) -> dict[str, Any]:
     text = importlib.resources.files("htcl_ray").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text) or {}
+    return _parse(text) or {}
 
 
 def _read_text(path: str) -> str:
@@ -157,7 +238,7 @@ def _read_text(path: str) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(_read_text(path))
+        tree = _parse(_read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -36,6 +36,7 @@ class Feedback(StrEnum):
 class Reason(StrEnum):
     """Why a row was rejected. One vocabulary for catalogue rows, log rows and uploads."""
 
+    UNREADABLE_ROW = "unreadable_row"
     MISSING_SONG_ID = "missing_song_id"
     MISSING_AUDIO_PATH = "missing_audio_path"
     AUDIO_NOT_FOUND = "audio_not_found"
@@ -58,6 +59,7 @@ class Reason(StrEnum):
     BAD_FEEDBACK = "bad_feedback"
     BAD_PLAYED_RATIO = "bad_played_ratio"
     BAD_WEIGHT = "bad_weight"
+    BAD_RATING = "bad_rating"
 
 
 TEXT_METADATA = ("title", "artist", "album", "lyrics", "licence")
@@ -71,7 +73,7 @@ METADATA = pa.schema(
 """Optional catalogue columns as they are carried through features, index and answers; absent ones are null."""
 
 CATALOG_COLUMNS = ("song_id", "audio_path", *METADATA.names)
-LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "played_ratio", "weight")
+LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "played_ratio", "weight", "rating")
 
 
 def features_schema(frames: int, mels: int) -> pa.Schema:
@@ -107,8 +109,8 @@ EVENTS = pa.schema(
 )
 """`events/<fingerprint>/*.parquet`: accepted log rows in one shape, whatever shape they came in.
 
-`value`: > 0 positive (its size is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds, null for affinity logs.
-`period`: train, validation or test, by time (affinity logs: train). `held_out_user`: this user's events are in no training pair.
+`value`: > 0 positive (its size is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds, null for affinity logs and
+ratings. `period`: train, validation or test, by time (without a time: train). `held_out_user`: this user's events are in no training pair.
 """
 
 PAIRS = pa.schema(

@@ -1,10 +1,21 @@
-"""Columns of whatever type a table has → the types we work with. Cells that hold nothing become null."""
+"""Convert columns of any Arrow type to the types that the package works with.
+
+A blank cell (null, white space, NaN, an empty list) becomes null, and so does a cell that cannot be read: an object where a text is
+expected, bytes that are not UTF-8, `ca. 1990` as a year. `unreadable` tells the two apart, so that the second kind can be counted.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
-from datetime import UTC, datetime
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from datetime import time as time_of_day
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -12,65 +23,57 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_CONVERSION_ERRORS = (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError)
+_UNREADABLE = object()
+"""Stands for a value that Arrow cannot convert to Python."""
+
 
 def as_strings(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Strings without surrounding space; empty ones are null. Whole floats lose their ".0": pandas writes ids so when some are missing."""
-    array = _one_array(column)
-    kind = array.type
-    if pa.types.is_null(kind):
-        return array.cast(pa.string())
-    if pa.types.is_floating(kind):
-        array = pc.if_else(pc.is_finite(array), array, pa.scalar(None, kind))
-        whole = pc.and_(pc.equal(array, pc.floor(array)), pc.less(pc.abs(array), 2**53))
-        as_whole = pc.if_else(whole, array, pa.scalar(None, kind)).cast(pa.int64()).cast(pa.string())
-        array = pc.coalesce(as_whole, array.cast(pa.string()))
-    elif _is_nested(kind):
-        array = pa.array([None if value is None else _joined(value) for value in array.to_pylist()], pa.string())
-    elif not pa.types.is_string(kind):
-        array = array.cast(pa.string())
-    array = pc.utf8_trim_whitespace(array)
-    return pc.if_else(pc.equal(array, ""), pa.scalar(None, pa.string()), array)
+    """Strings without surrounding white space, e.g. titles and feedback; lists are joined with "; ".
+
+    Whole floats lose their ".0": pandas writes integers so when some are missing. UUIDs are written 8-4-4-4-12.
+    """
+    return _as_strings(column, _text)
+
+
+def as_ids(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Ids of songs and users: as `as_strings`, but a list is no id, and 16 bytes that are not UTF-8 are a UUID."""
+    return _as_strings(column, _id)
 
 
 def as_lists(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Lists of strings: lists as they are, anything else split at ';'. Without a value it is null."""
+    """Lists of strings: lists as they are, anything else split at ';'. A list with an object or a list in it is unreadable."""
     array = _one_array(column)
-    if not _is_nested(array.type):
-        array = as_strings(array)
-    cells = [_parts(value) for value in array.to_pylist()]
-    return pa.array([cell or None for cell in cells], pa.list_(pa.string()))
+    cells = _values(array) if _is_nested(array.type) or _is_json(array.type) else as_strings(array).to_pylist()
+    return pa.array([_parts(cell) or None for cell in cells], pa.list_(pa.string()))
 
 
 def as_years(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """int32 years from integers, floats, dates and strings that begin with a year; anything else is null."""
-    found = [re.match(r"\d{4}(?!\d)", value) if value else None for value in as_strings(column).to_pylist()]
+    """int32 years, 1000 to 2099, from integers, floats, dates and strings that begin with a year."""
+    found = [re.match(r"(1\d|20)\d\d(?!\d)", value) if value else None for value in as_strings(column).to_pylist()]
     return pa.array([int(match.group()) if match else None for match in found], pa.int32())
 
 
-def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+def unreadable(column: pa.Array | pa.ChunkedArray, converted: pa.Array) -> npt.NDArray[np.bool_]:
+    """Cells of `column` that hold something and are null in `converted`, one of the results of the functions above."""
+    array = _one_array(column)
+    lost = np.asarray(pc.and_(pc.is_valid(array), pc.is_null(converted)))
+    for i in np.flatnonzero(lost):
+        lost[i] = not _is_blank(_value(array, int(i)))
+    return lost
 
 
-def _is_nested(kind: pa.DataType) -> bool:
-    return pa.types.is_nested(kind)
-
-
-def _parts(value: Any) -> list[str]:
-    if value is None:
-        return []
-    cells = value.split(";") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    return [text for text in (str(cell).strip() for cell in cells if cell is not None) if text]
-
-
-def _joined(value: Any) -> str:
-    return "; ".join(_parts(value)) if isinstance(value, list) else json.dumps(value, ensure_ascii=False, default=str)
+def example(column: pa.Array | pa.ChunkedArray, row: int) -> str:
+    """The cell of a row for an error message, at most 60 characters."""
+    value = _value(_one_array(column.slice(row, 1)), 0)
+    text = "a value that cannot be converted" if value is _UNREADABLE else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def as_numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
     """float64; NaN where there is no number."""
     array = _one_array(column)
-    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+    if not _is_number(array.type):
         text = as_strings(array)
         array = pc.if_else(pc.match_substring_regex(text, _NUMBER), text, pa.scalar(None, pa.string()))
     return array.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
@@ -78,27 +81,91 @@ def as_numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
-LATEST_SECONDS = 1e11
-"""Year 5138. A larger number is a time in milliseconds rather than seconds."""
+EARLIEST_SECONDS = 315_532_800
+"""1980-01-01. Smaller numbers are no times of a music service: days, minutes or years since some date, or positions in a file."""
+LATEST_SECONDS = 4_102_444_800
+"""2100-01-01. Numbers of seconds, milliseconds, microseconds and nanoseconds between both do not overlap, nor do compact dates."""
+TOLERANCE_SECONDS = 86_400
+"""How far in the future a time may be: clocks are wrong, and times without a zone are taken as UTC."""
+EPOCH_UNITS = {"epoch seconds": 1, "epoch milliseconds": 10**3, "epoch microseconds": 10**6, "epoch nanoseconds": 10**9}
+TIME_FORMS = ("unreadable", "date or time type", "ISO 8601", *EPOCH_UNITS)
+"""What a timestamp may be written as; the index is the code of `read_times`."""
 
 
 def as_epoch_seconds(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    """Epoch seconds from times, epoch seconds or ISO 8601; without a zone they are UTC. NaN where there is no time from 1970 on."""
+    """The times of `read_times`."""
+    return read_times(column)[0]
+
+
+def read_times(column: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Epoch seconds, float64 [rows], and how each was written, an index of TIME_FORMS.
+
+    Read are dates and times of Arrow, ISO 8601 (extended, or basic such as 20240131 and 20240131T120000), and epoch seconds,
+    milliseconds, microseconds or nanoseconds; without a zone they are UTC. NaN where there is no time between 1980 and tomorrow.
+    """
     array = _one_array(column)
-    if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
-        micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-        seconds = micros.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False) / 1e6
+    kind = array.type
+    forms = np.zeros(len(array), dtype=np.int64)
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        units = 1 / 86400 if pa.types.is_date32(kind) else _PER_SECOND["ms" if pa.types.is_date64(kind) else kind.unit]
+        integers = array.cast(pa.int32() if pa.types.is_date32(kind) else pa.int64())
+        seconds = integers.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False) / units
+        forms[:] = TIME_FORMS.index("date or time type")
     else:
-        seconds = as_numbers(array).copy()
-        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
-            text = as_strings(array).to_pylist()
-            for i in np.flatnonzero(np.isnan(seconds)):
-                seconds[i] = _iso_seconds(text[i])
-    seconds[~((seconds >= 0) & (seconds < LATEST_SECONDS))] = np.nan
+        numbers = as_numbers(array)
+        seconds = _compact_seconds(numbers)
+        forms[~np.isnan(seconds)] = TIME_FORMS.index("ISO 8601")
+        for name, unit in EPOCH_UNITS.items():
+            within = (numbers >= EARLIEST_SECONDS * unit) & (numbers < LATEST_SECONDS * unit)
+            seconds[within] = numbers[within] / unit
+            forms[within] = TIME_FORMS.index(name)
+        if not _is_number(kind):
+            written = np.isnan(numbers)
+            seconds[written] = _iso_seconds(as_strings(array).filter(pa.array(written)))
+            forms[written] = TIME_FORMS.index("ISO 8601")
+    plausible = (seconds >= EARLIEST_SECONDS) & (seconds <= time.time() + TOLERANCE_SECONDS)
+    return np.where(plausible, seconds, np.nan), np.where(plausible, forms, 0)
+
+
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?)?Z?$"
+
+
+def _compact_seconds(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Epoch seconds of the basic form of ISO 8601 without "T", 20240131, 202401311200 or 20240131120000; NaN for other numbers."""
+    seconds = np.full(numbers.size, np.nan)
+    for digits in (8, 12, 14):
+        scale = 10 ** (digits - 4)
+        rows = np.flatnonzero((numbers >= 1980 * scale) & (numbers < 2100 * scale) & (numbers == np.floor(numbers)))
+        parts = numbers[rows].astype(np.int64) * 10 ** (14 - digits)
+        year, month, day, hour, minute, second = (parts // 10**p % (10**4 if p == 10 else 100) for p in (10, 8, 6, 4, 2, 0))
+        start = (year - 1970).astype("datetime64[Y]").astype("datetime64[M]") + np.clip(month - 1, 0, 11)
+        date_ = start.astype("datetime64[D]") + (day - 1)
+        valid = (
+            (month >= 1)
+            & (month <= 12)
+            & (day >= 1)
+            & (date_.astype("datetime64[M]") == start)
+            & (hour < 24)
+            & (minute < 60)
+            & (second < 60)
+        )
+        of_day = hour * 3600 + minute * 60 + second
+        seconds[rows[valid]] = (date_.astype(np.int64) * 86400 + of_day)[valid]
     return seconds
 
 
-def _iso_seconds(text: str | None) -> float:
+def _iso_seconds(texts: pa.Array) -> npt.NDArray[np.float64]:
+    """Epoch seconds of ISO 8601 texts; NaN where a text is none."""
+    common = pc.match_substring_regex(texts, _ISO).fill_null(False)
+    with contextlib.suppress(pa.ArrowInvalid):  # 2024-13-01
+        if pc.all(common).as_py():
+            moments = pc.utf8_rtrim(texts, characters="Z").cast(pa.timestamp("us"))
+            return moments.cast(pa.int64()).to_numpy(zero_copy_only=False) / 1e6
+    return np.array([_one_iso(text) for text in texts.to_pylist()], dtype=np.float64)
+
+
+def _one_iso(text: str | None) -> float:
     if text is None:
         return np.nan
     try:
@@ -106,3 +173,112 @@ def _iso_seconds(text: str | None) -> float:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return np.nan
+
+
+def _as_strings(column: pa.Array | pa.ChunkedArray, text_of: Callable[[Any], str | None]) -> pa.Array:
+    array = _one_array(column)
+    try:
+        texts = _cast(array)
+    except pa.ArrowException:
+        texts = None
+    if texts is None:
+        texts = pa.array([text_of(value) for value in _values(array)], pa.string())
+    texts = pc.utf8_trim_whitespace(texts)
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
+
+
+def _cast(array: pa.Array) -> pa.Array | None:
+    """Strings by a cast of Arrow, or None for types whose cells are converted one by one. Raises ArrowException for invalid UTF-8."""
+    kind = array.type
+    if pa.types.is_floating(kind):
+        array = pc.if_else(pc.is_finite(array), array, pa.scalar(None, kind))
+        whole = pc.and_(pc.equal(array, pc.floor(array)), pc.less(pc.abs(array), 2**53))
+        as_whole = pc.if_else(whole, array, pa.scalar(None, kind)).cast(pa.int64()).cast(pa.string())
+        return pc.coalesce(as_whole, array.cast(pa.string()))
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    is_plain = pa.types.is_null(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind)
+    if is_text or is_bytes or is_plain or pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        texts = array.cast(pa.string())
+        texts.validate(full=True)  # Parquet files with invalid strings exist
+        return texts
+    return None
+
+
+def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """One array without dictionaries, and without extension types other than JSON."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # combine_chunks of more than 2 GB, or of none
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.nulls(0)
+    if isinstance(array, pa.ExtensionArray) and not _is_json(array.type):
+        return _one_array(array.storage)
+    if pa.types.is_dictionary(array.type):
+        return _one_array(array.dictionary.take(array.indices))
+    return array
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    return pa.types.is_nested(kind)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.JsonType)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+
+
+def _values(array: pa.Array) -> list[Any]:
+    return [_value(array, i) for i in range(len(array))]
+
+
+def _value(array: pa.Array, row: int) -> Any:
+    try:
+        value = array[row].as_py()
+        if value is not None and _is_json(array.type):
+            return json.loads(value)
+    except UnicodeDecodeError:  # a string that is not UTF-8
+        return bytes(array[row].as_buffer())
+    except _CONVERSION_ERRORS:
+        return _UNREADABLE
+    is_uuid = isinstance(value, bytes) and pa.types.is_fixed_size_binary(array.type) and len(value) == 16
+    return uuid.UUID(bytes=value) if is_uuid else value
+
+
+def _text(value: Any) -> str | None:
+    """A cell as text; None for a blank or unreadable one."""
+    if isinstance(value, list):
+        return "; ".join(_parts(value)) or None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Decimal):
+        return format(value.to_integral_value() if value == value.to_integral_value() else value, "f")
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+    if isinstance(value, str | bytes):
+        try:  # bytes may be in another encoding, strings of JSON may have lone surrogates
+            return value.decode() if isinstance(value, bytes) else value.encode().decode()
+        except UnicodeError:
+            return None
+    return str(value) if isinstance(value, int | date | time_of_day | uuid.UUID) else None
+
+
+def _id(value: Any) -> str | None:
+    text = None if isinstance(value, list) else _text(value)
+    return str(uuid.UUID(bytes=value)) if text is None and isinstance(value, bytes) and len(value) == 16 else text
+
+
+def _parts(value: Any) -> list[str]:
+    """The texts of a list, or of a string with ';'; none when one of them is unreadable."""
+    cells = value if isinstance(value, list) else (_text(value) or "").split(";")
+    texts = [None if isinstance(cell, list) else _text(cell) for cell in cells if not _is_blank(cell)]
+    return [] if None in texts else [text.strip() for text in texts if text is not None]
+
+
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_blank(item) for item in value)
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))

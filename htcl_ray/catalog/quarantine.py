@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from htcl_ray.catalog.columns import example, unreadable
 from htcl_ray.errors import InputError
 from htcl_ray.schemas import QUARANTINE, Reason
 
@@ -30,6 +34,27 @@ def describe(counts: Mapping[str, int]) -> str:
     """`12 rejected (undecodable 9, too_short 3)`."""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
     return f"{sum(counts.values()):,} rejected" + (f" ({reasons})" if reasons else "")
+
+
+@dataclass
+class NullCells:
+    """Optional cells that hold something and could not be read; they are null."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """By column."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Row, table and cell of the first one of each column."""
+
+    def add(self, name: str, column: pa.ChunkedArray, converted: pa.Array, source: str, first_row: int) -> None:
+        """Count the unreadable cells of one column of a batch."""
+        rows = np.flatnonzero(unreadable(column, converted))
+        if rows.size:
+            self.counts[name] += rows.size
+            self.examples.setdefault(name, f"{example(column, int(rows[0]))} in row {first_row + rows[0]} of {source}")
+
+    def __str__(self) -> str:
+        found = "; ".join(f"{name} {count:,}, e.g. {self.examples[name]}" for name, count in self.counts.most_common())
+        return f"{self.counts.total():,} cells cannot be read and are null (rows count from 0): {found}"
 
 
 def check_share(what: str, counts: Mapping[str, int], rows: int, largest: float, where: str) -> None:

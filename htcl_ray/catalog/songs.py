@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.catalog.columns import as_lists, as_strings, as_years
-from htcl_ray.catalog.quarantine import rejected_rows
-from htcl_ray.catalog.tables import TableFile, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.catalog.columns import as_ids, as_lists, as_strings, as_years, example, unreadable
+from htcl_ray.catalog.quarantine import NullCells, rejected_rows
+from htcl_ray.catalog.tables import UNREADABLE_ROW, TableFile, column_names, read_part, rename, renamed, table_files, table_parts
 from htcl_ray.catalog.text import song_text
 from htcl_ray.errors import TableError
 from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
@@ -43,24 +44,26 @@ class Catalog:
     """Schema QUARANTINE."""
     rows: int
     """Rows of the tables, rejected ones included."""
+    null_cells: NullCells
+    """Optional cells that could not be read."""
 
 
 def read_catalog(settings: DataSettings) -> Catalog:
     """Read and check the tables of `data.catalog`.
 
-    Rejected are rows without song id, without audio path, with an unknown value in the split column, or without any text: a song that
-    nothing is known of cannot teach or be found by words. Raises TableError when a table cannot be used at all: missing, empty, without a
-    song_id or audio_path column, without any text column, or with one song_id twice.
+    Rejected are rows that cannot be parsed, and rows without song id, without audio path, with an unknown value in the split column, or
+    without any text, because such a song can neither be learned from nor found by text. Raises TableError when a table cannot be used at
+    all: missing, empty, without a song_id or audio_path column, without any text column, or with one song_id twice.
     """
     if not settings.catalog:
-        raise TableError("no catalogue is given; set data.catalog to a Parquet, CSV or JSON Lines table with song_id and audio_path")
+        raise TableError("no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and audio_path")
     files = table_files(settings.catalog)
     for file in files:
         _check_columns(file, settings)
-    accepted, rejected, rows = [SONGS.empty_table()], [QUARANTINE.empty_table()], 0
+    accepted, rejected, rows, null_cells = [SONGS.empty_table()], [QUARANTINE.empty_table()], 0, NullCells()
     for part in table_parts(files):
         for first_row, table in read_part(part):
-            good, bad = _check_rows(rename(table, settings.columns), part.file, first_row, settings)
+            good, bad = _check_rows(rename(table, settings.columns), part.file, first_row, settings, null_cells)
             accepted.append(good)
             rejected += bad
             rows += table.num_rows
@@ -68,7 +71,7 @@ def read_catalog(settings: DataSettings) -> Catalog:
         raise TableError(f"the catalogue {', '.join(settings.catalog)} is empty; expected at least one song")
     songs = pa.concat_tables(accepted).combine_chunks()
     _check_unique(songs)
-    return Catalog(songs.sort_by("song_id"), pa.concat_tables(rejected).combine_chunks(), rows)
+    return Catalog(songs.sort_by("song_id"), pa.concat_tables(rejected).combine_chunks(), rows, null_cells)
 
 
 def _check_columns(file: TableFile, settings: DataSettings) -> None:
@@ -94,17 +97,28 @@ def _check_columns(file: TableFile, settings: DataSettings) -> None:
         )
 
 
-def _check_rows(table: pa.Table, file: TableFile, first_row: int, settings: DataSettings) -> tuple[pa.Table, list[pa.Table]]:
+def _check_rows(
+    table: pa.Table, file: TableFile, first_row: int, settings: DataSettings, null_cells: NullCells
+) -> tuple[pa.Table, list[pa.Table]]:
     """Songs and rejected rows of one batch."""
-    columns: dict[str, pa.Array] = {name: as_strings(table[name]) for name in ("song_id", "audio_path")}
+    columns: dict[str, pa.Array] = {"song_id": as_ids(table["song_id"]), "audio_path": as_strings(table["audio_path"])}
     columns["text"] = _texts(table, settings.text_columns)
     columns["split"] = as_strings(table[settings.split_column]) if settings.split_column else pa.nulls(table.num_rows, pa.string())
     for field in METADATA:
         columns[field.name] = _metadata(table, field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+    for name in dict.fromkeys([*METADATA.names, *settings.text_columns]):
+        if name in table.column_names:
+            null_cells.add(name, table[name], columns[name] if name in columns else as_strings(table[name]), file.path, first_row)
     columns["source"] = pa.array([file.path] * table.num_rows, pa.string())
     columns["row"] = pa.array(range(first_row, first_row + table.num_rows), pa.int64())
 
-    reasons = [_why_rejected(cells, settings) for cells in pa.table({k: columns[k] for k in _CHECKED}).to_pylist()]
+    unparsed = table[UNREADABLE_ROW] if UNREADABLE_ROW in table.column_names else pa.nulls(table.num_rows, pa.string())
+    checked = pa.table({**{name: columns[name] for name in _CHECKED}, UNREADABLE_ROW: unparsed}).to_pylist()
+    reasons = [_why_rejected(cells, settings) for cells in checked]
+    for name, missing in _REQUIRED.items():
+        for row in np.flatnonzero(unreadable(table[name], columns[name])):
+            if (reasons[row] or (None,))[0] is missing:
+                reasons[row] = missing, f"{name} cannot be read as text: {example(table[name], int(row))}"
     bad = [
         rejected_rows([columns["song_id"][i].as_py()], [first_row + i], file.path, *reason) for i, reason in enumerate(reasons) if reason
     ]
@@ -114,9 +128,12 @@ def _check_rows(table: pa.Table, file: TableFile, first_row: int, settings: Data
 
 
 _CHECKED = ("song_id", "audio_path", "text", "split")
+_REQUIRED = {"song_id": Reason.MISSING_SONG_ID, "audio_path": Reason.MISSING_AUDIO_PATH}
 
 
 def _why_rejected(cells: Mapping[str, Any], settings: DataSettings) -> tuple[Reason, str] | None:
+    if cells[UNREADABLE_ROW] is not None:
+        return Reason.UNREADABLE_ROW, cells[UNREADABLE_ROW]
     if cells["song_id"] is None:
         return Reason.MISSING_SONG_ID, "the row has no song_id"
     if cells["audio_path"] is None:

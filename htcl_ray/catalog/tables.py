@@ -1,12 +1,15 @@
-"""Reading the user's tables: Parquet, CSV or JSON Lines, one file or a folder of them, from a disk or object storage.
+"""Read the user's tables: Parquet, CSV, JSON Lines or Arrow IPC, one file or a folder of them, from a disk or object storage.
 
-Nothing here guesses types: CSV cells arrive as strings, so the id "007" stays one, and what a column means is decided in `columns`.
-Tables are read a batch at a time, and a large Parquet file in several parts, so that no process needs to hold a log.
+CSV cells are read as strings, so the id "007" keeps its zeros; `columns` converts them. Every batch of a file has the same columns, also
+where a row or a batch of JSON Lines lacks some of the keys. Tables are read a batch at a time, and a large Parquet file in several parts,
+so that no process needs to hold a log.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -15,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
@@ -24,12 +28,23 @@ from htcl_ray.errors import TableError
 from htcl_ray.settings import nearest
 from htcl_ray.storage import open_filesystem
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+FORMATS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+}
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 BATCH_ROWS = 1 << 16
 PART_ROWS = 1 << 20
 CSV_BLOCK_BYTES = 1 << 24
 """A row must fit in one block; lyrics are long."""
+UNREADABLE_ROW = "(unreadable row)"
+"""Extra column of a batch in which some rows cannot be parsed: the reason, null for the other rows. All cells of such a row are null."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,11 @@ class TablePart:
 
 
 def table_files(paths: Sequence[str]) -> list[TableFile]:
-    """The files of tables, in a stable order; a folder stands for every table file below it. Raises TableError."""
+    """The files of tables, in a stable order; a folder stands for every table file below it. Raises TableError.
+
+    Below a folder, files and folders whose names begin with "." or "_" are skipped: checkpoints of Jupyter, uncommitted output of Spark,
+    the log of a Delta table.
+    """
     return [file for path in paths for file in _files_of(path)]
 
 
@@ -73,11 +92,15 @@ def _files_of(path: str) -> list[TableFile]:
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
     except OSError as error:
         raise TableError(f"the table {path} cannot be read: {str(error).splitlines()[0]}") from None
-    named = {_join(path, posixpath.relpath(item.path, inner)): item for item in below if item.type == pafs.FileType.File}
-    files = [_table_file(name, item) for name, item in sorted(named.items()) if _format_of(name) and item.base_name[0] not in "._"]
+    relative = {posixpath.relpath(item.path, inner): item for item in below if item.type == pafs.FileType.File}
+    files = [_table_file(_join(path, name), item) for name, item in sorted(relative.items()) if _format_of(name) and not _is_hidden(name)]
     if not files:
         raise TableError(f"the folder {path} holds no table; expected files that end in {', '.join(FORMATS)}")
     return files
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(name.startswith((".", "_")) for name in relative.split("/"))
 
 
 def _table_file(path: str, info: pafs.FileInfo) -> TableFile:
@@ -116,8 +139,9 @@ def table_parts(files: Sequence[TableFile]) -> list[TablePart]:
     return parts
 
 
-def column_names(file: TableFile) -> list[str]:
-    """Column names of a file; of JSON Lines, the keys of its first rows. Raises TableError when it has none, or one twice."""
+@functools.lru_cache(maxsize=4096)
+def column_names(file: TableFile) -> tuple[str, ...]:
+    """Column names of a file; of JSON Lines, every key of any row. Raises TableError when it has none, or one twice."""
     with _named_errors(file):
         names = _column_names(file) if file.size else []
     if not names:
@@ -125,22 +149,36 @@ def column_names(file: TableFile) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TableError(f"the table {file.path} has several columns called '{twice[0]}'; expected each name once")
-    return names
+    return tuple(names)
 
 
 def _column_names(file: TableFile) -> list[str]:
     if file.format == "parquet":
         with _open_parquet(file) as parquet:
             return list(parquet.schema_arrow.names)
+    if file.format == "arrow":
+        with _open_ipc(file) as reader:
+            return list(reader.schema.names)
     if file.format == "csv":
         with _open_stream(file) as stream:
             return _csv_header(stream)
-    first = next(_read_jsonl(file), None)
-    return [] if first is None else list(first.column_names)
+    names: dict[str, None] = {}
+    reason = None
+    for row in _json_rows(file):
+        if isinstance(row, str):
+            reason = reason or row
+        else:
+            names.update(dict.fromkeys(row))
+    if reason is not None and not names:
+        raise TableError(f"no row of {file.path} can be read: {reason}")
+    return list(names)
 
 
 def read_part(part: TablePart, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
-    """Batches of a part, each with the number of its first row in the file; `columns` limits what is read. Raises TableError."""
+    """Batches of a part, each with the number of its first row in the file. Raises TableError.
+
+    Every batch has the same columns, those of `column_names` or of them `columns`, and UNREADABLE_ROW where rows cannot be parsed.
+    """
     row = part.first_row
     with _named_errors(part.file):
         for table in _read(part, None if columns is None else list(columns)):
@@ -179,11 +217,33 @@ def _read(part: TablePart, columns: list[str] | None) -> Iterator[pa.Table]:
             groups = list(part.row_groups) if part.row_groups is not None else None
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
                 yield pa.Table.from_batches([batch])
+    elif part.file.format == "arrow":
+        yield from _read_ipc(part.file, columns)
     elif part.file.format == "csv":
         yield from _read_csv(part.file, columns)
     else:
-        for table in _read_jsonl(part.file):
-            yield table if columns is None else table.select([name for name in columns if name in table.column_names])
+        yield from _read_jsonl(part.file, column_names(part.file) if columns is None else columns)
+
+
+@contextlib.contextmanager
+def _open_ipc(file: TableFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader]:
+    """Reader of an Arrow IPC file or stream."""
+    filesystem, inner = open_filesystem(file.path)
+    with filesystem.open_input_file(inner) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        with pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source) as reader:
+            yield reader
+
+
+def _read_ipc(file: TableFile, columns: list[str] | None) -> Iterator[pa.Table]:
+    with _open_ipc(file) as reader:
+        is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
+        for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader:
+            table = pa.Table.from_batches([batch])
+            table = table if columns is None else table.select(columns)
+            for start in range(0, table.num_rows, BATCH_ROWS):
+                yield table.slice(start, BATCH_ROWS)
 
 
 def _open_parquet(file: TableFile) -> pq.ParquetFile:
@@ -196,11 +256,21 @@ def _open_stream(file: TableFile) -> pa.NativeFile:
     return filesystem.open_input_stream(inner)  # decompresses by the name
 
 
-_CSV_PARSE = pacsv.ParseOptions(newlines_in_values=True)
+def _open_csv(stream: pa.NativeFile, bad: dict[int, str], convert: pacsv.ConvertOptions | None = None) -> pacsv.CSVStreamingReader:
+    """A reader that leaves out rows with another number of cells than the header, and notes them in `bad`: row → reason."""
+
+    def skip(row: pacsv.InvalidRow) -> str:
+        bad[row.number - 2] = (
+            f"the row has {row.actual_columns} cells; expected {row.expected_columns}, as the header has"  # the header is 1
+        )
+        return "skip"
+
+    parse = pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
+    return pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES), parse, convert)
 
 
 def _csv_header(stream: pa.NativeFile) -> list[str]:
-    with pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES), _CSV_PARSE) as reader:
+    with _open_csv(stream, {}) as reader:
         return list(reader.schema.names)
 
 
@@ -212,39 +282,74 @@ def _read_csv(file: TableFile, columns: list[str] | None) -> Iterator[pa.Table]:
         include_columns=columns,
         strings_can_be_null=True,
         null_values=[""],  # "NA", "null" and "None" are names of songs and artists
+        check_utf8=False,  # a cell that is not UTF-8 is unreadable, which `columns` finds; the others are not
     )
-    with (
-        _open_stream(file) as stream,
-        pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK_BYTES), _CSV_PARSE, convert) as reader,
-    ):
+    bad: dict[int, str] = {}
+    with _open_stream(file) as stream, _open_csv(stream, bad, convert) as reader:
+        start, table = 0, reader.schema.empty_table()
         for batch in reader:
-            yield pa.Table.from_batches([batch])
+            table = _with_bad_rows(pa.Table.from_batches([batch]), bad, start)
+            start += table.num_rows
+            yield table
+        if any(row >= start for row in bad):
+            yield _with_bad_rows(table.select(reader.schema.names).slice(0, 0), bad, start)
 
 
-def _read_jsonl(file: TableFile) -> Iterator[pa.Table]:
+def _with_bad_rows(table: pa.Table, bad: Mapping[int, str], start: int) -> pa.Table:
+    """Put the rows that the reader left out back in their places, as rows of nulls, in a table that begins at row `start` of the file."""
+    end, inside = start + table.num_rows, list[int]()
+    for row in sorted(row for row in bad if row >= start):
+        if row <= end:
+            inside.append(row)
+            end += 1
+    if not inside:
+        return table
+    is_bad = np.isin(np.arange(start, end), inside)
+    reasons = [bad.get(row) for row in range(start, end)]
+    whole = table.take(pa.array(np.cumsum(~is_bad) - 1, mask=is_bad))
+    return whole.append_column(UNREADABLE_ROW, pa.array(reasons, pa.string()))
+
+
+def _read_jsonl(file: TableFile, names: Sequence[str]) -> Iterator[pa.Table]:
+    rows = _json_rows(file)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        reasons = [row if isinstance(row, str) else None for row in batch]
+        objects = [{} if isinstance(row, str) else row for row in batch]
+        columns = {name: _json_column([row.get(name) for row in objects]) for name in names}
+        if any(reasons):
+            columns[UNREADABLE_ROW] = pa.array(reasons, pa.string())
+        yield pa.table(columns)
+
+
+def _json_rows(file: TableFile) -> Iterator[dict[str, Any] | str]:
+    """The object of each line that is not blank, or the reason why the line is none."""
     with _open_stream(file) as stream:
-        lines = enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), start=1)
-        objects = (_json_object(file, number, line) for number, line in lines if line.strip())
-        while rows := list(itertools.islice(objects, BATCH_ROWS)):
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            yield pa.table({name: _json_column([row.get(name) for row in rows]) for name in names})
-
-
-def _json_object(file: TableFile, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise TableError(f"line {number} of {file.path} is not a JSON object; expected one row a line (JSON Lines)")
-    return row
+        for number, line in enumerate(io.BufferedReader(stream), start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield row if isinstance(row, dict) else f"line {number} is not a JSON object; expected one row a line (JSON Lines)"
 
 
 def _json_column(values: list[Any]) -> pa.Array:
+    """Arrow's own type where all values share one that is flat, else the cells as JSON."""
+    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeError):  # strings among numbers; a lone surrogate
+        array = pa.array(values)
+        if not pa.types.is_nested(array.type) or (pa.types.is_list(array.type) and not pa.types.is_nested(array.type.value_type)):
+            return array
+    cells = [None if value is None else _json_text(value) for value in values]
+    return pa.ExtensionArray.from_storage(pa.json_(), pa.array(cells, pa.string()))
+
+
+def _json_text(value: Any) -> str:
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # strings among numbers, lists among strings
-        return pa.array([None if v is None else "; ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values], pa.string())
+        return json.dumps(value)
+    except RecursionError:
+        return "{}"  # as unreadable as any object
 
 
 @contextlib.contextmanager

@@ -1,21 +1,22 @@
-"""Log tables of three shapes → one shape, `schemas.EVENTS`, and the rows that cannot be used with their reasons.
+"""Log tables of several shapes → one shape, `schemas.EVENTS`, and the rows that cannot be used with their reasons.
 
-The shape is recognised by the columns: `trigger_song_id` makes a feedback log, `weight` an affinity log, `timestamp` a log of plays.
+The shape is recognised by the columns: a log with `trigger_song_id` is feedback, else with `weight` affinity, else with `rating` ratings,
+else with `timestamp` plays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.catalog.columns import as_epoch_seconds, as_numbers, as_strings
+from htcl_ray.catalog.columns import as_epoch_seconds, as_ids, as_numbers, as_strings, example, unreadable
 from htcl_ray.catalog.quarantine import rejected_rows
+from htcl_ray.catalog.tables import UNREADABLE_ROW
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.splits import is_held_out, periods
 from htcl_ray.schemas import EVENTS, QUARANTINE, Feedback, Reason
@@ -30,26 +31,27 @@ class LogShape(StrEnum):
     PLAYS = "plays"
     """A user played a song at a time."""
     AFFINITY = "affinity"
-    """How much a user likes a song; no order."""
+    """How often a user played a song; no order."""
+    RATINGS = "ratings"
+    """How a user rated a song; no order."""
 
 
 COLUMNS = {
     LogShape.FEEDBACK: ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp"),
     LogShape.PLAYS: ("user_id", "song_id", "timestamp"),
     LogShape.AFFINITY: ("user_id", "song_id", "weight"),
+    LogShape.RATINGS: ("user_id", "song_id", "rating"),
 }
 """Columns that each shape needs."""
-OPTIONAL_COLUMNS = {LogShape.FEEDBACK: (), LogShape.PLAYS: ("feedback", "played_ratio"), LogShape.AFFINITY: ()}
+OPTIONAL_COLUMNS = {LogShape.FEEDBACK: (), LogShape.PLAYS: ("feedback", "played_ratio"), LogShape.AFFINITY: (), LogShape.RATINGS: ()}
+TIMED = (LogShape.FEEDBACK, LogShape.PLAYS)
+"""Shapes whose rows have a time."""
 
 
 def recognise(names: Sequence[str], path: str) -> LogShape:
-    """Shape of a log by its column names (ours). Raises TableError when it has none of the three."""
-    if "trigger_song_id" in names:
-        shape = LogShape.FEEDBACK
-    elif "weight" in names:
-        shape = LogShape.AFFINITY
-    else:
-        shape = LogShape.PLAYS
+    """Shape of a log by its column names (ours). Raises TableError when columns of the shape are missing."""
+    by = {"trigger_song_id": LogShape.FEEDBACK, "weight": LogShape.AFFINITY, "rating": LogShape.RATINGS}
+    shape = next((shape for column, shape in by.items() if column in names), LogShape.PLAYS)
     missing = [name for name in COLUMNS[shape] if name not in names]
     if missing:
         shapes = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in COLUMNS.items())
@@ -73,17 +75,13 @@ def feedback_value(feedback: str, settings: PairSettings) -> float | None:
         rating = float(word)
     except ValueError:
         return None
-    if not np.isfinite(rating):
-        return None
-    return 1.0 if rating >= settings.min_positive_rating else -1.0 if rating <= settings.max_negative_rating else 0.0
+    return float(rating_values(np.array([rating]), settings)[0]) if np.isfinite(rating) else None
 
 
-def check_feedback_values(values: Sequence[str], settings: PairSettings, path: str) -> None:
-    """Raise TableError when a distinct feedback value of a log is neither one of ours nor a number."""
-    unknown = sorted(value for value in values if feedback_value(value, settings) is None)
-    if unknown:
-        shown = ", ".join(f"'{value}'" for value in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise TableError(f"the log {path} has unknown feedback values: {shown}; expected {', '.join(Feedback)} or numbers (ratings)")
+def rating_values(ratings: npt.NDArray[np.float64], settings: PairSettings) -> npt.NDArray[np.float64]:
+    """1 for positive, −1 for negative, 0 for neutral ratings; NaN where there is no finite number."""
+    values = np.where(ratings >= settings.positive_from, 1.0, np.where(ratings <= settings.max_negative_rating, -1.0, 0.0))
+    return np.where(np.isfinite(ratings), values, np.nan)
 
 
 def normalise(
@@ -94,31 +92,40 @@ def normalise(
     `songs`: ids of the songs that have features. The events have the columns of EVENTS up to `timestamp`. A row of a log of plays without
     feedback, or with `play`, is positive when `played_ratio` is at least `min_played_ratio` or not known, and neutral otherwise.
     """
-    user, song = as_strings(table["user_id"]), as_strings(table["song_id"])
+    user, song = as_ids(table["user_id"]), as_ids(table["song_id"])
     nothing = pa.nulls(table.num_rows, pa.string())
     trigger, seconds = nothing, np.full(table.num_rows, np.nan)
     checks: list[tuple[Reason, npt.NDArray[np.bool_], str]] = [
+        *([(Reason.UNREADABLE_ROW, ~_null(table[UNREADABLE_ROW]), UNREADABLE_ROW)] if UNREADABLE_ROW in table.column_names else []),
         (Reason.MISSING_USER_ID, _null(user), "user_id"),
         (Reason.MISSING_SONG_ID, _null(song), "song_id"),
         (Reason.UNKNOWN_SONG, ~_known(song, songs), "song_id"),
     ]
     if shape is LogShape.AFFINITY:
         value = as_numbers(table["weight"])
-        checks.append((Reason.BAD_WEIGHT, ~((value > 0) & np.isfinite(value)), "weight"))
+        with np.errstate(over="ignore"):
+            stored = value.astype(np.float32)  # as events hold it: 1e39 is infinite there, and 1e-50 is 0
+        checks.append((Reason.BAD_WEIGHT, ~((stored > 0) & np.isfinite(stored)), "weight"))
+    elif shape is LogShape.RATINGS:
+        value = rating_values(as_numbers(table["rating"]), settings)
+        checks.append((Reason.BAD_RATING, np.isnan(value), "rating"))
     else:
         seconds = as_epoch_seconds(table["timestamp"])
         checks.append((Reason.BAD_TIMESTAMP, np.isnan(seconds), "timestamp"))
         feedback = as_strings(table["feedback"]) if "feedback" in table.column_names else nothing
+        feedback_lost = unreadable(table["feedback"], feedback) if "feedback" in table.column_names else False
         value = _values(feedback, settings)
         if shape is LogShape.FEEDBACK:
-            trigger = as_strings(table["trigger_song_id"])
+            trigger = as_ids(table["trigger_song_id"])
             checks.append((Reason.UNKNOWN_TRIGGER_SONG, ~_known(trigger, songs), "trigger_song_id"))
             checks.append((Reason.BAD_FEEDBACK, np.isnan(value), "feedback"))
         else:
             ratio_text = as_strings(table["played_ratio"]) if "played_ratio" in table.column_names else nothing
             ratio = as_numbers(ratio_text)
-            checks.append((Reason.BAD_FEEDBACK, np.isnan(value) & ~_null(feedback), "feedback"))
-            checks.append((Reason.BAD_PLAYED_RATIO, ~_null(ratio_text) & ~((ratio >= 0) & (ratio <= 1)), "played_ratio"))
+            checks.append((Reason.BAD_FEEDBACK, (np.isnan(value) & ~_null(feedback)) | feedback_lost, "feedback"))
+            ratio_lost = unreadable(table["played_ratio"], ratio_text) if "played_ratio" in table.column_names else False
+            bad_ratio = ~_null(ratio_text) & ~((ratio >= 0) & (ratio <= 1))
+            checks.append((Reason.BAD_PLAYED_RATIO, bad_ratio | ratio_lost, "played_ratio"))
             says_nothing = _null(feedback) | ((value == 0) & _equal(feedback, Feedback.PLAY))
             value = np.where(says_nothing, np.where(ratio < settings.min_played_ratio, 0.0, 1.0), value)
     rejected = _rejected(table, song, checks, source, first_row)
@@ -145,7 +152,7 @@ def _values(feedback: pa.Array, settings: PairSettings) -> npt.NDArray[np.float6
     return table[codes.indices.fill_null(len(meaning)).to_numpy(zero_copy_only=False)]
 
 
-def _null(array: pa.Array) -> npt.NDArray[np.bool_]:
+def _null(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     return pc.is_null(array).to_numpy(zero_copy_only=False)
 
 
@@ -162,10 +169,11 @@ _EXPECTED = {
     Reason.MISSING_SONG_ID: "a song",
     Reason.UNKNOWN_SONG: "a song of the catalogue that has features",
     Reason.UNKNOWN_TRIGGER_SONG: "a song of the catalogue that has features",
-    Reason.BAD_TIMESTAMP: "ISO 8601 or epoch seconds",
+    Reason.BAD_TIMESTAMP: "ISO 8601, or epoch seconds, milliseconds or microseconds, from 1980 to tomorrow",
     Reason.BAD_FEEDBACK: f"{', '.join(Feedback)} or a number",
     Reason.BAD_PLAYED_RATIO: "0 to 1",
-    Reason.BAD_WEIGHT: "a number above 0",
+    Reason.BAD_WEIGHT: "a number above 0 that a 32-bit float can hold",
+    Reason.BAD_RATING: "a number",
 }
 
 
@@ -179,7 +187,10 @@ def _rejected(
         rows = np.flatnonzero(wrong & ~seen)
         seen |= wrong
         if rows.size:
-            given: list[Any] = table[column].take(pa.array(rows)).to_pylist()
-            details = [f"{column} is {'missing' if item is None else repr(item)}; expected {_EXPECTED[reason]}" for item in given]
+            if reason is Reason.UNREADABLE_ROW:
+                details = table[column].take(pa.array(rows)).to_pylist()
+            else:
+                given = [example(table[column], int(row)) for row in rows]
+                details = [f"{column} is {'missing' if cell == 'None' else cell}; expected {_EXPECTED[reason]}" for cell in given]
             found.append(rejected_rows(song.take(pa.array(rows)).to_pylist(), (first_row + rows).tolist(), source, reason, details))
     return pa.concat_tables(found)

@@ -1,7 +1,7 @@
 """Events → occurrences: each time that a user received a song well after a trigger song, and each time that one was rejected there.
 
-Feedback names its trigger. A play's trigger is the last positively received play before it in its session. Affinity logs have no order:
-each song that a user prefers is a trigger of every other.
+Feedback names its trigger. A play's trigger is the last positively received play before it in its session; plays at equal times have no
+order. Affinity logs and ratings have no order: each song that a user prefers is a trigger of every other.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def occurrences(events: pa.Table, settings: PairSettings) -> pa.Table:
 
 
 def rejections(events: pa.Table, settings: PairSettings) -> pa.Table:
-    """Rejected songs and their triggers, schema OCCURRENCES, in events as for `occurrences`. Affinity logs have none."""
+    """Rejected songs and their triggers, schema OCCURRENCES, in events as for `occurrences`. Affinity logs and ratings have none."""
     feedback, plays, _ = _by_shape(events)
     return pa.concat_tables([_from_feedback(feedback, sign=-1), _from_plays(plays, settings.session_gap_minutes * 60, sign=-1)])
 
@@ -61,14 +61,16 @@ def _from_feedback(events: pa.Table, sign: int) -> pa.Table:
 
 
 def _from_plays(events: pa.Table, gap_seconds: float, sign: int) -> pa.Table:
-    value = events["value"].to_numpy()
-    trigger = triggers(session_starts(user_codes(events), events["timestamp"].to_numpy(), gap_seconds), value > 0)
+    value, seconds = events["value"].to_numpy(), events["timestamp"].to_numpy()
+    starts = session_starts(user_codes(events), seconds, gap_seconds)
+    trigger = triggers(starts, seconds, _codes(events["song_id"]), value > 0)
     rows = np.flatnonzero((sign * value > 0) & (trigger != NO_TRIGGER))
     return _as_occurrences(events.take(pa.array(rows)), events["song_id"].take(pa.array(trigger[rows])), pa.array(sign * value[rows]))
 
 
 def _from_affinity(events: pa.Table, most: int) -> pa.Table:
     """Every ordered pair of a user's heaviest songs, as strong as the geometric mean of both weights, relative to the user's largest."""
+    events = events.filter(pc.greater(events["value"], 0))  # ratings may be neutral or negative
     if not events.num_rows:
         return OCCURRENCES.empty_table()
     liked = events.group_by(["user_id", "song_id"], use_threads=False).aggregate(
@@ -111,5 +113,8 @@ def _as_occurrences(events: pa.Table, trigger: pa.ChunkedArray, strength: pa.Arr
 
 def user_codes(events: pa.Table) -> npt.NDArray[np.int64]:
     """The user of each row as a number, counted in order of appearance."""
-    users = events["user_id"].combine_chunks().dictionary_encode()
-    return users.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return _codes(events["user_id"])
+
+
+def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    return column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.catalog.columns import as_epoch_seconds, as_strings
+from htcl_ray.catalog.columns import as_epoch_seconds, as_ids
 from htcl_ray.catalog.quarantine import check_share, describe
-from htcl_ray.catalog.tables import TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.catalog.tables import TableFile, TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
 from htcl_ray.config import Config
 from htcl_ray.errors import TableError
-from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, LogShape, check_feedback_values, complete, normalise, recognise
+from htcl_ray.interactions.log_summary import LogSummary
+from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
@@ -36,9 +37,13 @@ TIMES_PER_BATCH = 2_000
 class LogPart:
     """A part of a log, its shape, and the columns to read, by the user's names."""
 
+    log: str
+    """The path of `data.interactions` that it belongs to."""
     part: TablePart
     shape: LogShape
     columns: tuple[str, ...]
+    names: tuple[str, ...]
+    """All columns of the file, by our names."""
 
 
 @dataclass(frozen=True)
@@ -47,58 +52,69 @@ class LogPlan:
 
     events_version: str
     pairs_version: str
-    parts: tuple[LogPart, ...]
     log: str
     """Fingerprint of the log files."""
+    files: tuple[tuple[str, TableFile], ...]
+    """Each file with the path of `data.interactions` that it belongs to."""
+    columns: Mapping[str, str]
+    """`data.columns`."""
+
+    @functools.cached_property
+    def parts(self) -> tuple[LogPart, ...]:
+        """The parts of the files, whose shapes are recognised here: this reads every row of JSON Lines. Raises TableError."""
+        parts = []
+        for path, file in self.files:
+            names = column_names(file)
+            ours_of_file = tuple(renamed(names, self.columns))
+            shape = recognise(ours_of_file, file.path)
+            columns = []
+            for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
+                theirs = self.columns.get(ours, ours)
+                columns += [theirs] if theirs in names else [ours] if ours in names else []
+            parts += [LogPart(path, part, shape, tuple(columns), ours_of_file) for part in table_parts([file])]
+        return tuple(parts)
 
 
 def plan_log(config: Config, features_version: str) -> LogPlan:
-    """Find the log files and recognise their shapes. Raises TableError."""
-    files = table_files(config.data.interactions)
-    parts = []
-    for file in files:
-        names = column_names(file)
-        shape = recognise(renamed(names, config.data.columns), file.path)
-        columns = []
-        for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
-            theirs = config.data.columns.get(ours, ours)
-            columns += [theirs] if theirs in names else [ours] if ours in names else []
-        parts += [LogPart(part, shape, tuple(columns)) for part in table_parts([file])]
-    log = fingerprint([(file.path, file.size, file.modified_ns) for file in files])
+    """Find the log files, without opening them. Raises TableError."""
+    files = tuple((path, file) for path in config.data.interactions for file in table_files([path]))
+    log = fingerprint([(file.path, file.size, file.modified_ns) for _, file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
     meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
     events = fingerprint(FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning))
-    return LogPlan(events, fingerprint(events, config.pairs.model_dump(mode="json")), tuple(parts), log)
+    return LogPlan(events, fingerprint(events, config.pairs.model_dump(mode="json")), log, files, config.data.columns)
 
 
 def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
-    """Scan the feedback column for values that mean nothing, and the songs until a known one appears. Raises TableError."""
+    """Print what each log was recognised as. Raises TableError for values that cannot be meant, and when no song is known."""
     if not plan.parts:
         raise TableError(f"the log {', '.join(config.data.interactions)} is empty; expected at least one row")
-    rows, knows_a_song, example = 0, False, None
+    knows_a_song, example = False, None
+    summaries: dict[tuple[str, LogShape], LogSummary] = {}
+    scanned = ("song_id", "timestamp", "feedback", "rating", "weight")
     for part in plan.parts:
-        wanted = [name for name in part.columns if name in ("song_id", "feedback", *_theirs(config, "song_id", "feedback"))]
-        words = set[str]()
+        summary = summaries.setdefault((part.log, part.shape), LogSummary(part.log, part.shape))
+        summary.add_names(part.names)
+        wanted = [name for name in part.columns if name in (*scanned, *_theirs(config, *scanned))]
         for _, table in read_part(part.part, wanted):
             table = rename(table, config.data.columns)
-            rows += table.num_rows
             if not knows_a_song:
-                songs = as_strings(table["song_id"])
+                songs = as_ids(table["song_id"])
                 knows_a_song = bool(pc.any(pc.is_in(songs, value_set=song_ids)).as_py())
                 example = example or next((song for song in songs.slice(0, 100).to_pylist() if song), None)
-            if "feedback" in table.column_names:
-                words.update(as_strings(table["feedback"].unique()).drop_null().to_pylist())
-            elif knows_a_song:
-                break
-        check_feedback_values(sorted(words), config.pairs, part.part.file.path)
+            summary.add(table, config.pairs)
+    for summary in summaries.values():
+        print("".join(f"preprocess  {line}\n" for line in summary.lines(config.pairs)), end="", flush=True)
     named = ", ".join(config.data.interactions)
-    if not rows:
+    if not any(summary.rows for summary in summaries.values()):
         raise TableError(f"the log {named} is empty; expected at least one row")
     if not knows_a_song:
         raise TableError(
             f"the log {named} names no song of the catalogue (it has song_id '{example}', the catalogue '{song_ids[0].as_py()}'); "
             "expected the same ids in both"
         )
+    for summary in summaries.values():
+        summary.check(config.pairs, config.data.max_rejected_share)
 
 
 def _theirs(config: Config, *ours: str) -> list[str]:
@@ -107,9 +123,12 @@ def _theirs(config: Config, *ours: str) -> list[str]:
 
 def check_all_renames(config: Config) -> None:
     """Raise TableError when `data.columns` points to a column that neither the catalogue nor the log has."""
-    if config.data.columns:
-        files = table_files([*config.data.catalog, *config.data.interactions])
-        check_renames([name for file in files for name in column_names(file)], config.data.columns)
+    wanted, names = {*config.data.columns.values()}, set[str]()
+    for file in table_files([*config.data.catalog, *config.data.interactions]) if wanted else []:
+        names.update(column_names(file))
+        if wanted <= names:
+            return
+    check_renames(sorted(names), config.data.columns)
 
 
 def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
@@ -124,14 +143,19 @@ def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_ve
     songs = ray.put(read_songs(workspace, features_version))
     write = functools.partial(_write_events, plan=plan, ends=ends, songs=songs, workspace=workspace, config=config)
     counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     for done, batch in enumerate(_run_parts(plan, write), start=1):
         for text in batch["counts"].tolist():
             counts.update(json.loads(text))
+        for text in batch["examples"].tolist():
+            examples = {**json.loads(text), **examples}
         if done % 100 == 0:
             print(f"preprocess  {done:,}/{len(plan.parts):,} parts of the log", flush=True)
     rows, accepted = counts.pop("rows"), counts.pop("accepted", 0)
     rejected = dict(counts.most_common())
     print(f"preprocess  {rows:,} log rows: {accepted:,} accepted, {describe(rejected)}", flush=True)
+    for reason in rejected:
+        print(f"preprocess  {reason}, for instance {examples[reason]}", flush=True)
     check_share("log", rejected, rows, config.data.max_rejected_share, workspace.uri_of(quarantine))
     tree, inputs = config.model_dump(mode="json"), {"features": features_version, "log": plan.log}
     if rejected:
@@ -156,7 +180,7 @@ def _run_parts(plan: LogPlan, task: Callable[..., Any]) -> Iterator[dict[str, An
 
 def _period_ends(config: Config, plan: LogPlan) -> tuple[float, float]:
     seconds, events = [np.zeros(0)], [np.zeros(0)]
-    if any(part.shape is not LogShape.AFFINITY for part in plan.parts):
+    if any(part.shape in TIMED for part in plan.parts):
         for batch in _run_parts(plan, functools.partial(_read_times, plan=plan, config=config)):
             seconds.append(batch["seconds"])
             events.append(batch["events"])
@@ -168,7 +192,7 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
     seconds, events = [np.zeros(0)], [np.zeros(0)]
     for number in batch["part"].tolist():
         part = plan.parts[number]
-        if part.shape is LogShape.AFFINITY:
+        if part.shape not in TIMED:
             continue
         wanted = [name for name in part.columns if name in ("timestamp", *_theirs(config, "timestamp"))]
         for _, table in read_part(part.part, wanted):
@@ -181,13 +205,16 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
 def _write_events(
     batch: dict[str, Any], *, plan: LogPlan, ends: tuple[float, float], songs: Any, workspace: Workspace, config: Config
 ) -> dict[str, Any]:
-    """Write event and quarantine files of a part of the log, and return its counts as JSON. Runs in a Ray task."""
+    """Write event and quarantine files of a part of the log, and return its counts and an example of each reason as JSON.
+
+    Runs in a Ray task.
+    """
     import ray
 
     song_ids = ray.get(songs)["song_id"].combine_chunks()
-    counts = []
+    counts, examples = [], []
     for number in batch["part"].tolist():
-        part, found = plan.parts[number], Counter[str]()
+        part, found, first = plan.parts[number], Counter[str](), dict[str, str]()
         events, rejected = (
             _Files(workspace, f"events/{plan.events_version}", number, EVENTS),
             _Files(workspace, f"quarantine/{plan.events_version}", number, QUARANTINE),
@@ -199,10 +226,14 @@ def _write_events(
             rejected.add(bad)
             found.update({"rows": table.num_rows, "accepted": good.num_rows})
             found.update(bad["reason"].to_pylist())
+            for reason in set(bad["reason"].unique().to_pylist()) - {*first}:
+                row = bad.slice(pc.index(bad["reason"], reason).as_py(), 1).to_pylist()[0]
+                first[reason] = f"row {row['row']} of {row['source']}: {row['detail']}"
         events.flush()
         rejected.flush()
         counts.append(json.dumps(found))
-    return {"counts": np.array(counts)}
+        examples.append(json.dumps(first))
+    return {"counts": np.array(counts), "examples": np.array(examples)}
 
 
 class _Files:

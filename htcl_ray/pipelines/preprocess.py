@@ -55,6 +55,8 @@ def preprocess(config: Config) -> StepResult:
     if log is not None and needs_events:
         check_log(config, log, plan.songs["song_id"].combine_chunks())
     if needs_features:
+        if plan.catalog.null_cells.counts:
+            print(f"preprocess  catalogue: {plan.catalog.null_cells}", flush=True)
         _make_features(workspace, config, plan)
     if log is not None and needs_events:
         make_events(workspace, config, log, plan.version)
@@ -236,6 +238,7 @@ def _measure(workspace: Workspace, plan: FeaturesPlan) -> dict[str, Any]:
     return {
         "songs": len(splits),
         "rejected": count_reasons(rejected),
+        "null_cells": dict(plan.catalog.null_cells.counts),
         "splits": {item["values"]: item["counts"] for item in pc.value_counts(splits).to_pylist()},
     }
 

@@ -58,9 +58,9 @@ class DataSettings(Settings):
     """The user's tables and how they are split."""
 
     catalog: Names = ()
-    """Catalogue table(s): Parquet, CSV or JSON Lines; path or URI."""
+    """Catalogue table(s): Parquet, CSV, JSON Lines or Arrow IPC; path or URI."""
     interactions: Names = ()
-    """Log table(s) in the feedback, plays or affinity shape; empty trains stage 1 only."""
+    """Log table(s) in the feedback, plays, affinity or ratings shape; empty trains stage 1 only."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our column name → the name in the user's tables, for columns that are called otherwise."""
     text_columns: Names = ("title", "artist", "album", "genre", "mood", "tags", "language", "year", "lyrics")
@@ -100,10 +100,11 @@ class PairSettings(Settings):
     """Feedback that says that the user wanted the song."""
     negative_feedback: tuple[Feedback, ...] = (Feedback.SKIP, Feedback.DISLIKE)
     """Feedback that says that the user did not; anything else is neutral exposure."""
-    min_positive_rating: float = 4.0
-    """Numeric feedback from here up is positive."""
+    min_positive_rating: float | None = None
+    """A rating (a number as feedback, or in the column `rating`) from here up is positive. Null is 4, for ratings of which the largest is 4
+    to 5; a log with another scale needs this key."""
     max_negative_rating: float = 2.0
-    """Numeric feedback from here down is negative."""
+    """A rating from here down is negative; one in between is neutral."""
     min_played_ratio: float = Field(0.5, ge=0, le=1)
     """A play without feedback is positive from this share of the song's length up, and neutral below."""
     session_gap_minutes: float = Field(30.0, gt=0)
@@ -117,13 +118,20 @@ class PairSettings(Settings):
     popularity_exponent: float = Field(0.5, ge=0, le=1)
     """Pair weight is divided by (positives of trigger · positives of song) to this power; 0 is no correction."""
     max_songs_per_user: int = Field(200, ge=2)
-    """Affinity logs: only a user's heaviest songs form pairs."""
+    """Affinity logs and ratings: only a user's heaviest songs form pairs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         both = set(self.positive_feedback) & set(self.negative_feedback)
         if both:
             raise ValueError(f"{sorted(both)} is in positive_feedback and in negative_feedback; expected each value in one of them")
-        if self.max_negative_rating >= self.min_positive_rating:
-            raise ValueError(f"max_negative_rating is {self.max_negative_rating}; expected less than min_positive_rating")
+        if self.max_negative_rating >= self.positive_from:
+            raise ValueError(
+                f"max_negative_rating is {self.max_negative_rating:g}; expected less than min_positive_rating ({self.positive_from:g})"
+            )
         return self
+
+    @property
+    def positive_from(self) -> float:
+        """`min_positive_rating`, or its default."""
+        return 4.0 if self.min_positive_rating is None else self.min_positive_rating

@@ -132,6 +132,7 @@ class StageSettings(Settings):
     @field_validator("micro_batch_size", mode="before")
     @classmethod
     def _check_micro_batch(cls, value: Any) -> Any:
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
         if value is None or value == "auto" or (type(value) is int and value >= 1):
             return value
         raise ValueError(f"it is {value!r}; expected a number from 1, auto or null")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -255,11 +256,28 @@ def test_plays_and_affinity_logs(world: Path, tmp_path: Path, ray_cluster: None)
     (tmp_path / "affinity.jsonl").write_text(
         "".join(f'{{"user_id": {u}, "song_id": "song-0{s}", "weight": {s}}}\n' for u in range(9) for s in (20, 21))
     )
-    logs = [str(tmp_path / "plays.csv"), str(tmp_path / "affinity.jsonl")]
+    (tmp_path / "ratings.csv").write_text(
+        "user_id,song_id,rating\n"
+        + "".join(f"r{user},song-0{song},{rating}\n" for user in range(4) for song, rating in ((30, 5), (31, 4), (32, 1), (33, 3)))
+    )
+    days = [{"user_id": f"d{user}", "song_id": f"song-0{song}", "timestamp": "20240101"} for user in range(4) for song in (40, 41)]
+    days += [{**day, "timestamp": "20240102", "feedback": "skip"} for day in days]  # the log begins to write feedback late
+    (tmp_path / "days.jsonl").write_text("".join(json.dumps(day) + "\n" for day in days))
+    logs = [str(tmp_path / name) for name in ("plays.csv", "affinity.jsonl", "ratings.csv", "days.jsonl")]
     one_split = {"data__split_shares": [1, 0, 0], "data__held_out_user_share": 0}
     preprocess(config_for(world, tmp_path / "ws", data__interactions=logs, **one_split))
     pairs = [(row["trigger_song_id"], row["song_id"], row["support"]) for row in read(tmp_path / "ws", "pairs").to_pylist()]
-    assert pairs == [("song-010", "song-011", 3), ("song-011", "song-012", 3), ("song-020", "song-021", 9), ("song-021", "song-020", 9)]
+    assert pairs == [
+        ("song-010", "song-011", 3),
+        ("song-011", "song-012", 3),
+        ("song-020", "song-021", 9),
+        ("song-021", "song-020", 9),
+        ("song-030", "song-031", 4),
+        ("song-031", "song-030", 4),
+    ]
+    events = read(tmp_path / "ws", "events").to_pylist()
+    assert [event["value"] for event in events if event["user_id"].startswith("d")] == [1.0] * 8 + [-1.0] * 8
+    assert {event["value"] for event in events if event["song_id"] == "song-032"} == {-1.0}
     assert read(tmp_path / "ws", "negatives").num_rows == 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ import soundfile
 from htcl_ray.audio import decode
 from htcl_ray.catalog import tables
 from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
-from htcl_ray.catalog.columns import as_epoch_seconds, as_lists, as_numbers, as_strings, as_years
+from htcl_ray.catalog.columns import TIME_FORMS, as_epoch_seconds, as_lists, as_numbers, as_strings, as_years, read_times
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
 from htcl_ray.catalog.songs import read_catalog
@@ -140,10 +142,9 @@ UNUSABLE: list[tuple[Change, str]] = [
     (settings_for("s.csv", ""), "is empty"),
     (settings_for("s.csv", "song_id,audio_path,title\n"), "is empty"),
     (settings_for("s.jsonl", ""), "is empty"),
-    (settings_for("s.jsonl", '{"song_id": 1}\n[1]\n'), "line 2 of .* is not a JSON object"),
+    (settings_for("s.jsonl", '[{"song_id": 1}]\n'), "no row of .* can be read: line 1 is not a JSON object; expected one row a line"),
     (settings_for("s.parquet", "not parquet"), "cannot be read as parquet"),
-    (settings_for("s.csv", b"song_id,audio_path,title\n1,x,\xff\xfe\n"), "cannot be read as csv"),
-    (settings_for("s.csv", "song_id,audio_path,title\n1,x\n"), "cannot be read as csv"),
+    (settings_for("s.csv.gz", "no gzip"), "cannot be read as csv"),
     (settings_for("s.csv", "song_id,audio_path,title,title\n1,x,y,z\n"), "several columns called 'title'"),
     (settings_for("s.csv", "song_id,path,title\n1,x,y\n"), r"no column 'audio_path' .*set data\.columns\.audio_path"),
     (settings_for("s.csv", "id,audio_path,title\n1,x,y\n"), r"no column 'song_id'"),
@@ -203,9 +204,166 @@ def test_as_numbers_and_times() -> None:
     texts = ["2024-03-01T12:00:00.5Z", "2024-03-01 12:00:00.500", "2024-03-01T13:00:00.5+01:00", str(moment.timestamp())]
     np.testing.assert_array_equal(as_epoch_seconds(pa.array(texts)), [moment.timestamp()] * 4)
     np.testing.assert_array_equal(as_epoch_seconds(pa.array([moment])), [moment.timestamp()])
-    np.testing.assert_array_equal(as_epoch_seconds(pa.array([date(1970, 1, 2)])), [86400])
-    wrong = ["yesterday", "-5", "1700000000000", "2024-13-01", None]  # the third is in milliseconds
-    assert np.isnan(as_epoch_seconds(pa.array(wrong))).all()
+    np.testing.assert_array_equal(as_epoch_seconds(pa.array([date(2000, 1, 2)])), [946_771_200])
+
+
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string()])
+def test_epoch_numbers_of_every_unit(unit: int, kind: pa.DataType) -> None:
+    seconds = np.array([315_532_800, 1_700_000_000, int(time.time())])  # from 1980 on
+    np.testing.assert_array_equal(as_epoch_seconds(pa.array(seconds * unit).cast(kind, safe=False)), seconds)
+
+
+def test_compact_dates_are_dates() -> None:
+    random = np.random.default_rng(0)
+    moments = [datetime.fromtimestamp(int(t), UTC) for t in random.integers(315_532_800, 1_750_000_000, 300)]
+    for form, digits in (("%Y%m%d", 86400), ("%Y%m%d%H%M", 60), ("%Y%m%d%H%M%S", 1), ("%Y%m%dT%H%M%SZ", 1), ("%Y-%m-%dT%H:%M:%SZ", 1)):
+        expected = [int(moment.timestamp()) // digits * digits for moment in moments]
+        texts = [moment.strftime(form) for moment in moments]
+        np.testing.assert_array_equal(as_epoch_seconds(pa.array(texts)), expected)
+        if form.isalnum() or "T" not in form:
+            np.testing.assert_array_equal(as_epoch_seconds(pa.array([int(text) for text in texts])), expected)
+            np.testing.assert_array_equal(as_epoch_seconds(pa.array([float(text) for text in texts])), expected)
+    seconds, forms = read_times(pa.array(["20240131", "1700000000", "2024-01-31", "x"]))
+    assert [TIME_FORMS[form] for form in forms] == ["ISO 8601", "epoch seconds", "ISO 8601", "unreadable"]
+    assert seconds[0] == seconds[2]
+
+
+def test_times_that_cannot_be_meant() -> None:
+    texts = ["yesterday", "-5", "2024-13-01", "20240230", "20241301", "202401312460", None]
+    counts = ["1", "2024", "202401", "19723", "473352", "28401120", "20240131123000123"]  # a year, a month, days, hours, minutes
+    future = [str(int(time.time()) + 2 * 86400), "2099-01-01", "20990101"]
+    for wrong in (texts, counts, future):
+        assert np.isnan(as_epoch_seconds(pa.array(wrong))).all()
+    assert np.isnan(as_epoch_seconds(pa.array([date(1970, 1, 1), date(2099, 1, 1)]))).all()
+    assert np.isnan(as_epoch_seconds(pa.array([2**62], pa.timestamp("s")))).all()
+    assert np.isnan(as_epoch_seconds(pa.array([2**62], pa.int64()))).all()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".arrow", ".parquet"])
+def test_every_batch_has_the_columns_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(tables, "BATCH_ROWS", 10)
+    rows: list[dict[str, Any]] = [{"song_id": f"{i:03d}", "audio_path": "x"} for i in range(95)]
+    for row in rows[50:]:
+        row["title"] = "late"
+    for row in rows[80:]:
+        row["genre"] = ["rock"]
+    del rows[93]["audio_path"]
+    path = tmp_path / f"songs{suffix}"
+    if suffix == ".arrow":
+        types = {"song_id": pa.string(), "audio_path": pa.string(), "title": pa.string(), "genre": pa.list_(pa.string())}
+        table = pa.Table.from_pylist(rows, schema=pa.schema(types))
+        with pa.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table)
+    else:
+        write(path, [{**dict.fromkeys(("song_id", "audio_path", "title", "genre")), **row} for row in rows])
+    (file,) = tables.table_files([str(path)])
+    assert tables.column_names(file) == ("song_id", "audio_path", "title", "genre")
+    (part,) = tables.table_parts([file])
+    for columns in (None, ["genre", "song_id"]):
+        batches = list(tables.read_part(part, columns))
+        assert {tuple(table.column_names) for _, table in batches} == {tuple(columns or tables.column_names(file))}
+        assert [row for row, _ in batches] == list(range(0, 95, 10))
+        assert [song for _, table in batches for song in table["song_id"].to_pylist()] == [row["song_id"] for row in rows]
+    catalog = read_catalog(DataSettings(catalog=str(path)))
+    assert catalog.songs["title"].to_pylist() == ["late"] * 44
+    assert catalog.songs["genre"].to_pylist() == [None] * 30 + [["rock"]] * 14
+    assert count_reasons(catalog.rejected) == {"missing_text": 50, "missing_audio_path": 1}
+
+
+def test_rows_of_json_lines_that_cannot_be_parsed(tmp_path: Path) -> None:
+    good = '{"song_id": "%s", "audio_path": "x", "title": "T"}'
+    deep = '{"song_id": "d", "audio_path": "x", "title": ' + "[" * 5000 + "]" * 5000 + "}"
+    lines = [good % "a", "[1]", "", '{"song_id": ', deep, (good % "b").replace('"T"', '"caf\xe9"').encode("latin-1"), good % "c"]
+    data = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+    (tmp_path / "s.jsonl").write_bytes(codecs.BOM_UTF8 + data)
+    catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.jsonl")))
+    assert catalog.songs["song_id"].to_pylist() == ["a", "c"]
+    assert catalog.rows == 6
+    found = [(row["row"], row["reason"], row["detail"].partition(";")[0]) for row in catalog.rejected.to_pylist()]
+    assert found == [(row, "unreadable_row", f"line {line} is not a JSON object") for row, line in ((1, 2), (2, 4), (3, 5), (4, 6))]
+
+
+@pytest.mark.parametrize("block", [1 << 24, 64])
+def test_rows_of_csv_that_cannot_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", block)
+    random = np.random.default_rng(0)
+    for broken in ([], [0], [19], [0, 1, 2], [5, 6, 17, 18, 19], list(range(20)), sorted(random.choice(20, 8, False).tolist())):
+        lines = [f'{i},x{i}.wav,"Song\n{i}"' if i not in broken else f"{i},x{i}.wav" + ",too,many" * (i % 2) for i in range(20)]
+        (tmp_path / "s.csv").write_text("song_id,audio_path,title\n" + "\n".join(lines) + "\n")
+        catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.csv")))
+        assert catalog.rows == 20
+        assert {row["row"]: row["song_id"] for row in catalog.songs.to_pylist()} == {i: str(i) for i in range(20) if i not in broken}
+        assert [(row["row"], row["reason"]) for row in catalog.rejected.to_pylist()] == [(i, "unreadable_row") for i in broken]
+        assert all(f"has {4 if i % 2 else 2} cells; expected 3" in catalog.rejected["detail"][n].as_py() for n, i in enumerate(broken))
+
+
+def test_csv_cells_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_bytes("song_id,audio_path,title,artist\n1,x,caf\xe9,A\n2,x,B,B\n\xe9,x,C,C\n".encode("latin-1"))
+    catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.csv")))
+    assert [(song["song_id"], song["title"], song["text"]) for song in catalog.songs.to_pylist()] == [("1", None, "A"), ("2", "B", "B; B")]
+    assert str(catalog.null_cells).endswith(rf"title 1, e.g. b'caf\xe9' in row 0 of {tmp_path}/s.csv")
+    assert [(row["row"], row["detail"]) for row in catalog.rejected.to_pylist()] == [(2, r"song_id cannot be read as text: b'\xe9'")]
+
+
+def test_json_cells_of_several_types(tmp_path: Path) -> None:
+    rows = [
+        {"title": "plain", "genre": "rock; pop", "tags": ["a", "b"], "year": 1999},
+        {"title": 12, "genre": ["jazz"], "tags": [["deep"]], "year": "ca. 1990"},
+        {"title": "smile \ud83d", "genre": {"name": "folk"}, "tags": [{"x": 1}], "year": 20240101},
+        {"title": True, "genre": 7, "tags": "c", "year": 1.5},
+        {"title": None, "genre": None, "tags": [], "year": "2001-05"},
+    ]
+    songs = [{"song_id": f"s{i}", "audio_path": "x", "key": "C", **row} for i, row in enumerate(rows)]
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in songs))
+    catalog = read_catalog(DataSettings(catalog=str(path), text_columns=("title", "key")))
+    assert catalog.songs["title"].to_pylist() == ["plain", "12", None, "true", None]
+    assert catalog.songs["genre"].to_pylist() == [["rock", "pop"], ["jazz"], None, ["7"], None]
+    assert catalog.songs["tags"].to_pylist() == [["a", "b"], None, None, ["c"], None]
+    assert catalog.songs["year"].to_pylist() == [1999, None, None, None, 2001]
+    assert catalog.null_cells.counts == {"title": 1, "genre": 1, "tags": 2, "year": 3}
+    said = str(catalog.null_cells)
+    assert said.startswith("7 cells cannot be read and are null")
+    assert f"year 3, e.g. 'ca. 1990' in row 1 of {path}" in said
+    assert "genre 1, e.g. {'name': 'folk'} in row 2" in said
+
+
+def test_required_cells_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    ids = pa.array([b"a", b"caf\xe9", None, b"d"])
+    paths = pa.array([b"x", b"x", b"x", b"\xff.wav"])
+    pq.write_table(pa.table({"song_id": ids, "audio_path": paths, "title": ["T"] * 4}), path)
+    catalog = read_catalog(DataSettings(catalog=str(path)))
+    assert catalog.songs["song_id"].to_pylist() == ["a"]
+    assert [(row["row"], row["reason"], row["detail"]) for row in catalog.rejected.to_pylist()] == [
+        (1, "missing_song_id", r"song_id cannot be read as text: b'caf\xe9'"),
+        (2, "missing_song_id", "the row has no song_id"),
+        (3, "missing_audio_path", r"audio_path cannot be read as text: b'\xff.wav'"),
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_hidden_and_temporary_names_below_a_folder_are_no_data(tmp_path: Path, scheme: str) -> None:
+    folder = tmp_path / "_data" / ".live"  # what the user names is read whatever it is called
+    kept = ["a.csv", "day=2024-01-01/b.csv", "x/y/c.csv"]
+    hidden = [
+        ".ipynb_checkpoints/a-checkpoint.csv",
+        "_temporary/0/task/part-0.csv",
+        "_delta_log/00000000000000000000.json",
+        "_delta_log/_last_checkpoint.parquet",
+        ".spark-staging-1/day=2024-01-01/b.csv",
+        "x/__MACOSX/._c.csv",
+        "x/.hidden.csv",
+        "_metadata.parquet",
+    ]
+    for name in kept + hidden:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("song_id,audio_path,title\n" + f"{name},x,T\n")
+    files = tables.table_files([f"{scheme}{folder}"])
+    assert [file.path.removeprefix(f"{scheme}{folder}/") for file in files] == kept
+    assert tables.table_files([f"{scheme}{folder}/_metadata.parquet"])[0].path.endswith("_metadata.parquet")
+    assert read_catalog(DataSettings(catalog=f"{scheme}{folder}")).rows == 3
 
 
 def test_song_text_is_one_line() -> None:

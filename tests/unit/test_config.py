@@ -115,6 +115,106 @@ def test_numbers_of_a_stage_are_finite(key: str):
             resolve("demo", None, [f"pretrain.{key}={value}"])
 
 
+KEPT = [
+    "yes",
+    "no",
+    "on",
+    "null",
+    "~",
+    "1:30",
+    "064",
+    "2024",
+    "2024-01-01",
+    ".inf",
+    "1e5",
+    "0x1F",
+    "a #4.csv",
+    "[live",
+    "{day}",
+    ": :",
+    "::",
+    "*x",
+    "true",
+]
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_a_text_stays_the_text_that_was_given(text: str, tmp_path: Path):
+    config = resolve("demo", None, [f"serve.host={text}", f"data.columns.song_id={text}", f"workspace={text}"])
+    assert config.serve.host == config.data.columns["song_id"] == config.workspace == text
+    file = tmp_path / "saved.yaml"
+    file.write_text(config.as_yaml())
+    assert resolve(None, file) == config
+    if text not in ("null", "~", "[live"):
+        assert resolve("demo", None, [f"data.catalog={text}"]).data.catalog == (text,)
+
+
+def test_plain_scalars_of_a_file_are_texts(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data:\n  catalog: DJ/songs#4.csv\n  columns: {song_id: yes, year: 2024, title: 1:30, album: 064, genre: 2024-01-01, mood: on}\n"
+        "  split_column: no\npretrain: &stage\n  batch_size: 064\n  learning_rate: 1e-4\n  compile: yes\n"
+        "finetune:\n  <<: *stage\n  loss: softmax\n"
+    )
+    config = resolve("demo", file)
+    assert config.data.columns == {"song_id": "yes", "year": "2024", "title": "1:30", "album": "064", "genre": "2024-01-01", "mood": "on"}
+    assert config.data.split_column == "no"
+    assert (config.pretrain.batch_size, config.pretrain.learning_rate, config.pretrain.compile) == (64, 1e-4, True)
+    assert config.finetune.batch_size == 64
+
+
+@pytest.mark.parametrize("key", ["batch_size", "learning_rate", "seed", "weight_decay", "compile"])
+@pytest.mark.parametrize("text", ["1:30", ".inf", "-.inf", ".nan", "inf", "nan", "2024-01-01", "one", "[1]", ""])
+def test_texts_that_are_no_number_are_refused_in_a_file_as_in_an_assignment(key: str, text: str, tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"pretrain:\n  {key}: {text}\n")
+    for refused in ({"file": file}, {"assignments": [f"pretrain.{key}={text}"]}):
+        with pytest.raises(ConfigError, match=f"pretrain.{key}"):
+            resolve("demo", **refused)
+
+
+def test_null_where_a_key_may_be_null(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  split_column: ~\npairs:\n  half_life_days: null\n")
+    for config in (resolve("demo", file), resolve("demo", None, ["data.split_column=null", "pairs.half_life_days="])):
+        assert config.data.split_column is None
+        assert config.pairs.half_life_days is None
+    for key in ("data.catalog", "data.text_columns", "pretrain.epochs", "workspace", "data.columns.title"):
+        with pytest.raises(ConfigError, match=key):
+            resolve("demo", None, [f"{key}="])
+
+
+def test_lists_and_sections_of_an_assignment():
+    config = resolve(
+        "demo", None, ["data.catalog=[a b.csv, 'c, d.csv', yes]", "data.columns={song_id: no, year: 064}", "pretrain={epochs: 3}"]
+    )
+    assert config.data.catalog == ("a b.csv", "c, d.csv", "yes")
+    assert config.data.columns == {"song_id": "no", "year": "064"}
+    assert config.pretrain.epochs == 3
+
+
+def test_the_values_of_a_search_have_types(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    space = "{pretrain.batch_size: [064, 128], pretrain.learning_rate: [1e-4, 2.5E-3], pretrain.loss: [softmax, no], "
+    space += "a: ['1', 1, true, null, 1:30]}"
+    file.write_text(f"tune:\n  space: {space}\n  samples: 0100\n")
+    for config in (
+        resolve("demo", file),
+        resolve("demo", None, [f"tune.space={space}"]),
+        resolve("demo", None, [f"tune={{space: {space}}}"]),
+    ):
+        assert config.tune.space is not None
+        found = {key: dimension.values for key, dimension in config.tune.space.items()}
+        assert repr(found) == (
+            "{'pretrain.batch_size': (64, 128), 'pretrain.learning_rate': (0.0001, 0.0025), 'pretrain.loss': ('softmax', 'no'), "
+            "'a': ('1', 1, True, None, '1:30')}"
+        )
+    assert resolve("demo", file).tune.samples == 100
+    one = resolve("demo", None, ["tune.space.pretrain.batch_size=[064, 128]"]).tune.space
+    assert one is not None
+    assert one["pretrain.batch_size"].values == (64, 128)
+
+
 def test_unknown_preset_and_unreadable_file(tmp_path: Path):
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         resolve("demmo")
