@@ -104,7 +104,7 @@ def test_micro_batch_sizes(value: str):
 def test_seeds_are_numbers_that_every_library_takes(section: str):
     assert getattr(resolve("demo", None, [f"{section}.seed={2**32 - 1}"]), section).seed == 2**32 - 1
     for seed in (-1, 2**32, 20_000_000_000_000):
-        with pytest.raises(ConfigError, match=rf"^configuration key '{section}\.seed': Input should be .* \(it is {seed}\)$"):
+        with pytest.raises(ConfigError, match=rf"^configuration key '{section}\.seed': Input should be .* \(it is '{seed}'\)$"):
             resolve("demo", None, [f"{section}.seed={seed}"])
 
 
