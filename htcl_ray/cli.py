@@ -135,7 +135,7 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     _index_flag(parser)
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", help="words")
-    query.add_argument("--audio", metavar="FILE", help="an audio file")
+    query.add_argument("--audio", metavar="FILE", help="an audio file: a path, or an s3:// or gs:// URI")
     query.add_argument("--song-id", metavar="ID", help="a song of the index")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="number of songs (default 10)")
     parser.add_argument("--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)")
@@ -221,7 +221,7 @@ def _serve(config: Config, options: argparse.Namespace) -> None:
 def _search(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.search import search
 
-    query = {"text": options.text, "audio": Path(options.audio) if options.audio else None, "song_id": options.song_id}
+    query = {"text": options.text, "audio": options.audio, "song_id": options.song_id}
     how = {"k": options.k, "blend": options.blend, "max_per_artist": options.max_per_artist}
     search(config, options.index, **query, conditions=options.filter, as_json=options.json, **how)
 

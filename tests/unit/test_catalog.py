@@ -19,7 +19,7 @@ import soundfile
 
 from htcl_ray.audio import decode
 from htcl_ray.catalog import tables
-from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
+from htcl_ray.catalog.audio_files import MISSING, UNSUPPORTED, sizes_and_times
 from htcl_ray.catalog.columns import as_epoch_seconds, as_lists, as_numbers, as_strings, as_years
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
@@ -227,7 +227,7 @@ def test_duplicate_groups_follow_the_sound() -> None:
 def test_sizes_of_local_and_remote_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     found = sizes_and_times([str(tmp_path / "a"), str(tmp_path / "b"), f"file://{tmp_path}/a", f"file://{tmp_path}/b", "nowhere://x/y"])
-    assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, MISSING]
+    assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, UNSUPPORTED]
     assert found[0, 1] == found[2, 1] == (tmp_path / "a").stat().st_mtime_ns
 
 

@@ -113,7 +113,7 @@ def test_lengths_around_the_minimum() -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert reason_of(tmp_path / "missing.wav") is Reason.AUDIO_NOT_FOUND
     assert reason_of(tmp_path) is Reason.AUDIO_NOT_FOUND
-    assert reason_of("nowhere://bucket/x.wav") is Reason.AUDIO_NOT_FOUND
+    assert reason_of("nowhere://bucket/x.wav") is Reason.UNSUPPORTED_URI
     assert reason_of("bad\0name") is Reason.AUDIO_NOT_FOUND
     os.mkfifo(tmp_path / "pipe.wav")
     assert reason_of(tmp_path / "pipe.wav") is Reason.AUDIO_NOT_FOUND  # and does not wait for a writer
