@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,7 +40,8 @@ def search(
     else:
         answer = service.search_text(text or "", **options)
     if as_json:
-        print(json.dumps({"k": answer.k, "blend": answer.blend, "results": _results(answer)}, ensure_ascii=False, indent=2))
+        tree = {"k": answer.k, "blend": answer.blend, "results": _results(answer)}
+        print(json.dumps(tree, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=2))
     else:
         _print(answer)
 

@@ -27,7 +27,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from htcl_ray.errors import AccessDeniedError, MismatchError, StorageError, WorkspaceError
+from htcl_ray.errors import AccessDeniedError, HtclError, MismatchError, StorageError, WorkspaceError
 from htcl_ray.schemas import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
@@ -133,6 +133,23 @@ def explain(error: BaseException, where: str) -> AccessDeniedError | StorageErro
 def _first_line(error: BaseException) -> str:
     strerror = getattr(error, "strerror", None)
     return (str(strerror or error) or type(error).__name__).splitlines()[0][:300]
+
+
+PASSED_ON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def storage_failure(error: BaseException, where: str) -> HtclError | None:
+    """What `explain` says of the storage error that caused an error of any library, or None when storage is not to blame."""
+    cause: BaseException | None = error
+    for _ in range(10):
+        if cause is None:
+            break
+        if NO_SPACE.search(str(cause)):
+            return explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), str(getattr(cause, "filename", None) or where))
+        if is_storage_error(cause) and getattr(cause, "errno", None) in (None, *PASSED_ON):
+            return explain(cause, str(getattr(cause, "filename", None) or where))
+        cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+    return None
 
 
 @contextlib.contextmanager
