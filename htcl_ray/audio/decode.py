@@ -144,8 +144,8 @@ def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: Audi
         waveform.broke_off = bool(failure)
         if failure and waveform.seconds < recipe.min_seconds:
             waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits), failure)
-        if head.startswith(b"OggS") and not waveform.is_full:
-            waveform.broke_off |= not _ends_as_ogg(file)
+        if head.startswith(b"OggS") and not waveform.is_full and not _ends_as_ogg(file):
+            waveform.broke_off, waveform.declared_seconds = True, None  # libsndfile takes the length from the last page that there is
     return Clip(waveform.finish(), waveform.decoded_share)
 
 

@@ -50,7 +50,8 @@ def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
     Raises InputError for other types and shapes, for more channels than samples ([samples, channels], as soundfile reads) and for a sample
     rate that no audio file may have; AudioError (too_short) when there is no sample.
     """
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, numbers.Real) or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
+    is_number = isinstance(sample_rate, numbers.Real) and not isinstance(sample_rate, bool)
+    if not is_number or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
         raise InputError(f"the sample rate is {sample_rate!r}; expected {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz")
     if hasattr(waveform, "detach"):  # a tensor, perhaps with gradient, on a GPU or in bfloat16
         waveform = waveform.detach().cpu()
