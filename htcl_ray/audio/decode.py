@@ -9,12 +9,10 @@ what was really decoded. A file that breaks off keeps what came before the break
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
 import re
-import stat
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -23,16 +21,15 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from htcl_ray.errors import AccessDeniedError, AudioError, StorageError, WorkspaceError
+from htcl_ray.audio.source import one_line, opened
+from htcl_ray.errors import AudioError
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
-from htcl_ray.storage import explain, local_path, open_filesystem, storage_errors
 
 FloatArray = npt.NDArray[np.float32]
 
 BLOCK_SAMPLES = 1 << 16
 """Samples of all channels that are decoded at a time."""
-REMOTE_READ_BYTES = 1 << 20
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 """In Hz. A header may claim anything; the decoder's memory and time must not follow it."""
 UNKNOWN_FRAMES = 1 << 62
@@ -128,7 +125,7 @@ def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: Audi
     audio_not_found, access_denied, unsupported_uri, audio_empty, undecodable, decoder_missing, too_short or not_finite. Raises
     StorageError or AccessDeniedError when an object store fails, which says nothing about the file.
     """
-    with _opened(source) as file:
+    with opened(source) as file:
         head = file.read(64)
         file.seek(0)
         if not head:
@@ -140,7 +137,7 @@ def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: Audi
         except AudioError:  # beyond the limits
             raise
         except Exception as error:  # on broken files: RuntimeError, ValueError, TypeError, MemoryError, …
-            failure = f"libsndfile: {_one_line(error)}"
+            failure = f"libsndfile: {one_line(error)}"
         waveform.broke_off = bool(failure)
         if failure and waveform.seconds < recipe.min_seconds:
             waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits), failure)
@@ -267,90 +264,6 @@ def _ends_as_ogg(file: IO[bytes]) -> bool:
     return 0 <= last < len(tail) - 5 and bool(tail[last + 5] & 4)
 
 
-@contextlib.contextmanager
-def _opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[bytes]]:
-    """The source as a seekable file at its start; the caller's own file object is left open."""
-    if isinstance(source, bytes):
-        yield io.BytesIO(source)
-        return
-    if not isinstance(source, str | os.PathLike):
-        source.seek(0)
-        yield source
-        return
-    path = os.fspath(source)
-    remote: _RemoteFile | None = None
-    try:
-        on_disk = local_path(path)
-        if on_disk is None:
-            remote = _RemoteFile(path)
-            file: IO[bytes] = io.BufferedReader(remote, REMOTE_READ_BYTES)
-        elif not stat.S_ISREG(os.stat(on_disk).st_mode):  # opening a named pipe would wait for ever
-            raise AudioError(Reason.AUDIO_NOT_FOUND, f"{on_disk} is not a regular file")
-        else:
-            file = open(on_disk, "rb")  # noqa: SIM115
-    except WorkspaceError as error:
-        raise AudioError(Reason.UNSUPPORTED_URI, str(error)) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} does not exist") from None
-    except PermissionError:
-        raise AudioError(Reason.ACCESS_DENIED, f"access denied to {path}") from None
-    except ValueError as error:
-        raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} cannot be read: {_one_line(error)}") from None
-    except (AccessDeniedError, StorageError):
-        raise
-    except OSError as error:
-        raise explain(error, path) from error
-    with file:
-        try:
-            yield file
-        except Exception:
-            if remote is None or remote.error is None:
-                raise
-        if remote is not None and remote.error is not None:
-            raise explain(remote.error, path) from remote.error
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of an object store that ends at the first read error and remembers it: decoders take errors for the end of the audio."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.error: OSError | None = None
-        with storage_errors(uri):
-            filesystem, inner = open_filesystem(uri)
-            self._file = filesystem.open_input_file(inner)
-            self._size = self._file.size()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}[whence]
-        self._file.seek(min(max(start + offset, 0), self._size))
-        return self._file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        if self.error is not None:
-            return 0
-        try:
-            data = self._file.read(len(buffer))
-        except OSError as error:
-            self.error = error
-            return 0
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def _read_sndfile(file: str | IO[bytes]) -> _Sound:
     sound = soundfile.SoundFile(file)
 
@@ -390,7 +303,7 @@ def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failu
         raise
     except Exception as error:  # FFmpeg's own errors, and whatever PyAV raises on a broken file
         if waveform.seconds < waveform.recipe.min_seconds:
-            raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {_one_line(error)}") from None
+            raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {one_line(error)}") from None
         waveform.broke_off = True
     return waveform
 
@@ -424,8 +337,3 @@ def _read_ffmpeg(container: Any, waveform: _Waveform, trust_duration: bool) -> _
 def _as_rows(frame: Any) -> FloatArray:
     """[frames, channels] of an interleaved FFmpeg frame."""
     return frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
-
-
-def _one_line(error: Exception) -> str:
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]
