@@ -6,7 +6,12 @@ Exit codes: 0 done; 2 the user's input or configuration is wrong (one sentence o
 from __future__ import annotations
 
 import argparse
+import codecs
+import errno
+import io
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,16 +38,52 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `htcl` and return its exit code."""
-    parser = _parser()
+    _write_any_character()
     try:
-        options = parser.parse_args(arguments)
-        COMMANDS[options.command].run(_config(options), options)
+        try:
+            code = _run(arguments)
+        finally:
+            print(end="", flush=True)
+    except OSError as error:  # of standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes there when the interpreter ends
+        if error.errno == errno.EPIPE:  # `htcl search … | head`: the reader has what it wanted
+            return 128 + signal.SIGPIPE
+        print(f"htcl: failed: the output cannot be written ({error.strerror or error})", file=sys.stderr)
+        return 1
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    where = "the workspace"
+    try:
+        options = _parser().parse_args(arguments)
+        config = _config(options)
+        where = f"the workspace {config.workspace}"
+        COMMANDS[options.command].run(config, options)
     except KeyboardInterrupt:
         print("htcl: stopped; the same command continues where it can", file=sys.stderr)
         return 130
     except Exception as error:
-        return _report(error)
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+            os.write(1, b"\n")  # raises the same error when it is of standard output
+        return _report(error, where)
     return 0
+
+
+def _write_any_character() -> None:
+    """Let both streams of this process write what their encoding lacks: an arrow on a terminal without UTF-8 must not end a step."""
+    codecs.register_error("htcl-ascii", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="htcl-ascii")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(ASCII.get(character) or f"\\u{ord(character):04x}" for character in error.object[error.start : error.end]), error.end
+
+
+ASCII = {"→": "->", "↔": "<->", "–": "-", "—": "-", "×": "x", "…": "...", "·": ".", "≥": ">=", "≤": "<=", "±": "+-", "−": "-", "’": "'"}
 
 
 def run_step(step: str) -> int:
@@ -50,8 +91,10 @@ def run_step(step: str) -> int:
     return main([step, *sys.argv[1:]])
 
 
-def _report(error: BaseException) -> int:
-    ours = _ours(error)
+def _report(error: BaseException, where: str = "the workspace") -> int:
+    from htcl_ray.storage import storage_failure
+
+    ours = _ours(error) or storage_failure(error, where)
     if isinstance(ours, InputError):
         print(f"htcl: error: {ours}", file=sys.stderr)
         return ours.exit_code
@@ -135,7 +178,7 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     _index_flag(parser)
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", help="words")
-    query.add_argument("--audio", metavar="FILE", help="an audio file")
+    query.add_argument("--audio", metavar="FILE", help="an audio file: a path, or an s3:// or gs:// URI")
     query.add_argument("--song-id", metavar="ID", help="a song of the index")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="number of songs (default 10)")
     parser.add_argument("--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)")
@@ -221,7 +264,7 @@ def _serve(config: Config, options: argparse.Namespace) -> None:
 def _search(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.search import search
 
-    query = {"text": options.text, "audio": Path(options.audio) if options.audio else None, "song_id": options.song_id}
+    query = {"text": options.text, "audio": options.audio, "song_id": options.song_id}
     how = {"k": options.k, "blend": options.blend, "max_per_artist": options.max_per_artist}
     search(config, options.index, **query, conditions=options.filter, as_json=options.json, **how)
 

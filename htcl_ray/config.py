@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError, model_validator
 
-from htcl_ray.errors import ConfigError
+from htcl_ray.errors import ConfigError, HtclError
 from htcl_ray.settings import (
     AudioRecipe,
     DataSettings,
@@ -229,16 +229,18 @@ def _preset(name: str) -> dict[str, Any]:
 def _read_text(path: str) -> str:
     if "://" not in path:
         return Path(path).read_text(encoding="utf-8")
-    from htcl_ray.storage import open_filesystem
+    from htcl_ray.storage import open_filesystem, storage_errors
 
     filesystem, name = open_filesystem(path)
-    with filesystem.open_input_stream(name) as stream:
+    with storage_errors(path), filesystem.open_input_stream(name) as stream:
         return stream.read().decode("utf-8")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         tree = _parse(_read_text(path))
+    except HtclError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -93,8 +93,16 @@ class AudioError(InputError):
         return type(self), (self.reason, self.detail)
 
 
+class AccessDeniedError(InputError, OSError):
+    """A file, folder or bucket may not be read or written with this process's rights or credentials."""
+
+
 class StepError(HtclError):
     """A step started and could not finish."""
+
+
+class StorageError(StepError, OSError):
+    """Storage failed: no space left, not reachable, or an error of the device. The input is not to blame."""
 
 
 class RequestError(HtclError):

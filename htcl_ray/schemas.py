@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of every manifest and table in a workspace; raised when an old reader would misread a new file."""
 
 
@@ -40,11 +40,14 @@ class Reason(StrEnum):
     MISSING_SONG_ID = "missing_song_id"
     MISSING_AUDIO_PATH = "missing_audio_path"
     AUDIO_NOT_FOUND = "audio_not_found"
+    ACCESS_DENIED = "access_denied"
+    UNSUPPORTED_URI = "unsupported_uri"
     AUDIO_EMPTY = "audio_empty"
     UNDECODABLE = "undecodable"
     DECODER_MISSING = "decoder_missing"
     TOO_SHORT = "too_short"
     NOT_FINITE = "not_finite"
+    SILENT = "silent"
     TOO_LONG = "too_long"
     TOO_MANY_CHANNELS = "too_many_channels"
     SAMPLE_RATE_TOO_HIGH = "sample_rate_too_high"
@@ -80,7 +83,8 @@ def features_schema(frames: int, mels: int) -> pa.Schema:
     """Schema of `features/<fingerprint>/*.parquet`.
 
     `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames are sound, the rest is padding
-    that no reader may use. `audio_path` is absolute or a URI.
+    that no reader may use. `decoded_share` is 1 unless a damaged file could be decoded only in part (see `audio.decode.Clip`).
+    `audio_path` is absolute or a URI.
     """
     return pa.schema(
         [
@@ -89,6 +93,7 @@ def features_schema(frames: int, mels: int) -> pa.Schema:
             pa.field("log_mel", pa.fixed_shape_tensor(pa.float16(), (frames, mels)), nullable=False),
             pa.field("valid_frames", pa.int32(), nullable=False),
             pa.field("split", pa.string(), nullable=False),
+            pa.field("decoded_share", pa.float32(), nullable=False),
             pa.field("duplicate_group", pa.string(), nullable=False),
             pa.field("audio_path", pa.string(), nullable=False),
             *METADATA,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,13 +21,13 @@ def search(
     index: str | None,
     *,
     text: str | None,
-    audio: Path | None,
+    audio: str | None,
     song_id: str | None,
     conditions: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer by words, by an audio file, or by a song of the index, and print the songs.
+    """Search by text, by an audio file (path or URI), or by a song of the index, and print the songs.
 
     `conditions`: a Filter as JSON; `options`: others of `service.Options`. Raises QueryError.
     """
@@ -36,11 +36,12 @@ def search(
     if song_id is not None:
         answer = service.search_songs([song_id], **options)
     elif audio is not None:
-        answer = service.search_audio(str(audio), **options)
+        answer = service.search_audio(audio, **options)
     else:
         answer = service.search_text(text or "", **options)
     if as_json:
-        print(json.dumps({"k": answer.k, "blend": answer.blend, "results": _results(answer)}, ensure_ascii=False, indent=2))
+        tree = {"k": answer.k, "blend": answer.blend, "results": _results(answer)}
+        print(json.dumps(tree, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=2))
     else:
         _print(answer)
 

@@ -6,16 +6,19 @@ and renamed, or one atomic upload), and `manifest.json` is written last, so a fo
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 import urllib.parse
 import uuid
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +27,140 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.errors import AccessDeniedError, HtclError, MismatchError, StorageError, WorkspaceError
 from htcl_ray.schemas import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("htcl-ray", "ray", "torch", "transformers", "pyarrow", "librosa", "faiss-cpu", "numpy")
 
 
-_LITERAL_IN_URI = "%/:?@!$&'()*+,;=~[]"
-"""People write names with spaces, accents and "#" into URIs; what is no part of a URI's syntax is escaped for them."""
+SUPPORTED = "a local path, file://, s3:// or gs://"
+OBJECT_STORES = {"s3": "s3", "gs": "gs", "gcs": "gs"}
+"""Schemes of object storage, and how Arrow calls them."""
+URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://|file:(?=/)", re.IGNORECASE)
+URI_OPTIONS = re.compile(r"\?(?:(?:region|scheme|endpoint_override|retry_limit_seconds|project_id|anonymous)=[^&]*(?:&|$))+$")
+"""Options of an object store behind a URI. Any other "?" belongs to a name."""
+CONNECT_SECONDS = 3.0
+S3_ATTEMPTS = 5
+"""Of one request, about 8 s apart in sum: throttling and dropped connections pass, an outage does not."""
+GCS_RETRY_SECONDS = 10
+"""Of one request. Arrow's default is 15 minutes, during which an unreachable server looks like a hanging process."""
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path begins with a scheme, as `s3://bucket/x` and `file:///x` do."""
+    return URI.match(path) is not None
+
+
+def local_path(path_or_uri: str) -> str | None:
+    """Absolute path of a local path or file:// URI (percent-decoded, RFC 8089); None for any other URI. Raises WorkspaceError."""
+    uri = URI.match(path_or_uri)
+    if uri is None:
+        return os.path.abspath(os.path.expanduser(path_or_uri))
+    if (uri["scheme"] or "file").lower() != "file":
+        return None
+    host, _, path = path_or_uri[uri.end() :].partition("/")
+    if uri["scheme"] and host.lower() not in ("", "localhost"):
+        raise WorkspaceError(f"'{path_or_uri}' names the host '{host}'; expected file:///path, which is a file of this machine")
+    return os.path.abspath("/" + os.fsdecode(urllib.parse.unquote_to_bytes(path)))
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """A URI of an object store without its options, and the options with their "?"; "" when there are none."""
+    found = URI_OPTIONS.search(uri)
+    return (uri[: found.start()], found[0]) if found else (uri, "")
 
 
 def open_filesystem(path_or_uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path on it of a local path or an s3://, gs:// or file:// URI. Raises WorkspaceError."""
-    if "://" not in path_or_uri:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path_or_uri))
+    """File system and path on it of a local path or a file://, s3:// or gs:// URI; URIs are percent-decoded.
+
+    A request to an object store is retried for some seconds and then fails. Raises WorkspaceError for other schemes and malformed URIs,
+    StorageError or AccessDeniedError when the region of a bucket cannot be found out.
+    """
+    path = local_path(path_or_uri)
+    if path is not None:
+        return pafs.LocalFileSystem(), path
+    scheme, _, rest = path_or_uri.partition("://")
+    if scheme.lower() not in OBJECT_STORES:
+        raise WorkspaceError(f"'{path_or_uri}' cannot be opened: {scheme}:// is not supported; expected {SUPPORTED}")
+    rest, options = split_options(rest)
+    bucket, slash, name = rest.partition("/")
+    quoted = urllib.parse.quote_from_bytes(urllib.parse.unquote_to_bytes(name))
     try:
-        return pafs.FileSystem.from_uri(urllib.parse.quote(path_or_uri, safe=_LITERAL_IN_URI))
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise WorkspaceError(f"'{path_or_uri}' cannot be opened: {reason}; expected a local path, s3:// or gs://") from None
+        with storage_errors(path_or_uri):
+            filesystem, inner = pafs.FileSystem.from_uri(f"{OBJECT_STORES[scheme.lower()]}://{bucket}{slash}{quoted}{options}")
+    except pa.ArrowInvalid as error:
+        raise WorkspaceError(f"'{path_or_uri}' cannot be opened: {_first_line(error)}; expected {SUPPORTED}") from None
+    return _with_limits(filesystem), inner
+
+
+def _with_limits(filesystem: pafs.FileSystem) -> pafs.FileSystem:
+    """The same object store with time limits, which a URI cannot state."""
+    _, (options,) = filesystem.__reduce__()
+    if isinstance(filesystem, pafs.S3FileSystem):
+        retries = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
+        return pafs.S3FileSystem(**{**options, "connect_timeout": CONNECT_SECONDS, "retry_strategy": retries})
+    limit = options["retry_time_limit"] or timedelta(seconds=GCS_RETRY_SECONDS)
+    return pafs.GcsFileSystem(**{**options, "retry_time_limit": limit})
+
+
+DENIED = re.compile(
+    r"access.?denied|permission.?denied|unauthenticated|forbidden|invalid.?access.?key|signature.?does.?not.?match|(expired|invalid).?token"
+    r"|(status|code):? 40[13]\b",
+    re.IGNORECASE,
+)
+NO_SPACE = re.compile(r"no space left|disk quota exceeded|errno (28|122)\b", re.IGNORECASE)
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error is of the operating system or of an object store, and not of a file's content (Arrow raises OSError for both)."""
+    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error) or "google::cloud" in str(error))
+
+
+def explain(error: BaseException, where: str) -> AccessDeniedError | StorageError:
+    """The sentence for an operating system's or object store's error other than "not found"."""
+    code, reason = getattr(error, "errno", None), _first_line(error)
+    if code in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE.search(reason):
+        return StorageError(f"no space left on the device of {where}; free some, or choose another place, and run the same command again")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS) or (code is None and DENIED.search(reason)):
+        needed = "these credentials must be allowed to list and read it" if is_uri(where) else "this user must be allowed to use it"
+        return AccessDeniedError(f"access denied to {where} ({reason}); {needed}, and to write it if it is the workspace")
+    if is_uri(where):
+        return StorageError(f"{where} cannot be reached, also after retries ({reason}); run the same command again when it can")
+    return StorageError(f"{where} cannot be read or written ({reason}); run the same command again when it can")
+
+
+def _first_line(error: BaseException) -> str:
+    strerror = getattr(error, "strerror", None)
+    return (str(strerror or error) or type(error).__name__).splitlines()[0][:300]
+
+
+PASSED_ON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def storage_failure(error: BaseException, where: str) -> HtclError | None:
+    """What `explain` says of the storage error that caused an error of any library, or None when storage is not to blame."""
+    cause: BaseException | None = error
+    for _ in range(10):
+        if cause is None:
+            break
+        if NO_SPACE.search(str(cause)):
+            return explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), str(getattr(cause, "filename", None) or where))
+        if is_storage_error(cause) and getattr(cause, "errno", None) in (None, *PASSED_ON):
+            return explain(cause, str(getattr(cause, "filename", None) or where))
+        cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+    return None
+
+
+@contextlib.contextmanager
+def storage_errors(where: str) -> Iterator[None]:
+    """Turn errors of the operating system and of object stores into AccessDeniedError or StorageError; FileNotFoundError stays."""
+    try:
+        yield
+    except (FileNotFoundError, AccessDeniedError, StorageError):
+        raise
+    except OSError as error:
+        raise explain(error, where) from error
 
 
 def fingerprint(*parts: Any) -> str:
@@ -88,7 +205,7 @@ class Workspace:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+        self.uri = local_path(uri) or uri
         self.fs, self.root = open_filesystem(self.uri)
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[str]]:
@@ -116,21 +233,29 @@ class Workspace:
                 stream.write(b"x")
             self.fs.delete_file(probe)
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-            raise WorkspaceError(f"the workspace {self.uri} cannot be written ({reason}); choose another with --workspace") from None
+            found = explain(error, self.uri)
+            if self.is_local and not NO_SPACE.search(str(found)):
+                reason = os.strerror(error.errno) if error.errno else _first_line(error)
+                raise WorkspaceError(f"the workspace {self.uri} cannot be written ({reason}); choose another with --workspace") from None
+            raise found from None
 
     def exists(self, path: str) -> bool:
         """Whether there is a file or folder."""
-        return self.fs.get_file_info(self.full(path)).type != pafs.FileType.NotFound
+        with storage_errors(self.uri_of(path)):
+            return self.fs.get_file_info(self.full(path)).type != pafs.FileType.NotFound
 
     def children(self, path: str) -> list[str]:
         """Names directly below a folder, sorted; empty when there is no such folder. Temporary names are left out."""
-        infos = self.fs.get_file_info(pafs.FileSelector(self.full(path), allow_not_found=True))
+        with storage_errors(self.uri_of(path)):
+            infos = self.fs.get_file_info(pafs.FileSelector(self.full(path), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
     def write_bytes(self, path: str, data: bytes, *, durable: bool = False) -> None:
         """Write one file atomically. `durable`: it is there after a power cut too (object storage always promises that)."""
-        target = self.full(path)
+        with storage_errors(self.uri_of(path)):
+            self._write_bytes(self.full(path), data, durable)
+
+    def _write_bytes(self, target: str, data: bytes, durable: bool) -> None:
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         if not self.is_local:
             with self.fs.open_output_stream(target) as stream:  # visible only when closed
@@ -154,7 +279,7 @@ class Workspace:
     def read_bytes(self, path: str) -> bytes:
         """The whole of one file. Raises WorkspaceError when it is missing."""
         try:
-            with self.fs.open_input_stream(self.full(path)) as stream:
+            with storage_errors(self.uri_of(path)), self.fs.open_input_stream(self.full(path)) as stream:
                 return stream.read()
         except FileNotFoundError:
             raise WorkspaceError(f"{self.uri_of(path)} does not exist") from None
@@ -181,10 +306,11 @@ class Workspace:
         files = [self.full(f"{path}/{name}") for name in self.children(path) if name.endswith(".parquet")]
         if not files:
             raise WorkspaceError(f"{self.uri_of(path)} holds no Parquet file")
-        return pads.dataset(files, filesystem=self.fs, format="parquet").to_table(columns=columns)
+        with storage_errors(self.uri_of(path)):
+            return pads.dataset(files, filesystem=self.fs, format="parquet").to_table(columns=columns)
 
     def manifest(self, path: str) -> dict[str, Any] | None:
-        """The manifest of an artifact, or None when it is missing or unfinished. Raises MismatchError for a newer format."""
+        """The manifest of an artifact, or None when it is missing or unfinished. Raises MismatchError for another format."""
         if not self.exists(f"{path}/{MANIFEST}"):
             return None
         manifest = self.read_json(f"{path}/{MANIFEST}")
@@ -202,18 +328,20 @@ class Workspace:
 
     def remove(self, path: str) -> None:
         """Remove a folder and all below it, the manifest first, so that an interrupted removal looks unfinished."""
-        if self.exists(f"{path}/{MANIFEST}"):
-            self.fs.delete_file(self.full(f"{path}/{MANIFEST}"))
-        if self.exists(path):
-            self.fs.delete_dir(self.full(path))
+        with storage_errors(self.uri_of(path)):
+            if self.exists(f"{path}/{MANIFEST}"):
+                self.fs.delete_file(self.full(f"{path}/{MANIFEST}"))
+            if self.exists(path):
+                self.fs.delete_dir(self.full(path))
 
     def publish(self, folder: Path, path: str, manifest: Mapping[str, Any]) -> None:
         """Move a finished local folder into the workspace as an artifact, manifest last; an older artifact there is replaced."""
         self.remove(path)
         for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
             target = self.full(f"{path}/{file.relative_to(folder).as_posix()}")
-            self.fs.create_dir(os.path.dirname(target), recursive=True)
-            pafs.copy_files(str(file), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
+            with storage_errors(self.uri_of(path)):
+                self.fs.create_dir(os.path.dirname(target), recursive=True)
+                pafs.copy_files(str(file), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
         self.finish(path, manifest)
 
     def local_copy(self, path: str) -> Path:
@@ -226,8 +354,9 @@ class Workspace:
         target = Path(tempfile.gettempdir()) / f"htcl-{os.getuid()}" / fingerprint(self.uri, path, manifest)
         if not target.exists():
             beside = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-            beside.mkdir(parents=True)
-            pafs.copy_files(self.full(path), str(beside), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+            with storage_errors(f"{self.uri_of(path)} or its copy {beside}"):
+                beside.mkdir(parents=True)
+                pafs.copy_files(self.full(path), str(beside), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
             try:
                 beside.rename(target)
             except OSError:  # another process was faster
@@ -244,7 +373,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_format(manifest: Mapping[str, Any], where: str) -> None:
-    """Raise MismatchError when a manifest was written by a newer format than this code reads."""
+    """Raise MismatchError unless a manifest was written in the format that this code reads."""
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise MismatchError(f"{where} has format version {version}, but this htcl-ray reads up to {FORMAT_VERSION}; install a newer one")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        todo = "install a newer one" if newer else "make it again, or choose another workspace"
+        raise MismatchError(f"{where} has format version {version}, but this htcl-ray reads {FORMAT_VERSION}; {todo}")

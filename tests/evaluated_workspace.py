@@ -65,6 +65,7 @@ def write_split_features(config: Config, audio: Path) -> None:
         "log_mel": pa.FixedShapeTensorArray.from_numpy_ndarray(mels),
         "valid_frames": pa.array(valid, pa.int32()),
         "split": [split_of(i) for i in range(SONGS)],
+        "decoded_share": pa.array([1.0] * SONGS, pa.float32()),
         "duplicate_group": [f"group-{i}" for i in range(SONGS)],
         "audio_path": [str(audio / f"{i}.wav") for i in range(SONGS)],
         **{name: pa.nulls(SONGS, METADATA.field(name).type) for name in METADATA.names},

@@ -83,6 +83,7 @@ def write_features(config: Config, *, songs: int = SONGS, songs_per_shard: int =
             "log_mel": pa.FixedShapeTensorArray.from_numpy_ndarray(mels),
             "valid_frames": pa.array(valid, pa.int32()),
             "split": ["train"] * len(rows),
+            "decoded_share": pa.array([1.0] * len(rows), pa.float32()),
             "duplicate_group": [f"group-{i}" for i in rows],
             "audio_path": [f"/nowhere/{i}.wav" for i in rows],
             **{name: pa.nulls(len(rows), METADATA.field(name).type) for name in METADATA.names},

@@ -63,6 +63,7 @@ def write_features(config: Config, songs: int = 60, *, version: str = "synthetic
             "log_mel": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([row[2] for row in part])),
             "valid_frames": [row[3] for row in part],
             "split": [row[4] for row in part],
+            "decoded_share": [1.0] * len(part),
             "duplicate_group": [f"group-{row[0]}" for row in part],
             "audio_path": [f"/audio/{row[0]}.wav" for row in part],
         }

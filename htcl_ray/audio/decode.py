@@ -9,36 +9,45 @@ what was really decoded. A file that breaks off keeps what came before the break
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
-import stat
+import re
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import soundfile
 import soxr
 
-from htcl_ray.errors import AudioError, WorkspaceError
+from htcl_ray.audio.source import one_line, opened
+from htcl_ray.errors import AudioError
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
-from htcl_ray.storage import open_filesystem
 
 FloatArray = npt.NDArray[np.float32]
 
 BLOCK_SAMPLES = 1 << 16
 """Samples of all channels that are decoded at a time."""
-REMOTE_READ_BYTES = 1 << 20
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 """In Hz. A header may claim anything; the decoder's memory and time must not follow it."""
 UNKNOWN_FRAMES = 1 << 62
 """libsndfile says about 2⁶³ for a header that leaves the length open."""
 LARGEST_SAMPLE = 1e6
 """Full scale is 1. Float files with values beyond this are damaged, and their power would overflow: such samples count as not finite."""
+
+
+CODEC_EDGES_SECONDS = 0.2
+"""Lossy codecs declare a little more or less than they decode."""
+SILENCE_PEAK = 2**-12
+"""-72 dBFS: above dither and the noise of lossy codecs, below any music."""
+RESAMPLER_EDGE_SECONDS = 0.02
+OGG_PAGE_BYTES = 1 << 16
+TRUNCATED_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+"""libsndfile's log of a WAV or AIFF file whose header declares more bytes than there are."""
+LENGTH_LEFT_OPEN = 0x7FFF_0000
+"""Bytes; programs that write to a pipe declare about 2³¹ or 2³² instead of a length."""
 
 
 class _Format(NamedTuple):
@@ -91,16 +100,32 @@ class Limits(NamedTuple):
             raise AudioError(Reason.TOO_LONG, f"its header declares {sound.seconds:,.0f} s of sound; expected at most {self.seconds:g}")
 
 
-def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> FloatArray:
-    """The first `recipe.clip_seconds` of an audio file as mono float32 [samples] at `recipe.sample_rate`; full scale is ±1.
+class Clip(NamedTuple):
+    """Decoded audio."""
 
-    With `limits` the whole sound instead; more than they allow is too_long, too_many_channels or sample_rate_too_high.
+    waveform: FloatArray
+    """Mono, [samples]."""
+    decoded_share: float
+    """Above 0, and 1 when nothing is missing: decoded seconds / seconds that the header declares, neither more than is used of a file.
+    Where a damaged file declares no length, a lower bound."""
+
+
+def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> FloatArray:
+    """The waveform of `decode_clip`: the first `recipe.clip_seconds` of an audio file as mono float32 [samples]; full scale is ±1."""
+    return decode_clip(source, recipe, limits).waveform
+
+
+def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> Clip:
+    """The first `recipe.clip_seconds` of an audio file as mono float32 at `recipe.sample_rate`, and how much of it could be decoded.
+
+    With `limits` the whole audio instead; more than they allow is too_long, too_many_channels or sample_rate_too_high.
 
     `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are averaged, then
-    resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError, and nothing else, for anything that cannot be
-    used: its `reason` is audio_not_found, audio_empty, undecodable, decoder_missing, too_short or not_finite.
+    resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError for a file that cannot be used: its `reason` is
+    audio_not_found, access_denied, unsupported_uri, audio_empty, undecodable, decoder_missing, too_short or not_finite. Raises
+    StorageError or AccessDeniedError when an object store fails, which says nothing about the file.
     """
-    with _opened(source) as file:
+    with opened(source) as file:
         head = file.read(64)
         file.seek(0)
         if not head:
@@ -112,10 +137,13 @@ def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioReci
         except AudioError:  # beyond the limits
             raise
         except Exception as error:  # on broken files: RuntimeError, ValueError, TypeError, MemoryError, …
-            failure = f"libsndfile: {_one_line(error)}"
+            failure = f"libsndfile: {one_line(error)}"
+        waveform.broke_off = bool(failure)
         if failure and waveform.seconds < recipe.min_seconds:
             waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits), failure)
-    return waveform.finish()
+        if head.startswith(b"OggS") and not waveform.is_full and not _ends_as_ogg(file):
+            waveform.broke_off, waveform.declared_seconds = True, None  # libsndfile takes the length from the last page that there is
+    return Clip(waveform.finish(), waveform.decoded_share)
 
 
 class _Sound(NamedTuple):
@@ -126,6 +154,8 @@ class _Sound(NamedTuple):
     seconds: float | None
     """None when the header does not tell."""
     blocks: Iterator[FloatArray]
+    truncated_seconds: float = 0.0
+    """What the header declares beyond the end of the file; not part of `seconds`."""
 
 
 class _Waveform:
@@ -139,6 +169,27 @@ class _Waveform:
         self.finite = 0
         self.parts: list[FloatArray] = []
         self.resampler: soxr.ResampleStream | None = None
+        self.most_seconds = limits.seconds if limits else recipe.clip_seconds
+        self.declared_seconds: float | None = None
+        self.lost_seconds = 0.0
+        """Of pieces in the middle that could not be decoded."""
+        self.broke_off = False
+        """Decoding ended with an error."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all that is used of a file was decoded."""
+        return self.seconds >= self.most_seconds
+
+    @property
+    def decoded_share(self) -> float:
+        """See `Clip`."""
+        expected = max(self.declared_seconds or 0.0, self.seconds + self.lost_seconds)
+        if self.broke_off and self.declared_seconds is None:
+            expected = self.most_seconds
+        missing = min(expected, self.most_seconds) - self.seconds
+        tolerance = 0.0 if self.broke_off or self.lost_seconds else CODEC_EDGES_SECONDS
+        return self.seconds / (self.seconds + missing) if missing > tolerance else 1.0
 
     @property
     def seconds(self) -> float:
@@ -154,7 +205,8 @@ class _Waveform:
         self.rate = rate
         if rate != self.recipe.sample_rate:
             self.resampler = soxr.ResampleStream(rate, self.recipe.sample_rate, 1, dtype="float32", quality="HQ")
-        wanted = int(np.ceil((self.limits.seconds if self.limits else self.recipe.clip_seconds) * rate))
+        self.declared_seconds = None if sound.seconds is None else sound.seconds + sound.truncated_seconds
+        wanted = int(np.ceil(self.most_seconds * rate))
         for block in sound.blocks:
             if self.limits and self.frames + len(block) > wanted:
                 raise AudioError(Reason.TOO_LONG, f"it holds more than {self.limits.seconds:g} s of sound; expected at most that")
@@ -186,31 +238,30 @@ class _Waveform:
         return np.concatenate(self.parts)[: None if self.limits else self.recipe.max_samples]
 
 
-@contextlib.contextmanager
-def _opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[bytes]]:
-    """The source as a seekable file at its start; the caller's own file object is left open."""
-    if isinstance(source, bytes):
-        yield io.BytesIO(source)
-        return
-    if not isinstance(source, str | os.PathLike):
-        source.seek(0)
-        yield source
-        return
-    path = os.fspath(source)
-    try:
-        if "://" in path:
-            filesystem, inner = open_filesystem(path)
-            file: Any = io.BufferedReader(filesystem.open_input_file(inner), REMOTE_READ_BYTES)
-        elif not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
-            raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} is not a regular file")
-        else:
-            file = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} does not exist") from None
-    except (OSError, ValueError, pa.ArrowException, WorkspaceError) as error:
-        raise AudioError(Reason.AUDIO_NOT_FOUND, f"{path} cannot be read: {_one_line(error)}") from None
-    with file:
-        yield file
+def check_audible(waveform: FloatArray, recipe: AudioRecipe) -> None:
+    """Raise AudioError for silence: mono samples [n] at the recipe's rate that hardly differ from their mean.
+
+    All silent clips would have one embedding, and would be taken for one recording.
+    """
+    edge = round(RESAMPLER_EDGE_SECONDS * recipe.sample_rate)  # where a constant signal rings
+    inner = waveform[edge : waveform.size - edge] if waveform.size > 4 * edge else waveform
+    loudest = float(max(inner.max() - (mean := float(inner.mean(dtype=np.float64))), mean - inner.min()))
+    if loudest < SILENCE_PEAK:
+        level = f"peak {20 * np.log10(loudest):.0f} dBFS" if loudest > 0 else "every sample is equal"
+        raise AudioError(
+            Reason.SILENT,
+            f"the {waveform.size / recipe.sample_rate:.1f} s that are used are silent ({level}); expected a peak of at least "
+            f"{20 * np.log10(SILENCE_PEAK):.0f} dBFS",
+        )
+
+
+def _ends_as_ogg(file: IO[bytes]) -> bool:
+    """Whether the last page of an Ogg file says that it is the last."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - OGG_PAGE_BYTES))
+    tail = file.read()
+    last = tail.rfind(b"OggS")
+    return 0 <= last < len(tail) - 5 and bool(tail[last + 5] & 4)
 
 
 def _read_sndfile(file: str | IO[bytes]) -> _Sound:
@@ -225,7 +276,12 @@ def _read_sndfile(file: str | IO[bytes]) -> _Sound:
             yield block
 
     seconds = sound.frames / sound.samplerate if 0 <= sound.frames < UNKNOWN_FRAMES and sound.samplerate else None
-    return _Sound(sound.samplerate, sound.channels, seconds, blocks())
+    truncated = 0.0
+    if seconds is not None and (found := TRUNCATED_CHUNK.search(sound.extra_info)):
+        declared, present = int(found[1]), int(found[2])
+        if 0 < present < declared < LENGTH_LEFT_OPEN:
+            truncated = seconds * (declared / present - 1)
+    return _Sound(sound.samplerate, sound.channels, seconds, blocks(), truncated)
 
 
 def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failure: str) -> _Waveform:
@@ -242,16 +298,18 @@ def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failu
     try:
         file.seek(0)
         with av.open(file, format=found.demuxer) as container:
-            waveform.fill(_read_ffmpeg(container, trust_duration=found.demuxer not in _GUESSED_DURATION))
+            waveform.fill(_read_ffmpeg(container, waveform, trust_duration=found.demuxer not in _GUESSED_DURATION))
     except AudioError:  # beyond the limits
         raise
     except Exception as error:  # FFmpeg's own errors, and whatever PyAV raises on a broken file
         if waveform.seconds < waveform.recipe.min_seconds:
-            raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {_one_line(error)}") from None
+            raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {one_line(error)}") from None
+        waveform.broke_off = True
     return waveform
 
 
-def _read_ffmpeg(container: Any, trust_duration: bool) -> _Sound:
+def _read_ffmpeg(container: Any, waveform: _Waveform, trust_duration: bool) -> _Sound:
+    """`waveform.lost_seconds` grows by packets that cannot be decoded."""
     import av
 
     # Interleaved, because PyAV counts a ninth plane in planar frames of 8 channels, and reading that one ends the process.
@@ -262,6 +320,7 @@ def _read_ffmpeg(container: Any, trust_duration: bool) -> _Sound:
             try:
                 decoded = packet.decode()
             except av.InvalidDataError:  # one broken packet; players go on with the next
+                waveform.lost_seconds += float((packet.duration or 0) * packet.time_base)
                 continue
             for frame in decoded:
                 yield from to_floats.resample(frame)
@@ -278,8 +337,3 @@ def _read_ffmpeg(container: Any, trust_duration: bool) -> _Sound:
 def _as_rows(frame: Any) -> FloatArray:
     """[frames, channels] of an interleaved FFmpeg frame."""
     return frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
-
-
-def _one_line(error: Exception) -> str:
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]

@@ -7,6 +7,8 @@ filters are 98 % zeros, so they are applied as a sparse matrix, and frames go th
 from __future__ import annotations
 
 import functools
+import numbers
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ import scipy.fft
 import scipy.sparse
 import soxr
 
+from htcl_ray.audio.decode import HIGHEST_RATE, LARGEST_SAMPLE, LOWEST_RATE
 from htcl_ray.errors import AudioError, InputError
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
@@ -24,14 +27,14 @@ SMALLEST_POWER = 1e-10
 FRAMES_AT_ONCE = 64
 
 
-def log_mel(waveform: npt.ArrayLike, sample_rate: int, recipe: AudioRecipe) -> FloatArray:
+def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) -> FloatArray:
     """Log-mel spectrogram in dB of a waveform, float32 [frames, recipe.n_mels].
 
     `waveform`: floats with full scale ±1, [samples] or [channels, samples]; channels are averaged, then resampled to the recipe's rate.
     All of it is used: cutting to `recipe.clip_seconds` is the caller's. Frames: 1 + samples // hop_length. Values lie in
-    [max − top_db, max]. Raises InputError for integers and other shapes, AudioError when a value is not finite.
+    [max − top_db, max]. Raises InputError and AudioError as `as_waveform` does, and AudioError when a value is not finite.
     """
-    mono = _as_mono(np.asarray(waveform))
+    mono = _as_mono(as_waveform(waveform, sample_rate))
     if sample_rate != recipe.sample_rate:
         mono = np.ascontiguousarray(soxr.resample(mono, sample_rate, recipe.sample_rate, "HQ"), dtype=np.float32)
     mel = _mel_power(mono, recipe)
@@ -41,15 +44,41 @@ def log_mel(waveform: npt.ArrayLike, sample_rate: int, recipe: AudioRecipe) -> F
     return np.maximum(mel, mel.max() - recipe.top_db, out=mel)
 
 
-def _as_mono(waveform: npt.NDArray[np.generic]) -> FloatArray:
-    if waveform.ndim not in (1, 2) or not np.issubdtype(waveform.dtype, np.floating):
+def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
+    """An array or tensor of floats [samples] or [channels, samples] as an array, unchanged.
+
+    Raises InputError for other types and shapes, for more channels than samples ([samples, channels], as soundfile reads) and for a sample
+    rate that no audio file may have; AudioError (too_short) when there is no sample.
+    """
+    is_number = isinstance(sample_rate, numbers.Real) and not isinstance(sample_rate, bool)
+    if not is_number or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
+        raise InputError(f"the sample rate is {sample_rate!r}; expected {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz")
+    if hasattr(waveform, "detach"):  # a tensor, perhaps with gradient, on a GPU or in bfloat16
+        waveform = waveform.detach().cpu()
+        waveform = waveform.float() if str(waveform.dtype) == "torch.bfloat16" else waveform
+    try:
+        array = np.asarray(waveform)
+    except ValueError as error:
         raise InputError(
-            f"the waveform is {waveform.dtype} {list(waveform.shape)}; expected floats in [-1, 1], [samples] or [channels, samples]"
+            f"the waveform is no array ({str(error).splitlines()[0]}); expected floats, [samples] or [channels, samples]"
+        ) from None
+    if array.ndim not in (1, 2) or not (np.issubdtype(array.dtype, np.floating) or array.size == 0):
+        raise InputError(f"the waveform is {array.dtype} {list(array.shape)}; expected floats in [-1, 1], [samples] or [channels, samples]")
+    if not array.size:
+        raise AudioError(Reason.TOO_SHORT, f"the waveform is {list(array.shape)} and holds no sample")
+    if array.ndim == 2 and array.shape[0] > array.shape[1]:
+        channels, samples = array.shape
+        raise InputError(
+            f"the waveform is [{channels}, {samples}], which is {channels:,} channels of {samples:,} samples; "
+            "expected [channels, samples]: pass the transposed array (waveform.T)"
         )
-    mono = np.asarray(waveform if waveform.ndim == 1 else waveform.mean(axis=0), dtype=np.float32)
-    if not np.isfinite(mono).all():
-        raise AudioError(Reason.NOT_FINITE, "the waveform holds NaN or infinite samples")
-    return mono
+    return array
+
+
+def _as_mono(waveform: npt.NDArray[np.floating]) -> FloatArray:
+    if not (float(waveform.min()) >= -LARGEST_SAMPLE and float(waveform.max()) <= LARGEST_SAMPLE):  # false when there is a NaN
+        raise AudioError(Reason.NOT_FINITE, f"the waveform holds NaN, or samples beyond ±{LARGEST_SAMPLE:,.0f}; full scale is ±1")
+    return np.asarray(waveform if waveform.ndim == 1 else waveform.mean(axis=0), dtype=np.float32)
 
 
 def _mel_power(mono: FloatArray, recipe: AudioRecipe) -> FloatArray:

@@ -1,8 +1,10 @@
-"""What the audio files look like from outside, before any is opened."""
+"""Sizes and times of audio files, from listings, before any file is opened."""
 
 from __future__ import annotations
 
+import errno
 import os
+import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,46 +13,77 @@ import numpy.typing as npt
 import pyarrow.fs as pafs
 
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.storage import open_filesystem
+from htcl_ray.schemas import Reason
+from htcl_ray.storage import SUPPORTED, explain, is_uri, local_path, open_filesystem, split_options, storage_errors
 
-MISSING = -1
+MISSING, DENIED, UNSUPPORTED = -1, -2, -3
+UNUSABLE = {
+    MISSING: (Reason.AUDIO_NOT_FOUND, "{} does not exist"),
+    DENIED: (Reason.ACCESS_DENIED, "access denied to {}"),
+    UNSUPPORTED: (Reason.UNSUPPORTED_URI, f"{{}} cannot be opened; expected {SUPPORTED}"),
+    0: (Reason.AUDIO_EMPTY, "{} is empty (0 bytes)"),
+}
+"""Sizes that no usable file has: the reason for the quarantine table, and its detail for a path."""
+NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 THREADS = 16
 
 
 def sizes_and_times(paths: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Size in bytes (MISSING where there is no such file) and modification time in ns of each path or URI, int64 [paths, 2].
+    """Size in bytes (or MISSING, DENIED, UNSUPPORTED) and modification time in ns of each path or URI, int64 [paths, 2].
 
-    Local files are asked one by one, remote ones by listing each folder once.
+    Local files are read one by one; of an object store each folder is listed once. Raises AccessDeniedError for a folder of an object store
+    that may not be listed, StorageError when storage fails otherwise: neither is a property of the songs.
     """
     found = np.full((len(paths), 2), MISSING, dtype=np.int64)
-    local = [i for i, path in enumerate(paths) if "://" not in path]
-    by_folder: dict[str, list[int]] = {}
+    local: list[tuple[int, str]] = []
+    by_folder: dict[str, dict[int, str]] = {}
     for i, path in enumerate(paths):
-        if "://" in path:
-            by_folder.setdefault(path.rpartition("/")[0], []).append(i)
-    with ThreadPoolExecutor(THREADS) as pool:
-        pieces = [local[start : start + 1000] for start in range(0, len(local), 1000)]
-        for piece, rows in zip(pieces, pool.map(lambda piece: [_stat(paths[i]) for i in piece], pieces), strict=True):
-            found[piece] = rows
-        for indices, listing in zip(by_folder.values(), pool.map(_list, by_folder), strict=True):
-            for i in indices:
-                found[i] = listing.get(paths[i].rpartition("/")[2], (MISSING, MISSING))
+        try:
+            on_disk = local_path(path)
+        except WorkspaceError:
+            found[i, 0] = UNSUPPORTED
+            continue
+        if on_disk is not None:
+            local.append((i, on_disk))
+            continue
+        bare, options = split_options(path)
+        folder, _, name = bare.rpartition("/")
+        if is_uri(folder):  # otherwise it is a bucket alone
+            by_folder.setdefault(folder + options, {})[i] = urllib.parse.unquote(name)
+    pieces = [local[start : start + 1000] for start in range(0, len(local), 1000)]
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for piece, rows in zip(pieces, pool.map(lambda piece: [_stat(path) for _, path in piece], pieces), strict=True):
+            found[[i for i, _ in piece]] = rows
+        for songs, listing in zip(by_folder.values(), pool.map(_list, by_folder), strict=True):
+            for i, name in songs.items():
+                found[i] = (UNSUPPORTED, MISSING) if listing is None else listing.get(name, (MISSING, MISSING))
+    finally:
+        pool.shutdown(cancel_futures=True)
     return found
 
 
 def _stat(path: str) -> tuple[int, int]:
     try:
         stat = os.stat(path)
-    except (OSError, ValueError):
+        readable = os.access(path, os.R_OK, effective_ids=True)
+    except OSError as error:
+        if error.errno in NO_SUCH_FILE:
+            return MISSING, MISSING
+        if isinstance(error, PermissionError):
+            return DENIED, MISSING
+        raise explain(error, path) from None
+    except ValueError:  # a null character
         return MISSING, MISSING
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size if readable else DENIED, stat.st_mtime_ns
 
 
-def _list(folder: str) -> dict[str, tuple[int, int]]:
-    """Size and time by name of the files directly in a remote folder."""
+def _list(folder: str) -> dict[str, tuple[int, int]] | None:
+    """Size and time by name of the files directly in a folder of an object store; None when its URI is of no supported kind."""
     try:
         filesystem, inner = open_filesystem(folder)
+    except WorkspaceError:
+        return None
+    with storage_errors(folder):
         infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-    except (OSError, WorkspaceError):
-        return {}
     return {info.base_name: (info.size, info.mtime_ns or 0) for info in infos if info.type == pafs.FileType.File}

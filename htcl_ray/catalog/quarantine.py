@@ -57,11 +57,23 @@ class NullCells:
         return f"{self.counts.total():,} cells cannot be read and are null (rows count from 0): {found}"
 
 
-def check_share(what: str, counts: Mapping[str, int], rows: int, largest: float, where: str) -> None:
-    """Raise InputError when more than the share `largest` of a table's rows was rejected."""
+def examples(rejected: pa.Table) -> dict[str, str]:
+    """The first row of each reason: `row 3 of songs.csv (song 'a'): /music/a.wav does not exist`."""
+    found = {}
+    for reason in count_reasons(rejected):
+        row = rejected.slice(pc.index(rejected["reason"], reason).as_py(), 1).to_pylist()[0]
+        place = row["source"] if row["row"] is None else f"row {row['row']} of {row['source']}"
+        song = "" if row["song_id"] is None else f" (song '{row['song_id']}')"
+        found[reason] = f"{place}{song}: {row['detail']}"
+    return found
+
+
+def check_share(what: str, counts: Mapping[str, int], rows: int, largest: float, where: str, example: str = "") -> None:
+    """Raise InputError when more than the share `largest` of a table's rows was rejected. `where`: the quarantine table, written before."""
     rejected = sum(counts.values())
     if rows and rejected / rows > largest:
+        such = f", for instance {example}" if example else ""
         raise InputError(
             f"of {rows:,} rows of the {what}, {describe(counts)} is a share of {rejected / rows:.3f}, more than "
-            f"data.max_rejected_share={largest:g} allows; see {where}, mend the input or raise that key"
+            f"data.max_rejected_share={largest:g} allows{such}; see {where}, correct the input or raise that key"
         )

@@ -19,6 +19,7 @@ from htcl_ray.catalog.text import song_text
 from htcl_ray.errors import TableError
 from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
 from htcl_ray.settings import DataSettings, nearest
+from htcl_ray.storage import is_uri, split_options
 
 SONGS = pa.schema(
     [
@@ -159,11 +160,13 @@ def _metadata(table: pa.Table, name: str) -> pa.Array:
 
 def _resolve(path: str | None, folder: str) -> str | None:
     """Absolute path or URI of an audio path that may be relative to its table's folder."""
-    if path is None or "://" in path:
+    if path is None or is_uri(path):
         return path
-    if "://" in folder and not path.startswith("/"):
-        scheme, _, rest = folder.partition("://")
-        return f"{scheme}://{posixpath.normpath(f'{rest}/{path}')}"
+    if is_uri(folder) and not path.startswith("/"):
+        bare, options = split_options(folder)
+        scheme, _, rest = bare.partition("://")
+        escaped = path.replace("%", "%25")  # it is a path, and becomes part of a URI
+        return f"{scheme}://{posixpath.normpath(f'{rest}/{escaped}')}{options}"
     return os.path.abspath(os.path.join(os.path.expanduser(folder), path))
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from htcl_ray.errors import TableError
 from htcl_ray.settings import nearest
-from htcl_ray.storage import open_filesystem
+from htcl_ray.storage import explain, is_storage_error, is_uri, local_path, open_filesystem, split_options, storage_errors
 
 FORMATS = {
     ".parquet": "parquet",
@@ -60,7 +60,8 @@ class TableFile:
     @property
     def folder(self) -> str:
         """What relative paths in the table are relative to."""
-        return posixpath.dirname(self.path)
+        bare, options = split_options(self.path) if is_uri(self.path) else (self.path, "")
+        return posixpath.dirname(bare) + options
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,15 @@ def table_files(paths: Sequence[str]) -> list[TableFile]:
 
 
 def _files_of(path: str) -> list[TableFile]:
+    path = local_path(path) or path
     filesystem, inner = open_filesystem(path)
-    try:
+    with storage_errors(path):
         info = filesystem.get_file_info(inner)
         if info.type == pafs.FileType.NotFound:
             raise TableError(f"the table {path} does not exist")
         if info.type != pafs.FileType.Directory:
             return [_table_file(path, info)]
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
-    except OSError as error:
-        raise TableError(f"the table {path} cannot be read: {str(error).splitlines()[0]}") from None
     relative = {posixpath.relpath(item.path, inner): item for item in below if item.type == pafs.FileType.File}
     files = [_table_file(_join(path, name), item) for name, item in sorted(relative.items()) if _format_of(name) and not _is_hidden(name)]
     if not files:
@@ -118,7 +118,10 @@ def _format_of(path: str) -> str | None:
 
 
 def _join(folder: str, relative: str) -> str:
-    return f"{folder.rstrip('/')}/{relative}"
+    if not is_uri(folder):
+        return f"{folder.rstrip('/')}/{relative}"
+    bare, options = split_options(folder)
+    return f"{bare.rstrip('/')}/{relative.replace('%', '%25')}{options}"
 
 
 def table_parts(files: Sequence[TableFile]) -> list[TablePart]:
@@ -357,5 +360,7 @@ def _named_errors(file: TableFile) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if is_storage_error(error):
+            raise explain(error, file.path) from error
         reason = str(error).splitlines()[0][:200]
         raise TableError(f"the table {file.path} cannot be read as {file.format}: {reason}") from None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htcl_ray.config import Config
-from htcl_ray.errors import ConfigError, InputError
+from htcl_ray.errors import AudioError, ConfigError, InputError
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.audio_encoder import AudioEncoder
 from htcl_ray.models.card import Evaluation, read_evaluation
@@ -30,6 +30,7 @@ from htcl_ray.models.text_encoder import (
     text_encoder_from_scratch,
 )
 from htcl_ray.models.windows import cut, mean_direction
+from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
 from htcl_ray.windows import window_starts
 
@@ -37,6 +38,8 @@ MIN_TEMPERATURE = 0.01
 TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}
 """Loss terms of each stage; each has its own temperature."""
 EMBED_BATCH = 32
+LARGEST_DB = 1e4
+"""Far beyond the log-mel of any waveform of finite samples."""
 
 
 class HTCL(nn.Module):
@@ -195,11 +198,18 @@ class HTCL(nn.Module):
         for scale in self.logit_scale.values():
             scale.clamp_(max=-math.log(MIN_TEMPERATURE))
 
-    def embed_audio(self, waveform: Any, sample_rate: int) -> Tensor:
-        """Waveform, floats [samples] or [channels, samples] at `sample_rate` Hz → [dim]. Only the first `recipe.clip_seconds` are heard."""
-        from htcl_ray.audio import log_mel
+    def embed_audio(self, waveform: Any, sample_rate: float) -> Tensor:
+        """Waveform, floats [samples] or [channels, samples] at `sample_rate` Hz → [dim]; only the first `recipe.clip_seconds` are used.
 
-        clip = torch.as_tensor(waveform).numpy()[..., : math.ceil(self.recipe.clip_seconds * sample_rate)]
+        Raises InputError for other types and shapes, [samples, channels] included, and for an impossible sample rate; AudioError for less
+        than `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large samples (not_finite).
+        """
+        from htcl_ray.audio import as_waveform, log_mel
+
+        clip = as_waveform(waveform, sample_rate)[..., : math.ceil(self.recipe.clip_seconds * sample_rate)]
+        seconds = clip.shape[-1] / sample_rate
+        if seconds < self.recipe.min_seconds:
+            raise AudioError(Reason.TOO_SHORT, f"the waveform is {seconds:.3f} s long; expected at least {self.recipe.min_seconds} s")
         mel = log_mel(clip, sample_rate, self.recipe)[: self.recipe.max_frames]
         return self.embed_mel(torch.as_tensor(mel)[None])[0]
 
@@ -207,16 +217,26 @@ class HTCL(nn.Module):
         """Mel [B, F, M] in dB as `log_mel` gives it, valid_frames [B] (default: all F) → [B, dim].
 
         Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip longer than the
-        model's window is heard in windows (see `window_starts`), and its vector is the normalised mean of their unit-norm vectors.
+        model's window is embedded in windows (see `window_starts`), and its vector is the normalised mean of their unit-norm vectors.
+        Raises InputError for other types and shapes, AudioError (not_finite) for values that no log-mel has in a valid frame.
         """
         mel = torch.as_tensor(mel)
-        if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0:
-            raise InputError(f"the log-mel has shape {list(mel.shape)}; expected [batch, frames, {self.recipe.n_mels}], frames at least 1")
+        if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0 or not mel.is_floating_point():
+            raise InputError(
+                f"the log-mel is {mel.dtype} {list(mel.shape)}; "
+                f"expected [batch, frames, {self.recipe.n_mels}], floats with frames at least 1"
+            )
         frames = mel.shape[1]
-        valid = torch.full((len(mel),), frames) if valid_frames is None else torch.as_tensor(valid_frames).to("cpu", torch.int64)
-        if valid.shape != (len(mel),) or (len(valid) and not (valid.min() >= 1 and valid.max() <= frames)):
-            raise InputError(f"valid_frames is {valid.tolist()[:8]}; expected {len(mel)} numbers from 1 to {frames}")
-        device = self.audio_encoder.cls.device
+        given = torch.full((len(mel),), frames) if valid_frames is None else torch.as_tensor(valid_frames).cpu()
+        valid = given.to(torch.int64)
+        if valid.shape != (len(mel),) or not torch.equal(valid.to(given.dtype), given) or ((valid < 1) | (valid > frames)).any():
+            raise InputError(f"valid_frames is {given.tolist()[:8]}; expected {len(mel)} whole numbers from 1 to {frames}")
+        inside = torch.arange(frames) < valid[:, None]
+        absurd = (~(mel.abs() <= LARGEST_DB).all(dim=2)).cpu() & inside  # true when there is a NaN
+        if absurd.any():
+            clip = int(absurd.any(dim=1).nonzero()[0])
+            raise AudioError(Reason.NOT_FINITE, f"the log-mel of clip {clip} holds NaN, or values beyond ±{LARGEST_DB:,.0f} dB")
+        device, dtype = self.audio_encoder.cls.device, self.audio_encoder.cls.dtype
         window = self.window_frames
         starts = [window_starts(count, window) for count in valid.tolist()]
         clips = torch.arange(len(mel)).repeat_interleave(torch.tensor([len(of_clip) for of_clip in starts], dtype=torch.int64))
@@ -227,7 +247,7 @@ class HTCL(nn.Module):
             for start in range(0, len(clips), EMBED_BATCH):
                 batch = slice(start, start + EMBED_BATCH)
                 windows = cut(mel, first[batch], lengths[batch], clips[batch])
-                parts.append(self.encode_audio(windows.to(device), lengths[batch]))
+                parts.append(self.encode_audio(windows.to(device, dtype), lengths[batch]))
         vectors = self._unit_norm(parts)
         return vectors if len(clips) == len(mel) else mean_direction(vectors, clips, len(mel))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.storage import is_uri, storage_failure
 
 
 def connect(config: Config) -> None:
@@ -39,17 +40,42 @@ def connect(config: Config) -> None:
             "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
             "object_store_memory": config.ray.object_store_bytes,
             "include_dashboard": False,
+            "_temp_dir": ray_folder(),
         }
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only)
-    except (ConnectionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of many types: no cluster there, a node that does not start in time, a folder that cannot be written
+        ray.shutdown()
+        if failure := storage_failure(error, f"Ray's folder {local_only.get('_temp_dir', 'for temporary files')}"):
+            raise failure from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if address == "local":
+            raise StepError(
+                f"Ray did not start on this machine: {reason} Its logs are in {ray_folder()}/session_latest/logs; "
+                "when the machine is busy, run the same command again"
+            ) from error
         raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
     _quiet_ray_data()
     session = ray._private.worker.global_worker.node.get_session_dir_path() if address == "local" else "the cluster's head node"
     print(f"Ray: {'private cluster on this machine' if address == 'local' else address}; its logs are in {session}", flush=True)
+
+
+RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+SOCKET_PATH_BYTES = 103
+"""Of a Unix socket: 107 on Linux, 103 on macOS."""
+
+
+def ray_folder() -> str:
+    """Folder of a private cluster's sessions: below RAY_TMPDIR or TMPDIR as in Ray, or below /tmp when socket paths would be too long."""
+    return f"{socket_folder(RAY_SOCKET, os.environ.get('RAY_TMPDIR') or os.environ.get('TMPDIR') or '/tmp')}/ray"
+
+
+def socket_folder(socket: str, folder: str) -> str:
+    """`folder`, or /tmp when the path of the socket below it would be longer than the operating system allows."""
+    folder = os.path.abspath(folder)
+    return folder if len(os.fsencode(folder + socket)) <= SOCKET_PATH_BYTES else "/tmp"
 
 
 def address_of(config: Config) -> str:
@@ -62,7 +88,7 @@ def refuse_relative_workspace(config: Config) -> None:
     if address_of(config) == "local":
         return
     given = config.workspace
-    if "://" not in given and not os.path.isabs(os.path.expanduser(given)):
+    if not is_uri(given) and not os.path.isabs(os.path.expanduser(given)):
         raise ConfigError(
             f"the workspace '{given}' is relative, and on a remote cluster the job's directory is temporary; "
             "give an absolute path that every node sees, or s3:// or gs://, with --workspace"
@@ -93,9 +119,10 @@ def progress_lines() -> Iterator[Any]:
                 print(queue.get_nowait(), flush=True)
 
     def print_until_stopped() -> None:
-        while not stop.wait(0.3):
+        with contextlib.suppress(BrokenPipeError):  # nobody reads; the next line of the main thread ends the command
+            while not stop.wait(0.3):
+                print_waiting()
             print_waiting()
-        print_waiting()
 
     printer = threading.Thread(target=print_until_stopped, name="progress-lines", daemon=True)
     printer.start()

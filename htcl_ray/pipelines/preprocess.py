@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.util
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,10 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
 from htcl_ray.artifacts import StepResult
-from htcl_ray.audio import decode, log_mel
-from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
+from htcl_ray.audio import check_audible, decode_clip, log_mel
+from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
 from htcl_ray.catalog.duplicates import duplicate_group
-from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
+from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
 from htcl_ray.catalog.songs import Catalog, read_catalog
 from htcl_ray.config import Config
 from htcl_ray.errors import AudioError, TableError
@@ -33,7 +32,7 @@ from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
 from htcl_ray.pipelines.pairs import make_pairs
 from htcl_ray.schemas import FORMAT_VERSION, METADATA, QUARANTINE, Reason, features_schema
-from htcl_ray.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.storage import Workspace, build_manifest, fingerprint, storage_errors
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -47,6 +46,10 @@ def preprocess(config: Config) -> StepResult:
     workspace = Workspace(config.workspace)
     workspace.check_writable()
     plan = plan_features(config)
+    where = f"quarantine/{plan.version}"
+    if plan.rejected.num_rows:
+        workspace.write_table(f"{where}/catalog.parquet", plan.rejected)
+    _check_rejected(config, plan, plan.rejected, plan.songs.num_rows, workspace.uri_of(where))
     log = plan_log(config, plan.version) if config.data.interactions else None
     check_all_renames(config)
     needs_features = workspace.manifest(f"features/{plan.version}") is None
@@ -70,6 +73,8 @@ def preprocess(config: Config) -> StepResult:
 def _summary(workspace: Workspace, plan: FeaturesPlan, log: LogPlan | None) -> str:
     features = (workspace.manifest(f"features/{plan.version}") or {})["quality"]
     text = f"{features['songs']:,} songs, {describe(features['rejected'])}"
+    if features["partly_decoded"]:
+        text += f", {features['partly_decoded']:,} decoded only in part"
     if log is None:
         return text
     events, pairs = ((workspace.manifest(path) or {})["quality"] for path in (f"events/{log.events_version}", f"pairs/{log.pairs_version}"))
@@ -83,7 +88,7 @@ class FeaturesPlan:
     version: str
     catalog: Catalog
     songs: pa.Table
-    """Songs whose audio file exists and is not empty; shards are slices of it."""
+    """Songs whose audio file can be opened and is not empty; shards are slices of it."""
     rejected: pa.Table
     """Rejected without opening audio."""
     inputs: dict[str, str]
@@ -94,18 +99,9 @@ def plan_features(config: Config) -> FeaturesPlan:
     catalog = read_catalog(config.data)
     songs = catalog.songs
     stats = sizes_and_times(songs["audio_path"].to_pylist())
-    missing, empty = stats[:, 0] == MISSING, stats[:, 0] == 0
-    rejected = pa.concat_tables(
-        [
-            catalog.rejected,
-            *_reject(songs.filter(missing), Reason.AUDIO_NOT_FOUND, "{} does not exist"),
-            *_reject(songs.filter(empty), Reason.AUDIO_EMPTY, "{} is empty (0 bytes)"),
-        ]
-    )
-    check_share("catalogue", count_reasons(rejected), catalog.rows, config.data.max_rejected_share, ", ".join(config.data.catalog))
-    usable = songs.filter(~(missing | empty))
-    if not usable.num_rows:
-        raise TableError(f"no song of {', '.join(config.data.catalog)} can be used: {describe(count_reasons(rejected))}")
+    unusable = [_reject(songs.filter(stats[:, 0] == size), *why) for size, why in UNUSABLE.items()]
+    rejected = pa.concat_tables([catalog.rejected, *unusable])
+    usable = songs.filter(stats[:, 0] > 0)
     inputs = {"catalog": _table_hash(songs), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
     has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
@@ -113,9 +109,24 @@ def plan_features(config: Config) -> FeaturesPlan:
     return FeaturesPlan(version, catalog, usable, rejected, inputs)
 
 
-def _reject(songs: pa.Table, reason: Reason, detail: str) -> Iterator[pa.Table]:
-    for song in songs.select(["song_id", "row", "source", "audio_path"]).to_pylist():
-        yield rejected_rows([song["song_id"]], [song["row"]], song["source"], reason, detail.format(song["audio_path"]))
+def _reject(songs: pa.Table, reason: Reason, detail: str) -> pa.Table:
+    columns = {
+        "song_id": songs["song_id"],
+        "row": songs["row"],
+        "source": songs["source"],
+        "reason": pa.array([reason.value] * songs.num_rows, pa.string()),
+        "detail": pa.array([detail.format(path) for path in songs["audio_path"].to_pylist()], pa.string()),
+    }
+    return pa.table(columns, schema=QUARANTINE)
+
+
+def _check_rejected(config: Config, plan: FeaturesPlan, rejected: pa.Table, songs: int, where: str) -> None:
+    """Raise InputError when too many rows are rejected or no song is left; `where` is the quarantine table, which is written by then."""
+    counts, such = count_reasons(rejected), next(iter(examples(rejected).values()), "")
+    check_share("catalogue", counts, plan.catalog.rows, config.data.max_rejected_share, where, such)
+    if not songs:
+        tables = ", ".join(config.data.catalog)
+        raise TableError(f"no song of {tables} can be used: {describe(counts)}, for instance {such}; see {where} and correct the input")
 
 
 def _table_hash(table: pa.Table) -> str:
@@ -130,20 +141,25 @@ def _make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> 
     shards = -(-plan.songs.num_rows // config.data.songs_per_shard)
     done = set(workspace.children(features))
     pending = [shard for shard in range(shards) if shard_name(shard) not in done]
-    if plan.rejected.num_rows:
-        workspace.write_table(f"{quarantine}/catalog.parquet", plan.rejected)
+    where = workspace.uri_of(quarantine)
     if pending:
         cluster.connect(config)
         _run_shards(workspace, config, plan, pending)
-    quality = _measure(workspace, plan)
-    where = workspace.uri_of(quarantine)
-    check_share("catalogue", quality["rejected"], plan.catalog.rows, config.data.max_rejected_share, where)
-    if not quality["songs"]:
-        raise TableError(f"no song of {', '.join(config.data.catalog)} can be used ({describe(quality['rejected'])}); see {where}")
+    rejected = workspace.read_tables(quarantine) if _shards(workspace, quarantine) else QUARANTINE.empty_table()
+    quality = _measure(workspace, plan, rejected)
+    _check_rejected(config, plan, rejected, quality["songs"], where)
     _tidy(workspace, features)
     tree = config.model_dump(mode="json")
+    if quality["partly_decoded"]:
+        print(
+            f"preprocess  {quality['partly_decoded']:,} songs are damaged and were decoded only in part: decoded_share in "
+            f"{workspace.uri_of(features)} says how much",
+            flush=True,
+        )
     if quality["rejected"]:
         print(f"preprocess  {describe(quality['rejected'])}; see {where}", flush=True)
+        for reason, example in examples(rejected).items():
+            print(f"preprocess    {reason}, for instance {example}", flush=True)
         workspace.finish(
             quarantine, build_manifest("quarantine", config=tree, inputs=plan.inputs, quality={"rejected": quality["rejected"]})
         )
@@ -201,7 +217,8 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
     kept, mels, derived, rejected = [], [], [], [QUARANTINE.empty_table()]
     for i, song in enumerate(songs.select(["song_id", "audio_path", "artist", "split", "source", "row"]).to_pylist()):
         try:
-            waveform = decode(song["audio_path"], recipe)
+            waveform, decoded_share = decode_clip(song["audio_path"], recipe)
+            check_audible(waveform, recipe)
             mel = log_mel(waveform, recipe.sample_rate, recipe)
         except AudioError as error:
             detail = f"{song['audio_path']}: {error.detail}"
@@ -213,33 +230,30 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
         padded[: len(mel)] = mel
         kept.append(i)
         mels.append(padded)
-        derived.append((len(mel), split, group))
+        derived.append((len(mel), split, decoded_share, group))
     schema = features_schema(recipe.max_frames, recipe.n_mels)
     columns = {name: songs[name].combine_chunks() for name in ("song_id", "text", "audio_path", *METADATA.names)}
     columns = {name: column.take(pa.array(kept, pa.int64())) for name, column in columns.items()}
     stacked = np.stack(mels) if mels else np.zeros((0, recipe.max_frames, recipe.n_mels), np.float16)
     storage = pa.FixedSizeListArray.from_arrays(pa.array(stacked.reshape(-1)), recipe.max_frames * recipe.n_mels)
     columns["log_mel"] = pa.ExtensionArray.from_storage(schema.field("log_mel").type, storage)
-    for name, values in zip(
-        ("valid_frames", "split", "duplicate_group"), zip(*derived, strict=True) if derived else ((), (), ()), strict=True
-    ):
-        columns[name] = pa.array(values, schema.field(name).type)
+    for i, name in enumerate(("valid_frames", "split", "decoded_share", "duplicate_group")):
+        columns[name] = pa.array([values[i] for values in derived], schema.field(name).type)
     return pa.table([columns[name] for name in schema.names], schema=schema), pa.concat_tables(rejected)
 
 
-def _measure(workspace: Workspace, plan: FeaturesPlan) -> dict[str, Any]:
+def _measure(workspace: Workspace, plan: FeaturesPlan, rejected: pa.Table) -> dict[str, Any]:
     """Counts from the files as they were written, whichever run wrote them."""
-    splits = pa.array([], pa.string())
+    table = pa.table({"split": pa.array([], pa.string()), "decoded_share": pa.array([], pa.float32())})
     if shards := _shards(workspace, f"features/{plan.version}"):
-        splits = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(columns=["split"])["split"]
-    rejected = QUARANTINE.empty_table()
-    if _shards(workspace, f"quarantine/{plan.version}"):
-        rejected = workspace.read_tables(f"quarantine/{plan.version}")
+        with storage_errors(workspace.uri_of(f"features/{plan.version}")):
+            table = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(columns=["split", "decoded_share"])
     return {
-        "songs": len(splits),
+        "songs": table.num_rows,
+        "partly_decoded": pc.sum(pc.less(table["decoded_share"], 1.0)).as_py() or 0,
         "rejected": count_reasons(rejected),
         "null_cells": dict(plan.catalog.null_cells.counts),
-        "splits": {item["values"]: item["counts"] for item in pc.value_counts(splits).to_pylist()},
+        "splits": {item["values"]: item["counts"] for item in pc.value_counts(table["split"]).to_pylist()},
     }
 
 

@@ -22,7 +22,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import HtclError
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import prepared_together
-from htcl_ray.storage import Workspace
+from htcl_ray.storage import Workspace, storage_failure
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.batches import BatchLoader
 from htcl_ray.training.checkpoint import TrainingState, load_state
@@ -61,6 +61,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
             _train(arguments["job"], arguments["lines"].put_nowait, opened)
     except HtclError as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        failure = storage_failure(error, f"{arguments['job'].workspace.uri} or {tempfile.gettempdir()}")
+        if failure is None:
+            raise
+        return {"error": type(failure).__name__, "message": str(failure)}
     return None
 
 

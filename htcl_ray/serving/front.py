@@ -20,7 +20,7 @@ from pathlib import Path
 
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
-from htcl_ray.pipelines.cluster import address_of
+from htcl_ray.pipelines.cluster import address_of, socket_folder
 from htcl_ray.serving.answers import HEADERS
 from htcl_ray.serving.rate_limit import PROBES
 
@@ -51,7 +51,10 @@ def haproxy_front(config: Config) -> Iterator[None]:
         return
     if _serve_imported():
         raise StepError("the front was chosen after Ray Serve was imported, which reads the choice once; choose it first")
-    folder = Path(tempfile.mkdtemp(prefix="htcl-front-"))  # of mode 0700: Ray makes HAProxy's admin socket writable for everyone
+    inside = socket_folder("/htcl-front-12345678/admin.sock", tempfile.gettempdir())
+    folder = Path(
+        tempfile.mkdtemp(prefix="htcl-front-", dir=inside)
+    )  # of mode 0700: Ray makes HAProxy's admin socket writable for everyone
     ours = {
         SWITCH: "1",
         **FEWER_HOPS,

@@ -68,7 +68,8 @@ def gather_state(
 def save_checkpoint(folder: Path, model: HTCL, state: TrainingState) -> None:
     """Write a checkpoint folder. `HTCL.from_pretrained` reads it like any model folder."""
     model.save_pretrained(folder)
-    torch.save(vars(state), folder / TRAINING_STATE)
+    with open(folder / TRAINING_STATE, "wb") as file:  # given a path, torch does not say why it cannot write
+        torch.save(vars(state), file)
 
 
 def load_state(folder: Path) -> TrainingState:

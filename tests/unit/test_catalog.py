@@ -21,13 +21,15 @@ import soundfile
 
 from htcl_ray.audio import decode
 from htcl_ray.catalog import tables
-from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
+from htcl_ray.catalog.audio_files import MISSING, UNSUPPORTED, sizes_and_times
 from htcl_ray.catalog.columns import TIME_FORMS, as_epoch_seconds, as_lists, as_numbers, as_strings, as_years, read_times
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
 from htcl_ray.catalog.songs import read_catalog
 from htcl_ray.catalog.text import song_text
+from htcl_ray.config import resolve
 from htcl_ray.errors import InputError, TableError
+from htcl_ray.pipelines.preprocess import make_shard
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe, DataSettings
 
@@ -385,7 +387,7 @@ def test_duplicate_groups_follow_the_sound() -> None:
 def test_sizes_of_local_and_remote_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     found = sizes_and_times([str(tmp_path / "a"), str(tmp_path / "b"), f"file://{tmp_path}/a", f"file://{tmp_path}/b", "nowhere://x/y"])
-    assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, MISSING]
+    assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, UNSUPPORTED]
     assert found[0, 1] == found[2, 1] == (tmp_path / "a").stat().st_mtime_ns
 
 
@@ -396,3 +398,24 @@ def test_too_many_rejected_rows_fail() -> None:
     check_share("catalogue", counts, 30, 0.1, "there")
     with pytest.raises(InputError, match=r"0\.103, more than data\.max_rejected_share=0\.1 allows; see there"):
         check_share("catalogue", counts, 29, 0.1, "there")
+
+
+def test_silence_is_no_recording_and_damage_is_marked(tmp_path: Path) -> None:
+    """Three songs that begin with 9 s of silence, two copies of one song, and one that breaks off; clips are 8 s."""
+    random = np.random.default_rng(0)
+    sounds = [random.uniform(-0.4, 0.4, 16000 * 9) for _ in range(5)]
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", np.concatenate([np.zeros(16000 * 9), sounds[i]]), 16000)
+    for i in (3, 4):
+        soundfile.write(tmp_path / f"{i}.wav", sounds[3], 16000)
+    soundfile.write(tmp_path / "5.wav", sounds[4], 16000)
+    whole = (tmp_path / "5.wav").read_bytes()
+    (tmp_path / "5.wav").write_bytes(whole[: 44 + 2 * 16000 * 4])
+    rows = [{"song_id": str(i), "audio_path": f"{i}.wav", "title": f"t{i}"} for i in range(6)]
+    config = resolve("demo").with_overrides({"data.catalog": str(write(tmp_path / "songs.csv", rows)), "audio.clip_seconds": 8.0})
+    features, rejected = make_shard(read_catalog(config.data).songs, config)
+    assert [(row["song_id"], row["reason"]) for row in rejected.to_pylist()] == [("0", "silent"), ("1", "silent"), ("2", "silent")]
+    assert all("the 8.0 s that are used are silent" in detail for detail in rejected["detail"].to_pylist())
+    groups = features["duplicate_group"].to_pylist()
+    assert groups[0] == groups[1] != groups[2]
+    assert features["decoded_share"].to_pylist() == [1, 1, pytest.approx(0.5)]

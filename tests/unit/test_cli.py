@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
 from htcl_ray import cli
-from htcl_ray.errors import HtclError, InputError, MismatchError, StepError
+from htcl_ray.config import resolve
+from htcl_ray.errors import HtclError, InputError, MismatchError, StepError, StorageError
+from htcl_ray.pipelines.cluster import RAY_SOCKET, connect, ray_folder
+from htcl_ray.storage import Workspace, storage_failure
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.unit
@@ -101,3 +110,158 @@ def test_the_installed_command_answers():
     listed = run("--help").stdout
     for command in ("demo", "preprocess", "pretrain", "finetune", "embed", "index", "evaluate", "serve", "search", "config"):
         assert command in listed
+
+
+class TestOutput:
+    """A terminal without UTF-8, a reader that leaves, a full disk: none of them is a traceback, and none ends a step that works."""
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+    def test_every_character_on_every_terminal(self, encoding: str):
+        code = (
+            "import sys; from pathlib import Path; from rich.console import Console; from rich.table import Table\n"
+            "from htcl_ray import cli; from htcl_ray.artifacts import StepResult\n"
+            "cli.COMMANDS['config'] = cli.Command('say', lambda c, o: speak(), cli._config_flags)\n"
+            "def speak():\n"
+            "    cli._say(StepResult('step', '/é/名', '5 × 4 – 3 … 🎵', 1.0)); table = Table('↔ título'); table.add_row('名→')\n"
+            "    Console().print(table); print('→ é', file=sys.stderr)\n"
+            "sys.exit(cli.main(['config', 'show']))"
+        )
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr.decode(encoding)
+        shown = done.stdout.decode(encoding)
+        assert "step: done in 1 s: 5 " in shown
+        assert ("→ /é/名" if encoding == "utf-8" else "-> /") in shown
+
+    def test_help_of_every_command_in_ascii(self):
+        code = (
+            "from htcl_ray import cli\n"
+            "for name in ['', *cli.COMMANDS]:\n"
+            "    try: cli.main([*name.split(), '--help'])\n"
+            "    except SystemExit as stop: assert not stop.code\n"
+            "assert cli.main(['config', 'schema']) == cli.main(['config', 'show']) == 0"
+        )
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, env=environment, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.parametrize(("arguments", "code"), [(["config", "schema"], 141), (["config", "show"], 141), (["--help"], 0)])
+    def test_a_reader_that_leaves(self, arguments: list[str], code: int):
+        """`htcl search … | head -1`; 141 is what a shell says of a program that SIGPIPE ended."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "htcl_ray.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        _, shown = process.communicate(timeout=120)
+        assert (process.returncode, shown) == (code, b"")
+
+    def test_output_to_a_full_disk(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "htcl_ray.cli", "config", "schema"], stdout=full, stderr=subprocess.PIPE, cwd=REPOSITORY, text=True
+            )
+        assert (done.returncode, done.stderr) == (1, "htcl: failed: the output cannot be written (No space left on device)\n")
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (FULL, 1, "htcl: failed: no space left on the device of /w; "),
+        (OSError(28, "No space left on device", "/tmp/x"), 1, "htcl: failed: no space left on the device of /tmp/x; "),
+        (Carried(FULL), 1, "htcl: failed: no space left on the device of /w; "),
+        (
+            RuntimeError("Error in faiss::write_index: write error in /w/index: 1 != 2 (No space left on device)"),
+            1,
+            "htcl: failed: no space left",
+        ),
+        (Carried(OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28]")), 1, "htcl: failed: no space left"),
+        (OSError(5, "Input/output error"), 1, "htcl: failed: /w cannot be read or written (Input/output error)"),
+        (Carried(OSError("When listing: AWS Error SLOW_DOWN during PutObject")), 1, "htcl: failed: /w cannot be read or written"),
+        (PermissionError(13, "Permission denied", "/etc/x"), 2, "htcl: error: access denied to /etc/x (Permission denied)"),
+    ],
+)
+def test_storage_that_fails_is_one_sentence(error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]):
+    assert cli._report(error, "/w") == code
+    said = capsys.readouterr().err
+    assert said.startswith(shown)
+    assert said.count("\n") == 1
+
+
+def test_a_full_disk_at_every_kind_of_write(small_disk: Path):
+    """The libraries that write artifacts, on a real full file system."""
+    import faiss
+    import torch
+
+    from htcl_ray.training.checkpoint import TRAINING_STATE, save_checkpoint
+
+    workspace = Workspace(str(small_disk / "ws"))
+    workspace.check_writable()
+    table = pa.table({"x": np.random.default_rng(0).random(100_000)})
+    (small_disk.parent / "made").mkdir()
+    (small_disk.parent / "made" / "x").write_bytes(bytes(400_000))
+    index = faiss.IndexFlatL2(64)
+    index.add(np.zeros((10_000, 64), np.float32))
+
+    class Model:
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+
+    state = SimpleNamespace(optimizer=torch.zeros(200_000))
+    writes = {
+        "table": lambda: workspace.write_table("x.parquet", table),
+        "publish": lambda: workspace.publish(small_disk.parent / "made", "models/a/1", {}),
+        "torch": lambda: save_checkpoint(small_disk / "checkpoint", Model(), state),
+        "faiss": lambda: faiss.write_index(index, str(small_disk / "index.faiss")),
+        "numpy": lambda: np.save(small_disk / "x.npy", np.zeros(200_000)),
+        "probe": workspace.check_writable,
+    }
+    for name, write in writes.items():
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            write()
+        failure = storage_failure(caught.value, str(small_disk)) if not isinstance(caught.value, StorageError) else caught.value
+        assert "no space left on the device of " in str(failure), name
+        if name == "torch":
+            assert (small_disk / "checkpoint" / TRAINING_STATE).exists()
+        if name == "numpy":  # fill what the others left
+            with contextlib.suppress(OSError), open(small_disk / "rest", "wb") as file:
+                while file.write(bytes(512)):
+                    file.flush()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup."),
+        TimeoutError("Timed out after 60 seconds"),
+        ConnectionError("no cluster"),
+        ValueError("Malformed address"),
+    ],
+)
+def test_ray_that_does_not_start_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    def init(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = resolve("demo")
+    with pytest.raises(StepError, match=r"Ray did not start on this machine: .*run the same command again") as caught:
+        connect(config)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StepError, match=r"cannot connect to Ray at '192\.0\.2\.7:6379'"):
+        connect(config.with_overrides({"ray.address": "192.0.2.7:6379", "workspace": "/w"}))
+
+
+def test_sockets_fit_below_any_folder(monkeypatch: pytest.MonkeyPatch):
+    for folder in ("/tmp", "/scratch", "/scratch/" + "x" * 20, "/scratch/" + "x" * 100, "/scratch/" + "é" * 30):
+        monkeypatch.setenv("TMPDIR", folder)
+        assert len(os.fsencode(ray_folder() + RAY_SOCKET.removeprefix("/ray"))) <= 103
+        assert ray_folder() in (f"{folder}/ray", "/tmp/ray")
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    assert ray_folder() == "/scratch/ray"

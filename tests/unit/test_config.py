@@ -163,7 +163,7 @@ def test_plain_scalars_of_a_file_are_texts(tmp_path: Path):
     assert config.finetune.batch_size == 64
 
 
-@pytest.mark.parametrize("key", ["batch_size", "learning_rate", "seed", "weight_decay", "compile"])
+@pytest.mark.parametrize("key", ["epochs", "learning_rate", "seed", "weight_decay", "compile"])
 @pytest.mark.parametrize("text", ["1:30", ".inf", "-.inf", ".nan", "inf", "nan", "2024-01-01", "one", "[1]", ""])
 def test_texts_that_are_no_number_are_refused_in_a_file_as_in_an_assignment(key: str, text: str, tmp_path: Path):
     file = tmp_path / "run.yaml"

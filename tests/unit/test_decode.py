@@ -10,13 +10,14 @@ import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
 
-from htcl_ray.audio import decode
+from htcl_ray.audio import check_audible, decode, decode_clip
 from htcl_ray.errors import AudioError
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
@@ -113,7 +114,7 @@ def test_lengths_around_the_minimum() -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert reason_of(tmp_path / "missing.wav") is Reason.AUDIO_NOT_FOUND
     assert reason_of(tmp_path) is Reason.AUDIO_NOT_FOUND
-    assert reason_of("nowhere://bucket/x.wav") is Reason.AUDIO_NOT_FOUND
+    assert reason_of("nowhere://bucket/x.wav") is Reason.UNSUPPORTED_URI
     assert reason_of("bad\0name") is Reason.AUDIO_NOT_FOUND
     os.mkfifo(tmp_path / "pipe.wav")
     assert reason_of(tmp_path / "pipe.wav") is Reason.AUDIO_NOT_FOUND  # and does not wait for a writer
@@ -249,3 +250,94 @@ def test_python_wave_agrees(tmp_path: Path) -> None:
     with wave.open(str(path)) as file:
         expected = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
     np.testing.assert_allclose(decode(path, RECIPE), expected, atol=1e-7)
+
+
+def music(seconds: float, rate: int = 44100) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-0.5, 0.5, round(seconds * rate)).astype(np.float32) * np.float32(0.8)
+
+
+class TestDecodedShare:
+    """What a damaged file still gives, of what it declares; a recipe longer and one shorter than what is left."""
+
+    @pytest.mark.parametrize(
+        ("format", "subtype", "exact"),
+        [
+            ("WAV", None, True),
+            ("AIFF", None, True),
+            ("FLAC", None, True),
+            ("MP3", None, True),
+            ("OGG", "VORBIS", False),
+            ("OGG", "OPUS", False),
+        ],
+    )
+    def test_truncated_files(self, format: str, subtype: str | None, exact: bool) -> None:
+        rate = 48000 if subtype == "OPUS" else 44100
+        whole = encoded(music(6, rate)[:, None], rate, format, subtype)
+        long = AudioRecipe(clip_seconds=10)
+        assert decode_clip(whole, long).decoded_share == 1
+        cut = decode_clip(whole[: len(whole) // 2], long)
+        seconds = cut.waveform.size / 16000
+        assert 1 < seconds < 4
+        # An Ogg file does not declare its length, so of it the share of the clip is known at most.
+        assert cut.decoded_share == pytest.approx(seconds / (6 if exact else 10), abs=0.01)
+        assert decode_clip(whole[: len(whole) // 2], AudioRecipe(clip_seconds=1)).decoded_share == 1, "what is used is whole"
+
+    def test_aac_that_breaks_off(self) -> None:
+        pytest.importorskip("av")
+        whole = m4a(np.repeat(music(6)[:, None], 2, axis=1), 44100, "stereo")
+        assert decode_clip(whole, AudioRecipe(clip_seconds=10)).decoded_share == 1
+        start = whole.index(b"mdat")
+        damaged = bytearray(whole)
+        middle = start + 4 + (len(whole) - start) // 3
+        damaged[middle : middle + 20_000] = bytes(20_000)
+        clip = decode_clip(bytes(damaged), AudioRecipe(clip_seconds=10))
+        assert clip.decoded_share < 1
+        assert clip.decoded_share == pytest.approx(clip.waveform.size / 16000 / 6, abs=0.05)
+
+    def test_an_error_in_a_file_without_a_length(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = importlib.import_module("htcl_ray.audio.decode")
+
+        def broken(file: object) -> object:
+            def blocks() -> Iterator[np.ndarray]:
+                yield tone(1.5, 16000)
+                raise RuntimeError("bad frame")
+
+            return module._Sound(16000, 1, None, blocks())
+
+        monkeypatch.setattr(module, "_read_sndfile", broken)
+        assert decode_clip(b"RIFF", RECIPE).decoded_share == pytest.approx(1.5 / 3)
+
+    def test_headers_of_programs_that_write_to_a_pipe(self) -> None:
+        data = (tone(0.5, 16000)[:, 0] * 32767).astype("<i2").tobytes()
+        for claimed in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):
+            assert decode_clip(riff(16000, 1, data, claimed), RECIPE).decoded_share == 1
+        assert decode_clip(riff(16000, 1, data, 2 * len(data)), RECIPE).decoded_share == pytest.approx(0.5, abs=0.01)
+
+
+class TestSilence:
+    @pytest.mark.parametrize("rate", [16000, 44100])
+    @pytest.mark.parametrize(
+        "samples",
+        {
+            "digital": lambda n: np.zeros(n),
+            "constant": lambda n: np.full(n, 0.25),
+            "dither": lambda n: np.random.default_rng(0).integers(-2, 3, n) / 32768,
+        }.items(),
+        ids=lambda item: item[0] if isinstance(item, tuple) else str(item),
+    )
+    def test_silent_clips(self, samples: Any, rate: int) -> None:
+        clip = decode(float_wav(samples[1](2 * rate)[:, None], rate), RECIPE)
+        with pytest.raises(AudioError, match="are silent") as caught:
+            check_audible(clip, RECIPE)
+        assert caught.value.reason is Reason.SILENT
+
+    def test_channels_that_cancel(self) -> None:
+        side = tone(1, 16000)
+        with pytest.raises(AudioError, match="every sample is equal"):
+            check_audible(decode(float_wav(np.hstack([side, -side])), RECIPE), RECIPE)
+
+    @pytest.mark.parametrize("peak", [0.001, 0.01, 1.0])
+    def test_quiet_music_is_audible(self, peak: float) -> None:
+        check_audible(decode(float_wav(tone(0.1, 16000) * 2 * peak), RECIPE), RECIPE)
+        late = np.concatenate([np.zeros((40_000, 1)), tone(0.2, 16000) * peak])
+        check_audible(decode(float_wav(late), RECIPE), RECIPE)

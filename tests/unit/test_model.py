@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from htcl_ray.audio import log_mel
 from htcl_ray.config import Config
-from htcl_ray.errors import InputError, MismatchError, WorkspaceError
+from htcl_ray.errors import AudioError, InputError, MismatchError, WorkspaceError
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.models.vocabulary import train_wordpiece
@@ -87,6 +88,82 @@ def test_wrong_mels_are_refused(model: HTCL, shape: tuple[int, ...], valid: list
         model.embed_mel(torch.zeros(shape), None if valid is None else torch.tensor(valid))
 
 
+T = np.sin(np.arange(32_000) * 0.17).astype(np.float32) * 0.3
+NOT_WAVEFORMS: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "samples, channels": (np.stack([T, T], axis=1), 16000, InputError, "32,000 channels of 2 samples; expected .*waveform.T"),
+    "one column": (T[:, None], 16000, InputError, "32,000 channels of 1 samples"),
+    "tensor, transposed": (torch.from_numpy(T)[:, None].expand(-1, 2), 16000, InputError, "32,000 channels of 2 samples"),
+    "empty": (np.zeros(0, np.float32), 16000, AudioError, "no sample"),
+    "no channel": (np.zeros((0, 16000), np.float32), 16000, AudioError, "no sample"),
+    "an empty list": ([], 16000, AudioError, "no sample"),
+    "too short": (T[:1599], 16000, AudioError, "0.100 s long"),
+    "NaN": (np.where(np.arange(32_000) == 7, np.nan, T), 16000, AudioError, "NaN"),
+    "infinite": (np.where(np.arange(32_000) == 7, np.inf, T), 16000, AudioError, "NaN"),
+    "1e30": (T * np.float32(1e30), 16000, AudioError, "beyond ±1,000,000"),
+    "1e300 in doubles": (T.astype(np.float64) * 1e300, 16000, AudioError, "beyond ±1,000,000"),
+    "one channel of two is NaN": (np.stack([T, np.full_like(T, np.nan)]), 16000, AudioError, "NaN"),
+    "integers": ((T * 32767).astype(np.int16), 16000, InputError, "int16"),
+    "booleans": (T > 0, 16000, InputError, "bool"),
+    "complex": (T.astype(np.complex64), 16000, InputError, "complex64"),
+    "text": (np.array(["a", "b"]), 16000, InputError, "<U1"),
+    "nothing": (None, 16000, InputError, "object"),
+    "ragged": ([[0.0, 0.1], [0.2]], 16000, InputError, "no array"),
+    "three dimensions": (T[None, None], 16000, InputError, r"\[1, 1, 32000\]"),
+    "a number": (np.float32(0.5), 16000, InputError, r"\[\]"),
+    **{
+        f"rate {rate!r}": (T, rate, InputError, "sample rate")
+        for rate in (0, -16000, 999, 10**9, float("nan"), float("inf"), "16000", None, True)
+    },
+}
+
+
+@pytest.mark.parametrize("case", NOT_WAVEFORMS)
+def test_what_is_no_waveform_is_refused(model: HTCL, config: Config, case: str):
+    waveform, rate, error, message = NOT_WAVEFORMS[case]
+    with pytest.raises(error, match=message) as caught:
+        model.embed_audio(waveform, rate)
+    assert type(caught.value) is error
+    if case != "too short":
+        with pytest.raises(error, match=message):
+            log_mel(waveform, rate, config.audio)
+
+
+def test_reasons_are_those_of_the_decoder(model: HTCL):
+    reasons = {case: caught.value.reason for case in ("empty", "too short", "1e30", "NaN") for caught in [refusal(model, case)]}
+    assert reasons == {"empty": "too_short", "too short": "too_short", "1e30": "not_finite", "NaN": "not_finite"}
+
+
+def refusal(model: HTCL, case: str) -> pytest.ExceptionInfo[AudioError]:
+    with pytest.raises(AudioError) as caught:
+        model.embed_audio(*NOT_WAVEFORMS[case][:2])
+    return caught
+
+
+def test_waveforms_of_every_float_type(model: HTCL):
+    expected = model.embed_audio(T, 16000)
+    for waveform in (T.astype(np.float64), T.tolist(), torch.from_numpy(T).requires_grad_(), T[None], np.stack([T] * 6)):
+        torch.testing.assert_close(model.embed_audio(waveform, np.int64(16000)), expected, atol=1e-4, rtol=0)
+    for waveform in (T.astype(np.float16), torch.from_numpy(T).bfloat16()):
+        assert model.embed_audio(waveform, 16000.0) @ expected > 0.9
+
+
+def test_mels_that_no_audio_has_are_refused(model: HTCL):
+    mel = torch.full((2, 20, 16), -40.0)
+    for value in (torch.nan, torch.inf, 1e30):
+        broken = mel.clone()
+        broken[1, 9, 3] = value
+        with pytest.raises(AudioError, match="clip 1 holds NaN") as caught:
+            model.embed_mel(broken)
+        assert caught.value.reason == "not_finite"
+        torch.testing.assert_close(model.embed_mel(broken, torch.tensor([20, 9])), model.embed_mel(mel, torch.tensor([20, 9])))
+    for wrong in (mel.int(), mel > 0):
+        with pytest.raises(InputError, match="floats with frames"):
+            model.embed_mel(wrong)
+    with pytest.raises(InputError, match="whole numbers from 1 to 20"):
+        model.embed_mel(mel, torch.tensor([20.0, 9.5]))
+    assert model.embed_mel(mel.half()).isfinite().all()
+
+
 def test_a_string_is_not_a_list_of_texts(model: HTCL):
     with pytest.raises(InputError, match="list of texts"):
         model.embed_text("calm piano")
@@ -151,7 +228,7 @@ def test_configurations_that_cannot_be_read_are_refused(model: HTCL, tmp_path: P
     file = tmp_path / "model" / "config.json"
     tree = json.loads(file.read_text())
     for changed, message in (
-        ({**tree, "format_version": 99}, "format version 99.* up to 1"),
+        ({**tree, "format_version": 99}, "format version 99.* up to 2"),
         ({**tree, "stage": 7}, "key 'stage'"),
         ({**tree, "surprise": 1}, "key 'surprise'"),
     ):

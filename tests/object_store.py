@@ -1,0 +1,98 @@
+"""An S3 server of one process that can fail on purpose: enough of the protocol for listing and reading."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from xml.sax.saxutils import escape
+
+import pytest
+
+
+class ObjectStore:
+    """`objects`: key → bytes of the bucket `bucket`. `fail`: status of each of the next answers; "forever" repeats the last one."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.fail: list[int] = []
+        self.forever = False
+        self.fail_after_bytes: int | None = None
+        """Reads that begin behind so many bytes of an object are answered with 503."""
+        self.requests: list[str] = []
+        store = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                store.requests.append(f"{self.command} {self.path}")
+                if store.fail:
+                    return self._answer(store.fail[0] if store.forever else store.fail.pop(0), b"")
+                url = urllib.parse.urlsplit(self.path)
+                key = urllib.parse.unquote(url.path).removeprefix("/bucket").removeprefix("/")
+                if not key:
+                    return self._answer(200, _listing(store.objects, dict(urllib.parse.parse_qsl(url.query))))
+                if key not in store.objects:
+                    return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+                data = store.objects[key]
+                first, last = 0, len(data) - 1
+                if wanted := self.headers.get("range"):
+                    begin, _, end = wanted.removeprefix("bytes=").partition("-")
+                    first, last = int(begin), min(int(end or last), last)
+                if store.fail_after_bytes is not None and self.command == "GET" and first >= store.fail_after_bytes:
+                    return self._answer(503, b"")
+                return self._answer(206 if wanted else 200, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+
+            do_HEAD = do_GET
+
+            def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+                self.send_response(status)
+                more = {
+                    "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+                    "ETag": '"1"',
+                    "Content-Length": str(len(body)),
+                    **(headers or {}),
+                }
+                for name, value in more.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+def _listing(objects: dict[str, bytes], query: dict[str, str]) -> bytes:
+    prefix = query.get("prefix", "")
+    names = [key for key in sorted(objects) if key.startswith(prefix) and "/" not in key[len(prefix) :]]
+    items = "".join(
+        f"<Contents><Key>{escape(key)}</Key><Size>{len(objects[key])}</Size><LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
+        for key in names
+    )
+    count = f"<KeyCount>{len(names)}</KeyCount><IsTruncated>false</IsTruncated>"
+    return f"<?xml version='1.0'?><ListBucketResult><Name>bucket</Name>{count}{items}</ListBucketResult>".encode()
+
+
+@contextlib.contextmanager
+def running_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A store that s3:// URIs of this process mean."""
+    store = ObjectStore()
+    thread = threading.Thread(target=store.server.serve_forever)
+    thread.start()
+    values = {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "REGION": "us-east-1", "ENDPOINT_URL": store.url}
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    try:
+        yield store
+    finally:
+        store.server.shutdown()
+        store.server.server_close()
+        thread.join()
