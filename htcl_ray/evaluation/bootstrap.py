@@ -133,13 +133,13 @@ def two_way_mean(values: np.ndarray, gain: np.ndarray, mass: np.ndarray, draws: 
 
 
 def two_way_mean_of_songs(values: np.ndarray, influence: np.ndarray, draws: TwoWayDraws) -> Estimate:
-    """The mean over songs of a metric that compares users, resampled over artists and over users.
+    """The mean over songs of a metric in [0, 1] that compares users, resampled over artists and over users.
 
     `values`: float [songs]; `influence`: float [users], the change of the mean per unit of the user's weight.
     """
     by_song = mean(values, Draws(draws.artists.weights[:, draws.artist], ""))
     by_user = (draws.users.weights - 1) @ influence
-    resampled = np.clip(by_song.resampled + by_user, values.min(), values.max())
+    resampled = np.clip(by_song.resampled + by_user, 0, 1)
     return Estimate(by_song.value, by_song.n, resampled.astype(np.float32), draws.population)
 
 
