@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import soundfile
 
 from htcl_ray.audio import log_mel
@@ -79,33 +80,50 @@ def write_split_features(config: Config, audio: Path) -> None:
     workspace.finish("features/features-1", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
 
 
-def write_embeddings(config: Config) -> None:
+def write_embeddings(config: Config, model: str | None = None) -> None:
     """What `htcl embed` would write, without Ray."""
     workspace = Workspace(config.workspace)
-    job = plan(workspace, config)
-    vectors = encode_features(config)
-    order = np.random.default_rng(0).permutation(SONGS)
+    job = plan(workspace, config, model)
+    ids, vectors = workspace.read_tables(job.features.path).sort_by("song_id")["song_id"].to_pylist(), encode_features(config, model)
+    order = np.random.default_rng(0).permutation(len(ids))
     columns = {
-        "song_id": [song_id(i) for i in order],
+        "song_id": [ids[i] for i in order],
         "semantic": list(vectors.semantic[order]),
         "preference": None if vectors.preference is None else list(vectors.preference[order]),
     }
     schema = embeddings_schema(config.model.dim)
-    arrays = [pa.nulls(SONGS, field.type) if columns[field.name] is None else pa.array(columns[field.name], field.type) for field in schema]
+    arrays = [
+        pa.nulls(len(ids), field.type) if columns[field.name] is None else pa.array(columns[field.name], field.type) for field in schema
+    ]
     workspace.write_table(f"{job.path}/part-0.parquet", pa.Table.from_arrays(arrays, schema=schema))
-    manifest = build_manifest("embeddings", config=config.model_dump(mode="json"), inputs=job.inputs)
+    manifest = build_manifest("embeddings", config=config.model_dump(mode="json"), inputs=job.inputs, quality={"songs": len(ids)})
     workspace.finish(job.path, manifest)
 
 
-def encode_features(config: Config) -> Vectors:
+def encode_features(config: Config, model: str | None = None) -> Vectors:
     """The vectors of all songs, in the order of their ids."""
     workspace = Workspace(config.workspace)
-    table = workspace.read_tables("features/features-1").sort_by("song_id")
-    models = plan(workspace, config).models
-    preference = workspace.full(models.preference.path) if models.preference else None
-    encoder = SongEncoder.load(workspace.full(models.semantic.path), preference)
+    job = plan(workspace, config, model)
+    table = workspace.read_tables(job.features.path).sort_by("song_id")
+    preference = workspace.full(job.models.preference.path) if job.models.preference else None
+    encoder = SongEncoder.load(workspace.full(job.models.semantic.path), preference)
     mels = table["log_mel"].combine_chunks().to_numpy_ndarray()
     return encoder.encode_mel(mels, np.array(table["valid_frames"].to_pylist()))
+
+
+def grow(config: Config, songs: int = 4) -> None:
+    """A later catalogue, features-2: so many test songs more, by known artists, which the log does not know."""
+    workspace = Workspace(config.workspace)
+    table = workspace.read_tables("features/features-1").sort_by("song_id")
+    more = table.filter(pc.equal(table["split"], "test")).slice(0, songs)
+    for column, values in (("song_id", "new-{}"), ("duplicate_group", "new group {}"), ("text", "rock number {} by nobody")):
+        place = more.schema.get_field_index(column)
+        more = more.set_column(place, more.schema.field(column), pa.array([values.format(i) for i in range(songs)]))
+    workspace.write_table("features/features-2/shard-00000.parquet", pa.concat_tables([table, more]))
+    workspace.finish("features/features-2", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
+    for kind, rows in (("events", events()), ("pairs", pairs())):
+        workspace.write_table(f"{kind}/{kind}-2/part-0.parquet", rows)
+        workspace.finish(f"{kind}/{kind}-2", build_manifest(kind, config={}, inputs={"features": "features-2"}))
 
 
 def events() -> pa.Table:

@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.stats import rankdata
 
 from htcl_ray.evaluation import bootstrap
-from htcl_ray.evaluation.bootstrap import Draws, Estimate
+from htcl_ray.evaluation.bootstrap import Estimate, TwoWayDraws
 
 
 def top(scores: np.ndarray, candidate: np.ndarray, k: int, seed: int, first_user: int = 0) -> sparse.csr_matrix:
@@ -34,7 +34,7 @@ def top(scores: np.ndarray, candidate: np.ndarray, k: int, seed: int, first_user
 
 
 def breadth(
-    lists: Sequence[sparse.csr_matrix], met: sparse.csr_matrix, artists: np.ndarray, popularity: np.ndarray, k: int, draws: Draws
+    lists: Sequence[sparse.csr_matrix], met: sparse.csr_matrix, artists: np.ndarray, popularity: np.ndarray, k: int, draws: TwoWayDraws
 ) -> dict[str, Estimate]:
     """Figures of all lists together, and means over users; of several sets of lists (shuffles) the mean.
 
@@ -46,20 +46,32 @@ def breadth(
     popularity_lift@k  mean percentile of popularity of the listed songs / that of all the user's candidates; 1 is no lift
     """
     n = len(popularity)
+    draws = draws.about(artists.tolist(), popularity.tolist())
     percentile = (rankdata(popularity) - 0.5) / n
     codes = np.unique(artists, return_inverse=True)[1]
     of_artist = sparse.csr_matrix((np.ones(n, dtype=np.int64), (np.arange(n), codes)))
     typical = (percentile.sum() - met @ percentile) / (n - met.sum(axis=1).A1)
     times = [listed.sum(axis=0).A1 for listed in lists]
     lengths = [np.maximum(listed.sum(axis=1).A1, 1) for listed in lists]  # a user with a target has a candidate
+    shares = [sparse.diags(1 / length) @ listed for listed, length in zip(lists, lengths, strict=True)]  # of a list, each song's share
+    mass = np.mean([share.sum(axis=0).A1 for share in shares], axis=0)
     different = [(listed.astype(np.int64) @ of_artist).getnnz(axis=1) / length for listed, length in zip(lists, lengths, strict=True)]
-    lift = [listed @ percentile / length / typical for listed, length in zip(lists, lengths, strict=True)]
+    once = [_artist_shares(listed, codes, length) for listed, length in zip(lists, lengths, strict=True)]
+    lift = [share @ percentile / typical for share in shares]
+    lifted = [(sparse.diags(1 / typical) @ share).sum(axis=0).A1 * percentile for share in shares]
     return {
-        f"coverage@{k}": Estimate(float(np.mean([(counts > 0).mean() for counts in times])), n),
-        f"gini@{k}": Estimate(float(np.mean([gini(counts) for counts in times])), n),
-        f"artist_diversity@{k}": bootstrap.mean(np.mean(different, axis=0), draws),
-        f"popularity_lift@{k}": bootstrap.mean(np.mean(lift, axis=0), draws),
+        f"coverage@{k}": Estimate(float(np.mean([(counts > 0).mean() for counts in times])), n, None, draws.population),
+        f"gini@{k}": Estimate(float(np.mean([gini(counts) for counts in times])), n, None, draws.population),
+        f"artist_diversity@{k}": bootstrap.two_way_mean(np.mean(different, axis=0), np.mean(once, axis=0), mass, draws),
+        f"popularity_lift@{k}": bootstrap.two_way_mean(np.mean(lift, axis=0), np.mean(lifted, axis=0), mass, draws),
     }
+
+
+def _artist_shares(listed: sparse.csr_matrix, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """float64 [candidates]: what each adds to the sum of artist diversities; of an artist who is listed twice, each song half."""
+    user, song = listed.nonzero()
+    _, place, counts = np.unique(user * (codes.max() + 1) + codes[song], return_inverse=True, return_counts=True)
+    return np.bincount(song, weights=1 / (lengths[user] * counts[place]), minlength=listed.shape[1])
 
 
 def gini(counts: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import jinja2
 
 from htcl_ray.evaluation.report import NOT_SHOWN, TITLES, figure_title, number
 
-SHADES = {"improved": "good", "worse": "bad", "not shown": "faint"}
+SHADES = {"improved": "good", "worse": "bad", "not shown": "faint", "not comparable": "faint"}
 
 
 def comparison_html(tree: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def comparison_html(tree: Mapping[str, Any]) -> str:
         for name, version in tree["inputs"]["second"].items()
         if tree["inputs"]["first"].get(name) != version and name in tree["inputs"]["first"]
     ]
-    lead = f"{tree['created']}. Intervals: 95 %, paired. Changed: {', '.join(changed) or 'nothing but settings'}."
+    lead = f"{tree['created']}. Intervals: 95 %, paired. Changed: {', '.join(changed) or 'nothing but settings'}. {tree['test_set']}"
     header = ["figure", "method", reports["first"], reports["second"], "difference", ""]
     return _page(f"From report {reports['first']} to {reports['second']}", lead, header, rows)
 

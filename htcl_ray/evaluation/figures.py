@@ -8,6 +8,7 @@ from typing import Any
 from htcl_ray.evaluation.bootstrap import Estimate
 
 LOWER_IS_BETTER = (
+    "loss",
     "median_rank",
     "gini",
     "popularity_lift",
@@ -19,7 +20,33 @@ LOWER_IS_BETTER = (
     "stored_difference",
     "from_audio_difference",
 )
-"""Figures of which less is better; of all others more is."""
+"""Metrics, without `@k`, of which less is better; `lower_is_better` reads any metric's name."""
+HIGHER_IS_BETTER = (
+    "recall",
+    "hit_rate",
+    "ndcg",
+    "mrr",
+    "auc",
+    "user_auc",
+    "item_auc",
+    "roc_auc",
+    "map",
+    "accuracy",
+    "coverage",
+    "artist_diversity",
+    "audio_effective_rank",
+    "text_effective_rank",
+)
+"""Metrics, without `@k`, of which more is better."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Direction of a metric: of an evaluation (`gini@10`, `knn_map_folds`) or of training (`validation_pair_median_rank`).
+
+    A name that is in neither list, such as a mistyped one in a gate file, has no values and counts as higher is better.
+    """
+    name = metric.partition("@")[0].removeprefix("validation_").removeprefix("pair_").removeprefix("knn_").removesuffix("_folds")
+    return name in LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

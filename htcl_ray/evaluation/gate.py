@@ -17,8 +17,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from htcl_ray.errors import ConfigError
-from htcl_ray.evaluation.bootstrap import Estimate, difference
-from htcl_ray.evaluation.figures import LOWER_IS_BETTER
+from htcl_ray.evaluation.bootstrap import ROUNDING, Estimate, comparable, difference
+from htcl_ray.evaluation.figures import lower_is_better
 from htcl_ray.evaluation.saved import Key
 from htcl_ray.settings.section import Settings, nearest
 
@@ -34,17 +34,18 @@ class Bound(Settings):
     over: str | None = None
     """Compare with the same figure of this method."""
     over_served: bool = False
-    """Compare with the same figure of the model that is being served."""
+    """Compare with the model that is being served, which is evaluated on the same songs, users and candidates for it."""
     at_least: float | None = None
     """Of the value; of a difference, its interval's low end."""
     at_most: float | None = None
     """Of the value; of a difference, its interval's high end."""
     ratio_at_least: float | None = None
-    """Of the value divided by the other's."""
+    """Of the value divided by the other's; for metrics of which more is better."""
     shown: bool = False
     """The difference's interval lies on the better side of 0."""
     optional: bool = False
-    """Holds when it cannot be judged because something was not measured; otherwise that fails."""
+    """Holds when something was not measured, which otherwise fails. Once a model is being served, an `over_served` bound needs its
+    value all the same, unless it is about stage 2 and neither model has one."""
 
     @property
     def key(self) -> Key:
@@ -84,6 +85,10 @@ class Bound(Settings):
         compared = self.over is not None or self.over_served
         if not compared and (self.ratio_at_least is not None or self.shown):
             raise ValueError(f"{self.figure} has {'shown' if self.shown else 'ratio_at_least'} but nothing to compare with; add over")
+        if self.ratio_at_least is not None and lower_is_better(self.key[2]):
+            raise ValueError(
+                f"{self.figure} is better when it is lower, which ratio_at_least would forbid; bound the difference with at_most"
+            )
         ends = self.at_least is not None or self.at_most is not None or self.shown
         if ends == (self.ratio_at_least is not None):
             raise ValueError(f"{self.figure} needs at_least, at_most or shown, or else ratio_at_least alone")
@@ -107,13 +112,15 @@ class Result:
     """Of the 95 % interval; None where there is none."""
     high: float | None
     note: str = ""
+    required: bool = False
+    """Whether it fails without a value although the bound is optional: a model is being served that it must be compared with."""
 
     @property
     def passed(self) -> bool:
         """Whether the bound holds for what was measured."""
         bound, value = self.bound, self.value
         if value is None:
-            return bound.optional
+            return bound.optional and not self.required
         if bound.ratio_at_least is not None:
             return value >= bound.ratio_at_least
         low, high = (self.low, self.high) if bound.is_difference else (None, None)
@@ -121,20 +128,26 @@ class Result:
         at_most = bound.at_most is None or (value if high is None else high) <= bound.at_most
         if not bound.shown:
             return at_least and at_most
-        lower_is_better = bound.key[2] in LOWER_IS_BETTER
-        better = high is not None and high < 0 if lower_is_better else low is not None and low > 0
+        better = high is not None and high < -ROUNDING if lower_is_better(bound.key[2]) else low is not None and low > ROUNDING
         return at_least and at_most and better
 
     def as_json(self) -> dict[str, Any]:
         """For the report and for gate.json: the bound, the same in words, what was measured, whether it holds."""
-        measured = {"value": self.value, "low": self.low, "high": self.high, "passed": self.passed, "note": self.note}
+        measured = {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "passed": self.passed,
+            "note": self.note,
+            "required": self.required,
+        }
         return {"figure": self.bound.figure, "asked": self.bound.asked, **measured, "bound": self.bound.model_dump(exclude_defaults=True)}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Result:
         """What `as_json` was called on; `passed` is judged anew. Raises ValueError, KeyError or TypeError for anything else."""
         value, low, high = (None if tree[name] is None else float(tree[name]) for name in ("value", "low", "high"))
-        return cls(Bound.model_validate(tree["bound"]), value, low, high, str(tree["note"]))
+        return cls(Bound.model_validate(tree["bound"]), value, low, high, str(tree["note"]), bool(tree["required"]))
 
 
 @dataclass(frozen=True)
@@ -154,9 +167,15 @@ class Verdict:
         return [result for result in self.results if not result.passed]
 
 
-def judge(gate: Gate, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None = None) -> Verdict:
-    """Hold the bounds against an evaluation's figures; `served`: those of the model being served, None when there is none."""
-    return Verdict(tuple(_judge(bound, figures, served) for bound in gate.bounds))
+def judge(
+    gate: Gate, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None = None, *, unmeasured: str | None = None
+) -> Verdict:
+    """Hold the bounds against an evaluation's figures.
+
+    `served`: figures of the model being served on the same test set, None when there is none; `unmeasured`: why there is one that could
+    not be evaluated on it.
+    """
+    return Verdict(tuple(_judge(bound, figures, served, unmeasured) for bound in gate.bounds))
 
 
 def read_gate(path: str) -> Gate:
@@ -179,30 +198,44 @@ def read_gate(path: str) -> Gate:
         raise ConfigError(f"the gate {path} cannot be used: {_first_fault(error)}") from None
 
 
-def _judge(bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None) -> Result:
+def _judge(bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None, unmeasured: str | None) -> Result:
+    task, method, figure = bound.key
+    own_has, served_has = (any(of == method for _, of, _ in known or ()) for known in (figures, served))
+    required = bound.over_served and (unmeasured is not None or (served is not None and (own_has or served_has)))
+
+    def without_value(note: str) -> Result:
+        return Result(bound, None, None, None, note, required)
+
     own = figures.get(bound.key)
     if own is None or math.isnan(own.value):
-        return Result(bound, None, None, None, _missing(bound.key, figures))
+        return without_value(_missing(bound.key, figures))
     if bound.over is None and not bound.over_served:
         return Result(bound, own.value, *(own.interval or (None, None)))
+    if bound.over_served and unmeasured is not None:
+        return without_value(f"the model being served could not be evaluated on this test set: {unmeasured}")
     if bound.over_served and served is None:
-        return Result(bound, None, None, None, "no model is being served")
-    task, method, figure = bound.key
-    against = served if bound.over_served and served is not None else figures
-    key = (task, bound.over or method, figure)
+        return without_value("no model is being served")
+    against, whose, against_method = figures, "", bound.over or method
+    if bound.over_served and served is not None:
+        against, whose = served, " of the model being served"
+        if not served_has:  # it has no stage 2: what it serves is its stage 1
+            against_method = "semantic"
+    key = (task, against_method, figure)
     other = against.get(key)
     if other is None or math.isnan(other.value):
-        where = " of the model being served" if bound.over_served else ""
-        return Result(bound, None, None, None, _missing(key, against) + where)
+        return without_value(_missing(key, against) + whose)
+    if not comparable(own, other):
+        return without_value(f"{'.'.join(key)}{whose} was measured on other songs, users or candidates, so there is no paired difference")
     if bound.ratio_at_least is not None:
         if other.value <= 0:
-            return Result(bound, None, None, None, f"{'.'.join(key)} is {other.value:g}, which nothing can be a share of")
+            return without_value(f"{'.'.join(key)}{whose} is {other.value:g}, which nothing can be a share of")
         return Result(bound, own.value / other.value, None, None, f"{own.value:.4g} of {other.value:.4g}")
     gain = difference(own, other)
-    if gain.resampled is None and own.resampled is not None:
-        return Result(bound, None, None, None, f"{'.'.join(key)} was measured on other data, so the difference has no paired interval")
+    if own.resampled is not None and gain.interval is None:
+        return without_value(f"the difference from {'.'.join(key)}{whose} has no paired interval")
     low, high = gain.interval or (None, None)
-    return Result(bound, gain.value, low, high, f"{own.value:.4g} against {other.value:.4g}")
+    named = "" if against_method == (bound.over or method) else f" ({against_method}, as the model being served has no {method} space)"
+    return Result(bound, gain.value, low, high, f"{own.value:.4g} against {other.value:.4g}{named}")
 
 
 def _missing(key: Key, figures: Mapping[Key, Estimate]) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 INK = "#010203"
 """Drawn in this colour, and then handed to the page: `currentColor`."""
 COLORS = {"semantic": "#3b7dd8", "preference": "#d9662c", "blend_0.5": "#6f9e3f", "random": "#8a8f98", "share of songs": "#8a8f98"}
+GENRES = 40
+"""Genres in a plot, the commonest ones."""
 PALETTE = ("#3b7dd8", "#d9662c", "#6f9e3f", "#b04fb5", "#c9a227", "#2aa198", "#d64561", "#7a6fd0", "#8c6d46", "#5b8c9e")
 
 
@@ -49,7 +51,8 @@ def blend_curve(points: Sequence[Mapping[str, Any]], figures: Sequence[str], tit
 def genre_bars(agreement: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
     """For each genre, the share of nearest songs of the same genre, a bar for each space."""
     spaces = list(agreement)
-    genres = list(agreement[spaces[0]])[:40]
+    share = agreement.get("share of songs", agreement[spaces[0]])
+    genres = sorted(sorted(share, key=lambda genre: (-share[genre], genre))[:GENRES])
     figure, axes = _figure(1, height=0.5 + 0.16 * len(genres) * len(spaces) if len(genres) > 4 else 3.2)
     thickness = 0.8 / len(spaces)
     for number, space in enumerate(spaces):
@@ -59,7 +62,8 @@ def genre_bars(agreement: Mapping[str, Mapping[str, float]], titles: Mapping[str
     axes[0].set_yticks(range(len(genres)), [_plain(genre) for genre in genres])
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 1)
-    _finish(axes[0], "share of the 10 nearest songs by other artists that are of the song's genre", "")
+    left_out = f" (the {GENRES} commonest of {len(share)} genres)" if len(share) > GENRES else ""
+    _finish(axes[0], f"share of the 10 nearest songs by other artists that are of the song's genre{left_out}", "")
     return inline_svg(figure, "genres")
 
 

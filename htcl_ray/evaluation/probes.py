@@ -6,6 +6,7 @@ songs that the model trained on, and (`_folds`) within the held-out songs alone,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,6 +23,8 @@ from htcl_ray.settings import EvaluateSettings
 
 MAX_TRAINING_SONGS = 20_000
 """A probe learns from at most this many songs, drawn with the evaluation's seed: more do not change what it can read."""
+SONGS_OF_LABEL = 20
+"""Songs of each label that are drawn first, where there are as many: rare labels would vanish from a sample of the songs alone."""
 MAX_ITERATIONS = 2000
 
 Probe = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -39,7 +42,7 @@ def probe_task(labels: Labels, methods: dict[str, np.ndarray], artists: list[str
     """
     training = labels.training
     if len(training) > MAX_TRAINING_SONGS:
-        training = np.sort(default_rng(settings.seed).choice(training, MAX_TRAINING_SONGS, replace=False))
+        training = _sample(labels, settings.seed)
     folds = artist_folds([normal_name(artists[row]) for row in labels.held_out], settings.folds)
     counts = {"train_songs": len(training), "test_songs": len(labels.held_out), "folds": len(folds)}
     if len(training) < len(labels.training):
@@ -54,6 +57,18 @@ def probe_task(labels: Labels, methods: dict[str, np.ndarray], artists: list[str
     control, figures, more = found
     name = f"probe_{labels.column}"
     return Task(name, f"{labels.column} probe", "songs", "artists", control, figures, {**more, **counts})
+
+
+def _sample(labels: Labels, seed: int) -> np.ndarray:
+    """MAX_TRAINING_SONGS training rows, sorted: of each label the first of a random order, and then the rest of that order."""
+    order = default_rng(seed).permutation(labels.training)
+    seen: Counter[str] = Counter()
+    first = []
+    for row in order:
+        first.append(any(seen[label] < SONGS_OF_LABEL for label in labels.values[row]))
+        seen.update(labels.values[row])
+    needed = np.array(first)
+    return np.sort(np.concatenate([order[needed], order[~needed]])[:MAX_TRAINING_SONGS])
 
 
 def artist_folds(artists: list[str], folds: int) -> Folds:

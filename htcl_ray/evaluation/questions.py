@@ -15,12 +15,15 @@ from scipy import sparse
 from htcl_ray.evaluation.periods import periods_before
 from htcl_ray.interactions.splits import hash_fraction
 from htcl_ray.settings import EvaluateSettings
+from htcl_ray.storage import fingerprint
 
 
 @dataclass(frozen=True)
 class Listening:
     """What the users of a log met and liked before the evaluated period, and in it. Matrices: bool csr [users, catalogue]."""
 
+    songs: np.ndarray
+    """str [catalogue]: ids."""
     users: np.ndarray
     """str [users], sorted."""
     held_out: np.ndarray
@@ -53,6 +56,8 @@ class Questions:
     """bool [users, candidates]: those that are none of the user's."""
     counts: dict[str, int]
     """What the task is made of, and who is left out."""
+    asked: str
+    """Fingerprint of users, histories, candidates, targets and left-out candidates, by id: what two models must share to be compared."""
 
 
 def listening(songs: Sequence[str], cold: np.ndarray, events: pd.DataFrame, split: str) -> Listening:
@@ -80,6 +85,7 @@ def listening(songs: Sequence[str], cold: np.ndarray, events: pd.DataFrame, spli
 
     heard = before if earlier is not None else np.zeros_like(before)
     return Listening(
+        np.asarray(songs, dtype=object),
         np.asarray(users, dtype=str),
         held_out,
         history=marks(before & positive & ~cold[row], row),
@@ -115,7 +121,10 @@ def questions(heard: Listening, candidates: np.ndarray, settings: EvaluateSettin
         "users_not_drawn": len(kept) - len(drawn),
         "events_of_unknown_songs": heard.events_of_unknown_songs,
     }
-    return Questions(heard.users[ours][drawn].tolist(), rows, history, targets, met, counts)
+    users = heard.users[ours][drawn].tolist()
+    candidates = heard.songs[rows]
+    asked = fingerprint(users, candidates.tolist(), named(history, heard.songs), named(targets, candidates), named(met, candidates))
+    return Questions(users, rows, history, targets, met, counts, asked)
 
 
 def chosen_users(users: Sequence[str], most: int | None) -> list[int]:
@@ -131,6 +140,12 @@ def without(those: sparse.csr_matrix, left_out: sparse.csr_matrix) -> sparse.csr
     found = (those > left_out).tocsr()
     found.eliminate_zeros()
     return found
+
+
+def named(marks: sparse.csr_matrix, columns: np.ndarray) -> tuple[list[int], list[str]]:
+    """A matrix by the ids of its columns, for a fingerprint that does not depend on the other songs of the catalogue."""
+    ordered = marks.tocsr().sorted_indices()
+    return ordered.indptr.tolist(), columns[ordered.indices].tolist()
 
 
 def lengths(marks: sparse.csr_matrix) -> np.ndarray:

@@ -20,7 +20,7 @@ from scipy import sparse
 
 from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.baselines import baselines
-from htcl_ray.evaluation.bootstrap import Draws, Estimate
+from htcl_ray.evaluation.bootstrap import Estimate, TwoWayDraws
 from htcl_ray.evaluation.breadth import breadth, top
 from htcl_ray.evaluation.figures import Task
 from htcl_ray.evaluation.item_auc import ItemQuestions, item_auc, item_questions
@@ -28,7 +28,7 @@ from htcl_ray.evaluation.periods import hot_songs, periods_before
 from htcl_ray.evaluation.questions import Questions, listening, questions
 from htcl_ray.evaluation.scorers import Scorer, blended_scorer, vector_scorer
 from htcl_ray.evaluation.songs import BLEND, Songs
-from htcl_ray.evaluation.ties import expected_metrics
+from htcl_ray.evaluation.ties import Credited, credited_metrics
 from htcl_ray.settings import EvaluateSettings
 
 CELLS = 2**22
@@ -54,7 +54,7 @@ def recommendation_tasks(songs: Songs, log: pd.DataFrame, settings: EvaluateSett
             if one.users:
                 items = item_questions(heard, candidates, settings, known_users=known) if is_cold else None
                 methods, counts = _figures(songs, one, items, scorers, popularity, settings)
-                tasks.append(Task(name, title, "users", "users", "random", methods, one.counts | missing | counts))
+                tasks.append(Task(name, title, "users", "users and artists", "random", methods, one.counts | missing | counts))
     return tasks
 
 
@@ -67,7 +67,7 @@ def blend_curve(songs: Songs, log: pd.DataFrame, settings: EvaluateSettings) -> 
     asked = questions(listening(songs.ids, cold, log, settings.split), cold, settings)
     if "preference" not in songs.spaces or not asked.users:
         return []
-    draws = bootstrap.draw(asked.users, settings.resamples, settings.seed)
+    draws = _draws(songs, asked, settings)
     ends = vector_scorer(songs.spaces["semantic"]), vector_scorer(songs.spaces["preference"])
     k, curve = max(settings.ks), []
     for blend in BLENDS:
@@ -80,22 +80,32 @@ def blend_curve(songs: Songs, log: pd.DataFrame, settings: EvaluateSettings) -> 
     return curve
 
 
-def answers(asked: Questions, scorer: Scorer, ks: Sequence[int], seed: int) -> tuple[dict[str, np.ndarray], sparse.csr_matrix]:
-    """A method's metrics, float64 [users] each (`auc` is `user_auc`), and its lists of max(ks), bool [users, candidates]."""
+def _draws(songs: Songs, asked: Questions, settings: EvaluateSettings) -> TwoWayDraws:
+    """Of the users, and of the artists of the candidates."""
+    artists = [songs.artists[row] for row in asked.candidates]
+    return bootstrap.draw_two_way(asked.users, artists, settings.resamples, settings.seed).about(asked.asked, artists)
+
+
+def answers(asked: Questions, scorer: Scorer, ks: Sequence[int], seed: int) -> tuple[dict[str, Credited], sparse.csr_matrix]:
+    """A method's metrics of all users (`auc` is `user_auc`), and its lists of max(ks), bool [users, candidates]."""
     at_once = max(1, CELLS // max(1, len(asked.candidates)))
     metrics, lists = [], []
     for start in range(0, len(asked.users), at_once):
         block = slice(start, start + at_once)
         scores, theirs = scorer(asked.history[block], asked.candidates), ~asked.met[block].toarray()
-        metrics.append(expected_metrics(scores, asked.targets[block].toarray(), ks, theirs))
+        metrics.append(credited_metrics(scores, asked.targets[block].toarray(), ks, theirs))
         lists.append(top(scores, theirs, max(ks), seed, start))
-    named = {{"auc": "user_auc"}.get(name, name): np.concatenate([part[name] for part in metrics]) for name in metrics[0]}
+    named = {}
+    for name in metrics[0]:
+        values, gains, masses = zip(*(part[name] for part in metrics), strict=True)
+        named["user_auc" if name == "auc" else name] = Credited(np.concatenate(values), np.sum(gains, axis=0), np.sum(masses, axis=0))
     return named, sparse.vstack(lists).tocsr()
 
 
-def user_figures(metrics: Sequence[dict[str, np.ndarray]], draws: Draws) -> dict[str, Estimate]:
+def user_figures(metrics: Sequence[dict[str, Credited]], draws: TwoWayDraws) -> dict[str, Estimate]:
     """Means over users of what `answers` gave; of several scorers (shuffles) the mean."""
-    return {name: bootstrap.mean(np.mean([one[name] for one in metrics], axis=0), draws) for name in metrics[0]}
+    parts = {name: Credited(*(np.mean(same, axis=0) for same in zip(*(one[name] for one in metrics), strict=True))) for name in metrics[0]}
+    return {name: bootstrap.two_way_mean(part.values, part.gain, part.mass, draws) for name, part in parts.items()}
 
 
 def _scorers(songs: Songs, log: pd.DataFrame, settings: EvaluateSettings, *, hot: bool) -> tuple[dict[str, list[Scorer]], dict[str, int]]:
@@ -116,7 +126,7 @@ def _figures(
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
     """Figures of each method, and what the item AUC is made of."""
     artists, k = np.asarray(songs.artists), max(settings.ks)
-    draws = bootstrap.draw(asked.users, settings.resamples, settings.seed)
+    draws = _draws(songs, asked, settings)
     methods = {}
     for method, several in scorers.items():
         found = [answers(asked, scorer, settings.ks, settings.seed) for scorer in several]
@@ -125,9 +135,10 @@ def _figures(
     if items is None:
         return methods, {}
     if len(items.songs):
-        drawn = bootstrap.draw(artists[items.songs].tolist(), settings.resamples, settings.seed)
+        drawn = bootstrap.draw_two_way(items.users, artists[items.songs].tolist(), settings.resamples, settings.seed).about(items.asked)
         for method, several in scorers.items():
-            methods[method]["item_auc"] = bootstrap.mean(np.mean([item_auc(items, scorer) for scorer in several], axis=0), drawn)
+            aucs, influence = (np.mean(of, axis=0) for of in zip(*(item_auc(items, scorer) for scorer in several), strict=True))
+            methods[method]["item_auc"] = bootstrap.two_way_mean_of_songs(aucs, influence / len(aucs), drawn)
     return methods, {"item_auc_songs": len(items.songs), "item_auc_users": items.history.shape[0]}
 
 

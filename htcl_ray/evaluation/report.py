@@ -9,8 +9,8 @@ from typing import Any
 import rich.box
 from rich.table import Table
 
-from htcl_ray.evaluation.bootstrap import Estimate, difference, is_shown
-from htcl_ray.evaluation.figures import LOWER_IS_BETTER, Measured, Task
+from htcl_ray.evaluation.bootstrap import Estimate, comparable, difference, is_shown
+from htcl_ray.evaluation.figures import Measured, Task, lower_is_better
 from htcl_ray.evaluation.saved import Key, estimates
 from htcl_ray.evaluation.songs import BLEND
 
@@ -42,6 +42,8 @@ FIGURES = {
 HEADLINES = ("recall", "median_rank", "accuracy", "roc_auc", "map", "ndcg", "user_auc", "item_auc")
 """Figures of which the summary and the terminal speak, of several k the largest; all others are in the tables of the page."""
 IMPROVED, WORSE, NOT_SHOWN = "improved", "worse", "not shown"
+NOT_COMPARABLE = "not comparable"
+"""Of a difference between two test sets: other songs, users or candidates."""
 
 
 def report_tree(
@@ -73,7 +75,8 @@ def differences(first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], m
             gain = difference(ours, theirs)
             low, high = gain.interval or (None, None)
             row = {"task": task, "figure": figure, "method": method, "against": against, "first": ours.value, "second": theirs.value}
-            rows.append({**row, "value": gain.value, "low": low, "high": high, "n": gain.n, "verdict": verdict(figure, gain)})
+            row |= {"value": gain.value, "low": low, "high": high, "n": gain.n}
+            rows.append({**row, "verdict": verdict(figure, gain) if comparable(ours, theirs) else NOT_COMPARABLE})
     return rows
 
 
@@ -81,7 +84,7 @@ def verdict(figure: str, gain: Estimate) -> str:
     """What a difference says: improved or worse only when its interval does not hold 0."""
     if not is_shown(gain):
         return NOT_SHOWN
-    better = gain.value < 0 if figure.partition("@")[0] in LOWER_IS_BETTER else gain.value > 0
+    better = gain.value < 0 if lower_is_better(figure) else gain.value > 0
     return IMPROVED if better else WORSE
 
 

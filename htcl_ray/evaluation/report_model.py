@@ -57,7 +57,7 @@ class Difference(_Part):
     high: float | None
     n: int
     verdict: str
-    """`improved`, `worse` or `not shown`."""
+    """`improved`, `worse`, `not shown`, or `not comparable` when the two were measured on other songs, users or candidates."""
 
 
 class Report(_Part):

@@ -11,12 +11,13 @@ import yaml
 from markupsafe import Markup
 
 from htcl_ray.evaluation import plots
+from htcl_ray.evaluation.figures import lower_is_better
 from htcl_ray.evaluation.report import IMPROVED, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, headline_figures, number, phrase
 
 DEFINITIONS = {
     "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same "
     "model as the songs.",
-    "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists or whole users. A figure marked ° is not shown: the "
+    "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists, or of users and of artists with all their songs. A figure marked ° is not shown: the "
     "paired interval of its difference from the task's control holds 0.",
     "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these songs "
     "for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct answer "
@@ -72,7 +73,8 @@ def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
             found, control = task["methods"]["semantic"][name], task["methods"].get(task["control"], {}).get(name)
             if control is not None and found["shown"] is not None:
                 line = f"{task['title']}, {figure_title(name)}: {number(found['value'], name)}, {task['control']} "
-                lines[IMPROVED if found["shown"] else NOT_SHOWN].append(line + number(control["value"], name))
+                better = (found["value"] < control["value"]) == lower_is_better(name)
+                lines[NOT_SHOWN if not found["shown"] else IMPROVED if better else WORSE].append(line + number(control["value"], name))
     return lines
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.bootstrap import Draws, Estimate
 from htcl_ray.evaluation.figures import Task
-from htcl_ray.evaluation.labels import labels
+from htcl_ray.evaluation.labels import Labels, labels
 from htcl_ray.evaluation.probes import probe_task
 from htcl_ray.evaluation.songs import Songs
 from htcl_ray.evaluation.ties import first_hit_distribution
@@ -44,6 +44,7 @@ def semantic_tasks(songs: Songs, encode: Encode, settings: EvaluateSettings) -> 
         return []
     artists = songs.artists
     draws = bootstrap.draw([artists[row] for row in held_out], settings.resamples, settings.seed)
+    draws = draws.about([(songs.ids[row], songs.texts[row], artists[row]) for row in held_out])
     columns = [found for name in settings.probe_columns if (found := labels(songs, name, training, held_out)) is not None]
     names = {of.column: asked_labels(of) for of in columns}
     prompts = {column: [settings.label_prompt.replace("{label}", name) for name in asked] for column, asked in names.items()}
@@ -59,14 +60,21 @@ def semantic_tasks(songs: Songs, encode: Encode, settings: EvaluateSettings) -> 
     dealt = last[np.random.default_rng(settings.seed).permutation(len(last))]
     methods = {**songs.spaces, "log_mel": songs.log_mel, "shuffled": dealt}
     for of in columns:
-        of_labelled = draws.of(np.searchsorted(held_out, of.held_out))
+        of_labelled = draws.of(np.searchsorted(held_out, of.held_out)).about(of.column, _labelled(songs, of, of.held_out))
         if names[of.column]:
             rows = [place[prompt] for prompt in prompts[of.column]]
             words = {space: of_texts[rows] for space, of_texts in vectors.items()}
-            tasks.append(zero_shot_task(of, names[of.column], songs.spaces, words, of_labelled))
-        probe = probe_task(of, methods, artists, of_labelled, settings)
+            named = of_labelled.about(names[of.column], settings.label_prompt)
+            tasks.append(zero_shot_task(of, names[of.column], songs.spaces, words, named))
+        learned = of_labelled.about(_labelled(songs, of, of.training), settings.folds, settings.neighbors)
+        probe = probe_task(of, methods, artists, learned, settings)
         tasks += [] if probe is None else [probe]
     return tasks
+
+
+def _labelled(songs: Songs, of: Labels, rows: np.ndarray) -> list[tuple[str, tuple[str, ...]]]:
+    """Ids and labels of these songs, for the fingerprint of a task."""
+    return [(songs.ids[row], of.values[row]) for row in rows]
 
 
 def retrieval_tasks(

@@ -6,6 +6,7 @@ The differences are the largest absolute difference of any coordinate of any cli
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from htcl_ray.evaluation.bootstrap import Estimate
 from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
 from htcl_ray.evaluation.figures import Task
 from htcl_ray.evaluation.songs import Songs
+from htcl_ray.storage import fingerprint
 
 if TYPE_CHECKING:
     from htcl_ray.retrieval.encoder import SongEncoder
@@ -42,7 +44,17 @@ def soundness_tasks(
     `waveforms`: what their audio files hold now, each [samples] at the model's rate, None where a file can no longer be read; `texts`: the
     unique texts of the held-out songs; `seed`: of the noise that is put where padding is.
     """
-    return [_collapse(encoder, songs, mel_rows, texts), _determinism(encoder, songs, mels, mel_rows, waveforms, seed)]
+    clips = [(songs.ids[row], waveform is not None) for row, waveform in zip(mel_rows, waveforms, strict=True)]
+    held_out = np.flatnonzero(np.isin(songs.splits, songs.splits[mel_rows]))
+    asked = fingerprint(clips, [songs.ids[row] for row in held_out], list(texts), seed)
+    tasks = (_collapse(encoder, songs, held_out, texts), _determinism(encoder, songs, mels, mel_rows, waveforms, seed))
+    return [
+        replace(
+            task,
+            methods={space: {name: replace(found, population=asked) for name, found in of.items()} for space, of in task.methods.items()},
+        )
+        for task in tasks
+    ]
 
 
 def index_task(manifest: Mapping[str, Any]) -> Task:
@@ -51,9 +63,8 @@ def index_task(manifest: Mapping[str, Any]) -> Task:
     return Task("index", "index", "songs", "nothing", None, {"index": {"recall@10": recall}})
 
 
-def _collapse(encoder: SongEncoder, songs: Songs, mel_rows: np.ndarray, texts: Sequence[str]) -> Task:
-    """Over all songs of the splits that `mel_rows` are of, one of each duplicate group, and over the texts."""
-    held_out = np.flatnonzero(np.isin(songs.splits, songs.splits[mel_rows]))
+def _collapse(encoder: SongEncoder, songs: Songs, held_out: np.ndarray, texts: Sequence[str]) -> Task:
+    """Over the held-out songs, one of each duplicate group, and over the texts."""
     _, first = np.unique([songs.duplicate_groups[row] for row in held_out], return_index=True)
     words = _spaces(encoder.encode_texts(texts)) if texts else {}
     methods = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class Placed:
 
     query: np.ndarray
     """int: which query it belongs to."""
+    item: np.ndarray
+    """int: which candidate it is."""
     start: np.ndarray
     """int: how many of the query's candidates score higher."""
     size: np.ndarray
@@ -33,7 +36,28 @@ class Placed:
 def expected_metrics(
     scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int], candidate: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """`hit_rate@k`, `recall@k`, `ndcg@k` for each k, `mrr` and `auc`; each float64 [queries] in [0, 1].
+    """The metrics of `credited_metrics`, float64 [queries] each."""
+    return {name: metric.values for name, metric in credited_metrics(scores, relevant, ks, candidate).items()}
+
+
+class Credited(NamedTuple):
+    """A metric of each query, and what each item has to do with it."""
+
+    values: np.ndarray
+    """float64 [queries]."""
+    gain: np.ndarray
+    """float64 [items]: the item's parts of the values, summed over queries."""
+    mass: np.ndarray
+    """float64 [items]: sum of 1 / relevant candidates, over the queries with a value to which the item is relevant."""
+
+
+def credited_metrics(
+    scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int], candidate: np.ndarray | None = None
+) -> dict[str, Credited]:
+    """`hit_rate@k`, `recall@k`, `ndcg@k` for each k, `mrr` and `auc`; in [0, 1].
+
+    A value is divided among the query's relevant candidates: recall, NDCG and AUC are sums over them; hit rate and MRR, which are not, are
+    divided in proportion to a candidate's own recall@k or reciprocal of its mean rank.
 
     `scores`: float [queries, items], higher is better; `relevant`: bool of the same shape; `candidate`: bool of the same shape, items
     that are ranked for a query, None is all. All nan where no candidate is relevant; `auc` is nan too where all are. Raises ValueError for
@@ -45,28 +69,33 @@ def expected_metrics(
     gained = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(max(ks, default=1)) + 2))]  # the DCG of so many relevant candidates in front
     start, size, hits = _best_ties(placed)
 
-    def share(of_hit: np.ndarray, by: np.ndarray) -> np.ndarray:
-        summed = np.bincount(placed.query, weights=of_hit, minlength=len(total))
-        return np.divide(summed, by, out=np.full(len(total), np.nan), where=asked)
+    items, query = scores.shape[1], placed.query
+
+    def credited(values: np.ndarray, of_target: np.ndarray) -> Credited:
+        part = np.bincount(query, weights=of_target, minlength=len(total))[query]
+        given = np.divide(of_target * values[query], part, out=np.zeros(len(part)), where=part > 0)
+        known = ~np.isnan(values[query])
+        given, mass = (np.bincount(placed.item[known], weights=of[known], minlength=items) for of in (given, 1 / total[query]))
+        return Credited(values, given, mass)
+
+    def summed(of_target: np.ndarray, by: np.ndarray) -> Credited:
+        sums = np.bincount(query, weights=of_target, minlength=len(total))
+        return credited(np.divide(sums, by, out=np.full(len(total), np.nan), where=asked), of_target)
 
     result = {}
     for k in ks:
         inside = np.clip(k - placed.start, 0, placed.size)
         gain = gained[np.minimum(placed.start + inside, k)] - gained[np.minimum(placed.start, k)]
-        result[f"hit_rate@{k}"] = np.where(asked, _hit_probability(start, size, hits, k), np.nan)
-        result[f"recall@{k}"] = share(inside / placed.size, total)
-        result[f"ndcg@{k}"] = share(gain / placed.size, gained[np.minimum(total, k)])
-    result["mrr"] = np.full(len(total), np.nan)
-    result["mrr"][asked] = [
+        result[f"hit_rate@{k}"] = credited(np.where(asked, _hit_probability(start, size, hits, k), np.nan), inside / placed.size)
+        result[f"recall@{k}"] = summed(inside / placed.size, total)
+        result[f"ndcg@{k}"] = summed(gain / placed.size, gained[np.minimum(total, k)])
+    reciprocal = np.full(len(total), np.nan)
+    reciprocal[asked] = [
         _expected_reciprocal_rank(*tie) for tie in zip(start[asked].tolist(), size[asked].tolist(), hits[asked].tolist(), strict=True)
     ]
-    result["auc"] = _auc(placed)
+    result["mrr"] = credited(reciprocal, 1 / (placed.start + (placed.size + 1) / 2))
+    result["auc"] = credited(_auc(placed), _wins(placed))
     return result
-
-
-def expected_auc(scores: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """The `auc` of `expected_metrics` alone."""
-    return _auc(_place(scores, relevant, candidate))
 
 
 def first_hit_distribution(size: int, hits: int) -> np.ndarray:
@@ -90,7 +119,7 @@ def _place(scores: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> P
         begin, end = end, end + total[number]
         lower[begin:end] = rising[number].searchsorted(theirs[begin:end], "left")
         upper[begin:end] = rising[number].searchsorted(theirs[begin:end], "right")
-    return Placed(query, scores.shape[1] - upper, upper - lower, total, candidate.sum(axis=1))
+    return Placed(query, item, scores.shape[1] - upper, upper - lower, total, candidate.sum(axis=1))
 
 
 def _best_ties(placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,9 +137,18 @@ def _auc(placed: Placed) -> np.ndarray:
     """From the mean ranks of the relevant candidates (Mann and Whitney 1947), a tie counting half."""
     total = placed.total
     others = placed.candidates - total
-    rank = placed.candidates[placed.query] - placed.start - (placed.size - 1) / 2  # from 1, the lowest score
-    wins = np.bincount(placed.query, weights=rank, minlength=len(total)) - total * (total + 1) / 2
+    wins = np.bincount(placed.query, weights=_wins(placed), minlength=len(total))
     return np.divide(wins, total * others, out=np.full(len(total), np.nan), where=(total > 0) & (others > 0))
+
+
+def _wins(placed: Placed) -> np.ndarray:
+    """How many candidates that are not relevant each relevant one stands above, a tie counting half; float64, in the order of `placed`."""
+    rank = placed.candidates[placed.query] - placed.start - (placed.size - 1) / 2  # from 1, the lowest score
+    place = placed.query * (placed.candidates.max(initial=0) + 1) + placed.start
+    rising = np.sort(place)
+    first, last = rising.searchsorted(place, "left"), rising.searchsorted(place, "right")
+    lower = np.cumsum(placed.total)[placed.query] - last
+    return rank - (lower + (last - first + 1) / 2)
 
 
 def _hit_probability(start: np.ndarray, size: np.ndarray, hits: np.ndarray, k: int) -> np.ndarray:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,8 @@ from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
 TEXTS_AT_ONCE = 256
 FIGURES = "figures.parquet"
+MEASURED_AS = 2
+"""Raised when the same inputs give other values or intervals, so that an earlier report is not taken for a new one."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,44 @@ def evaluate(config: Config, model: str | None = None) -> StepResult:
     inputs = find_inputs(workspace, config, model)
     path = f"reports/{_run(config, inputs)}"
     skipped = workspace.manifest(path) is not None
-    report = workspace.read_json(f"{path}/report.json") if skipped else _measure(workspace, config, inputs, path)
+    if not skipped:
+        _measure(workspace, config, inputs, path)
+    report = workspace.read_json(f"{path}/report.json")
     Console().print(reports.table(report))
     return StepResult("evaluate", workspace.uri_of(path), reports.phrase(report), time.monotonic() - started, skipped)
+
+
+def evaluate_reference(config: Config, models: Models, inputs: Inputs) -> str:
+    """Evaluate a reference, such as the models being served, on the test set of `inputs`. Returns the name of its report.
+
+    The test set is the same songs, users and candidates, so that differences are paired. Songs that these models have not embedded yet
+    are embedded first, which starts Ray. The figures in the models' own folders stay as they are. Raises InputError when the models
+    cannot embed these songs.
+    """
+    workspace = Workspace(config.workspace)
+    if _versions(models) != _versions(inputs.models):
+        embeddings = _embedded(workspace, config, models, inputs.features)
+        inputs = replace(inputs, models=models, embeddings=embeddings, index=_index_of(workspace, embeddings))
+    run = _run(config, inputs)
+    if workspace.manifest(f"reports/{run}") is None:
+        _measure(workspace, config, inputs, f"reports/{run}", into_models=False)
+    return run
+
+
+def _versions(models: Models) -> tuple[str, str | None]:
+    return models.semantic.version, models.preference.version if models.preference else None
+
+
+def _embedded(workspace: Workspace, config: Config, models: Models, features: Artifact) -> Artifact:
+    """The vectors that these models give these features; made when they do not exist."""
+    with contextlib.suppress(WorkspaceError):
+        return artifacts.embeddings(workspace, features.version, models)
+    from htcl_ray.pipelines.embed import embed, plan  # loads Ray
+
+    version = (models.preference or models.semantic).version
+    if plan(workspace, config, version).features.version == features.version:
+        embed(config, version)
+    return artifacts.embeddings(workspace, features.version, models)
 
 
 def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
@@ -92,16 +129,38 @@ def find_inputs(workspace: Workspace, config: Config, model: str | None = None) 
     features = artifacts.features(workspace, config)
     models = artifacts.models(workspace, model, accepted=False)
     embeddings = artifacts.embeddings(workspace, features.version, models)
-    indexes = [Artifact(f"index/{name}", name, made) for name, made in workspace.finished("index")]
-    fitting = [index for index in indexes if index.manifest["inputs"].get("embeddings") == embeddings.version]
     return Inputs(
         features,
         models,
         embeddings,
         artifacts.events(workspace, features.version),
         artifacts.pairs(workspace, features.version),
-        fitting[-1] if fitting else None,
+        _index_of(workspace, embeddings),
     )
+
+
+def _index_of(workspace: Workspace, embeddings: Artifact) -> Artifact | None:
+    """The newest index of these embeddings."""
+    for name, manifest in reversed(workspace.finished("index")):
+        if manifest["inputs"].get("embeddings") == embeddings.version:
+            return Artifact(f"index/{name}", name, manifest)
+    return None
+
+
+def inputs_of(workspace: Workspace, run: str) -> Inputs:
+    """What a finished report evaluated. Raises WorkspaceError when an artifact is missing by now."""
+    versions = workspace.read_json(f"reports/{run}/manifest.json")["inputs"]
+
+    def artifact(kind: str) -> Artifact:
+        path = f"{kind}/{versions[kind]}"
+        manifest = workspace.manifest(path)
+        if manifest is None:
+            raise WorkspaceError(f"{workspace.uri_of(path)}, which report {run} evaluated, does not exist any more")
+        return Artifact(path, versions[kind], manifest)
+
+    models = artifacts.models(workspace, versions["preference"] or versions["semantic"])
+    events, pairs, index = (artifact(kind) if versions[kind] else None for kind in ("events", "pairs", "index"))
+    return Inputs(artifact("features"), models, artifact("embeddings"), events, pairs, index)
 
 
 def read_figures(workspace: Workspace, run: str) -> dict[Key, Estimate]:
@@ -113,7 +172,7 @@ def read_figures(workspace: Workspace, run: str) -> dict[Key, Estimate]:
 
 
 def _run(config: Config, inputs: Inputs) -> str:
-    return fingerprint(FORMAT_VERSION, inputs.versions, config.evaluate.model_dump(mode="json"))
+    return fingerprint(FORMAT_VERSION, MEASURED_AS, inputs.versions, config.evaluate.model_dump(mode="json"))
 
 
 def _check_columns(columns: Sequence[str]) -> None:
@@ -123,7 +182,8 @@ def _check_columns(columns: Sequence[str]) -> None:
             raise ConfigError(f"evaluate.probe_columns names '{column}', which is no catalogue column; {hint}")
 
 
-def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str) -> dict[str, Any]:
+def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str, *, into_models: bool = True) -> None:
+    """Evaluate and write the report; `into_models`: also write the figures into the folders of the models."""
     songs = _songs(workspace, inputs)
     settings = config.evaluate
     if not (songs.splits == settings.split).any():
@@ -141,10 +201,14 @@ def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str) ->
         more = check_soundness(workspace, inputs.features, encoder, songs, settings)
     if inputs.index is not None:
         more.append(index_task(inputs.index.manifest))
-    return _write(workspace, config, inputs, path, measured, more)
+    _write(workspace, config, inputs, path, measured, more)
+    if into_models:
+        for artifact in (inputs.models.semantic, inputs.models.preference):
+            if artifact is not None:
+                write_evaluation(workspace, artifact.path, [*measured.tasks, *more], path.rpartition("/")[2], measured.data)
 
 
-def _write(workspace: Workspace, config: Config, inputs: Inputs, path: str, measured: Measured, more: Sequence[Task]) -> dict[str, Any]:
+def _write(workspace: Workspace, config: Config, inputs: Inputs, path: str, measured: Measured, more: Sequence[Task]) -> None:
     run = path.rpartition("/")[2]
     manifest = build_manifest("report", config=config.model_dump(mode="json"), inputs=inputs.versions)
     described = {key: manifest[key] for key in ("format_version", "created", "config", "inputs", "libraries")}
@@ -157,10 +221,6 @@ def _write(workspace: Workspace, config: Config, inputs: Inputs, path: str, meas
     workspace.write_bytes(f"{path}/config.yaml", config.as_yaml().encode())
     workspace.write_table(f"{path}/{FIGURES}", to_table(figures))
     workspace.finish(path, manifest)
-    for artifact in (inputs.models.semantic, inputs.models.preference):
-        if artifact is not None:
-            write_evaluation(workspace, artifact.path, [*measured.tasks, *more], run, measured.data)
-    return report
 
 
 class _Encode:

@@ -8,17 +8,21 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from htcl_ray.artifacts import StepResult
+from htcl_ray import artifacts
+from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
-from htcl_ray.errors import StepError
+from htcl_ray.errors import InputError, StepError
 from htcl_ray.evaluation.bootstrap import Estimate
 from htcl_ray.evaluation.gate import Verdict, judge, read_gate
 from htcl_ray.evaluation.report import number
 from htcl_ray.evaluation.report_page import html
-from htcl_ray.evaluation.saved import Key
-from htcl_ray.pipelines.evaluate import Inputs, evaluate, find_inputs, read_figures
+from htcl_ray.evaluation.saved import Key, estimates
+from htcl_ray.evaluation.soundness import index_task
+from htcl_ray.pipelines.evaluate import Inputs, evaluate, evaluate_reference, find_inputs, read_figures
 from htcl_ray.storage import Workspace
 from htcl_ray.verdicts import record_verdicts
+
+Figures = dict[Key, Estimate]
 
 
 def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> StepResult:
@@ -32,9 +36,12 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     workspace = Workspace(config.workspace)
     inputs = find_inputs(workspace, config, model)
     run = result.location.rstrip("/").rpartition("/")[2]
-    verdict = judge(gate, read_figures(workspace, run), _served(workspace, inputs))
+    index = _served_index(workspace, inputs) if any(bound.over_served for bound in gate.bounds) else None
+    served, against, unmeasured = (None, None, None) if index is None else _served(workspace, config, inputs, index)
+    verdict = judge(gate, read_figures(workspace, run), served, unmeasured=unmeasured)
     record_verdicts(workspace, inputs.models, inputs.index, verdict, run)
-    tree = {"passed": verdict.passed, "gate": gate_file, "results": [found.as_json() for found in verdict.results]}
+    compared = {"index": index.version if index else None, "report": against}
+    tree = {"passed": verdict.passed, "gate": gate_file, "served": compared, "results": [found.as_json() for found in verdict.results]}
     workspace.write_json(f"reports/{run}/gate.json", tree)
     workspace.write_bytes(f"reports/{run}/report.html", html(workspace.read_json(f"reports/{run}/report.json"), tree).encode())
     Console().print(_table(verdict))
@@ -42,19 +49,39 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
         first = verdict.failed[0]
         raise StepError(
             f"the gate failed: {len(verdict.failed)} of {len(verdict.results)} bounds do not hold, first {first.bound.asked}"
-            f"{'' if first.value is None else f' (found {first.value:.4g})'}; {result.location}/report.html has all of them"
+            f" ({first.note if first.value is None else f'found {first.value:.4g}'}); {result.location}/report.html has all of them"
         )
     return dataclasses.replace(result, step="gate", skipped=False, summary=f"all {len(verdict.results)} bounds hold; {result.summary}")
 
 
-def _served(workspace: Workspace, inputs: Inputs) -> dict[Key, Estimate] | None:
-    """The figures of the newest other index that a gate let through: what `htcl serve` would take without this one."""
+def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
+    """The newest other index that its gate let through, or that no gate has judged: what `htcl serve` would take without this one."""
     for name, manifest in reversed(workspace.finished("index")):
-        gate = manifest.get("gate") or {}
-        if gate.get("passed") and manifest["inputs"].get("embeddings") != inputs.embeddings.version:
-            print(f"gate  compared with index {name}, the newest accepted", flush=True)
-            return read_figures(workspace, gate["report"])
+        if manifest["inputs"].get("embeddings") == inputs.embeddings.version:
+            continue
+        index = Artifact(f"index/{name}", name, manifest)
+        verdict = manifest.get("gate")
+        if verdict is None:
+            stages = [(stage, manifest["inputs"].get(stage)) for stage in ("semantic", "preference")]
+            made_by = [Artifact(f"models/{stage}/{of}", of, workspace.manifest(f"models/{stage}/{of}") or {}) for stage, of in stages if of]
+            if any(model.gate_failed for model in made_by):
+                continue
+        if not index.gate_failed:
+            return index
     return None
+
+
+def _served(workspace: Workspace, config: Config, inputs: Inputs, index: Artifact) -> tuple[Figures | None, str | None, str | None]:
+    """The figures of the models of this index on the test set of `inputs`, the report that holds them, or why there are none."""
+    print(f"gate  compared with index {index.version}, whose models are evaluated on the same songs, users and candidates", flush=True)
+    try:
+        run = evaluate_reference(config, artifacts.models_of(workspace, index), inputs)
+    except InputError as error:
+        print(f"gate  the models of index {index.version} cannot be evaluated on this test set: {error}", flush=True)
+        return None, None, str(error)
+    figures = read_figures(workspace, run)
+    own = index_task(index.manifest)  # of the index as it is served, whatever songs are asked about
+    return figures | estimates([own]), run, None
 
 
 def _table(verdict: Verdict) -> Table:

@@ -226,9 +226,9 @@ def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> No
         return
     if pairs is None:
         raise ConfigError(f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10")
-    from htcl_ray.training.validation import pairs_inside, validation_gallery
+    from htcl_ray.training.validation import validation_gallery
 
-    if not len(pairs_inside(validation_gallery(songs.validation), pairs.validation)):
+    if not len(validation_gallery(songs.validation, pairs.validation).pairs):
         raise ConfigError(
             f"{stage.step}.best_metric is {metric}, but no pair has both songs in the validation gallery; "
             "expected loss or validation_recall@10, or more interactions between validation songs"

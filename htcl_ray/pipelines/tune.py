@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import optuna
 
 from htcl_ray import artifacts
@@ -131,22 +130,21 @@ def _about(
 
 def _gallery(config: Config, songs: Songs, mined: Pairs | None) -> dict[str, Any]:
     """The validation songs, and pairs, that every trial is measured on. Raises ConfigError when an objective has none."""
-    from htcl_ray.training.validation import pairs_inside, validation_gallery
+    from htcl_ray.training.validation import validation_gallery
 
-    gallery = validation_gallery(songs.validation)
-    if not len(gallery):
+    gallery = validation_gallery(songs.validation, None if mined is None else mined.validation)
+    if not len(gallery.songs):
         raise ConfigError(
             "tune compares trials on validation songs, but no song is in the validation split; give data.split_shares a validation share "
             "and run 'htcl preprocess'"
         )
-    inside = None if mined is None else pairs_inside(gallery, mined.validation)
-    if "preference" in config.tune.judged_by and (inside is None or not len(inside)):
+    if "preference" in config.tune.judged_by and not len(gallery.pairs):
         raise ConfigError(
             "tune.objectives asks for preference, but no pair has both songs in the validation gallery; choose semantic, or give more "
             "interactions between validation songs"
         )
-    named = [[songs.song_ids[row], songs.texts[row]] for row in gallery.tolist()]
-    asked = [] if inside is None else np.asarray(inside).tolist()
+    named = [[songs.song_ids[row], songs.texts[row]] for row in gallery.songs.tolist()]
+    asked = gallery.pairs.tolist()
     return {"songs": len(named), "pairs": len(asked), "fingerprint": fingerprint(named, asked)}
 
 

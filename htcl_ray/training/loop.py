@@ -81,7 +81,7 @@ def train(
             say(f"{task.name}  {difference}; the run goes on, but not bit for bit as it would have")
     rng = None if resume is None else resume.rng_of(rank(), world_size())
     seed_worker(settings.seed, rank(), step)
-    gallery = validation_gallery(loader.songs.validation)
+    gallery = validation_gallery(loader.songs.validation, task.validation_pairs)
     watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings, device, step=step, say=say)
     if rng is not None:
         set_rng_state(rng, device)
@@ -109,7 +109,7 @@ def train(
         metrics = _epoch_metrics(task, sums, steps)
         metrics |= {f"temperature_{name}": value for name, value in model.temperatures().items()}
         metrics |= {"epoch": epoch + 1, "step": step, "rows_seen": float(step * batch), "learning_rate": optimizer.param_groups[-1]["lr"]}
-        metrics |= validate(model, loader, gallery, task.validation_pairs)
+        metrics |= validate(model, loader, gallery)
         metrics |= {
             "songs_per_second": progress.songs_per_second(step),
             "peak_memory_gb": peak_memory_gb(device),

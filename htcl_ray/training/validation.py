@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,40 +16,72 @@ from htcl_ray.training.songs import Rows
 
 GALLERY = 2048
 """At most this many songs, so that an epoch's end costs little and figures of one catalogue stay comparable."""
+PAIRS = 8 * GALLERY
+"""At most this many pairs, so that ranking them costs little."""
+PAIRS_AT_ONCE = 2**20
+"""Pairs that are looked up in the gallery at once."""
 RECALL_AT = 10
 
 
-def validation_gallery(validation: Rows) -> Rows:
-    """The gallery: all validation songs, or the same sample of them every time."""
-    if len(validation) <= GALLERY:
-        return validation
-    return np.sort(np.random.default_rng(0).choice(validation, GALLERY, replace=False))
+class Gallery(NamedTuple):
+    """What a run is validated on: the same songs and pairs after every epoch, for every worker and in every trial of a search."""
+
+    songs: Rows
+    """[songs], sorted."""
+    pairs: Rows
+    """[pairs, 2]: trigger and recalled song, as positions in `songs`; empty without pairs."""
 
 
-def validate(model: HTCL, loader: BatchLoader, gallery: Rows, pairs: Rows | None) -> dict[str, float]:
+def validation_gallery(validation: Rows, pairs: Rows | None = None) -> Gallery:
+    """All validation songs and the pairs among them, or the same sample of them every time.
+
+    `validation`: sorted; `pairs`: [p, 2], songs of `validation`. Of a larger catalogue pairs are drawn first and the gallery is made of
+    their songs, since few pairs would lie inside songs that are drawn by themselves; what is left is filled with other songs.
+    """
+    random = np.random.default_rng(0)
+    songs = validation
+    if len(validation) > GALLERY:
+        songs = validation[:0]
+        if pairs is not None and len(pairs):
+            drawn = pairs[random.choice(len(pairs), min(len(pairs), PAIRS), replace=False)]
+            _, first = np.unique(drawn, return_index=True)
+            new = np.bincount(first // 2, minlength=len(drawn))  # songs that a pair brings and no pair before it
+            songs = np.unique(drawn[np.cumsum(new) <= GALLERY])
+        others = np.setdiff1d(random.choice(validation, min(len(validation), 2 * GALLERY), replace=False), songs, assume_unique=True)
+        songs = np.sort(np.concatenate([songs, random.permutation(others)[: GALLERY - len(songs)]]))
+    inside = np.empty((0, 2), dtype=np.int64) if pairs is None else pairs_inside(songs, pairs)
+    if len(inside) > PAIRS:
+        inside = inside[np.sort(random.choice(len(inside), PAIRS, replace=False))]
+    return Gallery(songs, inside)
+
+
+def pairs_inside(songs: Rows, pairs: Rows) -> Rows:
+    """The pairs [p, 2] whose songs both are among `songs` (sorted), as positions in it."""
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for start in range(0, len(pairs) if len(songs) else 0, PAIRS_AT_ONCE):
+        part = pairs[start : start + PAIRS_AT_ONCE]
+        place = np.searchsorted(songs, part).clip(max=len(songs) - 1)
+        found.append(place[(songs[place] == part).all(axis=1)])
+    return np.concatenate(found)
+
+
+def validate(model: HTCL, loader: BatchLoader, gallery: Gallery) -> dict[str, float]:
     """Metrics of the gallery; workers share the work and each gets the whole result. Empty when the gallery is.
 
     `validation_recall@10`, `validation_ndcg@10` and `validation_median_rank`: text → audio, songs with the same text being one correct
     set, of which the first counts. With pairs, `validation_pair_recall@10` and so on: recalled song found from the trigger's audio,
     itself left out.
     """
-    if not len(gallery):
+    songs, pairs = gallery
+    if not len(songs):
         return {}
-    audio, text = _embed(model, loader, gallery)
-    _, first_song, text_of_song = np.unique(loader.songs.ids[gallery, 2], return_index=True, return_inverse=True)
+    audio, text = _embed(model, loader, songs)
+    _, first_song, text_of_song = np.unique(loader.songs.ids[songs, 2], return_index=True, return_inverse=True)
     ranks = first_correct_rank(text[first_song], audio, np.arange(len(first_song)), text_of_song)
     metrics = _named("validation", ranks)
-    if pairs is not None:
-        inside = pairs_inside(gallery, pairs)
-        if len(inside):
-            metrics |= _named("validation_pair", pair_ranks(audio, inside))
+    if len(pairs):
+        metrics |= _named("validation_pair", pair_ranks(audio, pairs))
     return metrics
-
-
-def pairs_inside(gallery: Rows, pairs: Rows) -> Rows:
-    """The pairs [p, 2] whose songs both lie in the gallery (sorted), as positions in it; at most so many that ranking them costs little."""
-    place = np.searchsorted(gallery, pairs).clip(max=len(gallery) - 1)
-    return place[(gallery[place] == pairs).all(axis=1)][: 8 * GALLERY]
 
 
 def pair_ranks(vectors: npt.NDArray[np.float32], pairs: Rows) -> npt.NDArray[np.float64]:

@@ -100,11 +100,11 @@ def test_item_auc_equals_scikit_learn_song_by_song():
     negative = [np.setdiff1d(np.arange(30), users)[:12] for users in positive]
     marks = [histories(*(users.tolist() for users in which), songs=30).T.tocsr() for which in (positive, negative)]
     asked = ItemQuestions(np.arange(6), histories(*[[0]] * 30, songs=6), marks[0], sparse.csr_matrix((30, 6), dtype=bool), marks[1])
-    found = item_auc(asked, lambda history, songs: scores[:, songs])
+    found, _ = item_auc(asked, lambda history, songs: scores[:, songs])
     for song in range(6):
         users = np.r_[positive[song], negative[song]]
         assert found[song] == pytest.approx(roc_auc_score(np.isin(users, positive[song]), scores[users, song]))
-    same = item_auc(asked, shared_scorer(generator.random(6)))
+    same, _ = item_auc(asked, shared_scorer(generator.random(6)))
     assert same.tolist() == [0.5] * 6, "what is equal for all users tells none apart"
 
 
@@ -134,7 +134,7 @@ def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: lis
         left_out = marked(asked.left_out.T)[0]
         assert [user for user in users if user not in positive and user not in left_out] == negatives
         scores = np.array([[5.0], [1], [2], [2], [1], [0], [0], [99]])  # U7 does not count
-        assert item_auc(asked, lambda history, songs: scores)[0] == pytest.approx(roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0]))
+        assert item_auc(asked, lambda history, songs: scores)[0][0] == pytest.approx(roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0]))
     assert not len(item_questions(heard, cold, EvaluateSettings()).songs), "five of each are needed by default"
 
 
@@ -148,7 +148,7 @@ def test_gini_in_closed_form():
 def test_breadth_of_lists_written_out():
     lists, met = histories([0, 1], [0, 2], [0], songs=4), histories([], [3], [], songs=4)
     popularity = np.array([4.0, 3.0, 2.0, 1.0])
-    draws = bootstrap.draw(list("abc"), 100, 0)
+    draws = bootstrap.draw_two_way(list("abc"), ["x", "x", "y", "z"], 100, 0)
     found = {name: item.value for name, item in breadth([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()}
     assert found["coverage@2"] == 3 / 4
     assert found["gini@2"] == pytest.approx(gini(np.array([3, 1, 1, 0])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from htcl_ray.pipelines.gate import evaluate_and_judge
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.storage import Workspace
-from tests.evaluated_workspace import SONGS, encode_features, write_embeddings, write_evaluated
+from tests.evaluated_workspace import SONGS, encode_features, grow, write_embeddings, write_evaluated
 from tests.small_workspace import write_models
 
 pytestmark = pytest.mark.unit
@@ -321,6 +322,60 @@ def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
     capsys.readouterr()
     evaluate_and_judge(config, None, str(gate))
     assert f"compared with index {read(first)['inputs']['index']}" in capsys.readouterr().out, "the second failed its gate"
+
+
+def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, capsys):
+    """The model being served is evaluated on the new songs: the bounds have values, paired, and fail when it cannot be."""
+    config = write_evaluated(tmp_path / "workspace", tmp_path)
+    workspace = Workspace(config.workspace)
+    gate = tmp_path / "gate.yaml"
+    bounds = "bounds:\n" + "".join(
+        f"- {{figure: {name}, over_served: true, at_least: -1, optional: true}}\n"
+        for name in ("text_to_audio.preference.mrr", "cold.preference.ndcg@10", "cold.preference.coverage@10")
+    )
+    gate.write_text(bounds)
+    first = evaluate_and_judge(config, None, str(gate))
+    card = workspace.read_bytes("models/preference/preference-0/evaluation.json")
+    grow(config)
+    write_embeddings(config)
+    build_index(config)
+    unchanged = evaluate_and_judge(config, None, str(gate))
+    for result in json.loads((Path(unchanged.location) / "gate.json").read_text(encoding="utf-8"))["results"]:
+        assert (result["value"], result["passed"]) == (0, True), "the same model on the same songs, however many"
+    compared = read(compare(config, first.location, unchanged.location))
+    assert {row["verdict"] for row in compared["differences"]} == {"not shown"}, "only the catalogue grew"
+    assert {row["value"] for row in compared["differences"] if row["method"] == "semantic"} == {0}
+
+    write_models(config, tmp_path, seed=1)
+    write_embeddings(config)
+    build_index(config)
+    before = workspace.read_bytes("models/preference/preference-0/evaluation.json")
+    assert before != card
+    changed = evaluate_and_judge(config, None, str(gate))
+    assert workspace.read_bytes("models/preference/preference-0/evaluation.json") == before
+    judged = json.loads((Path(changed.location) / "gate.json").read_text(encoding="utf-8"))
+    assert judged["served"]["report"] == unchanged.location.rpartition("/")[2]
+    ours, theirs = (values(read(result), "cold", "ndcg@10")["preference"] for result in (changed, unchanged))
+    assert judged["results"][1]["value"] == pytest.approx(ours - theirs)
+    assert judged["results"][1]["low"] < judged["results"][1]["value"] < judged["results"][1]["high"]
+
+    compared = read(compare(config, first.location, changed.location))
+    assert compared["reference"] == judged["served"]["report"]
+    assert all(row["verdict"] != "not comparable" for row in compared["differences"])
+    row = next(row for row in compared["differences"] if (row["task"], row["method"], row["figure"]) == ("cold", "preference", "ndcg@10"))
+    assert (row["first"], row["second"]) == (ours, theirs)
+    assert row["low"] < row["value"] < row["high"]
+
+    for artifact in ("models/preference/preference-0", "models/semantic/semantic-0", f"reports/{judged['served']['report']}"):
+        shutil.rmtree(Path(config.workspace) / artifact)
+    capsys.readouterr()
+    with pytest.raises(StepError, match=r"the gate failed: 3 of 3 bounds do not hold, .*could not be evaluated on this test set: .*lacks"):
+        evaluate_and_judge(config, "preference-1", str(gate))
+    compared = compare(config, first.location, changed.location)
+    changed_tasks = {row["verdict"] for row in read(compared)["differences"] if row["task"] in ("text_to_audio", "cold", "probe_genre")}
+    assert changed_tasks == {"not comparable"}
+    assert "not comparable" in compared.summary
+    assert "there is no model 'preference-0'" in " ".join(read(compared)["test_set"].split())
 
 
 def test_log_mel_statistics_are_those_of_the_valid_frames(evaluated: tuple[Config, StepResult]):

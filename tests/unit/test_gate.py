@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,11 @@ from htcl_ray.config import PRESETS
 from htcl_ray.errors import ConfigError
 from htcl_ray.evaluation import bootstrap
 from htcl_ray.evaluation.bootstrap import Estimate
+from htcl_ray.evaluation.figures import HIGHER_IS_BETTER, LOWER_IS_BETTER, lower_is_better
 from htcl_ray.evaluation.gate import Bound, Gate, Result, judge, read_gate
+from htcl_ray.evaluation.report import verdict
+from htcl_ray.settings import LOWER_IS_BETTER as TRAINED_LOWER
+from htcl_ray.settings.training import BestMetric
 
 pytestmark = pytest.mark.unit
 
@@ -95,12 +100,68 @@ def test_against_the_model_being_served():
     assert not passes({**bound, "at_least": -0.005}, {key: ours}, {key: theirs})
     elsewhere = one(bound, {key: ours}, {key: of_users(np.linspace(0, 0.1, 60), seed=1)})
     assert not elsewhere.passed
-    assert "other data" in elsewhere.note
+    assert "other songs, users or candidates" in elsewhere.note
     alone = one(bound, {key: ours})
     assert (alone.passed, alone.value, alone.note) == (False, None, "no model is being served")
     assert passes({**bound, "optional": True}, {key: ours})
     worst = {("collapse", "semantic", "audio_effective_rank"): Estimate(9.0, 5)}
     assert passes({"figure": "collapse.semantic.audio_effective_rank", "over_served": True, "at_least": -1}, worst, worst)
+
+
+NDCG, MRR = ("cold", "preference", "ndcg@10"), ("text_to_audio", "semantic", "mrr")
+OTHER_USERS = bootstrap.mean(np.zeros(60), bootstrap.draw(USERS, 500, 0).about("one user more"))
+
+
+@pytest.mark.parametrize(
+    ("own", "served", "unmeasured", "note"),
+    [
+        ({NDCG: of_users(np.ones(60))}, {NDCG: OTHER_USERS}, None, "was measured on other songs, users or candidates"),
+        ({NDCG: of_users(np.ones(60))}, {("cold", "preference", "mrr"): OTHER_USERS}, None, "ndcg@10 was not measured"),
+        ({MRR: OTHER_USERS}, {NDCG: of_users(np.ones(60))}, None, "ndcg@10 was not measured"),
+        ({NDCG: Estimate(math.nan, 0)}, {NDCG: of_users(np.ones(60))}, None, "has no value"),
+        ({("cold", "preference", "mrr"): OTHER_USERS}, {("cold", "preference", "mrr"): OTHER_USERS}, None, "was not measured"),
+        ({NDCG: of_users(np.ones(60))}, None, "its recipe is another", "could not be evaluated on this test set: its recipe is another"),
+        ({MRR: OTHER_USERS}, None, "its recipe is another", "was not measured"),
+        ({NDCG: of_users(np.full(60, np.nan))}, {NDCG: of_users(np.ones(60))}, None, "has no value"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [{"at_least": -0.02}, {"ratio_at_least": 0.9}, {"shown": True}])
+def test_a_bound_never_passes_for_lack_of_a_value_once_a_model_is_served(own, served, unmeasured, note, wanted):
+    bound = Bound(figure=".".join(NDCG), over_served=True, optional=True, **wanted)
+    (result,) = judge(Gate(bounds=(bound,)), own, served, unmeasured=unmeasured).results
+    assert (result.passed, result.value) == (False, None)
+    assert note in result.note
+    assert not Result.from_json(json.loads(json.dumps(result.as_json()))).passed, "nor when the verdict is read again"
+    assert judge(Gate(bounds=(bound,)), own if NDCG not in own else {}, None).passed, "nothing is served: optional holds"
+
+
+def test_stages_that_a_model_lacks():
+    """Stage 1 alone on both sides: the bound does not apply. A first stage 2 is compared with the stage 1 that is served."""
+    bound = {"figure": ".".join(NDCG), "over_served": True, "at_least": -0.02, "optional": True}
+    stage_1 = {MRR: of_users(np.ones(60)), ("cold", "semantic", "ndcg@10"): of_users(np.full(60, 0.3))}
+    assert passes(bound, stage_1, stage_1)
+    for value, better in ((0.4, True), (0.2, False)):
+        result = one(bound, {**stage_1, NDCG: of_users(np.full(60, value))}, stage_1)
+        assert result.passed is better
+        assert result.value == pytest.approx(value - 0.3)
+        assert "no preference space" in result.note
+
+
+@pytest.mark.parametrize("figure", ["gini@10", "popularity_lift@10", "median_rank", "ndcg@10", "coverage@5", "knn_map_folds"])
+def test_shown_is_judged_in_the_metric_s_direction_whatever_its_k(figure: str):
+    figures = {("t", "low", figure): of_users(np.full(60, 0.2)), ("t", "high", figure): of_users(np.full(60, 0.6))}
+    falls = figure.startswith(("gini", "popularity_lift", "median_rank"))
+    better, worse = ("low", "high") if falls else ("high", "low")
+    assert passes({"figure": f"t.{better}.{figure}", "over": worse, "shown": True}, figures)
+    assert not passes({"figure": f"t.{worse}.{figure}", "over": better, "shown": True}, figures)
+    assert verdict(figure, bootstrap.difference(figures["t", better, figure], figures["t", worse, figure])) == "improved"
+    assert verdict(figure, bootstrap.difference(figures["t", worse, figure], figures["t", better, figure])) == "worse"
+
+
+def test_every_metric_has_a_direction_and_training_has_the_same():
+    assert not set(LOWER_IS_BETTER) & set(HIGHER_IS_BETTER)
+    for metric in get_args(BestMetric):
+        assert (metric in TRAINED_LOWER) == lower_is_better(metric), metric
 
 
 @pytest.mark.parametrize("value", [None, math.nan])
@@ -140,6 +201,8 @@ def test_a_result_survives_its_json_and_is_judged_anew():
         ("bounds:\n- {figure: a.b.c, ratio_at_least: 0.9}", "nothing to compare with"),
         ("bounds:\n- {figure: a.b.c, over: d, ratio_at_least: 0.9, at_least: 0}", "ratio_at_least alone"),
         ("bounds:\n- {figure: a.b.c, over: d, over_served: true, at_least: 0}", "choose one"),
+        ("bounds:\n- {figure: a.b.median_rank, over: d, ratio_at_least: 0.9}", "better when it is lower"),
+        ("bounds:\n- {figure: a.b.gini@10, over_served: true, ratio_at_least: 0.9}", "better when it is lower"),
         ("bounds: [", "is not YAML"),
     ],
 )

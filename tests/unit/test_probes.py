@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from htcl_ray.evaluation import bootstrap, probes
 from htcl_ray.evaluation.figures import Task
-from htcl_ray.evaluation.labels import labels
+from htcl_ray.evaluation.labels import Labels, labels
 from htcl_ray.evaluation.songs import Songs
 from htcl_ray.settings import EvaluateSettings
 from tests.labelled_songs import labelled_world, songs_of
@@ -161,3 +161,14 @@ def test_a_fold_that_learns_one_label_answers_with_it():
     task = probe(songs, "genre")
     assert task.counts["folds"] == 2
     assert task.methods["semantic"]["accuracy_folds"].value == task.methods["semantic"]["knn_accuracy_folds"].value == 0
+
+
+def test_rare_labels_stay_in_a_sample_of_many_training_songs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probes, "MAX_TRAINING_SONGS", 300)
+    values = [("common",)] * 9_000 + [("rare",)] * 30 + [("single", "common")]
+    of = Labels("tags", values, True, np.arange(len(values)), np.arange(3))
+    rows = probes._sample(of, seed=0)
+    assert len(rows) == len(np.unique(rows)) == 300
+    assert ((rows >= 9_000) & (rows < 9_030)).sum() >= 20
+    assert 9_030 in rows
+    assert rows.tolist() == probes._sample(of, seed=0).tolist()

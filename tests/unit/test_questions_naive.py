@@ -87,7 +87,7 @@ def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless
     asked = item_questions(
         listening(SONGS, COLD, events, "test"), COLD, EvaluateSettings(min_item_users=2, min_history=2), known_users=known
     )
-    found = dict(zip(asked.songs.tolist(), item_auc(asked, vector_scorer(vectors)), strict=True))
+    found = dict(zip(asked.songs.tolist(), item_auc(asked, vector_scorer(vectors))[0], strict=True))
     read = {user: Read(events, user, timeless) for user in sorted(set(events["user_id"])) if user.isupper() != known}
     expected = {}
     for row in np.flatnonzero(COLD).tolist():
@@ -160,3 +160,23 @@ def test_methods_come_in_one_order_and_every_figure_has_its_n(listeners: Listene
             assert figures["coverage@10"].n == task.counts["candidates"]
             if "item_auc" in figures:
                 assert figures["item_auc"].n == task.counts["item_auc_songs"]
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_songs_keep_their_answers_when_there_are_more_users_than_are_asked(feedback: bool):
+    """40,000 users with 2 songs each of 2,000: 100 users drawn by themselves leave no song with five positive ones."""
+    generator = np.random.default_rng(0)
+    songs = [f"s{i:04}" for i in range(2_000)] + ["past"]
+    cold = np.arange(2_001) < 2_000
+    rows = [(f"U{user}", "past", 1.0, "train") for user in range(40_000)]
+    for user in range(40_000):
+        first, second = generator.integers(2_000, size=2)
+        rows += [(f"U{user}", songs[first], 1.0, "test"), (f"U{user}", songs[second], -1.0 if feedback else 1.0, "test")]
+    heard = listening(songs, cold, log(*rows), "test")
+    asked = item_questions(heard, cold, EvaluateSettings(max_users=200))
+    assert asked.history.shape[0] == len(set(asked.users)) == 200
+    assert len(asked.songs) >= 15
+    assert asked.positive.getnnz(axis=0).min() >= 5
+    assert asked.negative is None or asked.negative.getnnz(axis=0).min() >= 5
+    again = item_questions(heard, cold, EvaluateSettings(max_users=200))
+    assert (again.users, again.asked) == (asked.users, asked.asked)

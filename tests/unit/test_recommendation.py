@@ -66,7 +66,7 @@ def test_history_targets_and_candidates():
     assert marked(asked.targets) == [[1]]
     assert marked(asked.met) == [[0]]
     figures, lists = answers(asked, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
-    assert figures["hit_rate@1"].tolist() == [1.0], "the met song ranks first by score but is no candidate"
+    assert figures["hit_rate@1"].values.tolist() == [1.0], "the met song ranks first by score but is no candidate"
     assert marked(lists) == [[1]]
 
 
@@ -195,6 +195,22 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
         assert not {"item_knn", "als"} & set(tasks[name].methods), "they know nothing of cold songs"
         assert tasks[name].methods["popularity"]["item_auc"].value == 0.5
         assert tasks[name].methods["preference"]["item_auc"].value > 0.85
+
+
+def test_every_interval_holds_the_uncertainty_of_the_songs_too(listeners: Listeners):
+    """Twelve artists are held out: with the artists of all songs resampled, intervals are wider than those of users alone."""
+    asked = ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits)
+    task = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
+    assert task.over == "users and artists"
+    found, _ = answers(asked, vector_scorer(listeners.songs.spaces["preference"]), SETTINGS.ks, 0)
+    draws = bootstrap.draw(asked.users, SETTINGS.resamples, SETTINGS.seed)
+    for name, metric in found.items():
+        ours, alone = task.methods["preference"][name], bootstrap.mean(metric.values, draws)
+        assert ours.value == pytest.approx(alone.value)
+        (low, high), (before, after) = ours.interval, alone.interval
+        assert high - low > 1.05 * (after - before), name
+        assert low <= ours.value <= high
+    assert {estimate.population for estimate in task.methods["preference"].values() if estimate.resampled is not None} != {""}
 
 
 def test_new_and_known_users_are_different_people(listeners: Listeners):

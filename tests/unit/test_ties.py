@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from htcl_ray.evaluation import metrics
-from htcl_ray.evaluation.ties import expected_auc, expected_metrics, first_hit_distribution
+from htcl_ray.evaluation.ties import credited_metrics, expected_metrics, first_hit_distribution
 
 pytestmark = pytest.mark.unit
 
@@ -89,7 +89,36 @@ def test_many_queries_at_once_are_each_as_alone_among_their_own_candidates():
         mine = candidate[query]
         alone = one_query(scores[query, mine], relevant[query, mine], KS)
         assert {name: values[query] for name, values in together.items()} == pytest.approx(alone, nan_ok=True)
-    np.testing.assert_array_equal(expected_auc(scores, relevant & candidate, candidate), together["auc"])
     assert np.isnan(together["ndcg@5"][3])
     assert together["ndcg@5"][4] == pytest.approx(1)
     assert np.isnan(together["auc"][4])
+
+
+def test_what_items_are_credited_with_adds_up_to_the_values():
+    """An item's gain, written out from the order of a list: without ties, and in sum with ties too."""
+    generator = np.random.default_rng(0)
+    scores = np.stack([generator.permutation(30) for _ in range(20)]).astype(float)
+    relevant = generator.random((20, 30)) < 0.15
+    found = credited_metrics(scores, relevant, (5,))
+    ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(axis=2)
+    gain = {name: np.zeros(30) for name in ("recall@5", "ndcg@5", "auc", "hit_rate@5")}
+    mass = np.zeros(30)
+    for query in np.flatnonzero(relevant.any(axis=1)):
+        mine, others = np.flatnonzero(relevant[query]), np.flatnonzero(~relevant[query])
+        hits = (ranks[query, mine] <= 5).sum()
+        ideal = sum(1 / np.log2(1 + place) for place in range(1, min(5, len(mine)) + 1))
+        for item in mine:
+            rank = ranks[query, item]
+            mass[item] += 1 / len(mine)
+            gain["recall@5"][item] += (rank <= 5) / len(mine)
+            gain["ndcg@5"][item] += (rank <= 5) / np.log2(1 + rank) / ideal
+            gain["auc"][item] += (scores[query, others] < scores[query, item]).mean() / len(mine)
+            gain["hit_rate@5"][item] += (rank <= 5) / max(hits, 1)
+    for name, expected in gain.items():
+        np.testing.assert_allclose(found[name].gain, expected, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(found[name].mass, mass, err_msg=name)
+    tied = credited_metrics(generator.integers(0, 4, (20, 30)).astype(float), relevant, (1, 5, 30))
+    for name, metric in tied.items():
+        assert metric.gain.sum() == pytest.approx(np.nansum(metric.values)), name
+        assert metric.gain.min() >= 0, name
+        assert not metric.gain[~relevant.any(axis=0)].any(), name

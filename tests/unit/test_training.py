@@ -32,7 +32,7 @@ from htcl_ray.training.randomness import get_rng_state, seed_worker, set_rng_sta
 from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
-from htcl_ray.training.validation import pair_ranks, pairs_inside, validate, validation_gallery
+from htcl_ray.training.validation import Gallery, pair_ranks, pairs_inside, validate, validation_gallery
 from tests.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.unit
@@ -155,13 +155,50 @@ def test_pair_ranks_by_sorting():
 def test_pairs_inside_a_gallery():
     gallery, pairs = np.array([2, 5, 9]), np.array([[2, 9], [9, 5], [2, 3], [0, 5], [10, 2]])
     assert pairs_inside(gallery, pairs).tolist() == [[0, 2], [2, 1]]
+    assert pairs_inside(gallery[:0], pairs).tolist() == pairs_inside(gallery, pairs[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("validation", [3_000, 300_000])
+@pytest.mark.parametrize("pairs_per_song", [0.5, 10])
+def test_pairs_do_not_vanish_from_the_gallery_of_a_large_catalogue(validation: int, pairs_per_song: float):
+    """Songs drawn by themselves hold 42 of the 10 million pairs of a million songs; songs of pairs hold hundreds at least."""
+    random = np.random.default_rng(1)
+    songs = np.sort(random.choice(2 * validation, validation, replace=False))
+    drawn = np.unique(random.integers(0, validation**2, round(pairs_per_song * validation)))
+    pairs = songs[np.stack([drawn // validation, drawn % validation], axis=1)]
+    gallery = validation_gallery(songs, pairs)
+    assert len(gallery.songs) == len(np.unique(gallery.songs)) == 2048
+    assert np.isin(gallery.songs, songs).all()
+    assert (np.diff(gallery.songs) > 0).all()
+    assert 800 <= len(gallery.pairs) <= 8 * 2048
+    codes = pairs[:, 0] * 4 * validation + pairs[:, 1]
+    found = gallery.songs[gallery.pairs]
+    assert np.isin(found[:, 0] * 4 * validation + found[:, 1], codes).all()
+    assert np.mean(found[:, 0]) == pytest.approx(validation, rel=0.1), "triggers come from the whole catalogue, not from its beginning"
+    again = validation_gallery(songs, pairs)
+    assert (again.songs == gallery.songs).all()
+    assert (again.pairs == gallery.pairs).all()
+
+
+def test_a_gallery_of_few_pairs_is_filled_with_other_songs():
+    songs, pairs = np.arange(5_000), np.array([[0, 1], [1, 4_999], [7, 8]])
+    gallery = validation_gallery(songs, pairs)
+    assert len(gallery.songs) == 2048
+    assert gallery.songs[gallery.pairs].tolist() == pairs.tolist()
+    hub = np.stack([np.zeros(4_999, dtype=np.int64), songs[1:]], axis=1)
+    assert len(validation_gallery(songs, hub).songs) == 2048
+    assert len(validation_gallery(songs, hub).pairs) == 2047
+    many = np.stack(np.meshgrid(songs[:400], songs[:400]), axis=-1).reshape(-1, 2)
+    kept = validation_gallery(songs[:400], many[many[:, 0] != many[:, 1]])
+    assert len(kept.pairs) == 8 * 2048
+    assert len(np.unique(kept.pairs[:, 0])) == 400, "of too many pairs a sample, not those of the first songs"
 
 
 def test_validation_is_repeatable_and_complete(world: World):
     model = world.model(2).train()
-    gallery = validation_gallery(world.songs.validation)
-    assert gallery.tolist() == world.songs.validation.tolist()
-    first, second = (validate(model, world.loader(model), gallery, world.pairs.validation) for _ in range(2))
+    gallery = validation_gallery(world.songs.validation, world.pairs.validation)
+    assert gallery.songs.tolist() == world.songs.validation.tolist()
+    first, second = (validate(model, world.loader(model), gallery) for _ in range(2))
     assert first == second
     assert set(first) == {
         "validation_recall@10",
@@ -172,21 +209,24 @@ def test_validation_is_repeatable_and_complete(world: World):
         "validation_pair_median_rank",
     }
     assert model.training
-    assert validate(model, world.loader(model), gallery[:0], None) == {}
-    assert len(validation_gallery(np.arange(5000))) == len(set(validation_gallery(np.arange(5000)))) == 2048
+    assert validate(model, world.loader(model), validation_gallery(world.songs.validation[:0])) == {}
+    alone = validation_gallery(np.arange(5000))
+    assert len(alone.songs) == len(np.unique(alone.songs)) == 2048
+    assert len(alone.pairs) == 0
+    assert not any(name.startswith("validation_pair") for name in validate(model, world.loader(model), Gallery(gallery.songs, alone.pairs)))
 
 
 def test_ndcg_of_validation_is_scikit_learn_s(world: World):
     """12 songs, each with a text of its own, so that ranks 11 and 12 count nothing; the trigger of a pair is no candidate."""
     model = world.model(2).eval()
-    loader, gallery = world.loader(model), validation_gallery(world.songs.validation)
-    found = validate(model, loader, gallery, world.pairs.validation)
+    loader, both = world.loader(model), validation_gallery(world.songs.validation, world.pairs.validation)
+    found = validate(model, loader, both)
+    gallery, inside = both
     batch = loader.load(gallery)
     audio = model.embed_mel(batch.mel, batch.valid_frames).numpy()
     text = model.embed_text([world.songs.texts[row] for row in gallery]).numpy()
     assert len(gallery) == 12
     assert found["validation_ndcg@10"] == pytest.approx(ndcg_score(np.eye(12), text @ audio.T, k=10))
-    inside = pairs_inside(gallery, world.pairs.validation)
     scores = np.array([np.delete(audio[trigger] @ audio.T, trigger) for trigger, _ in inside])
     wanted = np.array([np.delete(np.arange(12) == recalled, trigger) for trigger, recalled in inside])
     assert found["validation_pair_ndcg@10"] == pytest.approx(ndcg_score(wanted, scores, k=10))
