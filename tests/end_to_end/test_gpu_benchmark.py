@@ -59,10 +59,10 @@ def test_the_environment_lacks_what_the_gpu_machine_lacks(python: Path):
     assert all(name in sys.modules or importlib.util.find_spec(name) for name in ("ray", "faiss", "soundfile")), "here they are present"
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2000)
 def test_every_part_runs_there(python: Path, tmp_path: Path):
-    command = [python, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "20", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=1300)
+    command = [python, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "30", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=1900)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "gpu_rehearsal.json").read_text())
     assert [part["ended"] for part in result["parts"].values()] == ["done"] * 4, done.stdout
