@@ -140,7 +140,7 @@ def test_events_and_pairs_are_those_of_the_plain_functions(preprocessed: tuple[P
 
     newest = events["timestamp"].to_numpy()[np.array(events["period"].to_pylist()) == "train"].max()
     partial = partial_pairs(events, songs, newest, config.pairs)
-    pairs, _ = finish_pairs(partial, songs["song_id"].combine_chunks(), positives(events, songs), config.pairs)
+    pairs, _ = finish_pairs(partial, songs["song_id"].combine_chunks(), positives(events, songs, config.pairs), config.pairs)
     assert pairs.num_rows > 100
     found = read(workspace, "pairs")
     assert found.schema.equals(PAIRS)
