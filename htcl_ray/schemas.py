@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of every manifest and table in a workspace; raised when an old reader would misread a new file."""
 
 

@@ -115,7 +115,10 @@ def _figures(
     settings: EvaluateSettings,
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
     """Figures of each method, and what the item AUC is made of."""
-    artists, k = np.asarray(songs.artists), max(settings.ks)
+    artists, k = (
+        np.array([artist or f"song {song}" for artist, song in zip(songs.labels("artist"), songs.ids, strict=True)]),
+        max(settings.ks),
+    )
     draws = bootstrap.draw(asked.users, settings.resamples, settings.seed)
     methods = {}
     for method, several in scorers.items():

@@ -15,6 +15,7 @@ from htcl_ray.errors import QueryError, SongNotFoundError
 from htcl_ray.retrieval import SearchService, SongIndex, Vectors
 from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.profiles import Heard
+from htcl_ray.retrieval.song_columns import SongColumns
 from htcl_ray.schemas import INDEX_SONGS
 from htcl_ray.settings import IndexSettings
 
@@ -143,6 +144,37 @@ def test_every_option_at_once(service: SearchService, conditions: dict, most: in
             service, (own.semantic[0], own.preference[0]), blend, k, exclude=[seed], conditions=conditions, most=most, collapse=collapse
         )
         assert found(service.search_songs([seed], k=k, blend=blend, **options)) == expected
+
+
+CREDITS = ["Queen", "Queen; David Bowie", "David Bowie feat. Guest", None, "Earth, Wind & Fire", "QUEEN (feat. Guest)", ";"]
+
+
+def test_every_credited_artist_is_found_and_counted():
+    songs = pa.table(
+        {name: pa.array(CREDITS if name == "artist" else [None] * len(CREDITS), INDEX_SONGS.field(name).type) for name in INDEX_SONGS.names}
+    )
+    columns = SongColumns(songs)
+
+    def rows(artist: str) -> list[int]:
+        return np.flatnonzero(columns.allowed(Filter(artist=artist))).tolist()
+
+    assert rows("queen") == [0, 1, 5]
+    assert rows("David Bowie") == [1, 2]
+    assert rows("GUEST") == [2, 5]
+    assert rows("Queen; David Bowie") == [1]
+    assert rows("earth, wind & fire") == [4]
+    assert rows("Earth") == []
+    of_row = [set(columns.artists_of(row)) for row in range(len(CREDITS))]
+    for first in range(len(CREDITS)):
+        for second in (row for row in range(len(CREDITS)) if row != first):
+            assert bool(of_row[first] & of_row[second]) == (frozenset((first, second)) in SHARED)
+        assert np.flatnonzero(columns.credits_any(of_row[first])).tolist() == [
+            row for row in range(len(CREDITS)) if of_row[row] & of_row[first]
+        ]
+    assert [len(artists) for artists in of_row] == [1, 2, 2, 0, 1, 2, 0]
+
+
+SHARED = {frozenset(rows) for rows in ((0, 1), (0, 5), (1, 2), (1, 5), (2, 5))}
 
 
 def test_a_narrow_filter_still_fills_the_answer(service: SearchService):
