@@ -22,7 +22,7 @@ def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | Non
     """The leakage report: for each kind `training`, `held_out` and `shared` counts, `examples`, and `forbidden`.
 
     songs             of the training pairs, against the held-out split
-    artists           credited in the train split, against the held-out split; read here anew, not by the code that makes the splits
+    artists           credited in the train split, against the held-out split; parsed here, not by the code that makes the splits
     joint_credits     the same where credits are also split at '&', 'and' and ',', which may divide names: counted, never forbidden
     duplicate_groups  the same recording in both: its held-out copies are left out of the evaluation (`without_copies`)
     users             whose events may be in training pairs, against held-out users

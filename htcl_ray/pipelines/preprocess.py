@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -246,17 +247,20 @@ def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:
     groups = artist_groups(songs["artist"], songs["duplicate_group"])
     splits = group_splits(groups, config.data.split_shares)
     _warn_of_majority(groups)
-    changed = pc.not_equal(songs["split"], splits)
-    items = []
-    for file in songs["__filename"].filter(changed).unique().to_pylist():
-        of_file = pc.equal(songs["__filename"], file)
-        items.append({"file": file.rpartition("/")[2], "splits": splits.filter(of_file.combine_chunks()).to_pylist()})
+    changed = pc.not_equal(songs["split"], splits).to_numpy()
+    files = songs["__filename"].combine_chunks().dictionary_encode()
+    edges = np.flatnonzero(np.diff(files.indices.to_numpy(), prepend=-1, append=-1))
+    items = [
+        {"file": files[start].as_py().rpartition("/")[2], "splits": splits.slice(start, end - start).to_pylist()}
+        for start, end in itertools.pairwise(edges.tolist())
+        if changed[start:end].any()
+    ]
     if not items:
         return
     cluster.connect(config)
     import ray.data
 
-    print(f"preprocess  {pc.sum(changed).as_py():,} songs change their split: their recording is under another artist too", flush=True)
+    print(f"preprocess  {np.count_nonzero(changed):,} songs change their split: their recording is under another artist too", flush=True)
     write = functools.partial(_write_splits, workspace=workspace, features=features)
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 4096)).map_batches(write, batch_size=1)
     for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
