@@ -1,12 +1,13 @@
 """What the demo preset learns on the sample world, over seeds, and what each part of the method is worth.
 
-    python -m benchmarks.sample_world [--seeds 0 1 2] [--out FOLDER]
+    python -m benchmarks.sample_world [--seeds 0 1 2] [--out FOLDER] [--no-ablations]
 
 For each seed: a sample world of that seed, every step with the demo preset and that seed, the evaluation's figures, and
 `htcl evaluate --ablate`: the method without each of its parts, and two controls, shuffled captions and shuffled pairs. Their table over
 all seeds holds means over seeds; its intervals resample artists or users within each seed's world.
 
-Prints both tables and writes benchmarks/results/sample_world.json. Done steps are skipped when --out is given again.
+Prints both tables and writes benchmarks/results/sample_world.json; with --no-ablations only the figures of the full method, to
+sample_world_full.json. Done steps are skipped when --out is given again.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="folder for worlds and workspaces (default: a temporary one)")
+    parser.add_argument("--no-ablations", action="store_true", help="only the full method; written to sample_world_full.json")
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp(prefix="sample-world-"))
     found: dict[int, dict[str, float]] = {}
@@ -121,15 +123,25 @@ def main() -> None:
         config = configuration(folder / "true", write_sample(folder / "sample", seed=seed), seed)
         report, seconds = run(config, preprocess, pretrain, finetune, embed, build_index)
         found[seed] = figures(report)
-        tree = json.loads((Path(ablate(config).location) / "report.json").read_text(encoding="utf-8"))
-        ablations[seed] = ablation_figures(folder / "true", tree["reports"])
+        if not options.no_ablations:
+            tree = json.loads((Path(ablate(config).location) / "report.json").read_text(encoding="utf-8"))
+            ablations[seed] = ablation_figures(folder / "true", tree["reports"])
         minutes = round((time.monotonic() - started) / 60, 1)
-        sizes[seed] = {"seconds": seconds, "minutes_with_ablations": minutes, **report["data"], **report["tasks"]["cold"]["counts"]}
+        sizes[seed] = {
+            "seconds": seconds,
+            "minutes" if options.no_ablations else "minutes_with_ablations": minutes,
+            **report["data"],
+            **report["tasks"]["cold"]["counts"],
+        }
     mean = {name: statistics.mean(found[seed][name] for seed in found) for name in found[options.seeds[0]]}
     show = Table("figure", *(f"seed {seed}" for seed in found), "mean")
     for name, of_all in mean.items():
         show.add_row(name, *(f"{found[seed][name]:.3f}" for seed in found), f"{of_all:.3f}")
     Console().print(show)
+    result: dict[str, Any] = {"config": resolve("demo").model_dump(mode="json"), "mean": mean, "seeds": found, "sizes": sizes}
+    if options.no_ablations:
+        print(f"written: {write_result('sample_world_full', result)}; workspaces are in {out}")
+        return
     variants = list(ablations[options.seeds[0]])
     shared = {
         variant: {
@@ -141,13 +153,9 @@ def main() -> None:
     }
     over_seeds = ablation_tree(shared)
     Console(width=160).print(ablation_table(over_seeds))
-    result = {
-        "config": resolve("demo").model_dump(mode="json"),
-        "mean": mean,
-        "seeds": found,
+    result |= {
         "ablation_over_seeds": over_seeds,
         "ablation_of_seed": {seed: ablation_tree(ablations[seed])["variants"] for seed in ablations},
-        "sizes": sizes,
     }
     print(f"written: {write_result('sample_world', result)}; workspaces are in {out}")
 

@@ -98,11 +98,14 @@ def make_model(world: World, stage: int, device: torch.device, layers: int | Non
 
 
 def make_task(world: World, stage: int, device: torch.device) -> Task:
-    """Stage 2: song 2i and song 2i + 1 are a pair."""
+    """Stage 2: song 2i and song 2i + 1 are a pair; the text term sees the songs of pairs alone, as published."""
     if stage == 1:
         return pretrain_task(world.songs, world.config.pretrain)
     pairs = world.songs.train[: len(world.songs.train) // 2 * 2].reshape(-1, 2)
-    return finetune_task(Pairs(pairs, np.ones(len(pairs)), pairs[:0], 0, pairs[:0], np.ones(0), 0), world.config.finetune, device)
+    no_pairs = pairs[:0]
+    of_world = Pairs(pairs, np.ones(len(pairs)), no_pairs, 0, no_pairs, np.ones(0), 0)
+    published = world.config.finetune.model_copy(update={"rehearsal_songs_per_pair": 0})
+    return finetune_task(of_world, world.songs.train, published, device)
 
 
 def first_batch(world: World, model: HTCL, stage: int, rows: int, device: torch.device) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +12,6 @@ import pandas as pd
 
 from htcl_ray.errors import LeakageError
 from htcl_ray.evaluation.songs import Songs
-from htcl_ray.interactions.splits import normal_name
 from htcl_ray.schemas import Split
 from htcl_ray.settings import EvaluateSettings
 
@@ -21,7 +22,8 @@ def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | Non
     """The leakage report: for each kind `training`, `held_out` and `shared` counts, `examples`, and `forbidden`.
 
     songs             of the training pairs, against the held-out split
-    artists           of the train split, against the held-out split (compared as the splits are made)
+    artists           credited in the train split, against the held-out split; parsed here, not by the code that makes the splits
+    joint_credits     the same where credits are also split at '&', 'and' and ',', which may divide names: counted, never forbidden
     duplicate_groups  the same recording in both: its held-out copies are left out of the evaluation (`without_copies`)
     users             whose events may be in training pairs, against held-out users
     times             training pairs that last occurred after the training period
@@ -30,10 +32,12 @@ def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | Non
     shared song, artist, user or time, unless `evaluate.allowed_overlaps` names the kind.
     """
     training, held_out = songs.splits == Split.TRAIN, songs.splits == settings.split
-    artists = [normal_name(artist) if artist else "" for artist in songs.metadata["artist"].to_pylist()]
+    credited = [_artist_names(cell) for cell in songs.metadata["artist"].to_pylist()]
     found = {
         "songs": _overlap(_paired_songs(pairs), [songs.ids[row] for row in np.flatnonzero(held_out)]),
-        "artists": _overlap(*([artists[row] for row in np.flatnonzero(rows) if artists[row]] for rows in (training, held_out))),
+        "artists": _overlap(*([name for row in np.flatnonzero(rows) for name in credited[row][0]] for rows in (training, held_out))),
+        "joint_credits": _overlap(*([name for row in np.flatnonzero(rows) for name in credited[row][1]] for rows in (training, held_out)))
+        | {"forbidden": False},
         "duplicate_groups": _overlap(*([songs.duplicate_groups[row] for row in np.flatnonzero(rows)] for rows in (training, held_out))),
     }
     found["duplicate_groups"] |= {"forbidden": False, "songs_left_out": int((held_out & ~without_copies(songs, settings.split)).sum())}
@@ -47,6 +51,25 @@ def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | Non
         if overlap["forbidden"] and overlap["shared"]:
             raise LeakageError(_sentence(kind, overlap, settings.split))
     return found
+
+
+_CERTAIN = re.compile(r";|(?:^|[\s(\[])(?:featuring|feat|ft)(?=[.\s])\.?", re.IGNORECASE)
+_POSSIBLE = re.compile(r"\s(?:&|and|x|with|vs)\s|[,+]", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"(various|unknown|diverse|varios|verschiedene)( \w+)?|anonymous|traditional|v ?a|n ?a|none|")
+
+
+def _artist_names(cell: str | None) -> tuple[set[str], set[str]]:
+    """Names that an artist cell credits for certain, and those that it may credit, as `_plain` writes them."""
+    certain = _CERTAIN.split(cell or "")
+    possible = [name for part in certain for name in (part, *_POSSIBLE.split(part))]
+    found, more = ({key for key in map(_plain, names) if not _PLACEHOLDER.fullmatch(key)} for names in (certain, possible))
+    return found, more
+
+
+def _plain(name: str) -> str:
+    """Letters, digits and marks of a name in lower case, without the diacritics of Latin, Greek and Cyrillic."""
+    decomposed = [letter for letter in unicodedata.normalize("NFKD", name.casefold()) if not "\u0300" <= letter <= "\u036f"]
+    return " ".join("".join(letter if unicodedata.category(letter)[0] in "LNM" else " " for letter in decomposed).split())
 
 
 def without_copies(songs: Songs, split: str) -> np.ndarray:

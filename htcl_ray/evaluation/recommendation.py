@@ -125,8 +125,8 @@ def _figures(
     settings: EvaluateSettings,
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
     """Figures of each method, and what the item AUC is made of."""
-    artists, k = np.asarray(songs.artists), max(settings.ks)
-    draws = _draws(songs, asked, settings)
+    artists = np.array([artist or f"song {song}" for artist, song in zip(songs.labels("artist"), songs.ids, strict=True)])
+    draws, k = _draws(songs, asked, settings), max(settings.ks)
     methods = {}
     for method, several in scorers.items():
         found = [answers(asked, scorer, settings.ks, settings.seed) for scorer in several]

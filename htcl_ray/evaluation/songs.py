@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+
+from htcl_ray.catalog.artists import artist_groups
 
 BLEND = "blend_0.5"
 
@@ -38,10 +41,11 @@ class Songs:
             self.log_mel[rows],
         )
 
-    @property
+    @cached_property
     def artists(self) -> list[str]:
-        """Artist of each song; one without an artist is its own."""
-        return [artist or f"song {song}" for artist, song in zip(self.metadata["artist"].to_pylist(), self.ids, strict=True)]
+        """Artist group of each song: songs that share a credited artist have one; a song without an artist is its own."""
+        groups = artist_groups(self.metadata["artist"]).to_pylist()
+        return [group or f"song {song}" for group, song in zip(groups, self.ids, strict=True)]
 
     def values(self, column: str) -> list[list[str]]:
         """All values of a metadata column, a list a song, empty where there is none."""

@@ -34,15 +34,32 @@ class Dropped(StrEnum):
     ABOVE_CAP = "above_cap"
 
 
-PARTIAL_PAIRS = pa.schema([*PAIRS, pa.field("dropped", pa.string()), pa.field("rejected", pa.bool_(), nullable=False)])
-"""Sums over some users. Rows with `dropped` are counts instead: `support` occurrences without songs. `rejected` rows are of negatives."""
+PARTIAL_PAIRS = pa.schema(
+    [
+        *PAIRS,
+        pa.field("squares", pa.float64(), nullable=False),
+        pa.field("dropped", pa.string()),
+        pa.field("rejected", pa.bool_(), nullable=False),
+    ]
+)
+"""Sums over some users: `weight` of their evidence, `squares` of its squares.
+
+Rows with `dropped` are counts instead: `support` occurrences without songs. `rejected` rows are of negatives.
+"""
+
+EVIDENCE_STEP = 2.0**-32
+"""Evidence of one user is a multiple of this, so that sums over up to 2**20 users are exact and do not depend on the order of addition."""
+
+SUPPORT_BANDS = {"1": 1, "2": 2, "3-5": 3, "6-10": 6, "11+": 11}
+"""Label of a range of supports → its smallest support."""
 
 
 def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: PairSettings) -> pa.Table:
-    """What some users say about pairs: schema PARTIAL_PAIRS.
+    """Sum what some users say about pairs: schema PARTIAL_PAIRS.
 
     `events`: schema EVENTS, with all events of each user in it. `songs`: song_id and split of every song. `newest`: epoch seconds of the
-    newest event of the training period, which has age 0. `weight` is the sum of the strengths, decayed; `support` counts users.
+    newest event of the training period, which has age 0. `weight` is the sum of the users' evidence (see `_user_evidence`); `support`
+    counts users.
     """
     sums = [PARTIAL_PAIRS.empty_table()]
     for piece in _whole_users(events.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("song_id", "ascending")]), settings):
@@ -51,36 +68,51 @@ def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: Pa
             for reason in np.unique(dropped[dropped != ""]):
                 sums.append(_dropped_count(reason, int(np.count_nonzero(dropped == reason)), rejected))
             kept = seen.append_column("split", pa.array(split, pa.string())).filter(pa.array(dropped == ""))
-            sums.append(_sum_occurrences(_decay(kept, newest, settings), rejected))
+            sums.append(_sum_users(_user_evidence(_decay(kept, newest, settings), settings), rejected))
     return pa.concat_tables(sums)
 
 
 def finish_pairs(
-    partial: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.int64], settings: PairSettings
+    partial: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.float64], settings: PairSettings
 ) -> tuple[pa.Table, dict[str, int]]:
     """Pairs of some trigger songs, schema PAIRS sorted by trigger and song, and how many were dropped, by reason.
 
-    `partial`: every row of PARTIAL_PAIRS about these trigger songs. `popularity`: positives of each of `song_ids`, see `positives`.
+    `partial`: every row of PARTIAL_PAIRS about these trigger songs. `popularity`: evidence for each of `song_ids`, see `positives`.
     """
     pairs, dropped = _supported(partial.filter(pc.invert(partial["rejected"])), settings)
-    return _capped(_correct_popularity(pairs, song_ids, popularity, settings.popularity_exponent), dropped, settings)
+    return _capped(_correct_popularity(pairs, song_ids, popularity, settings), dropped, settings)
 
 
 def finish_negatives(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
-    """Rejected songs of some trigger songs, as `finish_pairs` gives pairs; the weight is the decayed sum of the rejections.
+    """Rejected songs of some trigger songs, as `finish_pairs` gives pairs; the weight is the shrunk evidence of the rejections.
 
-    It is not divided by popularity: a song that nobody received well has none. A song may be rejected after a trigger by one user and be a
-    pair with it through another; who trains with negatives leaves these out.
+    It is not divided by popularity: a song without positives has none. A song may be rejected after a trigger by one user and be a
+    pair with it through another; training with negatives leaves these out.
     """
     return _capped(*_supported(partial.filter(partial["rejected"]), settings), settings)
 
 
+def draws_by_support(pairs: pa.Table) -> dict[str, float]:
+    """Sum of the weights of the training pairs in each of SUPPORT_BANDS; training draws pairs in proportion to their weights."""
+    training = pairs.filter(pc.equal(pairs["split"], Split.TRAIN.value))
+    bands = np.searchsorted(list(SUPPORT_BANDS.values()), training["support"].to_numpy(), side="right") - 1
+    totals = np.bincount(bands, training["weight"].to_numpy(), len(SUPPORT_BANDS))
+    return dict(zip(SUPPORT_BANDS, totals.tolist(), strict=True))
+
+
 def _supported(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
-    """Sums over all users with enough support, and what was dropped so far."""
+    """Pairs with enough support, their evidence over all users shrunk, and what was dropped so far.
+
+    Absolute discounting: of the sum of the users' evidence, `support_discount` times that of one typical user (Σe² / Σe) does not count.
+    With equal evidence e of n users, (n − discount) · e is left.
+    """
     counts = partial.filter(pc.is_valid(partial["dropped"])).group_by("dropped").aggregate([("support", "sum")])
     dropped = dict(zip(counts["dropped"].to_pylist(), counts["support_sum"].to_pylist(), strict=True))
     pairs = _sum_partials(partial.filter(pc.is_null(partial["dropped"])))
     supported = pairs.filter(pc.greater_equal(pairs["support"], settings.min_support))
+    evidence = supported["weight"].to_numpy()
+    supported = _with_weight(supported, evidence - settings.support_discount * supported["squares"].to_numpy() / evidence)
+    supported = supported.filter(pc.greater(supported["weight"], 1e-12))
     return supported, dropped | {Dropped.BELOW_SUPPORT: pairs.num_rows - supported.num_rows}
 
 
@@ -92,21 +124,28 @@ def _capped(pairs: pa.Table, dropped: dict[str, int], settings: PairSettings) ->
     return ordered.select(PAIRS.names).cast(PAIRS), {reason: count for reason, count in dropped.items() if count}
 
 
-def positives(events: pa.Table, songs: pa.Table) -> npt.NDArray[np.int64]:
-    """How often each song was received well, int64 [songs]: what the popularity correction divides by.
+def positives(events: pa.Table, songs: pa.Table, settings: PairSettings) -> npt.NDArray[np.float64]:
+    """How well each song was received, float64 [songs]: what the popularity correction divides by.
 
-    The trigger of well received feedback counts as received well, too. Only what may make pairs counts: for training songs, events of the
-    training period by users that are not held out.
+    Counts users, each with diminishing returns for repetitions, as pairs do. `events`: all events of some users; the results for
+    different users add up. The trigger of well received feedback counts as received well, too. Only events that may form pairs count: for
+    training songs, events of the training period by users that are not held out.
     """
     good = events.filter(pc.greater(events["value"], 0))
-    total = np.zeros(songs.num_rows, dtype=np.int64)
+    total = np.zeros(songs.num_rows, dtype=np.float64)
+    if not good.num_rows:
+        return total
     is_train = pc.equal(songs["split"], Split.TRAIN.value).to_numpy()
     may_train = pc.and_(pc.equal(good["period"], Split.TRAIN.value), pc.invert(good["held_out_user"])).to_numpy()
+    users, counted = user_codes(good), []
     for name in ("song_id", "trigger_song_id"):
         rows = pc.index_in(good[name], value_set=songs["song_id"].combine_chunks())
-        there = pc.is_valid(rows).to_numpy()
-        index = rows.fill_null(0).to_numpy()
-        total += np.bincount(index[there & (may_train | ~is_train[index])], minlength=total.size)
+        known = pc.is_valid(rows).to_numpy()
+        index = rows.fill_null(0).to_numpy().astype(np.int64)
+        counts = known & (may_train | ~is_train[index])
+        counted.append(users[counts] * songs.num_rows + index[counts])
+    codes, times = np.unique(np.concatenate(counted), return_counts=True)
+    np.add.at(total, codes % songs.num_rows, _rounded(_saturated(times.astype(np.float64), settings.repetition_saturation)))
     return total
 
 
@@ -145,35 +184,68 @@ def _decay(seen: pa.Table, newest: float, settings: PairSettings) -> pa.Table:
 
 
 _KEYS = ["trigger_song_id", "song_id", "split"]
+_SUMS = ["weight", "squares", "support", "first_timestamp", "last_timestamp"]
 
 
-def _sum_occurrences(kept: pa.Table, rejected: bool) -> pa.Table:
-    sums = kept.group_by(_KEYS, use_threads=False).aggregate(
-        [("strength", "sum"), ("user_id", "count_distinct"), ("timestamp", "min"), ("timestamp", "max")]
+def _user_evidence(kept: pa.Table, settings: PairSettings) -> pa.Table:
+    """One row for each user and pair: `evidence`, and the first and the last time.
+
+    Repetitions have diminishing returns (`_saturated`). A user with more occurrences than `max_occurrences_per_user` counts less in
+    proportion, in every pair. Affinity logs, which have no times, are capped by `max_songs_per_user` instead.
+    """
+    by_user = kept.group_by([*_KEYS, "user_id"], use_threads=False).aggregate(
+        [("strength", "sum"), ("timestamp", "min"), ("timestamp", "max"), ("timestamp", "count")]
     )
-    renamed = sums.rename_columns([*_KEYS, "weight", "support", "first_timestamp", "last_timestamp"])
+    evidence = _saturated(by_user["strength_sum"].to_numpy(), settings.repetition_saturation)
+    if settings.max_occurrences_per_user is not None and by_user.num_rows:
+        users = user_codes(by_user)
+        occurrences_of = np.bincount(users, by_user["timestamp_count"].to_numpy())
+        evidence = evidence * np.minimum(1.0, settings.max_occurrences_per_user / np.maximum(occurrences_of, 1))[users]
+    evidence = _rounded(evidence)
+    return by_user.append_column("evidence", pa.array(evidence)).append_column("square", pa.array(_rounded(evidence**2)))
+
+
+def _rounded(evidence: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Multiples of EVIDENCE_STEP, at least one."""
+    return np.maximum(np.rint(evidence / EVIDENCE_STEP), 1.0) * EVIDENCE_STEP
+
+
+def _saturated(strength: npt.NDArray[np.float64], saturation: float) -> npt.NDArray[np.float64]:
+    """Term-frequency saturation of BM25: a strength of 1 counts 1, and no strength counts more than 1 + `saturation`."""
+    return strength * (1 + saturation) / (strength + saturation)
+
+
+def _sum_users(by_user: pa.Table, rejected: bool) -> pa.Table:
+    sums = by_user.group_by(_KEYS, use_threads=False).aggregate(
+        [("evidence", "sum"), ("square", "sum"), ("user_id", "count"), ("timestamp_min", "min"), ("timestamp_max", "max")]
+    )
+    renamed = sums.rename_columns([*_KEYS, *_SUMS])
     marked = renamed.append_column("dropped", pa.nulls(sums.num_rows, pa.string()))
     return marked.append_column("rejected", pa.repeat(rejected, sums.num_rows)).select(PARTIAL_PAIRS.names).cast(PARTIAL_PAIRS)
 
 
 def _sum_partials(partial: pa.Table) -> pa.Table:
-    """Sums over users; in one order, because floating-point sums depend on it."""
-    ordered = partial.sort_by([(name, "ascending") for name in [*_KEYS, "weight", "support", "first_timestamp", "last_timestamp"]])
-    sums = ordered.group_by(_KEYS, use_threads=False).aggregate(
-        [("weight", "sum"), ("support", "sum"), ("first_timestamp", "min"), ("last_timestamp", "max")]
+    """Sums over users; exact, see EVIDENCE_STEP."""
+    sums = partial.group_by(_KEYS, use_threads=False).aggregate(
+        [("weight", "sum"), ("squares", "sum"), ("support", "sum"), ("first_timestamp", "min"), ("last_timestamp", "max")]
     )
-    return sums.rename_columns([*_KEYS, "weight", "support", "first_timestamp", "last_timestamp"])
+    return sums.rename_columns([*_KEYS, *_SUMS])
 
 
 def _dropped_count(reason: str, count: int, rejected: bool) -> pa.Table:
-    row = {"trigger_song_id": "", "song_id": "", "weight": 0.0, "support": count, "split": "", "dropped": reason, "rejected": rejected}
+    row = {"trigger_song_id": "", "song_id": "", "weight": 0.0, "squares": 0.0, "support": count, "split": ""}
+    row |= {"dropped": reason, "rejected": rejected}
     return pa.Table.from_pylist([row], schema=PARTIAL_PAIRS)
 
 
-def _correct_popularity(pairs: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.int64], exponent: float) -> pa.Table:
+def _correct_popularity(pairs: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.float64], settings: PairSettings) -> pa.Table:
     trigger, song = (popularity[pc.index_in(pairs[name], value_set=song_ids).to_numpy()] for name in ("trigger_song_id", "song_id"))
-    corrected = pairs["weight"].to_numpy() / (trigger * song.astype(np.float64)) ** exponent
-    return pairs.set_column(pairs.schema.get_field_index("weight"), "weight", pa.array(corrected, pa.float64()))
+    expected = (trigger + settings.popularity_offset) * (song + settings.popularity_offset)
+    return _with_weight(pairs, pairs["weight"].to_numpy() / expected**settings.popularity_exponent)
+
+
+def _with_weight(pairs: pa.Table, weight: npt.NDArray[np.float64]) -> pa.Table:
+    return pairs.set_column(pairs.schema.get_field_index("weight"), "weight", pa.array(weight, pa.float64()))
 
 
 def _heaviest(pairs: pa.Table, most: int) -> pa.Table:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from htcl_ray.schemas import Split
 
@@ -24,16 +25,23 @@ def hash_fraction(key: str, purpose: str) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def song_split(artist: str | None, duplicate_group: str, shares: Sequence[float]) -> Split:
-    """Split of a song: all songs of an artist go together, and without an artist all copies of a recording.
-
-    Artists are compared without regard to case, white space and Unicode form.
-    """
-    key = f"artist:{normal_name(artist)}" if artist and normal_name(artist) else f"recording:{duplicate_group}"
-    position = hash_fraction(key, "song split")
+def group_split(group: str, shares: Sequence[float]) -> Split:
+    """Split of a group of songs that must not be divided, by a hash of its name (see `catalog.artists.artist_groups`)."""
+    position = hash_fraction(group, "song split")
     if position < shares[0]:
         return Split.TRAIN
     return Split.VALIDATION if position < shares[0] + shares[1] else Split.TEST
+
+
+def group_splits(groups: pa.Array, shares: Sequence[float]) -> pa.Array:
+    """Split of each song from its group; null stays null. A group that holds more than half of the songs is for training."""
+    coded = groups.dictionary_encode()
+    songs = np.bincount(coded.indices.drop_null().to_numpy(), minlength=len(coded.dictionary))
+    of_group = [
+        Split.TRAIN if 2 * count > len(groups) else group_split(group, shares)
+        for group, count in zip(coded.dictionary.to_pylist(), songs.tolist(), strict=True)
+    ]
+    return pa.array(of_group, pa.string()).take(coded.indices)
 
 
 def normal_name(name: str) -> str:

@@ -78,34 +78,39 @@ def finetune_terms(
     masked: bool = True,
     log_q: Tensor | None = None,
     with_rejected: bool = False,
+    rehearsed: int = 0,
 ) -> Terms:
     """Stage 2. Encoded audio and text [2n, d]: first the n trigger songs, then the n songs recalled from them.
 
-    `text`: audio ↔ text over both songs, 2nW rows. `preference`: trigger audio ↔ recalled audio. `fusion`: the mean of trigger audio ↔
-    recalled fusion and recalled audio ↔ trigger fusion. `known_pairs`: sorted codes of the training pairs, never negatives. `masked`:
-    false negatives are left out; if not, known pairs are of no use.
+    `text`: audio ↔ text over both songs and the rehearsed ones, (2 + `rehearsed`)nW rows. `preference`: trigger audio ↔ recalled
+    audio. `fusion`: the mean of trigger audio ↔ recalled fusion and recalled audio ↔ trigger fusion. `known_pairs`: sorted codes of the
+    training pairs, never negatives. `masked`: false negatives are left out; if not, known pairs are of no use.
 
     `log_q` [songs, 2]: log of the probability that a song is drawn as trigger and as recalled song; InfoNCE of preference and fusion is
     corrected for it. The text term is not: it keeps stage 1's objective, in which every song counts alike.
 
-    `with_rejected`: audio and text are [3n, d], and the last n are songs rejected after the triggers. Their audio joins the keys that
-    all triggers are compared with in `preference`. A trigger without one has its recalled song there again, which no query then sees.
+    `with_rejected`: audio and text have n more rows after the recalled songs, of songs rejected after the triggers. Their audio joins
+    the keys that all triggers are compared with in `preference`. A trigger without one has its recalled song there again, which no query
+    then sees.
+
+    `rehearsed`: audio and text end with `rehearsed` · n more rows, of songs of the whole training catalogue, for the text term alone.
     """
     related = functools.partial(false_negatives, known_pairs=known_pairs) if masked else None
-    n = len(audio) // (3 if with_rejected else 2)
+    n = len(audio) // (2 + with_rejected + rehearsed)
     both = slice(0, 2 * n)
+    matched = torch.cat([torch.arange(2 * n), torch.arange(len(audio) - rehearsed * n, len(audio))]).to(audio.device)
     fusion = model.fuse(audio[both], text[both])
     log_q_trigger, log_q_recalled = (None, None) if log_q is None else log_q.unbind(dim=1)
     trigger, trigger_fusion = (Side.of(vectors[:n], ids[:n], log_q_trigger) for vectors in (audio, fusion))
     recalled, recalled_fusion = (Side.of(vectors[n : 2 * n], ids[n : 2 * n], log_q_recalled) for vectors in (audio, fusion))
     preferred = recalled
     if with_rejected:
-        rejected = Side.of(audio[2 * n :], ids[2 * n :])
+        rejected = Side.of(audio[2 * n : 3 * n], ids[2 * n : 3 * n])
         preferred = recalled.with_more_keys(rejected, unused=rejected.all_ids[:, 0] == recalled.all_ids[:, 0])
     there = _term(model, "fusion", trigger, recalled_fusion, related)
     back = _term(model, "fusion", recalled, trigger_fusion, related)
     return {
-        "text": _term(model, "text", Side.of(audio[both], ids[both]), Side.of(text[both], ids[both]), related),
+        "text": _term(model, "text", Side.of(audio[matched], ids[matched]), Side.of(text[matched], ids[matched]), related),
         "preference": _term(model, "preference", trigger, preferred, related),
         "fusion": (there + back) / 2,
     }

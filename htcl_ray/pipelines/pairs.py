@@ -1,7 +1,7 @@
-"""Events → preference pairs, and beside them the negatives: songs rejected after a trigger song.
+"""Events → preference pairs, and the negatives: songs rejected after a trigger song.
 
-Two shuffles: by user, after which all that a user did is in one place, and by trigger song, after which all that is known of a trigger
-song is. The driver holds one number for each song.
+Shuffles by user, after which all events of a user are in one place (once for the popularity of songs, once for pairs), and by trigger
+song, after which all evidence about a trigger song is. The driver holds one number for each song.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from htcl_ray.config import Config
-from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
+from htcl_ray.interactions.pairs import draws_by_support, finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.interactions.splits import hash_fraction
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, read_songs
@@ -48,12 +48,13 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
     names = [f"{folder}/{name}" for name in workspace.children(folder) if name.endswith(".parquet")]
     files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=min(len(names), 4096))
 
-    count = functools.partial(_count_positives, songs=shared_songs, workspace=workspace)
-    popularity = np.zeros(songs.num_rows, dtype=np.int64)
-    for batch in files.map_batches(count, batch_size=1).iter_batches(batch_size=None, prefetch_batches=0):
+    read = functools.partial(_read_events, workspace=workspace, buckets=buckets)
+    by_user = files.map_batches(read, batch_size=1).groupby("bucket", num_partitions=buckets)
+    count = functools.partial(_count_positives, songs=shared_songs, config=config)
+    popularity = np.zeros(songs.num_rows, dtype=np.float64)
+    for batch in by_user.map_groups(count, batch_format="pyarrow").iter_batches(batch_size=None, prefetch_batches=0):
         np.add.at(popularity, batch["song"], batch["count"])
 
-    read = functools.partial(_read_events, workspace=workspace, buckets=buckets)
     mine = functools.partial(_mine_users, songs=shared_songs, newest=train_end or 0.0, config=config, buckets=buckets)
     shared_popularity = ray.put(popularity)
     finish = functools.partial(
@@ -64,23 +65,28 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
         workspace=workspace,
         version=plan.pairs_version,
     )
-    partial = files.map_batches(read, batch_size=1).groupby("bucket", num_partitions=buckets).map_groups(mine, batch_format="pyarrow")
+    partial = by_user.map_groups(mine, batch_format="pyarrow")
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    drawn: Counter[str] = Counter()
     for batch in (
         partial.groupby("bucket", num_partitions=buckets)
         .map_groups(finish, batch_format="pyarrow")
         .iter_batches(batch_size=None, prefetch_batches=0)
     ):
         for text in batch["counts"].tolist():
-            for kind, found in json.loads(text).items():
-                counts[kind].update(found)
+            found = json.loads(text)
+            drawn.update(found.pop("drawn"))
+            for kind in kinds:
+                counts[kind].update(found[kind])
     inputs = {"features": features_version, "events": plan.events_version, "log": plan.log}
     for kind in reversed(kinds):  # pairs last: when they are finished, both are
-        _finish(workspace, config, kind, plan.pairs_version, counts[kind], inputs)
+        _finish(workspace, config, kind, plan.pairs_version, counts[kind], drawn if kind == "pairs" else Counter(), inputs)
 
 
-def _finish(workspace: Workspace, config: Config, kind: str, version: str, counts: Counter[str], inputs: dict[str, str]) -> None:
-    """Say what was found, and mark pairs or negatives as finished."""
+def _finish(
+    workspace: Workspace, config: Config, kind: str, version: str, counts: Counter[str], drawn: Counter[str], inputs: dict[str, str]
+) -> None:
+    """Print what was mined, and mark pairs or negatives as finished. `drawn`: see `draws_by_support`."""
     path = f"{kind}/{version}"
     splits = {split: counts.pop(split, 0) for split in Split}
     found = ", ".join(f"{split} {count:,}" for split, count in splits.items())
@@ -88,17 +94,21 @@ def _finish(workspace: Workspace, config: Config, kind: str, version: str, count
     print(f"preprocess  {sum(splits.values()):,} {kind} ({found}); dropped: {dropped or 'none'}", flush=True)
     if not sum(splits.values()):
         workspace.write_table(f"{path}/part-00000.parquet", PAIRS.empty_table())
-    measured = {kind: sum(splits.values()), "splits": splits, "dropped": dict(sorted(counts.items()))}
+    measured: dict[str, Any] = {kind: sum(splits.values()), "splits": splits, "dropped": dict(sorted(counts.items()))}
+    if total := sum(drawn.values()):
+        shares = {band: round(weight / total, 6) for band, weight in drawn.items()}
+        measured["draws_by_support"] = shares
+        by_support = ", ".join(f"support {band} {share:.1%}" for band, share in shares.items())
+        print(f"preprocess  stage 2 draws training pairs by weight: {by_support}", flush=True)
     workspace.finish(path, build_manifest(kind, config=config.model_dump(mode="json"), inputs=inputs, quality=measured))
 
 
-def _count_positives(batch: dict[str, Any], *, songs: Any, workspace: Workspace) -> dict[str, Any]:
+def _count_positives(events: pa.Table, *, songs: Any, config: Config) -> pa.Table:
     import ray
 
-    table = ray.get(songs)
-    total = np.sum([positives(_read_file(workspace, name), table) for name in batch["file"].tolist()], axis=0)
-    there = np.flatnonzero(total)
-    return {"song": there, "count": total[there]}
+    total = positives(events, ray.get(songs), config.pairs)
+    counted = np.flatnonzero(total)
+    return pa.table({"song": counted, "count": total[counted]})
 
 
 def _read_events(batch: dict[str, Any], *, workspace: Workspace, buckets: int) -> Iterator[pa.Table]:
@@ -128,9 +138,8 @@ def _finish_triggers(
     for kind, (table, _) in finished.items():
         if table.num_rows:
             workspace.write_table(f"{kind}/{version}/part-{bucket:05d}.parquet", table)
-    return {
-        "counts": [json.dumps({kind: {**Counter(table["split"].to_pylist()), **dropped} for kind, (table, dropped) in finished.items()})]
-    }
+    counts = {kind: {**Counter(table["split"].to_pylist()), **dropped} for kind, (table, dropped) in finished.items()}
+    return {"counts": [json.dumps({**counts, "drawn": draws_by_support(finished["pairs"][0])})]}
 
 
 def _read_file(workspace: Workspace, name: str) -> pa.Table:

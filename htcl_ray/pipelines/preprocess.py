@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from htcl_ray.artifacts import StepResult
 from htcl_ray.audio import check_audible, decode_clip, log_mel
+from htcl_ray.catalog.artists import artist_groups
 from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
 from htcl_ray.catalog.songs import Catalog, read_catalog
 from htcl_ray.config import Config
 from htcl_ray.errors import AudioError, TableError
-from htcl_ray.interactions.splits import song_split
+from htcl_ray.interactions.splits import group_split, group_splits
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
 from htcl_ray.pipelines.pairs import make_pairs
@@ -88,7 +91,7 @@ class FeaturesPlan:
     version: str
     catalog: Catalog
     songs: pa.Table
-    """Songs whose audio file can be opened and is not empty; shards are slices of it."""
+    """Songs whose audio file can be opened and is not empty; shards are slices of it. `split` is null for songs without an artist."""
     rejected: pa.Table
     """Rejected without opening audio."""
     inputs: dict[str, str]
@@ -105,6 +108,9 @@ def plan_features(config: Config) -> FeaturesPlan:
     inputs = {"catalog": _table_hash(songs), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
     has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
+    if config.data.split_column is None:
+        splits = group_splits(artist_groups(usable["artist"]), config.data.split_shares)
+        usable = usable.set_column(usable.schema.get_field_index("split"), "split", splits)
     version = fingerprint(FORMAT_VERSION, inputs, config.audio.model_dump(mode="json"), settings, has_ffmpeg)
     return FeaturesPlan(version, catalog, usable, rejected, inputs)
 
@@ -145,6 +151,8 @@ def _make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> 
     if pending:
         cluster.connect(config)
         _run_shards(workspace, config, plan, pending)
+    if config.data.split_column is None:
+        _settle_splits(workspace, config, features)
     rejected = workspace.read_tables(quarantine) if _shards(workspace, quarantine) else QUARANTINE.empty_table()
     quality = _measure(workspace, plan, rejected)
     _check_rejected(config, plan, rejected, quality["songs"], where)
@@ -215,7 +223,7 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
     """Features and rejected rows of some songs: reads and decodes their audio."""
     recipe = config.audio
     kept, mels, derived, rejected = [], [], [], [QUARANTINE.empty_table()]
-    for i, song in enumerate(songs.select(["song_id", "audio_path", "artist", "split", "source", "row"]).to_pylist()):
+    for i, song in enumerate(songs.select(["song_id", "audio_path", "split", "source", "row"]).to_pylist()):
         try:
             waveform, decoded_share = decode_clip(song["audio_path"], recipe)
             check_audible(waveform, recipe)
@@ -225,7 +233,7 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
             rejected.append(rejected_rows([song["song_id"]], [song["row"]], song["source"], error.reason, detail))
             continue
         group = duplicate_group(waveform)
-        split = song["split"] or song_split(song["artist"], group, config.data.split_shares).value
+        split = song["split"] or group_split(f"recording:{group}", config.data.split_shares).value
         padded = np.full((recipe.max_frames, recipe.n_mels), mel.min(), dtype=np.float16)
         padded[: len(mel)] = mel
         kept.append(i)
@@ -240,6 +248,60 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
     for i, name in enumerate(("valid_frames", "split", "decoded_share", "duplicate_group")):
         columns[name] = pa.array([values[i] for values in derived], schema.field(name).type)
     return pa.table([columns[name] for name in schema.names], schema=schema), pa.concat_tables(rejected)
+
+
+def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:
+    """Give songs that are connected by a recording one split, which only decoded audio tells, and write the shards that this changes.
+
+    Splits depend on the catalogue and the duplicate groups alone, so that a run that was killed here does the same again.
+    """
+    shards = _shards(workspace, features)
+    if not shards:
+        return
+    songs = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(["split", "artist", "duplicate_group", "__filename"])
+    if not songs.num_rows:
+        return
+    groups = artist_groups(songs["artist"], songs["duplicate_group"])
+    splits = group_splits(groups, config.data.split_shares)
+    _warn_of_majority(groups)
+    changed = pc.not_equal(songs["split"], splits).to_numpy()
+    files = songs["__filename"].combine_chunks().dictionary_encode()
+    edges = np.flatnonzero(np.diff(files.indices.to_numpy(), prepend=-1, append=-1))
+    items = [
+        {"file": files[start].as_py().rpartition("/")[2], "splits": splits.slice(start, end - start).to_pylist()}
+        for start, end in itertools.pairwise(edges.tolist())
+        if changed[start:end].any()
+    ]
+    if not items:
+        return
+    cluster.connect(config)
+    import ray.data
+
+    print(f"preprocess  {np.count_nonzero(changed):,} songs change their split: their recording is under another artist too", flush=True)
+    write = functools.partial(_write_splits, workspace=workspace, features=features)
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 4096)).map_batches(write, batch_size=1)
+    for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        pass
+
+
+def _warn_of_majority(groups: pa.Array) -> None:
+    largest = max(pc.value_counts(groups).to_pylist(), key=lambda group: group["counts"])
+    if 2 * largest["counts"] > len(groups):
+        print(
+            f"preprocess  WARNING: {largest['counts']:,} of {len(groups):,} songs are connected by shared artists or recordings "
+            f"(group '{largest['values']}') and are all for training; give data.split_column to divide them otherwise",
+            flush=True,
+        )
+
+
+def _write_splits(batch: dict[str, Any], *, workspace: Workspace, features: str) -> dict[str, Any]:
+    """Replace the split column of a shard; runs in a Ray task."""
+    for file, splits in zip(batch["file"].tolist(), batch["splits"], strict=True):
+        path = f"{features}/{file}"
+        shard = pq.read_table(workspace.full(path), filesystem=workspace.fs)
+        place = shard.schema.get_field_index("split")
+        workspace.write_table(path, shard.set_column(place, shard.schema.field(place), pa.array(list(splits), pa.string())))
+    return {"files": batch["file"]}
 
 
 def _measure(workspace: Workspace, plan: FeaturesPlan, rejected: pa.Table) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
             task = pretrain_task(songs, job.config.pretrain)
         else:
             pairs = read_pairs(job.workspace, job.pairs.path, songs, rejected=job.config.finetune.explicit_negatives)
-            task = finetune_task(pairs, job.config.finetune, device)
+            task = finetune_task(pairs, songs.train, job.config.finetune, device)
         model, resume = _model(job)
     first = ray.train.get_context().get_world_rank() == 0
     log = _log(job, resume, say) if first else None

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from htcl_ray.catalog.artists import credits_of_cells
 from htcl_ray.settings import nearest
 
 MAX_VALUES = 1_000
@@ -73,7 +74,7 @@ class Filter(BaseModel):
 
     song_id: Words | None = Field(None, description="Exactly these songs, in upper and lower case as they are.")
     title: Words | None = None
-    artist: Words | None = None
+    artist: Words | None = Field(None, description="One of the credited artists.")
     album: Words | None = None
     licence: Words | None = None
     genre: Words | None = Field(None, description="One of the song's genres.")
@@ -113,6 +114,10 @@ def _holds(name: str, column: pa.Array, wanted: Any) -> NDArray[np.bool_]:
     if name == "song_id":
         return _plain(pc.is_in(column, value_set=pa.array(values, pa.string())))
     folded = pc.utf8_lower(pa.array(values, pa.string()))
+    if name == "artist":
+        coded, wanted = column.dictionary_encode(), set(folded.to_pylist())
+        credited = zip(pc.utf8_lower(coded.dictionary).to_pylist(), credits_of_cells(coded.dictionary), strict=True)
+        return _plain(pa.array([not wanted.isdisjoint((cell, *names)) for cell, names in credited], pa.bool_()).take(coded.indices))
     if not pa.types.is_list(column.type):
         return _plain(pc.is_in(pc.utf8_lower(column), value_set=folded))
     found = _plain(pc.is_in(pc.utf8_lower(pc.list_flatten(column)), value_set=folded))

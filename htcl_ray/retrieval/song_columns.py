@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from htcl_ray.catalog.artists import credits_of_cells
 from htcl_ray.retrieval.filters import Filter, allowed_rows
 
 MASKS = 32
@@ -42,9 +44,27 @@ class SongColumns:
         return mask
 
     @cached_property
-    def artists(self) -> NDArray[np.int32]:
-        """A number for each row's artist; -1 without one."""
-        return _codes(self.songs["artist"])
+    def _artists(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers of all rows' credited artists, and where each row's begin: [credits], [rows + 1]."""
+        column = self.songs["artist"]
+        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        coded = whole.dictionary_encode()
+        numbers: dict[str, int] = {}
+        of_cell = [[numbers.setdefault(name, len(numbers)) for name in names] for names in credits_of_cells(coded.dictionary)]
+        of_row = pa.array(of_cell, pa.list_(pa.int64())).take(coded.indices)
+        counts = pc.fill_null(pc.list_value_length(of_row), 0).to_numpy(zero_copy_only=False)
+        return of_row.flatten().to_numpy(), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def artists_of(self, row: int) -> list[int]:
+        """A number for each artist that a row credits."""
+        artists, starts = self._artists
+        return artists[starts[row] : starts[row + 1]].tolist()
+
+    def credits_any(self, artists: Collection[int]) -> NDArray[np.bool_]:
+        """Whether each row credits one of these artists."""
+        of_rows, starts = self._artists
+        found = np.concatenate([[0], np.cumsum(np.isin(of_rows, list(artists)))])
+        return found[starts[1:]] > found[starts[:-1]]
 
     @cached_property
     def groups(self) -> NDArray[np.int32]:

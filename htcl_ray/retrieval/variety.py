@@ -28,8 +28,8 @@ def varied_search(
 ) -> list[Hit]:
     """The k best songs for one query, taken greedily in the order of their scores.
 
-    A song is passed over when its artist has `max_per_artist` already, and, with `collapse`, when a song of its duplicate group is there
-    or excluded.
+    A song is passed over when one of its artists has `max_per_artist` songs already, and, with `collapse`, when a song of its duplicate
+    group is taken or excluded.
 
     Passing over needs more candidates than k. What can no longer be taken is masked and the search repeated for the rest, so that k songs
     come back while there are that many, and the order is that of one pass over all songs.
@@ -47,19 +47,19 @@ def varied_search(
         passed_over = False
         for hit in hits:
             row = index.row_of(hit.song_id)
-            artist, group = int(columns.artists[row]) if max_per_artist else NOBODY, int(columns.groups[row]) if collapse else NOBODY
-            full = artist != NOBODY and max_per_artist is not None and per_artist[artist] >= max_per_artist
+            artists, group = columns.artists_of(row) if max_per_artist else [], int(columns.groups[row]) if collapse else NOBODY
+            full = max_per_artist is not None and any(per_artist[artist] >= max_per_artist for artist in artists)
             if full or (group != NOBODY and group in groups):
                 passed_over = True
                 continue
             taken.append(hit)
             excluded.add(hit.song_id)
-            per_artist[artist] += 1
+            per_artist.update(artists)
             groups.add(group)
         if not passed_over or len(taken) >= k:
             return taken
         groups.discard(NOBODY)
-        saturated = [artist for artist, count in per_artist.items() if artist != NOBODY and max_per_artist and count >= max_per_artist]
+        saturated = [artist for artist, count in per_artist.items() if max_per_artist and count >= max_per_artist]
         mask = _without(allowed, columns, groups, saturated)
 
 
@@ -70,5 +70,5 @@ def _without(
     if groups:
         mask &= ~np.isin(columns.groups, list(groups))
     if artists:
-        mask &= ~np.isin(columns.artists, list(artists))
+        mask &= ~columns.credits_any(artists)
     return mask

@@ -111,12 +111,20 @@ class PairSettings(Settings):
     """Plays of one user further apart than this belong to different sessions."""
     min_support: int = Field(1, ge=1)
     """Distinct users that a pair needs."""
+    repetition_saturation: float = Field(1.0, ge=0)
+    """How much one user's repetitions of a pair add: s occurrences count s · (1 + this) / (s + this), as in BM25; 0 counts users only."""
+    max_occurrences_per_user: int | None = Field(500, ge=1)
+    """Feedback and plays: what a user with more occurrences of pairs says counts less in proportion, in every pair; null is no cap."""
+    support_discount: float = Field(0.99, ge=0, le=1)
+    """Users whose evidence for a pair does not count: n equal users count n − this, so that one user, a coincidence, weighs little."""
     half_life_days: float | None = Field(None, gt=0)
     """Age at which an event counts half; null is no decay. The newest event of the training period has age 0."""
     max_pairs_per_song: int | None = Field(100, ge=1)
     """At most this many pairs, the heaviest, for each trigger song; null is no cap."""
     popularity_exponent: float = Field(0.5, ge=0, le=1)
-    """Pair weight is divided by (positives of trigger · positives of song) to this power; 0 is no correction."""
+    """Pair weight is divided by (popularity of trigger · popularity of song) to this power; 0 is no correction."""
+    popularity_offset: float = Field(10.0, ge=0)
+    """Added to both popularities (users who received the song well), so that rare songs do not weigh most."""
     max_songs_per_user: int = Field(200, ge=2)
     """Affinity logs and ratings: only a user's heaviest songs form pairs."""
 

@@ -182,7 +182,9 @@ class FinetuneSettings(StageSettings):
     pairs_per_epoch: int | None = Field(None, ge=1)
     """Pairs drawn by weight in an epoch; null is as many as there are training pairs."""
     text_loss_weight: float = Field(1.0, ge=0)
-    """Weight of audio ↔ text over both songs of a pair: what keeps the semantics."""
+    """Weight of audio ↔ text over both songs of a pair and the rehearsed songs: what keeps the semantics."""
+    rehearsal_songs_per_pair: int = Field(1, ge=0)
+    """Songs n of the whole training catalogue that audio ↔ text gets for each pair, n / (2 + n) of its rows; 0 sees songs of pairs only."""
     preference_loss_weight: float = Field(1.0, ge=0)
     """Weight of trigger audio ↔ recalled audio."""
     fusion_loss_weight: float = Field(1.0, ge=0)

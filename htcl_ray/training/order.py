@@ -23,14 +23,15 @@ def steps_per_epoch(rows: int, batch: int) -> int:
     return rows // batch
 
 
-def song_order(seed: int, epoch: int, songs: Rows, length: int | None = None) -> Rows:
+def song_order(seed: int, epoch: int, songs: Rows, length: int | None = None, *, stream: tuple[int, ...] = ()) -> Rows:
     """Stage 1: the songs of an epoch, [length, 1].
 
     Epochs follow each other in one endless order, in which every song comes once before any comes again; null makes them that long.
+    Each `stream` has an order of its own.
     """
     length = length or len(songs)
     rounds = range(epoch * length // len(songs), -(-(epoch + 1) * length // len(songs)))
-    order = np.concatenate([np.random.default_rng([seed, number]).permutation(songs) for number in rounds])
+    order = np.concatenate([np.random.default_rng([seed, number, *stream]).permutation(songs) for number in rounds])
     start = epoch * length - rounds.start * len(songs)
     return order[start : start + length, None]
 
@@ -53,6 +54,14 @@ def with_rejected(seed: int, epoch: int, drawn: Rows, rejected: Rows, weights: n
     position = np.searchsorted(passed, passed[first] + share * (passed[behind] - passed[first]), side="right") - 1
     chosen = np.append(rejected[:, 1], -1)[np.clip(position, first, np.maximum(first, behind - 1))]
     return np.stack([trigger, recalled, np.where(behind > first, chosen, recalled)], axis=1)
+
+
+def with_rehearsed(seed: int, epoch: int, drawn: Rows, songs: Rows, count: int) -> Rows:
+    """Drawn rows [draws, c] with `count` songs of the whole training catalogue behind each, [draws, c + count].
+
+    Over the epochs every one of `songs` comes once before any comes again, however rarely pairs draw it.
+    """
+    return np.hstack([drawn, song_order(seed, epoch, songs, len(drawn) * count, stream=(2,)).reshape(len(drawn), count)])
 
 
 def worker_rows(order: Rows, step: int, batch: int, rank: int, workers: int) -> Rows:

@@ -12,7 +12,7 @@ from torch import Tensor
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.stages import Terms, finetune_terms, pretrain_terms
 from htcl_ray.settings import FinetuneSettings, PretrainSettings
-from htcl_ray.training.order import pair_order, song_order, with_rejected
+from htcl_ray.training.order import pair_order, song_order, with_rehearsed, with_rejected
 from htcl_ray.training.songs import Pairs, Rows, Songs, known_pair_codes, log_draw_probability
 
 LossTerms = Callable[[HTCL, Tensor, Tensor, Tensor], Terms]
@@ -27,7 +27,7 @@ class Task:
     rows: int
     """Rows of an epoch: songs in stage 1, pairs in stage 2."""
     songs_per_row: int
-    """1 in stage 1; 2 in stage 2, or 3 with a rejected song beside each pair."""
+    """1 in stage 1; in stage 2 the 2 of a pair, a rejected song (`explicit_negatives`), and the rehearsed songs."""
     order: Callable[[int], Rows]
     """Epoch → song numbers [rows, songs_per_row]."""
     terms: LossTerms
@@ -48,10 +48,11 @@ def pretrain_task(songs: Songs, settings: PretrainSettings) -> Task:
     )
 
 
-def finetune_task(pairs: Pairs, settings: FinetuneSettings, device: torch.device) -> Task:
+def finetune_task(pairs: Pairs, training_songs: Rows, settings: FinetuneSettings, device: torch.device) -> Task:
     """Stage 2: training pairs drawn by weight.
 
-    A batch holds the triggers of its pairs, then the recalled songs, then, with `explicit_negatives`, songs rejected after the triggers.
+    A batch holds the triggers of its pairs, then the recalled songs, then, with `explicit_negatives`, songs rejected after the triggers,
+    then `rehearsal_songs_per_pair` of all `training_songs` for each pair.
     """
     draws = settings.pairs_per_epoch or len(pairs.train)
     known = torch.from_numpy(known_pair_codes(pairs.train)).to(device)
@@ -59,9 +60,11 @@ def finetune_task(pairs: Pairs, settings: FinetuneSettings, device: torch.device
 
     def order(epoch: int) -> Rows:
         drawn = pair_order(settings.seed, epoch, pairs.train, pairs.weights, draws)
-        if not settings.explicit_negatives:
-            return drawn
-        return with_rejected(settings.seed, epoch, drawn, pairs.rejected, pairs.rejected_weights)
+        if settings.explicit_negatives:
+            drawn = with_rejected(settings.seed, epoch, drawn, pairs.rejected, pairs.rejected_weights)
+        if settings.rehearsal_songs_per_pair:
+            drawn = with_rehearsed(settings.seed, epoch, drawn, training_songs, settings.rehearsal_songs_per_pair)
+        return drawn
 
     def terms(model: HTCL, audio: Tensor, text: Tensor, ids: Tensor) -> Terms:
         return finetune_terms(
@@ -73,12 +76,13 @@ def finetune_task(pairs: Pairs, settings: FinetuneSettings, device: torch.device
             masked=settings.mask_false_negatives,
             log_q=log_q,
             with_rejected=settings.explicit_negatives,
+            rehearsed=settings.rehearsal_songs_per_pair,
         )
 
     return Task(
         name="finetune",
         rows=draws,
-        songs_per_row=3 if settings.explicit_negatives else 2,
+        songs_per_row=2 + settings.explicit_negatives + settings.rehearsal_songs_per_pair,
         order=order,
         terms=terms,
         weights={

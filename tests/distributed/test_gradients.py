@@ -45,6 +45,7 @@ class Variant:
     masked: bool = True
     corrected: bool = False
     rejected: bool = False
+    rehearsed: int = 0
 
 
 STANDARD = [Variant("first", 1), Variant("second", 2)]
@@ -56,6 +57,9 @@ VARIANTS = [
     Variant("corrected", 2, corrected=True),
     Variant("rejected", 2, rejected=True),
     Variant("rejected-sigmoid-unmasked", 2, loss="sigmoid", rejected=True, masked=False),
+    Variant("rehearsed-corrected", 2, rehearsed=1, corrected=True),
+    Variant("rehearsed-rejected", 2, rehearsed=2, rejected=True),
+    Variant("rehearsed-sigmoid", 2, loss="sigmoid", rehearsed=2),
 ]
 
 
@@ -64,8 +68,9 @@ def song_rows(variant: Variant) -> np.ndarray:
     triggers = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 10, 1])
     recalled = np.array([12, 0, 13, 14, 15, 16, 17, 18, 19, 2, 11, 9])
     rejected = np.array([9, 13, 13, 8, 5, 19, 2, 18, 4, 2, 17, 14])
+    rehearsed = np.random.default_rng(3).permutation(2 * SONGS)[: 2 * ROWS].reshape(2, ROWS) % SONGS
     columns = [triggers] if variant.stage == 1 else [triggers, recalled, rejected] if variant.rejected else [triggers, recalled]
-    return np.stack(columns, axis=1)
+    return np.stack([*columns, *rehearsed[: variant.rehearsed]], axis=1)
 
 
 def song_ids() -> Tensor:
@@ -112,7 +117,12 @@ def task(variant: Variant) -> Task:
     else:
         log_q = LOG_Q if variant.corrected else None
         terms = functools.partial(
-            finetune_terms, known_pairs=known_codes(), masked=variant.masked, log_q=log_q, with_rejected=variant.rejected
+            finetune_terms,
+            known_pairs=known_codes(),
+            masked=variant.masked,
+            log_q=log_q,
+            with_rejected=variant.rejected,
+            rehearsed=variant.rehearsed,
         )
     return Task(variant.name, ROWS, rows.shape[1], lambda epoch: rows, terms, WEIGHTS[variant.stage])
 
@@ -185,9 +195,12 @@ def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:
         used = [songs[both + i] != recalled[i] for i in range(ROWS)] if variant.rejected else None
         there = entries.term("fusion", audio[:ROWS], fused[ROWS:both], trigger, recalled)
         back = entries.term("fusion", audio[ROWS:both], fused[:ROWS], recalled, trigger, drawn_as=(1, 0))
+        end = (2 + variant.rejected) * ROWS  # behind it the rehearsed songs
+        named, preferred = [*range(both), *range(end, len(songs))], slice(ROWS, end)
+        named_songs = [songs[row] for row in named]
         terms = {
-            "text": entries.term("text", audio[:both], text[:both], songs[:both], songs[:both]),
-            "preference": entries.term("preference", audio[:ROWS], audio[ROWS:], trigger, songs[ROWS:], used=used),
+            "text": entries.term("text", audio[named], text[named], named_songs, named_songs),
+            "preference": entries.term("preference", audio[:ROWS], audio[preferred], trigger, songs[preferred], used=used),
             "fusion": (there + back) / 2,
         }
     sum(WEIGHTS[variant.stage][name] * term for name, term in terms.items()).backward()

@@ -68,7 +68,7 @@ def test_the_plateau_is_the_mean_log_of_the_unmasked_candidates(world: World, st
     expected = sum(math.log(candidates(row, every, row)) for row in every) / len(ids)
     assert figures["plateau_loss_text"] == pytest.approx(expected, rel=1e-5)
     if stage == 2:
-        half = len(ids) // 2
+        half = len(ids) // task.songs_per_row
         there = [math.log(candidates(row, range(half, 2 * half), row + half)) for row in range(half)]
         back = [math.log(candidates(row + half, range(half), row)) for row in range(half)]
         first = sorted({of_song: row for row, (of_song, *_) in reversed(list(enumerate(ids)))}.values())

@@ -36,14 +36,14 @@ def pairs(**columns: list) -> pd.DataFrame:
 def test_clean_splits_share_nothing():
     found = leakage(made_up(), log(), pairs(), SETTINGS)
     assert {kind: overlap["shared"] for kind, overlap in found.items()} == dict.fromkeys(
-        ("songs", "artists", "duplicate_groups", "users", "times"), 0
+        ("songs", "artists", "joint_credits", "duplicate_groups", "users", "times"), 0
     )
     assert found["artists"]["training"] == found["artists"]["held_out"] == 12
     assert found["users"] == {"training": 1, "held_out": 1, "shared": 0, "examples": [], "forbidden": True}
 
 
 def test_without_a_log_users_and_times_are_left_out():
-    assert set(leakage(made_up(), None, None, SETTINGS)) == {"songs", "artists", "duplicate_groups"}
+    assert set(leakage(made_up(), None, None, SETTINGS)) == {"songs", "artists", "joint_credits", "duplicate_groups"}
 
 
 def test_a_held_out_song_in_a_training_pair_is_refused():
@@ -60,6 +60,40 @@ def test_a_shared_artist_is_refused_unless_allowed():
     found = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
     assert found["artists"]["shared"] == 1
     assert found["artists"]["forbidden"] is False
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "shared"),
+    [
+        ("Queen", "Queen; Guest", "queen"),
+        ("Beyoncé", "Drake (feat. BEYONCE)", "beyonce"),
+        ("Jay-Z", "Drake Ft. Jay Z", "jay z"),
+        ("Various Artists", "various artists", None),
+        ("V.A.", "VA", None),
+        ("Simon & Garfunkel", "Simon", None),
+        ("Earth", "Earth, Wind & Fire", None),
+        ("Bush (UK)", "Bush (Canada)", None),
+        ("ガガ", "カカ", None),
+        ("का", "की", None),
+    ],
+)
+def test_artists_are_compared_apart_from_the_grouping(training: str, held_out: str, shared: str | None):
+    songs = made_up()
+    names = [training, held_out] + [f"artist {i % 2} {i}" for i in range(2, len(songs.ids))]
+    songs = dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names))
+    found = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
+    assert found["artists"]["examples"] == ([shared] if shared else [])
+    if shared:
+        with pytest.raises(LeakageError, match=f"for instance {shared}"):
+            leakage(songs, log(), pairs(), SETTINGS)
+
+
+def test_joint_credits_are_counted_and_allowed():
+    songs = made_up()
+    names = ["Earth", "Earth, Wind & Fire"] + [f"artist {i % 2} {i}" for i in range(2, len(songs.ids))]
+    found = leakage(dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names)), log(), pairs(), SETTINGS)
+    assert (found["joint_credits"]["shared"], found["joint_credits"]["examples"]) == (1, ["earth"])
+    assert found["joint_credits"]["forbidden"] is False
 
 
 def test_songs_without_an_artist_share_none():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from htcl_ray.interactions import pairs as pairs_module
-from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
+from htcl_ray.interactions.pairs import draws_by_support, finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.schemas import EVENTS, PAIRS
 from htcl_ray.settings import PairSettings
 
@@ -21,7 +21,14 @@ DAY = 86400.0
 SONGS = pa.table(
     {"song_id": ["a", "b", "c", "d", "v", "w", "x"], "split": ["train", "train", "train", "train", "validation", "test", "test"]}
 )
-PLAIN = PairSettings(popularity_exponent=0)
+
+
+def plain(**settings: Any) -> PairSettings:
+    """A user who says something once counts 1; no correction, no discount."""
+    return PairSettings(**{"popularity_exponent": 0, "support_discount": 0, **settings})
+
+
+PLAIN = plain()
 
 
 def event(
@@ -44,7 +51,7 @@ def mine(
     events = pa.Table.from_pylist(rows, schema=EVENTS)
     partial = partial_pairs(events, SONGS, newest, settings)
     ids = SONGS["song_id"].combine_chunks()
-    found, dropped = finish_pairs(partial, ids, positives(events, SONGS), settings)
+    found, dropped = finish_pairs(partial, ids, positives(events, SONGS, settings), settings)
     assert found.schema == PAIRS
     return {(row["trigger_song_id"], row["song_id"]): row for row in found.to_pylist()}, dropped
 
@@ -67,7 +74,7 @@ def test_feedback_makes_pairs_of_trigger_and_song() -> None:
     assert found["a", "b"] == {
         "trigger_song_id": "a",
         "song_id": "b",
-        "weight": 3.0,
+        "weight": pytest.approx(1 + 4 / 3),  # v twice, which counts a third more than once
         "support": 2,
         "first_timestamp": 1.0,
         "last_timestamp": 4.0,
@@ -87,7 +94,7 @@ def test_plays_pair_with_the_last_liked_play_of_the_session() -> None:
         event("w", "b", time=16 * minute),
     ]
     assert weights(rows) == {"ac": 1.0, "cd": 1.0}
-    assert weights(rows, PairSettings(popularity_exponent=0, session_gap_minutes=31)) == {"ac": 1.0, "cd": 1.0, "da": 1.0}
+    assert weights(rows, plain(session_gap_minutes=31)) == {"ac": 1.0, "cd": 1.0, "da": 1.0}
 
 
 def test_affinity_pairs_songs_of_one_user_both_ways() -> None:
@@ -97,15 +104,15 @@ def test_affinity_pairs_songs_of_one_user_both_ways() -> None:
     ]
     found, _ = mine(rows)
     assert {f"{a}{b}": (row["weight"], row["support"]) for (a, b), row in found.items()} == {
-        "ab": (0.5 + 1.0, 2),
-        "ba": (0.5 + 1.0, 2),
+        "ab": (pytest.approx(2 / 3 + 1.0), 2),  # strengths 0.5 and 1
+        "ba": (pytest.approx(2 / 3 + 1.0), 2),
         "ac": (1.0, 1),
         "ca": (1.0, 1),
-        "bc": (0.5, 1),
-        "cb": (0.5, 1),
+        "bc": (pytest.approx(2 / 3), 1),
+        "cb": (pytest.approx(2 / 3), 1),
     }
     assert found["a", "b"]["first_timestamp"] is None
-    assert weights(rows, PairSettings(popularity_exponent=0, max_songs_per_user=2)) == {"ab": 1.0, "ba": 1.0, "ac": 1.0, "ca": 1.0}
+    assert weights(rows, plain(max_songs_per_user=2)) == {"ab": 1.0, "ba": 1.0, "ac": 1.0, "ca": 1.0}
 
 
 def test_what_is_dropped_is_counted() -> None:
@@ -131,7 +138,7 @@ def test_pairs_of_held_out_songs_take_any_user_and_period() -> None:
 
 def test_minimum_support_counts_users_not_events() -> None:
     rows = [event("u", "b", "a"), event("u", "b", "a"), event("u", "c", "a"), event("w", "c", "a")]
-    found, dropped = mine(rows, PairSettings(popularity_exponent=0, min_support=2))
+    found, dropped = mine(rows, plain(min_support=2))
     assert list(found) == [("a", "c")]
     assert dropped == {"below_support": 1}
 
@@ -143,8 +150,8 @@ def test_old_events_count_less() -> None:
         event("u", "d", "a", time=20 * DAY),
         event("u", "w", "x", time=30 * DAY),
     ]
-    settings = PairSettings(popularity_exponent=0, half_life_days=10)
-    assert weights(rows, settings, newest=20 * DAY) == pytest.approx({"ab": 0.25, "ac": 0.5, "ad": 1.0, "xw": 1.0})
+    settings = plain(half_life_days=10)
+    assert weights(rows, settings, newest=20 * DAY) == pytest.approx({"ab": 0.4, "ac": 2 / 3, "ad": 1.0, "xw": 1.0})
 
 
 def test_the_heaviest_pairs_of_a_song_stay() -> None:
@@ -156,27 +163,94 @@ def test_the_heaviest_pairs_of_a_song_stay() -> None:
         event("u", "a", "b"),
         event("u", "c", "b"),
     ]
-    found, dropped = mine(rows, PairSettings(popularity_exponent=0, max_pairs_per_song=2))
+    found, dropped = mine(rows, plain(max_pairs_per_song=2))
     assert list(found) == [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c")]  # d goes: as heavy as b, but later by id
     assert dropped == {"above_cap": 1}
 
 
 def test_popularity_is_divided_out() -> None:
     rows = [event("u", "b", "a"), event("w", "b", "a"), event("u", "c", "b"), event("u", "c", "b", value=-1)]
-    #  received well: a 2 (twice as trigger), b 2 + 1 as trigger, c 1
-    assert positives(pa.Table.from_pylist(rows, schema=EVENTS), SONGS).tolist() == [2, 3, 1, 0, 0, 0, 0]
-    assert weights(rows, PairSettings(popularity_exponent=0.5)) == pytest.approx({"ab": 2 / np.sqrt(2 * 3), "bc": 1 / np.sqrt(3 * 1)})
-    assert weights(rows, PairSettings(popularity_exponent=1)) == pytest.approx({"ab": 2 / 6, "bc": 1 / 3})
+    #  users who received it well: a u and w (as trigger), b u twice (song and trigger) and w, c u
+    events = pa.Table.from_pylist(rows, schema=EVENTS)
+    assert positives(events, SONGS, PLAIN).tolist() == pytest.approx([2, 4 / 3 + 1, 1, 0, 0, 0, 0])
+    assert positives(events, SONGS, plain(repetition_saturation=0)).tolist() == [2, 2, 1, 0, 0, 0, 0]
+    users_only = {"repetition_saturation": 0, "popularity_offset": 0}
+    assert weights(rows, plain(popularity_exponent=0.5, **users_only)) == pytest.approx(
+        {"ab": 2 / np.sqrt(2 * 2), "bc": 1 / np.sqrt(2 * 1)}
+    )
+    assert weights(rows, plain(popularity_exponent=1, **users_only)) == pytest.approx({"ab": 2 / 4, "bc": 1 / 2})
+    offset = plain(popularity_exponent=1, repetition_saturation=0, popularity_offset=3)
+    assert weights(rows, offset) == pytest.approx({"ab": 2 / 25, "bc": 1 / 20})
 
 
-def test_popularity_of_training_songs_knows_nothing_of_the_evaluation() -> None:
+def test_popularity_of_training_songs_ignores_evaluation_events() -> None:
     rows = [
         event("u", "b", "a"),
         event("u", "b", "a", period="test"),
         event("u", "b", "a", out=True),
         event("u", "x", "w", period="test", out=True),
     ]
-    assert positives(pa.Table.from_pylist(rows, schema=EVENTS), SONGS).tolist() == [1, 1, 0, 0, 0, 1, 1]
+    assert positives(pa.Table.from_pylist(rows, schema=EVENTS), SONGS, PLAIN).tolist() == [1, 1, 0, 0, 0, 1, 1]
+
+
+def test_repetitions_of_one_user_have_diminishing_returns() -> None:
+    rows = [event("u", "b", "a", time=i) for i in range(400)] + [event(user, "c", "a") for user in "vwx"]
+    assert weights(rows) == pytest.approx({"ab": 400 * 2 / 401, "ac": 3.0})
+    assert weights(rows, plain(repetition_saturation=0)) == {"ab": 1.0, "ac": 3.0}
+    assert weights(rows, plain(repetition_saturation=3))["ab"] == pytest.approx(400 * 4 / 403)
+
+
+def test_a_user_with_many_occurrences_counts_less_in_every_pair() -> None:
+    rows = [event("u", song, "a") for song in "bbbbbbcd"] + [event("v", song, "a") for song in "bcd"]
+    users_only = {"repetition_saturation": 0}
+    assert weights(rows, plain(max_occurrences_per_user=8, **users_only)) == {"ab": 2.0, "ac": 2.0, "ad": 2.0}
+    assert weights(rows, plain(max_occurrences_per_user=4, **users_only)) == {"ab": 1.5, "ac": 1.5, "ad": 1.5}
+    assert weights(rows, plain(max_occurrences_per_user=None, **users_only)) == {"ab": 2.0, "ac": 2.0, "ad": 2.0}
+    assert rejected([event("u", "b", "a", value=-1)] * 8, plain(max_occurrences_per_user=4, **users_only))[0]["ab"][0] == 0.5
+
+
+def test_a_coincidence_weighs_little() -> None:
+    """n equal users count n − discount; a user who says next to nothing does not turn one user into two."""
+    rows = [event(user, song, "a") for song, users in (("b", "u"), ("c", "uv"), ("d", "uvwxy")) for user in users]
+    assert weights(rows, plain(support_discount=0.75)) == pytest.approx({"ab": 0.25, "ac": 1.25, "ad": 4.25})
+    assert list(weights(rows, plain(support_discount=1))) == ["ac", "ad"]
+    assert mine(rows, plain(support_discount=1))[1] == {"below_support": 1}
+    rows += [event("bot", "b", "a", time=i) for i in range(1000)]
+    found = weights(rows, plain(support_discount=0.75, max_occurrences_per_user=10))
+    bot = 0.01 * 1000 * 2 / 1001
+    assert found["ab"] == pytest.approx(1 + bot - 0.75 * (1 + bot**2) / (1 + bot))
+    assert found["ab"] < 0.3
+
+
+def test_one_looping_user_does_not_take_over() -> None:
+    """200 users with 5 plays each, and one that plays the same 40 songs in a loop, 20,000 times."""
+    random = np.random.default_rng(1)
+    songs = pa.table({"song_id": [f"s{i:03d}" for i in range(40)], "split": ["train"] * 40})
+    rows = [
+        event(f"u{user}", f"s{song:03d}", time=user * 1000.0 + 60 * i)
+        for user in range(200)
+        for i, song in enumerate(random.permutation(40)[:5].tolist())
+    ]
+    loop = [event("bot", f"s{i % 40:03d}", time=30.0 * i) for i in range(20_000)]
+
+    def share_of_loop(rows: list[dict[str, Any]]) -> float:
+        events, settings = pa.Table.from_pylist(rows, schema=EVENTS), PairSettings()
+        popularity = positives(events, songs, settings)
+        pairs, _ = finish_pairs(partial_pairs(events, songs, 0.0, settings), songs["song_id"].combine_chunks(), popularity, settings)
+        of_loop = sum(row["weight"] for row in pairs.to_pylist() if (int(row["trigger_song_id"][1:]) + 1) % 40 == int(row["song_id"][1:]))
+        return of_loop / sum(pairs["weight"].to_pylist())
+
+    without, with_it = share_of_loop(rows), share_of_loop(rows + loop)
+    assert without == pytest.approx(0.024, abs=0.012)
+    assert with_it < 2 * without
+
+
+def test_draws_by_support() -> None:
+    rows = [event(f"u{i}", song, "a") for song, users in (("b", 1), ("c", 4), ("d", 12)) for i in range(users)]
+    rows += [event("u0", "x", "w")]  # no training pair, so it is not drawn
+    events = pa.Table.from_pylist(rows, schema=EVENTS)
+    pairs, _ = finish_pairs(partial_pairs(events, SONGS, 0.0, PLAIN), SONGS["song_id"].combine_chunks(), np.zeros(7), PLAIN)
+    assert draws_by_support(pairs) == {"1": 1.0, "2": 0.0, "3-5": 4.0, "6-10": 0.0, "11+": 12.0}
 
 
 def test_no_events() -> None:
@@ -214,7 +288,11 @@ def test_rejected_songs_are_negatives_of_their_trigger() -> None:
         event("x", "a", time=None, value=9),
         event("x", "d", time=None, value=0.1),
     ]
-    assert rejected(rows)[0] == {"ab": (3.0, 2, "train"), "ac": (1.0, 1, "train"), "ad": (1.0, 1, "train")}
+    assert rejected(rows)[0] == {
+        "ab": (pytest.approx(4 / 3 + 1), 2, "train"),
+        "ac": (1.0, 1, "train"),
+        "ad": (1.0, 1, "train"),
+    }
     assert "ab" not in weights(rows)
 
 
@@ -230,8 +308,12 @@ def test_negatives_follow_the_rules_of_pairs() -> None:
         event("u", "d", "b", value=-1, time=0),
         event("u", "a", "b", value=-1, time=5 * DAY),
     ]
-    found, dropped = rejected(rows, PairSettings(half_life_days=10, max_pairs_per_song=2), newest=10 * DAY)
-    assert found == {"ba": (pytest.approx(0.5**0.5), 1, "train"), "bd": (1.5, 2, "train"), "wx": (pytest.approx(0.5), 1, "test")}
+    found, dropped = rejected(rows, plain(repetition_saturation=1e9, half_life_days=10, max_pairs_per_song=2), newest=10 * DAY)
+    assert found == {
+        "ba": (pytest.approx(0.5**0.5), 1, "train"),
+        "bd": (pytest.approx(1.5), 2, "train"),
+        "wx": (pytest.approx(0.5), 1, "test"),
+    }
     assert dropped == {"self_pair": 1, "cross_split": 1, "later_period": 1, "held_out_user": 1, "above_cap": 1}
     assert rejected(rows, PairSettings(min_support=2))[0].keys() == {"bd"}
     assert mine(rows) == ({}, {}), "what is dropped of negatives is not counted with the pairs"
@@ -292,26 +374,38 @@ def naive_pairs(
         top = dict(sorted(liked.items(), key=lambda item: (-item[1], item[0]))[: settings.max_songs_per_user])
         for a, b in itertools.permutations(top if sign > 0 else (), 2):
             seen.append((a, b, user, (top[a] * top[b]) ** 0.5 / max(top.values()), None, "train", out))
-    popularity = Counter[str]()
+
+    def saturated(strength: float) -> float:
+        return strength * (1 + settings.repetition_saturation) / (strength + settings.repetition_saturation)
+
+    received = Counter[tuple[str, str]]()
     for row in rows:
         for song in (row["song_id"], row["trigger_song_id"]):
             if row["value"] > 0 and song and (split[song] != "train" or (row["period"] == "train" and not row["held_out_user"])):
-                popularity[song] += 1
-    weight, users = Counter[tuple[str, str]](), defaultdict(set)
+                received[row["user_id"], song] += 1
+    popularity = Counter[str]()
+    for (_, song), count in received.items():
+        popularity[song] += saturated(count)
+    strengths, timed = defaultdict[tuple[str, str], Counter[str]](Counter), Counter[str]()
     for a, b, user, strength, time, period, out in seen:
         if a == b or split[a] != split[b] or (split[a] == "train" and (out or period != "train")):
             continue
         age = 0 if time is None or settings.half_life_days is None else max(0, newest - time) / DAY / settings.half_life_days
-        weight[a, b] += strength * 0.5**age
-        users[a, b].add(user)
-    final = {
-        pair: (
-            total / (popularity[pair[0]] * popularity[pair[1]]) ** settings.popularity_exponent if sign > 0 else total,
-            len(users[pair]),
-        )
-        for pair, total in weight.items()
-        if len(users[pair]) >= settings.min_support
-    }
+        strengths[a, b][user] += strength * 0.5**age
+        timed[user] += time is not None
+    final = {}
+    for pair, of_user in strengths.items():
+        if len(of_user) < settings.min_support:
+            continue
+        voices = [
+            saturated(strength) * min(1, (settings.max_occurrences_per_user or np.inf) / max(timed[user], 1))
+            for user, strength in of_user.items()
+        ]
+        weight = sum(voices) - settings.support_discount * sum(voice**2 for voice in voices) / sum(voices)
+        if sign > 0:
+            offset = settings.popularity_offset
+            weight /= ((popularity[pair[0]] + offset) * (popularity[pair[1]] + offset)) ** settings.popularity_exponent
+        final[pair] = (weight, len(of_user))
     kept = {}
     for a in split:
         mine_of_a = sorted((pair for pair in final if pair[0] == a), key=lambda pair: (-round(final[pair][0], 9), pair[1]))
@@ -325,6 +419,7 @@ def naive_pairs(
         PairSettings(),
         PairSettings(min_support=2, half_life_days=0.5, popularity_exponent=1.0, session_gap_minutes=60, max_songs_per_user=3),
         PairSettings(max_pairs_per_song=2, popularity_exponent=0.3, session_gap_minutes=300),
+        PairSettings(max_occurrences_per_user=5, repetition_saturation=0.4, support_discount=0.5, popularity_offset=0),
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
@@ -333,15 +428,15 @@ def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: 
     expected = [naive_pairs(rows, 50_000.0, settings, sign) for sign in (1, -1)]
     assert len(expected[0]) > 5
     assert len(expected[1]) > (2 if settings.min_support == 1 else 0)
-    events = pa.Table.from_pylist(rows, schema=EVENTS)
-    ids, popularity = SONGS["song_id"].combine_chunks(), positives(events, SONGS)
+    ids, earlier = SONGS["song_id"].combine_chunks(), None
     users = sorted({row["user_id"] for row in rows})
     for pieces, at_once in ((1, 10**6), (1, 20), (4, 10**6)):
         monkeypatch.setattr(pairs_module, "OCCURRENCES_AT_ONCE", at_once)
         parts = [
             pa.Table.from_pylist([row for row in rows if users.index(row["user_id"]) % pieces == i], schema=EVENTS) for i in range(pieces)
         ]
-        partial = pa.concat_tables([partial_pairs(part, SONGS, 50_000.0, settings) for part in parts])
+        partial = pa.concat_tables([partial_pairs(part, SONGS, 50_000.0, settings) for part in reversed(parts)])
+        popularity = np.sum([positives(part, SONGS, settings) for part in parts], axis=0)
         finished = (finish_pairs(partial, ids, popularity, settings)[0], finish_negatives(partial, settings)[0])
         for found, wanted in zip(finished, expected, strict=True):
             ours = {(row["trigger_song_id"], row["song_id"]): (row["weight"], row["support"]) for row in found.to_pylist()}
@@ -349,3 +444,5 @@ def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: 
             for pair, (weight, support) in wanted.items():
                 assert ours[pair] == (pytest.approx(weight), support)
             assert list(ours) == sorted(ours)
+        assert earlier is None or all(found.equals(before) for found, before in zip(finished, earlier, strict=True)), "exactly equal"
+        earlier = finished

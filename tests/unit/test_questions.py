@@ -15,6 +15,7 @@ from htcl_ray.errors import QueryError, SongNotFoundError
 from htcl_ray.retrieval import SearchService, SongIndex, Vectors
 from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.profiles import Heard
+from htcl_ray.retrieval.song_columns import SongColumns
 from htcl_ray.schemas import INDEX_SONGS
 from htcl_ray.settings import IndexSettings
 
@@ -25,7 +26,7 @@ GENRES = ["Rock", "jazz", "Ambient", "folk"]
 
 
 def catalogue(seed: int = 0) -> list[dict[str, Any]]:
-    """Songs of 12 artists, some unknown; every fifth has a twin in its duplicate group."""
+    """Songs of 12 artists, some unknown and some of two; every fifth has a twin in its duplicate group."""
     rng = np.random.default_rng(seed)
     songs = []
     for row in range(SONGS):
@@ -33,7 +34,7 @@ def catalogue(seed: int = 0) -> list[dict[str, Any]]:
             {
                 "song_id": f"s{row:03d}",
                 "title": f"Title {row % 50}",
-                "artist": None if row % 11 == 0 else f"Artist {row % 12}",
+                "artist": None if row % 11 == 0 else f"Artist {row % 12}" + (f"; artist {row % 5}" if row % 7 == 0 else ""),
                 "album": None,
                 "licence": ["CC0", "CC-BY", None][row % 3],
                 "genre": None if row % 13 == 0 else [GENRES[i] for i in rng.permutation(4)[: 1 + row % 2]],
@@ -70,6 +71,8 @@ def holds(song: dict[str, Any], conditions: dict[str, Any]) -> bool:
             continue
         wanted = wanted if isinstance(wanted, list) else [wanted]
         values = value if isinstance(value, list) else [value]
+        if name == "artist" and value:
+            values = [value, *value.split("; ")]
         if name not in ("song_id", "year"):
             wanted, values = [word.lower() for word in wanted], [word.lower() for word in values if word is not None]
         if not set(values) & set(wanted):
@@ -97,15 +100,16 @@ def naive(
     taken: list[str] = []
     for row in sorted(range(SONGS), key=lambda row: (-scores[row], ids[row])):
         song = CATALOGUE[row]
-        artist, group = song["artist"], song["duplicate_group"]
+        credited, group = set((song["artist"] or "").lower().split("; ")) - {""}, song["duplicate_group"]
         if song["song_id"] in exclude or not holds(song, conditions or {}):
             continue
         if collapse and group is not None and group in groups:
             continue
-        if most is not None and artist is not None and artists.get(artist, 0) >= most:
+        if most is not None and any(artists.get(artist, 0) >= most for artist in credited):
             continue
         taken.append(song["song_id"])
-        artists[artist] = artists.get(artist, 0) + 1
+        for artist in credited:
+            artists[artist] = artists.get(artist, 0) + 1
         groups.add(group)
         if len(taken) == k:
             break
@@ -145,10 +149,41 @@ def test_every_option_at_once(service: SearchService, conditions: dict, most: in
         assert found(service.search_songs([seed], k=k, blend=blend, **options)) == expected
 
 
+CREDITS = ["Queen", "Queen; David Bowie", "David Bowie feat. Guest", None, "Earth, Wind & Fire", "QUEEN (feat. Guest)", ";"]
+
+
+def test_every_credited_artist_is_found_and_counted():
+    songs = pa.table(
+        {name: pa.array(CREDITS if name == "artist" else [None] * len(CREDITS), INDEX_SONGS.field(name).type) for name in INDEX_SONGS.names}
+    )
+    columns = SongColumns(songs)
+
+    def rows(artist: str) -> list[int]:
+        return np.flatnonzero(columns.allowed(Filter(artist=artist))).tolist()
+
+    assert rows("queen") == [0, 1, 5]
+    assert rows("David Bowie") == [1, 2]
+    assert rows("GUEST") == [2, 5]
+    assert rows("Queen; David Bowie") == [1]
+    assert rows("earth, wind & fire") == [4]
+    assert rows("Earth") == []
+    of_row = [set(columns.artists_of(row)) for row in range(len(CREDITS))]
+    for first in range(len(CREDITS)):
+        for second in (row for row in range(len(CREDITS)) if row != first):
+            assert bool(of_row[first] & of_row[second]) == (frozenset((first, second)) in SHARED)
+        assert np.flatnonzero(columns.credits_any(of_row[first])).tolist() == [
+            row for row in range(len(CREDITS)) if of_row[row] & of_row[first]
+        ]
+    assert [len(artists) for artists in of_row] == [1, 2, 2, 0, 1, 2, 0]
+
+
+SHARED = {frozenset(rows) for rows in ((0, 1), (0, 5), (1, 2), (1, 5), (2, 5))}
+
+
 def test_a_narrow_filter_still_fills_the_answer(service: SearchService):
     answer = service.search_songs(["s001"], k=4, filter=Filter(artist="Artist 3"))
     assert len(answer.hits) == 4
-    assert {song["artist"] for song in answer.metadata} == {"Artist 3"}
+    assert all("artist 3" in song["artist"].lower().split("; ") for song in answer.metadata)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ SCALES = {"text": 2.0, "preference": 1.0, "fusion": 1.5}
 PAIRS = np.array([[0, 1], [0, 2], [3, 1], [4, 5], [5, 0], [5, 2]])
 WEIGHTS = np.array([3.0, 1.0, 2.0, 4.0, 1.0, 2.0])
 SONGS = 6
+CATALOGUE = np.array([0, 1, 2, 3, 4, 5, 7, 8, 11, 12])
+"""All training songs: some are in no pair."""
 
 
 def model(loss: str = "softmax") -> Any:
@@ -69,7 +71,8 @@ def test_without_masks_it_is_the_published_loss():
 def task(**settings: Any) -> Any:
     rejected, weights = np.array([[0, 5], [3, 0], [3, 2]]), np.array([1.0, 1.0, 3.0])
     pairs = Pairs(PAIRS, WEIGHTS, PAIRS[:0], 0, rejected, weights, 0)
-    return finetune_task(pairs, FinetuneSettings(mask_false_negatives=False, **settings), torch.device("cpu"))
+    settings = {"mask_false_negatives": False, "rehearsal_songs_per_pair": 0, **settings}
+    return finetune_task(pairs, CATALOGUE, FinetuneSettings(**settings), torch.device("cpu"))
 
 
 def test_corrected_for_popularity_it_is_the_softmax_over_all_songs():
@@ -147,3 +150,31 @@ def test_a_task_with_rejected_songs_has_three_songs_a_row():
     allowed = {0: {5}, 3: {0, 2}}
     for trigger, recalled, rejected in order.tolist():
         assert rejected in allowed.get(trigger, {recalled})
+
+
+@pytest.mark.parametrize("with_rejected", [False, True])
+def test_rehearsed_songs_are_in_the_text_term_alone(with_rejected: bool):
+    rejected = 3 if with_rejected else 0
+    songs = torch.tensor([0, 3, 4, 1, 2, 5, *[13, 14, 15][:rejected], 9, 8, 7, 6, 10, 11])
+    audio, text = (vectors(len(songs), seed) for seed in (1, 2))
+    without = finetune_terms(model(), *(v[: 6 + rejected] for v in (audio, text, same_ids(songs))), None, with_rejected=with_rejected)
+    found = finetune_terms(model(), audio, text, same_ids(songs), None, with_rejected=with_rejected, rehearsed=2)
+    assert torch.equal(found["preference"], without["preference"])
+    assert torch.equal(found["fusion"], without["fusion"])
+    named = [*range(6), *range(6 + rejected, len(songs))]
+    torch.testing.assert_close(found["text"], published(audio[named], text[named], "text"))
+
+
+def test_rehearsal_goes_through_the_whole_training_catalogue():
+    """Every training song comes equally often, whatever pairs draw; the pairs are those without rehearsal; an epoch can be repeated."""
+    rehearsing = task(rehearsal_songs_per_pair=2, pairs_per_epoch=5)
+    assert rehearsing.songs_per_row == 4
+    assert task(rehearsal_songs_per_pair=2, explicit_negatives=True).order(0).shape[1] == 5
+    orders = [rehearsing.order(epoch) for epoch in range(3)]
+    for epoch, order in enumerate(orders):
+        assert np.array_equal(order, rehearsing.order(epoch))
+        assert np.array_equal(order[:, :2], task(pairs_per_epoch=5).order(epoch))
+        assert sorted(order[:, 2:].reshape(-1)) == sorted(CATALOGUE)
+    assert not np.array_equal(orders[0][:, 2:], orders[1][:, 2:])
+    other = task(rehearsal_songs_per_pair=2, pairs_per_epoch=5, seed=1).order(0)
+    assert not np.array_equal(orders[0][:, 2:], other[:, 2:])

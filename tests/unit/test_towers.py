@@ -63,12 +63,12 @@ def stays(name: str, changes: dict[str, object]) -> bool:
 
 
 def gradients(changes: dict[str, object], micro_batch_size: int | None) -> tuple[HTCL, FinetuneSettings, dict[str, torch.Tensor | None]]:
-    settings = CONFIG.finetune.model_copy(update=changes)
+    settings = CONFIG.finetune.model_copy(update={"rehearsal_songs_per_pair": 0, **changes})
     model = build()
     freeze(model, settings)
     none = np.empty((0, 2), dtype=np.int64)
     pairs = Pairs(np.arange(8).reshape(2, 4).T, np.ones(4), none, 0, none, np.ones(0), 0)
-    compute_gradients(model, batch(model), finetune_task(pairs, settings, CPU), micro_batch_size)
+    compute_gradients(model, batch(model), finetune_task(pairs, np.arange(8), settings, CPU), micro_batch_size)
     return model, settings, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -60,7 +60,9 @@ class World:
 
     def task(self, stage: int, config: Config | None = None) -> Task:
         config = config or self.config
-        return pretrain_task(self.songs, config.pretrain) if stage == 1 else finetune_task(self.pairs, config.finetune, CPU)
+        return (
+            pretrain_task(self.songs, config.pretrain) if stage == 1 else finetune_task(self.pairs, self.songs.train, config.finetune, CPU)
+        )
 
     def loader(self, model: HTCL) -> BatchLoader:
         return BatchLoader(self.songs, self.frames, model.text_encoder, None)
