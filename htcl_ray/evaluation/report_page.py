@@ -17,8 +17,8 @@ from htcl_ray.evaluation.report import IMPROVED, NOT_SHOWN, TITLES, WORSE, figur
 DEFINITIONS = {
     "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same "
     "model as the songs.",
-    "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists, or of users and of artists with all their songs. A figure marked ° is not shown: the "
-    "paired interval of its difference from the task's control holds 0.",
+    "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists, for recommendation of users and of artists with all their "
+    "songs. A figure marked ° is not shown: the paired interval of its difference from the task's control holds 0.",
     "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these songs "
     "for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct answer "
     "among the first k.",
