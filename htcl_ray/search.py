@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +20,7 @@ def search(
     index: str | None,
     *,
     text: str | None,
-    audio: Path | None,
+    audio: str | None,
     song_id: str | None,
     conditions: str | None,
     as_json: bool,
@@ -36,7 +35,7 @@ def search(
     if song_id is not None:
         answer = service.search_songs([song_id], **options)
     elif audio is not None:
-        answer = service.search_audio(str(audio), **options)
+        answer = service.search_audio(audio, **options)
     else:
         answer = service.search_text(text or "", **options)
     if as_json:

@@ -15,6 +15,7 @@ from typing import Any
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.paths import absolute_sqlite, is_relative
 
 
 def connect(config: Config) -> None:
@@ -32,7 +33,7 @@ def connect(config: Config) -> None:
     if ray.is_initialized():
         return
     address = address_of(config)
-    refuse_relative_workspace(config)
+    refuse_relative_paths(config)
     local_only: dict[str, Any] = {}
     if address == "local":
         local_only = {
@@ -57,15 +58,23 @@ def address_of(config: Config) -> str:
     return config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def refuse_relative_workspace(config: Config) -> None:
-    """A submitted job runs in a temporary directory of another machine, so a relative workspace would vanish with it."""
+def refuse_relative_paths(config: Config) -> None:
+    """Raise ConfigError when something would be written relative to the working directory of a job on another machine.
+
+    That directory is temporary, so the workspace, or MLflow's file, would vanish with it.
+    """
     if address_of(config) == "local":
         return
-    given = config.workspace
-    if "://" not in given and not os.path.isabs(os.path.expanduser(given)):
+    if is_relative(config.workspace):
         raise ConfigError(
-            f"the workspace '{given}' is relative, and on a remote cluster the job's directory is temporary; "
+            f"the workspace '{config.workspace}' is relative, and on a remote cluster the job's directory is temporary; "
             "give an absolute path that every node sees, or s3:// or gs://, with --workspace"
+        )
+    uri = config.tracking.mlflow_uri or ""
+    if "mlflow" in config.tracking.trackers and absolute_sqlite(uri) != uri:
+        raise ConfigError(
+            f"tracking.mlflow_uri is '{uri}', a relative file, and on a remote cluster the job's directory is temporary; "
+            "expected a server, or sqlite:////ABSOLUTE/FILE"
         )
 
 

@@ -12,10 +12,11 @@ from htcl_ray.artifacts import StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
 from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.gate import Verdict, judge, read_gate
+from htcl_ray.evaluation.gate import DEFAULT, Verdict, judge, read_gate
 from htcl_ray.evaluation.report import number
 from htcl_ray.evaluation.report_page import html
 from htcl_ray.evaluation.saved import Key
+from htcl_ray.paths import absolute
 from htcl_ray.pipelines.evaluate import Inputs, evaluate, find_inputs, read_figures
 from htcl_ray.storage import Workspace
 from htcl_ray.verdicts import record_verdicts
@@ -27,6 +28,7 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for a gate that cannot be used, before anything is measured,
     and StepError when a bound does not hold, after everything is written.
     """
+    gate_file = gate_file if gate_file == DEFAULT else absolute(gate_file)
     gate = read_gate(gate_file)
     result = evaluate(config, model)
     workspace = Workspace(config.workspace)

@@ -148,7 +148,7 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     if manifest is not None:
         return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started, skipped=True)
     workspace.check_writable()
-    cluster.refuse_relative_workspace(config)
+    cluster.refuse_relative_paths(config)
     _check_cpus(config, stage)
     config = config.model_copy(update={"tracking": check_tracking(config.tracking)})
     vocabulary = check_data(workspace, config, stage)
@@ -262,9 +262,7 @@ def fit_stage(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")
     settings = stage.settings
     gpu = use_gpu(settings, capacity())
-    local_text = config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path)
-    if local_text:  # workers run in a folder of their own
-        config = config.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path or "")})
+    config = config.with_absolute_paths()  # workers run in a folder of their own
     run = f"{stage.runs_path}/{stage.version}"
     job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent, label)
     print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)

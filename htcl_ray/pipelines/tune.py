@@ -24,7 +24,7 @@ from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.capacity import HEAD_RESOURCE, capacity, check_fits, use_gpu
 from htcl_ray.pipelines.train import StageRun, check_data, check_parent, preference_pairs
-from htcl_ray.pipelines.trial import TrialJob, run_trial
+from htcl_ray.pipelines.trial import TrialJob, run_trial, trial_folder
 from htcl_ray.settings import NOT_IN_MODEL, Dimension
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
@@ -53,14 +53,14 @@ def tune(config: Config, model: str | None = None) -> StepResult:
     space = search_space(config, rows)
     budgets: dict[str, Budget] = {name: stage_budget(config, space, name, rows[name]) for name in config.tune.stages}
     about = _about(config, space, budgets, _gallery(config, songs, mined), features, pairs, parent)
-    trials = read_trials(workspace, study)
+    trials = [_to_run_again(workspace, study, trial) for trial in read_trials(workspace, study)]
     _check_same_study(workspace, study, about)
     done = workspace.manifest(study)
     left = config.tune.trials - sum(trial.ended for trial in trials)
     if left <= 0 and done is not None:
         return StepResult("tune", workspace.uri_of(f"{study}/report.html"), _summary(trials, config), 0.0, skipped=True)
     if left > 0:
-        cluster.refuse_relative_workspace(config)
+        cluster.refuse_relative_paths(config)
         cluster.connect(config)
         shared = _on_this_cluster(config)
         vocabulary = _check_stages(workspace, config, features, pairs, parent)
@@ -88,6 +88,15 @@ def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Ar
     parent = artifacts.models(workspace, model).semantic
     check_parent(workspace, parent, config)
     return features, pairs, parent
+
+
+def _to_run_again(workspace: Workspace, study: str, trial: Trial) -> Trial:
+    """A trial that failed, as one to be run from its beginning; any other as it is."""
+    if trial.state != "failed":
+        return trial
+    print(f"tune  trial {trial.number} failed before and is tried again: {trial.error}", flush=True)
+    workspace.remove(trial_folder(study, trial.number))
+    return Trial(trial.number, trial.parameters, attempts=trial.attempts)
 
 
 def _check_stages(workspace: Workspace, config: Config, features: Artifact, pairs: Artifact | None, parent: Artifact | None) -> str | None:
@@ -197,8 +206,7 @@ def _on_this_cluster(config: Config) -> Config:
     else:
         print(f"tune  at most {concurrent} trial(s) at a time; the cluster is {found}", flush=True)
     shared = config.with_overrides({**chosen, "tune.max_concurrent_trials": concurrent})
-    if config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path):  # trials run in folders of their own
-        shared = shared.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path)})
+    shared = shared.with_absolute_paths()  # trials run in folders of their own
     return shared.model_copy(update={"tracking": check_tracking(config.tracking)})
 
 

@@ -51,7 +51,8 @@ def build_app(args: Mapping[str, Any]) -> Application:
     preset, file, index = (given.pop(name, None) for name in ("preset", "config", "index"))
     workspace = given.pop("workspace", None)
     config = resolve(preset, file, [f"{key}={value}" for key, value in given.items()])
-    return create(config.with_overrides({"workspace": workspace}) if workspace else config, index)
+    config = config.with_overrides({"workspace": workspace}) if workspace else config
+    return create(config.with_absolute_paths(), index)
 
 
 def create(config: Config, index: str | None = None) -> Application:
