@@ -108,16 +108,13 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="VERSION", help="model version (default: the newest accepted)")
+    parser.add_argument(
+        "--model", metavar="VERSION", help="model version (default: the one that this configuration trains, else the newest accepted)"
+    )
 
 
 def _index_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest accepted)")
-
-
-def _serve_flags(parser: argparse.ArgumentParser) -> None:
-    _index_flag(parser)
-    parser.add_argument("--allow-failed-gate", action="store_true", help="serve a model or index whose gate failed")
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,8 +214,6 @@ def _demo(config: Config, options: argparse.Namespace) -> None:
 def _serve(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.serving.front import haproxy_front
 
-    if options.allow_failed_gate:
-        config = config.with_overrides({"serve.allow_failed_gate": True})
     with haproxy_front(config):
         from htcl_ray.serving.application import serve_until_stopped  # imports Ray Serve, which reads what the front sets
 
@@ -265,7 +260,7 @@ COMMANDS: dict[str, Command] = {
     "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", argument="model"), _model_flag),
     "index": Command("vectors → FAISS index", _index, _build_flags),
     "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),
-    "serve": Command("start the HTTP application", _serve, _serve_flags),
+    "serve": Command("start the HTTP application", _serve, _index_flag),
     "search": Command("one query from the shell, no server needed", _search, _search_flags, on_cluster=False),
     "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags, on_cluster=False),
     "config": Command("print the configuration", _show_config, _config_flags, on_cluster=False),

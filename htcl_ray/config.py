@@ -22,6 +22,7 @@ from htcl_ray.settings import (
     EmbedSettings,
     EvaluateSettings,
     FinetuneSettings,
+    GateSettings,
     IndexSettings,
     ModelSettings,
     PairSettings,
@@ -56,6 +57,7 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     tune: TuneSettings = TuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
     ray: RaySettings = RaySettings()

@@ -13,7 +13,6 @@ import pyarrow as pa
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, Models, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
@@ -27,6 +26,9 @@ from htcl_ray.evaluation.saved import Key, from_table, to_table
 from htcl_ray.evaluation.songs import Songs, with_blend
 from htcl_ray.evaluation.soundness import index_task
 from htcl_ray.models.folder import write_evaluation
+from htcl_ray.pipelines import inputs as step_inputs
+from htcl_ray.pipelines.embed import embeddings, plan
+from htcl_ray.pipelines.index import index_version
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.pipelines.soundness import check_soundness
 from htcl_ray.retrieval.encoder import SongEncoder
@@ -49,7 +51,7 @@ class Inputs:
     events: Artifact | None
     pairs: Artifact | None
     index: Artifact | None
-    """The newest index of these embeddings."""
+    """The index of these embeddings with the configured settings."""
 
     @property
     def versions(self) -> dict[str, str | None]:
@@ -71,15 +73,15 @@ class Inputs:
         return self.models.preference or self.models.semantic
 
 
-def evaluate(config: Config, model: str | None = None) -> StepResult:
-    """Measure the newest model, or the version `model`, with its embeddings, and write reports/<run>/.
+def evaluate(config: Config, model: str | None = None, inputs: Inputs | None = None) -> StepResult:
+    """Measure the models of `find_inputs`, or of `inputs` if they are known, and write reports/<run>/.
 
     Raises InputError when the workspace lacks what is measured, LeakageError when training saw what is evaluated.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     _check_columns(config.evaluate.probe_columns)
-    inputs = find_inputs(workspace, config, model)
+    inputs = inputs or find_inputs(workspace, config, model)
     path = f"reports/{_run(config, inputs)}"
     skipped = workspace.manifest(path) is not None
     report = workspace.read_json(f"{path}/report.json") if skipped else _measure(workspace, config, inputs, path)
@@ -88,20 +90,27 @@ def evaluate(config: Config, model: str | None = None) -> StepResult:
 
 
 def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
-    """The newest artifacts that fit the configuration, or the version `model` and what it made. Raises WorkspaceError."""
-    features = artifacts.features(workspace, config)
-    models = artifacts.models(workspace, model, accepted=False)
-    embeddings = artifacts.embeddings(workspace, features.version, models)
-    indexes = [Artifact(f"index/{name}", name, made) for name, made in workspace.finished("index")]
-    fitting = [index for index in indexes if index.manifest["inputs"].get("embeddings") == embeddings.version]
+    """The artifacts that the configuration determines, or the models `model` and what they made, whatever gates say. Raises InputError."""
+    job = plan(workspace, config, model, require="off")
+    features = job.features.version
     return Inputs(
-        features,
-        models,
-        embeddings,
-        artifacts.events(workspace, features.version),
-        artifacts.pairs(workspace, features.version),
-        fitting[-1] if fitting else None,
+        job.features,
+        job.models,
+        embeddings(workspace, job),
+        step_inputs.events(workspace, config, features),
+        step_inputs.pairs(workspace, config, features),
+        _index(workspace, index_version(config, job)),
     )
+
+
+def _index(workspace: Workspace, version: str) -> Artifact | None:
+    """The index of this version, or what it became when updates were folded in, whichever is newer."""
+    found, versions = None, {version}
+    for name, manifest in workspace.finished("index"):
+        if name in versions or manifest["inputs"].get("compacted_from") in versions:
+            versions.add(name)
+            found = Artifact(f"index/{name}", name, manifest)
+    return found
 
 
 def read_figures(workspace: Workspace, run: str) -> dict[Key, Estimate]:

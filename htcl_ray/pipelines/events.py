@@ -22,6 +22,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, LogShape, check_feedback_values, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
+from htcl_ray.paths import canonical
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
@@ -64,7 +65,7 @@ def plan_log(config: Config, features_version: str) -> LogPlan:
             theirs = config.data.columns.get(ours, ours)
             columns += [theirs] if theirs in names else [ours] if ours in names else []
         parts += [LogPart(part, shape, tuple(columns)) for part in table_parts([file])]
-    log = fingerprint([(file.path, file.size, file.modified_ns) for file in files])
+    log = fingerprint([(canonical(file.path), file.size, file.modified_ns) for file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
     meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
     events = fingerprint(FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning))

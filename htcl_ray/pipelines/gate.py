@@ -28,11 +28,19 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for a gate that cannot be used, before anything is measured,
     and StepError when a bound does not hold, after everything is written.
     """
+    result, verdict = judged_evaluation(config, model, gate_file)
+    if not verdict.passed:
+        raise StepError(result.summary)
+    return result
+
+
+def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tuple[StepResult, Verdict]:
+    """As `evaluate_and_judge`, but a gate that failed is a result whose summary says so."""
     gate_file = gate_file if gate_file == DEFAULT else absolute(gate_file)
     gate = read_gate(gate_file)
-    result = evaluate(config, model)
     workspace = Workspace(config.workspace)
     inputs = find_inputs(workspace, config, model)
+    result = evaluate(config, model, inputs)
     run = result.location.rstrip("/").rpartition("/")[2]
     verdict = judge(gate, read_figures(workspace, run), _served(workspace, inputs))
     record_verdicts(workspace, inputs.models, inputs.index, verdict, run)
@@ -40,13 +48,15 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     workspace.write_json(f"reports/{run}/gate.json", tree)
     workspace.write_bytes(f"reports/{run}/report.html", html(workspace.read_json(f"reports/{run}/report.json"), tree).encode())
     Console().print(_table(verdict))
-    if not verdict.passed:
+    if verdict.passed:
+        summary = f"all {len(verdict.results)} bounds hold; {result.summary}"
+    else:
         first = verdict.failed[0]
-        raise StepError(
+        summary = (
             f"the gate failed: {len(verdict.failed)} of {len(verdict.results)} bounds do not hold, first {first.bound.asked}"
             f"{'' if first.value is None else f' (found {first.value:.4g})'}; {result.location}/report.html has all of them"
         )
-    return dataclasses.replace(result, step="gate", skipped=False, summary=f"all {len(verdict.results)} bounds hold; {result.summary}")
+    return dataclasses.replace(result, step="gate", skipped=False, summary=summary), verdict
 
 
 def _served(workspace: Workspace, inputs: Inputs) -> dict[Key, Estimate] | None:

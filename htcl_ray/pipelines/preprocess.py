@@ -25,10 +25,11 @@ from htcl_ray.audio import decode, log_mel
 from htcl_ray.catalog.audio_files import MISSING, sizes_and_times
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
-from htcl_ray.catalog.songs import Catalog, read_catalog
+from htcl_ray.catalog.songs import SONGS, Catalog, read_catalog
 from htcl_ray.config import Config
 from htcl_ray.errors import AudioError, TableError
 from htcl_ray.interactions.splits import song_split
+from htcl_ray.paths import canonical
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
 from htcl_ray.pipelines.pairs import make_pairs
@@ -78,13 +79,19 @@ def _summary(workspace: Workspace, plan: FeaturesPlan, log: LogPlan | None) -> s
 class FeaturesPlan:
     """Everything that determines the features, known before any audio is opened."""
 
-    version: str
+    versions: tuple[str, str]
+    """Fingerprint with the decoders of this machine, and with those of one that has FFmpeg where this one lacks it, or the reverse."""
     catalog: Catalog
     songs: pa.Table
     """Songs whose audio file exists and is not empty; shards are slices of it."""
     rejected: pa.Table
     """Rejected without opening audio."""
     inputs: dict[str, str]
+
+    @property
+    def version(self) -> str:
+        """Fingerprint of the features that `htcl preprocess` makes on this machine."""
+        return self.versions[0]
 
 
 def plan_features(config: Config) -> FeaturesPlan:
@@ -104,16 +111,32 @@ def plan_features(config: Config) -> FeaturesPlan:
     usable = songs.filter(~(missing | empty))
     if not usable.num_rows:
         raise TableError(f"no song of {', '.join(config.data.catalog)} can be used: {describe(count_reasons(rejected))}")
-    inputs = {"catalog": _table_hash(songs), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
+    inputs = {"catalog": _identity(catalog), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
     has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
-    version = fingerprint(FORMAT_VERSION, inputs, config.audio.model_dump(mode="json"), settings, has_ffmpeg)
-    return FeaturesPlan(version, catalog, usable, rejected, inputs)
+    recipe = config.audio.model_dump(mode="json")
+    own, other = (fingerprint(FORMAT_VERSION, inputs, recipe, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg))
+    return FeaturesPlan((own, other), catalog, usable, rejected, inputs)
 
 
 def _reject(songs: pa.Table, reason: Reason, detail: str) -> Iterator[pa.Table]:
     for song in songs.select(["song_id", "row", "source", "audio_path"]).to_pylist():
         yield rejected_rows([song["song_id"]], [song["row"]], song["source"], reason, detail.format(song["audio_path"]))
+
+
+def _identity(catalog: Catalog) -> str:
+    """Hash of what a catalogue says, not of how its path and those of its audio files are spelled or where a row stands in it."""
+    folders: dict[str, str] = {}
+    paths = []
+    for path in catalog.songs["audio_path"].to_pylist():
+        folder, separator, name = path.rpartition("/")
+        if folder not in folders:
+            folders[folder] = canonical(f"{folder}{separator}")
+        paths.append(f"{folders[folder].rstrip('/')}/{name}")
+    place = catalog.songs.schema.get_field_index("audio_path")
+    songs = catalog.songs.set_column(place, SONGS.field("audio_path"), pa.array(paths, pa.string())).drop_columns(["source", "row"])
+    rejected = sorted(zip(*(map(str, catalog.rejected[name].to_pylist()) for name in ("song_id", "reason")), strict=True))
+    return fingerprint(_table_hash(songs), rejected)
 
 
 def _table_hash(table: pa.Table) -> str:

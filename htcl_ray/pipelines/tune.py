@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import optuna
 
-from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.pipelines import cluster
+from htcl_ray.pipelines import cluster, inputs
 from htcl_ray.pipelines.capacity import HEAD_RESOURCE, capacity, check_fits, use_gpu
 from htcl_ray.pipelines.train import StageRun, check_data, check_parent, preference_pairs
 from htcl_ray.pipelines.trial import TrialJob, run_trial, trial_folder
@@ -77,7 +76,7 @@ def tune(config: Config, model: str | None = None) -> StepResult:
 
 
 def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Artifact, Artifact | None, Artifact | None]:
-    features = artifacts.features(workspace, config)
+    features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features) if "finetune" in config.tune.stages else None
     if config.tune.stage != "finetune":
         if model is not None:
@@ -85,7 +84,7 @@ def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Ar
                 f"--model names the model that stage 2 starts from, but tune.stage is {config.tune.stage}; leave one of them out"
             )
         return features, pairs, None
-    parent = artifacts.models(workspace, model).semantic
+    parent = inputs.parent(workspace, config, features.version, model)
     check_parent(workspace, parent, config)
     return features, pairs, parent
 

@@ -19,6 +19,7 @@ from htcl_ray import artifacts
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
+from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.train import _best, _forget_unusable_checkpoints, finetune, pretrain
 from htcl_ray.storage import Workspace, file_sha256
 from tests.conftest import REPOSITORY
@@ -42,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Conf
 
 def test_models_are_published_with_their_inputs(trained: Config):
     workspace = Workspace(trained.workspace)
-    models = artifacts.models(workspace)
+    models = inputs.models(workspace, trained, "synthetic")
     assert models.preference is not None
     assert models.semantic.manifest["inputs"] == {"features": "synthetic"}
     assert models.preference.manifest["inputs"] == {"features": "synthetic", "pairs": "pairs", "model": models.semantic.version}
@@ -58,7 +59,7 @@ def test_models_are_published_with_their_inputs(trained: Config):
 
 def test_runs_leave_their_figures(trained: Config):
     workspace = Workspace(trained.workspace)
-    models = artifacts.models(workspace)
+    models = inputs.models(workspace, trained, "synthetic")
     assert models.preference is not None
     for artifact, epochs in ((models.semantic, trained.pretrain.epochs), (models.preference, trained.finetune.epochs)):
         run = Path(workspace.full(artifact.manifest["run"]))
@@ -188,7 +189,7 @@ def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, ca
     assert "1 negatives are left out" in capsys.readouterr().out
     model = HTCL.from_pretrained(result.location)
     assert model.record.loss == "sigmoid"
-    assert artifacts.models(Workspace(trained.workspace)).semantic.manifest["config"]["pretrain"]["loss"] == "softmax"
+    assert artifacts.newest_semantic(Workspace(trained.workspace), "failed").manifest["config"]["pretrain"]["loss"] == "softmax"
 
 
 KILLED = """
@@ -254,7 +255,7 @@ def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: py
     write_features(config)
     pretrain(config)
     workspace = Workspace(config.workspace)
-    model = artifacts.models(workspace).semantic
+    model = artifacts.newest_semantic(workspace, "failed")
     lines = [json.loads(line) for line in workspace.read_bytes(f"{model.manifest['run']}/metrics.jsonl").decode().splitlines()]
     quality = model.manifest["quality"]
     assert quality["validation_median_rank"] == min(line["validation_median_rank"] for line in lines)
@@ -280,7 +281,7 @@ def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Pa
     write_features(config)
     pretrain(config)
     workspace = Workspace(config.workspace)
-    model = artifacts.models(workspace).semantic
+    model = artifacts.newest_semantic(workspace, "failed")
     run = model.manifest["run"]
     record = Path(workspace.full(run)) / "checkpoint_manager_snapshot.json"
     intact = record.read_text()

@@ -286,7 +286,7 @@ def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
     arguments = ["--workspace", config.workspace, "--preset", "demo"]
     assert main(["search", *arguments, "--song-id", "song-001"]) == 2
     assert "gate" in capsys.readouterr().err
-    assert main(["search", *arguments, "--song-id", "song-001", "--set", "serve.allow_failed_gate=true"]) == 0
+    assert main(["search", *arguments, "--song-id", "song-001", "--set", "gate.require=off"]) == 0
     gate.write_text("bounds:\n- {figure: cold.ndcg@10, at_least: 0.1}\n")
     with pytest.raises(ConfigError, match=r"names no figure; expected TASK\.METHOD\.FIGURE"):
         evaluate_and_judge(config, None, str(gate))
