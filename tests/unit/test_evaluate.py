@@ -22,10 +22,11 @@ from htcl_ray.evaluation.report_model import Report
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import evaluate as step
 from htcl_ray.pipelines.compare import compare
+from htcl_ray.pipelines.evaluate import find_inputs
 from htcl_ray.pipelines.gate import evaluate_and_judge
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
-from htcl_ray.storage import Workspace
+from htcl_ray.storage import Workspace, build_manifest
 from tests.evaluated_workspace import SONGS, encode_features, write_embeddings, write_evaluated
 from tests.small_workspace import write_models
 
@@ -321,6 +322,21 @@ def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
     capsys.readouterr()
     evaluate_and_judge(config, None, str(gate))
     assert f"compared with index {read(first)['inputs']['index']}" in capsys.readouterr().out, "the second failed its gate"
+
+
+def test_the_index_that_is_judged_is_the_configured_one(tmp_path: Path):
+    """Of two indexes of the same vectors, and of what one became when updates were folded in."""
+    config = write_evaluated(tmp_path / "workspace", tmp_path, index=False)
+    hnsw, flat = (config.with_overrides({"index.kind": kind}) for kind in ("hnsw", "flat"))
+    made = [build_index(one).location.rpartition("/")[2] for one in (hnsw, flat)]
+    workspace = Workspace(config.workspace)
+    for one, version in zip((hnsw, flat), made, strict=True):
+        index = find_inputs(workspace, one).index
+        assert index is not None
+        assert index.version == version
+    workspace.finish("index/folded", build_manifest("index", config={}, inputs={"compacted_from": made[0]}))
+    assert [index.version for one in (hnsw, flat) if (index := find_inputs(workspace, one).index)] == ["folded", made[1]]
+    assert find_inputs(workspace, config.with_overrides({"index.kind": "ivf"})).index is None
 
 
 def test_log_mel_statistics_are_those_of_the_valid_frames(evaluated: tuple[Config, StepResult]):

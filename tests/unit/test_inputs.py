@@ -18,11 +18,13 @@ import soundfile
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, GateError, InputError, MismatchError, WorkspaceError
 from htcl_ray.pipelines import inputs
+from htcl_ray.pipelines.embed import plan
 from htcl_ray.pipelines.events import plan_log
-from htcl_ray.pipelines.index import determined_index
+from htcl_ray.pipelines.index import determined_index, index_version
 from htcl_ray.pipelines.preprocess import plan_features
 from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace, build_manifest
+from tests.small_workspace import TINY, write_models
 
 pytestmark = pytest.mark.unit
 
@@ -276,7 +278,29 @@ def test_a_configuration_without_a_catalogue_determines_no_index(folder: Path):
         assert determined_index(Workspace(config.workspace), config) is None
 
 
-def test_gates_are_asked_of_named_models_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_index_of_the_configuration_is_taken_whatever_is_newest(folder: Path, tmp_path: Path):
+    """By the command line, which names the tables; another kind of index, or one that is refused, is not taken."""
+    flat = configured(**{key.replace(".", "__"): value for key, value in TINY.items()}, index__kind="flat")
+    hnsw = flat.with_overrides({"index.kind": "hnsw"})
+    finish(flat)
+    write_models(flat, tmp_path)
+    workspace = Workspace(flat.workspace)
+    assert determined_index(workspace, flat) is None, "it is not built yet"
+    versions = {}
+    for config in (flat, hnsw):
+        versions[config.index.kind] = index_version(config, plan(workspace, config))
+        workspace.finish(f"index/{versions[config.index.kind]}", build_manifest("index", config={}, inputs={}))
+    assert len(set(versions.values())) == 2
+    assert [determined_index(workspace, config) for config in (flat, hnsw)] == list(versions.values())
+    assert determined_index(workspace, hnsw.with_overrides({"data.catalog": f"file://{folder}/songs.csv"})) == versions["hnsw"]
+    assert determined_index(workspace, resolve("demo")) is None
+    failed = build_manifest("index", config={}, inputs={}, gate={"passed": False, "report": "r"})
+    workspace.finish(f"index/{versions['flat']}", failed)
+    assert determined_index(workspace, flat) is None
+    assert determined_index(workspace, flat.with_overrides({"gate.require": "off"})) == versions["flat"]
+
+
+def test_gates_are_asked_of_named_models_too(folder: Path):
     """`inputs.models` and `inputs.parent` ask what `gate.require` says; `htcl evaluate`, which judges, does not."""
     config = configured(gate__require="unjudged")
     finish(config)
