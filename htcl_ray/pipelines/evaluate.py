@@ -28,7 +28,7 @@ from htcl_ray.evaluation.soundness import index_task
 from htcl_ray.models.folder import write_evaluation
 from htcl_ray.pipelines import inputs as step_inputs
 from htcl_ray.pipelines.embed import embeddings, plan
-from htcl_ray.pipelines.index import index_version
+from htcl_ray.pipelines.index import find_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.pipelines.soundness import check_soundness
 from htcl_ray.retrieval.encoder import SongEncoder
@@ -99,18 +99,8 @@ def find_inputs(workspace: Workspace, config: Config, model: str | None = None) 
         embeddings(workspace, job),
         step_inputs.events(workspace, config, features),
         step_inputs.pairs(workspace, config, features),
-        _index(workspace, index_version(config, job)),
+        find_index(workspace, config, job),
     )
-
-
-def _index(workspace: Workspace, version: str) -> Artifact | None:
-    """The index of this version, or what it became when updates were folded in, whichever is newer."""
-    found, versions = None, {version}
-    for name, manifest in workspace.finished("index"):
-        if name in versions or manifest["inputs"].get("compacted_from") in versions:
-            versions.add(name)
-            found = Artifact(f"index/{name}", name, manifest)
-    return found
 
 
 def read_figures(workspace: Workspace, run: str) -> dict[Key, Estimate]:

@@ -51,16 +51,25 @@ def index_version(config: Config, job: EmbedJob) -> str:
     return fingerprint("index", FORMAT_VERSION, job.version, config.index.model_dump(mode="json"))
 
 
+def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact | None:
+    """The index that this configuration builds, or what it became when updates were folded in, whichever is newer; None before."""
+    found, versions = None, {index_version(config, job)}
+    for name, manifest in workspace.finished("index"):
+        if name in versions or manifest["inputs"].get("compacted_from") in versions:
+            versions.add(name)
+            found = Artifact(f"index/{name}", name, manifest)
+    return found
+
+
 def determined_index(workspace: Workspace, config: Config) -> str | None:
     """Version of the index that a configuration with a catalogue builds, if it was built and its gate allows it; else None."""
     if not config.data.catalog:
         return None
     try:
-        version = index_version(config, plan(workspace, config))
-        manifest = workspace.manifest(f"index/{version}")
+        found = find_index(workspace, config, plan(workspace, config))
     except InputError:  # the tables need not be where the index is served
         return None
-    return version if manifest and Artifact("", version, manifest).refusal(config.gate.require) is None else None
+    return found.version if found and found.refusal(config.gate.require) is None else None
 
 
 def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> dict[str, Any]:

@@ -144,32 +144,34 @@ def test_finetune_without_pairs_says_what_is_needed(tmp_path: Path):
     write_features(config)
     with pytest.raises(ConfigError, match=r"preference pairs, but data\.interactions is empty"):
         finetune(config)
-    with pytest.raises(WorkspaceError, match=r"holds no preference pairs.*preprocess"):
-        finetune(config.with_overrides({"data.interactions": ["log.csv"]}))
+    (tmp_path / "log.csv").write_text("user_id,song_id,weight\nu,song-0000,1\n")
+    with pytest.raises(WorkspaceError, match=r"holds no pairs of .*log\.csv .*run 'htcl preprocess'"):
+        finetune(config.with_overrides({"data.interactions": [str(tmp_path / "log.csv")]}))
     write_pairs(config)
     with pytest.raises(WorkspaceError, match=r"holds no model.*pretrain"):
         finetune(config)
 
 
-def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, monkeypatch: pytest.MonkeyPatch):
+def without_pairs(trained: Config, folder: Path) -> Config:
+    """The same features and semantic model in a workspace of their own."""
+    for kept in ("features", "models/semantic"):
+        shutil.copytree(f"{trained.workspace}/{kept}", folder / kept)
+    return trained.with_overrides({"workspace": str(folder)})
+
+
+def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
-    workspace = Workspace(trained.workspace)
-    write_pairs(trained, songs=18, version="later")  # training songs only
-    try:
-        with pytest.raises(ConfigError, match="no pair has both songs in the validation gallery"):
-            finetune(trained.with_overrides({"finetune.best_metric": "validation_pair_recall@10"}))
-    finally:
-        workspace.remove("pairs/later")
+    config = without_pairs(trained, tmp_path / "workspace")
+    write_pairs(config, songs=18)  # training songs only
+    with pytest.raises(ConfigError, match="no pair has both songs in the validation gallery"):
+        finetune(config.with_overrides({"finetune.best_metric": "validation_pair_recall@10"}))
 
 
 def test_pairs_of_unknown_songs_are_counted_before_training(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = trained.with_overrides({"finetune.seed": 11})
-    write_pairs(config, songs=0, extra=5, version="later")
-    try:
-        with pytest.raises(WorkspaceError, match=r"pairs/later has 0 usable training pair"):
-            finetune(config)
-    finally:
-        Workspace(config.workspace).remove("pairs/later")
+    config = without_pairs(trained, tmp_path / "workspace")
+    write_pairs(config, songs=0, extra=5)
+    with pytest.raises(WorkspaceError, match=r"pairs/pairs has 0 usable training pair"):
+        finetune(config)
     assert "5 pairs are left out" in capsys.readouterr().out
 
 
