@@ -61,9 +61,10 @@ def address_of(config: Config) -> str:
 def refuse_relative_paths(config: Config) -> None:
     """Raise ConfigError when something would be written relative to the working directory of a job on another machine.
 
-    That directory is temporary, so the workspace, or MLflow's file, would vanish with it.
+    That directory is temporary, so the workspace, or MLflow's file, would vanish with it. So is that of a task, in which `serve deploy`
+    builds the application.
     """
-    if address_of(config) == "local":
+    if address_of(config) == "local" and not _in_task():
         return
     if is_relative(config.workspace):
         raise ConfigError(
@@ -76,6 +77,15 @@ def refuse_relative_paths(config: Config) -> None:
             f"tracking.mlflow_uri is '{uri}', a relative file, and on a remote cluster the job's directory is temporary; "
             "expected a server, or sqlite:////ABSOLUTE/FILE"
         )
+
+
+def _in_task() -> bool:
+    """Whether this code runs in a task or actor of Ray rather than in the process of a command."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def _quiet_ray_data() -> None:

@@ -22,7 +22,7 @@ from ray.serve.config import AutoscalingConfig
 from htcl_ray import artifacts
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.pipelines.cluster import connect
+from htcl_ray.pipelines.cluster import connect, refuse_relative_paths
 from htcl_ray.pipelines.index import determined_index
 from htcl_ray.retrieval.activation import check_accepted, starting_pointer
 from htcl_ray.retrieval.index_folder import read_manifest
@@ -53,6 +53,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
     workspace = given.pop("workspace", None)
     config = resolve(preset, file, [f"{key}={value}" for key, value in given.items()])
     config = config.with_overrides({"workspace": workspace}) if workspace else config
+    refuse_relative_paths(config)
     return create(config.with_absolute_paths(), index)
 
 

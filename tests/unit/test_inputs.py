@@ -251,6 +251,22 @@ def test_without_such_a_model_the_newest_accepted_is_taken_and_said(folder: Path
     assert inputs.parent(workspace, other, fingerprints(other)[0]).version == newest[0]
 
 
+def test_a_model_that_its_gate_rejected_is_passed_over_and_named(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """What `htcl embed` says, and `htcl finetune` of its parent: also when it is the one that the configuration trains."""
+    finish(configured())
+    older, newer = configured(), configured(pretrain__epochs=33)
+    made = [train(config) for config in (older, newer)]
+    workspace = Workspace(newer.workspace)
+    rejected = f"models/semantic/{made[1][0]}"
+    workspace.finish(rejected, {**(workspace.manifest(rejected) or {}), "gate": {"passed": False, "report": "r"}})
+    capsys.readouterr()
+    said = f"{rejected}, the newest, is passed over: its gate failed; using models/semantic/{made[0][0]}"
+    assert models(newer) == made[0]
+    assert said in capsys.readouterr().err
+    assert inputs.parent(workspace, newer, fingerprints(newer)[0]).version == made[0][0]
+    assert said in capsys.readouterr().err
+
+
 def test_a_text_model_in_a_folder_is_its_content(folder: Path):
     for name in ("bert", "copy", "other"):
         Path(name).mkdir()
