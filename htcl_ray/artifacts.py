@@ -1,4 +1,4 @@
-"""Which artifact of the workspace a step works on: by version when one is named, otherwise the newest that fits the configuration."""
+"""Artifacts of the workspace: by version when one is named, otherwise the newest whose gate allows it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from htcl_ray.config import Config
-from htcl_ray.errors import GateError, MismatchError, WorkspaceError
+from htcl_ray.errors import GateError, WorkspaceError
+from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace
 
 
@@ -21,10 +21,16 @@ class Artifact:
     manifest: dict[str, Any]
 
     @property
-    def gate_failed(self) -> bool:
-        """Whether an evaluation's gate did not let it through; False when none has judged it. As its manifest says, unchecked."""
+    def verdict(self) -> bool | None:
+        """Whether an evaluation's gate passed; None when none has judged it. As its manifest says, unchecked."""
         gate = self.manifest.get("gate")
-        return isinstance(gate, dict) and gate.get("passed") is False
+        return bool(gate.get("passed")) if isinstance(gate, dict) else None
+
+    def refusal(self, require: Require) -> str | None:
+        """Why `gate.require` forbids it; None when it does not."""
+        if require != "off" and self.verdict is False:
+            return "its gate failed"
+        return "no gate has judged it" if require == "unjudged" and self.verdict is None else None
 
 
 @dataclass(frozen=True)
@@ -41,43 +47,6 @@ class StepResult:
     """The artifact was already there."""
 
 
-def features(workspace: Workspace, config: Config) -> Artifact:
-    """The newest features of this catalogue, or of any when the configuration names none. Raises when their recipe is another."""
-    found = [Artifact(f"features/{name}", name, manifest) for name, manifest in workspace.finished("features")]
-    if config.data.catalog:
-        wanted = list(config.data.catalog)
-        found = [item for item in found if item.manifest["config"]["data"]["catalog"] == wanted]
-    if not found:
-        of = f" of {', '.join(config.data.catalog)}" if config.data.catalog else ""
-        raise WorkspaceError(f"the workspace {workspace.uri} holds no features{of}; run 'htcl preprocess' first")
-    newest = found[-1]
-    theirs, ours = newest.manifest["config"]["audio"], config.audio.model_dump(mode="json")
-    for key, value in ours.items():
-        if theirs.get(key) != value:
-            raise MismatchError(
-                f"the features {newest.version} were made with audio.{key}={theirs.get(key)}, but the configuration says {value}; "
-                "run 'htcl preprocess' with this configuration or give the one they were made with"
-            )
-    return newest
-
-
-def pairs(workspace: Workspace, features_version: str) -> Artifact | None:
-    """The newest preference pairs mined on these features, or None."""
-    return _newest_from(workspace, "pairs", "features", features_version)
-
-
-def events(workspace: Workspace, features_version: str) -> Artifact | None:
-    """The newest accepted log rows on these features, or None."""
-    return _newest_from(workspace, "events", "features", features_version)
-
-
-def _newest_from(workspace: Workspace, kind: str, input_name: str, version: str) -> Artifact | None:
-    for name, manifest in reversed(workspace.finished(kind)):
-        if manifest["inputs"].get(input_name) == version:
-            return Artifact(f"{kind}/{name}", name, manifest)
-    return None
-
-
 @dataclass(frozen=True)
 class Models:
     """The model(s) that embed a catalogue: the semantic one and, after stage 2, the preference one that grew from it."""
@@ -86,23 +55,40 @@ class Models:
     preference: Artifact | None
 
 
-def models(workspace: Workspace, version: str | None = None, *, accepted: bool = True) -> Models:
-    """The models to use.
+def _models(workspace: Workspace, space: str) -> list[Artifact]:
+    return [Artifact(f"models/{space}/{name}", name, manifest) for name, manifest in workspace.finished(f"models/{space}")]
 
-    Without `version`: the newest semantic model, with the newest preference model fine-tuned from it, if there is one; those whose gate
-    failed are passed over, with a line that says so, unless not `accepted`. With one: that preference model and its parent, or that
-    semantic model alone, whatever their gate says. Raises WorkspaceError when there is none, GateError when all semantic models failed.
+
+def newest_semantic(workspace: Workspace, require: Require, *, first: str | None = None) -> Artifact:
+    """The semantic model `first` if there is one, else the newest, of those that the gate allows.
+
+    Raises WorkspaceError when there is none, and GateError when the gate allows none.
     """
-    semantic = {name: Artifact(f"models/semantic/{name}", name, m) for name, m in workspace.finished("models/semantic")}
-    preference = {name: Artifact(f"models/preference/{name}", name, m) for name, m in workspace.finished("models/preference")}
-    if not semantic:
+    found = _models(workspace, "semantic")
+    if not found:
         raise WorkspaceError(f"the workspace {workspace.uri} holds no model; run 'htcl pretrain' first")
-    if version is None:
-        newest = _newest(list(semantic.values()), accepted)
-        if newest is None:
-            raise _all_failed(workspace, "semantic model", semantic)
-        children = [item for item in preference.values() if item.manifest["inputs"]["model"] == newest.version]
-        return Models(newest, _newest(children, accepted))
+    chosen = _newest(found, lambda item: item.refusal(asked_of_semantic(workspace, item, require)), first)
+    if chosen is None:
+        raise none_allowed(workspace, "semantic model", found, require)
+    return chosen
+
+
+def asked_of_semantic(workspace: Workspace, semantic: Artifact, require: Require) -> Require:
+    """`require` of a semantic model: one from which a preference model grew that passed was judged with it."""
+    judged = any(item.verdict and item.manifest["inputs"]["model"] == semantic.version for item in _models(workspace, "preference"))
+    return "failed" if require == "unjudged" and judged else require
+
+
+def newest_preference(workspace: Workspace, semantic: Artifact, require: Require, *, first: str | None = None) -> Artifact | None:
+    """The preference model `first`, else the newest, of those that grew from `semantic` and that the gate allows; None without any."""
+    children = [item for item in _models(workspace, "preference") if item.manifest["inputs"]["model"] == semantic.version]
+    return _newest(children, lambda item: item.refusal(require), first)
+
+
+def named_models(workspace: Workspace, version: str) -> Models:
+    """That preference model and its parent, or that semantic model alone, whatever their gates say. Raises WorkspaceError."""
+    semantic = {item.version: item for item in _models(workspace, "semantic")}
+    preference = {item.version: item for item in _models(workspace, "preference")}
     if version in semantic:
         return Models(semantic[version], None)
     if version in preference:
@@ -112,20 +98,8 @@ def models(workspace: Workspace, version: str | None = None, *, accepted: bool =
                 f"model {version} was fine-tuned from semantic model {parent}, which is missing from {workspace.uri}/models"
             )
         return Models(semantic[parent], preference[version])
-    known = ", ".join([*semantic, *preference])
+    known = ", ".join([*semantic, *preference]) or "none: the workspace holds no model; run 'htcl pretrain' first"
     raise WorkspaceError(f"there is no model '{version}' in {workspace.uri}/models; expected one of {known}")
-
-
-def embeddings(workspace: Workspace, features_version: str, by: Models) -> Artifact:
-    """The vectors that exactly these models gave these features."""
-    wanted = {"features": features_version, "semantic": by.semantic.version, "preference": by.preference.version if by.preference else None}
-    for name, manifest in reversed(workspace.finished("embeddings")):
-        if all(manifest["inputs"].get(key) == value for key, value in wanted.items()):
-            return Artifact(f"embeddings/{name}", name, manifest)
-    made = f"semantic model {wanted['semantic']}" + (f" and preference model {wanted['preference']}" if by.preference else "")
-    raise WorkspaceError(
-        f"the workspace {workspace.uri} holds no embeddings of the features {features_version} by {made}; run 'htcl embed' first"
-    )
 
 
 def models_of(workspace: Workspace, made: Artifact) -> Models:
@@ -147,51 +121,65 @@ def models_of(workspace: Workspace, made: Artifact) -> Models:
     return Models(semantic, found["preference"])
 
 
-def index(workspace: Workspace, version: str | None = None, *, accepted: bool = True) -> Artifact:
-    """An index by version, whatever its gate says, or the newest.
+def index(workspace: Workspace, version: str | None = None, *, require: Require = "failed") -> Artifact:
+    """An index by version, whatever its gate says, or the newest that its gate and those of its models allow.
 
-    Of the newest, those are passed over whose gate failed, or that of one of their models, with a line that says so, unless not
-    `accepted`. Raises WorkspaceError when there is none, GateError when all failed.
+    Raises WorkspaceError when there is none, and GateError when the gates allow none.
     """
-    found = {name: Artifact(f"index/{name}", name, manifest) for name, manifest in workspace.finished("index")}
+    found = [Artifact(f"index/{name}", name, manifest) for name, manifest in workspace.finished("index")]
     if not found:
         raise WorkspaceError(f"the workspace {workspace.uri} holds no index; run 'htcl index' first")
     if version is None:
-        newest = _newest(list(found.values()), accepted, lambda item: item.gate_failed or _model_failed(workspace, item))
+        newest = _newest(found, lambda item: item.refusal(require) or _refusal_of_models(workspace, item, require))
         if newest is None:
-            raise _all_failed(workspace, "index", found)
+            raise none_allowed(workspace, "index", found, require)
         return newest
-    if version not in found:
-        raise WorkspaceError(f"there is no index '{version}' in {workspace.uri}/index; expected one of {', '.join(found)}")
-    return found[version]
-
-
-def index_of(workspace: Workspace, by: Models) -> Artifact | None:
-    """The newest index of vectors that exactly these models made, or None."""
-    wanted = (by.semantic.version, by.preference.version if by.preference else None)
-    for name, manifest in reversed(workspace.finished("index")):
-        if (manifest["inputs"].get("semantic"), manifest["inputs"].get("preference")) == wanted:
-            return Artifact(f"index/{name}", name, manifest)
-    return None
-
-
-def _newest(found: list[Artifact], accepted: bool, failed: Callable[[Artifact], bool] = lambda item: item.gate_failed) -> Artifact | None:
-    """The last, or the last that did not fail; what is passed over is printed."""
-    for item in reversed(found):
-        if not (accepted and failed(item)):
+    for item in found:
+        if item.version == version:
             return item
-        print(f"{item.path} is passed over: its gate failed", file=sys.stderr, flush=True)
+    raise WorkspaceError(
+        f"there is no index '{version}' in {workspace.uri}/index; expected one of {', '.join(item.version for item in found)}"
+    )
+
+
+def _newest(found: list[Artifact], refusal: Callable[[Artifact], str | None], first: str | None = None) -> Artifact | None:
+    """The one of version `first`, else the last, of those that are not refused. Says so when that is not the last."""
+    passed_over: list[str] = []
+    for item in sorted(reversed(found), key=lambda item: item.version != first):
+        reason = refusal(item)
+        if reason is None:
+            if item is not found[-1] and not passed_over:
+                passed_over = [f"{found[-1].path} is newer, but {item.path} is what this configuration makes"]
+            _say(*passed_over, *([f"using {item.path}"] if passed_over else []))
+            return item
+        newest = ", the newest," if item is found[-1] else ""
+        passed_over.append(f"{item.path}{newest} is passed over: {reason}")
+    _say(*passed_over, *(["there is no other"] if passed_over else []))
     return None
 
 
-def _model_failed(workspace: Workspace, made: Artifact) -> bool:
-    """Whether the gate of a model that made this index failed."""
-    paths = [f"models/{stage}/{made.manifest['inputs'].get(stage)}" for stage in ("semantic", "preference")]
-    return any(Artifact(path, "", workspace.manifest(path) or {}).gate_failed for path in paths)
+def _say(*parts: str) -> None:
+    if parts:
+        print("; ".join(parts), file=sys.stderr, flush=True)
 
 
-def _all_failed(workspace: Workspace, kind: str, found: Iterable[str]) -> GateError:
+def _refusal_of_models(workspace: Workspace, made: Artifact, require: Require) -> str | None:
+    """Why the gate of a model that made this index forbids it. The model of the last stage is the one that is judged."""
+    stages = [stage for stage in ("preference", "semantic") if made.manifest["inputs"].get(stage)]
+    for number, stage in enumerate(stages):
+        path = f"models/{stage}/{made.manifest['inputs'][stage]}"
+        reason = Artifact(path, "", workspace.manifest(path) or {}).refusal(require if number == 0 or require == "off" else "failed")
+        if reason:
+            return f"of its {stage} model, {reason}"
+    return None
+
+
+def none_allowed(workspace: Workspace, kind: str, found: Iterable[Artifact], require: Require) -> GateError:
+    """The error of a gate that allows none of several artifacts."""
+    listed = ", ".join(
+        f"{item.version} {'passed' if item.verdict else 'failed' if item.verdict is False else 'unjudged'}" for item in found
+    )
     return GateError(
-        f"the gate of every {kind} in {workspace.uri} failed ({', '.join(found)}); "
-        "improve one and run 'htcl evaluate --gate' again, or name the one to use"
+        f"gate.require={require} allows no {kind} in {workspace.uri} ({listed}); improve one and run 'htcl evaluate --gate' again, "
+        "or use one all the same with gate.require=off"
     )

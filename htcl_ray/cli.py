@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from htcl_ray import __version__
 from htcl_ray.config import PRESETS, Config, json_schema, resolve
 from htcl_ray.errors import ConfigError, HtclError, InputError
+from htcl_ray.paths import absolute
 
 if TYPE_CHECKING:
     from htcl_ray.artifacts import StepResult
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: what it says of itself, which flags it adds to the common ones, and what it runs."""
+    """One subcommand: its help text, what it runs, and the flags that it adds to the common ones."""
 
     help: str
     run: Callable[[Config, argparse.Namespace], None]
     flags: Callable[[argparse.ArgumentParser], None] = field(default=lambda parser: None)
+    on_cluster: bool = True
+    """Whether it may run as a job, in a working directory that is temporary."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,20 +141,23 @@ def _parser() -> argparse.ArgumentParser:
 def _config(options: argparse.Namespace) -> Config:
     preset = options.preset or ("demo" if options.command == "demo" and not options.config else None)
     config = resolve(preset, options.config, options.assignments)
-    return config.with_overrides({"workspace": options.workspace}) if options.workspace else config
+    if options.workspace:
+        config = config.with_overrides({"workspace": options.workspace})
+    if COMMANDS[options.command].on_cluster:
+        from htcl_ray.pipelines.cluster import refuse_relative_paths
+
+        refuse_relative_paths(config)
+    return config.with_absolute_paths()
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="VERSION", help="model version (default: the newest accepted)")
+    parser.add_argument(
+        "--model", metavar="VERSION", help="model version (default: the one that this configuration trains, else the newest accepted)"
+    )
 
 
 def _index_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest accepted)")
-
-
-def _serve_flags(parser: argparse.ArgumentParser) -> None:
-    _index_flag(parser)
-    parser.add_argument("--allow-failed-gate", action="store_true", help="serve a model or index whose gate failed")
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
@@ -199,10 +205,8 @@ def _step(module: str, function: str, *, argument: str | None = None) -> Callabl
     def run(config: Config, options: argparse.Namespace) -> None:
         import importlib
 
-        from htcl_ray.pipelines.cluster import refuse_relative_workspace
         from htcl_ray.storage import Workspace
 
-        refuse_relative_workspace(config)
         Workspace(config.workspace).check_writable()
         step = getattr(importlib.import_module(module), function)
         _say(step(config, getattr(options, argument)) if argument else step(config))
@@ -253,8 +257,6 @@ def _demo(config: Config, options: argparse.Namespace) -> None:
 def _serve(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.serving.front import haproxy_front
 
-    if options.allow_failed_gate:
-        config = config.with_overrides({"serve.allow_failed_gate": True})
     with haproxy_front(config):
         from htcl_ray.serving.application import serve_until_stopped  # imports Ray Serve, which reads what the front sets
 
@@ -264,7 +266,7 @@ def _serve(config: Config, options: argparse.Namespace) -> None:
 def _search(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.search import search
 
-    query = {"text": options.text, "audio": options.audio, "song_id": options.song_id}
+    query = {"text": options.text, "audio": absolute(options.audio) if options.audio else None, "song_id": options.song_id}
     how = {"k": options.k, "blend": options.blend, "max_per_artist": options.max_per_artist}
     search(config, options.index, **query, conditions=options.filter, as_json=options.json, **how)
 
@@ -279,7 +281,7 @@ def _import_official_flags(parser: argparse.ArgumentParser) -> None:
 def _import_official(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.import_official import import_official
 
-    import_official(config, Path(options.file).expanduser(), options.out, options.stage, options.parent)
+    import_official(config, Path(absolute(options.file)), absolute(options.out), options.stage, options.parent)
 
 
 def _show_config(config: Config, options: argparse.Namespace) -> None:
@@ -301,10 +303,10 @@ COMMANDS: dict[str, Command] = {
     "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", argument="model"), _model_flag),
     "index": Command("vectors → FAISS index", _index, _build_flags),
     "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),
-    "serve": Command("start the HTTP application", _serve, _serve_flags),
-    "search": Command("one query from the shell, no server needed", _search, _search_flags),
-    "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags),
-    "config": Command("print the configuration", _show_config, _config_flags),
+    "serve": Command("start the HTTP application", _serve, _index_flag),
+    "search": Command("one query from the shell, no server needed", _search, _search_flags, on_cluster=False),
+    "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags, on_cluster=False),
+    "config": Command("print the configuration", _show_config, _config_flags, on_cluster=False),
 }
 
 

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from htcl_ray.errors import ConfigError, HtclError
+from htcl_ray.paths import absolute, absolute_sqlite, folder_or_name
 from htcl_ray.settings import (
     AudioRecipe,
     DataSettings,
@@ -25,6 +26,7 @@ from htcl_ray.settings import (
     EmbedSettings,
     EvaluateSettings,
     FinetuneSettings,
+    GateSettings,
     IndexSettings,
     ModelSettings,
     PairSettings,
@@ -46,7 +48,8 @@ class Config(Settings):
 
     preset: str = "paper"
     workspace: str = "./workspace"
-    """Where everything that a step writes lies; local path, s3:// or gs://."""
+    """Where everything that a step writes lies; local path, s3:// or gs://. Relative paths, here and in every other key and in a
+    configuration file, are relative to the working directory of the command."""
     data: DataSettings = DataSettings()
     audio: AudioRecipe = AudioRecipe()
     pairs: PairSettings = PairSettings()
@@ -58,6 +61,7 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     tune: TuneSettings = TuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
     serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
     ray: RaySettings = RaySettings()
@@ -86,6 +90,29 @@ class Config(Settings):
             for key, value in overrides.items():
                 _set(tree, key, value)
         return _validate(tree)
+
+    def with_absolute_paths(self) -> Config:
+        """The same run from any working directory: relative paths become absolute, relative to the working directory of this process.
+
+        Every command calls this once, where it starts; workers and trials run in folders of their own. `text.name_or_path` is a path when
+        there is such a folder.
+        """
+        changes: dict[str, Any] = {
+            "workspace": absolute(self.workspace),
+            "data.catalog": [absolute(path) for path in self.data.catalog],
+            "data.interactions": [absolute(path) for path in self.data.interactions],
+        }
+        if self.text.name_or_path is not None:
+            changes["text.name_or_path"] = folder_or_name(self.text.name_or_path)
+        if self.serve.api_keys_file is not None:
+            changes["serve.api_keys_file"] = absolute(self.serve.api_keys_file)
+        if self.tracking.mlflow_uri is not None:
+            changes["tracking.mlflow_uri"] = absolute_sqlite(self.tracking.mlflow_uri)
+        searched = (self.tune.space or {}).get("text.name_or_path")
+        if searched is not None and searched.values is not None:
+            names = [folder_or_name(value) if isinstance(value, str) else value for value in searched.values]
+            changes["tune.space.text.name_or_path"] = {"values": names}
+        return self.with_overrides(changes)
 
     def as_yaml(self) -> str:
         """The whole configuration; saved, it is a file for `--config` that repeats the run."""
@@ -227,6 +254,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _read_text(path: str) -> str:
+    path = absolute(path)
     if "://" not in path:
         return Path(path).read_text(encoding="utf-8")
     from htcl_ray.storage import open_filesystem, storage_errors

@@ -12,8 +12,10 @@ from rich.table import Table
 
 from htcl_ray.config import Config
 from htcl_ray.errors import QueryError
+from htcl_ray.pipelines.index import determined_index
 from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.service import Answer, SearchService
+from htcl_ray.storage import Workspace
 
 
 def search(
@@ -32,6 +34,7 @@ def search(
     `conditions`: a Filter as JSON; `options`: others of `service.Options`. Raises QueryError.
     """
     options["filter"] = None if conditions is None else _filter(conditions)
+    index = index or determined_index(Workspace(config.workspace), config)
     service = SearchService.open(config, index, encoder=song_id is None)
     if song_id is not None:
         answer = service.search_songs([song_id], **options)

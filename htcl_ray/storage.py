@@ -28,6 +28,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from htcl_ray.errors import AccessDeniedError, HtclError, MismatchError, StorageError, WorkspaceError
+from htcl_ray.paths import is_uri, local_path
 from htcl_ray.schemas import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
@@ -37,7 +38,6 @@ LIBRARIES = ("htcl-ray", "ray", "torch", "transformers", "pyarrow", "librosa", "
 SUPPORTED = "a local path, file://, s3:// or gs://"
 OBJECT_STORES = {"s3": "s3", "gs": "gs", "gcs": "gs"}
 """Schemes of object storage, and how Arrow calls them."""
-URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://|file:(?=/)", re.IGNORECASE)
 URI_OPTIONS = re.compile(r"\?(?:(?:region|scheme|endpoint_override|retry_limit_seconds|project_id|anonymous)=[^&]*(?:&|$))+$")
 """Options of an object store behind a URI. Any other "?" belongs to a name."""
 CONNECT_SECONDS = 3.0
@@ -45,24 +45,6 @@ S3_ATTEMPTS = 5
 """Of one request, about 8 s apart in sum: throttling and dropped connections pass, an outage does not."""
 GCS_RETRY_SECONDS = 10
 """Of one request. Arrow's default is 15 minutes, during which an unreachable server looks like a hanging process."""
-
-
-def is_uri(path: str) -> bool:
-    """Whether a path begins with a scheme, as `s3://bucket/x` and `file:///x` do."""
-    return URI.match(path) is not None
-
-
-def local_path(path_or_uri: str) -> str | None:
-    """Absolute path of a local path or file:// URI (percent-decoded, RFC 8089); None for any other URI. Raises WorkspaceError."""
-    uri = URI.match(path_or_uri)
-    if uri is None:
-        return os.path.abspath(os.path.expanduser(path_or_uri))
-    if (uri["scheme"] or "file").lower() != "file":
-        return None
-    host, _, path = path_or_uri[uri.end() :].partition("/")
-    if uri["scheme"] and host.lower() not in ("", "localhost"):
-        raise WorkspaceError(f"'{path_or_uri}' names the host '{host}'; expected file:///path, which is a file of this machine")
-    return os.path.abspath("/" + os.fsdecode(urllib.parse.unquote_to_bytes(path)))
 
 
 def split_options(uri: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from htcl_ray.artifacts import Artifact, Models
 from htcl_ray.errors import GateError, MismatchError, WorkspaceError
 from htcl_ray.evaluation.gate import Result, Verdict
 from htcl_ray.schemas import FORMAT_VERSION
+from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace
 
 EVIDENCE = "gate.json"
@@ -97,21 +98,33 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
     return verdict
 
 
-def refuse_failed(workspace: Workspace, index: Artifact, models: Models, allow: bool) -> None:
-    """Raise GateError when the gate of the index or of one of its models failed, unless `allow`.
+def check_gates(workspace: Workspace, models: Models, index: Artifact | None, require: Require) -> None:
+    """Raise GateError when `require` forbids the index, if one is given, or one of the models.
 
-    A verdict that was edited raises MismatchError either way.
+    Of a semantic model behind a preference model it is asked only that it has not failed: the model of the last stage is judged.
+    A verdict that was edited raises MismatchError whatever `require` is.
     """
-    for kind, artifact in (("index", index), ("preference model", models.preference), ("semantic model", models.semantic)):
+    last = "unjudged" if require == "unjudged" else "failed"
+    for kind, artifact, needed in (
+        ("index", index, last),
+        ("preference model", models.preference, last),
+        ("semantic model", models.semantic, "failed" if models.preference else last),
+    ):
         verdict = None if artifact is None else read_verdict(workspace, artifact.path, artifact.manifest)
-        if artifact is None or verdict is None or verdict.passed or allow:
+        if artifact is None or require == "off" or (verdict is not None and verdict.passed):
             continue
-        first = verdict.failed[0]
-        measured = first.note or "not measured" if first.value is None else f"measured {_measured(first)}"
-        raise GateError(
-            f"the gate of {kind} {artifact.version} failed: {first.bound.asked}, {measured}; serve another, or this one all the same with "
-            "--allow-failed-gate or serve.allow_failed_gate=true"
-        )
+        if verdict is not None:
+            first = verdict.failed[0]
+            measured = first.note or "not measured" if first.value is None else f"measured {_measured(first)}"
+            raise GateError(
+                f"the gate of {kind} {artifact.version} failed: {first.bound.asked}, {measured}; use another, or this one all the same "
+                "with --set gate.require=off"
+            )
+        if needed == "unjudged":
+            raise GateError(
+                f"no gate has judged {kind} {artifact.version}, and gate.require is unjudged; run 'htcl evaluate --gate default', or "
+                "use it all the same with --set gate.require=failed"
+            )
 
 
 def _judged_files(manifest: Mapping[str, Any]) -> dict[str, str]:

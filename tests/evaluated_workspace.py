@@ -38,9 +38,11 @@ def write_evaluated(
     write_models(config, tmp, preference=preference)
     if log:
         workspace.write_table("events/events-1/part-0.parquet", events())
-        workspace.finish("events/events-1", build_manifest("events", config={}, inputs={"features": "features-1"}))
+        workspace.finish(
+            "events/events-1", build_manifest("events", config=config.model_dump(mode="json"), inputs={"features": "features-1"})
+        )
         workspace.write_table("pairs/pairs-1/part-0.parquet", pairs())
-        workspace.finish("pairs/pairs-1", build_manifest("pairs", config={}, inputs={"features": "features-1"}))
+        workspace.finish("pairs/pairs-1", build_manifest("pairs", config=config.model_dump(mode="json"), inputs={"features": "features-1"}))
     write_embeddings(config)
     if index:
         build_index(config)

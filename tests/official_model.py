@@ -89,3 +89,12 @@ class Wrapper(nn.Module):
 
     def text(self, **tokens: Tensor) -> Tensor:
         return self.text_mlp(self.text_model(**tokens).pooler_output)
+
+
+def small_wrapper(stage: int) -> Wrapper:
+    """A model of their kind that is small enough for a test, without a tokenizer of its own."""
+    torch.manual_seed(stage)
+    bert = BertConfig(
+        vocab_size=10, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96, max_position_embeddings=16
+    )
+    return Wrapper(stage, AudioModel(channels=24, width=128, layers=2, feed_forward=80, kernel=7), bert, hidden=(40, 30), dim=20)

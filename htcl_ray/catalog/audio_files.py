@@ -13,8 +13,9 @@ import numpy.typing as npt
 import pyarrow.fs as pafs
 
 from htcl_ray.errors import WorkspaceError
+from htcl_ray.paths import is_uri, local_path
 from htcl_ray.schemas import Reason
-from htcl_ray.storage import SUPPORTED, explain, is_uri, local_path, open_filesystem, split_options, storage_errors
+from htcl_ray.storage import SUPPORTED, explain, open_filesystem, split_options, storage_errors
 
 MISSING, DENIED, UNSUPPORTED = -1, -2, -3
 UNUSABLE = {

@@ -25,8 +25,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from htcl_ray.errors import TableError
+from htcl_ray.paths import is_uri, local_path
 from htcl_ray.settings import nearest
-from htcl_ray.storage import explain, is_storage_error, is_uri, local_path, open_filesystem, split_options, storage_errors
+from htcl_ray.storage import explain, is_storage_error, open_filesystem, split_options, storage_errors
 
 FORMATS = {
     ".parquet": "parquet",

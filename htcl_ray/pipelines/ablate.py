@@ -21,12 +21,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, WorkspaceError
 from htcl_ray.evaluation.ablation import FULL, ablation_table, ablation_tree
 from htcl_ray.evaluation.comparison_page import ablation_html
+from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate, read_figures
 from htcl_ray.pipelines.train import finetune, pretrain
@@ -87,9 +87,10 @@ def ablate(config: Config) -> StepResult:
 
 def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
     """Train and embed every variant; returns each with the configuration and the model version that evaluate it."""
+    config = config.with_overrides({"gate.require": "off"})  # what is compared here is served by nobody
     workspace = Workspace(config.workspace)
-    features = artifacts.features(workspace, config)
-    pairs, events = artifacts.pairs(workspace, features.version), artifacts.events(workspace, features.version)
+    features = inputs.features(workspace, config)
+    pairs, events = inputs.pairs(workspace, config, features.version), inputs.events(workspace, config, features.version)
     if pairs is None or events is None:
         raise ConfigError(
             "ablations compare both stages, and the workspace holds no preference pairs of these features; name the log table(s) in "
@@ -122,7 +123,7 @@ def _untrained(config: Config, workspace: Workspace) -> str:
     from htcl_ray.models import HTCL
     from htcl_ray.models.vocabulary import train_wordpiece
 
-    features = artifacts.features(workspace, config)
+    features = inputs.features(workspace, config)
     made_of = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
     version = "untrained-" + fingerprint(FORMAT_VERSION, features.version, made_of, config.pretrain.seed, config.pretrain.loss)
     path = f"models/semantic/{version}"

@@ -15,7 +15,8 @@ from typing import Any
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.storage import is_uri, storage_failure
+from htcl_ray.paths import absolute_sqlite, is_relative
+from htcl_ray.storage import storage_failure
 
 
 def connect(config: Config) -> None:
@@ -33,7 +34,7 @@ def connect(config: Config) -> None:
     if ray.is_initialized():
         return
     address = address_of(config)
-    refuse_relative_workspace(config)
+    refuse_relative_paths(config)
     local_only: dict[str, Any] = {}
     if address == "local":
         local_only = {
@@ -83,16 +84,34 @@ def address_of(config: Config) -> str:
     return config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def refuse_relative_workspace(config: Config) -> None:
-    """A submitted job runs in a temporary directory of another machine, so a relative workspace would vanish with it."""
-    if address_of(config) == "local":
+def refuse_relative_paths(config: Config) -> None:
+    """Raise ConfigError when something would be written relative to the working directory of a job on another machine.
+
+    That directory is temporary, so the workspace, or MLflow's file, would vanish with it. So is that of a task, in which `serve deploy`
+    builds the application.
+    """
+    if address_of(config) == "local" and not _in_task():
         return
-    given = config.workspace
-    if not is_uri(given) and not os.path.isabs(os.path.expanduser(given)):
+    if is_relative(config.workspace):
         raise ConfigError(
-            f"the workspace '{given}' is relative, and on a remote cluster the job's directory is temporary; "
+            f"the workspace '{config.workspace}' is relative, and on a remote cluster the job's directory is temporary; "
             "give an absolute path that every node sees, or s3:// or gs://, with --workspace"
         )
+    uri = config.tracking.mlflow_uri or ""
+    if "mlflow" in config.tracking.trackers and absolute_sqlite(uri) != uri:
+        raise ConfigError(
+            f"tracking.mlflow_uri is '{uri}', a relative file, and on a remote cluster the job's directory is temporary; "
+            "expected a server, or sqlite:////ABSOLUTE/FILE"
+        )
+
+
+def _in_task() -> bool:
+    """Whether this code runs in a task or actor of Ray rather than in the process of a command."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def _quiet_ray_data() -> None:

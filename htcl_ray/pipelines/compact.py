@@ -25,14 +25,14 @@ def compact(config: Config, version: str | None = None) -> StepResult:
 
     Nothing becomes active; `POST /v1/index/activate` does that. The log keeps what it says, because other indexes need it too: a song that
     was taken out stays out of one built from the catalogue later. Needs no Ray. Raises InputError when there is no such index or its gate
-    failed, unless `serve.allow_failed_gate`, and StepError when the new one finds too few.
+    forbids it (`gate.require`), and StepError when the new one finds too few.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
-    allow = config.serve.allow_failed_gate
-    chosen = starting_pointer(workspace, version, allow_failed_gate=allow).version
+    require = config.gate.require
+    chosen = starting_pointer(workspace, version, require=require).version
     artifacts.index(workspace, chosen)
-    source = check_accepted(workspace, chosen, allow)
+    source = check_accepted(workspace, chosen, require)
     index = SongIndex.load(workspace.local_copy(source.path))
     log = UpdateLog(workspace)
     replay = Replay(index, log)

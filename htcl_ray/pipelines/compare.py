@@ -70,7 +70,7 @@ def _reference(workspace: Workspace, config: Config, first: str, second: str) ->
         inputs = inputs_of(workspace, second)
         theirs = Config.model_validate(workspace.read_json(f"reports/{second}/manifest.json")["config"])
         evaluated = workspace.read_json(f"reports/{first}/manifest.json")["inputs"]
-        models = artifacts.models(workspace, evaluated["preference"] or evaluated["semantic"])
+        models = artifacts.named_models(workspace, evaluated["preference"] or evaluated["semantic"])
         run = evaluate_reference(theirs.with_overrides({"workspace": config.workspace}), models, inputs)
     except (InputError, ValidationError) as error:
         reason = str(error).splitlines()[0]

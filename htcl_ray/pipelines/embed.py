@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, Models, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.cluster import address_of, connect
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
+from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ class EmbedJob:
         }
 
 
-def plan(workspace: Workspace, config: Config, model: str | None = None) -> EmbedJob:
-    """The embeddings that this configuration asks for, made or not. Raises WorkspaceError and MismatchError."""
+def plan(workspace: Workspace, config: Config, model: str | None = None, *, require: Require | None = None) -> EmbedJob:
+    """The embeddings that this configuration asks for, made or not; see `inputs.models`. Raises InputError."""
+    features = inputs.features(workspace, config)
+    return job_of(workspace, features, inputs.models(workspace, config, features.version, model, require=require))
+
+
+def job_of(workspace: Workspace, features: Artifact, models: Models) -> EmbedJob:
+    """The embeddings of these features by these models, made or not. Raises MismatchError when they do not fit."""
     from htcl_ray.models import weights_fingerprint  # loads torch
 
-    features = artifacts.features(workspace, config)
-    models = artifacts.models(workspace, model)
     versions: ModelVersions = {"semantic": None, "preference": None}
     for stage, artifact in (("semantic", models.semantic), ("preference", models.preference)):
         if artifact is not None:
@@ -64,14 +69,29 @@ def plan(workspace: Workspace, config: Config, model: str | None = None) -> Embe
     return EmbedJob(features, models, versions, version)
 
 
+def embeddings(workspace: Workspace, job: EmbedJob) -> Artifact:
+    """What `embed` made of the job. Raises WorkspaceError when it has not."""
+    manifest = workspace.manifest(job.path)
+    if manifest is None:
+        by = " and ".join(f"{space} model {name}" for space in ("semantic", "preference") if (name := job.inputs[space]))
+        raise WorkspaceError(
+            f"the workspace {workspace.uri} holds no embeddings of the features {job.features.version} by {by}; run 'htcl embed' first"
+        )
+    return Artifact(job.path, job.version, manifest)
+
+
 def embed(config: Config, model: str | None = None) -> StepResult:
-    """Embed every song of the features with the newest models, or with `model` and its parent.
+    """Embed every song of the features with the models of `inputs.models`.
 
     One file of vectors per file of features; finished files are kept when an interrupted run is started again.
     """
-    started = time.monotonic()
     workspace = Workspace(config.workspace)
-    job = plan(workspace, config, model)
+    return embed_job(workspace, config, plan(workspace, config, model))
+
+
+def embed_job(workspace: Workspace, config: Config, job: EmbedJob) -> StepResult:
+    """Make the embeddings of a job, unless they exist."""
+    started = time.monotonic()
     manifest = workspace.manifest(job.path)
     if manifest is not None:
         return _result(workspace, job, manifest, started, skipped=True)
@@ -195,5 +215,6 @@ def _dim(workspace: Workspace, shard: str) -> int:
 
 def _result(workspace: Workspace, job: EmbedJob, manifest: dict[str, Any], started: float, *, skipped: bool) -> StepResult:
     spaces = "semantic and preference" if job.models.preference else "semantic"
-    summary = f"{manifest['quality']['songs']} songs, {spaces} vectors of {manifest['dim']}"
+    by = " and ".join(item.version for item in (job.models.semantic, job.models.preference) if item is not None)
+    summary = f"{manifest['quality']['songs']} songs, {spaces} vectors of {manifest['dim']} by {by}"
     return StepResult("embed", workspace.uri_of(job.path), summary, time.monotonic() - started, skipped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import time
 from collections.abc import Sequence
@@ -27,6 +26,9 @@ from htcl_ray.evaluation.saved import Key, from_table, to_table
 from htcl_ray.evaluation.songs import Songs, with_blend
 from htcl_ray.evaluation.soundness import index_task
 from htcl_ray.models.folder import write_evaluation
+from htcl_ray.pipelines import inputs as step_inputs
+from htcl_ray.pipelines.embed import embed_job, embeddings, job_of, plan
+from htcl_ray.pipelines.index import find_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.pipelines.soundness import check_soundness
 from htcl_ray.retrieval.encoder import SongEncoder
@@ -51,7 +53,7 @@ class Inputs:
     events: Artifact | None
     pairs: Artifact | None
     index: Artifact | None
-    """The newest index of these embeddings."""
+    """The index of these embeddings with the configured settings."""
 
     @property
     def versions(self) -> dict[str, str | None]:
@@ -73,15 +75,15 @@ class Inputs:
         return self.models.preference or self.models.semantic
 
 
-def evaluate(config: Config, model: str | None = None) -> StepResult:
-    """Measure the newest model, or the version `model`, with its embeddings, and write reports/<run>/.
+def evaluate(config: Config, model: str | None = None, inputs: Inputs | None = None) -> StepResult:
+    """Measure the models of `find_inputs`, or of `inputs` if they are known, and write reports/<run>/.
 
     Raises InputError when the workspace lacks what is measured, LeakageError when training saw what is evaluated.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     _check_columns(config.evaluate.probe_columns)
-    inputs = find_inputs(workspace, config, model)
+    inputs = inputs or find_inputs(workspace, config, model)
     path = f"reports/{_run(config, inputs)}"
     skipped = workspace.manifest(path) is not None
     if not skipped:
@@ -100,8 +102,9 @@ def evaluate_reference(config: Config, models: Models, inputs: Inputs) -> str:
     """
     workspace = Workspace(config.workspace)
     if _versions(models) != _versions(inputs.models):
-        embeddings = _embedded(workspace, config, models, inputs.features)
-        inputs = replace(inputs, models=models, embeddings=embeddings, index=_index_of(workspace, embeddings))
+        job = job_of(workspace, inputs.features, models)
+        embed_job(workspace, config, job)
+        inputs = replace(inputs, models=models, embeddings=embeddings(workspace, job), index=find_index(workspace, config, job))
     run = _run(config, inputs)
     if workspace.manifest(f"reports/{run}") is None:
         _measure(workspace, config, inputs, f"reports/{run}", into_models=False)
@@ -112,39 +115,18 @@ def _versions(models: Models) -> tuple[str, str | None]:
     return models.semantic.version, models.preference.version if models.preference else None
 
 
-def _embedded(workspace: Workspace, config: Config, models: Models, features: Artifact) -> Artifact:
-    """The vectors that these models give these features; made when they do not exist."""
-    with contextlib.suppress(WorkspaceError):
-        return artifacts.embeddings(workspace, features.version, models)
-    from htcl_ray.pipelines.embed import embed, plan  # loads Ray
-
-    version = (models.preference or models.semantic).version
-    if plan(workspace, config, version).features.version == features.version:
-        embed(config, version)
-    return artifacts.embeddings(workspace, features.version, models)
-
-
 def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
-    """The newest artifacts that fit the configuration, or the version `model` and what it made. Raises WorkspaceError."""
-    features = artifacts.features(workspace, config)
-    models = artifacts.models(workspace, model, accepted=False)
-    embeddings = artifacts.embeddings(workspace, features.version, models)
+    """The artifacts that the configuration determines, or the models `model` and what they made, whatever gates say. Raises InputError."""
+    job = plan(workspace, config, model, require="off")
+    features = job.features.version
     return Inputs(
-        features,
-        models,
-        embeddings,
-        artifacts.events(workspace, features.version),
-        artifacts.pairs(workspace, features.version),
-        _index_of(workspace, embeddings),
+        job.features,
+        job.models,
+        embeddings(workspace, job),
+        step_inputs.events(workspace, config, features),
+        step_inputs.pairs(workspace, config, features),
+        find_index(workspace, config, job),
     )
-
-
-def _index_of(workspace: Workspace, embeddings: Artifact) -> Artifact | None:
-    """The newest index of these embeddings."""
-    for name, manifest in reversed(workspace.finished("index")):
-        if manifest["inputs"].get("embeddings") == embeddings.version:
-            return Artifact(f"index/{name}", name, manifest)
-    return None
 
 
 def inputs_of(workspace: Workspace, run: str) -> Inputs:
@@ -158,7 +140,7 @@ def inputs_of(workspace: Workspace, run: str) -> Inputs:
             raise WorkspaceError(f"{workspace.uri_of(path)}, which report {run} evaluated, does not exist any more")
         return Artifact(path, versions[kind], manifest)
 
-    models = artifacts.models(workspace, versions["preference"] or versions["semantic"])
+    models = artifacts.named_models(workspace, versions["preference"] or versions["semantic"])
     events, pairs, index = (artifact(kind) if versions[kind] else None for kind in ("events", "pairs", "index"))
     return Inputs(artifact("features"), models, artifact("embeddings"), events, pairs, index)
 

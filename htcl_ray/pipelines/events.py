@@ -23,6 +23,7 @@ from htcl_ray.errors import TableError
 from htcl_ray.interactions.log_summary import LogSummary
 from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
+from htcl_ray.paths import canonical
 from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
@@ -78,7 +79,7 @@ class LogPlan:
 def plan_log(config: Config, features_version: str) -> LogPlan:
     """Find the log files, without opening them. Raises TableError."""
     files = tuple((path, file) for path in config.data.interactions for file in table_files([path]))
-    log = fingerprint([(file.path, file.size, file.modified_ns) for _, file in files])
+    log = fingerprint([(canonical(file.path), file.size, file.modified_ns) for _, file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
     meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
     events = fingerprint(FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning))

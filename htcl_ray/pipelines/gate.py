@@ -13,11 +13,12 @@ from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import InputError, StepError
 from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.gate import Verdict, judge, read_gate
+from htcl_ray.evaluation.gate import DEFAULT, Verdict, judge, read_gate
 from htcl_ray.evaluation.report import number
 from htcl_ray.evaluation.report_page import html
 from htcl_ray.evaluation.saved import Key, estimates
 from htcl_ray.evaluation.soundness import index_task
+from htcl_ray.paths import absolute
 from htcl_ray.pipelines.evaluate import Inputs, evaluate, evaluate_reference, find_inputs, read_figures
 from htcl_ray.storage import Workspace
 from htcl_ray.verdicts import record_verdicts
@@ -31,10 +32,19 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for a gate that cannot be used, before anything is measured,
     and StepError when a bound does not hold, after everything is written.
     """
+    result, verdict = judged_evaluation(config, model, gate_file)
+    if not verdict.passed:
+        raise StepError(result.summary)
+    return result
+
+
+def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tuple[StepResult, Verdict]:
+    """As `evaluate_and_judge`, but a gate that failed is a result whose summary says so."""
+    gate_file = gate_file if gate_file == DEFAULT else absolute(gate_file)
     gate = read_gate(gate_file)
-    result = evaluate(config, model)
     workspace = Workspace(config.workspace)
     inputs = find_inputs(workspace, config, model)
+    result = evaluate(config, model, inputs)
     run = result.location.rstrip("/").rpartition("/")[2]
     index = _served_index(workspace, inputs) if any(bound.over_served for bound in gate.bounds) else None
     served, against, unmeasured = (None, None, None) if index is None else _served(workspace, config, inputs, index)
@@ -45,13 +55,15 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     workspace.write_json(f"reports/{run}/gate.json", tree)
     workspace.write_bytes(f"reports/{run}/report.html", html(workspace.read_json(f"reports/{run}/report.json"), tree).encode())
     Console().print(_table(verdict))
-    if not verdict.passed:
+    if verdict.passed:
+        summary = f"all {len(verdict.results)} bounds hold; {result.summary}"
+    else:
         first = verdict.failed[0]
-        raise StepError(
+        summary = (
             f"the gate failed: {len(verdict.failed)} of {len(verdict.results)} bounds do not hold, first {first.bound.asked}"
             f" ({first.note if first.value is None else f'found {first.value:.4g}'}); {result.location}/report.html has all of them"
         )
-    return dataclasses.replace(result, step="gate", skipped=False, summary=f"all {len(verdict.results)} bounds hold; {result.summary}")
+    return dataclasses.replace(result, step="gate", skipped=False, summary=summary), verdict
 
 
 def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
@@ -64,9 +76,9 @@ def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
         if verdict is None:
             stages = [(stage, manifest["inputs"].get(stage)) for stage in ("semantic", "preference")]
             made_by = [Artifact(f"models/{stage}/{of}", of, workspace.manifest(f"models/{stage}/{of}") or {}) for stage, of in stages if of]
-            if any(model.gate_failed for model in made_by):
+            if any(model.verdict is False for model in made_by):
                 continue
-        if not index.gate_failed:
+        if index.verdict is not False:
             return index
     return None
 

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.artifacts import StepResult
+from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
-from htcl_ray.errors import MismatchError, StepError, WorkspaceError
-from htcl_ray.pipelines.embed import EmbedJob, plan, read_vectors
+from htcl_ray.errors import InputError, MismatchError, StepError
+from htcl_ray.pipelines.embed import EmbedJob, embeddings, plan, read_vectors
 from htcl_ray.retrieval.recall import build_measured
 from htcl_ray.retrieval.song_map import draw_map
 from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
@@ -29,16 +29,12 @@ MORE_RECALL = {
 
 
 def build_index(config: Config, model: str | None = None) -> StepResult:
-    """Index the embeddings of the newest models, or of `model`, with the songs' metadata. Needs no Ray."""
+    """Index the embeddings by the models of `inputs.models`, with the songs' metadata. Needs no Ray."""
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     job = plan(workspace, config, model)
-    if workspace.manifest(job.path) is None:
-        by = " and ".join(name for name in (job.inputs["semantic"], job.inputs["preference"]) if name)
-        raise WorkspaceError(
-            f"the workspace {workspace.uri} holds no embeddings of features {job.features.version} by {by}; run 'htcl embed' first"
-        )
-    version = fingerprint("index", FORMAT_VERSION, job.version, config.index.model_dump(mode="json"))
+    embeddings(workspace, job)
+    version = index_version(config, job)
     path = f"index/{version}"
     manifest = workspace.manifest(path)
     skipped = manifest is not None
@@ -48,6 +44,32 @@ def build_index(config: Config, model: str | None = None) -> StepResult:
     recall = manifest["quality"]["recall_at_10"]
     summary = f"{manifest['songs']} songs, {manifest['structure']['kind']}, recall@10 {recall:.3f} of exact search"
     return StepResult("index", workspace.uri_of(path), summary, time.monotonic() - started, skipped)
+
+
+def index_version(config: Config, job: EmbedJob) -> str:
+    """Fingerprint of the index that this configuration builds."""
+    return fingerprint("index", FORMAT_VERSION, job.version, config.index.model_dump(mode="json"))
+
+
+def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact | None:
+    """The index that this configuration builds, or what it became when updates were folded in, whichever is newer; None before."""
+    found, versions = None, {index_version(config, job)}
+    for name, manifest in workspace.finished("index"):
+        if name in versions or manifest["inputs"].get("compacted_from") in versions:
+            versions.add(name)
+            found = Artifact(f"index/{name}", name, manifest)
+    return found
+
+
+def determined_index(workspace: Workspace, config: Config) -> str | None:
+    """Version of the index that a configuration with a catalogue builds, if it was built and its gate allows it; else None."""
+    if not config.data.catalog:
+        return None
+    try:
+        found = find_index(workspace, config, plan(workspace, config))
+    except InputError:  # the tables need not be where the index is served
+        return None
+    return found.version if found and found.refusal(config.gate.require) is None else None
 
 
 def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> dict[str, Any]:

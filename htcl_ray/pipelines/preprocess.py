@@ -27,10 +27,11 @@ from htcl_ray.catalog.artists import artist_groups
 from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
-from htcl_ray.catalog.songs import Catalog, read_catalog
+from htcl_ray.catalog.songs import SONGS, Catalog, read_catalog
 from htcl_ray.config import Config
 from htcl_ray.errors import AudioError, TableError
 from htcl_ray.interactions.splits import group_split, group_splits
+from htcl_ray.paths import canonical
 from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
 from htcl_ray.pipelines.pairs import make_pairs
@@ -88,13 +89,19 @@ def _summary(workspace: Workspace, plan: FeaturesPlan, log: LogPlan | None) -> s
 class FeaturesPlan:
     """Everything that determines the features, known before any audio is opened."""
 
-    version: str
+    versions: tuple[str, str]
+    """Fingerprint with the decoders of this machine, and with those of one that has FFmpeg where this one lacks it, or the reverse."""
     catalog: Catalog
     songs: pa.Table
     """Songs whose audio file can be opened and is not empty; shards are slices of it. `split` is null for songs without an artist."""
     rejected: pa.Table
     """Rejected without opening audio."""
     inputs: dict[str, str]
+
+    @property
+    def version(self) -> str:
+        """Fingerprint of the features that `htcl preprocess` makes on this machine."""
+        return self.versions[0]
 
 
 def plan_features(config: Config) -> FeaturesPlan:
@@ -105,14 +112,15 @@ def plan_features(config: Config) -> FeaturesPlan:
     unusable = [_reject(songs.filter(stats[:, 0] == size), *why) for size, why in UNUSABLE.items()]
     rejected = pa.concat_tables([catalog.rejected, *unusable])
     usable = songs.filter(stats[:, 0] > 0)
-    inputs = {"catalog": _table_hash(songs), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
+    inputs = {"catalog": _identity(catalog), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
     has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
     if config.data.split_column is None:
         splits = group_splits(artist_groups(usable["artist"]), config.data.split_shares)
         usable = usable.set_column(usable.schema.get_field_index("split"), "split", splits)
-    version = fingerprint(FORMAT_VERSION, inputs, config.audio.model_dump(mode="json"), settings, has_ffmpeg)
-    return FeaturesPlan(version, catalog, usable, rejected, inputs)
+    recipe = config.audio.model_dump(mode="json")
+    own, other = (fingerprint(FORMAT_VERSION, inputs, recipe, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg))
+    return FeaturesPlan((own, other), catalog, usable, rejected, inputs)
 
 
 def _reject(songs: pa.Table, reason: Reason, detail: str) -> pa.Table:
@@ -133,6 +141,21 @@ def _check_rejected(config: Config, plan: FeaturesPlan, rejected: pa.Table, song
     if not songs:
         tables = ", ".join(config.data.catalog)
         raise TableError(f"no song of {tables} can be used: {describe(counts)}, for instance {such}; see {where} and correct the input")
+
+
+def _identity(catalog: Catalog) -> str:
+    """Hash of what a catalogue says, not of how its path and those of its audio files are spelled or where a row stands in it."""
+    folders: dict[str, str] = {}
+    paths = []
+    for path in catalog.songs["audio_path"].to_pylist():
+        folder, separator, name = path.rpartition("/")
+        if folder not in folders:
+            folders[folder] = canonical(f"{folder}{separator}")
+        paths.append(f"{folders[folder].rstrip('/')}/{name}")
+    place = catalog.songs.schema.get_field_index("audio_path")
+    songs = catalog.songs.set_column(place, SONGS.field("audio_path"), pa.array(paths, pa.string())).drop_columns(["source", "row"])
+    rejected = sorted(zip(*(map(str, catalog.rejected[name].to_pylist()) for name in ("song_id", "reason")), strict=True))
+    return fingerprint(_table_hash(songs), rejected)
 
 
 def _table_hash(table: pa.Table) -> str:

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htcl_ray import artifacts, errors
+from htcl_ray import errors
 from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
-from htcl_ray.pipelines import cluster
+from htcl_ray.paths import canonical
+from htcl_ray.pipelines import cluster, inputs
 from htcl_ray.pipelines.capacity import capacity, check_fits, use_gpu, worker_resources
-from htcl_ray.schemas import FORMAT_VERSION
-from htcl_ray.settings import LOWER_IS_BETTER, NOT_IN_MODEL, FinetuneSettings, StageSettings
-from htcl_ray.storage import Workspace, build_manifest, file_sha256, fingerprint
+from htcl_ray.settings import LOWER_IS_BETTER, FinetuneSettings, StageSettings
+from htcl_ray.storage import Workspace, build_manifest, file_sha256
 from htcl_ray.training.trackers import check_tracking
 
 if TYPE_CHECKING:
@@ -71,54 +71,32 @@ class StageRun:
 
 
 def pretrain(config: Config) -> StepResult:
-    """Stage 1: train the semantic model on the newest features. Raises InputError before Ray starts."""
+    """Stage 1: train the semantic model on the configured features. Raises InputError before Ray starts."""
     workspace = Workspace(config.workspace)
-    features = artifacts.features(workspace, config)
-    version = fingerprint(
-        "semantic", FORMAT_VERSION, features.version, _model_settings(config), _text_weights(config), _determining(config.pretrain)
-    )
+    features = inputs.features(workspace, config)
+    version = inputs.semantic_version(config, features.version)
     return _run(workspace, config, StageRun("pretrain", "semantic", config.pretrain, features, None, None, version))
 
 
 def finetune(config: Config, model: str | None = None) -> StepResult:
-    """Stage 2: train the preference model from the newest semantic model, or from version `model`. Raises InputError before Ray starts."""
+    """Stage 2: train the preference model from the semantic model of `inputs.parent`. Raises InputError before Ray starts."""
     workspace = Workspace(config.workspace)
-    features = artifacts.features(workspace, config)
+    features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features)
-    parent = artifacts.models(workspace, model).semantic
+    parent = inputs.parent(workspace, config, features.version, model)
     check_parent(workspace, parent, config)
-    version = fingerprint("preference", FORMAT_VERSION, features.version, pairs.version, parent.version, _determining(config.finetune))
+    version = inputs.preference_version(config, features.version, pairs.version, parent.version)
     return _run(workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version))
 
 
 def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -> Artifact:
-    """The newest pairs mined on these features. Raises InputError when there are none."""
-    pairs = artifacts.pairs(workspace, features.version)
-    if pairs is not None:
-        return pairs
-    if not config.data.interactions:
+    """The configured pairs of these features. Raises InputError when there are none."""
+    pairs = inputs.pairs(workspace, config, features.version)
+    if pairs is None:
         raise ConfigError(
             "finetune learns from preference pairs, but data.interactions is empty; name the log table(s) there and run 'htcl preprocess'"
         )
-    raise WorkspaceError(
-        f"the workspace {workspace.uri} holds no preference pairs for the features {features.version}; run 'htcl preprocess' first"
-    )
-
-
-def _model_settings(config: Config) -> dict[str, Any]:
-    return {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
-
-
-def _text_weights(config: Config) -> dict[str, str]:
-    """What a local pretrained text model holds; a hub name stands for itself."""
-    folder = Path(config.text.name_or_path or "")
-    if config.text.name_or_path is None or not folder.is_dir():
-        return {}
-    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt", ".model")}
-
-
-def _determining(settings: StageSettings) -> dict[str, Any]:
-    return {name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL}
+    return pairs
 
 
 def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
@@ -142,7 +120,7 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
     for section, made in theirs.items():
         ours = getattr(config, section).model_dump(mode="json")
         for key, value in made.model_dump(mode="json").items():
-            if value != ours[key]:
+            if value != ours[key] and not (key == "name_or_path" and value and ours[key] and canonical(value) == canonical(ours[key])):
                 raise MismatchError(
                     f"the semantic model {parent.version} was made with {section}.{key}={value}, but the configuration says {ours[key]}; "
                     "run 'htcl pretrain' with this configuration or give the one that it was made with"
@@ -155,7 +133,7 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     if manifest is not None:
         return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started, skipped=True)
     workspace.check_writable()
-    cluster.refuse_relative_workspace(config)
+    cluster.refuse_relative_paths(config)
     _check_cpus(config, stage)
     config = config.model_copy(update={"tracking": check_tracking(config.tracking)})
     vocabulary = check_data(workspace, config, stage)
@@ -280,9 +258,7 @@ def fit_stage(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")
     settings = stage.settings
     gpu = use_gpu(settings, capacity())
-    local_text = config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path)
-    if local_text:  # workers run in a folder of their own
-        config = config.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path or "")})
+    config = config.with_absolute_paths()  # workers run in a folder of their own
     run = f"{stage.runs_path}/{stage.version}"
     job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent, label)
     print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)

@@ -16,14 +16,13 @@ from typing import Any
 
 import optuna
 
-from htcl_ray import artifacts
 from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.pipelines import cluster
+from htcl_ray.pipelines import cluster, inputs
 from htcl_ray.pipelines.capacity import HEAD_RESOURCE, capacity, check_fits, use_gpu
 from htcl_ray.pipelines.train import StageRun, check_data, check_parent, preference_pairs
-from htcl_ray.pipelines.trial import TrialJob, run_trial
+from htcl_ray.pipelines.trial import TrialJob, run_trial, trial_folder
 from htcl_ray.settings import NOT_IN_MODEL, Dimension
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 from htcl_ray.training.songs import Pairs, Songs, read_pairs, read_songs
@@ -52,14 +51,14 @@ def tune(config: Config, model: str | None = None) -> StepResult:
     space = search_space(config, rows)
     budgets: dict[str, Budget] = {name: stage_budget(config, space, name, rows[name]) for name in config.tune.stages}
     about = _about(config, space, budgets, _gallery(config, songs, mined), features, pairs, parent)
-    trials = read_trials(workspace, study)
+    trials = [_to_run_again(workspace, study, trial) for trial in read_trials(workspace, study)]
     _check_same_study(workspace, study, about)
     done = workspace.manifest(study)
     left = config.tune.trials - sum(trial.ended for trial in trials)
     if left <= 0 and done is not None:
         return StepResult("tune", workspace.uri_of(f"{study}/report.html"), _summary(trials, config), 0.0, skipped=True)
     if left > 0:
-        cluster.refuse_relative_workspace(config)
+        cluster.refuse_relative_paths(config)
         vocabulary = _check_stages(workspace, config, space, features, pairs, parent)
         cluster.connect(config)
         shared = _on_this_cluster(config)
@@ -76,7 +75,7 @@ def tune(config: Config, model: str | None = None) -> StepResult:
 
 
 def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Artifact, Artifact | None, Artifact | None]:
-    features = artifacts.features(workspace, config)
+    features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features) if "finetune" in config.tune.stages else None
     if config.tune.stage != "finetune":
         if model is not None:
@@ -84,9 +83,18 @@ def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Ar
                 f"--model names the model that stage 2 starts from, but tune.stage is {config.tune.stage}; leave one of them out"
             )
         return features, pairs, None
-    parent = artifacts.models(workspace, model).semantic
+    parent = inputs.parent(workspace, config, features.version, model)
     check_parent(workspace, parent, config)
     return features, pairs, parent
+
+
+def _to_run_again(workspace: Workspace, study: str, trial: Trial) -> Trial:
+    """A trial that failed, as one to be run from its beginning; any other as it is."""
+    if trial.state != "failed":
+        return trial
+    print(f"tune  trial {trial.number} failed before and is tried again: {trial.error}", flush=True)
+    workspace.remove(trial_folder(study, trial.number))
+    return Trial(trial.number, trial.parameters, attempts=trial.attempts)
 
 
 def _check_stages(
@@ -201,8 +209,7 @@ def _on_this_cluster(config: Config) -> Config:
     else:
         print(f"tune  at most {concurrent} trial(s) at a time; the cluster is {found}", flush=True)
     shared = config.with_overrides({**chosen, "tune.max_concurrent_trials": concurrent})
-    if config.text.name_or_path is not None and os.path.isdir(config.text.name_or_path):  # trials run in folders of their own
-        shared = shared.with_overrides({"text.name_or_path": os.path.abspath(config.text.name_or_path)})
+    shared = shared.with_absolute_paths()  # trials run in folders of their own
     return shared.model_copy(update={"tracking": check_tracking(config.tracking)})
 
 

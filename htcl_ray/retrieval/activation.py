@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -12,8 +13,9 @@ from htcl_ray import artifacts
 from htcl_ray.errors import IndexNotFoundError, IndexRefusedError, InputError
 from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.vectors import ModelVersions
+from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace
-from htcl_ray.verdicts import refuse_failed
+from htcl_ray.verdicts import check_gates
 
 POINTER = "index/active.json"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -56,42 +58,45 @@ def write_pointer(workspace: Workspace, pointer: Pointer) -> None:
     workspace.write_json(POINTER, asdict(pointer))
 
 
-def starting_pointer(workspace: Workspace, version: str | None, *, allow_failed_gate: bool = False) -> Pointer:
-    """What an application that starts now serves: `version`, else what was activated last if it may be served, else the newest accepted.
+def starting_pointer(
+    workspace: Workspace, version: str | None, *, require: Require = "failed", determined: Callable[[], str | None] = lambda: None
+) -> Pointer:
+    """What an application that starts now serves.
 
-    Raises InputError when there is none.
+    That is `version`, else what was activated last if its gate allows it, else the index of the configuration, which `determined` gives if
+    there is one, else the newest accepted. Raises InputError when there is none.
     """
     if version is not None:
         return Pointer(check_name(version), now())
     try:
         pointer = read_pointer(workspace)
         if pointer is not None:
-            check_accepted(workspace, pointer.version, allow_failed_gate)
+            check_accepted(workspace, pointer.version, require)
             return pointer
     except InputError:  # the watcher of each replica reports it
         pass
-    newest = artifacts.index(workspace, None, accepted=not allow_failed_gate)
+    newest = artifacts.index(workspace, determined(), require=require)
     return Pointer(newest.version, newest.manifest["created"])
 
 
-def check_accepted(workspace: Workspace, version: str, allow_failed_gate: bool) -> artifacts.Artifact:
+def check_accepted(workspace: Workspace, version: str, require: Require) -> artifacts.Artifact:
     """The index of this version. Raises IndexNotFoundError when there is none, GateError or MismatchError when its gate forbids it."""
     path = f"index/{check_name(version)}"
     manifest = workspace.manifest(path)
     if manifest is None:
         raise IndexNotFoundError(f"there is no finished index '{version}' in {workspace.uri}/index; expected one that 'htcl index' made")
     artifact = artifacts.Artifact(path, version, manifest)
-    refuse_failed(workspace, artifact, artifacts.models_of(workspace, artifact), allow_failed_gate)
+    check_gates(workspace, artifacts.models_of(workspace, artifact), artifact, require)
     return artifact
 
 
-def load_accepted(workspace: Workspace, version: str, model_versions: ModelVersions, *, allow_failed_gate: bool = False) -> SongIndex:
+def load_accepted(workspace: Workspace, version: str, model_versions: ModelVersions, *, require: Require) -> SongIndex:
     """The index of this version, for queries that the models of `model_versions` encode.
 
     Raises IndexNotFoundError, IndexRefusedError for anything wrong with the index itself, and OSError when the storage fails.
     """
     try:
-        artifact = check_accepted(workspace, version, allow_failed_gate)
+        artifact = check_accepted(workspace, version, require)
         return SongIndex.load(workspace.local_copy(artifact.path), model_versions=model_versions)
     except IndexRefusedError:
         raise

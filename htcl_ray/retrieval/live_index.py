@@ -14,7 +14,7 @@ from htcl_ray.retrieval.replay import Replay
 from htcl_ray.retrieval.service import SearchService
 from htcl_ray.retrieval.update_log import Update, UpdateLog
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
-from htcl_ray.settings import ServeSettings
+from htcl_ray.settings import Require, ServeSettings
 from htcl_ray.storage import Workspace
 
 STOP_SECONDS = 10.0
@@ -52,15 +52,18 @@ class LiveIndex:
         version: str | None = None,
         *,
         started_at: str | None = None,
+        require: Require = "failed",
     ) -> None:
         """Load what is to be served, with the log applied.
 
         `model_versions`: of the encoder. `version` and `started_at`: what the application was started with, and when (default: now);
-        without a version, the newest accepted index of these models. Raises IndexRefusedError when nothing can be served.
+        without a version, the newest accepted index of these models. `require`: `gate.require`. Raises IndexRefusedError when
+        nothing can be served.
         """
         self.workspace = workspace
         self._settings = settings
         self._model_versions = model_versions
+        self._require: Require = require
         self._log = UpdateLog(workspace)
         self._started = None if version is None else Pointer(check_name(version), started_at or now())
         self._built: dict[str, Pointer | None] = {}
@@ -181,8 +184,7 @@ class LiveIndex:
         return row["name"][0].as_py()
 
     def _load(self, pointer: Pointer) -> Active:
-        allow = self._settings.allow_failed_gate
-        index = load_accepted(self.workspace, pointer.version, self._model_versions, allow_failed_gate=allow)
+        index = load_accepted(self.workspace, pointer.version, self._model_versions, require=self._require)
         replay = Replay(index, self._log)
         replay.catch_up()
         warm_up(index)

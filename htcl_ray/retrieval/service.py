@@ -24,7 +24,7 @@ from htcl_ray.retrieval.variety import varied_search
 from htcl_ray.retrieval.vectors import Vectors, unit_norm
 from htcl_ray.schemas import METADATA
 from htcl_ray.storage import Workspace
-from htcl_ray.verdicts import refuse_failed
+from htcl_ray.verdicts import check_gates
 
 if TYPE_CHECKING:
     from htcl_ray.retrieval.encoder import SongEncoder
@@ -88,14 +88,13 @@ class SearchService:
     def open(cls, config: Config, index: str | None = None, *, encoder: bool = True) -> Self:
         """The service over an index of the workspace (default: the newest accepted) with the models that it names.
 
-        `encoder=False` skips loading the models, for questions by song or vector. Raises GateError when the gate of the index or of its
-        models failed, unless `serve.allow_failed_gate`.
+        `encoder=False` skips loading the models, for questions by song or vector. Raises GateError when `gate.require` forbids the
+        index or its models.
         """
         workspace = Workspace(config.workspace)
-        allow = config.serve.allow_failed_gate
-        artifact = artifacts.index(workspace, index, accepted=not allow)
+        artifact = artifacts.index(workspace, index, require=config.gate.require)
         models = artifacts.models_of(workspace, artifact)
-        refuse_failed(workspace, artifact, models, allow)
+        check_gates(workspace, models, artifact, config.gate.require)
         loaded = SongIndex.load(workspace.local_copy(artifact.path))
         return cls(loaded, _load_encoder(workspace, models) if encoder else None)
 

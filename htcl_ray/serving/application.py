@@ -22,7 +22,8 @@ from ray.serve.config import AutoscalingConfig
 from htcl_ray import artifacts
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.pipelines.cluster import connect
+from htcl_ray.pipelines.cluster import connect, refuse_relative_paths
+from htcl_ray.pipelines.index import determined_index
 from htcl_ray.retrieval.activation import check_accepted, starting_pointer
 from htcl_ray.retrieval.index_folder import read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions
@@ -51,16 +52,18 @@ def build_app(args: Mapping[str, Any]) -> Application:
     preset, file, index = (given.pop(name, None) for name in ("preset", "config", "index"))
     workspace = given.pop("workspace", None)
     config = resolve(preset, file, [f"{key}={value}" for key, value in given.items()])
-    return create(config.with_overrides({"workspace": workspace}) if workspace else config, index)
+    config = config.with_overrides({"workspace": workspace}) if workspace else config
+    refuse_relative_paths(config)
+    return create(config.with_absolute_paths(), index)
 
 
 def create(config: Config, index: str | None = None) -> Application:
     """The application over an index of the workspace (default: what was activated last, else the newest accepted) and its models.
 
-    Checks that they fit each other and that no gate failed, unless `serve.allow_failed_gate`; loads neither and starts nothing.
+    Checks that they fit each other and that `gate.require` allows them; loads neither and starts nothing.
     """
     settings = config.serve
-    served = _served(Workspace(config.workspace), index, settings.allow_failed_gate)
+    served = _served(config, index)
     Keys.from_settings(settings)  # refuses what cannot be served before anything starts
     at_a_time = ONGOING_BATCHES * settings.max_batch_size
     drain = settings.request_seconds + 1
@@ -133,11 +136,12 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
         print("stopping", flush=True)
 
 
-def _served(workspace: Workspace, index: str | None, allow_failed_gate: bool) -> Served:
+def _served(config: Config, index: str | None) -> Served:
     from htcl_ray.models import weights_fingerprint  # loads torch
 
-    pointer = starting_pointer(workspace, index, allow_failed_gate=allow_failed_gate)
-    artifact = check_accepted(workspace, pointer.version, allow_failed_gate)
+    workspace, require = Workspace(config.workspace), config.gate.require
+    pointer = starting_pointer(workspace, index, require=require, determined=lambda: determined_index(workspace, config))
+    artifact = check_accepted(workspace, pointer.version, require)
     models = artifacts.models_of(workspace, artifact)
     preference = models.preference
     versions: ModelVersions = {
@@ -145,7 +149,7 @@ def _served(workspace: Workspace, index: str | None, allow_failed_gate: bool) ->
         "preference": weights_fingerprint(workspace.local_copy(preference.path)) if preference else None,
     }
     read_manifest(workspace.local_copy(artifact.path), model_versions=versions)
-    return Served(workspace, pointer, models.semantic.path, preference.path if preference else None, versions)
+    return Served(workspace, pointer, models.semantic.path, preference.path if preference else None, versions, require)
 
 
 def _claim_port(settings: ServeSettings) -> int:

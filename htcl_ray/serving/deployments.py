@@ -24,7 +24,7 @@ from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate, unit
 from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
 from htcl_ray.serving.routes import create_app
 from htcl_ray.serving.signed_urls import new_signing_key
-from htcl_ray.settings import ServeSettings
+from htcl_ray.settings import Require, ServeSettings
 from htcl_ray.storage import Workspace
 
 READY_SECONDS = 5.0
@@ -40,6 +40,8 @@ class Served:
     semantic: str
     preference: str | None
     model_versions: ModelVersions
+    require: Require = "failed"
+    """`gate.require`."""
     signing_key: bytes = field(default_factory=new_signing_key, repr=False)
     """See `signed_urls.py`."""
 
@@ -123,7 +125,8 @@ class Ingress:
         self._cache = QueryCache(settings.cache_entries)
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
         self.measurements = IngressMeasurements()
-        self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index.version, started_at=served.index.activated_at)
+        started, at = served.index.version, served.index.activated_at
+        self.live = LiveIndex(served.workspace, settings, served.model_versions, started, started_at=at, require=served.require)
         self._centre = self.live.version, mean_of(self.live.service.index)
         """Of the index of that version."""
         self.live.start(self._measure_index)

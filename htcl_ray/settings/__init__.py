@@ -4,7 +4,7 @@ from htcl_ray.settings.data import AudioRecipe, DataSettings, PairSettings
 from htcl_ray.settings.model import ModelSettings, TextSettings
 from htcl_ray.settings.section import Names, Settings, nearest
 from htcl_ray.settings.serve import ServeSettings
-from htcl_ray.settings.steps import EmbedSettings, EvaluateSettings, IndexSettings, RaySettings
+from htcl_ray.settings.steps import EmbedSettings, EvaluateSettings, GateSettings, IndexSettings, RaySettings, Require
 from htcl_ray.settings.training import (
     LOWER_IS_BETTER,
     NOT_IN_MODEL,
@@ -27,6 +27,7 @@ __all__ = [
     "EmbedSettings",
     "EvaluateSettings",
     "FinetuneSettings",
+    "GateSettings",
     "HealthSettings",
     "IndexSettings",
     "ModelSettings",
@@ -35,6 +36,7 @@ __all__ = [
     "PairSettings",
     "PretrainSettings",
     "RaySettings",
+    "Require",
     "ServeSettings",
     "Settings",
     "StageSettings",

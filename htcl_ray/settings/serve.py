@@ -16,8 +16,6 @@ class ServeSettings(Settings):
     port: int = Field(8000, ge=0, le=65535)
     allowed_hosts: Names = ()
     """Names that a request's Host header may carry, beside localhost and serve.host; `*` allows any, for a proxy that checks."""
-    allow_failed_gate: bool = False
-    """Serve a model or index whose gate failed."""
 
     encoder_replicas: int = Field(1, ge=1)
     """Encoder replicas, and the fewest when they scale."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -70,6 +70,24 @@ class EvaluateSettings(Settings):
         if "{label}" not in value:
             raise ValueError(f"it is '{value}'; expected a text with {{label}} where the label goes, such as 'a {{label}} song'")
         return value
+
+
+Require = Literal["off", "failed", "unjudged"]
+
+
+class GateSettings(Settings):
+    """What the gate of a model or index has to say before a step uses it."""
+
+    require: Require = "failed"
+    """off: any may be used. failed: those whose gate failed are refused. unjudged: those that no gate has judged as well. Asked by finetune
+    and tune of the model that they start from, by embed, index, serve and search; a model that is to be judged is embedded without
+    `unjudged`, since `htcl evaluate --gate` needs its embeddings."""
+
+    @field_validator("require", mode="before")
+    @classmethod
+    def _off_of_yaml(cls, value: Any) -> Any:
+        """YAML reads the word off as false."""
+        return "off" if value is False else value
 
 
 class RaySettings(Settings):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from htcl_ray.errors import ConfigError
+from htcl_ray.paths import absolute_sqlite
 from htcl_ray.settings import TrackingSettings
 from htcl_ray.storage import Workspace
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from htcl_ray.training.progress import Metrics
 
 TRACKED = "trackers.json"
-SQLITE = "sqlite:///"
 
 
 class Tracker(Protocol):
@@ -57,9 +57,7 @@ def check_tracking(settings: TrackingSettings) -> TrackingSettings:
             "tracking.trackers names mlflow, but neither tracking.mlflow_uri nor MLFLOW_TRACKING_URI is set; "
             "expected a server such as http://host:5000, or a file such as sqlite:///mlflow.db"
         )
-    if uri.startswith(SQLITE):
-        uri = SQLITE + os.path.abspath(uri.removeprefix(SQLITE))
-    return settings.model_copy(update={"mlflow_uri": uri})
+    return settings.model_copy(update={"mlflow_uri": absolute_sqlite(uri)})
 
 
 def open_trackers(

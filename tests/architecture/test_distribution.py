@@ -51,7 +51,7 @@ def test_readme_maps_every_file():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_resolved_preset_is_the_golden_one(preset: str):
-    """A changed default shows in review. To accept one: htcl config show --preset NAME > tests/golden/NAME.yaml."""
+    """A changed default shows in review. CONTRIBUTING.md has the command that accepts one."""
     golden = (REPOSITORY / "tests" / "golden" / f"{preset}.yaml").read_text(encoding="utf-8")
     assert resolve(preset).as_yaml() == golden
 

@@ -1,191 +1,243 @@
-"""The commands that the README and the pages show, given to a shell as they are shown, in the order of a reader, over a small world.
+"""The commands that the README and the pages show, given to a shell exactly as they are shown, in the order of a reader.
 
-Filled in is only what a reader fills in: places, names of runs and songs, the port. Sizes are made small: a configuration file stands for
-the preset, and sizes of batches and numbers of workers are lowered (`SMALLER`). What is shown but not run here is in `ELSEWHERE`.
+The reader's folder holds a small world with what the pages speak of: `songs.parquet`, `log.parquet`, `song.mp3`, `gate.yaml`, songs that
+are called `SONG_ID`, `a` or `b`. Nothing of a line is changed or left out. `NOT_HERE` lists what needs a cloud, Docker, Kubernetes, a
+cluster or another installation, each with the test that checks its files or runs the same under other names.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 
-from htcl_ray.config import resolve
 from htcl_ray.sample import write_sample
+from tests.conftest import REPOSITORY
 from tests.documented_commands import PAGES, blocks, variables
-from tests.end_to_end.whole_path import SMALL
-from tests.ray_head import environment, free_ports
+from tests.official_model import small_wrapper
+from tests.ray_head import environment
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
-TINY = {
-    "text.width": 16,
-    "text.layers": 1,
-    "model.conv_channels": 16,
-    "model.width": 16,
-    "model.layers": 1,
-    "model.feed_forward": 32,
-    "model.head_hidden": [16],
-    "model.dim": 12,
-    "pretrain.epochs": 1,
-    "pretrain.batch_size": 16,
-    "finetune.epochs": 1,
-    "finetune.batch_size": 16,
-    "finetune.pairs_per_epoch": 64,
-    "evaluate.resamples": 100,
+NOT_HERE = {
+    r"pip install |source ": "installs or enters an environment: Makefile, tests/architecture/test_distribution.py",
+    r"make (demo|test)": "`make test` runs this file; `make demo` is `htcl demo`: tests/end_to_end/test_demo.py",
+    r"export |cat > ": "sets variables for, or writes a file of, the cluster commands after it: tests/architecture/test_deploy.py",
+    r"(export .* && )?ray get-auth-token |ray start --head": "a head node on Ray's own ports: tests/ray_head.py starts one on free ports",
+    r"ray job (submit|logs|status|stop) |DATA=.*s3://": "a cluster with its storage: tests/end_to_end/test_jobs.py runs every job, "
+    "tests/architecture/test_docs.py reads every flag",
+    r"python -c .*write_sample|ray status": "the rehearsal on an autoscaling cluster: tests/ray/test_tune_autoscaling.py",
+    r"ray (up|dashboard|down) ": "a cloud, or machines with SSH: tests/architecture/test_deploy.py",
+    r"docker build |kubectl ": "Docker, Kubernetes: tests/architecture/test_deploy.py",
+    r"python -m benchmarks\.gpu|PYTHONPATH=site |pip download ": "minutes of a GPU: tests/end_to_end/test_gpu_benchmark.py rehearses it",
+    r"serve deploy ": "a cluster that runs already: tests/serve/test_commands.py runs the same file",
 }
-SMALLER = {
-    "pretrain.batch_size=4096": "pretrain.batch_size=32",
-    "pretrain.num_workers=4": "pretrain.num_workers=2",
-}
-ELSEWHERE = {
-    r"pip install|make (demo|test)|source ": "how continuous integration installs, and what it calls",
-    r"export |cat > ": "settings of the lines after it",
-    r"(.* && )?ray (get-auth-token|start --head)": "tests/ray_head.py, tests/ray/cluster_of_nodes.py",
-    r"ray job |python -c|ray status": "tests/end_to_end/test_jobs.py, tests/ray/test_tune_autoscaling.py",
-    r"serve (run|deploy) ": "tests/serve/test_commands.py",
-    r"ray (up|dashboard|down) |docker build|kubectl ": "needs a cloud, Docker or Kubernetes; test_deploy.py reads their files",
-    r"htcl import-official ": "tests/unit/test_official.py",
-    r"htcl evaluate .*--ablate": "tests/ray/test_ablate.py",
-    r"python -m benchmarks\.gpu|PYTHONPATH=site |pip download ": "tests/end_to_end/test_gpu_benchmark.py",
-    r"htcl tune ": "tests/ray/test_tune.py; tests/end_to_end/test_jobs.py",
-}
+SERVERS = r"htcl serve|serve run "
 GATE_FAILED = 1
-"""What `--gate default` says of a model that saw forty songs once."""
+"""Exit code of `--gate default` for a model that saw some hundred songs."""
+PORT = 8000
+"""The port of every request that is shown."""
+NAMED = ("a", "b", "c", "SONG_ID", "OTHER_SONG_ID")
 
 
-def lines() -> list[str]:
+class Line(NamedTuple):
+    """A command as it is shown, and the page's `DATA`."""
+
+    page: str
+    text: str
+    data: str
+
+
+def lines() -> list[Line]:
     """Every command of the shell blocks, those of the README and of the page about one's own data first; continued lines are one."""
-    found: list[str] = []
+    found: list[Line] = []
     for page in sorted(PAGES, key=lambda page: page.name not in ("README.md", "own-data.md")):
+        data = (variables(PAGES[0]) | variables(page))["DATA"]
         for block in blocks(page, "bash"):
             block = re.sub(r"<<'(\w+)'.*?^\1$", "", block, flags=re.DOTALL | re.MULTILINE)
             begun = ""
-            for line in block.replace("\\\n", " ").splitlines():
-                begun += f"\n{line}" if begun else line.strip()
-                if subprocess.run(["bash", "-n", "-c", begun], capture_output=True).returncode == 0:
-                    found.append(begun)
+            for line in block.splitlines():
+                begun += f"\n{line}" if begun else line
+                if not line.endswith("\\") and subprocess.run(["bash", "-n", "-c", begun], capture_output=True).returncode == 0:
+                    found.append(Line(page.name, begun.strip(), data))
                     begun = ""
             assert not begun, f"{page.name}: {begun}"
-    return [line for line in found if line]
+    return [line for line in found if line.text]
 
 
-def elsewhere(line: str) -> bool:
-    return any(re.match(pattern, line) for pattern in ELSEWHERE)
+def here(pattern: str) -> list[Line]:
+    """The lines that begin with one of these, each once."""
+    chosen = [line for line in lines() if not any(re.match(other, line.text) for other in NOT_HERE) and re.match(pattern, line.text)]
+    return list({(line.text, line.data): line for line in chosen}.values())
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's folder: tables, one more catalogue with other names of columns, a recording, a gate, a small configuration."""
+    """A reader's folder."""
     folder = tmp_path_factory.mktemp("reader")
-    tables = write_sample(folder / "sample", songs=60, artists=12, users=40, seed=3, seconds=4.0)
-    catalog = pa.csv.read_csv(tables.catalog)
-    paths = [str(tables.catalog.parent / path) for path in catalog["audio_path"].to_pylist()]
-    catalog = catalog.set_column(catalog.column_names.index("audio_path"), "audio_path", pa.array(paths))
-    pq.write_table(catalog, folder / "songs.parquet")
-    pq.write_table(pa.csv.read_csv(tables.interactions), folder / "log.parquet")
-    named = {"song_id": "track_uri", "audio_path": "file"}
-    pq.write_table(catalog.rename_columns([named.get(name, name) for name in catalog.column_names]), folder / "named.parquet")
-    waveform, rate = soundfile.read(paths[0])
-    soundfile.write(folder / "song.mp3", waveform, rate)
-    (folder / "gate.yaml").write_text("bounds:\n  - {figure: text_to_audio.semantic.median_rank, at_most: 60}\n")
-    (folder / "small.yaml").write_text(resolve("demo").with_overrides({**SMALL, **TINY}).as_yaml())
+    tables = write_sample(folder / "sample", songs=180, artists=90, users=40, seed=3, seconds=4.0)
+    catalog, log = pa.csv.read_csv(tables.catalog), pa.csv.read_csv(tables.interactions)
+    sound = [
+        (folder / "sample" / path).exists() and (folder / "sample" / path).stat().st_size > 10_000
+        for path in catalog["audio_path"].to_pylist()
+    ]
+    catalog = catalog.filter(pa.array(sound))
+    names = dict(zip(catalog["song_id"].to_pylist(), NAMED, strict=False))
+    for table, file in ((catalog, "songs.parquet"), (log, "log.parquet")):
+        for column in ("song_id", "trigger_song_id"):
+            if column in table.column_names:
+                renamed = pa.array([names.get(song, song) for song in table[column].to_pylist()], pa.string())
+                table = table.set_column(table.column_names.index(column), column, renamed)
+        if file == "songs.parquet":
+            paths = pa.array([str(folder / "sample" / path) for path in table["audio_path"].to_pylist()])
+            table = table.set_column(table.column_names.index("audio_path"), "audio_path", paths)
+            theirs = {"song_id": "track_uri", "audio_path": "file"}
+            pq.write_table(table.rename_columns([theirs.get(name, name) for name in table.column_names]), folder / "tracks.parquet")
+            waveform, rate = soundfile.read(paths[0].as_py())
+            soundfile.write(folder / "song.mp3", waveform, rate)
+        pq.write_table(table, folder / file)
+    torch.save(small_wrapper(1).state_dict(), folder / "model-20.pth")
+    (folder / "gate.yaml").write_text("bounds:\n  - {figure: text_to_audio.semantic.median_rank, at_most: 180}\n")
+    (folder / ".curlrc").write_text("fail-with-body\n")
     return folder
 
 
-def filled_in(line: str, world: Path, port: int = 0) -> str:
-    """The line for the world's folder."""
-    if "track_uri" in line:
-        line = line.replace("/data/htcl", str(world / "named")).replace("songs.parquet", "named.parquet")
-    line = re.sub(r"/data/htcl|\./workspace|WORKSPACE", str(world / "workspace"), line)
-    if "htcl config" not in line:
-        line = re.sub(r"htcl (\w+)", r"htcl \1 --config small.yaml", re.sub(r"--preset \w+ ?", "", line))
-    for shown, small in SMALLER.items():
-        line = line.replace(shown, small)
-    reports = sorted(path.name for path in (world / "workspace/reports").glob("*/")) or [""]
-    line = line.replace("RUN_A", reports[0]).replace("RUN_B", reports[-1])
-    songs = pq.read_table(world / "songs.parquet", columns=["song_id"])["song_id"].to_pylist()
-    for letter, song in zip("abc", songs, strict=False):
-        line = line.replace(f'"{letter}"', f'"{song}"')
-    line = line.replace("endSongId=SONG_ID", f"endSongId={songs[7]}").replace("SONG_ID", songs[0])
-    return line.replace("localhost:8000", f"localhost:{port}").replace("curl -s", "curl -s --fail-with-body")
+def shell(line: Line, world: Path) -> dict[str, object]:
+    """How a line is given to bash: in the reader's folder, with the page's `DATA`."""
+    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": str(REPOSITORY)}
+    return {"args": ["bash", "-euo", "pipefail", "-c", line.text], "cwd": world, "env": variables}
 
 
-def run(line: str, world: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", line], cwd=world, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+def run(line: Line, world: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**shell(line, world), capture_output=True, text=True, timeout=3000, check=False)
 
 
-def test_every_line_is_run_here_or_elsewhere():
-    unknown = [line for line in lines() if not elsewhere(line) and not re.match(r'htcl |curl |DATA="', line)]
+@contextmanager
+def named(folder: Path, *names: str) -> Iterator[None]:
+    """For as long as it lasts, the oldest artifact of a folder has the first name too, the newest the last."""
+    made = sorted((path for path in folder.glob("*/") if (path / "manifest.json").exists()), key=lambda path: path.stat().st_mtime)
+    for name, target in zip(names, (made[0], made[-1]), strict=False):
+        (folder / name).symlink_to(target)
+    try:
+        yield
+    finally:
+        for name in names:
+            (folder / name).unlink()
+
+
+def test_every_line_is_run_here_or_named():
+    ran = {line.text for pattern in (r"htcl ", "curl ", 'DATA="', SERVERS) for line in here(pattern)}
+    unknown = [line for line in lines() if line.text not in ran and not any(re.match(pattern, line.text) for pattern in NOT_HERE)]
     assert not unknown
-    assert all(any(re.match(pattern, line) for line in lines()) for pattern in ELSEWHERE), "a pattern that fits nothing"
-
-
-def shown_lines(command: str) -> list[str]:
-    """Lines of one command without their remarks, each once however its tables are called."""
-    data = variables(PAGES[0])["DATA"]
-    parts = [part.split("  #")[0].strip().replace("$DATA", data) for line in lines() if not elsewhere(line) for part in line.split(" && ")]
-    return list(dict.fromkeys(re.sub(r"/data/(?=songs|log)", "", part) for part in parts if part.startswith(command)))
+    assert not any(re.match(pattern, "htcl ") for pattern in NOT_HERE), "every command of ours is run as it is written"
+    for pattern, why in NOT_HERE.items():
+        assert any(re.match(pattern, line.text) for line in lines()), f"{pattern} fits nothing"
+        for file in re.findall(r"tests/[\w/]+\.py", why):
+            assert (REPOSITORY / file).exists(), file
+        assert "tests/" in why
 
 
 @pytest.fixture(scope="module")
-def steps(world: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Every line of `htcl` but `serve`, run in order: from tables to reports, comparison and search."""
-    return {line: run(filled_in(line, world), world) for line in shown_lines("htcl ") if not line.startswith("htcl serve")}
+def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
+    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning."""
+    done = {}
+    for line in here("htcl "):
+        if "RUN_A" in line.text:
+            with named(world / "workspace/reports", "RUN_A", "RUN_B"):
+                done[line] = run(line, world)
+        elif not re.match(SERVERS, line.text):
+            done[line] = run(line, world)
+    return done
 
 
-def test_steps(steps: dict[str, subprocess.CompletedProcess[str]]):
+def test_steps(steps: dict[Line, subprocess.CompletedProcess[str]], world: Path):
     assert len(steps) >= 14
     for line, done in steps.items():
-        failed_gate = "--gate default" in line and done.returncode == GATE_FAILED and "the gate failed" in done.stderr
+        failed_gate = "--gate default" in line.text and done.returncode == GATE_FAILED and "the gate failed" in done.stderr
         assert done.returncode == 0 or failed_gate, f"{line}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stdout + done.stderr, line
+    assert {path.name for path in world.iterdir() if path.is_dir()} == {"sample", "workspace", "WORKSPACE"}, "nothing was written elsewhere"
+    (trials,) = (world / "workspace/runs/tune").glob("*/trials.jsonl")
+    states = [json.loads(text)["state"] for text in trials.read_text().splitlines()]
+    assert "finished" in states
+    assert "failed" not in states
 
 
-@pytest.mark.usefixtures("steps")
-def test_requests_to_the_server(world: Path):
-    """Every curl that is shown, to the `htcl serve` that is shown."""
-    port = free_ports(1)[0]
-    line = f"exec {filled_in(shown_lines('htcl serve')[0], world)} --set serve.port={port}"
-    with (world / "serve.log").open("w") as log:
-        server = subprocess.Popen(["bash", "-c", line], cwd=world, env=environment(), stdout=log, stderr=log)
+@contextmanager
+def server(line: Line, world: Path) -> Iterator[None]:
+    """A server that is shown, from its start until it has stopped after Ctrl-C."""
+    deadline = time.monotonic() + 600
+    while _taken(PORT):
+        assert time.monotonic() < deadline, f"port {PORT} is taken, and every command that is shown uses it"
+        time.sleep(1)
+    log = (world / "server.log").open("w")
+    process = subprocess.Popen(**shell(line, world), stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
-        while "try:" not in (world / "serve.log").read_text():
-            assert server.poll() is None, (world / "serve.log").read_text()
-            assert time.monotonic() < deadline, (world / "serve.log").read_text()
+        while not _ready():
+            assert process.poll() is None, (world / "server.log").read_text()
+            assert time.monotonic() < deadline, (world / "server.log").read_text()
             time.sleep(0.5)
-        asked = [filled_in(line, world, port) for line in lines() if line.startswith("curl ")]
-        assert len(asked) >= 10
-        for line in asked:
-            done = run(line, world)
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-            assert not re.search(r'"error"|status="failed"|"status": ?"failed"', done.stdout), f"{line}\n{done.stdout}"
+        yield
     finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) in (0, 130)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) in (0, 130, -signal.SIGINT, 1), (world / "server.log").read_text()
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _ready() -> bool:
+    try:
+        return httpx.get(f"http://localhost:{PORT}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.usefixtures("steps")
-def test_python_of_the_readme_and_of_own_data(world: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("line", here(SERVERS), ids=lambda line: f"{line.page}: {line.text[:30]}")
+def test_servers_answer_every_request_that_is_shown(world: Path, line: Line):
+    requests = here("curl ")
+    assert len(requests) >= 10
+    with server(line, world):
+        for request in requests:
+            done = run(request, world)
+            assert done.returncode == 0, f"{request}\n{done.stdout}{done.stderr}"
+            assert not re.search(r'"error"|status="failed"|"status": ?"failed"', done.stdout), f"{request}\n{done.stdout}"
+
+
+@pytest.mark.usefixtures("steps")
+def test_python_of_the_readme_and_of_own_data(world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """What is read there is what the steps wrote."""
-    model = next((world / "workspace/models/semantic").glob("*/")).name
-    waveform, rate = soundfile.read(world / "song.mp3", dtype="float32")
+    monkeypatch.chdir(world)
+    waveform, rate = soundfile.read("song.mp3", dtype="float32")
     names = {"waveform": waveform, "sample_rate": rate}
-    for page in PAGES:
-        for block in blocks(page, "python") if page.name in ("README.md", "own-data.md") else ():
-            code = block.replace("/data/htcl", str(world / "workspace")).replace("VERSION", model)
-            exec(compile(code, page.name, "exec"), names)
-    assert names["vector"].shape == (12,)
-    assert names["words"].shape == (2, 12)
+    with named(world / "workspace/models/semantic", "VERSION"):
+        for page in PAGES:
+            for block in blocks(page, "python") if page.name in ("README.md", "own-data.md") else ():
+                exec(compile(block, page.name, "exec"), names)
+    assert names["vector"].shape == names["words"][0].shape
+    assert names["words"].shape[0] == 2
     assert "unknown_song" in capsys.readouterr().out, "the reasons of the quarantine"

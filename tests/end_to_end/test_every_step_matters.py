@@ -14,9 +14,9 @@ import pytest
 import soundfile
 import torch
 
-from htcl_ray import artifacts
 from htcl_ray.config import Config
 from htcl_ray.models import HTCL
+from htcl_ray.pipelines import inputs
 from htcl_ray.sample import SampleTables, write_sample
 from htcl_ray.storage import Workspace
 from tests.end_to_end.whole_path import Outcome, configuration, rewrite, run_every_step
@@ -88,7 +88,7 @@ def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[by
 def spoil_checkpoint(config: Config) -> None:
     """Put initial weights into both newest models, the way a run that forgot to save would have."""
     workspace = Workspace(config.workspace)
-    chosen = artifacts.models(workspace)
+    chosen = inputs.models(workspace, config, inputs.features(workspace, config).version)
     for number, artifact in enumerate((chosen.semantic, chosen.preference)):
         assert artifact is not None
         folder = workspace.local_copy(artifact.path)

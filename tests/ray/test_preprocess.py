@@ -26,6 +26,7 @@ from htcl_ray.errors import InputError
 from htcl_ray.interactions.logs import LogShape, complete, normalise
 from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.interactions.splits import group_split, period_ends
+from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines import pairs as pairs_step
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.schemas import EVENTS, PAIRS, features_schema
@@ -361,3 +362,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, ray_cluster: None) ->
         assert read(tmp_path / "ws", kind).equals(read(tmp_path / "undisturbed", kind))
     assert read(tmp_path / "ws", "features").num_rows == songs - 1
     assert not [path for path in (tmp_path / "ws" / "features").rglob(".*")]
+
+
+def test_one_configuration_then_another_then_the_first_again(
+    world: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Shared case 07. Training reads what its configuration describes, and another spelling of the tables makes nothing again."""
+    titles, genres = (config_for(world, tmp_path / "workspace", data__text_columns=[column]) for column in ("title", "genre"))
+    assert [preprocess(config).skipped for config in (titles, genres, titles)] == [False, False, True]
+    workspace = Workspace(titles.workspace)
+    for config, text in ((titles, "Title 0"), (genres, "rock, folk")):
+        features = inputs.features(workspace, config)
+        assert workspace.read_tables(features.path, ["song_id", "text"]).sort_by("song_id")["text"][0].as_py() == text
+    monkeypatch.chdir(world)
+    for spelled in ("songs.csv", "./songs.csv", f"file://{world}/songs.csv"):
+        assert preprocess(titles.with_overrides({"data.catalog": spelled})).skipped

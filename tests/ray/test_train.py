@@ -19,6 +19,7 @@ from htcl_ray import artifacts
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
+from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.train import _best, _forget_unusable_checkpoints, finetune, pretrain
 from htcl_ray.storage import Workspace, file_sha256
 from tests.conftest import REPOSITORY
@@ -42,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Conf
 
 def test_models_are_published_with_their_inputs(trained: Config):
     workspace = Workspace(trained.workspace)
-    models = artifacts.models(workspace)
+    models = inputs.models(workspace, trained, "synthetic")
     assert models.preference is not None
     assert models.semantic.manifest["inputs"] == {"features": "synthetic"}
     assert models.preference.manifest["inputs"] == {"features": "synthetic", "pairs": "pairs", "model": models.semantic.version}
@@ -58,7 +59,7 @@ def test_models_are_published_with_their_inputs(trained: Config):
 
 def test_runs_leave_their_figures(trained: Config):
     workspace = Workspace(trained.workspace)
-    models = artifacts.models(workspace)
+    models = inputs.models(workspace, trained, "synthetic")
     assert models.preference is not None
     for artifact, epochs in ((models.semantic, trained.pretrain.epochs), (models.preference, trained.finetune.epochs)):
         run = Path(workspace.full(artifact.manifest["run"]))
@@ -143,32 +144,34 @@ def test_finetune_without_pairs_says_what_is_needed(tmp_path: Path):
     write_features(config)
     with pytest.raises(ConfigError, match=r"preference pairs, but data\.interactions is empty"):
         finetune(config)
-    with pytest.raises(WorkspaceError, match=r"holds no preference pairs.*preprocess"):
-        finetune(config.with_overrides({"data.interactions": ["log.csv"]}))
+    (tmp_path / "log.csv").write_text("user_id,song_id,weight\nu,song-0000,1\n")
+    with pytest.raises(WorkspaceError, match=r"holds no pairs of .*log\.csv .*run 'htcl preprocess'"):
+        finetune(config.with_overrides({"data.interactions": [str(tmp_path / "log.csv")]}))
     write_pairs(config)
     with pytest.raises(WorkspaceError, match=r"holds no model.*pretrain"):
         finetune(config)
 
 
-def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, monkeypatch: pytest.MonkeyPatch):
+def without_pairs(trained: Config, folder: Path) -> Config:
+    """The same features and semantic model in a workspace of their own."""
+    for kept in ("features", "models/semantic"):
+        shutil.copytree(f"{trained.workspace}/{kept}", folder / kept)
+    return trained.with_overrides({"workspace": str(folder)})
+
+
+def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
-    workspace = Workspace(trained.workspace)
-    write_pairs(trained, songs=18, version="later")  # training songs only
-    try:
-        with pytest.raises(ConfigError, match="no pair has both songs in the validation gallery"):
-            finetune(trained.with_overrides({"finetune.best_metric": "validation_pair_recall@10"}))
-    finally:
-        workspace.remove("pairs/later")
+    config = without_pairs(trained, tmp_path / "workspace")
+    write_pairs(config, songs=18)  # training songs only
+    with pytest.raises(ConfigError, match="no pair has both songs in the validation gallery"):
+        finetune(config.with_overrides({"finetune.best_metric": "validation_pair_recall@10"}))
 
 
 def test_pairs_of_unknown_songs_are_counted_before_training(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = trained.with_overrides({"finetune.seed": 11})
-    write_pairs(config, songs=0, extra=5, version="later")
-    try:
-        with pytest.raises(WorkspaceError, match=r"pairs/later has 0 usable training pair"):
-            finetune(config)
-    finally:
-        Workspace(config.workspace).remove("pairs/later")
+    config = without_pairs(trained, tmp_path / "workspace")
+    write_pairs(config, songs=0, extra=5)
+    with pytest.raises(WorkspaceError, match=r"pairs/pairs has 0 usable training pair"):
+        finetune(config)
     assert "5 pairs are left out" in capsys.readouterr().out
 
 
@@ -188,7 +191,7 @@ def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, ca
     assert "1 negatives are left out" in capsys.readouterr().out
     model = HTCL.from_pretrained(result.location)
     assert model.record.loss == "sigmoid"
-    assert artifacts.models(Workspace(trained.workspace)).semantic.manifest["config"]["pretrain"]["loss"] == "softmax"
+    assert artifacts.newest_semantic(Workspace(trained.workspace), "failed").manifest["config"]["pretrain"]["loss"] == "softmax"
 
 
 KILLED = """
@@ -254,7 +257,7 @@ def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: py
     write_features(config)
     pretrain(config)
     workspace = Workspace(config.workspace)
-    model = artifacts.models(workspace).semantic
+    model = artifacts.newest_semantic(workspace, "failed")
     lines = [json.loads(line) for line in workspace.read_bytes(f"{model.manifest['run']}/metrics.jsonl").decode().splitlines()]
     quality = model.manifest["quality"]
     assert quality["validation_median_rank"] == min(line["validation_median_rank"] for line in lines)
@@ -280,7 +283,7 @@ def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Pa
     write_features(config)
     pretrain(config)
     workspace = Workspace(config.workspace)
-    model = artifacts.models(workspace).semantic
+    model = artifacts.newest_semantic(workspace, "failed")
     run = model.manifest["run"]
     record = Path(workspace.full(run)) / "checkpoint_manager_snapshot.json"
     intact = record.read_text()

@@ -322,3 +322,34 @@ def test_bad_input_is_one_sentence_before_anything_starts(tmp_path: Path, capsys
     assert len(lines) == 1
     assert said in lines[0]
     assert not (Workspace(config.workspace).exists("runs"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--workspace", "./workspace"], ["--workspace", "../given/workspace"]])
+def test_a_relative_workspace_is_that_of_the_directory_of_the_command(tmp_path: Path, flags: list[str]):
+    """Trials run in folders of their own; each used to look for the workspace there."""
+    folder = tmp_path / "given"
+    config = tune_config(folder / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1})
+    (folder / "c.yaml").write_text(config.with_overrides({"workspace": "./workspace"}).as_yaml())
+    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", "c.yaml", *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [trial["state"] for trial in table(config)] == ["finished"]
+    assert yaml.safe_load((folder / "workspace/runs/tune/pretrain/best.yaml").read_text())["workspace"] == str(folder / "workspace")
+
+
+def test_trials_that_failed_are_tried_again_by_the_same_command(searched: Config, tmp_path: Path, ray_cluster: None, capsys):
+    """Also when all have failed, as with a workspace that no trial found."""
+    shutil.copytree(searched.workspace, tmp_path / "workspace")
+    before = table(searched)[:2]
+    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 2})
+    failed = [{**trial, "state": "failed", "history": [], "error": "no such workspace"} for trial in before]
+    study = tmp_path / "workspace/runs/tune/pretrain"
+    (study / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in failed))
+    (study / "manifest.json").unlink()
+    tune(config)
+    assert "trial 0 failed before and is tried again: no such workspace" in capsys.readouterr().out
+    after = table(config)
+    assert [trial["state"] for trial in after] == ["finished"] * 2
+    assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in before]
+    assert [trial["history"][-1]["rows"] for trial in after] == [trial["history"][-1]["rows"] for trial in before]
+    assert [trial["error"] for trial in after] == [None, None]

@@ -136,3 +136,19 @@ def test_app_is_built_when_it_is_asked_for(indexed: Config, monkeypatch: pytest.
 
     monkeypatch.chdir(Path(indexed.workspace).parent)
     assert entry.app._bound_deployment.init_args[1].workspace.uri == indexed.workspace
+
+
+def test_an_application_that_the_cluster_builds_needs_an_absolute_workspace(ray_cluster: None):
+    """`serve deploy` builds it in a task of Ray, whose working directory is not that of the command."""
+    import ray
+
+    from serve.app import build_app
+
+    def build() -> str:
+        try:
+            build_app({"workspace": "workspace"})
+        except ConfigError as error:
+            return str(error)
+        return "built"
+
+    assert "the workspace 'workspace' is relative" in ray.get(ray.remote(build).remote())

@@ -33,6 +33,8 @@ def test_config_show_prints_what_will_run(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["config", "show", "--preset", "demo", "--set", "pretrain.epochs=3", "--workspace", "/w"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["preset"], shown["pretrain"]["epochs"], shown["workspace"]) == ("demo", 3, "/w")
+    assert cli.main(["config", "show"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["workspace"] == str(Path.cwd() / "workspace"), "saved, it works anywhere"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,10 @@ def test_a_remote_job_refuses_a_relative_workspace(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
     assert cli.main(["pretrain", "--preset", "demo"]) == 2
     assert "is relative, and on a remote cluster" in capsys.readouterr().err
+    tracked = ["--set", "tracking.trackers=mlflow", "--set", "tracking.mlflow_uri=sqlite:///runs.db"]
+    assert cli.main(["pretrain", "--preset", "demo", "--workspace", "s3://bucket/htcl", *tracked]) == 2
+    assert "tracking.mlflow_uri is 'sqlite:///runs.db', a relative file" in capsys.readouterr().err
+    assert cli.main(["config", "show"]) == 0, "what no job runs is not refused"
 
 
 class Carried(Exception):

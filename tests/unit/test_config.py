@@ -293,3 +293,50 @@ def test_configuration_is_frozen_and_typed():
     with pytest.raises(Exception, match="frozen"):
         config.workspace = "elsewhere"  # type: ignore[misc]
     assert yaml.safe_load(config.as_yaml())["pretrain"]["epochs"] == 20
+
+
+def test_relative_paths_become_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of every key that names a file or folder, and only of those; the second time, in another directory, nothing changes."""
+    (tmp_path / "bert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "data.catalog=[songs.csv, s3://bucket/songs.csv, 'file:///some%20where/c.csv']",
+        "data.interactions=../log.csv",
+        "text.name_or_path=bert",
+        "serve.api_keys_file=~/keys.yaml",
+        "tracking.mlflow_uri=sqlite:///runs.db",
+        "tune.space={text.name_or_path: [./bert, org/bert, null], pretrain.loss: [softmax, sigmoid]}",
+    ]
+    config = resolve("demo", None, given).with_absolute_paths()
+    assert config.workspace == f"{tmp_path}/workspace"
+    assert config.data.catalog == (f"{tmp_path}/songs.csv", "s3://bucket/songs.csv", "/some where/c.csv")
+    assert config.data.interactions == (f"{tmp_path.parent}/log.csv",)
+    assert config.text.name_or_path == f"{tmp_path}/bert"
+    assert config.serve.api_keys_file == str(Path.home() / "keys.yaml")
+    assert config.tracking.mlflow_uri == f"sqlite:///{tmp_path}/runs.db"
+    space = config.tune.space or {}
+    assert space["text.name_or_path"].values == (f"{tmp_path}/bert", "org/bert", None)
+    assert space["pretrain.loss"].values == ("softmax", "sigmoid")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert config.with_absolute_paths() == config
+    assert resolve(None, None, ["text.name_or_path=org/bert"]).with_absolute_paths().text.name_or_path == "org/bert"
+
+
+def test_every_key_that_names_a_file_is_made_absolute():
+    """A key with a name like one of a path belongs into `with_absolute_paths`, so this list is what it knows."""
+    keys = {
+        f"{section}.{key}"
+        for section, values in Config().model_dump().items()
+        if isinstance(values, dict)
+        for key in values
+        if any(part in ("path", "file", "folder", "dir", "uri", "catalog", "interactions") for part in key.split("_"))
+    }
+    assert keys == {"data.catalog", "data.interactions", "text.name_or_path", "serve.api_keys_file", "tracking.mlflow_uri"}
+
+
+def test_a_configuration_file_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/run.yaml").write_text("workspace: ws\n")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(None, "configs/run.yaml").with_absolute_paths().workspace == f"{tmp_path}/ws"

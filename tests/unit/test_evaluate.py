@@ -23,10 +23,11 @@ from htcl_ray.evaluation.report_model import Report
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import evaluate as step
 from htcl_ray.pipelines.compare import compare
+from htcl_ray.pipelines.evaluate import find_inputs
 from htcl_ray.pipelines.gate import evaluate_and_judge
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
-from htcl_ray.storage import Workspace
+from htcl_ray.storage import Workspace, build_manifest
 from tests.evaluated_workspace import SONGS, encode_features, grow, write_embeddings, write_evaluated
 from tests.small_workspace import write_models
 
@@ -287,7 +288,7 @@ def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
     arguments = ["--workspace", config.workspace, "--preset", "demo"]
     assert main(["search", *arguments, "--song-id", "song-001"]) == 2
     assert "gate" in capsys.readouterr().err
-    assert main(["search", *arguments, "--song-id", "song-001", "--set", "serve.allow_failed_gate=true"]) == 0
+    assert main(["search", *arguments, "--song-id", "song-001", "--set", "gate.require=off"]) == 0
     gate.write_text("bounds:\n- {figure: cold.ndcg@10, at_least: 0.1}\n")
     with pytest.raises(ConfigError, match=r"names no figure; expected TASK\.METHOD\.FIGURE"):
         evaluate_and_judge(config, None, str(gate))
@@ -376,6 +377,21 @@ def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, c
     assert changed_tasks == {"not comparable"}
     assert "not comparable" in compared.summary
     assert "there is no model 'preference-0'" in " ".join(read(compared)["test_set"].split())
+
+
+def test_the_index_that_is_judged_is_the_configured_one(tmp_path: Path):
+    """Of two indexes of the same vectors, and of what one became when updates were folded in."""
+    config = write_evaluated(tmp_path / "workspace", tmp_path, index=False)
+    hnsw, flat = (config.with_overrides({"index.kind": kind}) for kind in ("hnsw", "flat"))
+    made = [build_index(one).location.rpartition("/")[2] for one in (hnsw, flat)]
+    workspace = Workspace(config.workspace)
+    for one, version in zip((hnsw, flat), made, strict=True):
+        index = find_inputs(workspace, one).index
+        assert index is not None
+        assert index.version == version
+    workspace.finish("index/folded", build_manifest("index", config={}, inputs={"compacted_from": made[0]}))
+    assert [index.version for one in (hnsw, flat) if (index := find_inputs(workspace, one).index)] == ["folded", made[1]]
+    assert find_inputs(workspace, config.with_overrides({"index.kind": "ivf"})).index is None
 
 
 def test_log_mel_statistics_are_those_of_the_valid_frames(evaluated: tuple[Config, StepResult]):

@@ -380,9 +380,10 @@ def test_command_puts_both_stages_where_the_steps_look(tmp_path: Path, capsys: p
     assert "next: htcl embed --workspace" in shown
     assert "no stage-1 model 'other' as --parent" in imported(capsys, files[2], preference, "--stage", 2, "--parent", "other", *common)[1]
     assert imported(capsys, files[2], preference, "--stage", 2, "--parent", "theirs", *common)[0] == 0
-    found = artifacts.models(Workspace(str(workspace)))
-    assert (found.semantic.version, found.preference and found.preference.version) == ("theirs", "theirs")
-    assert found.semantic.manifest["config"]["model"]["dim"] == 20
+    found = artifacts.newest_semantic(Workspace(str(workspace)), "failed")
+    grown = artifacts.newest_preference(Workspace(str(workspace)), found, "failed")
+    assert (found.version, grown and grown.version) == ("theirs", "theirs")
+    assert found.manifest["config"]["model"]["dim"] == 20
     vectors = SongEncoder.load(semantic, preference).encode_mels(clips()[:2])
     with torch.no_grad():
         for stage, half in ((1, vectors.semantic), (2, vectors.preference)):

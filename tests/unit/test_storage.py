@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 
 from htcl_ray import artifacts
-from htcl_ray.config import resolve
 from htcl_ray.errors import MismatchError, WorkspaceError
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
@@ -112,36 +111,21 @@ def test_pickles_by_location(tmp_path: Path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
-def features_manifest(catalog: str, sample_rate: int = 16000) -> dict:
-    config = resolve("demo", None, [f"data.catalog={catalog}", f"audio.sample_rate={sample_rate}"])
-    return build_manifest("features", config=config.model_dump(mode="json"), inputs={})
-
-
-def test_features_are_the_newest_of_the_catalogue(tmp_path: Path):
-    workspace = Workspace(str(tmp_path))
-    with pytest.raises(WorkspaceError, match="htcl preprocess"):
-        artifacts.features(workspace, resolve("demo"))
-    for name, catalog in (("f1", "/a.csv"), ("f2", "/a.csv"), ("f3", "/b.csv")):
-        workspace.finish(f"features/{name}", features_manifest(catalog))
-    assert artifacts.features(workspace, resolve("demo")).version == "f3"
-    assert artifacts.features(workspace, resolve("demo", None, ["data.catalog=/a.csv"])).version == "f2"
-    with pytest.raises(MismatchError, match="16000, but the configuration says 8000"):
-        artifacts.features(workspace, resolve("demo", None, ["audio.sample_rate=8000"]))
-
-
 def test_models_follow_their_parents(tmp_path: Path):
     workspace = Workspace(str(tmp_path))
     with pytest.raises(WorkspaceError, match="htcl pretrain"):
-        artifacts.models(workspace)
+        artifacts.newest_semantic(workspace, "failed")
     workspace.finish("models/semantic/s1", manifest())
     workspace.finish("models/preference/p1", manifest(model="s1"))
-    chosen = artifacts.models(workspace)
-    assert chosen.preference is not None
-    assert (chosen.semantic.version, chosen.preference.version) == ("s1", "p1")
+    semantic = artifacts.newest_semantic(workspace, "failed")
+    preference = artifacts.newest_preference(workspace, semantic, "failed")
+    assert preference is not None
+    assert (semantic.version, preference.version) == ("s1", "p1")
     workspace.finish("models/semantic/s2", manifest())
-    assert artifacts.models(workspace).preference is None, "a preference model of an older parent must not be mixed in"
-    older = artifacts.models(workspace, "p1")
+    newest = artifacts.newest_semantic(workspace, "failed")
+    assert artifacts.newest_preference(workspace, newest, "failed") is None, "a preference model of an older parent must not be mixed in"
+    older = artifacts.named_models(workspace, "p1")
     assert older.semantic.version == "s1"
-    assert artifacts.models(workspace, "s1").preference is None
+    assert artifacts.named_models(workspace, "s1").preference is None
     with pytest.raises(WorkspaceError, match="expected one of s1, s2, p1"):
-        artifacts.models(workspace, "p9")
+        artifacts.named_models(workspace, "p9")

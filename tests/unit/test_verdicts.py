@@ -21,8 +21,9 @@ from htcl_ray.models import weights_fingerprint
 from htcl_ray.retrieval import SearchService, SongIndex, Vectors
 from htcl_ray.retrieval.index_folder import read_manifest
 from htcl_ray.retrieval.vectors import unit_norm
+from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace, file_sha256
-from htcl_ray.verdicts import check_verdict, record_verdict, record_verdicts, refuse_failed
+from htcl_ray.verdicts import check_gates, check_verdict, record_verdict, record_verdicts
 from tests.small_workspace import small_config, song_id, write_models
 
 pytestmark = pytest.mark.unit
@@ -67,8 +68,16 @@ def workspace(config: Config) -> Workspace:
     return Workspace(config.workspace)
 
 
+def chosen(workspace: Workspace, version: str | None = None, require: Require = "failed") -> Models:
+    """As a step chooses, without a configuration."""
+    if version is not None:
+        return artifacts.named_models(workspace, version)
+    semantic = artifacts.newest_semantic(workspace, require)
+    return Models(semantic, artifacts.newest_preference(workspace, semantic, require))
+
+
 def judged(workspace: Workspace, value: float, version: str | None = None) -> tuple[Models, artifacts.Artifact]:
-    models, index = artifacts.models(workspace, version, accepted=False), artifacts.index(workspace, accepted=False)
+    models, index = chosen(workspace, version, "off"), artifacts.index(workspace, require="off")
     record_verdicts(workspace, models, index, verdict(value), "report-1")
     return artifacts.models_of(workspace, index), artifacts.index(workspace, index.version)
 
@@ -105,7 +114,7 @@ def test_a_later_verdict_replaces_the_earlier_one(workspace: Workspace):
 
 
 def test_a_semantic_model_alone_is_judged(workspace: Workspace):
-    record_verdicts(workspace, artifacts.models(workspace, "semantic-0"), None, verdict(0.4), "report-1")
+    record_verdicts(workspace, artifacts.named_models(workspace, "semantic-0"), None, verdict(0.4), "report-1")
     assert (check(workspace, SEMANTIC), check(workspace, PREFERENCE), check(workspace, INDEX)) == (False, None, None)
     with pytest.raises(WorkspaceError, match="cannot be judged"):
         record_verdict(workspace, "models/semantic/none", verdict(1), "report-1", {})
@@ -193,7 +202,7 @@ def test_what_was_edited_is_refused(workspace: Workspace, change: Any, message: 
     assert "\n" not in str(caught.value)
     index = artifacts.index(workspace, "index-0")
     with pytest.raises(MismatchError):
-        refuse_failed(workspace, index, artifacts.models_of(workspace, index), allow=True)
+        check_gates(workspace, artifacts.models_of(workspace, index), index, "off")
 
 
 def test_an_index_whose_evidence_was_edited_does_not_load(workspace: Workspace):
@@ -207,17 +216,17 @@ def test_an_index_whose_evidence_was_edited_does_not_load(workspace: Workspace):
 def test_a_failed_gate_is_refused_unless_told_otherwise(config: Config, workspace: Workspace):
     models, index = judged(workspace, 0.4)
     with pytest.raises(GateError) as caught:
-        refuse_failed(workspace, index, models, allow=False)
+        check_gates(workspace, models, index, "failed")
     assert str(caught.value) == (
-        "the gate of index index-0 failed: cold.preference.ndcg@10: at least 0.5, measured 0.4; serve another, or this one all the same "
-        "with --allow-failed-gate or serve.allow_failed_gate=true"
+        "the gate of index index-0 failed: cold.preference.ndcg@10: at least 0.5, measured 0.4; use another, or this one all the same "
+        "with --set gate.require=off"
     )
     assert caught.value.exit_code == 2
-    refuse_failed(workspace, index, models, allow=True)
+    check_gates(workspace, models, index, "off")
     for version in (None, "index-0"):
         with pytest.raises(GateError, match="index-0"):
             SearchService.open(config, version, encoder=False)
-    told = config.with_overrides({"serve.allow_failed_gate": True})
+    told = config.with_overrides({"gate.require": "off"})
     assert len(SearchService.open(told).search_songs([song_id(0)], k=3).hits) == 3
 
 
@@ -225,7 +234,7 @@ def test_a_failed_model_is_refused_though_its_index_was_not_judged(config: Confi
     record_verdict(workspace, SEMANTIC, verdict(0.4), "report-1", {})
     with pytest.raises(GateError, match="the gate of semantic model semantic-0 failed"):
         SearchService.open(config, "index-0", encoder=False)
-    with pytest.raises(GateError, match=r"every index .* failed \(index-0\)"):
+    with pytest.raises(GateError, match=r"allows no index .* \(index-0 unjudged\)"):
         artifacts.index(workspace)
 
 
@@ -240,18 +249,7 @@ def test_the_application_refuses_before_anything_is_loaded(config: Config, works
     judged(workspace, 0.4)
     with pytest.raises(GateError, match="gate of index index-0 failed"):
         create(config, "index-0")
-    assert create(config.with_overrides({"serve.allow_failed_gate": True})).__class__.__name__ == "Application"
-
-
-def test_the_flag_of_serve_is_the_setting(config: Config, monkeypatch: pytest.MonkeyPatch):
-    given = []
-    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")  # chosen, because this process may have imported Ray Serve long ago
-    monkeypatch.setattr(
-        "htcl_ray.serving.application.serve_until_stopped", lambda config, index: given.append(config.serve.allow_failed_gate)
-    )
-    for flags in ([], ["--allow-failed-gate"]):
-        assert main(["serve", "--workspace", config.workspace, *flags]) == 0
-    assert given == [False, True]
+    assert create(config.with_overrides({"gate.require": "off"})).__class__.__name__ == "Application"
 
 
 def test_search_says_why_it_does_not_answer(config: Config, workspace: Workspace, capsys: pytest.CaptureFixture[str]):
@@ -261,37 +259,60 @@ def test_search_says_why_it_does_not_answer(config: Config, workspace: Workspace
     command = ["search", "--config", str(file), "--song-id", song_id(0), "--index", "index-0"]
     assert main(command) == 2
     assert "htcl: error: the gate of index index-0 failed" in capsys.readouterr().err
-    assert main([*command, "--set", "serve.allow_failed_gate=true"]) == 0
+    assert main([*command, "--set", "gate.require=off"]) == 0
 
 
 def test_the_newest_accepted_is_the_default(config: Config, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_models(config, tmp_path, seed=1)
     write_index(config, tmp_path, "index-1", models="1")
     assert artifacts.index(workspace).version == "index-1"
-    assert artifacts.models(workspace).semantic.version == "semantic-1"
+    assert chosen(workspace).semantic.version == "semantic-1"
     record_verdict(workspace, "models/preference/preference-1", verdict(0.4), "report-1", {})
-    assert artifacts.models(workspace) == Models(artifacts.models(workspace, "semantic-1").semantic, None)
-    assert capsys.readouterr().err.splitlines()[0] == "models/preference/preference-1 is passed over: its gate failed"
+    assert chosen(workspace) == Models(artifacts.named_models(workspace, "semantic-1").semantic, None)
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "models/preference/preference-1, the newest, is passed over: its gate failed; there is no other"
+    )
     assert artifacts.index(workspace).version == "index-0", "the one of a failed model is passed over"
     record_verdict(workspace, "models/semantic/semantic-1", verdict(0.4), "report-1", {})
-    found = artifacts.models(workspace)
+    found = chosen(workspace)
     assert (found.semantic.version, found.preference and found.preference.version) == ("semantic-0", "preference-0")
-    every = artifacts.models(workspace, accepted=False)
+    every = chosen(workspace, require="off")
     assert (every.semantic.version, every.preference and every.preference.version) == ("semantic-1", "preference-1")
-    assert artifacts.index(workspace, accepted=False).version == "index-1"
-    assert artifacts.models(workspace, "preference-1").preference is not None, "who names one gets it"
+    assert artifacts.index(workspace, require="off").version == "index-1"
+    assert artifacts.named_models(workspace, "preference-1").preference is not None, "who names one gets it"
     record_verdict(workspace, SEMANTIC, verdict(0.4), "report-1", {})
-    with pytest.raises(GateError, match=r"the gate of every semantic model .* failed \(semantic-0, semantic-1\)"):
-        artifacts.models(workspace)
+    with pytest.raises(GateError, match=r"gate.require=failed allows no semantic model .*\(semantic-0 failed, semantic-1 failed\)"):
+        chosen(workspace)
 
 
-def test_the_index_of_models(config: Config, workspace: Workspace, tmp_path: Path):
+def test_unjudged_asks_for_a_verdict(config: Config, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of the index and of the model of the last stage; the semantic model behind it was judged with it."""
+    index, models = artifacts.index(workspace, "index-0"), chosen(workspace)
+    check_gates(workspace, models, index, "failed")
+    for asked, made in ((models, index), (models, None), (Models(models.semantic, None), None)):
+        with pytest.raises(GateError, match=r"no gate has judged .* and gate.require is unjudged"):
+            check_gates(workspace, asked, made, "unjudged")
+    for choose in (lambda: artifacts.newest_semantic(workspace, "unjudged"), lambda: artifacts.index(workspace, require="unjudged")):
+        with pytest.raises(GateError, match=r"gate\.require=unjudged allows no .*-0 unjudged"):
+            choose()
+    judged(workspace, 0.6)
     write_models(config, tmp_path, seed=1)
-    found = artifacts.index_of(workspace, artifacts.models(workspace, "preference-0"))
-    assert found is not None
-    assert found.version == "index-0"
-    assert artifacts.index_of(workspace, artifacts.models(workspace, "preference-1")) is None
-    assert artifacts.index_of(workspace, artifacts.models(workspace, "semantic-0")) is None
+    capsys.readouterr()
+    found = chosen(workspace, require="unjudged")
+    assert (found.semantic.version, found.preference and found.preference.version) == ("semantic-0", "preference-0")
+    assert capsys.readouterr().err.startswith(
+        "models/semantic/semantic-1, the newest, is passed over: no gate has judged it; using models/"
+    )
+    check_gates(workspace, found, artifacts.index(workspace, require="unjudged"), "unjudged")
+    assert len(SearchService.open(config.with_overrides({"gate.require": "unjudged"})).search_text("rock", k=3).hits) == 3
+
+
+def test_a_later_index_of_unjudged_models_is_passed_over(config: Config, workspace: Workspace, tmp_path: Path):
+    judged(workspace, 0.6)
+    write_models(config, tmp_path, seed=1)
+    write_index(config, tmp_path, "index-1", models="1")
+    assert artifacts.index(workspace).version == "index-1"
+    assert artifacts.index(workspace, require="unjudged").version == "index-0"
 
 
 def test_evidence_is_plain_json(workspace: Workspace):
