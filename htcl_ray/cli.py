@@ -111,9 +111,10 @@ def _report(error: BaseException, where: str = "the workspace") -> int:
 def _ours(error: BaseException | None) -> HtclError | None:
     """The error that we raised on purpose, also when Ray carried it here inside errors of its own."""
     for _ in range(10):
-        if error is None or isinstance(error, HtclError):
+        carried = getattr(error, "cause", None)  # Ray's error of a task is also of the class of its cause, with a traceback for a message
+        if error is None or (isinstance(error, HtclError) and not isinstance(carried, BaseException)):
             return error
-        error = getattr(error, "cause", None) or error.__cause__
+        error = carried or error.__cause__
     return None
 
 

@@ -114,7 +114,8 @@ def explain(error: BaseException, where: str) -> AccessDeniedError | StorageErro
 
 def _first_line(error: BaseException) -> str:
     strerror = getattr(error, "strerror", None)
-    return (str(strerror or error) or type(error).__name__).splitlines()[0][:300]
+    text = (str(strerror or error) or type(error).__name__).splitlines()[0]
+    return text.partition(" Learn more about ")[0][:300].rstrip(".")
 
 
 PASSED_ON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -124,13 +125,15 @@ def storage_failure(error: BaseException, where: str) -> HtclError | None:
     """What `explain` says of the storage error that caused an error of any library, or None when storage is not to blame."""
     cause: BaseException | None = error
     for _ in range(10):
+        while isinstance(carried := getattr(cause, "cause", None), BaseException):  # Ray's errors of tasks
+            cause = carried
         if cause is None:
             break
         if NO_SPACE.search(str(cause)):
             return explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), str(getattr(cause, "filename", None) or where))
         if is_storage_error(cause) and getattr(cause, "errno", None) in (None, *PASSED_ON):
             return explain(cause, str(getattr(cause, "filename", None) or where))
-        cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -43,6 +45,8 @@ def connect(config: Config) -> None:
             "include_dashboard": False,
             "_temp_dir": ray_folder(),
         }
+    else:
+        _check_reachable(address)
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -63,6 +67,20 @@ def connect(config: Config) -> None:
     print(f"Ray: {'private cluster on this machine' if address == 'local' else address}; its logs are in {session}", flush=True)
 
 
+CONNECT_SECONDS = 10.0
+
+
+def _check_reachable(address: str) -> None:
+    """Raise StepError when nothing listens at host:port, which Ray tries for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise StepError(f"cannot connect to Ray at '{address}': {error.strerror or error}; check ray.address or RAY_ADDRESS") from error
+
+
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 SOCKET_PATH_BYTES = 103
 """Of a Unix socket: 107 on Linux, 103 on macOS."""
@@ -73,10 +91,10 @@ def ray_folder() -> str:
     return f"{socket_folder(RAY_SOCKET, os.environ.get('RAY_TMPDIR') or os.environ.get('TMPDIR') or '/tmp')}/ray"
 
 
-def socket_folder(socket: str, folder: str) -> str:
+def socket_folder(name: str, folder: str) -> str:
     """`folder`, or /tmp when the path of the socket below it would be longer than the operating system allows."""
     folder = os.path.abspath(folder)
-    return folder if len(os.fsencode(folder + socket)) <= SOCKET_PATH_BYTES else "/tmp"
+    return folder if len(os.fsencode(folder + name)) <= SOCKET_PATH_BYTES else "/tmp"
 
 
 def address_of(config: Config) -> str:

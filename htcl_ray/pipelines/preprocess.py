@@ -49,6 +49,8 @@ def preprocess(config: Config) -> StepResult:
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     workspace.check_writable()
+    if config.data.catalog:
+        print(f"preprocess  reading {', '.join(config.data.catalog)} and the sizes of its audio files", flush=True)
     plan = plan_features(config)
     where = f"quarantine/{plan.version}"
     if plan.rejected.num_rows:

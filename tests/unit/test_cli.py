@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 
 from htcl_ray import cli
 from htcl_ray.config import resolve
-from htcl_ray.errors import HtclError, InputError, MismatchError, StepError, StorageError
+from htcl_ray.errors import AccessDeniedError, HtclError, InputError, MismatchError, StepError, StorageError
 from htcl_ray.pipelines.cluster import RAY_SOCKET, connect, ray_folder
 from htcl_ray.storage import Workspace, storage_failure
 from tests.conftest import REPOSITORY
@@ -197,6 +198,22 @@ def test_storage_that_fails_is_one_sentence(error: Exception, code: int, shown: 
     assert said.count("\n") == 1
 
 
+def test_errors_of_ray_tasks(capsys: pytest.CaptureFixture[str]):
+    """Ray's error of a task is also of its cause's class."""
+    from ray.exceptions import RayTaskError
+
+    causes = {
+        StorageError("no room"): (1, "failed: no room"),
+        AccessDeniedError("closed"): (2, "error: closed"),
+        FULL: (1, "failed: no space"),
+    }
+    for cause, (code, said) in causes.items():
+        assert cli._report(RayTaskError("task", "a traceback\nof many lines", cause).as_instanceof_cause()) == code
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"htcl: {said}")
+        assert shown.count("\n") == 1
+
+
 def test_a_full_disk_at_every_kind_of_write(small_disk: Path):
     """The libraries that write artifacts, on a real full file system."""
     import faiss
@@ -260,8 +277,16 @@ def test_ray_that_does_not_start_is_one_sentence(error: Exception, monkeypatch: 
     with pytest.raises(StepError, match=r"Ray did not start on this machine: .*run the same command again") as caught:
         connect(config)
     assert "\n" not in str(caught.value)
-    with pytest.raises(StepError, match=r"cannot connect to Ray at '192\.0\.2\.7:6379'"):
-        connect(config.with_overrides({"ray.address": "192.0.2.7:6379", "workspace": "/w"}))
+
+
+def test_a_ray_address_where_nothing_listens():
+    """Ray itself tries for minutes."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        for written in (address, f"ray://{address}"):
+            with pytest.raises(StepError, match=f"cannot connect to Ray at '{written}': Connection refused"):
+                connect(resolve("demo").with_overrides({"ray.address": written, "workspace": "/w"}))
 
 
 def test_sockets_fit_below_any_folder(monkeypatch: pytest.MonkeyPatch):

@@ -294,6 +294,28 @@ class TestDecodedShare:
         assert clip.decoded_share < 1
         assert clip.decoded_share == pytest.approx(clip.waveform.size / 16000 / 6, abs=0.05)
 
+    def test_packets_that_are_lost_from_a_stream_without_a_length(self) -> None:
+        av = pytest.importorskip("av")
+        file = io.BytesIO()
+        with av.open(file, "w", format="adts") as container:
+            stream = container.add_stream("aac", rate=44100, layout="mono")
+            frame = av.AudioFrame.from_ndarray(music(6)[None], format="fltp", layout="mono")
+            frame.sample_rate = 44100
+            for packet in [*stream.encode(frame), *stream.encode(None)]:
+                container.mux(packet)
+        whole = file.getvalue()
+        long = AudioRecipe(clip_seconds=10)
+        assert decode_clip(whole, long).decoded_share == 1
+        damaged, frames, at = bytearray(whole), 0, 0
+        while at < len(whole):  # of each ADTS frame the header stays
+            length = (whole[at + 3] & 3) << 11 | whole[at + 4] << 3 | whole[at + 5] >> 5
+            if 60 <= frames < 140:
+                damaged[at + 7 : at + length] = bytes(length - 7)
+            at, frames = at + length, frames + 1
+        clip = decode_clip(bytes(damaged), long)
+        assert clip.waveform.size < 5.9 * 16000
+        assert clip.decoded_share == pytest.approx(clip.waveform.size / 16000 / 6, abs=0.05)
+
     def test_an_error_in_a_file_without_a_length(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module("htcl_ray.audio.decode")
 
