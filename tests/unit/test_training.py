@@ -19,7 +19,8 @@ from htcl_ray.errors import StepError
 from htcl_ray.models import HTCL
 from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.objectives.stages import total_loss
-from htcl_ray.pipelines.train import StageRun, _determining, check_data
+from htcl_ray.pipelines.inputs import _determining
+from htcl_ray.pipelines.train import StageRun, check_data
 from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 from htcl_ray.storage import Workspace
 from htcl_ray.training.batches import BatchLoader, encode
