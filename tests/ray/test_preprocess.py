@@ -258,7 +258,7 @@ def test_an_artist_and_a_recording_are_in_one_split(tmp_path: Path, ray_cluster:
 
 def test_no_song_at_all(tmp_path: Path, ray_cluster: None) -> None:
     (tmp_path / "songs.csv").write_text("song_id,audio_path,title\na,songs.csv,This is no audio\n")
-    with pytest.raises(InputError, match=r"no song of .* can be used \(1 rejected \(undecodable 1\)\)"):
+    with pytest.raises(InputError, match=r"no song of .* can be used: 1 rejected \(undecodable 1\), for instance row 0 of"):
         preprocess(config_for(tmp_path, tmp_path / "ws", data__max_rejected_share=1))
     assert not list((tmp_path / "ws").rglob("manifest.json"))
 
