@@ -59,7 +59,7 @@ BOUNDS: dict[Precision, dict[str, float]] = {
 """Largest accepted relative difference from fp32 on the CPU. Gradients of a random model's contrastive loss are small differences of large
 numbers, so they lose more than the unit roundoff (2⁻²⁴, 2⁻¹¹, 2⁻⁸)."""
 COMPILED_BOUND = 1.5
-"""A compiled step may differ from fp32 by this many times what the eager one does."""
+"""Embeddings and gradients of a compiled step may differ from fp32 by this many times what those of the eager one do."""
 
 
 def run(part: Part) -> None:
@@ -150,7 +150,8 @@ def compiled(part: Part, world: World) -> dict[str, Any]:
         side: {kind: max(entry["relative"] for entry in groups.values()) for kind, groups in _differences(numbers, expected).items()}
         for side, numbers in (("eager", eager), ("compiled", actual))
     }
-    passed = all(worst["compiled"][kind] <= COMPILED_BOUND * worst["eager"][kind] + 1e-3 for kind in worst["eager"])
+    passed = all(worst["compiled"][kind] <= COMPILED_BOUND * worst["eager"][kind] for kind in ("embeddings", "gradients"))
+    passed &= worst["compiled"]["losses"] <= BOUNDS["bf16"]["losses"]  # one number: the eager one's errors may happen to cancel
     shown = {side: ", ".join(f"{kind} {value:.1e}" for kind, value in kinds.items()) for side, kinds in worst.items()}
     return {**worst, "passed": passed, "line": f"from fp32: compiled {shown['compiled']}; eager {shown['eager']}"}
 
