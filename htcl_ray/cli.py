@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from htcl_ray import __version__
+from htcl_ray import __version__, errors
 from htcl_ray.config import PRESETS, Config, json_schema, resolve
 from htcl_ray.errors import ConfigError, HtclError, InputError
 from htcl_ray.paths import absolute
@@ -108,14 +109,20 @@ def _report(error: BaseException, where: str = "the workspace") -> int:
     return 1
 
 
-def _ours(error: BaseException | None) -> HtclError | None:
+def _ours(error: BaseException) -> HtclError | None:
     """The error that we raised on purpose, also when Ray carried it here inside errors of its own."""
+    cause: BaseException | None = error
     for _ in range(10):
-        carried = getattr(error, "cause", None)  # Ray's error of a task is also of the class of its cause, with a traceback for a message
-        if error is None or (isinstance(error, HtclError) and not isinstance(carried, BaseException)):
-            return error
-        error = carried or error.__cause__
+        carried = getattr(cause, "cause", None)  # Ray's error of a task is also of the class of its cause, with a traceback for a message
+        if isinstance(cause, HtclError) and not isinstance(carried, BaseException):
+            return cause
+        cause = carried or (cause and cause.__cause__)
+    if found := RAISED_IN_A_TASK.search(str(error)):  # Ray Data loses the error itself and keeps its traceback
+        return getattr(errors, found[1])(found[2])
     return None
+
+
+RAISED_IN_A_TASK = re.compile(r"^htcl_ray\.errors\.((?!AudioError|RequestError)\w+): (.+)$", re.MULTILINE)
 
 
 class _Parser(argparse.ArgumentParser):

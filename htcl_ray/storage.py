@@ -125,11 +125,12 @@ def storage_failure(error: BaseException, where: str) -> HtclError | None:
     """What `explain` says of the storage error that caused an error of any library, or None when storage is not to blame."""
     cause: BaseException | None = error
     for _ in range(10):
-        while isinstance(carried := getattr(cause, "cause", None), BaseException):  # Ray's errors of tasks
-            cause = carried
         if cause is None:
             break
-        if NO_SPACE.search(str(cause)):
+        said = str(cause)  # of Ray's errors of tasks, the traceback
+        while isinstance(carried := getattr(cause, "cause", None), BaseException):
+            cause = carried
+        if NO_SPACE.search(f"{said}\n{cause}"):
             return explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), str(getattr(cause, "filename", None) or where))
         if is_storage_error(cause) and getattr(cause, "errno", None) in (None, *PASSED_ON):
             return explain(cause, str(getattr(cause, "filename", None) or where))

@@ -139,7 +139,7 @@ def _quiet_ray_data() -> None:
     DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
         if type(handler).__name__ == "PlainRayHandler":
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)  # it prints errors of tasks, which are raised here too
 
 
 @contextlib.contextmanager

@@ -16,14 +16,14 @@ from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.ray
 
-SONGS = 12
+SONGS = 30
 
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("songs")
     for i in range(SONGS):
-        soundfile.write(folder / f"{i}.wav", np.random.default_rng(i).uniform(-0.4, 0.4, 16000), 16000)
+        soundfile.write(folder / f"{i}.wav", np.random.default_rng(i).uniform(-0.4, 0.4, 8 * 16000), 16000)
     with open(folder / "songs.csv", "w", encoding="utf-8", newline="") as file:
         rows = [[f"s{i}", (folder / f"{i}.wav").as_uri(), f"título {i}"] for i in range(SONGS)]
         csv.writer(file).writerows([["song_id", "audio_path", "title"], *rows])
@@ -53,7 +53,7 @@ def test_an_ascii_terminal_and_a_long_tmpdir(catalog: Path, tmp_path: Path) -> N
 
 
 def test_a_full_disk_under_the_tasks(catalog: Path, small_disk: Path) -> None:
-    """A shard of two songs takes more than the 200 kB, so it is a Ray task that cannot write."""
+    """30 songs take about 500 kB of the 200 kB that there are, so it is a Ray task that cannot write."""
     done = preprocess(catalog, small_disk / "ws")
     assert done.returncode == 1
     said = done.stderr.decode()

@@ -214,6 +214,16 @@ def test_errors_of_ray_tasks(capsys: pytest.CaptureFixture[str]):
         assert shown.count("\n") == 1
 
 
+def test_errors_of_ray_data(capsys: pytest.CaptureFixture[str]):
+    """Ray Data replaces the error of a task by one of its own, and only the traceback names it."""
+    from ray.exceptions import RayTaskError, UserCodeException
+
+    text = "Traceback\n  File x\nhtcl_ray.errors.AccessDeniedError: access denied to s3://b/x (403); do\n\nThe above"
+    error = RayTaskError("task", text, UserCodeException("UDF failed")).as_instanceof_cause()
+    assert cli._report(error) == 2
+    assert capsys.readouterr().err == "htcl: error: access denied to s3://b/x (403); do\n"
+
+
 def test_a_full_disk_at_every_kind_of_write(small_disk: Path):
     """The libraries that write artifacts, on a real full file system."""
     import faiss
