@@ -248,8 +248,9 @@ def test_an_artist_and_a_recording_are_in_one_split(tmp_path: Path, ray_cluster:
     config = config_for(tmp_path, tmp_path / "ws", data__songs_per_shard=7, data__split_shares=[0.4, 0.3, 0.3])
     preprocess(config.with_overrides({"data.catalog": str(tmp_path / "songs.jsonl")}))
     songs = read(tmp_path / "ws", "features").drop_columns(["log_mel"]).to_pylist()
-    for names in (*([a.upper() for a in ([cell] if isinstance(cell, str) else cell)] for cell in artists),):
-        assert len({song["split"] for song in songs if any(name in song["artist"].upper() for name in names)}) == 1
+    credited = [set(song["artist"].upper().replace(" FEAT. ", "; ").split("; ")) for song in songs]
+    for name in set.union(*credited):
+        assert len({song["split"] for song, names in zip(songs, credited, strict=True) if name in names}) == 1
     for group in {song["duplicate_group"] for song in songs}:
         assert len({song["split"] for song in songs if song["duplicate_group"] == group}) == 1
     assert {song["split"] for song in songs} == {"train", "validation", "test"}
