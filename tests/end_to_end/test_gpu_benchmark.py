@@ -75,8 +75,8 @@ def test_every_part_runs_there(python: Path, tmp_path: Path):
     assert all(unit["songs_per_second"] > 0 and unit["model_tflops"] > 0 for unit in steps.values())
     assert all(0.1 < unit["padded_share"] < 0.6 for name, unit in steps.items() if "mixed" in name)
     assert all(unit["padded_share"] == 0 for name, unit in steps.items() if "full" in name)
-    assert units["embed"]["songs, fp32"]["largest_difference"] == 0
-    assert 0 < units["embed"]["songs, bf16"]["largest_difference"] < 0.05
+    assert units["embed"]["songs, fp32"]["largest_difference"] < 1e-5
+    assert 1e-5 < units["embed"]["songs, bf16"]["largest_difference"] < 0.05
     [profile] = units["profile"].values()
     assert len(profile["kernels"]) == 20
     printed = done.stdout.splitlines()
