@@ -114,7 +114,7 @@ def encode_features(config: Config, model: str | None = None) -> Vectors:
 
 
 def grow(config: Config, songs: int = 4) -> None:
-    """A later catalogue, features-2: so many test songs more, by known artists, which the log does not know."""
+    """A later catalogue, features-2 in place of features-1: so many test songs more, by known artists, which the log does not know."""
     workspace = Workspace(config.workspace)
     table = workspace.read_tables("features/features-1").sort_by("song_id")
     more = table.filter(pc.equal(table["split"], "test")).slice(0, songs)
@@ -125,7 +125,8 @@ def grow(config: Config, songs: int = 4) -> None:
     workspace.finish("features/features-2", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
     for kind, rows in (("events", events()), ("pairs", pairs())):
         workspace.write_table(f"{kind}/{kind}-2/part-0.parquet", rows)
-        workspace.finish(f"{kind}/{kind}-2", build_manifest(kind, config={}, inputs={"features": "features-2"}))
+        workspace.finish(f"{kind}/{kind}-2", build_manifest(kind, config=config.model_dump(mode="json"), inputs={"features": "features-2"}))
+    workspace.remove("features/features-1")  # a configuration without a catalogue determines features only where there is one set of them
 
 
 def events() -> pa.Table:

@@ -34,7 +34,10 @@ def lines(name: str) -> list[str]:
     stripped = "\n".join(re.sub(r"^\s*#\s?", "", line) for line in source.splitlines())
     if name.endswith(".md"):
         stripped = "\n".join(re.findall(r"^```bash\n(.*?)^```", stripped, flags=re.DOTALL | re.MULTILINE))
-    return re.sub(r"\\\n\s*", "", stripped).splitlines()
+    joined = re.sub(r"\\\n\s*", "", stripped)
+    for variable, value in re.findall(r'^(\w+)="([^"]*)"$', joined, re.MULTILINE):
+        joined = joined.replace(f"${variable}", value)
+    return joined.splitlines()
 
 
 def our_commands(name: str) -> list[list[str]]:

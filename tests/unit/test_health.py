@@ -145,7 +145,7 @@ def test_the_last_of_129_workers_has_a_probe(world: World):
     dist.init_process_group("fake", store=FakeStore(), rank=128, world_size=129)
     try:
         watch = HealthWatch(world.task(2, config), world.loader(model), config.finetune, CPU, step=0, say=print)
-        assert len(watch.batch) == 2, "one pair"
+        assert len(watch.batch) == 3, "one pair and the song that it rehearses"
         assert "probe_loss_preference" in watch.measure(model)
     finally:
         dist.destroy_process_group()
