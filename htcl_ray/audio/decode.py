@@ -40,8 +40,8 @@ LARGEST_SAMPLE = 1e6
 
 CODEC_EDGES_SECONDS = 0.2
 """Lossy codecs declare a little more or less than they decode."""
-SILENCE_PEAK = 2**-12
-"""-72 dBFS: above dither and the noise of lossy codecs, below any music."""
+SILENCE_PEAK = 2**-13
+"""-78 dBFS, four steps of 16 bits: above dither, below music, however quiet."""
 RESAMPLER_EDGE_SECONDS = 0.02
 OGG_PAGE_BYTES = 1 << 16
 TRUNCATED_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
