@@ -58,7 +58,7 @@ def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) 
     lengths = clip_lengths(clips or ("full" if size == "paper" else "sample"), longest, songs, rng)
     stored = min(songs, STORED)
     starts = np.arange(songs) % stored * longest
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rng.normal(-50, 15, (stored * longest, bands)).astype(np.float16).tofile(folder / FRAMES)
     np.save(folder / OFFSETS, np.stack([starts, starts + lengths], axis=1))
     words = np.array(

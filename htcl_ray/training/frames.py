@@ -37,8 +37,8 @@ SECONDS_TO_AGREE = 60.0
 class Frames:
     """Log-mels by song number. Close it when training ends."""
 
-    def __init__(self, folder: Path, n_mels: int, lock: int) -> None:
-        """`lock`: descriptor of the folder's shared lock, which is kept until `close`."""
+    def __init__(self, folder: Path, n_mels: int, lock: int = -1) -> None:
+        """`lock`: descriptor of the folder's shared lock, which is kept until `close`; -1: the folder is the caller's own and stays."""
         self.folder, self._lock = folder, lock
         self.offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS)
         self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, n_mels)
