@@ -130,8 +130,11 @@ def _verdict(correctness: dict[str, Any] | None) -> int:
     if correctness is None:
         return 0
     failed = [name for name, unit in correctness["units"].items() if not unit.get("passed")]
-    print(f"correctness: {', '.join(failed)} failed" if failed else "correctness: every check held", flush=True)
-    return 1 if failed or correctness["ended"] != "done" else 0
+    if not failed and correctness["ended"] == "done":
+        print("correctness: every check held", flush=True)
+        return 0
+    print(f"correctness: {', '.join(failed) or 'nothing'} failed; the part {correctness['ended']}", flush=True)
+    return 1
 
 
 if __name__ == "__main__":

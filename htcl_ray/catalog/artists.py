@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 _FEATURED = re.compile(r"\s*[(\[]?\s*(?<!\w)(?:feat|ft|featuring)(?:\.\s*|\s+)", re.IGNORECASE)
 _JOINED = re.compile(r"\s*,\s*(?:(?:and|&)\s+)?|\s+(?:&|and|\+|x|×|vs\.?|with)\s+", re.IGNORECASE)
@@ -120,6 +118,9 @@ def artist_groups(artists: pa.ChunkedArray, duplicate_groups: pa.ChunkedArray | 
         label_names += [f"recording:{group}" for group in recordings.to_pylist()]
     edges = np.concatenate(songs) + len(label_names), np.concatenate(labels)
     size = len(label_names) + len(artists)
+    from scipy import sparse
+    from scipy.sparse.csgraph import connected_components
+
     count, component = connected_components(sparse.coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(size, size)), directed=False)
     first_label = np.full(count, len(label_names))
     np.minimum.at(first_label, component[: len(label_names)], np.arange(len(label_names)))

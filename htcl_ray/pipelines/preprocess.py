@@ -22,7 +22,6 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from htcl_ray.artifacts import StepResult
-from htcl_ray.audio import check_audible, decode_clip, log_mel
 from htcl_ray.catalog.artists import artist_groups
 from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
 from htcl_ray.catalog.duplicates import duplicate_group
@@ -246,6 +245,8 @@ def shard_name(shard: int) -> str:
 
 def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
     """Features and rejected rows of some songs: reads and decodes their audio."""
+    from htcl_ray.audio import check_audible, decode_clip, log_mel  # audio libraries, which planning does not need
+
     recipe = config.audio
     kept, mels, derived, rejected = [], [], [], [QUARANTINE.empty_table()]
     for i, song in enumerate(songs.select(["song_id", "audio_path", "split", "source", "row"]).to_pylist()):
