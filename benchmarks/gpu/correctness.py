@@ -386,7 +386,7 @@ def _differences(actual: Numbers, expected: Numbers) -> dict[str, dict[str, dict
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖; inf where a number is not finite."""
-    actual, expected = actual.double().cpu(), expected.double().cpu()
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     if not bool(torch.isfinite(actual).all()):
         return float("inf")
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))

@@ -17,7 +17,7 @@ from benchmarks.gpu.units import Part, Precision, embedding_precision, precision
 from benchmarks.model_flops import forward_flops, peak_tflops
 from htcl_ray.pipelines.embed import embed_table
 from htcl_ray.retrieval.encoder import SongEncoder
-from htcl_ray.schemas import METADATA, features_schema
+from htcl_ray.schemas import features_schema
 
 SONGS = {"cuda": 512, "cpu": 16}
 TEXTS = {"cuda": 1024, "cpu": 32}
@@ -75,18 +75,16 @@ def run(part: Part) -> None:
 
 
 def features_table(world: synthetic_songs.World, songs: int) -> pa.Table:
-    """Songs of the world as `htcl preprocess` stores them."""
+    """The columns of the features that embedding reads, as `htcl preprocess` stores them."""
     mels, frames = world.frames.batch(np.arange(songs))
     recipe = world.config.audio
     padded = np.zeros((songs, recipe.max_frames, recipe.n_mels), np.float16)
     padded[:, : mels.shape[1]] = mels
     schema = features_schema(recipe.max_frames, recipe.n_mels)
     storage = pa.FixedSizeListArray.from_arrays(pa.array(padded.reshape(-1)), recipe.max_frames * recipe.n_mels)
-    columns = {field.name: pa.nulls(songs, field.type) for field in METADATA}
-    columns |= {name: pa.array(world.songs.song_ids[:songs]) for name in ("song_id", "audio_path", "split", "duplicate_group")}
-    columns |= {"text": pa.array(world.songs.texts[:songs]), "valid_frames": pa.array(frames, schema.field("valid_frames").type)}
-    columns["log_mel"] = pa.ExtensionArray.from_storage(schema.field("log_mel").type, storage)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+    log_mel = pa.ExtensionArray.from_storage(schema.field("log_mel").type, storage)
+    valid = pa.array(frames, schema.field("valid_frames").type)
+    return pa.table({"song_id": world.songs.song_ids[:songs], "log_mel": log_mel, "valid_frames": valid})
 
 
 def _vectors(table: pa.Table) -> np.ndarray:
