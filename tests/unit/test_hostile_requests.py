@@ -105,8 +105,11 @@ def test_answers_are_judged_by_their_shape():
 
 def test_processes_are_found_by_name_and_parent():
     name = "a-process-to-be-found"
-    with subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE) as child:
+    command = [sys.executable, "-c", "print('started', flush=True); input()", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
         try:
+            assert child.stdout.readline() == b"started\n"
             assert set(processes(name.encode(), os.getpid())) == {child.pid} == set(processes(name.encode(), None)) - {os.getpid()}
             assert processes(name.encode(), child.pid)[child.pid] > 0
             assert not processes(name.encode(), 2**30)
