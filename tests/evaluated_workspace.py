@@ -98,8 +98,10 @@ def write_embeddings(config: Config, model: str | None = None) -> None:
         pa.nulls(len(ids), field.type) if columns[field.name] is None else pa.array(columns[field.name], field.type) for field in schema
     ]
     workspace.write_table(f"{job.path}/part-0.parquet", pa.Table.from_arrays(arrays, schema=schema))
-    manifest = build_manifest("embeddings", config=config.model_dump(mode="json"), inputs=job.inputs, quality={"songs": len(ids)})
-    workspace.finish(job.path, manifest)
+    quality, dim = {"songs": len(ids)}, config.model.dim
+    workspace.finish(
+        job.path, build_manifest("embeddings", config=config.model_dump(mode="json"), inputs=job.inputs, quality=quality, dim=dim)
+    )
 
 
 def encode_features(config: Config, model: str | None = None) -> Vectors:

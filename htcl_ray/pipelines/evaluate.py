@@ -103,8 +103,7 @@ def evaluate_reference(config: Config, models: Models, inputs: Inputs) -> str:
     workspace = Workspace(config.workspace)
     if _versions(models) != _versions(inputs.models):
         job = job_of(workspace, inputs.features, models)
-        if workspace.manifest(job.path) is None:
-            embed_job(workspace, config, job)
+        embed_job(workspace, config, job)
         inputs = replace(inputs, models=models, embeddings=embeddings(workspace, job), index=find_index(workspace, config, job))
     run = _run(config, inputs)
     if workspace.manifest(f"reports/{run}") is None:
