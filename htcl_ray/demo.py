@@ -115,7 +115,7 @@ def _ask(config: Config, workspace: Workspace, index: str) -> StepResult:
 
     started = time.monotonic()
     upload = sorted((_sample_folder(workspace) / "audio").glob("*.wav"), key=lambda path: -path.stat().st_size)[0]
-    with serving(config.with_overrides({"serve.port": 0}), index) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serving(config.with_overrides({"serve.port": 0}), index) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         print(f"the application answers at {url}", flush=True)
         by_text = _answer(client.post("/v1/search", json={"text": TEXT_QUERY, "k": 3}))
         _show(f'POST /v1/search "{TEXT_QUERY}"', by_text)

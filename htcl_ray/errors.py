@@ -12,6 +12,7 @@
     │   │   └── IndexNotFoundError an index that the workspace does not hold
     │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
     │   │   └── SongNotFoundError a song that the index does not hold
+    │   ├── ArgumentError     an argument of the Python client that cannot be sent
     │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
     ├── StepError             a step that started and could not finish
     ├── RequestError          a request of the client that the server refused; carries status, code and message
@@ -79,6 +80,10 @@ class SongNotFoundError(QueryError):
 
 class AudioNotFoundError(QueryError):
     """The index holds the song, but there is no sound of it to play."""
+
+
+class ArgumentError(InputError):
+    """An argument of the Python client, of its constructor or of a call, cannot be used; the message names it."""
 
 
 class AudioError(InputError):

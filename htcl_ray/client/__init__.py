@@ -20,11 +20,12 @@ from htcl_ray.client.results import (
     SongUpdated,
 )
 from htcl_ray.client.retries import Retries
-from htcl_ray.errors import NoAnswerError, RequestError
+from htcl_ray.errors import ArgumentError, NoAnswerError, RequestError
 
 __all__ = [
     "Activated",
     "Alive",
+    "ArgumentError",
     "AsyncClient",
     "Client",
     "EmbeddingResponse",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
+from htcl_ray.client import arguments
 from htcl_ray.client.results import (
     Activated,
     Alive,
@@ -40,9 +41,19 @@ class Options(TypedDict, total=False):
     collapse_duplicates: bool
 
 
+OPTIONS = {
+    "k": arguments.whole_number,
+    "blend": arguments.number,
+    "filter": arguments.mapping,
+    "max_per_artist": arguments.whole_number,
+    "collapse_duplicates": arguments.flag,
+}
+"""The check of each of `Options`."""
+
+
 @dataclass(frozen=True)
 class Heard:
-    """A song that a listener heard; `timestamp`: seconds since 1970, None counts as last."""
+    """A song that a listener played; `timestamp`: seconds since 1970, None counts as last."""
 
     song_id: str
     weight: float = 1.0
@@ -80,56 +91,69 @@ def search(
     vector: Sequence[float] | None = None,
     **options: Unpack[Options],
 ) -> Call[SearchResponse]:
-    """Songs near words, a song, several songs (less the negatives), or a vector: exactly one of them."""
-    asked = {"text": text, "song_id": song_id, "song_ids": _listed(song_ids), "vector": _listed(vector)}
-    body = {name: value for name, value in asked.items() if value is not None}
-    if negative_song_ids:
-        body["negative_song_ids"] = list(negative_song_ids)
-    return Call("POST", "/v1/search", SearchResponse, {**body, **options})
+    """Songs near a text, a song, several songs (less the negatives), or a vector: exactly one of them."""
+    body: dict[str, Any] = {}
+    if text is not None:
+        body["text"] = arguments.text(text, "text")
+    if song_id is not None:
+        body["song_id"] = arguments.song_id(song_id, "song_id")
+    if song_ids is not None:
+        body["song_ids"] = arguments.each(arguments.song_id, song_ids, "song_ids")
+    if vector is not None:
+        body["vector"] = arguments.each(arguments.number, vector, "vector")
+    negatives = arguments.each(arguments.song_id, negative_song_ids, "negative_song_ids")
+    if negatives:
+        body["negative_song_ids"] = negatives
+    return Call("POST", "/v1/search", SearchResponse, {**body, **_checked(options)})
 
 
 def search_audio(audio: Audio, **options: Unpack[Options]) -> Call[SearchResponse]:
     """Songs that sound like a recording."""
-    return Call("POST", "/v1/search/audio", SearchResponse, dict(options), audio)
+    return Call("POST", "/v1/search/audio", SearchResponse, _checked(options), arguments.audio(audio))
 
 
 def recommend(history: Sequence[Heard | str], *, half_life_days: float = 30.0, **options: Unpack[Options]) -> Call[RecommendResponse]:
-    """Songs for a listener who heard these, without them."""
-    items = [asdict(Heard(heard) if isinstance(heard, str) else heard) for heard in history]
-    return Call("POST", "/v1/recommend", RecommendResponse, {"history": items, "half_life_days": half_life_days, **options})
+    """Songs for a listener who played these, without them."""
+    body = {
+        "history": arguments.each(_played, history, "history"),
+        "half_life_days": arguments.number(half_life_days, "half_life_days"),
+        **_checked(options),
+    }
+    return Call("POST", "/v1/recommend", RecommendResponse, body)
 
 
 def embed_text(text: str) -> Call[EmbeddingResponse]:
-    """The vectors of words."""
-    return Call("POST", "/v1/embeddings", EmbeddingResponse, {"text": text})
+    """The vectors of a text."""
+    return Call("POST", "/v1/embeddings", EmbeddingResponse, {"text": arguments.text(text, "text")})
 
 
 def embed_audio(audio: Audio) -> Call[EmbeddingResponse]:
     """The vectors of a recording."""
-    return Call("POST", "/v1/embeddings", EmbeddingResponse, audio=audio)
+    return Call("POST", "/v1/embeddings", EmbeddingResponse, audio=arguments.audio(audio))
 
 
 def song(song_id: str) -> Call[Song]:
-    """What the catalogue says of a song. RequestError 404 when the index does not hold it."""
+    """The catalogue's metadata of a song. RequestError 404 when the index does not hold it."""
     return Call("GET", _of(song_id), Song)
 
 
 def similar(song_id: str, **options: Unpack[Options]) -> Call[SearchResponse]:
     """Songs near a song of the index, without itself."""
-    return Call("GET", f"{_of(song_id)}/similar", SearchResponse, parameters=_fields(options))
+    return Call("GET", f"{_of(song_id)}/similar", SearchResponse, parameters=_fields(_checked(options)))
 
 
 def put_song(song_id: str, audio: Audio | None = None, metadata: Mapping[str, Any] | None = None) -> Call[SongUpdated]:
-    """Put a song in, or change one: its sound, its metadata (which replaces what was said of it), or both. Needs a key that may write."""
+    """Add or change a song: its audio, its metadata (which replaces all of the song's metadata), or both. Needs a key that may write."""
+    given = None if metadata is None else arguments.mapping(metadata, "metadata")
     if audio is None:
-        return Call("PUT", _of(song_id), SongUpdated, None if metadata is None else dict(metadata))
-    return Call("PUT", _of(song_id), SongUpdated, {} if metadata is None else {"metadata": dict(metadata)}, audio)
+        return Call("PUT", _of(song_id), SongUpdated, given)
+    return Call("PUT", _of(song_id), SongUpdated, {} if given is None else {"metadata": given}, arguments.audio(audio))
 
 
 def delete_song(song_id: str) -> Call[SongUpdated]:
-    """Take a song out. Needs a key that may write.
+    """Remove a song. Needs a key that may write.
 
-    RequestError 404 when it is not there, which may also be because the answer to a first request was lost.
+    RequestError 404 when the index does not hold it, which may also be because the response to a first request was lost.
     """
     return Call("DELETE", _of(song_id), SongUpdated)
 
@@ -141,7 +165,7 @@ def index() -> Call[ServedIndexResponse]:
 
 def activate(version: str) -> Call[Activated]:
     """Serve another index of the workspace. Needs a key that may write."""
-    return Call("POST", "/v1/index/activate", Activated, {"version": version})
+    return Call("POST", "/v1/index/activate", Activated, {"version": arguments.text(version, "version")})
 
 
 def ready() -> Call[Ready]:
@@ -155,23 +179,39 @@ def alive() -> Call[Alive]:
 
 
 def _of(song_id: str) -> str:
-    escaped = quote(song_id, safe="")
+    escaped = quote(arguments.song_id(song_id, "song_id"), safe="")
     return f"/v1/songs/{escaped if escaped.strip('.') else escaped.replace('.', '%2E')}"  # '..' would be the folder above
 
 
-def _listed(values: Sequence[Any] | None) -> list[Any] | None:
-    return None if values is None else [value.item() if hasattr(value, "item") else value for value in values]
+def _checked(options: Options) -> dict[str, Any]:
+    """The options as JSON holds them, without those that are None. Raises ArgumentError, also for one that does not exist."""
+    for name in options:
+        if name not in OPTIONS:
+            raise arguments.unknown(name, OPTIONS)
+    return {name: OPTIONS[name](value, name) for name, value in options.items() if value is not None}
+
+
+def _played(item: Heard | str, name: str) -> dict[str, Any]:
+    if not isinstance(item, Heard):
+        return asdict(Heard(arguments.song_id(item, name)))
+    return {
+        "song_id": arguments.song_id(item.song_id, f"{name}.song_id"),
+        "weight": arguments.number(item.weight, f"{name}.weight"),
+        "timestamp": None if item.timestamp is None else arguments.number(item.timestamp, f"{name}.timestamp"),
+    }
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, str]:
-    """As a form or an address carries them: what is no text as JSON."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items() if value is not None}
+    """As a form or an address carries them: anything but text as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:
-    """A file's name, of which only the suffix matters, and its bytes."""
+    """A file's name, of which only the suffix matters, and its bytes. Raises ArgumentError, and OSError for a file that cannot be read."""
     if isinstance(audio, bytes | bytearray | memoryview):
         return "audio", bytes(audio)
+    name = Path(audio if isinstance(audio, str | Path) else str(getattr(audio, "name", ""))).name
+    sendable = name.encode("utf-8", "replace").decode() or "audio"
     if isinstance(audio, str | Path):
-        return Path(audio).name, Path(audio).read_bytes()
-    return Path(str(getattr(audio, "name", "audio"))).name, audio.read()
+        return sendable, Path(audio).read_bytes()
+    return sendable, arguments.file_content(audio.read())

@@ -10,6 +10,9 @@ from datetime import UTC, datetime
 
 import httpx
 
+from htcl_ray.client.arguments import number, whole_number
+from htcl_ray.errors import ArgumentError
+
 AGAIN = frozenset({429, 503})
 BROKEN = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 """Failures of the connection. That the server took too long is none: to ask again would make it longer."""
@@ -27,6 +30,13 @@ class Retries:
     longest_wait: float = 8.0
     """Seconds, where the server says nothing."""
 
+    def __post_init__(self) -> None:
+        if whole_number(self.attempts, "attempts") < 1:
+            raise ArgumentError(f"attempts is {self.attempts}; expected at least 1")
+        for name in ("seconds", "first_wait", "longest_wait"):
+            if number(getattr(self, name), name) < 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected seconds, 0 or more")
+
     def begin(self) -> Attempts:
         """For one request."""
         return Attempts(self)
@@ -40,7 +50,7 @@ class Attempts:
         self._begun = time.monotonic()
         self._done = 0
 
-    def wait_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+    def wait_after(self, outcome: httpx.Response | httpx.RequestError) -> float | None:
         """Seconds to wait before the request is sent again, or None when this is its end."""
         self._done += 1
         if not _passes(outcome) or self._done >= self._retries.attempts:
@@ -66,5 +76,5 @@ def retry_after(response: httpx.Response) -> float | None:
     return max((when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
 
 
-def _passes(outcome: httpx.Response | httpx.TransportError) -> bool:
+def _passes(outcome: httpx.Response | httpx.RequestError) -> bool:
     return outcome.status_code in AGAIN if isinstance(outcome, httpx.Response) else isinstance(outcome, BROKEN)
