@@ -12,7 +12,7 @@ CODES = {
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",
-    415: "unsupported_audio",
+    415: "unsupported_media_type",
     416: "range_not_satisfiable",
     422: "invalid_request",
     429: "too_many_requests",

@@ -19,6 +19,7 @@ from htcl_ray.serving.answers import failure
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.byte_ranges import NotSatisfiable, asked_for
 from htcl_ray.serving.documented import AUDIO, NO_AUDIO
+from htcl_ray.serving.request_line import ONLY_HEADERS
 from htcl_ray.serving.signed_urls import SignedUrls
 from htcl_ray.serving.storage_calls import with_storage
 from htcl_ray.settings import ServeSettings
@@ -65,10 +66,10 @@ class AudioFile:
 
 
 def audio_routes(backend: Backend, settings: ServeSettings, signed_urls: SignedUrls) -> APIRouter:
-    """Included before the songs, because a song's id may hold slashes."""
+    """Below a song, whose id may hold slashes: see `request_line.py`."""
     router = APIRouter(tags=["songs"])
 
-    @router.get("/v1/songs/{song_id:path}/audio", responses=AUDIO, response_class=Response)
+    @router.get("/v1/songs/{song_id:encoded}/audio", responses=AUDIO, response_class=Response)
     async def audio(song_id: str, request: Request) -> Response:
         """The song's file as the catalogue has it. Understands ranges of bytes (RFC 9110)."""
         file = await _find(backend, settings, song_id)
@@ -79,9 +80,9 @@ def audio_routes(backend: Backend, settings: ServeSettings, signed_urls: SignedU
         except NotSatisfiable:
             headers = {**_headers(file), "Content-Range": f"bytes */{file.size}"}
             return failure(416, f"the audio has {file.size} bytes; expected a range that begins within them", headers=headers)
-        return await _stream(file, wanted)
+        return await _stream(file, wanted, only_headers=getattr(request.state, ONLY_HEADERS, False))
 
-    @router.post("/v1/songs/{song_id:path}/audio-url", responses=NO_AUDIO)
+    @router.post("/v1/songs/{song_id:encoded}/audio-url", responses=NO_AUDIO)
     async def audio_url(song_id: str) -> AudioUrl:
         """An address of the song's audio that plays without a key, for five minutes."""
         await _find(backend, settings, song_id)
@@ -121,14 +122,18 @@ def _range_header(request: Request, file: AudioFile) -> str | None:
     return request.headers.get("range") if meant_for in (None, file.etag) else None
 
 
-async def _stream(file: AudioFile, wanted: range | None) -> Response:
+async def _stream(file: AudioFile, wanted: range | None, only_headers: bool) -> Response:
     source: Any = await with_storage(file.filesystem.open_input_file, file.path)
     span = range(file.size) if wanted is None else wanted
     headers = {**_headers(file), "Content-Length": str(len(span))}
     if wanted is not None:
         headers["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{file.size}"
     kind = TYPES.get(PurePosixPath(file.path).suffix.lower(), UNKNOWN_TYPE)
-    return StreamingResponse(_pieces(source, span), 200 if wanted is None else 206, headers, media_type=kind)
+    status = 200 if wanted is None else 206
+    if only_headers:
+        await run_in_threadpool(source.close)
+        return Response(None, status, headers, media_type=kind)
+    return StreamingResponse(_pieces(source, span), status, headers, media_type=kind)
 
 
 async def _pieces(source: Any, span: range) -> AsyncIterator[bytes]:

@@ -22,7 +22,8 @@ EVERYWHERE = _failures(
     _503="No answer now, or not in time; Retry-After tells when to try again",
 )
 NOT_FOUND = _failures(_404="No such song in the index")
-UNSUPPORTED = _failures(_415="The file is not audio that can be decoded")
+JSON_ONLY = _failures(_415="The Content-Type of the body is not that of JSON")
+UNSUPPORTED = _failures(_415="The Content-Type of the body is not one that the call takes, or the file is not audio that can be decoded")
 WRITES = _failures(_401="No API key, or one without scope write")
 NO_INDEX = _failures(_404="No such index in the workspace")
 BUSY = _failures(_429="Another one is under way; Retry-After says when to try again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,13 @@ from htcl_ray.errors import (
 )
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.answers import failure
+from htcl_ray.serving.json_parts import is_form
 
 METHODS = ("DELETE", "GET", "POST", "PUT")
+FOLDERS = re.compile(r"(?:\b[a-z][a-z0-9+.-]*:/*|(?<![\w./<]))/(?=[^\s/])(?:[^\s/'\"]*/)*", re.IGNORECASE)
+"""The folders of an absolute path or URI, up to its last name."""
+NOT_AN_OBJECT = ("dict_type", "model_attributes_type", "model_type")
+"""Pydantic's types of error for a value that is no JSON object; their messages name classes of Python."""
 RETRY = {"Retry-After": "1"}
 STATUS = {
     SongNotFoundError: (404, "song_not_found"),
@@ -61,16 +67,27 @@ def install(app: FastAPI) -> None:
 def _invalid(request: Request, error: Any) -> JSONResponse:
     problems: Sequence[Any] = error.errors()
     first = problems[0]
-    if first["type"] == "json_invalid":
-        return failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}", "malformed_json")
-    place = ".".join(str(part) for part in first["loc"])
+    kind, message = first["type"], first["msg"].removeprefix("Value error, ")
+    where, *names = (str(part) for part in first["loc"])
+    in_form = where == "body" and is_form(request)
+    if kind == "json_invalid":
+        parameter = {"body": "form field", "query": "parameter"}[where]
+        part = f"the {parameter} {names[0]}" if in_form or where != "body" else "the body"
+        return failure(400, f"{part} is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}", "malformed_json")
+    if in_form and names == ["file"]:  # missing, or a field without the name of a file
+        return failure(
+            422, "the form has no file 'file'; expected a part of this name that has a file name, as curl -F file=@NAME sends it"
+        )
+    if kind in NOT_AN_OBJECT:
+        message = "expected a JSON object"
+    place = f"form field {'.'.join(names)}" if in_form else ".".join((where, *names))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return failure(422, f"{place}: {first['msg'].removeprefix('Value error, ')}{more}")
+    return failure(422, f"{place}: {message}{more}")
 
 
 def _http(request: Request, error: Any) -> JSONResponse:
     if error.status_code == 405:
-        allowed = ", ".join(_methods(request))
+        allowed = ", ".join("GET, HEAD" if method == "GET" else method for method in _methods(request))
         return failure(405, f"{request.url.path} does not take {request.method}; it takes {allowed}", headers={"Allow": allowed})
     if error.status_code == 404:
         return failure(404, f"there is no {request.method} {request.url.path}; /openapi.json lists what there is")
@@ -83,12 +100,18 @@ def _methods(request: Request) -> list[str]:
     return [scope["method"] for scope in asked if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)]
 
 
+def without_folders(text: str) -> str:
+    """The text with only the last name of every absolute path and URI: no response shows where the server keeps its files."""
+    return FOLDERS.sub("", text)
+
+
 def _ours(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, AudioError):
         return failure(AUDIO_STATUS.get(error.reason, 415), f"the audio cannot be used: {error.detail}", str(error.reason))
     for kind, (status, code) in STATUS.items():
         if isinstance(error, kind):
-            return failure(status, str(error), code)
+            echoes = isinstance(error, QueryError)  # of what the client sent, in which nothing is secret
+            return failure(status, str(error) if echoes else without_folders(str(error)), code)
     return failure(500, "the request failed inside the application; its log says why", "internal")
 
 

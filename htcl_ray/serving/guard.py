@@ -114,4 +114,6 @@ def _plain(name: str) -> str:
 
 
 def _too_large(limit: int) -> str:
+    if limit == MAX_JSON_BYTES:
+        return f"the body is larger than {limit} bytes, the most of one that is not multipart/form-data; send less"
     return f"the body is larger than {limit} bytes; send less, or raise serve.max_upload_bytes"

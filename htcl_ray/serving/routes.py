@@ -21,6 +21,7 @@ from htcl_ray.serving.observed import Observed
 from htcl_ray.serving.operation_routes import operation_routes
 from htcl_ray.serving.page_routes import map_routes, page_routes
 from htcl_ray.serving.rate_limit import RateLimit, TokenBuckets
+from htcl_ray.serving.request_line import RequestLine
 from htcl_ray.serving.search_routes import search_routes
 from htcl_ray.serving.signed_urls import SignedUrls, new_signing_key
 from htcl_ray.serving.song_routes import song_routes
@@ -56,7 +57,7 @@ def create_app(
     for router in (
         search_routes(backend, settings, measurements),
         audio_routes(backend, settings, signed_urls),
-        song_routes(backend, settings),  # behind those whose addresses go on after a song's id
+        song_routes(backend, settings),
         index_routes(backend),
         map_routes(backend),
     ):
@@ -69,7 +70,7 @@ def create_app(
 
 def _middleware(settings: ServeSettings, keys: Keys, signed_urls: SignedUrls, measurements: IngressMeasurements | None) -> list[Middleware]:
     """From the outside in. What is refused without looking further comes first; the body is read behind all of them."""
-    layers = [Middleware(Observed, measurements=measurements), Middleware(AnswerHeaders)]
+    layers = [Middleware(Observed, measurements=measurements), Middleware(AnswerHeaders), Middleware(RequestLine)]
     if settings.allowed_origins:  # around the refusals, so that a page can read them
         layers.append(Middleware(CrossOrigin, origins=settings.allowed_origins))
     layers += [

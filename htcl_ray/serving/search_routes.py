@@ -29,8 +29,8 @@ from htcl_ray.retrieval.http import (
 from htcl_ray.retrieval.live_index import Active
 from htcl_ray.retrieval.service import DEFAULT_K, Answer, SearchService, check_text
 from htcl_ray.serving.backend import Backend
-from htcl_ray.serving.documented import NOT_FOUND, UNSUPPORTED
-from htcl_ray.serving.json_parts import parse_part
+from htcl_ray.serving.documented import JSON_ONLY, NOT_FOUND, UNSUPPORTED
+from htcl_ray.serving.json_parts import FORM, JSON, is_form, parse_part, takes
 from htcl_ray.serving.measurements import IngressMeasurements
 from htcl_ray.settings import ServeSettings
 
@@ -58,7 +58,9 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
             measurements.answer(len(found.hits))
         return Response(body, media_type="application/json")  # validated when it was made; FastAPI would do it again
 
-    @router.post("/v1/search", response_model=SearchResponse, responses=NOT_FOUND, tags=["search"])
+    @router.post(
+        "/v1/search", response_model=SearchResponse, responses={**NOT_FOUND, **JSON_ONLY}, dependencies=[takes(JSON)], tags=["search"]
+    )
     async def search(request: SearchRequest) -> Response:
         """Songs near words, near one or several songs, or near a vector."""
         active, options = backend.live.active, request.options
@@ -74,7 +76,7 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         negatives = request.negative_song_ids
         return await answer(lambda service: service.search_songs(seeds, negatives, **options), active)
 
-    @router.post("/v1/search/audio", response_model=SearchResponse, responses=UNSUPPORTED, tags=["search"])
+    @router.post("/v1/search/audio", response_model=SearchResponse, responses=UNSUPPORTED, dependencies=[takes(FORM)], tags=["search"])
     async def search_audio(file: AudioFile, options: Annotated[dict[str, Any], Depends(_form_options)]) -> Response:
         """Songs that sound like a recording."""
         active = backend.live.active
@@ -82,7 +84,9 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         query = await backend.encode_audio(await read_upload(file, settings))
         return await answer(lambda service: service.search(query, **options), active)
 
-    @router.post("/v1/recommend", response_model=RecommendResponse, responses=NOT_FOUND, tags=["search"])
+    @router.post(
+        "/v1/recommend", response_model=RecommendResponse, responses={**NOT_FOUND, **JSON_ONLY}, dependencies=[takes(JSON)], tags=["search"]
+    )
     async def recommend(request: RecommendRequest) -> Response:
         """Songs for a listener who heard these, without them. Songs that the index does not hold are left out and named."""
         heard, half_life, options = request.heard, request.half_life_days, request.options
@@ -90,12 +94,12 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
             lambda service: service.recommend(heard, half_life_days=half_life, **options), backend.live.active, RecommendResponse
         )
 
-    @router.get("/v1/songs/{song_id:path}/similar", response_model=SearchResponse, responses=NOT_FOUND, tags=["songs"])
+    @router.get("/v1/songs/{song_id:encoded}/similar", response_model=SearchResponse, responses=NOT_FOUND, tags=["songs"])
     async def similar(song_id: str, options: Annotated[dict[str, Any], Depends(_query_options)]) -> Response:
         """Songs near a song of the index, without itself."""
         return await answer(lambda service: service.search_songs([song_id], **options), backend.live.active)
 
-    @router.post("/v1/embeddings", responses=UNSUPPORTED, tags=["search"], openapi_extra=EMBEDDINGS_BODY)
+    @router.post("/v1/embeddings", responses=UNSUPPORTED, dependencies=[takes(JSON, FORM)], tags=["search"], openapi_extra=EMBEDDINGS_BODY)
     async def embeddings(
         request: Request, file: Annotated[UploadFile | None, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")] = None
     ) -> EmbeddingResponse:
@@ -103,8 +107,7 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         if file is not None:
             vectors = await backend.encode_audio(await read_upload(file, settings))
         else:
-            is_form = request.headers.get("content-type", "").lower().startswith(("multipart/", "application/x-www-form-urlencoded"))
-            given = None if is_form else parse_part(EmbedTextRequest, await request.body(), "body")
+            given = None if is_form(request) else parse_part(EmbedTextRequest, await request.body(), "body")
             if given is None:
                 raise QueryError("there is neither a file nor a text; send a form with a file, or a JSON body with a text")
             vectors = await backend.encode_text(check_text(given.text))

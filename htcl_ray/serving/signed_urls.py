@@ -11,7 +11,8 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from urllib.parse import quote
+
+from htcl_ray.serving.request_line import SONGS, song_path
 
 LIFETIME_SECONDS = 300
 KEY_BYTES = 32
@@ -24,8 +25,8 @@ def new_signing_key() -> bytes:
 
 
 def audio_path(song_id: str) -> str:
-    """Path of a song's audio, decoded, as the server sees it."""
-    return f"/v1/songs/{song_id}/audio"
+    """Path of a song's audio, percent-encoded, as routing sees it."""
+    return f"{song_path(song_id)}/audio"
 
 
 class SignedUrls:
@@ -39,11 +40,11 @@ class SignedUrls:
         """Path with query of the song's audio, and when it expires, in seconds since 1970."""
         expires = int(self._clock()) + LIFETIME_SECONDS
         path = audio_path(song_id)
-        return f"{quote(path)}?expires={expires}&signature={self._signature(path, str(expires))}", expires
+        return f"{path}?expires={expires}&signature={self._signature(path, str(expires))}", expires
 
     def allows(self, method: str, path: str, query: bytes) -> bool:
-        """Whether a request of this method for this path, decoded, with this query carries a signature that is valid now."""
-        if method != "GET" or not path.startswith("/v1/songs/") or not path.endswith("/audio"):
+        """Whether a request of this method for this path, as `audio_path` gives it, with this query carries a signature valid now."""
+        if method not in ("GET", "HEAD") or not path.startswith(SONGS) or not path.endswith("/audio"):
             return False
         match = _QUERY.fullmatch(query)
         if match is None:

@@ -12,7 +12,7 @@ from htcl_ray.retrieval.http_updates import SongMetadata, SongUpdated
 from htcl_ray.retrieval.uploads import store_upload
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.documented import NOT_FOUND, UNSUPPORTED, WRITES
-from htcl_ray.serving.json_parts import parse_part
+from htcl_ray.serving.json_parts import FIELDS, FORM, JSON, content_type, has_body, is_json, parse_part, takes, wrong_content_type
 from htcl_ray.serving.keys import write_access
 from htcl_ray.serving.search_routes import read_upload
 from htcl_ray.serving.storage_calls import with_storage
@@ -23,18 +23,18 @@ JSON_BODY = {"requestBody": {"content": {"application/json": {"schema": SongMeta
 
 
 def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
-    """Included after the searches, because a song's id may hold slashes."""
+    """Of one song, whose id may hold slashes: see `request_line.py`."""
     router = APIRouter(tags=["songs"])
 
-    @router.get("/v1/songs/{song_id:path}", responses=NOT_FOUND)
+    @router.get("/v1/songs/{song_id:encoded}", responses=NOT_FOUND)
     async def song(song_id: str) -> Song:
         """What the catalogue says of a song."""
         return Song(song_id=song_id, **backend.live.active.service.metadata(song_id))
 
     @router.put(
-        "/v1/songs/{song_id:path}",
+        "/v1/songs/{song_id:encoded}",
         responses={**WRITES, **NOT_FOUND, **UNSUPPORTED},
-        dependencies=[Depends(write_access)],
+        dependencies=[Depends(write_access), takes(JSON, FORM, FIELDS)],
         openapi_extra=JSON_BODY,
     )
     async def put_song(
@@ -48,10 +48,12 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
         With a file, its sound is that of the file. Metadata, as a part of a form or alone as a JSON body, replaces what was said of the
         song; without metadata that stays. Without a file the song must be there, and its sound stays.
         """
-        is_json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-        given = parse_part(SongMetadata, await request.body() if is_json else metadata, "body" if is_json else "metadata")
+        sent_json = is_json(request)
+        given = parse_part(SongMetadata, await request.body() if sent_json else metadata, "body", *([] if sent_json else ["metadata"]))
         if file is None:
             if given is None:
+                if has_body(request) and content_type(request) != FORM:
+                    raise wrong_content_type(request, JSON, FORM)
                 raise QueryError("there is neither a file nor metadata; expected at least one of them")
             update = await with_storage(backend.live.describe, song_id, given.model_dump())
         else:
@@ -62,7 +64,7 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
             update = await with_storage(backend.live.upsert, song_id, vectors, about)
         return SongUpdated(song_id=song_id, update=update, index=backend.live.version)
 
-    @router.delete("/v1/songs/{song_id:path}", responses={**WRITES, **NOT_FOUND}, dependencies=[Depends(write_access)])
+    @router.delete("/v1/songs/{song_id:encoded}", responses={**WRITES, **NOT_FOUND}, dependencies=[Depends(write_access)])
     async def delete_song(song_id: str) -> SongUpdated:
         """Take a song out of every later answer."""
         return SongUpdated(song_id=song_id, update=await with_storage(backend.live.remove, song_id), index=backend.live.version)

@@ -270,4 +270,5 @@ def test_a_signed_address_expires(guarded: Client):
     query = url.partition("?")[2].encode()
     assert SignedUrls(SIGNING_KEY, lambda: 1_299.9).allows("GET", "/v1/songs/a/audio", query)
     assert not SignedUrls(SIGNING_KEY, lambda: 1_300.0).allows("GET", "/v1/songs/a/audio", query)
-    assert not SignedUrls(SIGNING_KEY, lambda: 1_000.0).allows("HEAD", "/v1/songs/a/audio", query)
+    assert SignedUrls(SIGNING_KEY, lambda: 1_000.0).allows("HEAD", "/v1/songs/a/audio", query)
+    assert not SignedUrls(SIGNING_KEY, lambda: 1_000.0).allows("POST", "/v1/songs/a/audio", query)

@@ -223,8 +223,8 @@ class TestMultipart:
             ({"content": b"--x", "headers": {"content-type": "multipart/form-data; boundary="}}, 400),
             ({"content": b"--x", "headers": {"content-type": "multipart/form-data; boundary=" + "y" * 5_000}}, 400),
             ({"content": b"a=1&" * 2_000, "headers": {"content-type": "application/x-www-form-urlencoded"}}, 400),
-            ({"content": b"{}", "headers": JSON}, 422),
-            ({"content": b"sound", "headers": {"content-type": "audio/wav"}}, 422),
+            ({"content": b"{}", "headers": JSON}, 415),
+            ({"content": b"sound", "headers": {"content-type": "audio/wav"}}, 415),
         ],
         ids=range(16),
     )
@@ -241,7 +241,7 @@ class TestMultipart:
 def test_a_search_without_json_type(client: Client):
     for kind in ("text/plain", "application/xml", ""):
         response = client("POST", "/v1/search", content=b'{"text": "a"}', headers={"content-type": kind})
-        assert_failure(response, 422, "invalid_request")
+        assert_failure(response, 415, "unsupported_media_type")
 
 
 class TestAnswers:

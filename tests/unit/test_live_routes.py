@@ -141,6 +141,13 @@ BAD_PUTS = [
     ({"files": {"file": ("a", b"bad")}}, 415, "undecodable", "no audio"),
     ({"files": {"file": ("a", b"x" * 1001)}}, 413, "too_large", "1000"),
     ({"data": {"file": "text"}}, 422, "invalid_request", "file"),
+    ({"content": b'{"title": "x"}'}, 415, "unsupported_media_type", "no Content-Type"),
+    (
+        {"content": b'{"title": "x"}', "headers": {"content-type": "application/x-www-form-urlencoded"}},
+        415,
+        "unsupported_media_type",
+        "JSON",
+    ),
 ]
 
 
@@ -207,6 +214,33 @@ def test_an_index_that_cannot_be_served_is_refused(client: Client, workspace: Wo
     write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
     assert_failure(client("POST", "/v1/index/activate", json=body), status, code)
     assert client("GET", "/v1/index").json()["version"] == "v1"
+
+
+@pytest.mark.parametrize("name", ["workspace", "a folder with spaces"])
+def test_no_response_shows_where_the_workspace_is(tmp_path: Path, name: str):
+    made = Workspace(str(tmp_path / name))
+    write_index(made, "v1", {"a": 1}, titles={"a": "Aria"})
+    write_index(made, "damaged", {"a": 1}, titles={"a": "Aria"})
+    made.write_bytes("index/damaged/index.faiss", b"x")
+    made.write_bytes("index/half/manifest.json", b"{")
+    manifest = made.manifest("index/v1") or {}
+    places = {
+        "workspace": made.uri,
+        "data": {"catalog": [f"{made.uri}/songs.csv", "s3://key:secret@bucket/b.csv"]},
+        "audio": {"n_mels": 128},
+    }
+    made.finish("index/v1", {**manifest, "config": places})
+    client = Client(made)
+    responses = [client("POST", "/v1/index/activate", json={"version": version}) for version in ("nothing", "damaged", "half")]
+    assert [response.status_code for response in responses] == [404, 422, 422]
+    told = client("GET", "/v1/index")
+    assert told.json()["manifest"]["config"] == {"workspace": name, "data": {"catalog": ["songs.csv", "b.csv"]}, "audio": {"n_mels": 128}}
+    for response in (*responses, told):
+        assert str(tmp_path) not in response.text
+        assert "secret" not in response.text
+        assert "://" not in response.text
+    for version, response in zip(("nothing", "damaged", "half"), responses, strict=True):
+        assert version in response.json()["error"]["message"]
 
 
 def test_a_second_switch_at_a_time_is_told_to_wait(client: Client, monkeypatch: pytest.MonkeyPatch):

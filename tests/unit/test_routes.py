@@ -194,10 +194,11 @@ def test_embeddings(client: Client):
         ("/v1/embeddings", {"json": {}}, 422, "invalid_request", "body.text: Field required"),
         ("/v1/embeddings", {"json": {"text": ""}}, 422, "invalid_request", "body.text"),
         ("/v1/embeddings", {"json": {"text": " "}}, 422, "invalid_query", "the text is empty"),
-        ("/v1/embeddings", {"content": b"{"}, 400, "malformed_json", "not JSON"),
+        ("/v1/embeddings", {"content": b"{"}, 415, "unsupported_media_type", "no Content-Type"),
+        ("/v1/embeddings", {"content": b"{", "headers": JSON}, 400, "malformed_json", "the body is not JSON"),
         ("/v1/embeddings", {"content": b""}, 400, "malformed_json", "not JSON"),
         ("/v1/embeddings", {"files": {"other": b"1"}}, 422, "invalid_query", "neither a file nor a text"),
-        ("/v1/embeddings", {"data": {"text": "calm"}}, 422, "invalid_query", "neither a file nor a text"),
+        ("/v1/embeddings", {"data": {"text": "calm"}}, 415, "unsupported_media_type", "Content-Type"),
         ("/v1/recommend", {"json": {"history": []}}, 422, "invalid_request", "body.history"),
         ("/v1/recommend", {"json": {"history": [{"song_id": "zz"}]}}, 404, "song_not_found", "none of the 1 songs"),
         ("/v1/recommend", {"json": {"history": [{"song_id": "a", "weight": 0}]}}, 422, "invalid_query", "weight"),
@@ -208,8 +209,14 @@ def test_embeddings(client: Client):
         ("/v1/search", {"json": {"song_id": "a", "negative_song_ids": ["zz"]}}, 404, "song_not_found", "zz"),
         ("/v1/search", {"json": {"song_id": "a", "filter": {"genres": ["x"]}}}, 422, "invalid_request", "did you mean 'genre'"),
         ("/v1/search", {"json": {"song_id": "a", "max_per_artist": 0}}, 422, "invalid_request", "max_per_artist"),
-        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": "{"}}, 400, "malformed_json", "not JSON"),
-        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": '{"yeer": 1}'}}, 422, "invalid_request", "body.filter"),
+        (
+            "/v1/search/audio",
+            {"files": {"file": b"1"}, "data": {"filter": "{"}},
+            400,
+            "malformed_json",
+            "the form field filter is not JSON",
+        ),
+        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": '{"yeer": 1}'}}, 422, "invalid_request", "form field filter: "),
         ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": "[" * 100_000}}, 400, "malformed_json", "not JSON"),
     ],
 )
@@ -299,10 +306,10 @@ def test_unknown_places(client: Client):
 def test_bad_uploads(client: Client):
     wrong = "/v1/search/audio"
     good = wav(sound(0, RECIPE, seconds=0.2), RECIPE)
-    assert_failure(client("POST", wrong, json={}), 422, "invalid_request", "file")
-    assert_failure(client("POST", wrong, data={"file": "text"}), 422, "invalid_request", "file")
-    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"k": "0"}), 422, "invalid_request", "body.k")
-    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"blend": "nan"}), 422, "invalid_request", "body.blend")
+    assert_failure(client("POST", wrong, json={}), 415, "unsupported_media_type", "multipart/form-data")
+    assert_failure(client("POST", wrong, data={"file": "text"}), 415, "unsupported_media_type", "multipart/form-data")
+    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"k": "0"}), 422, "invalid_request", "form field k: ")
+    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"blend": "nan"}), 422, "invalid_request", "form field blend: ")
     broken = {"content-type": "multipart/form-data; boundary=x"}
     assert_failure(client("POST", wrong, content=b"--y\r\nnonsense", headers=broken), 400, "bad_request")
     assert_failure(client("POST", wrong, content=b"x", headers={"content-type": "multipart/form-data"}), 400, "bad_request")
@@ -377,6 +384,47 @@ def test_hosts_that_are_not(host: str, client: Client):
     assert_failure(client("GET", "/healthz", headers={"host": host}), 400, "unknown_host", "serve.allowed_hosts")
 
 
+NO_TYPE = {"content": b'{"text": "calm piano"}'}
+AS_FIELDS = {**NO_TYPE, "headers": {"content-type": "application/x-www-form-urlencoded"}}
+FIELD = {"files": {"file": (None, b"sound"), "k": (None, b"3")}}
+SPOKEN = [
+    *((path, NO_TYPE, 415, "no Content-Type") for path in ("/v1/search", "/v1/recommend", "/v1/embeddings")),
+    *((path, AS_FIELDS, 415, "'application/x-www-form-urlencoded'") for path in ("/v1/search", "/v1/recommend", "/v1/embeddings")),
+    ("/v1/search/audio", NO_TYPE, 415, "no Content-Type of its body; expected multipart/form-data"),
+    ("/v1/search/audio", {"json": {"k": 3}}, 415, "multipart/form-data"),
+    ("/v1/search/audio", FIELD, 422, "file name"),
+    ("/v1/embeddings", FIELD, 422, "file name"),
+    ("/v1/search/audio", {"files": {"k": (None, b"3")}}, 422, "file name"),
+    ("/v1/search/audio", {"files": {"file": ("a", b"1")}, "data": {"filter": "{genre:rock}"}}, 400, "the form field filter is not JSON: "),
+    ("/v1/search/audio", {"files": {"file": ("a", b"1")}, "data": {"filter": "[1]"}}, 422, "form field filter: expected a JSON object"),
+    ("/v1/search/audio", {"files": {"file": ("a", b"1"), "filter": ("f.json", b"{}")}}, 422, "form field filter: "),
+    ("/v1/search", {"json": {"text": "a", "filter": 5}}, 422, "body.filter: expected a JSON object"),
+    ("/v1/search", {"json": [1]}, 422, "body: expected a JSON object"),
+    ("/v1/search", {"json": {"text": "a" * MAX_JSON_BYTES}}, 413, "the most of one that is not multipart/form-data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "options", "status", "said"), SPOKEN)
+def test_what_was_forgotten_is_named(client: Client, path: str, options: dict, status: int, said: str):
+    response = client("POST", path, **options)
+    assert response.status_code == status
+    message = response.json()["error"]["message"]
+    assert said in message
+    for misleading in ("UploadFile", "class", "dictionary", "object to extract", "Filter", "instance of", "max_upload_bytes"):
+        assert misleading not in message
+    if "form field" in message:
+        assert "body" not in message
+
+
+def test_a_filter_in_an_address_is_named(client: Client):
+    assert_failure(client("GET", "/v1/songs/a/similar?filter={"), 400, "malformed_json", "the parameter filter is not JSON")
+
+
+def test_too_large_an_upload_is_told_the_setting(client: Client):
+    response = client("POST", "/v1/search/audio", files={"file": ("a", b"x" * 400_000)})
+    assert_failure(response, 413, "too_large", "serve.max_upload_bytes")
+
+
 def test_any_host_on_request():
     assert Client(ServeSettings(allowed_hosts=("*",)))("GET", "/healthz", headers={"host": "evil.example"}).status_code == 200
 
@@ -425,7 +473,9 @@ def test_an_endless_body_is_cut_off_while_it_is_read(client: Client, kind: str):
     assert sent < 2 * MAX_JSON_BYTES
 
 
-@pytest.mark.parametrize(("path", "allowed"), [("/v1/search", "POST"), ("/v1/songs/a", "DELETE, GET, PUT"), ("/healthz", "GET")])
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/v1/search", "POST"), ("/v1/songs/a", "DELETE, GET, HEAD, PUT"), ("/healthz", "GET, HEAD")]
+)
 def test_a_wrong_method_is_told_the_right_ones(client: Client, path: str, allowed: str):
     response = client("OPTIONS", path)
     assert_failure(response, 405, "method_not_allowed", f"it takes {allowed}")
