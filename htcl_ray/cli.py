@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from htcl_ray import __version__, errors
 from htcl_ray.config import PRESETS, Config, json_schema, resolve
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError, HtclError, InputError
 from htcl_ray.paths import absolute
 
@@ -105,7 +106,7 @@ def _report(error: BaseException, where: str = "the workspace") -> int:
     if ours is not None:
         print(f"htcl: failed: {ours}", file=sys.stderr)
         return ours.exit_code
-    traceback.print_exception(error)
+    print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return 1
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Self, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError, model_validator
 
+from htcl_ray.credentials import lacks_credentials
 from htcl_ray.errors import ConfigError, HtclError
 from htcl_ray.paths import absolute, absolute_sqlite, folder_or_name
 from htcl_ray.settings import (
@@ -85,7 +86,7 @@ class Config(Settings):
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """A new configuration with dotted keys replaced, `{"pretrain.batch_size": 64}`; every check runs again."""
-        tree = self.model_dump(mode="json")
+        tree = self.model_dump()
         with _one_batch_size(tree):
             for key, value in overrides.items():
                 _set(tree, key, value)
@@ -95,8 +96,14 @@ class Config(Settings):
         """The same run from any working directory: relative paths become absolute, relative to the working directory of this process.
 
         Every command calls this once, where it starts; workers and trials run in folders of their own. `text.name_or_path` is a path when
-        there is such a folder.
+        there is such a folder. Raises ConfigError for a URI whose credentials were left out when the configuration was written.
         """
+        for key, value in _texts(self.model_dump()):
+            if lacks_credentials(value):
+                raise ConfigError(
+                    f"{key} is '{value}', whose credentials were left out when it was written; give it whole with --set {key}=URI, "
+                    "or without credentials and have them in the environment"
+                )
         changes: dict[str, Any] = {
             "workspace": absolute(self.workspace),
             "data.catalog": [absolute(path) for path in self.data.catalog],
@@ -115,7 +122,7 @@ class Config(Settings):
         return self.with_overrides(changes)
 
     def as_yaml(self) -> str:
-        """The whole configuration; saved, it is a file for `--config` that repeats the run."""
+        """The whole configuration without the credentials of its URIs; saved, it is a file for `--config` that repeats the run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -241,6 +248,18 @@ def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
     for stage, sizes in zip(stages, before, strict=True):
         given = any(stage[key] not in (..., None) for key in BATCH_SIZES)
         stage.update({key: None if given else sizes[key] for key in BATCH_SIZES if stage[key] is ...})
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree with its dotted key."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _texts(value, key)
 
 
 def json_schema() -> dict[str, Any]:

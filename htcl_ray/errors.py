@@ -23,13 +23,17 @@ Messages are one sentence for a person: what is wrong and where, what was expect
 
 from __future__ import annotations
 
+from htcl_ray.credentials import without_credentials
 from htcl_ray.schemas import Reason
 
 
 class HtclError(Exception):
-    """Root of all errors raised on purpose."""
+    """Root of all errors raised on purpose. Its message holds no credentials of a URI, whatever it was made from."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_credentials(part) if isinstance(part, str) else part for part in args))
 
 
 class InputError(HtclError):
@@ -92,7 +96,7 @@ class AudioError(InputError):
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-        self.detail = detail
+        self.detail = str(self)
 
     def __reduce__(self) -> tuple[type[AudioError], tuple[Reason, str]]:
         return type(self), (self.reason, self.detail)

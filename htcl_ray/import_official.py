@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 from htcl_ray.config import Config
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError, WorkspaceError
 from htcl_ray.storage import MANIFEST, Workspace, build_manifest, file_sha256
 
@@ -63,7 +64,8 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
         where = "in the folder" if model.text_encoder.loaded_tokenizer is not None else "loaded when words are first embedded"
         print(f"  text     {model.record.text.transformer['num_hidden_layers']} layers; tokenizer {tokenizer}, {where}")
     if in_workspace:
-        print(f"next: htcl embed --workspace {config.workspace} --model {out.name}, on features made with the same audio settings")
+        workspace = without_credentials(config.workspace)
+        print(f"next: htcl embed --workspace {workspace} --model {out.name}, on features made with the same audio settings")
     else:
         print(f'next: HTCL.from_pretrained("{out}").embed_audio(waveform, sample_rate) in Python; ', end="")
         print(f"or give WORKSPACE/models/{space}/NAME as OUT, and the steps of that workspace find it")

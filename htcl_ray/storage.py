@@ -27,6 +27,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from htcl_ray.credentials import tree_without_credentials, without_credentials
 from htcl_ray.errors import AccessDeniedError, HtclError, MismatchError, StorageError, WorkspaceError
 from htcl_ray.paths import is_uri, local_path
 from htcl_ray.schemas import FORMAT_VERSION
@@ -169,7 +170,7 @@ def build_manifest(
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "config": dict(config),
+        "config": tree_without_credentials(config),
         "inputs": dict(inputs),
         "quality": dict(quality or {}),
         "libraries": {name: _version(name) for name in LIBRARIES},
@@ -191,11 +192,14 @@ class Workspace:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = local_path(uri) or uri
-        self.fs, self.root = open_filesystem(self.uri)
+        self.location = local_path(uri) or uri
+        """Path or URI with its credentials, for what opens it."""
+        self.uri = without_credentials(self.location)
+        """The same for people, manifests and logs."""
+        self.fs, self.root = open_filesystem(self.location)
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[str]]:
-        return type(self), (self.uri,)
+        return type(self), (self.location,)
 
     @property
     def is_local(self) -> bool:
@@ -207,8 +211,12 @@ class Workspace:
         return f"{self.root}/{path}" if path else self.root
 
     def uri_of(self, path: str) -> str:
-        """Path or URI as a person or another library would write it."""
+        """Path or URI for people, manifests and logs."""
         return f"{self.uri.rstrip('/')}/{path}"
+
+    def location_of(self, path: str) -> str:
+        """Path or URI for what opens it, such as another library."""
+        return f"{self.location.rstrip('/')}/{path}"
 
     def check_writable(self) -> None:
         """Raise WorkspaceError unless a file can be written here."""

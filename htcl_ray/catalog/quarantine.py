@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import example, unreadable
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import InputError
 from htcl_ray.schemas import QUARANTINE, Reason
 
@@ -19,8 +20,8 @@ def rejected_rows(
     song_ids: Sequence[str | None], rows: Sequence[int | None], source: str, reason: Reason, details: Sequence[str] | str
 ) -> pa.Table:
     """Rows of the quarantine table; `details` is one text for each row or one for all."""
-    details = [details] * len(rows) if isinstance(details, str) else list(details)
-    columns = [list(song_ids), list(rows), [source] * len(rows), [reason.value] * len(rows), details]
+    details = [without_credentials(detail) for detail in ([details] * len(rows) if isinstance(details, str) else details)]
+    columns = [list(song_ids), list(rows), [without_credentials(source)] * len(rows), [reason.value] * len(rows), details]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, QUARANTINE, strict=True)], schema=QUARANTINE)
 
 
@@ -50,7 +51,7 @@ class NullCells:
         rows = np.flatnonzero(unreadable(column, converted))
         if rows.size:
             self.counts[name] += rows.size
-            self.examples.setdefault(name, f"{example(column, int(rows[0]))} in row {first_row + rows[0]} of {source}")
+            self.examples.setdefault(name, f"{example(column, int(rows[0]))} in row {first_row + rows[0]} of {without_credentials(source)}")
 
     def __str__(self) -> str:
         found = "; ".join(f"{name} {count:,}, e.g. {self.examples[name]}" for name, count in self.counts.most_common())

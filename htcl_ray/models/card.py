@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import MismatchError
 from htcl_ray.evaluation.figures import Task
 from htcl_ray.models.record import ModelRecord
@@ -99,7 +100,7 @@ def model_card(record: ModelRecord, parameters: int, evaluation: Evaluation | No
     windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
     text = "none: it hears, but cannot read"
     if record.text is not None:
-        text = record.text.settings.name_or_path or "a BERT trained from scratch on the catalogue's texts"
+        text = without_credentials(record.text.settings.name_or_path or "") or "a BERT trained from scratch on the catalogue's texts"
     words = "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
     return f"""---
 {_front_matter(record, evaluation)}

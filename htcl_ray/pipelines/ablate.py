@@ -101,7 +101,7 @@ def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
         started = time.monotonic()
         print(f"ablation {number} of {len(VARIANTS)}: {variant.name}", flush=True)
         target = prepare(workspace, variant.data, features, pairs, events, config.evaluate.seed)
-        ours = config.with_overrides({**variant.settings, "workspace": target.uri})
+        ours = config.with_overrides({**variant.settings, "workspace": target.location})
         version = _train(ours, target, variant)
         embed(ours, version)
         print(f"ablation {number} of {len(VARIANTS)}: {variant.name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -146,7 +146,7 @@ def prepare(workspace: Workspace, data: str, features: Artifact, pairs: Artifact
 
     It also has the models that were trained on what it does not shuffle, which need not be trained again.
     """
-    target = Workspace(workspace.uri_of(f"ablations/{fingerprint(features.version, pairs.version, seed)}/{data}"))
+    target = Workspace(workspace.location_of(f"ablations/{fingerprint(features.version, pairs.version, seed)}/{data}"))
     wrong = {"shuffled_captions": (features.path, "text"), "shuffled_pairs": (pairs.path, "song_id")}.get(data, (None, ""))
     copied = [features.path, events.path, f"negatives/{pairs.version}", pairs.path]
     trained = {"true": ("models/semantic", "models/preference"), "shuffled_pairs": ("models/semantic",)}

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from htcl_ray.config import Config
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.paths import absolute_sqlite, is_relative
 from htcl_ray.storage import storage_failure
@@ -64,7 +65,10 @@ def connect(config: Config) -> None:
         raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
     _quiet_ray_data()
     session = ray._private.worker.global_worker.node.get_session_dir_path() if address == "local" else "the cluster's head node"
-    print(f"Ray: {'private cluster on this machine' if address == 'local' else address}; its logs are in {session}", flush=True)
+    print(
+        f"Ray: {'private cluster on this machine' if address == 'local' else without_credentials(address)}; its logs are in {session}",
+        flush=True,
+    )
 
 
 CONNECT_SECONDS = 10.0

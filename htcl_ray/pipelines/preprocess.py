@@ -28,6 +28,7 @@ from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
 from htcl_ray.catalog.songs import SONGS, Catalog, read_catalog
 from htcl_ray.config import Config
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import AudioError, TableError
 from htcl_ray.interactions.splits import group_split, group_splits
 from htcl_ray.paths import canonical
@@ -49,7 +50,7 @@ def preprocess(config: Config) -> StepResult:
     workspace = Workspace(config.workspace)
     workspace.check_writable()
     if config.data.catalog:
-        print(f"preprocess  reading {', '.join(config.data.catalog)} and the sizes of its audio files", flush=True)
+        print(f"preprocess  reading {without_credentials(', '.join(config.data.catalog))} and the sizes of its audio files", flush=True)
     plan = plan_features(config)
     where = f"quarantine/{plan.version}"
     if plan.rejected.num_rows:

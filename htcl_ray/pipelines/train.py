@@ -273,7 +273,7 @@ def fit_stage(
             ),
             run_config=RunConfig(
                 name=stage.version,
-                storage_path=workspace.uri_of(stage.runs_path),
+                storage_path=workspace.location_of(stage.runs_path),
                 callbacks=list(callbacks) or None,
                 checkpoint_config=_checkpoint_config(settings),
                 failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=settings.max_failures),

@@ -45,4 +45,4 @@ def store_upload(workspace: Workspace, data: bytes, file_name: str | None) -> st
     path = f"{FOLDER}/{hashlib.sha256(data).hexdigest()}{extension if extension in EXTENSIONS else ''}"
     if not workspace.exists(path):
         workspace.write_bytes(path, data, durable=True)
-    return workspace.uri_of(path)
+    return workspace.location_of(path)

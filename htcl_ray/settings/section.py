@@ -6,7 +6,17 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+from htcl_ray.credentials import tree_without_credentials
 
 
 def one_or_many(value: Any) -> Any:
@@ -21,9 +31,24 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Settings(BaseModel):
-    """Base of every section: frozen, numbers are finite, and an unknown key is an error."""
+    """Base of every section: frozen, numbers are finite, and an unknown key is an error.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    As JSON, YAML and text (`model_dump(mode="json")`, `repr`) the credentials of its URIs are left out; attributes and
+    `model_dump()` have them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        tree = serialize(self)
+        return tree_without_credentials(tree) if info.mode == "json" else tree
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """For `repr` and `str`."""
+        return (
+            (name, value if isinstance(value, BaseModel) else tree_without_credentials(value)) for name, value in super().__repr_args__()
+        )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError
 from htcl_ray.paths import absolute_sqlite
 from htcl_ray.settings import TrackingSettings
@@ -91,7 +92,7 @@ class Trackers:
                 raise ConfigError(
                     f"{tracker.name} cannot be opened at {tracker.target} ({_reason(error)}); "
                     f"correct the tracking section, or take {tracker.name} out of tracking.trackers"
-                ) from error
+                ) from None  # the client's own error shows its address whole
             if before is None:
                 self.sent[tracker.target] = {"run": run_id, "step": 0}
                 self._save()
@@ -129,7 +130,7 @@ class MlflowTracker:
 
     def __init__(self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any]) -> None:
         self.project, self.uri, self.step, self.version, self.parameters = settings.project, settings.mlflow_uri, step, version, parameters
-        self.target = f"mlflow {self.uri} {self.project}"
+        self.target = f"mlflow {without_credentials(self.uri or '')} {self.project}"
 
     def open(self, run_id: str | None) -> str:
         """Parameters are written once: MLflow takes no second value."""
@@ -209,4 +210,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])[:200].rstrip(".")
