@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from htcl_ray.credentials import lacks_credentials
 from htcl_ray.errors import ConfigError, HtclError
@@ -51,6 +51,9 @@ class Config(Settings):
     workspace: str = "./workspace"
     """Where everything that a step writes lies; local path, s3:// or gs://. Relative paths, here and in every other key and in a
     configuration file, are relative to the working directory of the command."""
+    license: str = Field("unknown", pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")
+    """License of the models that are trained, named in their model cards: an identifier of the Hugging Face hub such as `apache-2.0` or
+    `cc-by-nc-4.0`; `unknown` until somebody has decided, `other` for terms of your own."""
     data: DataSettings = DataSettings()
     audio: AudioRecipe = AudioRecipe()
     pairs: PairSettings = PairSettings()

@@ -154,7 +154,14 @@ def _front_matter(record: ModelRecord, evaluation: Evaluation | None) -> str:
         ]
     tags = ["music", "audio", "contrastive-learning"]
     name = f"HTCL, {SPACES[record.stage]} space" if results else None
-    return ModelCardData(library_name="htcl-ray", tags=tags, model_name=name, eval_results=results or None).to_yaml()
+    return ModelCardData(
+        license=record.license,
+        pipeline_tag="feature-extraction",
+        library_name="htcl-ray",
+        tags=tags,
+        model_name=name,
+        eval_results=results or None,
+    ).to_yaml()
 
 
 def _figures(record: ModelRecord, evaluation: Evaluation | None) -> str:

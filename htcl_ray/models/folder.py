@@ -29,21 +29,55 @@ HUB_FILES = [WEIGHTS, CONFIG, f"{TOKENIZER}/*", EVALUATION, CARD]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
+def find_folder(path_or_hub_id: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """The local folder of a model; a hub id is downloaded (only the files named above). Raises WorkspaceError."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise WorkspaceError(f"{folder} is a folder, which has no revision '{revision}'; leave revision out, or give a hub id")
         return folder
     name = str(path_or_hub_id)
     if not HUB_ID.fullmatch(name):
         raise WorkspaceError(f"there is no model folder '{name}'; expected one with {WEIGHTS} and {CONFIG}, or a hub id such as name/model")
     from huggingface_hub import snapshot_download
 
+    token = _checked(token)
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, revision=revision, token=token))
     except Exception as error:  # the hub client's own errors, and those of its HTTP library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WorkspaceError(f"'{name}' is neither a model folder here nor a model on the hub ({reason})") from None
+        where = "" if revision is None else f" at revision '{revision}'"
+        raise WorkspaceError(f"'{name}' is neither a model folder here nor a model on the hub{where} ({_reason(error, token)})") from None
+
+
+def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | None, token: str | None) -> None:
+    """Upload a model folder to the hub; see `HTCL.push_to_hub`. Raises WorkspaceError."""
+    from huggingface_hub import HfApi
+
+    token = _checked(token)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        is_public = private and not api.model_info(repo_id).private
+        if not is_public:
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
+    except Exception as error:  # as above
+        raise WorkspaceError(f"the model cannot be uploaded to the hub as '{repo_id}' ({_reason(error, token)})") from None
+    if is_public:
+        raise WorkspaceError(f"the repository '{repo_id}' exists and everybody may read it; push with private=False, or choose another")
+
+
+def _checked(token: str | None) -> str | None:
+    """The hub's token without white space around it. Raises WorkspaceError, which does not show it, for one that no header carries."""
+    if token is not None and not re.fullmatch("[!-~]+", token.strip()):
+        raise WorkspaceError("token holds characters that no token of the hub has; expected printable ASCII characters without spaces")
+    return None if token is None else token.strip()
+
+
+def _reason(error: Exception, token: str | None) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return reason.replace(token, "***") if token else reason
 
 
 def read_record(folder: Path) -> ModelRecord:

@@ -108,7 +108,13 @@ class HTCL(nn.Module):
                 text_encoder = text_encoder_from_scratch(config.text, vocabulary)
             stage = config.pretrain
             record = ModelRecord(
-                stage=1, input=input_recipe, loss=stage.loss, audio=config.audio, model=config.model, text=text_encoder.record
+                stage=1,
+                input=input_recipe,
+                loss=stage.loss,
+                audio=config.audio,
+                model=config.model,
+                text=text_encoder.record,
+                license=config.license,
             )
             return cls(record, text_encoder, stage.temperature, stage.initial_bias or 0.0)
 
@@ -130,9 +136,13 @@ class HTCL(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> HTCL:
-        """Load a model folder or a model on the hub, in evaluation mode. Raises WorkspaceError or MismatchError."""
-        found = model_folder.find_folder(path_or_hub_id)
+    def from_pretrained(cls, path_or_hub_id: str | Path, revision: str | None = None, token: str | None = None) -> HTCL:
+        """Load a model folder or a model on the hub, in evaluation mode.
+
+        `revision`: a branch, tag or commit of the hub's repository; `token`: the hub's, for a private one (default: the one that its client
+        finds). Raises WorkspaceError or MismatchError.
+        """
+        found = model_folder.find_folder(path_or_hub_id, revision, token)
         record = model_folder.read_record(found)
         tokenizer = None if record.text is None else model_folder.read_tokenizer(found, record.text)
         model = cls._from_record(record, tokenizer)
@@ -165,15 +175,16 @@ class HTCL(nn.Module):
         """Write the model folder; it appears whole or not at all. The evaluation goes with it unless the weights have changed since."""
         model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer, self.evaluation)
 
-    def push_to_hub(self, repo_id: str) -> None:
-        """Upload the model folder to the Hugging Face hub, as `repo_id`, with the credentials that its client finds."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, token: str | None = None) -> None:
+        """Upload the model folder to the Hugging Face hub as `repo_id`, which is created when there is no such repository.
 
+        `private`: only its owner may read it; a public repository that exists already is refused unless this is False. `revision`: the
+        branch, created when there is none (default: main). `token`: of the hub (default: the one that its client finds). Raises
+        WorkspaceError.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             self.save_pretrained(Path(scratch) / "model")
-            api = HfApi()
-            api.create_repo(repo_id, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=Path(scratch) / "model")
+            model_folder.upload_folder(Path(scratch) / "model", repo_id, private, revision, token)
 
     def encode_audio(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
         """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → [B, dim], not normalised, with gradient."""

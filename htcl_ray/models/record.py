@@ -44,6 +44,8 @@ class ModelRecord(Settings):
     model: ModelSettings
     text: TextRecord | None
     """None: an audio encoder alone. Its vectors are the encoder's own, without a head, and `model.dim` is its width."""
+    license: str = "unknown"
+    """An identifier of the hub's list of licenses, for the model card."""
 
 
 def parse_record(tree: Any, where: str) -> ModelRecord:

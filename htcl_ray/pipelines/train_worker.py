@@ -142,4 +142,6 @@ def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
         return HTCL.untrained(job.config, job.vocabulary), None
     parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))
     settings = job.config.finetune
-    return parent.to_stage_2(settings.temperature, settings.seed, settings.initial_bias), None
+    model = parent.to_stage_2(settings.temperature, settings.seed, settings.initial_bias)
+    model.record = model.record.model_copy(update={"license": job.config.license})
+    return model, None
