@@ -107,7 +107,7 @@ def without_folders(text: str) -> str:
 
 def _ours(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, AudioError):
-        return failure(AUDIO_STATUS.get(error.reason, 415), f"the audio cannot be used: {error.detail}", str(error.reason))
+        return failure(AUDIO_STATUS.get(error.reason, 415), f"the audio cannot be used: {without_folders(error.detail)}", str(error.reason))
     for kind, (status, code) in STATUS.items():
         if isinstance(error, kind):
             echoes = isinstance(error, QueryError)  # of what the client sent, in which nothing is secret

@@ -303,6 +303,8 @@ class TestOtherOrigins:
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == page["origin"]
         assert "access-control-allow-credentials" not in preflight.headers
+        heading = {**self.PREFLIGHT, "access-control-request-method": "HEAD"}
+        assert client("OPTIONS", "/v1/index", headers={**page, **heading}).status_code == 200
         refused = client("GET", "/v1/index", headers={**page, "authorization": "Bearer x"})
         assert_failure(refused, 401, "unauthorised")
         assert refused.headers["access-control-allow-origin"] == page["origin"]

@@ -420,6 +420,13 @@ def test_a_filter_in_an_address_is_named(client: Client):
     assert_failure(client("GET", "/v1/songs/a/similar?filter={"), 400, "malformed_json", "the parameter filter is not JSON")
 
 
+def test_an_error_of_audio_shows_no_folder(client: Client):
+    client.backend.error = AudioError(Reason.UNDECODABLE, "/tmp/a/b/x.mp3: no audio, s3://bucket/ü/y.wav neither; 3/4 is fine")
+    response = client("POST", "/v1/search/audio", files={"file": ("a", b"1")})
+    assert_failure(response, 415, "undecodable", "x.mp3: no audio, y.wav neither; 3/4 is fine")
+    assert "/tmp" not in response.text
+
+
 def test_too_large_an_upload_is_told_the_setting(client: Client):
     response = client("POST", "/v1/search/audio", files={"file": ("a", b"x" * 400_000)})
     assert_failure(response, 413, "too_large", "serve.max_upload_bytes")
