@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from htcl_ray.audio import log_mel
 from htcl_ray.config import Config, resolve
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.vocabulary import train_wordpiece
+from htcl_ray.retrieval import SongIndex, Vectors
 from htcl_ray.schemas import METADATA, features_schema
 from htcl_ray.settings import AudioRecipe
 from htcl_ray.storage import Workspace, build_manifest, file_sha256
@@ -116,3 +118,21 @@ def _publish(config: Config, model: HTCL, path: str, inputs: dict[str, str], tmp
         "model", config=config.model_dump(mode="json"), inputs=inputs, files=files, weights=weights_fingerprint(folder)
     )
     Workspace(config.workspace).publish(folder, path, manifest)
+
+
+def write_other_index(config: Config, version: str, **changes: Any) -> None:
+    """Random vectors under the models and songs of the built index."""
+    workspace = Workspace(config.workspace)
+    built = SongIndex.load(workspace.local_copy(f"index/{first_version(config)}"))
+    halves = np.random.default_rng(7).normal(size=(2, SONGS, built.dim)).astype(np.float32)
+    halves /= np.linalg.norm(halves, axis=2, keepdims=True)
+    ids = [song_id(i) for i in range(SONGS)]
+    versions = changes.get("model_versions", built.model_versions)
+    other = SongIndex.build(ids, Vectors(*halves), settings=config.index, model_versions=versions)
+    folder = Path(config.workspace).parent / f"made-{version}"
+    other.save(folder, inputs=built.manifest["inputs"], quality=built.manifest["quality"])
+    workspace.publish(folder, f"index/{version}", other.manifest)
+
+
+def first_version(config: Config) -> str:
+    return next(name for name, _ in Workspace(config.workspace).finished("index") if name not in ("other", "strange"))

@@ -21,9 +21,15 @@ from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.paths import absolute_sqlite, is_relative
 from htcl_ray.storage import storage_failure
 
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Makes Ray use the address 127.0.0.1 for its node, as on macOS: no port of a private cluster is open to other machines then."""
 
-def connect(config: Config) -> None:
-    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine."""
+
+def connect(config: Config, metrics_port: int | None = None) -> None:
+    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine.
+
+    A private cluster listens on loopback only. `metrics_port`: of its Prometheus exporter; default a free one.
+    """
     if "ray" not in sys.modules:
         # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and they would refuse
         # their own driver. Unset, both sides choose tokens by themselves.
@@ -32,11 +38,13 @@ def connect(config: Config) -> None:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    address = address_of(config)
+    if address == "local":
+        os.environ.update(LOOPBACK_ONLY)
     import ray
 
     if ray.is_initialized():
         return
-    address = address_of(config)
     refuse_relative_paths(config)
     local_only: dict[str, Any] = {}
     if address == "local":
@@ -45,7 +53,9 @@ def connect(config: Config) -> None:
             "object_store_memory": config.ray.object_store_bytes,
             "include_dashboard": False,
             "_temp_dir": ray_folder(),
+            **({} if metrics_port is None else {"_metrics_export_port": metrics_port}),
         }
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK_ONLY sets, where Ray was imported before
     else:
         _check_reachable(address)
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):

@@ -20,11 +20,16 @@ class QueryCache:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    def remembers(self, kind: str, content: bytes) -> bool:
+        """Whether `get` returns without waiting."""
+        task = self._tasks.get(_key(kind, content))
+        return task is not None and task.done()
+
     async def get(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> tuple[Vectors, bool]:
         """The vectors, and whether they were remembered. A failure reaches everyone who waits for it and is forgotten."""
         if not self._entries:
             return await encode(), False
-        key = hashlib.sha256(kind.encode() + b"\0" + content).digest()
+        key = _key(kind, content)
         task = self._tasks.get(key)
         hit = task is not None
         if task is None:
@@ -41,6 +46,10 @@ class QueryCache:
         failed = done.cancelled() or done.exception() is not None
         if failed and self._tasks.get(key) is done:
             del self._tasks[key]
+
+
+def _key(kind: str, content: bytes) -> bytes:
+    return hashlib.sha256(kind.encode() + b"\0" + content).digest()
 
 
 async def _awaited(encode: Callable[[], Awaitable[Vectors]]) -> Vectors:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import signal
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -28,7 +28,10 @@ from htcl_ray.retrieval.activation import check_accepted, starting_pointer
 from htcl_ray.retrieval.index_folder import read_manifest
 from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.serving.deployments import Encoder, Ingress, Served
-from htcl_ray.serving.keys import Keys
+from htcl_ray.serving.front import active_front, check_port
+from htcl_ray.serving.haproxy import Front
+from htcl_ray.serving.keys import Keys, is_loopback
+from htcl_ray.serving.ray_internals import mute_shutdown
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 
@@ -38,6 +41,8 @@ SHED_REQUESTS = 10_000
 ONGOING_BATCHES = 4
 """Batches' worth of requests that an encoder replica holds, so that the next batch is there when one ends; twice as many wait for it."""
 START_SECONDS = 120
+HEALTH_CHECK_SECONDS = 1
+"""Ray notices a dead replica at its health check, by default after up to 10 s."""
 QUIET = {"enable_access_log": False, "encoding": "JSON"}
 """Ray Serve's logging: JSON lines, without its own line for each request, since `serving/observed.py` writes one."""
 
@@ -73,6 +78,7 @@ def create(config: Config, index: str | None = None) -> Application:
         max_ongoing_requests=at_a_time,
         max_queued_requests=2 * at_a_time,
         graceful_shutdown_timeout_s=drain,
+        health_check_period_s=HEALTH_CHECK_SECONDS,
         **_replicas(settings),
     )
     ingress = serve.deployment(
@@ -81,6 +87,7 @@ def create(config: Config, index: str | None = None) -> Application:
         ray_actor_options={"num_cpus": 0.5},
         max_ongoing_requests=SHED_REQUESTS,
         graceful_shutdown_timeout_s=drain,
+        health_check_period_s=HEALTH_CHECK_SECONDS,
     )
     return ingress.bind(encoder.bind(served, settings), served, settings)
 
@@ -97,43 +104,80 @@ def _replicas(settings: ServeSettings) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
+@dataclass(frozen=True)
+class Running:
+    """A started application."""
+
+    url: str
+    metrics: str
+    """URL of the metrics for Prometheus; empty without HAProxy, whose listener they need."""
+    ready: dict[str, Any]
+    """What /readyz says: `index`, `songs`."""
+
+
 @contextlib.contextmanager
-def serving(config: Config, index: str | None = None) -> Iterator[str]:
-    """Start the application on `serve.host` and `serve.port` (0: a free one), give its URL once it is ready, and stop it at the end."""
+def running(config: Config, index: str | None = None) -> Iterator[Running]:
+    """Start the application on `serve.host` and `serve.port` (0: a free one), say where once it is ready, and stop it at the end."""
     application = create(config, index)
-    port = _claim_port(config.serve)
-    connect(config)
+    port = check_port(config.serve.host, config.serve.port)
+    front = active_front()
+    metrics, source = _metrics(config.serve, front)
+    connect(config, source)
     if serve.status().proxies:
         raise ConfigError("Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address")
     logging.getLogger("ray.serve").addFilter(_errors_only)
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": port}, logging_config=QUIET)
+        # HAProxy alone listens on serve.host; Ray's own proxy and the replicas stay behind it on loopback.
+        host = config.serve.host if front is None else "127.0.0.1"
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
         try:
             serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
         except RuntimeError as error:
             raise StepError(f"the application did not start: {_last_line(str(error))}; Ray's logs say more") from error
         url = f"http://{_reachable(config.serve.host)}:{port}"
-        _wait_until_ready(url)
-        yield url
+        yield Running(url, metrics, _wait_until_ready(url))
+        if front is not None:
+            Path(front.stop_file).touch()
         serve.delete(APPLICATION)  # replicas end what they have begun, while the front still carries their answers
     finally:
-        _mute_shutdown()
+        mute_shutdown()
         serve.shutdown()
         logging.getLogger("ray.serve").removeFilter(_errors_only)
+
+
+@contextlib.contextmanager
+def serving(config: Config, index: str | None = None) -> Iterator[str]:
+    """`running`, for those who need the URL only."""
+    with running(config, index) as started:
+        yield started.url
 
 
 def serve_until_stopped(config: Config, index: str | None = None) -> None:
     """`htcl serve`: serve until Ctrl-C or SIGTERM, then stop cleanly."""
     stop = threading.Event()
-    with serving(config, index) as url:
+    with running(config, index) as started:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: stop.set())
-        with urllib.request.urlopen(f"{url}/v1/index") as response:
-            served = json.load(response)
-        print(f"serving index {served['version']} ({served['songs']} songs) at {url}; Ctrl-C stops", flush=True)
+        url, ready = started.url, started.ready
+        print(f"serving index {ready['index']} ({ready['songs']} songs) at {url}; Ctrl-C stops", flush=True)
+        if started.metrics:
+            print(f"metrics for Prometheus: {started.metrics}", flush=True)
         print(f"""try: curl -s {url}/v1/search -H 'content-type: application/json' -d '{{"text": "calm piano", "k": 3}}'""", flush=True)
         stop.wait()
         print("stopping", flush=True)
+
+
+def _metrics(settings: ServeSettings, front: Front | None) -> tuple[str, int | None]:
+    """URL of the metrics, and the port that Ray's exporter is to use."""
+    if front is not None:
+        host, _, port = front.metrics.rpartition(":")
+        return f"http://{_reachable(host.strip('[]'))}:{port}/metrics", front.metrics_source
+    if not is_loopback(settings.metrics_host):
+        raise ConfigError(
+            f"serve.metrics_host is {settings.metrics_host}, which needs HAProxy in front; install ray[serve] with its HAProxy, or leave "
+            "the metrics on 127.0.0.1"
+        )
+    return "", settings.metrics_port or None
 
 
 def _served(config: Config, index: str | None) -> Served:
@@ -149,22 +193,16 @@ def _served(config: Config, index: str | None) -> Served:
         "preference": weights_fingerprint(workspace.local_copy(preference.path)) if preference else None,
     }
     read_manifest(workspace.local_copy(artifact.path), model_versions=versions)
-    return Served(workspace, pointer, models.semantic.path, preference.path if preference else None, versions, require)
-
-
-def _claim_port(settings: ServeSettings) -> int:
-    """The port, checked to be free, or a free one for 0. Raises ConfigError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {settings.host} port {settings.port} ({error.strerror}); choose another with --set serve.port=N "
-                "(0 picks a free one) or --set serve.host=ADDRESS"
-            ) from None
-        return probe.getsockname()[1]
+    front = active_front()
+    return Served(
+        workspace,
+        pointer,
+        models.semantic.path,
+        preference.path if preference else None,
+        versions,
+        require,
+        front_token=front.token if front else "",
+    )
 
 
 def _reachable(host: str) -> str:
@@ -174,12 +212,14 @@ def _reachable(host: str) -> str:
     return f"[{'::1' if host == '::' else host}]" if ":" in host else host
 
 
-def _wait_until_ready(url: str) -> None:
+def _wait_until_ready(url: str) -> dict[str, Any]:
+    """What /readyz says. Needs no key, and asks past a proxy that the environment names."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=10):
-                return
+            with opener.open(f"{url}/readyz", timeout=10) as response:
+                return dict(json.load(response))
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
                 raise StepError(f"the application was started but is not ready at {url}/readyz: {error}") from None
@@ -189,13 +229,6 @@ def _wait_until_ready(url: str) -> None:
 def _errors_only(record: logging.LogRecord) -> bool:
     """Ray Serve sets up its logger when it starts, level included; a filter stays."""
     return record.levelno >= logging.ERROR
-
-
-def _mute_shutdown() -> None:
-    """Every regular shutdown of Serve makes the raylet report that the controller, which ends itself, was killed during a call."""
-    from ray._private.ray_logging import stdout_deduplicator
-
-    stdout_deduplicator.skip_re = re.compile(r"ServeController\.graceful_shutdown failed")
 
 
 def _last_line(text: str) -> str:

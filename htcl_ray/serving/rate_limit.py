@@ -11,9 +11,8 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from htcl_ray.serving.answers import failure
+from htcl_ray.serving.haproxy import PROBES
 
-PROBES = frozenset({"/healthz", "/readyz"})
-"""Paths of load balancers and supervisors, which no limit holds up."""
 MAX_BUCKETS = 10_000
 
 
@@ -46,7 +45,7 @@ class TokenBuckets:
 
 
 class RateLimit:
-    """ASGI middleware: 429 with Retry-After to who calls too often. Behind a proxy, all without a key come from its address: one client."""
+    """ASGI middleware: 429 with Retry-After to a client that calls too often. Behind `ClientAddress`, which knows the addresses."""
 
     def __init__(self, app: ASGIApp, buckets: TokenBuckets) -> None:
         self._app = app

@@ -7,13 +7,14 @@ from starlette.middleware import Middleware
 
 from htcl_ray import __version__
 from htcl_ray.serving import failures
-from htcl_ray.serving.admission import Admission
+from htcl_ray.serving.admission import Admission, ReadToEnd
 from htcl_ray.serving.answers import AnswerHeaders
 from htcl_ray.serving.audio_routes import audio_routes
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.browsers import CrossOrigin
+from htcl_ray.serving.client_address import ClientAddress
 from htcl_ray.serving.documented import EVERYWHERE
-from htcl_ray.serving.guard import Guard
+from htcl_ray.serving.guard import MULTIPART_OVERHEAD_BYTES, Guard
 from htcl_ray.serving.index_routes import index_routes
 from htcl_ray.serving.keys import REQUEST_KEY, Authentication, Keys
 from htcl_ray.serving.measurements import IngressMeasurements
@@ -36,10 +37,11 @@ def create_app(
     keys: Keys | None = None,
     measurements: IngressMeasurements | None = None,
     signing_key: bytes | None = None,
+    front_token: str = "",
 ) -> FastAPI:
     """The application. `keys`: default those of the settings and the environment; raises ConfigError when they are not usable.
 
-    `signing_key`: of the addresses of audio, the same for all replicas; default a new one.
+    `signing_key`: of the addresses of audio, the same for all replicas; default a new one. `front_token`: see `client_address.py`.
     """
     keys = Keys.from_settings(settings) if keys is None else keys
     signed_urls = SignedUrls(signing_key or new_signing_key())
@@ -47,7 +49,7 @@ def create_app(
         title="HTCL music search",
         version=__version__,
         responses=EVERYWHERE,
-        middleware=_middleware(settings, keys, signed_urls, measurements),
+        middleware=_middleware(settings, keys, signed_urls, measurements, front_token),
         docs_url=None,  # their pages load scripts from other sites
         redoc_url=None,
         redirect_slashes=False,  # a redirect would name the host that the client sent
@@ -68,10 +70,18 @@ def create_app(
     return app
 
 
-def _middleware(settings: ServeSettings, keys: Keys, signed_urls: SignedUrls, measurements: IngressMeasurements | None) -> list[Middleware]:
-    """From the outside in. What is refused without looking further comes first; the body is read behind all of them."""
-    layers = [Middleware(Observed, measurements=measurements), Middleware(AnswerHeaders), Middleware(RequestLine)]
-    if settings.allowed_origins:  # around the refusals, so that a page can read them
+def _middleware(
+    settings: ServeSettings, keys: Keys, signed_urls: SignedUrls, measurements: IngressMeasurements | None, front_token: str
+) -> list[Middleware]:
+    """From the outside in. What is rejected without looking further comes first; the body is read behind all of them."""
+    layers = [
+        Middleware(Observed, measurements=measurements),
+        Middleware(AnswerHeaders),
+        Middleware(RequestLine),
+        Middleware(ReadToEnd, max_bytes=settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES),
+        Middleware(ClientAddress, trusted_proxies=settings.trusted_proxies, token=front_token),
+    ]
+    if settings.allowed_origins:  # around the rejections, so that a page can read them
         layers.append(Middleware(CrossOrigin, origins=settings.allowed_origins))
     layers += [
         Middleware(Guard, settings=settings),
@@ -81,5 +91,5 @@ def _middleware(settings: ServeSettings, keys: Keys, signed_urls: SignedUrls, me
     if settings.requests_per_second is not None:  # behind the keys, because it counts by key
         buckets = TokenBuckets(settings.requests_per_second, settings.request_burst)
         layers.append(Middleware(RateLimit, buckets=buckets))
-    layers.append(Middleware(Admission, most=settings.max_waiting_requests, seconds=settings.request_seconds))
-    return layers
+    most, seconds, receive_seconds = settings.max_waiting_requests, settings.request_seconds, settings.receive_seconds
+    return [*layers, Middleware(Admission, most=most, seconds=seconds, receive_seconds=receive_seconds)]

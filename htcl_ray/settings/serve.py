@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from htcl_ray.settings.section import Names, Settings
 
@@ -15,7 +16,15 @@ class ServeSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     allowed_hosts: Names = ()
-    """Names that a request's Host header may carry, beside localhost and serve.host; `*` allows any, for a proxy that checks."""
+    """Names that a request's Host header may carry, in addition to localhost and serve.host; `*` allows any, for a proxy that checks. Where
+    other machines reach serve.host, addresses (such as 192.0.2.7) are allowed as well."""
+    trusted_proxies: Names = ()
+    """Addresses or networks (such as 10.0.0.0/8) of proxies whose X-Forwarded-For header is believed; none. Rate limits of callers without
+    a key count the address that it names, and otherwise the address of the connection."""
+    metrics_host: str = "127.0.0.1"
+    """Address of `/metrics` for Prometheus, which needs no key: keep it to machines that may read it."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Port of `/metrics`. Null: 9464, or a free one where that is taken; 0: a free one. Both are printed at the start."""
 
     encoder_replicas: int = Field(1, ge=1)
     """Encoder replicas, and the fewest when they scale."""
@@ -41,9 +50,12 @@ class ServeSettings(Settings):
     request_burst: int = Field(20, ge=1)
     """Requests beyond the lasting rate that may come at once."""
     max_waiting_requests: int = Field(32, ge=1)
-    """Requests that an ingress replica takes at a time; more are answered 429."""
+    """Requests in progress in an ingress replica, counted once they have arrived; further ones are rejected with 429. At most three
+    quarters of them wait for an encoder, so that searches by song are answered also while no encoder responds."""
     request_seconds: float = Field(30.0, gt=0)
-    """After this a request is answered 503."""
+    """Time in which a request has to be answered once it has arrived; after it the response is 503."""
+    receive_seconds: float = Field(60.0, gt=0)
+    """Time in which the body of a request has to arrive; after it the response is 408."""
     allowed_origins: Names = ()
     """Origins of web pages that may call from a browser (CORS); none."""
 
@@ -67,6 +79,16 @@ class ServeSettings(Settings):
     """How often an ingress replica looks for updates of songs and for another active index."""
     activate_newest: bool = False
     """Activate each newly built index of the same models whose gate did not fail."""
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"'{network}' is not an address or network; expected one such as 10.0.0.7 or 10.0.0.0/8") from None
+        return networks
 
     @model_validator(mode="after")
     def _check(self) -> Self:

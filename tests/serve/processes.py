@@ -34,3 +34,19 @@ def _is_ours(pid: int) -> bool:
             return True
         pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of a process's children, their children, and so on."""
+    found = [pid]
+    for known in found:
+        with suppress(OSError):
+            found += children_of(known)
+    return found[1:]
+
+
+def command_line(pid: int) -> str:
+    """Of a process, or nothing when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""

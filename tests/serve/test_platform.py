@@ -21,12 +21,12 @@ import pytest
 import ray
 
 from htcl_ray.config import Config
-from htcl_ray.retrieval import SearchService, SongIndex, Vectors
+from htcl_ray.retrieval import SearchService, SongIndex
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.serving.application import serving
 from htcl_ray.storage import Workspace
 from tests.serve.processes import children_of, replicas
-from tests.small_workspace import SONGS, song_id, sound, wav
+from tests.small_workspace import SONGS, first_version, song_id, sound, wav, write_other_index
 
 pytestmark = pytest.mark.serve
 
@@ -58,24 +58,6 @@ def config(indexed: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
     write_other_index(config, "other")
     return config
-
-
-def write_other_index(config: Config, version: str, **changes: Any) -> None:
-    """Random vectors under the models and songs of the built index."""
-    workspace = Workspace(config.workspace)
-    built = SongIndex.load(workspace.local_copy(f"index/{first_version(config)}"))
-    halves = np.random.default_rng(7).normal(size=(2, SONGS, built.dim)).astype(np.float32)
-    halves /= np.linalg.norm(halves, axis=2, keepdims=True)
-    ids = [song_id(i) for i in range(SONGS)]
-    versions = changes.get("model_versions", built.model_versions)
-    other = SongIndex.build(ids, Vectors(*halves), settings=config.index, model_versions=versions)
-    folder = Path(config.workspace).parent / f"made-{version}"
-    other.save(folder, inputs=built.manifest["inputs"], quality=built.manifest["quality"])
-    workspace.publish(folder, f"index/{version}", other.manifest)
-
-
-def first_version(config: Config) -> str:
-    return next(name for name, _ in Workspace(config.workspace).finished("index") if name not in ("other", "strange"))
 
 
 @pytest.fixture(scope="module")

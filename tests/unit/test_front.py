@@ -1,33 +1,21 @@
-"""HAProxy as Ray is told to run it: private, and with its statistics on loopback."""
+"""What Ray is told of HAProxy before it starts."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
+import socket
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from htcl_ray.config import Config, resolve
-from htcl_ray.errors import StepError
+from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.serving import front
-from htcl_ray.serving.front import LOG_FORMAT, SWITCH, haproxy_front
+from htcl_ray.serving.front import SWITCH, active_front, haproxy_front
 
 pytestmark = pytest.mark.unit
-
-TEMPLATE = """defaults
-    option httplog
-frontend prometheus
-    bind :9101
-    mode http
-frontend http_frontend
-    bind 127.0.0.1:8000
-listen stats
-  bind *:8404
-  stats enable
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -55,65 +43,50 @@ def test_ray_is_told_and_afterwards_nothing_is_left(config: Config):
     assert not folder.exists()
 
 
-def test_statistics_listen_on_loopback_only(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(front, "_binary", lambda: "/bin/echo")
-    with haproxy_front(config):
-        configuration = Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
-        configuration.write_text(TEMPLATE)
-        started = subprocess.run(
-            [os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(configuration)], capture_output=True, text=True, check=True
-        )
-        assert started.stdout == f"-db -f {configuration}\n"
-        assert configuration.read_text() == TEMPLATE.replace("bind :9101", "bind 127.0.0.1:9101").replace(
-            "bind *:8404", "bind 127.0.0.1:8404"
-        ).replace("option httplog", f'log-format "{LOG_FORMAT}"')
+def test_options_reach_the_program_that_ray_starts(config: Config):
+    changed = config.with_overrides(
+        {"serve.host": "::1", "serve.ingress_replicas": 3, "serve.max_waiting_requests": 7, "serve.metrics_port": 0}
+    )
+    with haproxy_front(changed):
+        options = active_front()
+        assert options is not None
+        assert (options.host, options.max_requests) == ("[::1]", 21)
+        assert len(options.token) == 32
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", options.metrics)
+        assert Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]).stat().st_mode & 0o777 == 0o700
+    assert active_front() is None
 
 
-def test_the_log_of_this_ray_has_no_parameters_of_addresses():
-    """In them players send their keys."""
-    template = rays_template()
-    assert template.count("option httplog\n") == 1
-    others = [line.strip() for line in template.splitlines() if line.strip().startswith(("log-format ", "log-format-sd "))]
-    assert not any(part in line for line in [*others, LOG_FORMAT] for part in ("%r", "%HU", "%HQ", "url", "query"))
+def test_no_two_ports_are_the_same(config: Config):
+    """Ray's defaults are the same for all applications of a machine, and two share what one of them asks."""
+    names = ("FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT", "HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT")
+    ports = []
+    for _ in range(2):
+        with haproxy_front(config.with_overrides({"serve.metrics_port": 0})):
+            options = active_front()
+            assert options is not None
+            ports += [int(os.environ[f"RAY_SERVE_{name}"]) for name in names] + [options.metrics_source]
+            assert not {8500, 9500, 9101, 8404} & set(ports)
+            first, last = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX"))
+            assert last - first == 100
+            assert last <= 32_768  # where the ports of outgoing connections begin
+    assert len(set(ports[:5])) == 5
 
 
-def rays_template() -> str:
-    spec = importlib.util.find_spec("ray")
-    assert spec is not None
-    assert spec.origin is not None
-    return (Path(spec.origin).parent / "serve" / "_private" / "haproxy_templates.py").read_text()
-
-
-def test_too_many_requests_are_refused_before_they_reach_the_backend(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """HAProxy itself answers; that it takes the file, and what it answers, is seen in the serve tier."""
-    monkeypatch.setattr(front, "_binary", lambda: "/bin/echo")
-    rule = "    use_backend http-htcl if is_http-htcl"
-    with haproxy_front(config.with_overrides({"serve.ingress_replicas": 3, "serve.max_waiting_requests": 7})):
-        configuration = Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
-        configuration.write_text(f"frontend x\n{rule}\n    default_backend default_backend\n")
-        subprocess.run([os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-f", str(configuration)], capture_output=True, check=True)
-        lines = configuration.read_text().splitlines()
-    assert lines[0] == "frontend x"
-    assert lines[1].startswith('    http-request return status 429 content-type application/json string \'{"error": ')
-    assert 'hdr Retry-After "1" if is_http-htcl' in lines[1].replace("  ", " ")
-    assert lines[1].endswith("if is_http-htcl { be_conn(http-htcl) ge 21 } !{ path /healthz /readyz }")
-    assert lines[2:] == [rule, "    default_backend default_backend"]
-
-
-def test_the_template_of_this_ray_has_the_line_that_is_limited():
-    spec = importlib.util.find_spec("ray")
-    assert spec is not None
-    assert spec.origin is not None
-    source = (Path(spec.origin).parent / "serve" / "_private" / "haproxy_templates.py").read_text()
-    assert "\n    use_backend {{ backend.name or 'unknown' }} if is_{{ backend.name or 'unknown' }}\n" in source
-
-
-def test_the_template_of_this_ray_has_no_other_open_address():
-    """Lines that bind without an address are those that the program rewrites."""
-    binds = [line.strip() for line in rays_template().splitlines() if line.strip().startswith("bind ")]
-    assert len(binds) >= 3
-    for bind in binds:
-        assert bind.startswith(("bind :", "bind *:", "bind {{ config.frontend_host }}", "bind {{ config.grpc_frontend_host }}"))
+def test_a_metrics_port_that_is_taken_is_said_or_avoided(config: Config, monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=rf"127\.0\.0\.1 port {port} .*in use.*serve\.metrics_port"),
+            haproxy_front(config.with_overrides({"serve.metrics_port": port})),
+        ):
+            pass
+        monkeypatch.setattr(front, "METRICS_PORT", port)
+        with haproxy_front(config):
+            options = active_front()
+            assert options is not None
+            assert options.metrics.startswith("127.0.0.1:")
+            assert options.metrics != f"127.0.0.1:{port}"
 
 
 def test_a_choice_that_comes_too_late_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch):
@@ -122,12 +95,22 @@ def test_a_choice_that_comes_too_late_is_refused(config: Config, monkeypatch: py
         pass
 
 
-@pytest.mark.parametrize("choice", ["0", "1"])
-def test_a_choice_that_was_made_is_left_alone(config: Config, monkeypatch: pytest.MonkeyPatch, choice: str):
-    monkeypatch.setenv(SWITCH, choice)
+def test_it_can_be_switched_off(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(SWITCH, "0")
     before = dict(os.environ)
     with haproxy_front(config):
         assert dict(os.environ) == before
+
+
+def test_the_settings_of_an_image_are_replaced_and_put_back(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Those of deploy/Containerfile are for the nodes of a cluster; `htcl serve` in a container needs its own ports and limits."""
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/image/htcl-haproxy")
+    before = dict(os.environ)
+    with haproxy_front(config):
+        assert active_front() is not None
+        assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] != "/image/htcl-haproxy"
+    assert dict(os.environ) == before
 
 
 def test_a_cluster_that_is_there_is_left_alone(config: Config):
@@ -136,6 +119,6 @@ def test_a_cluster_that_is_there_is_left_alone(config: Config):
 
 
 def test_without_its_program_ray_s_own_proxy_is_used(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(front, "_binary", lambda: None)
+    monkeypatch.setattr(front.haproxy, "find_binary", lambda: None)
     with haproxy_front(config):
         assert SWITCH not in os.environ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import math
 import time
 from collections.abc import AsyncIterator
@@ -14,10 +15,13 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from htcl_ray.serving.admission import Admission
+from htcl_ray.serving.admission import Admission, ReadToEnd
+from htcl_ray.serving.client_address import ClientAddress, client_of_hops
 from htcl_ray.serving.keys import Key
 from htcl_ray.serving.rate_limit import RateLimit, TokenBuckets, client_of
+from htcl_ray.settings import ServeSettings
 
 pytestmark = pytest.mark.unit
 
@@ -134,7 +138,7 @@ def test_too_often_is_429_with_the_whole_seconds_to_wait():
 class Gate:
     """An application whose answers wait until it is opened, and which knows what became of each request."""
 
-    def __init__(self, most: int = 2, seconds: float = 30.0) -> None:
+    def __init__(self, most: int = 2, seconds: float = 30.0, receive_seconds: float = 30.0) -> None:
         self.open = asyncio.Event()
         self.cancelled = 0
         self.read = 0
@@ -166,7 +170,7 @@ class Gate:
         async def body(request: Request) -> dict[str, int]:
             return {"read": len(await request.body())}
 
-        app.add_middleware(Admission, most=most, seconds=seconds)
+        app.add_middleware(Admission, most=most, seconds=seconds, receive_seconds=receive_seconds)
         self.app = app
 
 
@@ -211,14 +215,15 @@ def test_a_thread_does_not_hold_up_the_deadline():
     assert asyncio.run(scene()) < 0.8
 
 
-def test_a_body_that_drips_counts_too():
+def test_a_body_that_drips_is_408():
     async def drip() -> AsyncIterator[bytes]:
         for _ in range(1_000):
             yield b"x"
             await asyncio.sleep(0.02)
 
     started = time.monotonic()
-    assert_refused(send(Gate(seconds=0.2).app, "POST", "/body", content=drip()), 503, "deadline_exceeded")
+    response = send(Gate(receive_seconds=0.2).app, "POST", "/body", content=drip())
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
     assert time.monotonic() - started < 2
 
 
@@ -237,7 +242,167 @@ def test_an_answer_that_has_begun_is_cut_off_not_mixed():
     async def collect(message: Any) -> None:
         sent.append(message)
 
-    middleware = Admission(inner, 1, 0.05)
+    middleware = Admission(inner, 1, 0.05, 30)
     with pytest.raises(TimeoutError):
         asyncio.run(middleware({"type": "http", "path": "/", "headers": []}, None, collect))  # type: ignore[arg-type]
     assert [message["type"] for message in sent] == ["http.response.start"]
+
+
+class Upload:
+    """A request whose body arrives when it is told to; `response` gets the status, or None while there is none."""
+
+    def __init__(self, app: Any, path: str, size: int, client: str = "192.0.2.1") -> None:
+        self.parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.status: int | None = None
+        self.parts_left_at_response: int | None = None
+        headers = [(b"host", b"localhost"), (b"content-length", str(size).encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        self.task = asyncio.ensure_future(
+            app({**scope, "client": (client, 1), "http_version": "1.1", "scheme": "http"}, self.receive, self.send)
+        )
+
+    def arrive(self, data: bytes, more: bool) -> None:
+        self.parts.put_nowait({"type": "http.request", "body": data, "more_body": more})
+
+    async def receive(self) -> dict[str, Any]:
+        return await self.parts.get()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.parts_left_at_response = self.parts.qsize()
+
+
+def test_bodies_that_have_not_arrived_take_no_place():
+    async def scene() -> None:
+        gate = Gate(most=2)
+        stalled = [Upload(gate.app, "/body", 100_000, f"192.0.2.{number}") for number in range(10)]
+        await asyncio.sleep(0.05)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
+            for _ in range(5):
+                assert (await client.post("/body", content=b"x" * 50)).status_code == 200
+        for upload in stalled:  # and their place is there when they have arrived
+            upload.arrive(b"x" * 99_999, more=True)
+            upload.arrive(b"x", more=False)
+            await asyncio.wait_for(upload.task, 5)
+            assert upload.status == 200
+
+    asyncio.run(scene())
+
+
+def test_one_client_has_at_most_as_many_uploads_in_transit_as_there_are_places():
+    async def scene() -> None:
+        gate = Gate(most=2)
+        mine = [Upload(gate.app, "/body", 100_000) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert [upload.status for upload in mine] == [None, None, 429]
+        other = Upload(gate.app, "/body", 100_000, "192.0.2.2")
+        other.arrive(b"x" * 100_000, more=False)
+        await asyncio.wait_for(other.task, 5)
+        assert other.status == 200
+        mine[0].arrive(b"x" * 100_000, more=False)
+        await asyncio.wait_for(mine[0].task, 5)
+        again = Upload(gate.app, "/body", 100_000)
+        again.arrive(b"x" * 100_000, more=False)
+        await asyncio.wait_for(again.task, 5)
+        assert (mine[0].status, again.status) == (200, 200)
+        mine[1].task.cancel()
+
+    asyncio.run(scene())
+
+
+def test_uploads_in_transit_are_limited_in_all():
+    async def scene() -> None:
+        gate = Gate(most=1)
+        many = [Upload(gate.app, "/body", 100_000, f"192.0.2.{number}") for number in range(9)]
+        await asyncio.sleep(0.05)
+        assert [upload.status for upload in many] == [None] * 8 + [429]
+        for upload in many:
+            upload.task.cancel()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_001])
+def test_a_rejection_waits_for_the_body_unless_that_is_too_large(size: int):
+    """Closing the connection before resets it, and the client never sees the response."""
+
+    async def reject(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 429, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def scene() -> None:
+        upload = Upload(ReadToEnd(reject, 1_000_000), "/body", size)
+        for _ in range(3):
+            upload.arrive(b"x" * 1000, more=True)
+        await asyncio.sleep(0.05)
+        if size > 1_000_000:
+            assert (upload.status, upload.parts_left_at_response) == (429, 3)
+            return
+        assert upload.status is None
+        upload.arrive(b"x", more=False)
+        await asyncio.wait_for(upload.task, 5)
+        assert (upload.status, upload.parts_left_at_response) == (429, 0)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("hops", "trusted", "client"),
+    [
+        (["198.51.100.9"], [], "198.51.100.9"),
+        (["1.2.3.4", "198.51.100.9"], [], "198.51.100.9"),  # a header that nobody vouches for
+        (["1.2.3.4", "198.51.100.9", "10.0.0.5"], ["10.0.0.0/8"], "198.51.100.9"),
+        (["198.51.100.9", "10.0.0.6", "10.0.0.5"], ["10.0.0.0/8"], "198.51.100.9"),
+        (["1.2.3.4", "198.51.100.9", "10.0.0.5", "203.0.113.2"], ["10.0.0.0/8"], "203.0.113.2"),
+        (["10.0.0.6", "10.0.0.5"], ["10.0.0.0/8"], "10.0.0.6"),
+        (["1.2.3.4", "nonsense", "10.0.0.5"], ["10.0.0.0/8"], "nonsense"),
+        (["2001:db8::9", "::ffff:10.0.0.5"], ["10.0.0.0/8"], "2001:db8::9"),
+        (["198.51.100.9", "2001:db8::1"], ["2001:db8::/32"], "198.51.100.9"),
+    ],
+)
+def test_the_client_is_the_last_address_that_no_trusted_proxy_vouches_for(hops: list[str], trusted: list[str], client: str):
+    assert client_of_hops(hops, [ipaddress.ip_network(network) for network in trusted]) == client
+
+
+class TestClientAddress:
+    @pytest.fixture
+    def seen(self) -> dict[str, Any]:
+        return {}
+
+    def ask(self, seen: dict[str, Any], headers: dict[str, str], token: str = "", trusted: tuple[str, ...] = ()) -> httpx.Response:
+        app = FastAPI()
+
+        @app.get("/")
+        async def root(request: Request) -> None:
+            seen["client"] = request.client.host if request.client else None
+
+        app.add_middleware(ClientAddress, trusted_proxies=trusted, token=token)
+        return send(app, headers=headers)
+
+    def test_a_header_is_not_believed(self, seen: dict[str, Any]):
+        self.ask(seen, {"x-forwarded-for": "1.2.3.4"})
+        assert seen["client"] == "127.0.0.1"
+
+    def test_that_of_a_trusted_proxy_is(self, seen: dict[str, Any]):
+        self.ask(seen, {"x-forwarded-for": "9.9.9.9, 1.2.3.4"}, trusted=("127.0.0.1",))
+        assert seen["client"] == "1.2.3.4"
+
+    def test_haproxy_of_this_application_appends_the_peer(self, seen: dict[str, Any]):
+        self.ask(seen, {"x-forwarded-for": "9.9.9.9, 1.2.3.4", "x-htcl-front": "token"}, token="token")
+        assert seen["client"] == "1.2.3.4"
+
+    def test_without_the_token_only_the_connection_counts(self, seen: dict[str, Any]):
+        self.ask(seen, {"x-forwarded-for": "9.9.9.9"}, token="token")
+        assert seen["client"] == "127.0.0.1"
+
+    def test_haproxy_of_another_application_is_rejected(self, seen: dict[str, Any]):
+        response = self.ask(seen, {"x-forwarded-for": "1.2.3.4", "x-htcl-front": "other"}, token="token")
+        assert_refused(response, 503, "unavailable")
+        assert seen == {}
+
+
+@pytest.mark.parametrize("network", ["10.0.0.1/8", "proxy.example", ""])
+def test_a_trusted_proxy_is_an_address_or_network(network: str):
+    with pytest.raises(ValidationError, match=r"is not an address or network; expected one such as 10\.0\.0\.7"):
+        ServeSettings(trusted_proxies=(network,))

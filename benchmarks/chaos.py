@@ -1,0 +1,200 @@
+"""What clients see while parts of the running application are killed.
+
+    python -m benchmarks.chaos [--replicas 1,2] [--kill encoder,ingress,haproxy,controller,decoder,sigterm] [--repeats 1]
+
+Starts `htcl serve` once for each part and number of replicas (of the encoder and of the ingress) and sends 900 requests, 20 a second and
+without retries: by song, a song's neighbours, text and upload in turn. Kills the part with SIGKILL after 15 s; at SIGTERM of the whole, 400
+requests of which 100 come before it. No text and no recording is sent twice, so that none is remembered. For each run: requests by outcome,
+those that were not answered with 200, how many of these need no encoder, and the time between the first and the last of them.
+
+Prints a table and writes benchmarks/results/chaos.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import write_result
+from benchmarks.served_world import make_world, recording, song_id
+
+PARTS = ("encoder", "ingress", "haproxy", "controller", "decoder", "sigterm")
+RATE = 20.0
+REQUESTS = 900
+KILL_AFTER = 300
+SIGTERM_REQUESTS, SIGTERM_AFTER = 400, 100
+SONGS = 2_000
+COMMAND_LINES = {
+    "encoder": r"ray::ServeReplica:htcl:Encoder",
+    "ingress": r"ray::ServeReplica:htcl:Ingress",
+    "controller": r"ray::ServeController",
+    "haproxy": r"haproxy .*haproxy\.cfg",
+    "decoder": r"htcl_ray\.audio\.worker",
+}
+
+
+@dataclass
+class Sent:
+    """One request and what came of it."""
+
+    at: float
+    """Seconds since the first request."""
+    kind: str
+    outcome: str
+    """Status, or the name of the exception."""
+    took: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill parts of the running application, and count what clients see.")
+    parser.add_argument("--replicas", default="1,2")
+    parser.add_argument("--kill", default=",".join(PARTS))
+    parser.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Path(folder) / "workspace"
+        make_world(workspace, SONGS)
+        for replicas in (int(text) for text in options.replicas.split(",")):
+            for part in options.kill.split(","):
+                for _ in range(options.repeats):
+                    rows.append(run(workspace, part, replicas))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    show(rows)
+    print(write_result("chaos", {"rate": RATE, "requests": REQUESTS, "songs": SONGS, "runs": rows}))
+
+
+def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
+    """Start, send, kill, stop; the figures of one row."""
+    settings = {
+        "workspace": str(workspace),
+        "serve.port": 0,
+        "serve.metrics_port": 0,
+        "serve.encoder_replicas": replicas,
+        "serve.ingress_replicas": replicas,
+        "serve.encoder_cpus": 0.5,
+        "ray.num_cpus": 8,
+    }
+    known = set(_keys())
+    command = [str(Path(sys.executable).with_name("htcl")), "serve", "--preset", "demo"]
+    command += [word for key, value in settings.items() if key in known or "." not in key for word in ("--set", f"{key}={value}")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        url = next(found[1] for line in process.stdout if (found := re.search(r"at (http://\S+);", line)))
+        whole = part == "sigterm"
+        sent = asyncio.run(send(url, process, part, SIGTERM_REQUESTS if whole else REQUESTS, SIGTERM_AFTER if whole else KILL_AFTER))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    failed = [one for one in sent if one.outcome != "200"]
+    return {
+        "killed": part,
+        "replicas": replicas,
+        "requests": len(sent),
+        "failed": len(failed),
+        "failed_without_encoder": sum(one.kind in ("song", "similar") for one in failed),
+        "outcomes": dict(Counter(one.outcome for one in sent)),
+        "seconds_without_service": round(failed[-1].at - failed[0].at, 1) if failed else 0.0,
+        "slowest_answer_s": round(max((one.took for one in sent if one.outcome == "200"), default=0.0), 1),
+    }
+
+
+def _keys() -> list[str]:
+    """Configuration keys of the installed package, so that an older one can be measured too."""
+    from htcl_ray.settings import ServeSettings
+
+    return [f"serve.{name}" for name in ServeSettings.model_fields] + ["ray.num_cpus"]
+
+
+async def send(url: str, process: subprocess.Popen[str], part: str, requests: int, kill_after: int) -> list[Sent]:
+    """Open loop: each request leaves when it is due, whether or not earlier ones were answered."""
+    sent: list[Sent] = []
+    begun = time.perf_counter()
+    limits = httpx.Limits(max_connections=500, max_keepalive_connections=50)
+    async with httpx.AsyncClient(base_url=url, timeout=40, limits=limits, trust_env=False) as client:
+
+        async def one(number: int) -> None:
+            at = number / RATE
+            await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
+            kind = ("song", "similar", "text", "upload")[number % 4]
+            started = time.perf_counter()
+            try:
+                outcome = str((await ask(client, kind, number)).status_code)
+            except httpx.HTTPError as error:
+                outcome = type(error).__name__
+            sent.append(Sent(at, kind, outcome, time.perf_counter() - started))
+
+        running = [asyncio.create_task(one(number)) for number in range(requests)]
+        await asyncio.sleep(max(0.0, begun + kill_after / RATE - time.perf_counter()))
+        for pid in [process.pid] if part == "sigterm" else victims(process.pid, part):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if part == "sigterm" else signal.SIGKILL)
+        await asyncio.gather(*running)
+    return sorted(sent, key=lambda one: one.at)
+
+
+async def ask(client: httpx.AsyncClient, kind: str, number: int) -> httpx.Response:
+    """The request of this number."""
+    if kind == "song":
+        return await client.get(f"/v1/songs/{song_id(number)}")
+    if kind == "similar":
+        return await client.get(f"/v1/songs/{song_id(number)}/similar", params={"k": 10})
+    if kind == "text":
+        return await client.post("/v1/search", json={"text": f"calm rock number {number}"})
+    return await client.post("/v1/search/audio", files={"file": ("clip.wav", recording(number))})
+
+
+def victims(server: int, part: str) -> list[int]:
+    """The first process of this part that the server started."""
+    found = [pid for pid in _descendants(server) if re.search(COMMAND_LINES[part], _command_line(pid))]
+    return sorted(found)[:1]
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for known in found:
+        found += [child for child, parent in parents.items() if parent == known]
+    return found[1:]
+
+
+def _command_line(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    table = Table("killed", "replicas", "failed", "of them need no encoder", "s without service", "slowest, s", "outcomes")
+    for row in rows:
+        cells = ("killed", "replicas", "failed", "failed_without_encoder", "seconds_without_service", "slowest_answer_s", "outcomes")
+        table.add_row(*(str(row[name]) for name in cells))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
