@@ -212,11 +212,15 @@ class Workspace:
 
     def uri_of(self, path: str) -> str:
         """Path or URI for people, manifests and logs."""
-        return f"{self.uri.rstrip('/')}/{path}"
+        return self._below(self.uri, path)
 
     def location_of(self, path: str) -> str:
         """Path or URI for what opens it, such as another library."""
-        return f"{self.location.rstrip('/')}/{path}"
+        return self._below(self.location, path)
+
+    def _below(self, root: str, path: str) -> str:
+        folder, options = (root, "") if self.is_local else split_options(root)
+        return f"{folder.rstrip('/')}/{path}{options}"
 
     def check_writable(self) -> None:
         """Raise WorkspaceError unless a file can be written here."""

@@ -180,7 +180,9 @@ def test_a_workspace_is_opened_with_them_and_named_without():
         found.check_writable()
     assert SECRET not in str(caught.value)
     plain = Workspace(f"s3://{USER}:{SECRET}@bucket/ws?region=x")
-    assert plain.location_of("a") != plain.uri_of("a")
+    assert plain.location_of("a") == f"s3://{USER}:{SECRET}@bucket/ws/a?region=x"
+    assert plain.uri_of("a") == "s3://***@bucket/ws/a?region=x"
+    assert Workspace(plain.location_of("a")).root == plain.full("a")
 
 
 def test_an_upload_is_found_where_it_was_stored(tmp_path: Path):
