@@ -363,7 +363,7 @@ def _read_ffmpeg(container: Any, waveform: _Waveform, trust_duration: bool) -> _
 
     def frames() -> Iterator[Any]:
         for packet in container.demux(container.streams.audio[0]):
-            waveform.check_time()  # one by one, since broken packets and empty ones make no block
+            waveform.check_time()  # FFmpeg has up to 5 MB of packets in memory when it knows what they are, and broken ones make no block
             try:
                 decoded = packet.decode()
             except av.InvalidDataError:  # one broken packet; players go on with the next

@@ -30,10 +30,9 @@ from htcl_ray.models.text_encoder import (
     text_encoder_from_scratch,
 )
 from htcl_ray.models.weights import ADVICE, check_numbers
-from htcl_ray.models.windows import cut, mean_direction
+from htcl_ray.models.windows import cut, mean_direction, window_starts
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
-from htcl_ray.windows import window_starts
 
 MIN_TEMPERATURE = 0.01
 TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}
