@@ -203,19 +203,6 @@ def test_the_same_bytes_have_the_same_vector_on_every_replica_and_in_every_batch
         np.testing.assert_allclose(answer["preference"], alone.preference[0], atol=1e-5)
 
 
-def test_a_long_upload_is_heard_whole(client: httpx.Client, config: Config):
-    """The normalised mean over windows of a clip's length, evenly spaced so that they reach from its start to its end."""
-    models = Path(config.workspace) / "models"
-    encoder = SongEncoder.load(models / "semantic/semantic-0", models / "preference/preference-0")
-    length = round(config.audio.clip_seconds * config.audio.sample_rate)
-    wave = np.concatenate([sound(seed, config.audio, config.audio.clip_seconds) for seed in (1, 2)])[: length + length // 2]
-    windows = encoder.encode_waveforms([wave[:length], wave[-length:]])
-    answer = client.post("/v1/embeddings", files={"file": ("x.wav", wav(wave, config.audio))}).json()
-    for name, vectors in (("semantic", windows.semantic), ("preference", windows.preference)):
-        mean = vectors.mean(axis=0)
-        np.testing.assert_allclose(answer[name], mean / np.linalg.norm(mean), atol=1e-5)
-
-
 def test_a_decoder_that_dies_takes_nobody_with_it(client: httpx.Client, config: Config):
     before, clip = replicas(), wav(sound(3, config.audio), config.audio)
     decoders = [child for replica in before for child in children_of(replica)]
