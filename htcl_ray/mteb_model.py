@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from htcl_ray.errors import ConfigError
-from htcl_ray.models import HTCL, weights_fingerprint
+from htcl_ray.models import HTCL
 from htcl_ray.models.folder import find_folder
 
 try:
@@ -78,4 +78,5 @@ class MtebModel(AbsEncoder):
 def mteb_model(path_or_hub_id: str | Path, device: str = "cpu") -> MtebModel:
     """The model of a folder or of the hub, for `mteb.evaluate`. Raises WorkspaceError or MismatchError."""
     folder = find_folder(path_or_hub_id)
-    return MtebModel(HTCL.from_pretrained(folder).to(device), weights_fingerprint(folder), f"htcl-ray/{folder.resolve().name}")
+    model = HTCL.from_pretrained(folder).to(device)
+    return MtebModel(model, str(model.fingerprint), f"htcl-ray/{folder.resolve().name}")

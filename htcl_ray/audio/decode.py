@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import re
+import time
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -83,12 +85,15 @@ _GUESSED_DURATION = ("aac", "mp3")
 
 
 class Limits(NamedTuple):
-    """What an upload may be: neither what its header declares nor what is decoded of it may be more."""
+    """What an upload may be. Of a file within them the same clip is decoded as of any other."""
 
     seconds: float
+    """That its header declares."""
     channels: int
     sample_rate: int
     """In Hz."""
+    cpu_seconds: float
+    """CPU time of this process that decoding may take."""
 
     def check(self, sound: _Sound) -> None:
         """Raise AudioError when the header declares more."""
@@ -97,7 +102,7 @@ class Limits(NamedTuple):
         if sound.rate > self.sample_rate:
             raise AudioError(Reason.SAMPLE_RATE_TOO_HIGH, f"its sample rate is {sound.rate} Hz; expected at most {self.sample_rate}")
         if sound.seconds is not None and sound.seconds > self.seconds:
-            raise AudioError(Reason.TOO_LONG, f"its header declares {sound.seconds:,.0f} s of sound; expected at most {self.seconds:g}")
+            raise AudioError(Reason.TOO_LONG, f"its header declares {sound.seconds:,.0f} s of audio; expected at most {self.seconds:g}")
 
 
 class Clip(NamedTuple):
@@ -118,12 +123,11 @@ def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioReci
 def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> Clip:
     """The first `recipe.clip_seconds` of an audio file as mono float32 at `recipe.sample_rate`, and how much of it could be decoded.
 
-    With `limits` the whole audio instead; more than they allow is too_long, too_many_channels or sample_rate_too_high.
-
     `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are averaged, then
     resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError for a file that cannot be used: its `reason` is
-    audio_not_found, access_denied, unsupported_uri, audio_empty, undecodable, decoder_missing, too_short or not_finite. Raises
-    StorageError or AccessDeniedError when an object store fails, which says nothing about the file.
+    audio_not_found, access_denied, unsupported_uri, audio_empty, undecodable, decoder_missing, too_short or not_finite; what exceeds
+    `limits` is too_long, too_many_channels, sample_rate_too_high or decoder_timed_out. Raises StorageError or AccessDeniedError when an
+    object store fails, which says nothing about the file.
     """
     with opened(source) as file:
         head = file.read(64)
@@ -131,19 +135,50 @@ def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: Audi
         if not head:
             raise AudioError(Reason.AUDIO_EMPTY, "the file is empty (0 bytes)")
         path = getattr(file, "name", None) if isinstance(file, io.BufferedReader) else None
-        waveform, failure = _Waveform(recipe, limits), ""
+        deadline = math.inf
+        if limits:
+            deadline = time.process_time() + limits.cpu_seconds
+            file = cast(IO[bytes], _UntilDeadline(file, deadline))
+        waveform, failure = _Waveform(recipe, limits, deadline), ""
         try:
             waveform.fill(_read_sndfile(path if isinstance(path, str) else file))  # from a path, it also tries what the name says
         except AudioError:  # beyond the limits
             raise
         except Exception as error:  # on broken files: RuntimeError, ValueError, TypeError, MemoryError, …
+            waveform.check_time()
             failure = f"libsndfile: {one_line(error)}"
         waveform.broke_off = bool(failure)
         if failure and waveform.seconds < recipe.min_seconds:
-            waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits), failure)
+            waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits, deadline), failure)
         if head.startswith(b"OggS") and not waveform.is_full and not _ends_as_ogg(file):
             waveform.broke_off, waveform.declared_seconds = True, None  # libsndfile takes the length from the last page that there is
+        waveform.check_time()
     return Clip(waveform.finish(), waveform.decoded_share)
+
+
+class _UntilDeadline(io.RawIOBase):
+    """A file that ends when the CPU time is up: libraries parse what comes before the audio, however much it is, within one call."""
+
+    def __init__(self, file: IO[bytes], deadline: float) -> None:
+        self.file = file
+        self.deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = b"" if time.process_time() > self.deadline else self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _Sound(NamedTuple):
@@ -159,17 +194,18 @@ class _Sound(NamedTuple):
 
 
 class _Waveform:
-    """Collects decoded blocks as mono audio at the recipe's rate, up to the length of a clip or to the limits."""
+    """Collects decoded blocks as mono audio at the recipe's rate, up to the length of a clip."""
 
-    def __init__(self, recipe: AudioRecipe, limits: Limits | None) -> None:
+    def __init__(self, recipe: AudioRecipe, limits: Limits | None, deadline: float) -> None:
         self.recipe = recipe
         self.limits = limits
+        self.deadline = deadline
+        """In `time.process_time()`."""
         self.rate = 0
         self.frames = 0
         self.finite = 0
         self.parts: list[FloatArray] = []
         self.resampler: soxr.ResampleStream | None = None
-        self.most_seconds = limits.seconds if limits else recipe.clip_seconds
         self.declared_seconds: float | None = None
         self.lost_seconds = 0.0
         """Of pieces in the middle that could not be decoded."""
@@ -179,15 +215,15 @@ class _Waveform:
     @property
     def is_full(self) -> bool:
         """Whether all that is used of a file was decoded."""
-        return self.seconds >= self.most_seconds
+        return self.seconds >= self.recipe.clip_seconds
 
     @property
     def decoded_share(self) -> float:
         """See `Clip`."""
         expected = max(self.declared_seconds or 0.0, self.seconds + self.lost_seconds)
         if self.broke_off and self.declared_seconds is None:
-            expected = self.most_seconds
-        missing = min(expected, self.most_seconds) - self.seconds
+            expected = self.recipe.clip_seconds
+        missing = min(expected, self.recipe.clip_seconds) - self.seconds
         tolerance = 0.0 if self.broke_off or self.lost_seconds else CODEC_EDGES_SECONDS
         return self.seconds / (self.seconds + missing) if missing > tolerance else 1.0
 
@@ -206,14 +242,23 @@ class _Waveform:
         if rate != self.recipe.sample_rate:
             self.resampler = soxr.ResampleStream(rate, self.recipe.sample_rate, 1, dtype="float32", quality="HQ")
         self.declared_seconds = None if sound.seconds is None else sound.seconds + sound.truncated_seconds
-        wanted = int(np.ceil(self.most_seconds * rate))
+        wanted = int(np.ceil(self.recipe.clip_seconds * rate))
         for block in sound.blocks:
-            if self.limits and self.frames + len(block) > wanted:
-                raise AudioError(Reason.TOO_LONG, f"it holds more than {self.limits.seconds:g} s of sound; expected at most that")
+            self.check_time()
             if len(block):
                 self._add(block[: wanted - self.frames])
-            if self.frames >= wanted and not self.limits:
+            if self.frames >= wanted:
                 return
+
+    def check_time(self) -> None:
+        """Raise AudioError when decoding has taken the CPU time that `limits` allow; called for every block and packet and at the end."""
+        if time.process_time() > self.deadline:
+            assert self.limits is not None, "without limits there is no deadline"
+            raise AudioError(
+                Reason.DECODER_TIMED_OUT,
+                f"decoding it took more than {self.limits.cpu_seconds:g} s of CPU time; send fewer channels, a lower sample rate, or "
+                "another format",
+            )
 
     def _add(self, block: FloatArray) -> None:
         if block.min() >= -LARGEST_SAMPLE and block.max() <= LARGEST_SAMPLE:  # false when there is a NaN
@@ -235,7 +280,7 @@ class _Waveform:
             raise AudioError(Reason.NOT_FINITE, "no sample is a finite number")
         if self.resampler:
             self.parts.append(self.resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-        return np.concatenate(self.parts)[: None if self.limits else self.recipe.max_samples]
+        return np.concatenate(self.parts)[: self.recipe.max_samples]
 
 
 def check_audible(waveform: FloatArray, recipe: AudioRecipe) -> None:
@@ -302,6 +347,7 @@ def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failu
     except AudioError:  # beyond the limits
         raise
     except Exception as error:  # FFmpeg's own errors, and whatever PyAV raises on a broken file
+        waveform.check_time()
         if waveform.seconds < waveform.recipe.min_seconds:
             raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({found.name}): {one_line(error)}") from None
         waveform.broke_off = True
@@ -317,6 +363,7 @@ def _read_ffmpeg(container: Any, waveform: _Waveform, trust_duration: bool) -> _
 
     def frames() -> Iterator[Any]:
         for packet in container.demux(container.streams.audio[0]):
+            waveform.check_time()  # FFmpeg has up to 5 MB of packets in memory when it knows what they are, and broken ones make no block
             try:
                 decoded = packet.decode()
             except av.InvalidDataError:  # one broken packet; players go on with the next

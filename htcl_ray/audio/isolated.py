@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from htcl_ray.audio.decode import FloatArray
+from htcl_ray.audio.decode import FloatArray, Limits
 from htcl_ray.audio.worker import LENGTH_BYTES
 from htcl_ray.errors import AudioError, StepError
 from htcl_ray.schemas import Reason
@@ -45,6 +45,7 @@ class Decoders:
         *,
         processes: int,
         seconds: float,
+        cpu_seconds: float,
         memory_bytes: int,
         max_seconds: float,
         max_channels: int,
@@ -52,15 +53,14 @@ class Decoders:
     ) -> None:
         """Start the processes side by side and wait until they are warm. Raises StepError when one does not start.
 
-        `seconds`: wall-clock time of one file, and of waiting for a free process. `memory_bytes`: what a process may hold in memory.
-        `max_seconds`, `max_channels`, `max_sample_rate` (Hz): what a file may declare and hold.
+        `seconds`: wall-clock time of one file, and of waiting for a free process. `cpu_seconds`: CPU time of one file. `memory_bytes`:
+        what a process may hold in memory. `max_seconds`, `max_channels`, `max_sample_rate` (Hz): what a file may declare.
         """
-        limits = {"seconds": max_seconds, "channels": max_channels, "sample_rate": max_sample_rate}
-        told = {"recipe": recipe.model_dump(), "limits": limits, "memory_bytes": memory_bytes, "seconds": seconds}
+        limits = Limits(max_seconds, max_channels, max_sample_rate, cpu_seconds)
+        told = {"recipe": recipe.model_dump(), "limits": limits._asdict(), "memory_bytes": memory_bytes}
         self._told = json.dumps(told).encode()
         self._recipe = recipe
         self._seconds = seconds
-        self._max_windows = int(max_seconds / recipe.clip_seconds) + 2
         self._lock = threading.Lock()
         self._free: deque[_Process] = deque()
         self._waiting: deque[Future[_Process]] = deque()
@@ -83,25 +83,24 @@ class Decoders:
         with self._lock:
             return sorted(process.pid for process in self._processes)
 
-    def decode(self, data: bytes) -> list[FloatArray]:
-        """Log-mels [frames, n_mels] in dB of the windows of an audio file's bytes; blocks; may be called from any thread.
+    def decode(self, data: bytes) -> FloatArray:
+        """Log-mel [frames, n_mels] in dB of the first `recipe.clip_seconds` of an audio file's bytes, as the catalogue is embedded.
 
-        One window of at most `recipe.clip_seconds`, equal to `log_mel(decode(data, recipe), …)`, or, of a longer sound, as few windows of
-        that length as hear all of it. Raises AudioError: the reasons of `decode`, and too_long, too_many_channels, sample_rate_too_high,
-        decoder_timed_out, decoder_crashed. Raises TimeoutError when no process was free in time, StepError when closed.
+        Equal to `log_mel(decode(data, recipe), …)`. Blocks; may be called from any thread. Raises AudioError: the reasons of `decode` with
+        limits, and decoder_timed_out and decoder_crashed for a file that stalled or ended its process; TimeoutError when no process was
+        free in time, StepError when closed.
         """
         while (process := self._take()).is_dead:  # something outside ended it, and no file is to blame
             self._give_back(process, False)
         intact = False
         try:
-            windows = self._ask(process, data)
+            answer = self._ask(process, data)
             intact = True
-        except AudioError as error:
-            intact = error.reason not in (Reason.DECODER_CRASHED, Reason.DECODER_TIMED_OUT)
-            raise
         finally:
             self._give_back(process, intact)
-        return windows
+        if isinstance(answer, AudioError):
+            raise answer
+        return answer
 
     def close(self) -> None:
         """End the processes. Who waits for one, or is being served, gets an error."""
@@ -118,27 +117,31 @@ class Decoders:
         for process in busy:  # whoever uses its pipes closes them
             process.kill()
 
-    def _ask(self, process: _Process, data: bytes) -> list[FloatArray]:
+    def _ask(self, process: _Process, data: bytes) -> FloatArray | AudioError:
+        """What the process answers: a log-mel, or why it refuses the file. Raises AudioError when the file ended or stalled it."""
         try:
             process.wait_until_warm()
         except StepError as error:
             raise TimeoutError(str(error)) from None
-        deadline = time.monotonic() + self._seconds
+        deadline, mels = time.monotonic() + self._seconds, self._recipe.n_mels
         try:
             process.send(data, deadline)
             answer = json.loads(process.receive(MAX_DETAIL_BYTES, deadline))
             if "reason" in answer:
-                raise AudioError(Reason(answer["reason"]), str(answer["detail"])[:1_000])
-            frames, mels = [int(count) for count in answer["frames"]], self._recipe.n_mels
-            if not 1 <= len(frames) <= self._max_windows or not all(1 <= count <= self._recipe.max_frames for count in frames):
-                raise ValueError(f"it answered windows of {frames[:10]} frames")
-            floats = np.frombuffer(process.receive(4 * mels * sum(frames), deadline), dtype="<f4").astype(np.float32)
-            return [window.copy() for window in np.split(floats.reshape(sum(frames), mels), np.cumsum(frames)[:-1])]
+                return AudioError(Reason(answer["reason"]), str(answer["detail"])[:1_000])
+            frames = int(answer["frames"])
+            if not 1 <= frames <= self._recipe.max_frames:
+                raise ValueError(f"it answered a log-mel of {frames} frames")
+            floats = np.frombuffer(process.receive(4 * mels * frames, deadline), dtype="<f4")
+            return floats.astype(np.float32).reshape(frames, mels)
         except TimeoutError:
             detail = f"decoding took longer than {self._seconds:g} s and was ended; send a shorter or simpler file"
             raise AudioError(Reason.DECODER_TIMED_OUT, detail) from None
         except (OSError, EOFError, ValueError, KeyError, TypeError):
-            detail = "it ended the process that decoded it; the file is damaged, or decoding it takes more memory than serve.decode_bytes"
+            detail = (
+                "it ended the process that decoded it; the file is damaged, or decoding it takes more than serve.decode_bytes of memory or "
+                "serve.decode_cpu_seconds of CPU time"
+            )
             raise AudioError(Reason.DECODER_CRASHED, detail) from None
 
     def _take(self) -> _Process:

@@ -2,7 +2,7 @@
 
 Started by `htcl_ray.audio.isolated`; ends when its standard input does. Messages are a length (8 bytes, big endian) and that many bytes.
 First comes the configuration as JSON, answered by an empty message once everything is loaded. Then each file is answered by a JSON
-message, {"frames": [of each window]} or {"reason", "detail"}, and, for the former, the windows' log-mels as one message of float32.
+message, {"frames": of its log-mel} or {"reason", "detail"}, and, for the former, the log-mel as one message of float32.
 """
 
 from __future__ import annotations
@@ -22,25 +22,12 @@ import numpy as np
 import soundfile
 import soxr
 
-from htcl_ray.audio.decode import FloatArray, Limits, decode
+from htcl_ray.audio.decode import Limits, decode
 from htcl_ray.audio.log_mel import log_mel
 from htcl_ray.errors import AudioError
 from htcl_ray.settings import AudioRecipe
-from htcl_ray.windows import window_starts
 
 LENGTH_BYTES = 8
-
-
-def log_mels(data: bytes, recipe: AudioRecipe, limits: Limits) -> list[FloatArray]:
-    """Log-mels [frames, n_mels] of the windows of `recipe.clip_seconds` that hear all of an audio file. Raises AudioError.
-
-    One window when the sound is not longer than that; less than `recipe.min_seconds` behind it is left out.
-    """
-    waveform = decode(data, recipe, limits)
-    if waveform.size < recipe.max_samples + recipe.min_seconds * recipe.sample_rate:
-        waveform = waveform[: recipe.max_samples]
-    starts = window_starts(waveform.size, recipe.max_samples)
-    return [log_mel(waveform[start : start + recipe.max_samples], recipe.sample_rate, recipe) for start in starts]
 
 
 def main() -> None:
@@ -60,17 +47,17 @@ def main() -> None:
     _write(sink, b"")
     while (data := _read(source)) is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_seconds = math.ceil(used.ru_utime + used.ru_stime + told["seconds"]) + 1
+        cpu_seconds = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1  # for what takes long within one call of a library
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
         try:
-            windows = log_mels(data, recipe, limits)
+            mel = log_mel(decode(data, recipe, limits), recipe.sample_rate, recipe)
         except AudioError as error:
             _write(sink, _json(reason=error.reason, detail=error.detail))
             continue
         finally:
             del data
-        _write(sink, _json(frames=[len(window) for window in windows]))
-        _write(sink, b"".join(window.astype("<f4", copy=False).tobytes() for window in windows))
+        _write(sink, _json(frames=len(mel)))
+        _write(sink, mel.astype("<f4", copy=False).tobytes())
 
 
 def _warm_up(recipe: AudioRecipe) -> None:

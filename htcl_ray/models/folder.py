@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from htcl_ray.errors import MismatchError, WorkspaceError
@@ -21,7 +21,8 @@ from htcl_ray.evaluation.figures import Task
 from htcl_ray.models.card import Evaluation, evaluation_of, model_card
 from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
 from htcl_ray.models.text_encoder import check_tokenizer
-from htcl_ray.storage import Workspace, file_sha256, fingerprint
+from htcl_ray.models.weights import read_weights
+from htcl_ray.storage import MANIFEST, Workspace, file_sha256, fingerprint
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer", "README.md"
 EVALUATION = "evaluation.json"
@@ -93,26 +94,8 @@ def read_record(folder: Path) -> ModelRecord:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill `model` from `model.safetensors`. Raises MismatchError when a name or shape differs, naming both."""
-    file = folder / WEIGHTS
-    try:
-        theirs = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise WorkspaceError(f"{file} cannot be read ({str(error).splitlines()[0]}); expected the weights of the model") from None
-    check_weights(model.state_dict(), theirs, str(file), str(folder / CONFIG))
-    model.load_state_dict(theirs)
-
-
-def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor], file: str, config: str) -> None:
-    """Raise MismatchError unless both have the same names and shapes."""
-    for name, tensor in expected.items():
-        if name not in given:
-            raise MismatchError(f"{file} lacks {name}, which {config} says has shape {list(tensor.shape)}")
-        if given[name].shape != tensor.shape:
-            raise MismatchError(f"{file} has {name} of shape {list(given[name].shape)}, but {config} says {list(tensor.shape)}")
-    extra = [name for name in given if name not in expected]
-    if extra:
-        raise MismatchError(f"{file} has {extra[0]} of shape {list(given[extra[0]].shape)}, which {config} does not know")
+    """Fill `model` from `model.safetensors`. Raises WorkspaceError or MismatchError; see `read_weights`."""
+    model.load_state_dict(read_weights(folder / WEIGHTS, model.state_dict(), str(folder / CONFIG)))
 
 
 def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
@@ -163,10 +146,33 @@ def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], to
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """16 hex digits that change whenever the model would answer differently: weights, configuration, tokenizer."""
+    """16 hex digits that change whenever the model would answer differently: weights, configuration, tokenizer.
+
+    Raises WorkspaceError when one of these files cannot be read, MismatchError when the folder's manifest records another SHA-256 of it.
+    """
     folder = Path(folder)
     files = [folder / WEIGHTS, folder / CONFIG, *sorted((folder / TOKENIZER).glob("*"))]
-    return fingerprint({file.relative_to(folder).as_posix(): file_sha256(file) for file in files})
+    try:
+        found = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    except OSError as error:
+        raise WorkspaceError(f"{error.filename} cannot be read ({error.strerror}); expected a model folder, so copy it again") from None
+    recorded = _recorded(folder)
+    for name in sorted({*found, *recorded} if recorded else ()):
+        if found.get(name) != recorded.get(name):
+            has, said = (f"SHA-256 {digests[name][:16]}…" if name in digests else "no such file" for digests in (found, recorded))
+            raise MismatchError(
+                f"{folder / name} was changed or damaged after the model was made ({has}, but its {MANIFEST} records {said}); "
+                "copy the model again, or choose another one"
+            )
+    return fingerprint(found)
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of `weights_fingerprint` as the manifest of a workspace's model records them; empty without one."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    files = Workspace(str(folder)).read_json(MANIFEST).get("files") or {}
+    return {name: sha for name, sha in files.items() if name in (WEIGHTS, CONFIG) or name.startswith(f"{TOKENIZER}/")}
 
 
 def write_evaluation(workspace: Workspace, path: str, tasks: Iterable[Task], report: str, data: Mapping[str, Any]) -> None:

@@ -29,15 +29,16 @@ from htcl_ray.models.text_encoder import (
     text_encoder_from_record,
     text_encoder_from_scratch,
 )
-from htcl_ray.models.windows import cut, mean_direction
+from htcl_ray.models.weights import ADVICE, check_numbers
+from htcl_ray.models.windows import cut, mean_direction, window_starts
 from htcl_ray.schemas import Reason
 from htcl_ray.settings import AudioRecipe
-from htcl_ray.windows import window_starts
 
 MIN_TEMPERATURE = 0.01
 TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}
 """Loss terms of each stage; each has its own temperature."""
 EMBED_BATCH = 32
+UNIT_NORM_TOLERANCE = 1e-3
 LARGEST_DB = 1e4
 """Far beyond the log-mel of any waveform of finite samples."""
 
@@ -60,6 +61,8 @@ class HTCL(nn.Module):
         self.record = record
         self.evaluation: Evaluation | None = None
         """What was measured on the weights that were loaded."""
+        self.fingerprint: str | None = None
+        """`weights_fingerprint` of the folder that the model was loaded from."""
         self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
         self.text_encoder = text_encoder
         both = record.text is not None
@@ -139,14 +142,17 @@ class HTCL(nn.Module):
     def from_pretrained(cls, path_or_hub_id: str | Path, revision: str | None = None, token: str | None = None) -> HTCL:
         """Load a model folder or a model on the hub, in evaluation mode.
 
+        Weights that are not finite or zero are refused, and so are files that differ from the SHA-256 that the folder's manifest records.
         `revision`: a branch, tag or commit of the hub's repository; `token`: the hub's, for a private one (default: the one that its client
         finds). Raises WorkspaceError or MismatchError.
         """
         found = model_folder.find_folder(path_or_hub_id, revision, token)
         record = model_folder.read_record(found)
+        fingerprint = model_folder.weights_fingerprint(found)
         tokenizer = None if record.text is None else model_folder.read_tokenizer(found, record.text)
         model = cls._from_record(record, tokenizer)
         model_folder.load_weights(model, found)
+        model.fingerprint = fingerprint
         model.evaluation = read_evaluation(found / model_folder.EVALUATION)
         return model.eval()
 
@@ -162,6 +168,7 @@ class HTCL(nn.Module):
         is how the log-mels that the weights were trained on were made (default: as published). Raises InputError.
         """
         found = read_official(Path(path).expanduser(), stage, text_config=text_config, tokenizer=tokenizer, audio=audio)
+        check_numbers(found.weights, str(path))
         model = cls._from_record(found.record, None)
         model.load_state_dict(found.weights)
         return model.eval()
@@ -229,7 +236,8 @@ class HTCL(nn.Module):
 
         Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip longer than the
         model's window is embedded in windows (see `window_starts`), and its vector is the normalised mean of their unit-norm vectors.
-        Raises InputError for other types and shapes, AudioError (not_finite) for values that no log-mel has in a valid frame.
+        Raises InputError for other types and shapes and when a vector is not finite or has no direction, AudioError (not_finite) for
+        values that no log-mel has in a valid frame.
         """
         mel = torch.as_tensor(mel)
         if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0 or not mel.is_floating_point():
@@ -260,10 +268,10 @@ class HTCL(nn.Module):
                 windows = cut(mel, first[batch], lengths[batch], clips[batch])
                 parts.append(self.encode_audio(windows.to(device, dtype), lengths[batch]))
         vectors = self._unit_norm(parts)
-        return vectors if len(clips) == len(mel) else mean_direction(vectors, clips, len(mel))
+        return vectors if len(clips) == len(mel) else self._checked(mean_direction(vectors, clips, len(mel)))
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts → [n, dim]."""
+        """Texts → [n, dim]. Raises InputError when a vector is not finite or has no direction."""
         if isinstance(texts, str):
             raise InputError("embed_text got one string; expected a list of texts")
         device = self.audio_encoder.cls.device
@@ -290,7 +298,17 @@ class HTCL(nn.Module):
     def _unit_norm(self, parts: list[Tensor]) -> Tensor:
         if not parts:
             return torch.empty(0, self.dim)
-        return F.normalize(torch.cat(parts).float(), dim=1).cpu()
+        return self._checked(F.normalize(torch.cat(parts).float(), dim=1).cpu())
+
+    def _checked(self, vectors: Tensor) -> Tensor:
+        """The vectors, as they are. Raises InputError when one is not finite or not of unit norm: no score may be computed from it."""
+        lengths = torch.linalg.vector_norm(vectors, dim=1)
+        wrong = ~((lengths - 1).abs() < UNIT_NORM_TOLERANCE)  # true when there is a NaN
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            what = "zero" if lengths[row] < UNIT_NORM_TOLERANCE else "not finite"
+            raise InputError(f"the stage-{self.stage} model gives input {row} a vector that is {what}; {ADVICE}")
+        return vectors
 
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:

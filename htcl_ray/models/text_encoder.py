@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from htcl_ray.errors import ConfigError, InputError, MismatchError
 from htcl_ray.models.record import TextRecord
 from htcl_ray.models.vocabulary import SPECIAL_TOKENS
+from htcl_ray.models.weights import check_numbers
 from htcl_ray.settings import TextSettings
 
 Tokens = dict[str, Tensor]
@@ -86,7 +87,7 @@ class NoTextEncoder(TextEncoder):
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
-    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises ConfigError.
+    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises ConfigError or MismatchError.
 
     Every weight that is used must be there: transformers would draw missing ones at random and only log it.
     """
@@ -110,6 +111,7 @@ def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
         )
     if missing:
         raise ConfigError(f"the text model '{name}' has no weights for {missing[0]} and {len(missing) - 1} others; expected all of them")
+    check_numbers(transformer.state_dict(), f"the text model '{name}'")
     return encoder
 
 

@@ -21,9 +21,6 @@ from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.paths import absolute_sqlite, is_relative
 from htcl_ray.storage import storage_failure
 
-LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Makes Ray use the address 127.0.0.1 for its node, as on macOS: no port of a private cluster is open to other machines then."""
-
 
 def connect(config: Config, metrics_port: int | None = None) -> None:
     """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine.
@@ -38,13 +35,11 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-    address = address_of(config)
-    if address == "local":
-        os.environ.update(LOOPBACK_ONLY)
     import ray
 
     if ray.is_initialized():
         return
+    address = address_of(config)
     refuse_relative_paths(config)
     local_only: dict[str, Any] = {}
     if address == "local":
@@ -55,13 +50,13 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
             "_temp_dir": ray_folder(),
             **({} if metrics_port is None else {"_metrics_export_port": metrics_port}),
         }
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # what LOOPBACK_ONLY sets, where Ray was imported before
     else:
         _check_reachable(address)
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only)
+        with _loopback_only() if address == "local" else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only)
     except Exception as error:  # of many types: no cluster there, a node that does not start in time, a folder that cannot be written
         ray.shutdown()
         if failure := storage_failure(error, f"Ray's folder {local_only.get('_temp_dir', 'for temporary files')}"):
@@ -79,6 +74,26 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
         f"Ray: {'private cluster on this machine' if address == 'local' else without_credentials(address)}; its logs are in {session}",
         flush=True,
     )
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a cluster that starts here have the address 127.0.0.1, as on macOS: other machines reach none of its ports then.
+
+    Ray reads the variable in every process of the cluster, and has read it here when it was imported.
+    """
+    import ray
+
+    variable, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
+    before, read = os.environ.get(variable), constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = read
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
 
 
 CONNECT_SECONDS = 10.0

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from htcl_ray.artifacts import Artifact, Models, StepResult
 from htcl_ray.config import Config
-from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.errors import InputError, MismatchError, WorkspaceError
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.cluster import address_of, connect
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate
+from htcl_ray.retrieval.vectors import ModelVersions, Vectors, check_unit_norm, concatenate
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
 from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace, build_manifest, fingerprint
@@ -141,22 +141,39 @@ class ShardEmbedder:
 
 
 def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa.Table:
-    """Rows of `features_schema` → rows of `embeddings_schema`, in the same order."""
+    """Rows of `features_schema` → rows of `embeddings_schema`, in the same order.
+
+    Raises InputError, which names the song, when one cannot be embedded or its vector is not finite or not of unit norm.
+    """
     mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
-    valid = features["valid_frames"].to_numpy()
+    valid, song_ids = features["valid_frames"].to_numpy(), features["song_id"].to_pylist()
     parts = []
     for start in range(0, len(valid), batch_size):
-        frames = valid[start : start + batch_size]
-        parts.append(encoder.encode_mel(mels[start : start + batch_size, : frames.max()], frames))
+        rows = slice(start, start + batch_size)
+        parts.append(_encode(encoder, mels[rows], valid[rows], song_ids[rows]))
     vectors = concatenate(parts)
+    check_unit_norm(vectors, lambda row: f"song '{song_ids[row]}'", "the model is damaged or diverged, so choose another one")
     schema = embeddings_schema(vectors.dim)
     absent = pa.nulls(len(valid), schema.field("preference").type)
     preference = absent if vectors.preference is None else _rows(vectors.preference)
     return pa.table([features["song_id"], _rows(vectors.semantic), preference], schema=schema)
 
 
+def _encode(encoder: SongEncoder, mels: np.ndarray, valid: np.ndarray, song_ids: list[str]) -> Vectors:
+    """A batch. When it fails, its songs one by one, as no row's vector depends on the others, to name the one that is to blame."""
+    try:
+        return encoder.encode_mel(mels[:, : valid.max()], valid)
+    except InputError:
+        for row, song_id in enumerate(song_ids):
+            try:
+                encoder.encode_mel(mels[row : row + 1, : valid[row]], valid[row : row + 1])
+            except InputError as error:
+                raise InputError(f"song '{song_id}' cannot be embedded: {error}") from None
+        raise
+
+
 def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
-    """Song ids and vectors of an embeddings artifact, in the order of its files."""
+    """Song ids and vectors of an embeddings artifact, in the order of its files. Raises InputError for vectors not of unit norm."""
     table = workspace.read_tables(path, columns=["song_id", "semantic", "preference"])
     halves = [
         None if column.null_count else column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
@@ -164,7 +181,10 @@ def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
     ]
     if halves[0] is None:
         raise MismatchError(f"{workspace.uri_of(path)} has songs without a semantic vector; run 'htcl embed' again")
-    return table["song_id"].to_pylist(), Vectors(halves[0], halves[1])
+    song_ids, vectors = table["song_id"].to_pylist(), Vectors(halves[0], halves[1])
+    advice = f"{workspace.uri_of(path)} was damaged, so remove it and run 'htcl embed' again"
+    check_unit_norm(vectors, lambda row: f"song '{song_ids[row]}'", advice)
+    return song_ids, vectors
 
 
 def _embed_shards(workspace: Workspace, config: Config, job: EmbedJob, missing: list[str], songs: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from htcl_ray.errors import MismatchError
-from htcl_ray.models import HTCL, weights_fingerprint
+from htcl_ray.models import HTCL
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.settings import AudioRecipe
 
@@ -19,7 +19,7 @@ from htcl_ray.settings import AudioRecipe
 class SongEncoder:
     """A semantic model (stage 1) and, optionally, the preference model (stage 2); both see the same input.
 
-    A row's vectors do not depend on the rows that it is encoded with.
+    A row's vectors do not depend on the rows that it is encoded with. They are of unit norm, or `encode_*` raises InputError.
     """
 
     def __init__(self, semantic: HTCL, preference: HTCL | None, model_versions: ModelVersions) -> None:
@@ -34,7 +34,7 @@ class SongEncoder:
         """The models of one or two checkpoint folders. Raises MismatchError when their audio recipes or dimensions differ."""
         folders = [folder for folder in (semantic, preference) if folder is not None]
         models = [HTCL.from_pretrained(str(folder)).to(device) for folder in folders]
-        versions = [weights_fingerprint(Path(folder)) for folder in folders]
+        versions = [model.fingerprint for model in models]
         both = len(folders) == 2
         return cls(models[0], models[1] if both else None, {"semantic": versions[0], "preference": versions[1] if both else None})
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from htcl_ray.retrieval.filters import Filter
 from htcl_ray.retrieval.profiles import HALF_LIFE_DAYS, Heard
 from htcl_ray.retrieval.service import DEFAULT_K, MAX_K, MAX_TEXT_LENGTH, Answer
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors
+from htcl_ray.retrieval.vectors import ENCODER_DAMAGED, ModelVersions, Vectors, check_unit_norm
 
 MAX_SEEDS = 1_000
 MAX_HISTORY = 10_000
@@ -146,7 +146,8 @@ class EmbeddingResponse(BaseModel):
 
     @classmethod
     def of(cls, vectors: Vectors, model_versions: ModelVersions) -> Self:
-        """Of one row."""
+        """Of one row. Raises InputError for vectors not of unit norm."""
+        check_unit_norm(vectors, lambda _: "the query", ENCODER_DAMAGED)
         preference = None if vectors.preference is None else vectors.preference[0].tolist()
         return cls(semantic=vectors.semantic[0].tolist(), preference=preference, model_versions=dict(model_versions))
 

@@ -8,10 +8,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from htcl_ray.retrieval.vectors import Vectors
+from htcl_ray.retrieval.vectors import UNIT_NORM_TOLERANCE, Vectors
 from htcl_ray.schemas import INDEX_SONGS
-
-UNIT_NORM_TOLERANCE = 1e-3
 
 
 def song_rows(song_ids: Sequence[str], metadata: pa.Table | None) -> pa.Table:

@@ -21,7 +21,7 @@ from htcl_ray.retrieval.shared_tags import TAG_COLUMNS, shared_with_songs, share
 from htcl_ray.retrieval.song_columns import LatestColumns, SongColumns
 from htcl_ray.retrieval.sonic_path import sonic_path
 from htcl_ray.retrieval.variety import varied_search
-from htcl_ray.retrieval.vectors import Vectors, unit_norm
+from htcl_ray.retrieval.vectors import ENCODER_DAMAGED, Vectors, check_unit_norm, unit_norm
 from htcl_ray.schemas import METADATA
 from htcl_ray.storage import Workspace
 from htcl_ray.verdicts import check_gates
@@ -104,7 +104,8 @@ class SearchService:
         return self.search_encoded_text(text, self._need_encoder().encode_texts([check_text(text)]), **options)
 
     def search_encoded_text(self, text: str, query: Vectors, **options: Any) -> Answer:
-        """Songs near the vectors of words that were encoded elsewhere."""
+        """Songs near the vectors of words that were encoded elsewhere. Raises InputError for vectors not of unit norm."""
+        check_unit_norm(query, lambda _: "the query", ENCODER_DAMAGED)
         return self._answer(self.index.snapshot(), query, Options(**options), shared=lambda song: shared_with_text(song, text))
 
     def search_audio(self, source: str | bytes | BinaryIO, **options: Any) -> Answer:
@@ -173,7 +174,8 @@ class SearchService:
         return Answer(hits, found, count, used)
 
     def search(self, query: Vectors, *, exclude: Collection[str] = (), **options: Any) -> Answer:
-        """Songs near one row of vectors, `exclude` left out."""
+        """Songs near one row of an encoder's vectors, `exclude` left out. Raises InputError for vectors not of unit norm."""
+        check_unit_norm(query, lambda _: "the query", ENCODER_DAMAGED)
         return self._answer(self.index.snapshot(), query, Options(**options), exclude=exclude)
 
     def metadata(self, song_id: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors
+from htcl_ray.retrieval.vectors import ENCODER_DAMAGED, UNIT_NORM_TOLERANCE, ModelVersions, Vectors, check_unit_norm
 from htcl_ray.schemas import FORMAT_VERSION, UPDATES
 from htcl_ray.storage import Workspace
 
@@ -36,7 +36,6 @@ READERS = 16
 """Files that are read at a time; object storage answers each after tens of milliseconds."""
 _NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
 _FILE = re.compile(r"(\d{20}-[0-9a-f]{8}|merged)-([0-9a-f]{16})\.arrow")
-_UNIT_NORM_TOLERANCE = 1e-3
 
 Key = TypeVar("Key")
 
@@ -76,7 +75,12 @@ class UpdateLog:
         return [name for name in found if name not in self.broken]
 
     def append(self, update: Update) -> tuple[str, pa.Table]:
-        """Write one update; it is durable when this returns. Gives the file's name and its row."""
+        """Write one update; it is durable when this returns. Gives the file's name and its row.
+
+        Raises InputError for vectors that are not finite or not of unit norm.
+        """
+        if update.vectors is not None:
+            check_unit_norm(update.vectors, lambda _: f"song '{update.song_id}'", ENCODER_DAMAGED)
         return self._write(_row(self._next_name(), update))
 
     def read(self, files: Collection[str]) -> tuple[pa.Table, set[str]]:
@@ -209,7 +213,7 @@ def _parse(name: str, data: bytes) -> pa.Table:
         given = upserts[half].drop_null()
         if half == "semantic" and len(given) < len(upserts):
             raise ValueError("an upsert has no semantic vector")
-        if not (np.abs(_norms(given) - 1) < _UNIT_NORM_TOLERANCE).all():
+        if not (np.abs(_norms(given) - 1) < UNIT_NORM_TOLERANCE).all():
             raise ValueError(f"a {half} vector is not of unit norm")
     return rows
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from htcl_ray.errors import QueryError
+from htcl_ray.errors import InputError, QueryError
 
+UNIT_NORM_TOLERANCE = 1e-3
+ENCODER_DAMAGED = "the encoder that gave it is damaged, so choose another model"
 ModelVersions = dict[str, str | None]
 """`{"semantic": fingerprint of the weights, "preference": fingerprint or None without stage 2}`."""
 
@@ -48,6 +51,19 @@ def concatenate(parts: list[Vectors]) -> Vectors:
     return Vectors(
         np.concatenate([part.semantic for part in parts]), np.concatenate(preferences) if len(preferences) == len(parts) else None
     )
+
+
+def check_unit_norm(vectors: Vectors, name_of: Callable[[int], str], advice: str) -> None:
+    """Raise InputError unless every row is finite and of unit norm. `name_of` names a row in the message and `advice` ends it."""
+    for space, half in (("semantic", vectors.semantic), ("preference", vectors.preference)):
+        if half is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                lengths = np.linalg.norm(half, axis=1)
+            wrong = np.flatnonzero(~(np.abs(lengths - 1) < UNIT_NORM_TOLERANCE))  # a NaN among them
+            if wrong.size:
+                row = int(wrong[0])
+                found = f"length {lengths[row]:.3g}" if np.isfinite(lengths[row]) else "numbers that are not finite"
+                raise InputError(f"the {space} vector of {name_of(row)} has {found}; expected unit norm: {advice}")
 
 
 def unit_norm(vectors: NDArray[np.floating]) -> NDArray[np.float32]:

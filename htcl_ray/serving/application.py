@@ -31,7 +31,7 @@ from htcl_ray.serving.deployments import Encoder, Ingress, Served
 from htcl_ray.serving.front import active_front, check_port
 from htcl_ray.serving.haproxy import Front
 from htcl_ray.serving.keys import Keys, is_loopback
-from htcl_ray.serving.ray_internals import mute_shutdown
+from htcl_ray.serving.ray_internals import exposed_host, mute_shutdown, use_peer_addresses
 from htcl_ray.settings import ServeSettings
 from htcl_ray.storage import Workspace
 
@@ -69,7 +69,8 @@ def create(config: Config, index: str | None = None) -> Application:
     """
     settings = config.serve
     served = _served(config, index)
-    Keys.from_settings(settings)  # refuses what cannot be served before anything starts
+    # Refuses what cannot be served before anything starts; a replica looks again, since `serve run` builds before Ray Serve runs.
+    Keys.from_settings(settings.model_copy(update={"host": exposed_host(settings.host)}))
     at_a_time = ONGOING_BATCHES * settings.max_batch_size
     drain = settings.request_seconds + 1
     encoder = serve.deployment(
@@ -122,6 +123,7 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
     port = check_port(config.serve.host, config.serve.port)
     front = active_front()
     metrics, source = _metrics(config.serve, front)
+    use_peer_addresses()  # for Ray's own proxy, which inherits the environment
     connect(config, source)
     if serve.status().proxies:
         raise ConfigError("Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address")
@@ -169,7 +171,7 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
 
 def _metrics(settings: ServeSettings, front: Front | None) -> tuple[str, int | None]:
     """URL of the metrics, and the port that Ray's exporter is to use."""
-    if front is not None:
+    if front is not None and front.metrics:
         host, _, port = front.metrics.rpartition(":")
         return f"http://{_reachable(host.strip('[]'))}:{port}/metrics", front.metrics_source
     if not is_loopback(settings.metrics_host):

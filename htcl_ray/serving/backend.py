@@ -19,10 +19,10 @@ class Backend(Protocol):
         """One row of vectors."""
 
     async def encode_audio(self, data: bytes) -> Vectors:
-        """One row of vectors of an audio file's bytes. Raises AudioError."""
+        """One row of vectors of an audio file's bytes: of its first clip, as the catalogue is embedded. Raises AudioError."""
 
     async def encode_song(self, data: bytes) -> Vectors:
-        """One row of vectors as the catalogue's embedding gives them: of the first clip only. Raises AudioError."""
+        """The same vectors, of a song that is put into the index: neither cached nor measured as a query. Raises AudioError."""
 
     async def check_ready(self) -> None:
         """Raise unless the models are loaded."""

@@ -22,7 +22,7 @@ from htcl_ray.retrieval.activation import Pointer
 from htcl_ray.retrieval.drift import QueryDrift, mean_of
 from htcl_ray.retrieval.live_index import LiveIndex
 from htcl_ray.retrieval.query_cache import QueryCache
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors, concatenate, unit_norm
+from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.serving.haproxy import RETRY
 from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
 from htcl_ray.serving.ray_internals import exposed_host, keep_internal_port_private, use_peer_addresses
@@ -76,6 +76,7 @@ class Encoder:
             self._encoder.recipe,
             processes=settings.decoders,
             seconds=settings.decode_seconds,
+            cpu_seconds=settings.decode_cpu_seconds,
             memory_bytes=settings.decode_bytes,
             max_seconds=settings.max_upload_seconds,
             max_channels=settings.max_channels,
@@ -92,15 +93,14 @@ class Encoder:
         """One row of vectors."""
         return await self._encode_texts(text)
 
-    async def encode_audio(self, data: bytes, whole: bool) -> Vectors:
-        """One row of vectors of an audio file's bytes. Decoded before it joins a batch, so that a bad file fails alone.
+    async def encode_audio(self, data: bytes) -> Vectors:
+        """One row of vectors of an audio file's bytes: of its first clip, as the catalogue is embedded.
 
-        `whole`: the mean direction of the windows that hear all of it; otherwise its first clip, as the catalogue was embedded.
+        Decoded before it joins a batch, so that a bad file fails alone.
         """
         with self._measurements.stage("decode"):
-            mels = await asyncio.to_thread(self._decoders.decode, data)
-        windows = await asyncio.gather(*(self._encode_mels(mel) for mel in (mels if whole else mels[:1])))
-        return _mean_direction(concatenate(windows))
+            mel = await asyncio.to_thread(self._decoders.decode, data)
+        return await self._encode_mels(mel)
 
     async def ready(self) -> bool:
         """Answers once the models are loaded."""
@@ -159,12 +159,12 @@ class Ingress:
 
     async def encode_audio(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
-        return await self._query("audio", data, lambda: _encoded(self._encoder.encode_audio.remote, data, True))
+        return await self._query("audio", data, lambda: _encoded(self._encoder.encode_audio.remote, data))
 
     async def encode_song(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
         with self._one_encoding():
-            return await _encoded(self._encoder.encode_audio.remote, data, False)
+            return await _encoded(self._encoder.encode_audio.remote, data)
 
     async def check_ready(self) -> None:
         """See `backend.Backend`."""
@@ -221,11 +221,3 @@ async def _wait(encoder: DeploymentHandle) -> None:
 
 def _one_by_one(vectors: Vectors) -> list[Vectors]:
     return [vectors.rows(slice(row, row + 1)) for row in range(len(vectors))]
-
-
-def _mean_direction(windows: Vectors) -> Vectors:
-    """One row: the normalised mean of the windows' vectors; a single window as it is."""
-    if len(windows) == 1:
-        return windows
-    preference = None if windows.preference is None else unit_norm(windows.preference.mean(axis=0, keepdims=True))
-    return Vectors(unit_norm(windows.semantic.mean(axis=0, keepdims=True)), preference)

@@ -77,6 +77,7 @@ def haproxy_front(config: Config) -> Iterator[None]:
         token=secrets.token_hex(16),
         metrics=f"{_bracketed(config.serve.metrics_host)}:{metrics}",
         metrics_source=metrics_source,
+        trusted_proxies=config.serve.trusted_proxies,
         stop_file=str(folder / "stop"),
     )
     variables = {

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,6 +74,8 @@ class Front:
     """HOST:PORT that serves `/metrics`; empty: none."""
     metrics_source: int = 0
     """Port of Ray's Prometheus exporter on this machine."""
+    trusted_proxies: Sequence[str] = ()
+    """Addresses and networks whose connections have no limit of their own, since those of many clients come from them."""
     stop_file: str = ""
     """Once this file exists, HAProxy responds to new requests with 503 from its next start on, which is when the first replica stops."""
     arrival_seconds: int = ARRIVAL_SECONDS
@@ -152,7 +154,8 @@ def _arrival(front: Front) -> Iterator[str]:
     """Of the frontend: whose requests are accepted, and what a replica is told of them."""
     yield "    option http-buffer-request"  # the time limit then covers the body as well, as far as the buffer holds it
     yield "    tcp-request connection track-sc0 src,ipmask(32,64) table htcl_addresses"
-    yield f"    tcp-request connection reject if {{ sc0_conn_cur gt {CONNECTIONS_PER_ADDRESS} }}"
+    trusted = f" !{{ src {' '.join(front.trusted_proxies)} }}" if front.trusted_proxies else ""
+    yield f"    tcp-request connection reject if {{ sc0_conn_cur gt {CONNECTIONS_PER_ADDRESS} }}{trusted}"
     if front.is_stopping:
         yield _respond(503, *ERRORS[503][1:], {**RETRY, "Connection": "close"})
     yield "    option forwardfor"  # appended behind what the client sent, so that the last one is true

@@ -12,9 +12,9 @@ from htcl_ray.serving.keys import is_loopback
 
 
 def use_peer_addresses() -> None:
-    """Let the replica's HTTP server report the address of the connection; by default it believes X-Forwarded-For from loopback.
+    """Let HTTP servers that start in this process later, or in its children, report the address of the connection.
 
-    Called in a constructor: the server starts after it.
+    By default uvicorn believes X-Forwarded-For of connections from loopback, where HAProxy is, whoever wrote it.
     """
     os.environ["FORWARDED_ALLOW_IPS"] = ""
 
@@ -37,10 +37,15 @@ def keep_internal_port_private() -> None:
 
 
 def exposed_host(configured: str) -> str:
-    """The address on which Ray Serve accepts requests, when other machines reach it; otherwise `configured`."""
+    """The address on which Ray Serve accepts requests, when it runs and other machines reach that; otherwise `configured`."""
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    if not ray.is_initialized():
+        return configured
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:  # not started yet
+        return configured
     host = str(ray.get(controller.get_http_config.remote()).host)
     return configured if is_loopback(host) else host
 

@@ -61,12 +61,14 @@ class ServeSettings(Settings):
 
     max_upload_bytes: int = Field(50_000_000, gt=0)
     max_upload_seconds: float = Field(600.0, gt=0)
-    """Sound heard of an upload; longer than audio.clip_seconds, it is cut into windows whose mean direction is its vector. An upload
-    that declares or holds more is refused."""
+    """Length that the header of an upload may declare. Whatever its length, the first audio.clip_seconds are embedded, as those of the
+    catalogue's songs are, and nothing behind them is decoded."""
     max_channels: int = Field(8, ge=1)
     max_sample_rate: int = Field(192_000, ge=1_000)
     decode_seconds: float = Field(20.0, gt=0)
-    """Decoding an upload that takes longer is ended."""
+    """Wall-clock time: decoding an upload that takes longer is ended, and so is waiting for a free decoding process."""
+    decode_cpu_seconds: float = Field(2.0, gt=0)
+    """CPU time that decoding an upload may take, many times that of an ordinary recording; more is refused."""
     decode_bytes: int = Field(2_000_000_000, ge=300_000_000)
     """Memory of a decoding process."""
     decoders: int = Field(2, ge=1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htcl_ray.errors import WorkspaceError
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import gather_rows
 from htcl_ray.training.randomness import RngState, get_rng_state
@@ -73,5 +74,11 @@ def save_checkpoint(folder: Path, model: HTCL, state: TrainingState) -> None:
 
 
 def load_state(folder: Path) -> TrainingState:
-    """The training state of a checkpoint folder."""
-    return TrainingState(**torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True))
+    """The training state of a checkpoint folder. Raises WorkspaceError when it is damaged."""
+    try:
+        return TrainingState(**torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True))
+    except Exception as error:  # what torch raises depends on where a file stops to make sense
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WorkspaceError(
+            f"{folder / TRAINING_STATE} cannot be read ({reason}); remove the damaged checkpoint to resume from the one before"
+        ) from None

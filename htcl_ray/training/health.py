@@ -43,7 +43,7 @@ def distinct_texts(songs: Songs) -> list[str]:
 
 
 def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
-    """Raise ConfigError or MismatchError when the model embeds different song texts alike, so that no training can tell them apart.
+    """Raise InputError when the model embeds different song texts alike or not at all, so that no training can tell them apart.
 
     For the start of a run: a tower that collapses later is `HealthWatch`'s affair.
     """
@@ -52,11 +52,10 @@ def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
         return
     check_song_texts(model.text_encoder.tokenizer, texts, model.text_encoder.settings)
     vectors = model.embed_text(texts)
-    if not (vectors - vectors[0]).abs().max() > EQUAL:
-        what = "alike" if bool(vectors.isfinite().all()) else "as NaN or infinity"
+    if (vectors - vectors[0]).abs().max() <= EQUAL:
         name = model.text_encoder.settings.name_or_path
         raise MismatchError(
-            f"the text tower{f' (text.name_or_path {name})' if name else ''} embeds {len(texts)} different song texts {what}, "
+            f"the text tower{f' (text.name_or_path {name})' if name else ''} embeds {len(texts)} different song texts alike, "
             f"for instance '{texts[0][:80]}' and '{texts[1][:80]}'; expected different vectors: its weights are damaged or collapsed, "
             "so train or choose another one"
         )

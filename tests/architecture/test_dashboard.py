@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ def measured() -> tuple[dict[str, set[str]], set[str], set[str]]:
 
 
 EXPORTED, OWN, TEXTS = measured()
+RAYS = {"ray_serve_num_http_requests_total": {"application", "method", "route", "status_code"}}
+"""Of Ray Serve's own metrics, those that count what HAProxy responds."""
+EXPORTED |= RAYS
+TEXTS |= {"htcl"}
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 EXPRESSIONS = [(panel["title"], target["expr"]) for panel in PANELS for target in panel.get("targets", [])]
 QUERIES = [(f"${variable['name']}", variable["definition"]) for variable in DASHBOARD["templating"]["list"] if "definition" in variable]
@@ -48,7 +53,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize(("title", "expression"), EXPRESSIONS + QUERIES)
 def test_every_metric_and_label_exists(title: str, expression: str):
-    names = re.findall(r"\b[a-z]+_htcl_\w+", expression)
+    names = re.findall(r"\bray_\w+", expression)
     assert names
     for name in names:
         assert name in EXPORTED, f"{title}: {name} is not exported"
@@ -56,7 +61,9 @@ def test_every_metric_and_label_exists(title: str, expression: str):
     for selector in re.findall(r"\{([^}]*)\}", expression):
         for label, value in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"([^\"]*)\"", selector):
             assert label in known, f"{title}: {label} is no label of {names}"
-            assert value.startswith("$") or value in TEXTS or (label == "status" and re.fullmatch(r"[1-5]\d\d", value)), value
+            assert value.startswith("$") or value in TEXTS or (label in ("status", "status_code") and re.fullmatch(r"[1-5]\d\d", value)), (
+                value
+            )
     for grouping in re.findall(r"\bby \(([^)]*)\)", expression):
         assert {label.strip() for label in grouping.split(",")} <= known, f"{title}: grouped by what is no label"
     assert expression.count("(") == expression.count(")")
@@ -127,3 +134,13 @@ def test_names_are_as_the_exporter_of_rays_agents_writes_them():
     provider.shutdown()
     expected = {f"ray_htcl_test_{kind.lower()}{suffix}" for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
     assert written == expected
+
+
+def test_ray_counts_requests_under_the_name_and_labels_that_are_shown():
+    from ray.serve._private import request_ingress_metrics
+
+    texts = {
+        node.value for node in ast.walk(ast.parse(Path(request_ingress_metrics.__file__).read_text())) if isinstance(node, ast.Constant)
+    }
+    assert {"serve_num_", "_requests"} <= texts
+    assert RAYS["ray_serve_num_http_requests_total"] <= texts

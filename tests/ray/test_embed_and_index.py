@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from htcl_ray.cli import main
 from htcl_ray.config import Config
 from htcl_ray.errors import MismatchError, WorkspaceError
 from htcl_ray.models import HTCL
@@ -17,7 +23,7 @@ from htcl_ray.pipelines.index import build_index
 from htcl_ray.retrieval import SearchService, SongIndex
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.schemas import INDEX_SONGS, embeddings_schema
-from htcl_ray.storage import Workspace
+from htcl_ray.storage import Workspace, file_sha256
 from tests.small_workspace import SONGS, small_config, song_id, sound, write_features, write_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -92,14 +98,46 @@ def test_an_interrupted_run_keeps_what_it_finished(config: Config, monkeypatch: 
     assert embed(config).skipped
 
 
+def replace_weights(folder: Path, change: Callable[[HTCL], object]) -> None:
+    """A model of the workspace with other weights, which its manifest records."""
+    model = HTCL.from_pretrained(folder)
+    with torch.no_grad():
+        change(model)
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = file_sha256(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: model.audio_head[0].weight[0, 0].fill_(torch.nan),
+            r"model\.safetensors holds NaN or infinity under audio_head\.0\.weight",
+        ),
+        (lambda model: model.audio_head[-1].weight.mul_(1e38), r"song 'song-\d+' cannot be embedded: the stage-1 model gives input 0"),
+    ],
+)
+def test_a_model_that_gives_no_vectors_embeds_nothing(
+    config: Config, change: Callable[[HTCL], object], message: str, capsys: pytest.CaptureFixture
+):
+    """One sentence of the command, and no file."""
+    workspace = Workspace(config.workspace)
+    replace_weights(Path(workspace.full("models/semantic/semantic-0")), change)
+    file = Path(config.workspace) / "config.yaml"
+    file.write_text(config.as_yaml())
+    assert main(["embed", "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"^htcl: error: .*{message}.*choose another one$", said, re.MULTILINE), said
+    assert "Traceback" not in said
+    assert not workspace.children(plan(workspace, config).path)
+
+
 def test_other_weights_under_the_same_name_are_embedded_anew(config: Config):
     before = plan(Workspace(config.workspace), config).version
     folder = Path(Workspace(config.workspace).full("models/semantic/semantic-0"))
-    model = HTCL.from_pretrained(folder)
-    model.audio_head[0].weight.data.mul_(-1)
-    manifest = (folder / "manifest.json").read_bytes()
-    model.save_pretrained(folder)
-    (folder / "manifest.json").write_bytes(manifest)
+    replace_weights(folder, lambda model: model.audio_head[0].weight.mul_(-1))
     assert plan(Workspace(config.workspace), config).version != before
     with pytest.raises(WorkspaceError, match="run 'htcl embed' first"):
         build_index(config)

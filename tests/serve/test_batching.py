@@ -67,8 +67,8 @@ def test_batches(replica: Any, indexed: Config):
     clips = [sound(i, indexed.audio) for i in range(12)]
 
     async def all_at_once() -> list[Any]:
-        calls = [replica.encode_audio.remote(wav(clip, indexed.audio), True) for clip in clips]
-        calls += [replica.encode_audio.remote(b"not audio" * 50, True)]
+        calls = [replica.encode_audio.remote(wav(clip, indexed.audio)) for clip in clips]
+        calls += [replica.encode_audio.remote(b"not audio" * 50)]
         calls += [replica.encode_text.remote(text_of(i)) for i in range(12)]
         return await asyncio.gather(*calls, return_exceptions=True)
 

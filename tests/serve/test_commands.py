@@ -70,7 +70,8 @@ def test_htcl_serve(indexed: Config):
             assert asked.result().status_code == 200
         rest = process.stdout.read().splitlines()
         assert process.wait(timeout=60) == 0
-    assert len(lines) == 3, f"noise in the terminal: {lines}"
+    assert len(lines) == 4, f"noise in the terminal: {lines}"
+    assert lines[2].startswith("metrics for Prometheus: http://127.0.0.1:")
     assert lines[0].startswith("Ray: private cluster")
     assert rest == ["stopping"]
     with pytest.raises(httpx.ConnectError):
@@ -102,6 +103,17 @@ def test_serve_run_with_the_shipped_config(indexed: Config, tmp_path: Path):
             time.sleep(0.5)
         found = httpx.post(f"http://127.0.0.1:{port}/v1/search", json={"text": "rock", "k": 3}, timeout=30).json()
         assert len(found["results"]) == 3
+
+
+def test_serve_run_on_every_address_needs_keys(indexed: Config, tmp_path: Path):
+    """What `http_options.host` of a config file, or KubeRay, opens to other machines needs keys as `serve.host` does."""
+    tree = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
+    tree["http_options"] |= {"host": "0.0.0.0", "port": 0}
+    tree["applications"][0]["args"] |= {"workspace": indexed.workspace, "preset": "demo"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with started(str(SCRIPTS / "serve"), "run", str(tmp_path / "config.yaml"), RAY_ADDRESS="local", HTCL_API_KEYS="") as process:
+        said = next((line for line in process.stdout if "there are no API keys" in line), "")
+    assert "the service listens on 0.0.0.0, which other machines reach, and there are no API keys" in said
 
 
 def _is_ready(url: str) -> bool:

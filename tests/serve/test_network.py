@@ -234,6 +234,28 @@ def test_an_upload_that_is_refused_gets_its_response(inside: Run, private: Serve
     assert 429 in statuses
 
 
+def test_searches_by_song_are_answered_while_no_encoder_is_alive(inside: Run, private: Server):
+    """Requests that wait for an encoder have three quarters of the 8 places; the others are for those that need none."""
+    killed = private.pids("ServeReplica:htcl:Encoder")
+    assert len(killed) == 1
+
+    def scene() -> tuple[set[int], list[int], list[int]]:
+        with httpx.Client(base_url=private.url, trust_env=False, timeout=90) as client, ThreadPoolExecutor(20) as pool:
+            os.kill(killed[0], signal.SIGKILL)
+            texts = [pool.submit(client.post, "/v1/search", json={"text": f"jazz without an encoder {number}"}) for number in range(20)]
+            time.sleep(0.5)
+            waiting = [text for text in texts if not text.done()]
+            songs = {client.get(f"/v1/songs/{song_id(number % 10)}/similar").status_code for number in range(30)}
+            still = [text for text in waiting if not text.done()]
+            return songs, [len(waiting), len(still)], [text.result().status_code for text in texts]
+
+    songs, (waiting, still), texts = inside(scene)
+    assert songs == {200}
+    assert waiting == 6
+    assert still > 0  # so that the searches by song came before the encoder was back
+    assert sorted(texts) == [200] * 6 + [429] * 14
+
+
 def test_a_server_whose_ingress_dies_never_answers_from_the_other_s_catalogue(inside: Run, exposed: Server, private: Server):
     assert exposed.index != private.index
     killed = private.pids("ServeReplica:htcl:Ingress")

@@ -25,7 +25,7 @@ from htcl_ray.retrieval import SearchService, SongIndex
 from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.serving.application import serving
 from htcl_ray.storage import Workspace
-from tests.serve.processes import children_of, replicas
+from tests.serve.processes import children_of, command_line, replicas
 from tests.small_workspace import SONGS, first_version, song_id, sound, wav, write_other_index
 
 pytestmark = pytest.mark.serve
@@ -203,19 +203,6 @@ def test_the_same_bytes_have_the_same_vector_on_every_replica_and_in_every_batch
         np.testing.assert_allclose(answer["preference"], alone.preference[0], atol=1e-5)
 
 
-def test_a_long_upload_is_heard_whole(client: httpx.Client, config: Config):
-    """The normalised mean over windows of a clip's length, evenly spaced so that they reach from its start to its end."""
-    models = Path(config.workspace) / "models"
-    encoder = SongEncoder.load(models / "semantic/semantic-0", models / "preference/preference-0")
-    length = round(config.audio.clip_seconds * config.audio.sample_rate)
-    wave = np.concatenate([sound(seed, config.audio, config.audio.clip_seconds) for seed in (1, 2)])[: length + length // 2]
-    windows = encoder.encode_waveforms([wave[:length], wave[-length:]])
-    answer = client.post("/v1/embeddings", files={"file": ("x.wav", wav(wave, config.audio))}).json()
-    for name, vectors in (("semantic", windows.semantic), ("preference", windows.preference)):
-        mean = vectors.mean(axis=0)
-        np.testing.assert_allclose(answer[name], mean / np.linalg.norm(mean), atol=1e-5)
-
-
 def test_a_decoder_that_dies_takes_nobody_with_it(client: httpx.Client, config: Config):
     before, clip = replicas(), wav(sound(3, config.audio), config.audio)
     decoders = [child for replica in before for child in children_of(replica)]
@@ -226,6 +213,17 @@ def test_a_decoder_that_dies_takes_nobody_with_it(client: httpx.Client, config: 
     assert set(statuses) <= {200, 415, 503}
     assert statuses[-1] == 200
     assert replicas() == before
+
+
+def test_with_two_encoders_the_death_of_one_is_not_seen(client: httpx.Client):
+    """A call that was under way there is made again."""
+    encoders = [pid for pid in replicas() if ":Encoder" in command_line(pid)]
+    assert len(encoders) == 2
+    with ThreadPoolExecutor(8) as pool:
+        searches = [pool.submit(client.post, "/v1/search", json={"text": f"folk {number}"}) for number in range(60)]
+        time.sleep(0.1)
+        os.kill(encoders[0], signal.SIGKILL)
+        assert Counter(search.result().status_code for search in searches) == {200: 60}
 
 
 def test_metrics_are_exported(client: httpx.Client, config: Config):
@@ -265,3 +263,11 @@ def test_a_request_is_a_line_of_json_with_its_id(client: httpx.Client):
     assert lines[0]["endpoint"] == "GET /healthz"
     assert lines[0]["status"] == 200
     assert lines[0]["key"] == "catalogue"
+
+
+def test_the_drift_of_a_query_long_ago_is_still_exported(client: httpx.Client):
+    """Ray forgets a gauge that nobody sets for some seconds."""
+    client.post("/v1/search", json={"text": "one last query"})
+    time.sleep(30)
+    exported = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics", timeout=10).text
+    assert re.search('ray_htcl_query_drift{.*kind="text"', exported)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
 from htcl_ray.config import Config
-from htcl_ray.errors import MismatchError
+from htcl_ray.errors import InputError, MismatchError
 from htcl_ray.models import HTCL, weights_fingerprint
-from htcl_ray.pipelines.embed import embed_table
+from htcl_ray.pipelines.embed import embed_table, read_vectors
 from htcl_ray.retrieval.encoder import SongEncoder
+from htcl_ray.retrieval.vectors import Vectors
 from htcl_ray.storage import Workspace
 from tests.small_workspace import SONGS, small_config, song_id, sound, text_of, write_features, write_models
 
@@ -81,6 +84,60 @@ def test_batch_embedding_equals_online_for_the_same_mel(encoder: SongEncoder, co
         online = encoder.encode_mels([mel[:frames].astype(np.float32)])
         np.testing.assert_allclose(table["semantic"][row].as_py(), online.semantic[0], atol=1e-5)
         np.testing.assert_allclose(table["preference"][row].as_py(), online.preference[0], atol=1e-5)
+
+
+class Broken:
+    """An encoder that gives one song another row."""
+
+    def __init__(self, encoder: SongEncoder, mel: np.ndarray, value: float) -> None:
+        self.encoder, self.mel, self.value = encoder, mel, value
+
+    def encode_mel(self, mels: np.ndarray, valid: np.ndarray) -> Vectors:
+        vectors = self.encoder.encode_mel(mels, valid)
+        for row, mel in enumerate(mels):
+            if np.array_equal(mel[:3], self.mel[:3]):
+                vectors.preference[row] *= self.value
+        return vectors
+
+
+@pytest.mark.parametrize(("value", "found"), [(np.nan, "numbers that are not finite"), (0.0, "length 0"), (1.1, "length 1.1")])
+def test_no_row_is_written_that_is_not_of_unit_norm(encoder: SongEncoder, config: Config, value: float, found: str):
+    write_features(config)
+    features = Workspace(config.workspace).read_tables("features/features-1")
+    mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
+    with pytest.raises(InputError, match=f"the preference vector of song '{song_id(6)}' has {found}; expected unit norm"):
+        embed_table(features, Broken(encoder, mels[6], value), batch_size=4)
+
+
+def test_a_song_that_cannot_be_embedded_is_named(encoder: SongEncoder, config: Config, folders: tuple[Path, Path]):
+    """Features that were damaged, and a model whose vectors are not finite though its weights are."""
+    write_features(config)
+    features = Workspace(config.workspace).read_tables("features/features-1")
+    mels = features["log_mel"].combine_chunks().to_numpy_ndarray().copy()
+    mels[9, 1, 3] = np.nan
+    place = features.schema.get_field_index("log_mel")
+    damaged = features.set_column(place, "log_mel", pa.FixedShapeTensorArray.from_numpy_ndarray(mels))
+    with pytest.raises(InputError, match=rf"song '{song_id(9)}' cannot be embedded: the log-mel of clip 0 holds NaN"):
+        embed_table(damaged, encoder, batch_size=4)
+    model = HTCL.from_pretrained(folders[0])
+    with torch.no_grad():
+        model.audio_head[-1].weight.mul_(1e38)
+    with pytest.raises(InputError, match=rf"song '{song_id(0)}' cannot be embedded: the stage-1 model gives input 0 a vector that is"):
+        embed_table(features, SongEncoder(model, None, {"semantic": "x", "preference": None}), batch_size=4)
+
+
+def test_stored_vectors_that_are_not_of_unit_norm_are_not_indexed(encoder: SongEncoder, config: Config):
+    write_features(config)
+    workspace = Workspace(config.workspace)
+    table = embed_table(workspace.read_tables("features/features-1"), encoder, batch_size=4)
+    workspace.write_table("embeddings/e/shard.parquet", table)
+    assert len(read_vectors(workspace, "embeddings/e")[1]) == SONGS
+    values = table["semantic"].combine_chunks().flatten().to_numpy().copy()
+    values[12 * 5 + 2] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), 12)
+    workspace.write_table("embeddings/e/shard.parquet", table.set_column(1, table.schema.field("semantic"), column))
+    with pytest.raises(InputError, match=f"semantic vector of song '{song_id(5)}' has numbers that are not finite.*'htcl embed' again"):
+        read_vectors(workspace, "embeddings/e")
 
 
 def test_noise_is_not_the_song(encoder: SongEncoder, config: Config):

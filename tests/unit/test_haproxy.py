@@ -187,7 +187,7 @@ def test_uploads_in_transit_take_no_place_of_other_requests_until_there_are_eigh
         for _ in range(10):
             assert httpx.get(f"{url}/x").status_code == 200
         last = stalled(url, head)
-        assert whole_response(last).startswith(b"HTTP/1.1 429 ")
+        assert last.recv(1_000).startswith(b"HTTP/1.1 429 ")
         uploads[0].sendall(b"x" * 80_000)
         assert uploads[0].recv(1_000).startswith(b"HTTP/1.1 200 ")
     finally:
@@ -206,6 +206,31 @@ def test_a_body_and_headers_that_never_come_are_408_and_hold_up_nobody(url: str)
             assert json.loads(response.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
     for connection in headers:
         connection.close()
+
+
+@pytest.mark.parametrize("trusted", [(), ("127.0.0.1", "10.0.0.0/8")])
+def test_an_address_has_a_thousand_connections_unless_it_is_a_proxy(tmp_path: Path, trusted: tuple[str, ...]):
+    port = free_port()
+    configuration = ray_configuration(tmp_path, port, free_port()).replace("maxconn 4096", "maxconn 1500")
+    with running(tmp_path, configuration, Front(trusted_proxies=trusted), port) as url:
+        connections = [stalled(url, b"GET / HTTP/1.1\r\n") for _ in range(990)]
+        closed = [is_closed(url, connections) for _ in range(40)]
+        assert not any(closed[:5])
+        assert closed[-1] == (not trusted)
+        for connection in connections:
+            connection.close()
+
+
+def is_closed(url: str, kept: list[socket.socket]) -> bool:
+    """Whether a new connection is closed at once; one that is not is kept open."""
+    try:
+        kept.append(stalled(url, b"GET / HTTP/1.1\r\n"))
+        kept[-1].settimeout(0.05)
+        return kept[-1].recv(10) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def test_the_metrics_address_serves_metrics_only(url: str):

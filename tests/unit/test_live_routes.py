@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from htcl_ray.errors import AudioError
+from htcl_ray.errors import AudioError, InputError
 from htcl_ray.retrieval.live_index import LiveIndex, SwitchUnderWay
+from htcl_ray.retrieval.update_log import Update, UpdateLog
 from htcl_ray.retrieval.vectors import Vectors
 from htcl_ray.schemas import Reason
 from htcl_ray.serving import failures
@@ -92,6 +94,26 @@ def assert_failure(response: httpx.Response, status: int, code: str, message: st
     assert set(body) == {"code", "message"}
     assert body["code"] == code
     assert message in body["message"]
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0, 2.0])
+def test_a_vector_that_is_not_of_unit_norm_is_not_written(
+    client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, value: float
+):
+    """Neither over HTTP, which answers 500, nor into the log by any other way."""
+    damaged = Vectors(unit_vectors(7).semantic, unit_vectors(7).preference * np.float32(value))
+    before = contents(client.live.service.index), workspace.children("updates")
+
+    async def encode_song(backend: Backend, data: bytes) -> Vectors:
+        return damaged
+
+    monkeypatch.setattr(Backend, "encode_song", encode_song)
+    assert_failure(client("PUT", "/v1/songs/new", files={"file": ("x.mp3", b"x" * 77)}), 500, "internal")
+    with pytest.raises(
+        InputError, match=r"the preference vector of song 'new' has .*; expected unit norm: the encoder that gave it is damaged"
+    ):
+        UpdateLog(workspace).append(Update("new", damaged, VERSIONS, {}))
+    assert (contents(client.live.service.index), workspace.children("updates")) == before
 
 
 @pytest.mark.parametrize("song_id", ["new", "with/slash", "ü ?#", "a"])

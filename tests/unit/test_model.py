@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from htcl_ray.errors import AudioError, InputError, MismatchError, WorkspaceErro
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.models.vocabulary import train_wordpiece
+from htcl_ray.retrieval.encoder import SongEncoder
+from htcl_ray.storage import Workspace, build_manifest, file_sha256
 from tests.synthetic_features import tiny_config
 
 pytestmark = pytest.mark.unit
@@ -221,6 +224,135 @@ def test_weights_that_do_not_fit_are_refused(model: HTCL, tmp_path: Path, change
     _damage(tmp_path / "model", "model.safetensors", **change)
     with pytest.raises(MismatchError, match=message):
         HTCL.from_pretrained(tmp_path / "model")
+
+
+def _set(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _header(folder: Path, old: bytes, new: bytes) -> None:
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    assert data.count(old)
+    file.write_bytes(data.replace(old, new, 1))
+
+
+DAMAGED = {
+    "one NaN": (lambda folder: _set(folder, lambda w: w["audio_head.0.weight"][0].fill_(torch.nan)), "holds NaN or infinity"),
+    "one infinity in a bias": (
+        lambda folder: _set(folder, lambda w: w["audio_head.0.bias"][-1:].fill_(-torch.inf)),
+        "holds NaN or infinity",
+    ),
+    "NaN in the text tower": (
+        lambda folder: _set(folder, lambda w: w["text_encoder.transformer.pooler.dense.weight"][3, 3].fill_(torch.nan)),
+        "NaN or infinity under text_encoder.transformer.pooler.dense.weight",
+    ),
+    "too large for float32": (
+        lambda folder: _set(folder, lambda w: w.update({"audio_head.0.bias": torch.full((24,), 1e300, dtype=torch.float64)})),
+        "holds NaN or infinity under audio_head.0.bias",
+    ),
+    "all zeros": (lambda folder: _set(folder, lambda w: [tensor.zero_() for tensor in w.values()]), "holds nothing but zeros under"),
+    "one matrix of zeros": (lambda folder: _set(folder, lambda w: w["text_head.2.weight"].zero_()), "zeros under text_head.2.weight"),
+    "a norm of zeros": (
+        lambda folder: _set(folder, lambda w: w["audio_encoder.layers.0.feed_norm.weight"].zero_()),
+        "zeros under audio_encoder.layers.0.feed_norm.weight",
+    ),
+    "whole numbers": (
+        lambda folder: _set(folder, lambda w: w.update({"audio_head.0.bias": torch.ones(24, dtype=torch.int32)})),
+        "has audio_head.0.bias of type int32; expected floating-point numbers",
+    ),
+    "8-bit floats": (
+        lambda folder: _set(folder, lambda w: w.update({"audio_head.0.bias": torch.ones(24).to(torch.float8_e4m3fn)})),
+        "has audio_head.0.bias of type float8_e4m3fn",
+    ),
+    "truncated": (_cut, "cannot be read .* copy it again"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be read .* copy it again"),
+    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 1000), "cannot be read .* copy it again"),
+    "a type that does not exist": (lambda folder: _header(folder, b'"dtype":"F32"', b'"dtype":"Q32"'), "cannot be read"),
+    "gone": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_weights_are_one_sentence(model: HTCL, tmp_path: Path, case: str):
+    """Wherever a model is loaded: all commands and classes load it by one of these."""
+    damage, message = DAMAGED[case]
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    SongEncoder.load(folder)
+    damage(folder)
+    for load in (HTCL.from_pretrained, SongEncoder.load):
+        with pytest.raises(InputError, match=message) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+        assert str(folder / "model.safetensors") in str(caught.value)
+
+
+def test_what_training_may_leave_is_no_damage(model: HTCL, tmp_path: Path):
+    """Biases of zeros, token types that RoBERTa does not use, and weights in half precision."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["audio_head.0.bias"].zero_()
+        weights["text_encoder.transformer.embeddings.token_type_embeddings.weight"].zero_()
+        weights["text_head.0.weight"] = weights["text_head.0.weight"].bfloat16()
+
+    _set(folder, change)
+    loaded = HTCL.from_pretrained(folder)
+    assert loaded.text_head[0].weight.dtype == torch.float32
+    assert torch.equal(loaded.text_head[0].weight, model.text_head[0].weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/tokenizer.json"])
+def test_files_that_the_manifest_does_not_record_are_refused(model: HTCL, tmp_path: Path, name: str):
+    """One bit of a weight, which gives other vectors and is no NaN, is found by its hash; so are the other files that decide a vector."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in folder.rglob("*") if file.is_file()}
+    Workspace(str(folder)).write_json("manifest.json", build_manifest("semantic", config={}, inputs={}, files=files))
+    assert HTCL.from_pretrained(folder).fingerprint == weights_fingerprint(folder)
+    (folder / "README.md").write_text("its evaluation is written there later")
+    HTCL.from_pretrained(folder)
+    data = bytearray((folder / name).read_bytes())
+    if name == "model.safetensors":
+        data[-3] ^= 1
+    else:
+        data += b"\n"
+    (folder / name).write_bytes(data)
+    for load in (HTCL.from_pretrained, SongEncoder.load, weights_fingerprint):
+        with pytest.raises(
+            MismatchError, match=rf"{name} was changed or damaged .*SHA-256 \w+…, but its manifest.json records SHA-256 \w+…"
+        ):
+            load(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=name):
+        HTCL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("factor", "what"), [(0.0, "zero"), (1e38, "not finite|zero")])
+def test_no_vector_is_given_that_has_no_direction(model: HTCL, config: Config, factor: float, what: str):
+    """Weights that are finite and whose vectors are not."""
+    with torch.no_grad():
+        for head in (model.audio_head, model.text_head):
+            for layer in (head[0], head[-1]):
+                layer.weight.mul_(factor)
+                layer.bias.mul_(factor)
+    mel, valid = mels(config)
+    for embed in (
+        lambda: model.embed_mel(mel, valid),
+        lambda: model.embed_text(TEXTS),
+        lambda: model.embed_audio(np.ones(16_000) / 2, 16_000),
+    ):
+        with pytest.raises(InputError, match=f"the stage-1 model gives input 0 a vector that is ({what}); .* choose another one"):
+            embed()
 
 
 def test_configurations_that_cannot_be_read_are_refused(model: HTCL, tmp_path: Path):

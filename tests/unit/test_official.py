@@ -163,7 +163,7 @@ def test_tokenizer_is_loaded_only_for_words(tokenizer_folder: Path, tmp_path: Pa
     assert model.embed_mel(torch.zeros(1, 20, MELS)).shape == (1, 20)
     with pytest.raises(ConfigError, match=f"tokenizer '{absent}' cannot be loaded"):
         model.embed_text(TEXTS)
-    narrow = {**theirs(1).state_dict(), "text_model.embeddings.word_embeddings.weight": torch.zeros(7, 64)}
+    narrow = {**theirs(1).state_dict(), "text_model.embeddings.word_embeddings.weight": torch.ones(7, 64)}
     with pytest.raises(MismatchError, match="has 10 tokens, but the text tower knows 7"):
         HTCL.from_official(save(narrow, tmp_path), 1, tokenizer=str(tokenizer_folder)).embed_text(TEXTS)
 
@@ -284,6 +284,10 @@ def _without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         (lambda state: torch.nn.Linear(2, 2), "not a plain state dict of torch"),
         (lambda state: {**state, "tau": torch.tensor(3)}, "no dense floating-point numbers under tau"),
         (lambda state: {**state, "tau": torch.tensor(math.nan)}, "holds NaN or infinity under tau"),
+        (
+            lambda state: {**state, "audio_mlp.3.weight": torch.zeros_like(state["audio_mlp.3.weight"])},
+            r"holds nothing but zeros under audio_head\.2\.weight",
+        ),
         (
             lambda state: {"conv1.weight": torch.zeros(1)},
             "no weights of the authors' audio encoder .the first of its 1 names is 'conv1.weight'",

@@ -370,6 +370,21 @@ def test_errors_from_another_replica_keep_their_meaning(client: Client):
     assert_failure(client("POST", "/v1/search", json={"text": "a"}), 500, "internal")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_an_encoder_that_gives_no_finite_vector_is_500_and_never_a_score(client: Client, monkeypatch: pytest.MonkeyPatch, value: float):
+    async def damaged(content: object) -> Vectors:
+        given = vectors(1, 1)
+        given.preference[0, 1:] = value
+        return Vectors(given.semantic, given.preference * (value != 0))
+
+    monkeypatch.setattr(client.backend, "encode_text", damaged)
+    monkeypatch.setattr(client.backend, "encode_audio", damaged)
+    for path in ("/v1/search", "/v1/embeddings"):
+        assert_failure(client("POST", path, json={"text": "calm"}), 500, "internal")
+    for path in ("/v1/search/audio", "/v1/embeddings"):
+        assert_failure(client("POST", path, files={"file": ("a", b"x")}), 500, "internal")
+
+
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"])
 def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HTCL_API_KEYS", '[{"name": "a", "key": "0123456789abcdef", "scopes": ["read"]}]')

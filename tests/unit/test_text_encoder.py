@@ -118,6 +118,16 @@ def test_weights_are_never_drawn_in_silence(bert_folder: Path, tmp_path: Path):
         check_text_settings(TextSettings(name_or_path=str(shallow), max_tokens=16, pooling="mean"))
 
 
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN or infinity"), (0.0, "nothing but zeros")])
+def test_text_models_with_damaged_weights_are_refused(bert_folder: Path, tmp_path: Path, value: float, message: str):
+    folder = shutil.copytree(bert_folder, tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer.0.output.dense.weight"].fill_(value)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match=rf"the text model '{folder}' holds {message} under encoder\.layer\.0\.output\.dense\.weight"):
+        check_text_settings(TextSettings(name_or_path=str(folder), max_tokens=16))
+
+
 def test_unusable_text_models_are_refused(bert_folder: Path, tmp_path: Path):
     for name, message in ((str(tmp_path), "cannot be loaded"), (str(bert_folder), "max_tokens is 99, .* takes at most 16")):
         with pytest.raises(ConfigError, match=message):
@@ -235,7 +245,13 @@ def test_texts_that_a_tokenizer_cannot_tell_apart_are_refused(bert_folder: Path)
         check_song_texts(tokenizer, ["calm piano", "calm piano fast", "calm piano techno"], settings.model_copy(update={"max_tokens": 4}))
 
 
-@pytest.mark.parametrize(("fault", "message"), [(0.0, "alike"), (float("nan"), "as NaN or infinity")])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (0.0, "embeds 2 different song texts alike, for instance 'calm piano' and 'fast technos calm'"),
+        (float("nan"), "the stage-1 model gives input 0 a vector that is not finite"),
+    ],
+)
 def test_training_does_not_begin_when_every_text_is_one_vector(config: Config, fault: float, message: str):
     model = HTCL.untrained(config)
     ids = np.arange(2).repeat(3).reshape(2, 3)
@@ -244,6 +260,6 @@ def test_training_does_not_begin_when_every_text_is_one_vector(config: Config, f
     refuse_equal_texts(model, songs)
     with torch.no_grad():
         model.text_head[-1].weight.fill_(fault)
-    with pytest.raises(MismatchError, match=f"embeds 2 different song texts {message}, for instance 'calm piano' and 'fast technos calm'"):
+    with pytest.raises(InputError, match=message):
         refuse_equal_texts(model, songs)
     refuse_equal_texts(model, Songs(["a", "b"], ["calm", "calm"], ids * 0, train=np.arange(2), validation=np.arange(0)))

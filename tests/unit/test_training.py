@@ -15,7 +15,7 @@ from sklearn.metrics import ndcg_score
 
 from htcl_ray.artifacts import Artifact
 from htcl_ray.config import Config
-from htcl_ray.errors import StepError
+from htcl_ray.errors import StepError, WorkspaceError
 from htcl_ray.models import HTCL
 from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.objectives.stages import total_loss
@@ -383,6 +383,16 @@ def test_without_progress_only_what_a_person_must_know_is_said(world: World, tmp
     run(world, 1, other, model=resumed, resume=load_state(tmp_path / "step-2"), say=lines.append, show_progress=False)
     assert len(lines) == 1
     assert "made with micro_batch_size 4, now it is 2" in lines[0]
+
+
+def test_a_damaged_training_state_is_one_sentence(world: World, tmp_path: Path):
+    run(world, 1, world.config.with_overrides({"pretrain.epochs": 1}), tmp_path)
+    (folder,) = tmp_path.glob("step-*")
+    file = folder / "training_state.pt"
+    for data in (file.read_bytes()[:-200], b"", b"no state"):
+        file.write_bytes(data)
+        with pytest.raises(WorkspaceError, match=r"training_state\.pt cannot be read .* remove the damaged checkpoint"):
+            load_state(folder)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(world: World):

@@ -14,7 +14,7 @@ from htcl_ray.errors import ConfigError
 from htcl_ray.models import HTCL
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.models.vocabulary import train_wordpiece
-from htcl_ray.windows import window_starts
+from htcl_ray.models.windows import window_starts
 from tests.synthetic_features import tiny_config
 
 pytestmark = pytest.mark.unit
