@@ -16,6 +16,7 @@ def _failures(**descriptions: str) -> Responses:
 EVERYWHERE = _failures(
     _400="Malformed body, or a Host that is not allowed",
     _401="An API key is needed, is not known, or lacks the scope",
+    _408="The body did not arrive in time",
     _413="Body too large",
     _422="A value that cannot be used",
     _429="Too many requests; Retry-After tells when there may be more",

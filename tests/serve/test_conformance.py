@@ -28,13 +28,17 @@ def check_ids_and_head(url: str) -> None:
             assert head.headers.get("content-length") == get.headers.get("content-length")
 
 
-def test_every_answer_is_as_documented(indexed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_answer_is_as_documented(indexed: Config, tmp_path: Path):
     shutil.copytree(indexed.workspace, tmp_path / "workspace")
-    monkeypatch.setenv("HTCL_API_KEYS", "[{name: tester, key: writes-too-0123456789, scopes: [write]}]")
-    monkeypatch.chdir(tmp_path)
-    with serving(indexed.with_overrides({"workspace": str(tmp_path / "workspace")})) as url:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("[{name: tester, key: writes-too-0123456789, scopes: [write]}]")
+    keys.chmod(0o600)
+    config = indexed.with_overrides({"workspace": str(tmp_path / "workspace"), "serve.api_keys_file": str(keys)})
+    with serving(config) as url:
         operations = sum(len(methods) for methods in httpx.get(f"{url}/openapi.json").json()["paths"].values())
         check_ids_and_head(url)
+        known = {"authorization": "Bearer writes-too-0123456789"}
+        assert httpx.delete(f"{url}/v1/songs/nobody", headers=known).status_code == 404  # so that the key is one
         status, output = schemathesis(url, "writes-too-0123456789", seed=1, examples=10)
     assert status == 0, output
     found = summary(output)
