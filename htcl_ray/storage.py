@@ -301,8 +301,25 @@ class Workspace:
         return manifest
 
     def finish(self, path: str, manifest: Mapping[str, Any]) -> None:
-        """Mark an artifact as finished: its manifest is the last file written."""
+        """Mark an artifact as finished: its manifest is the last file written.
+
+        A new artifact's `created` is later than that of every artifact beside it, whatever the clocks of their machines say, so that the
+        newest is the one that was finished last. A manifest that is written again keeps its own.
+        """
+        if "created" in manifest:
+            others = {name: manifest["created"] for name, manifest in self.dated(os.path.dirname(path))}
+            if others.pop(os.path.basename(path), None) != manifest["created"] and max(others.values(), default="") >= manifest["created"]:
+                later = datetime.fromisoformat(max(others.values())) + timedelta(microseconds=1)
+                manifest = {**manifest, "created": later.isoformat(timespec="microseconds")}
         self.write_json(f"{path}/{MANIFEST}", manifest)
+
+    def dated(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and manifests of the artifacts directly below a folder that say when they were made, of whatever format."""
+        for name in self.children(path) if path else ():
+            with contextlib.suppress(WorkspaceError, ValueError, TypeError, KeyError):
+                manifest = self.read_json(f"{path}/{name}/{MANIFEST}")
+                if datetime.fromisoformat(manifest["created"]).tzinfo is not None:
+                    yield name, manifest
 
     def finished(self, path: str) -> list[tuple[str, dict[str, Any]]]:
         """Finished artifacts directly below a folder, oldest first, as (name, manifest)."""
