@@ -141,7 +141,7 @@ def test_the_uninterrupted_search_is_one_worth_comparing(whole: tuple[TuneSettin
 def test_a_killed_search_ends_as_the_uninterrupted_one(
     whole: tuple[TuneSettings, dict[str, str], list[Trial]], tmp_path: Path, seed: int, ahead: int
 ):
-    """Killed three times, first anywhere in two thirds of it: before or after a suggestion, a measurement, a decision, a line of the table."""
+    """Killed three times, first anywhere in two thirds of it: around a suggestion, a measurement, a decision, a line of the table."""
     settings, objectives, trials = whole
     draw = random.Random(seed)
     last = 315 if settings.early_stopping else 480  # ticks of the uninterrupted search; the sampler draws at random in the first half
