@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,12 @@ from htcl_ray.errors import IndexRefusedError, InputError, SongNotFoundError
 from htcl_ray.retrieval.activation import Activations, Pointer, check_name, load_accepted, warm_up
 from htcl_ray.retrieval.replay import Replay
 from htcl_ray.retrieval.service import SearchService
-from htcl_ray.retrieval.update_log import Update, UpdateLog
+from htcl_ray.retrieval.update_log import Retry, Update, UpdateLog
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.settings import Require, ServeSettings
 from htcl_ray.storage import Workspace
 
 STOP_SECONDS = 10.0
-FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 300.0
-"""After an index was refused it is tried again, after twice as long each time: loading one may take minutes and gigabytes."""
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +30,6 @@ class Active:
     service: SearchService
     activated_at: str
     replay: Replay
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why an index could not be loaded, and when it is tried again."""
-
-    reason: str
-    delay: float
-    until: float
-    """Of `time.monotonic()`."""
 
 
 class SwitchUnderWay(Exception):
@@ -80,7 +67,8 @@ class LiveIndex:
         self._started = started
         self._built: dict[str, Pointer | None] = {}
         """Every finished index seen: when it was made, or None when it is of other models."""
-        self._refused: dict[Pointer, Refusal] = {}
+        self._refused: dict[Pointer, tuple[str, Retry]] = {}
+        """Indexes that could not be loaded: why, and when they are tried again, since that may take minutes and gigabytes."""
         self._changing = threading.Lock()
         """Held while the log is applied or written, and while the reference is switched."""
         self._switching = threading.Lock()
@@ -220,8 +208,7 @@ class LiveIndex:
         for pointer in self._wanted():
             if pointer.version == self.version:
                 return
-            refusal = self._refused.get(pointer)
-            if refusal is None or time.monotonic() >= refusal.until:
+            if pointer not in self._refused or self._refused[pointer][1].due:
                 try:
                     self._switch(self._load(pointer.version), pointer)
                 except Exception as error:  # whatever it is, a later try may succeed, and what is served stays
@@ -269,10 +256,10 @@ class LiveIndex:
             return None
 
     def _refuse(self, pointer: Pointer, error: Exception) -> None:
-        before, reason = self._refused.get(pointer), str(error) or type(error).__name__
-        delay = FIRST_RETRY_SECONDS if before is None else min(2 * before.delay, LONGEST_RETRY_SECONDS)
-        self._refused[pointer] = Refusal(reason, delay, time.monotonic() + delay)
-        if before is None or before.reason != reason:
+        before, retry = self._refused.get(pointer, (None, None))
+        reason = str(error) or type(error).__name__
+        self._refused[pointer] = reason, Retry.after(retry)
+        if before != reason:
             log.warning("index %s is not served, and tried again later: %s", pointer.version, reason)
 
 

@@ -110,6 +110,34 @@ def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(work
     assert len(caplog.records) == 2
 
 
+def test_a_file_of_the_log_that_was_half_copied_is_applied_when_it_is_whole(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """It is read less and less often while it is not."""
+    clock, reads = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    one, read = live(workspace), Workspace.read_bytes
+    name, _ = UpdateLog(workspace).append(Update("late", unit_vectors(7), VERSIONS, {}))
+    path = Path(workspace.full(f"{FOLDER}/{name}"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+
+    def counted(self: Workspace, path: str) -> bytes:
+        reads.extend([clock[0] - 1000] if name in path else [])
+        return read(self, path)
+
+    monkeypatch.setattr(Workspace, "read_bytes", counted)
+    for _ in range(100):
+        one.poll()
+        clock[0] += 1
+    assert reads == [0, 2, 6, 14, 30, 62]
+    assert set(one.broken) == {name}
+    path.write_bytes(whole)
+    clock[0] += 30
+    for _ in range(3):
+        one.poll()
+    assert contents(one.service.index)["late"] == content_of(7, None)
+    assert (one.broken, len(reads), one.active.replay.applied) == ({}, 7, 1)
+
+
 def test_switching_applies_the_whole_log_and_tells_the_other_replicas(workspace: Workspace):
     one, other = live(workspace), live(workspace)
     one.upsert("new", unit_vectors(9), {})
