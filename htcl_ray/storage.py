@@ -303,8 +303,8 @@ class Workspace:
     def finish(self, path: str, manifest: Mapping[str, Any]) -> None:
         """Mark an artifact as finished: its manifest is the last file written.
 
-        A new artifact's `created` is later than that of every artifact beside it, whatever the clocks of their machines say, so that the
-        newest is the one that was finished last. A manifest that is written again keeps its own.
+        The `created` of a new artifact is later than that of every artifact in the same folder, whatever the machines' clocks say, so that
+        the newest artifact is the one that was finished last. A manifest that is written again keeps its own.
         """
         if "created" in manifest:
             others = {name: manifest["created"] for name, manifest in self.dated(os.path.dirname(path))}
