@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import tempfile
 import urllib.parse
 import uuid
@@ -29,10 +28,14 @@ import pyarrow.parquet as pq
 
 from htcl_ray.credentials import tree_without_credentials, without_credentials
 from htcl_ray.errors import AccessDeniedError, HtclError, MismatchError, StorageError, WorkspaceError
+from htcl_ray.local_copies import file_sha256 as file_sha256
+from htcl_ray.local_copies import private_folder, verified_copy
 from htcl_ray.paths import is_uri, local_path
 from htcl_ray.schemas import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
+DESCRIPTIONS = ("README.md", "evaluation.json")
+"""Files of a model that say what was measured; they may change after the model was made."""
 LIBRARIES = ("htcl-ray", "ray", "torch", "transformers", "pyarrow", "librosa", "faiss-cpu", "numpy")
 
 
@@ -154,12 +157,6 @@ def fingerprint(*parts: Any) -> str:
     """16 hex digits that are equal exactly when the JSON forms of `parts` are."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a local file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_manifest(
@@ -316,8 +313,25 @@ class Workspace:
         return manifest
 
     def finish(self, path: str, manifest: Mapping[str, Any]) -> None:
-        """Mark an artifact as finished: its manifest is the last file written."""
+        """Mark an artifact as finished: its manifest is the last file written.
+
+        The `created` of a new artifact is later than that of every artifact in the same folder, whatever the machines' clocks say, so that
+        the newest artifact is the one that was finished last. A manifest that is written again keeps its own.
+        """
+        if "created" in manifest:
+            others = {name: manifest["created"] for name, manifest in self.dated(os.path.dirname(path))}
+            if others.pop(os.path.basename(path), None) != manifest["created"] and max(others.values(), default="") >= manifest["created"]:
+                later = datetime.fromisoformat(max(others.values())) + timedelta(microseconds=1)
+                manifest = {**manifest, "created": later.isoformat(timespec="microseconds")}
         self.write_json(f"{path}/{MANIFEST}", manifest)
+
+    def dated(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and manifests of the artifacts directly below a folder that say when they were made, of whatever format."""
+        for name in self.children(path) if path else ():
+            with contextlib.suppress(WorkspaceError, ValueError, TypeError, KeyError):
+                manifest = self.read_json(f"{path}/{name}/{MANIFEST}")
+                if datetime.fromisoformat(manifest["created"]).tzinfo is not None:
+                    yield name, manifest
 
     def finished(self, path: str) -> list[tuple[str, dict[str, Any]]]:
         """Finished artifacts directly below a folder, oldest first, as (name, manifest)."""
@@ -343,23 +357,24 @@ class Workspace:
         self.finish(path, manifest)
 
     def local_copy(self, path: str) -> Path:
-        """A folder of this machine with the artifact's content: the artifact itself, or a download that is made once."""
+        """A folder of this machine with the artifact's content: the artifact itself, or a copy that is verified by hash and made once.
+
+        Raises WorkspaceError when there is no such artifact, and MismatchError when its files are not those of its manifest.
+        """
         if self.is_local:
             return Path(self.full(path))
         manifest = self.manifest(path)
         if manifest is None:
             raise WorkspaceError(f"{self.uri_of(path)} does not exist or is unfinished")
-        target = Path(tempfile.gettempdir()) / f"htcl-{os.getuid()}" / fingerprint(self.uri, path, manifest)
-        if not target.exists():
-            beside = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-            with storage_errors(f"{self.uri_of(path)} or its copy {beside}"):
-                beside.mkdir(parents=True)
-                pafs.copy_files(self.full(path), str(beside), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
-            try:
-                beside.rename(target)
-            except OSError:  # another process was faster
-                shutil.rmtree(beside)
-        return target
+        expected = {name: sha256 for name, sha256 in manifest.get("files", {}).items() if name not in DESCRIPTIONS}
+        with storage_errors(f"{self.uri_of(path)} or its copy in {tempfile.gettempdir()}"):
+            target = private_folder() / fingerprint(self.uri, path, manifest)
+            return verified_copy(target, lambda folder: self._download(path, folder, manifest), expected, self.uri_of(path))
+
+    def _download(self, path: str, folder: Path, manifest: Mapping[str, Any]) -> None:
+        pafs.copy_files(self.full(path), str(folder), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+        if Workspace(str(folder)).manifest("") != manifest:
+            raise MismatchError(f"{self.uri_of(path)} changed while it was copied; try again")
 
 
 def _sync_folder(folder: Path) -> None:

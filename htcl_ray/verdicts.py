@@ -15,11 +15,9 @@ from htcl_ray.errors import GateError, MismatchError, WorkspaceError
 from htcl_ray.evaluation.gate import Result, Verdict
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.settings import Require
-from htcl_ray.storage import Workspace
+from htcl_ray.storage import DESCRIPTIONS, Workspace
 
 EVIDENCE = "gate.json"
-DESCRIPTIONS = ("README.md", "evaluation.json")
-"""Files that say what was measured, so that they may change after a verdict."""
 BLOCK = 1 << 20
 AGAIN = "judge it again with 'htcl evaluate --gate'"
 

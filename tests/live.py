@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ def write_index(
     vectors = Vectors(np.concatenate([part.semantic for part in parts]), np.concatenate([part.preference for part in parts]))
     metadata = pa.table({"title": pa.array([(titles or {}).get(song) for song in songs], pa.string())})
     index = SongIndex.build(list(songs), vectors, metadata=metadata, model_versions=model_versions or dict(VERSIONS))
-    folder = Path(workspace.full(f".scratch-{version}"))
-    index.save(folder, inputs={"semantic": "model-semantic", "preference": "model-preference"}, quality={"recall_at_10": 1.0})
-    workspace.publish(folder, f"index/{version}", index.manifest)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "index"
+        index.save(folder, inputs={"semantic": "model-semantic", "preference": "model-preference"}, quality={"recall_at_10": 1.0})
+        workspace.publish(folder, f"index/{version}", index.manifest)
 
 
 def contents(index: SongIndex) -> dict[str, tuple[bytes, str | None]]:

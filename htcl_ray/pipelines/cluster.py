@@ -18,8 +18,9 @@ from typing import Any
 from htcl_ray.config import Config
 from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.local_copies import private_folder, private_name
 from htcl_ray.paths import absolute_sqlite, is_relative
-from htcl_ray.storage import storage_failure
+from htcl_ray.storage import storage_errors, storage_failure
 
 
 def connect(config: Config, metrics_port: int | None = None) -> None:
@@ -116,8 +117,13 @@ SOCKET_PATH_BYTES = 103
 
 
 def ray_folder() -> str:
-    """Folder of a private cluster's sessions: below RAY_TMPDIR or TMPDIR as in Ray, or below /tmp when socket paths would be too long."""
-    return f"{socket_folder(RAY_SOCKET, os.environ.get('RAY_TMPDIR') or os.environ.get('TMPDIR') or '/tmp')}/ray"
+    """Folder of a private cluster's sessions: in this user's private folder, since Ray lets every user write into a session.
+
+    That is below RAY_TMPDIR or TMPDIR, as in Ray, or below /tmp when socket paths would be too long.
+    """
+    parent = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with storage_errors(f"{parent}, the folder for temporary files"):
+        return f"{private_folder(socket_folder(f'/{private_name()}-12345678{RAY_SOCKET}', parent))}/ray"
 
 
 def socket_folder(name: str, folder: str) -> str:

@@ -20,6 +20,7 @@ import torch
 from htcl_ray.artifacts import Artifact
 from htcl_ray.config import Config
 from htcl_ray.errors import HtclError
+from htcl_ray.local_copies import private_folder
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.objectives.gather import prepared_together
 from htcl_ray.storage import Workspace, storage_failure
@@ -93,7 +94,7 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
         if log is not None:
             if metrics is not None:
                 log.write(metrics)
-            folder = Path(tempfile.gettempdir()) / f"htcl-checkpoint-{uuid.uuid4().hex}"
+            folder = private_folder() / f"checkpoint-{uuid.uuid4().hex}"
             save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         # Within an epoch there are no figures; NaN is the score that Ray ranks below every other, whichever way is better.

@@ -11,10 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
-
-import optuna
 
 from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
@@ -30,13 +27,11 @@ from htcl_ray.training.trackers import check_tracking
 from htcl_ray.tuning.budget import Budget, stage_budget
 from htcl_ray.tuning.report import StudyReport, report_html
 from htcl_ray.tuning.space import Space, configured_point, distributions, search_space, with_parameters
-from htcl_ray.tuning.trials import NUMBER, Trial, optuna_study, read_trials, winners
+from htcl_ray.tuning.trials import Trial, read_trials, winners
 
 ABOUT = "study.json"
 BEST = "best.yaml"
 METRICS = {"semantic": "validation", "preference": "validation_pair"}
-REDUCTION = 3
-"""ASHA lets one trial in this many go on."""
 
 
 def tune(config: Config, model: str | None = None) -> StepResult:
@@ -222,7 +217,7 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
     from ray import tune as ray_tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's trace; our line has its reason, and Ray's logs the trace
-    from htcl_ray.pipelines.study import StudyCallback, StudySearch, StudyTable, catch_up, tidy
+    from htcl_ray.pipelines.study import StudyCallback, StudyTable, catch_up, resume, tidy
 
     config, settings = job.config, job.config.tune
     last_stage, last = list(job.budgets.items())[-1]
@@ -230,26 +225,19 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
     found = distributions(config, space)
     for trial in trials:
         if not trial.ended:
-            catch_up(workspace, job.study, trial, last_stage, metrics, last.rows)
-    left = settings.trials - sum(trial.ended for trial in trials)
-    storage = optuna.storages.InMemoryStorage()
-    study = optuna_study(trials, found, list(metrics), seed=settings.seed, storage=storage)
-    for trial in trials:
-        if not trial.ended:
-            study.enqueue_trial(trial.parameters, user_attrs={NUMBER: trial.number})
+            catch_up(workspace, job.study, trial, last_stage, metrics)
     table = StudyTable(workspace, job.study, trials)
-    table.save()  # also when what was caught up with leaves nothing to search
-    configured = configured_point(config, space)
-    if not trials and configured is not None:
-        study.enqueue_trial(configured)
+    ours = table.trials.values()
+    search, scheduler = resume(table, found, metrics, configured_point(config, space), settings, last)
+    left = settings.trials - sum(trial.ended for trial in ours)
     with cluster.progress_lines() as lines, tempfile.TemporaryDirectory() as scratch:
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(
                 ray_tune.with_parameters(run_trial, job=job, lines=lines), ray_tune.PlacementGroupFactory([{HEAD_RESOURCE: 0.001}])
             ),
             tune_config=ray_tune.TuneConfig(
-                search_alg=StudySearch(found, list(metrics.values()), study, storage, table),
-                scheduler=_asha(trials, metrics, last, settings.grace_share) if settings.early_stopping and len(metrics) == 1 else None,
+                search_alg=search,
+                scheduler=scheduler,
                 num_samples=left,
                 max_concurrent_trials=min(settings.max_concurrent_trials or 1, max(left, 1)),
                 reuse_actors=True,
@@ -263,35 +251,10 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
         )
         if left > 0:
             tuner.fit()
-    ours = list(table.trials.values())
     for trial in ours:
         if trial.ended:  # workers of a stopped trial may have written after its end
             tidy(workspace, job.study, trial)
-    return ours
-
-
-def _asha(trials: list[Trial], metrics: Mapping[str, str], budget: Budget, grace_share: float) -> Any:
-    """ASHA on rows seen, which knows what the trials of an earlier session measured."""
-    from ray.tune.schedulers import AsyncHyperBandScheduler
-
-    ((name, metric),) = metrics.items()
-    grace = max(budget.rows_per_report, round(grace_share * budget.reports) * budget.rows_per_report)
-    scheduler = AsyncHyperBandScheduler(
-        time_attr="rows_seen",
-        metric=metric,
-        mode="max",
-        grace_period=grace,
-        max_t=budget.rows,
-        reduction_factor=REDUCTION,
-        stop_last_trials=False,  # the trial ends by itself, and its process goes on to the next
-    )
-    for trial in trials:
-        if trial.ended:
-            before = SimpleNamespace(trial_id=f"earlier-{trial.number}")
-            scheduler.on_trial_add(None, before)
-            for item in trial.history:
-                scheduler.on_trial_result(None, before, {"rows_seen": item["rows"], metric: item[name]})
-    return scheduler
+    return list(ours)
 
 
 def _write_results(

@@ -1,33 +1,53 @@
-"""Which index is to be served, as the workspace says it, and loading one with every check."""
+"""Which index is to be served, as the workspace says it, and loading one with every check.
+
+`activations/` holds one small file for each activation, which is never changed: `<20 digits: number>-<8 hex digits: writer>.json`. The
+greatest name counts. A writer gives a number greater than all that it has listed, so that of two activations of which one began after the
+other had been answered, the later counts whatever their clocks say. Two at the same time have different names, so that none overwrites the
+other, and the same one counts everywhere.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import pyarrow as pa
 
 from htcl_ray import artifacts
-from htcl_ray.errors import IndexNotFoundError, IndexRefusedError, InputError
+from htcl_ray.errors import AccessDeniedError, IndexNotFoundError, IndexRefusedError, InputError, WorkspaceError
 from htcl_ray.retrieval.index import SongIndex
 from htcl_ray.retrieval.vectors import ModelVersions
 from htcl_ray.settings import Require
 from htcl_ray.storage import Workspace
 from htcl_ray.verdicts import check_gates
 
-POINTER = "index/active.json"
+FOLDER = "activations"
+KEPT = 20
+"""Activations that stay in the log; the newest is served, and those before it are what is served while it is refused."""
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 WARM_UP_SONGS = 8
+_FILE = re.compile(r"\d{20}-[0-9a-f]{8}\.json")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """An index that was chosen, and when: ISO 8601, UTC, with microseconds, so that the order of the texts is that of the times."""
+    """An index that was chosen, and the place of the choice among all choices of the workspace."""
 
     version: str
     activated_at: str
+    """ISO 8601, for people: no two choices are ordered by it."""
+    order: str = ""
+    """Of two choices, the one with the greater text counts; "" is less than every choice that a person made."""
+    built_through: str = ""
+    """`created` of the newest index that was finished then; an index that was finished later has a greater one."""
 
 
 def now() -> str:
@@ -42,20 +62,71 @@ def check_name(version: str) -> str:
     return version
 
 
-def read_pointer(workspace: Workspace) -> Pointer | None:
-    """What was activated last, or None when nothing was. Raises InputError when the file is not a pointer."""
-    if not workspace.exists(POINTER):
-        return None
-    content = workspace.read_json(POINTER)
-    values = [content.get(name) for name in ("version", "activated_at")] if isinstance(content, dict) else []
-    if len(values) != 2 or not all(isinstance(value, str) for value in values):
-        raise IndexRefusedError(f"{workspace.uri_of(POINTER)} has no version and activated_at; activate an index again")
-    return Pointer(check_name(str(values[0])), str(values[1]))
+class Activations:
+    """Reads and writes the activations of one workspace, from any number of threads, processes and machines at a time."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._read: dict[str, Pointer] = {}
+        self._reported: dict[str, str] = {}
+
+    def latest_first(self) -> Iterator[Pointer]:
+        """All that can be read; one that cannot is reported once and passed over. Raises OSError when the storage fails."""
+        for name in reversed(self._names()):
+            if name not in self._read:
+                try:
+                    self._read[name] = _parse(name, self.workspace.read_json(f"{FOLDER}/{name}"))
+                except AccessDeniedError:
+                    raise
+                except InputError as error:
+                    self._report(name, str(error))
+                    continue
+            yield self._read[name]
+
+    def append(self, version: str) -> Pointer:
+        """Activate an index; every replica serves it from its next poll on. It is durable when this returns."""
+        names = self._names()
+        name = f"{_number(names) + 1:020d}-{uuid.uuid4().hex[:8]}.json"
+        content = {"version": check_name(version), "activated_at": now(), "built_through": _newest_built(self.workspace)}
+        self.workspace.write_bytes(f"{FOLDER}/{name}", (json.dumps(content) + "\n").encode(), durable=True)
+        with contextlib.suppress(OSError):  # also of one that another writer has removed; the next activation tries again
+            for old in names[: 1 - KEPT]:
+                self.workspace.fs.delete_file(self.workspace.full(f"{FOLDER}/{old}"))
+        return _parse(name, content)
+
+    def started_with(self, version: str) -> Pointer:
+        """The choice of an application that is started with this index now: it counts until a later activation."""
+        return Pointer(check_name(version), now(), f"{_number(self._names()):020d}~", _newest_built(self.workspace))
+
+    def _names(self) -> list[str]:
+        """Names of activations, the greatest last."""
+        names = self.workspace.children(FOLDER)
+        for name in names:
+            if not _FILE.fullmatch(name):
+                self._report(name, "its name is not that of an activation")
+        return [name for name in names if _FILE.fullmatch(name)]
+
+    def _report(self, name: str, reason: str) -> None:
+        if self._reported.get(name) != reason:
+            self._reported[name] = reason
+            log.warning("%s does not count: %s; activate an index again", self.workspace.uri_of(f"{FOLDER}/{name}"), reason)
 
 
-def write_pointer(workspace: Workspace, pointer: Pointer) -> None:
-    """Tell every replica what to serve."""
-    workspace.write_json(POINTER, asdict(pointer))
+def _number(names: list[str]) -> int:
+    return int(names[-1][:20]) if names else 0
+
+
+def _parse(name: str, content: object) -> Pointer:
+    values = [content.get(key) for key in ("version", "activated_at", "built_through")] if isinstance(content, dict) else []
+    if not values or not all(isinstance(value, str) for value in values):
+        raise WorkspaceError("it has no version, activated_at and built_through")
+    version, activated_at, built_through = map(str, values)
+    return Pointer(check_name(version), activated_at, name, built_through)
+
+
+def _newest_built(workspace: Workspace) -> str:
+    """`created` of the newest finished index; "" when there is none."""
+    return max((manifest["created"] for _, manifest in workspace.dated("index")), default="")
 
 
 def starting_pointer(
@@ -63,20 +134,22 @@ def starting_pointer(
 ) -> Pointer:
     """What an application that starts now serves.
 
-    That is `version`, else what was activated last if its gate allows it, else the index of the configuration, which `determined` gives if
+    That is `version`, else what was activated last and its gate allows, else the index of the configuration, which `determined` gives if
     there is one, else the newest accepted. Raises InputError when there is none.
     """
+    activations = Activations(workspace)
     if version is not None:
-        return Pointer(check_name(version), now())
-    try:
-        pointer = read_pointer(workspace)
-        if pointer is not None:
+        return activations.started_with(version)
+    for pointer in activations.latest_first():
+        try:
             check_accepted(workspace, pointer.version, require)
-            return pointer
-    except InputError:  # the watcher of each replica reports it
-        pass
+        except AccessDeniedError:
+            raise
+        except InputError:  # each replica reports it, and serves the index when it can
+            continue
+        return pointer
     newest = artifacts.index(workspace, determined(), require=require)
-    return Pointer(newest.version, newest.manifest["created"])
+    return Pointer(newest.version, newest.manifest["created"], built_through=newest.manifest["created"])
 
 
 def check_accepted(workspace: Workspace, version: str, require: Require) -> artifacts.Artifact:

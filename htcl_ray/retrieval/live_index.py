@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from htcl_ray.errors import IndexRefusedError, InputError, SongNotFoundError
-from htcl_ray.retrieval.activation import Pointer, check_name, load_accepted, now, read_pointer, warm_up, write_pointer
+from htcl_ray.retrieval.activation import Activations, Pointer, check_name, load_accepted, warm_up
 from htcl_ray.retrieval.replay import Replay
 from htcl_ray.retrieval.service import SearchService
-from htcl_ray.retrieval.update_log import Update, UpdateLog
+from htcl_ray.retrieval.update_log import Retry, Update, UpdateLog
 from htcl_ray.retrieval.vectors import ModelVersions, Vectors
 from htcl_ray.settings import Require, ServeSettings
 from htcl_ray.storage import Workspace
@@ -39,9 +39,9 @@ class SwitchUnderWay(Exception):
 class LiveIndex:
     """What to serve is a function of the workspace, so that all replicas agree within a poll and a new one agrees with the old.
 
-    The later counts of what the application was started with and what was activated (`index/active.json`); with
-    `settings.activate_newest`, an index of the same models that was finished later still. One that is refused is passed over, and
-    reported once.
+    The latest counts of what the application was started with and what was activated since (see `activation.py`); with
+    `settings.activate_newest`, an index of the same models that was finished later still. While one is refused, the one before it is
+    served; a refusal is reported once, and the index is tried again, since models may not be copied yet or a disk may be full.
     """
 
     def __init__(
@@ -49,29 +49,26 @@ class LiveIndex:
         workspace: Workspace,
         settings: ServeSettings,
         model_versions: ModelVersions,
-        version: str | None = None,
+        started: Pointer | None = None,
         *,
-        started_at: str | None = None,
         require: Require = "failed",
     ) -> None:
         """Load what is to be served, with the log applied.
 
-        `model_versions`: of the encoder. `version` and `started_at`: what the application was started with, and when (default: now);
-        without a version, the newest accepted index of these models. `require`: `gate.require`. Raises IndexRefusedError when
-        nothing can be served.
+        `model_versions`: of the encoder. `started`: what the application was started with, of `starting_pointer`; without it, the newest
+        accepted index of these models. `require`: `gate.require`. Raises IndexRefusedError when nothing can be served.
         """
         self.workspace = workspace
         self._settings = settings
         self._model_versions = model_versions
         self._require: Require = require
         self._log = UpdateLog(workspace)
-        self._started = None if version is None else Pointer(check_name(version), started_at or now())
+        self._activations = Activations(workspace)
+        self._started = started
         self._built: dict[str, Pointer | None] = {}
         """Every finished index seen: when it was made, or None when it is of other models."""
-        self._refused: set[Pointer] = set()
-        self._activated: Pointer | None = None
-        """What `index/active.json` said when it could be read last."""
-        self._pointer_problem = ""
+        self._refused: dict[Pointer, tuple[str, Retry]] = {}
+        """Indexes that could not be loaded: why, and when they are tried again, since that may take minutes and gigabytes."""
         self._changing = threading.Lock()
         """Held while the log is applied or written, and while the reference is switched."""
         self._switching = threading.Lock()
@@ -106,10 +103,8 @@ class LiveIndex:
         if not self._switching.acquire(blocking=False):
             raise SwitchUnderWay
         try:
-            pointer = Pointer(version, now())
-            loaded = self._load(pointer)
-            write_pointer(self.workspace, pointer)
-            self._switch(loaded)
+            replay = self._load(version)
+            self._switch(replay, self._activations.append(version))
         finally:
             self._switching.release()
 
@@ -183,80 +178,90 @@ class LiveIndex:
         self.active.replay.written(file, row)
         return row["name"][0].as_py()
 
-    def _load(self, pointer: Pointer) -> Active:
-        index = load_accepted(self.workspace, pointer.version, self._model_versions, require=self._require)
+    def _load(self, version: str) -> Replay:
+        index = load_accepted(self.workspace, version, self._model_versions, require=self._require)
         replay = Replay(index, self._log)
         replay.catch_up()
         warm_up(index)
-        return Active(pointer.version, SearchService(index), pointer.activated_at, replay)
+        return replay
 
-    def _switch(self, loaded: Active) -> None:
+    def _switch(self, replay: Replay, pointer: Pointer) -> None:
         with self._changing:
-            loaded.replay.catch_up()
-            self.active = loaded
+            replay.catch_up()
+            self.active = _active(replay, pointer)
 
     def _first(self) -> Active:
         problem: InputError | None = None
         for pointer in self._wanted():
             if pointer not in self._refused:
                 try:
-                    loaded = self._load(pointer)
+                    replay = self._load(pointer.version)
                 except IndexRefusedError as error:
                     self._refuse(pointer, error)
                     problem = error
                 else:
                     self._started = self._started or pointer
-                    return loaded
+                    return _active(replay, pointer)
         raise problem or IndexRefusedError(f"{self.workspace.uri} holds no index of these models; run 'htcl index' first")
 
     def _follow(self) -> None:
         for pointer in self._wanted():
             if pointer.version == self.version:
                 return
-            if pointer not in self._refused:
+            if pointer not in self._refused or self._refused[pointer][1].due:
                 try:
-                    self._switch(self._load(pointer))
-                except IndexRefusedError as error:
+                    self._switch(self._load(pointer.version), pointer)
+                except Exception as error:  # whatever it is, a later try may succeed, and what is served stays
                     self._refuse(pointer, error)
                 else:
+                    self._refused.pop(pointer, None)
                     log.info("serving index %s", pointer.version)
                     return
 
     def _wanted(self) -> Iterator[Pointer]:
         """What to serve, best first."""
-        self._read_pointer()
-        chosen = [pointer for pointer in (self._started, self._activated) if pointer is not None]
-        chosen.sort(key=lambda pointer: pointer.activated_at, reverse=True)
-        if self._settings.activate_newest and chosen:
-            yield from self._built_after(chosen[0].activated_at)
-        yield from chosen
+        for number, pointer in enumerate(self._chosen()):
+            if number == 0 and self._settings.activate_newest:
+                yield from self._built_after(pointer.built_through)
+            yield pointer
         if self._started is None:
             yield from self._built_after("")
 
-    def _read_pointer(self) -> None:
-        """One that cannot be read is reported once and changes nothing."""
-        try:
-            self._activated, self._pointer_problem = read_pointer(self.workspace), ""
-        except InputError as error:
-            if str(error) != self._pointer_problem:
-                self._pointer_problem = str(error)
-                log.warning("which index to serve cannot be read: %s", error)
+    def _chosen(self) -> Iterator[Pointer]:
+        """What the application was started with and what was activated, the latest choice first."""
+        started = self._started
+        for pointer in self._activations.latest_first():
+            if started is not None and started.order >= pointer.order:
+                yield started
+                started = None
+            yield pointer
+        if started is not None:
+            yield started
 
     def _built_after(self, moment: str) -> list[Pointer]:
         """Finished indexes of these models, the newest first."""
-        for name in self.workspace.children("index"):
+        names = self.workspace.children("index")
+        for name in names:
             if name not in self._built and (manifest := self._manifest(name)) is not None:
                 same = manifest.get("model_versions") == self._model_versions
-                self._built[name] = Pointer(name, str(manifest.get("created"))) if same else None
-        found = [pointer for pointer in self._built.values() if pointer is not None and pointer.activated_at > moment]
-        return sorted(found, key=lambda pointer: pointer.activated_at, reverse=True)
+                created = str(manifest.get("created"))
+                self._built[name] = Pointer(name, created, built_through=created) if same else None
+        found = [pointer for name in names if (pointer := self._built.get(name)) is not None and pointer.built_through > moment]
+        return sorted(found, key=lambda pointer: pointer.built_through, reverse=True)
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         try:
             return self.workspace.manifest(f"index/{name}")
-        except InputError:  # damaged or of a newer format: whoever asks for it by name is told
-            return {}
+        except InputError:  # half-copied, damaged or of a newer format: whoever asks for it by name is told
+            return None
 
-    def _refuse(self, pointer: Pointer, error: IndexRefusedError) -> None:
-        self._refused.add(pointer)
-        log.warning("index %s is not served: %s", pointer.version, error)
+    def _refuse(self, pointer: Pointer, error: Exception) -> None:
+        before, retry = self._refused.get(pointer, (None, None))
+        reason = str(error) or type(error).__name__
+        self._refused[pointer] = reason, Retry.after(retry)
+        if before != reason:
+            log.warning("index %s is not served, and tried again later: %s", pointer.version, reason)
+
+
+def _active(replay: Replay, pointer: Pointer) -> Active:
+    return Active(pointer.version, SearchService(replay.index), pointer.activated_at, replay)

@@ -34,12 +34,33 @@ FOLDER = "updates"
 UPSERT, REMOVE = "upsert", "remove"
 READERS = 16
 """Files that are read at a time; object storage answers each after tens of milliseconds."""
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 300.0
 _NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
 _FILE = re.compile(r"(\d{20}-[0-9a-f]{8}|merged)-([0-9a-f]{16})\.arrow")
 
 Key = TypeVar("Key")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """When to try again what could not be read: it may have been half-copied. Each wait is twice as long as the one before."""
+
+    delay: float
+    until: float
+    """Of `time.monotonic()`."""
+
+    @classmethod
+    def after(cls, before: Retry | None) -> Retry:
+        """The next try after one that failed now."""
+        delay = FIRST_RETRY_SECONDS if before is None else min(2 * before.delay, LONGEST_RETRY_SECONDS)
+        return cls(delay, time.monotonic() + delay)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self.until
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,8 @@ class UpdateLog:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.broken: dict[str, str] = {}
-        """Files that cannot be used, each with the reason; reported once and not read again while they are there."""
+        """Files that cannot be used, each with the reason; reported once, and tried again less and less often while they are there."""
+        self._retries: dict[str, Retry] = {}
         self._writer = uuid.uuid4().hex[:8]
         self._clock = 0
         self._lock = threading.Lock()
@@ -72,7 +94,8 @@ class UpdateLog:
             if not _FILE.fullmatch(name):
                 self._report(name, "its name is not that of an update")
         self.broken = {name: reason for name, reason in self.broken.items() if name in found}
-        return [name for name in found if name not in self.broken]
+        self._retries = {name: retry for name, retry in self._retries.items() if name in found}
+        return [name for name in found if name not in self.broken or (name in self._retries and self._retries[name].due)]
 
     def append(self, update: Update) -> tuple[str, pa.Table]:
         """Write one update; it is durable when this returns. Gives the file's name and its row.
@@ -146,10 +169,13 @@ class UpdateLog:
         except WorkspaceError:
             return None
         try:
-            return _parse(name, data)
+            rows = _parse(name, data)
         except (ValueError, pa.ArrowException) as error:
+            self._retries[name] = Retry.after(self._retries.get(name))
             self._report(name, str(error).splitlines()[0])
             return None
+        self.broken.pop(name, None)
+        return rows
 
     def _report(self, name: str, reason: str) -> None:
         if name not in self.broken:

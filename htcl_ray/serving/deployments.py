@@ -44,7 +44,7 @@ class Served:
 
     workspace: Workspace
     index: Pointer
-    """What the application was started with, and when; what is activated later counts instead."""
+    """What the application was started with; what is activated later counts instead."""
     semantic: str
     preference: str | None
     model_versions: ModelVersions
@@ -142,8 +142,7 @@ class Ingress:
         self._cache = QueryCache(settings.cache_entries)
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
         self.measurements = IngressMeasurements()
-        started, at = served.index.version, served.index.activated_at
-        self.live = LiveIndex(served.workspace, settings, served.model_versions, started, started_at=at, require=served.require)
+        self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index, require=served.require)
         self._centre = self.live.version, mean_of(self.live.service.index)
         """Of the index of that version."""
         self.live.start(self._measure_index)

@@ -1,18 +1,18 @@
 """Random access to log-mels: one uncompressed memory-mapped file a machine, made from the feature shards for the runs that need it.
 
 Shards are compressed for storage and transport; a training batch wants songs in any order. Only the valid frames are kept. The file lies
-in the system's directory for temporary files (TMPDIR). Every process that uses it holds a shared lock, which ends with the process, so a
-file without a lock belongs to no run: the last user removes it, and the next run removes what killed ones left.
+in this user's private folder below the directory for temporary files (TMPDIR). Every process that uses it holds a shared lock, which ends
+with the process, so a file without a lock belongs to no run: the last user removes it, and the next run removes what killed ones left.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +23,12 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from htcl_ray.errors import StepError, WorkspaceError
+from htcl_ray.local_copies import identity, lock_folder, private_folder
 from htcl_ray.storage import Workspace, fingerprint
 from htcl_ray.training.songs import Rows, Songs
 
-FRAMES, OFFSETS = "frames.f16", "offsets.npy"
-"""OFFSETS is written last: a folder without it is unfinished."""
+FRAMES, OFFSETS, WHOLE = "frames.f16", "offsets.npy", "whole.json"
+"""WHOLE, the identity of the other two when they were finished, is written last: a folder without it is unfinished."""
 BYTES = 2
 """Of a float16."""
 SECONDS_TO_AGREE = 60.0
@@ -81,20 +82,19 @@ def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], so
     What an interrupted process has copied is kept and completed. Files that no process uses are removed. Raises StepError when the disk
     has not enough room.
     """
-    root = Path(tempfile.gettempdir()) / f"htcl-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
+    root = private_folder()
     folder = root / f"frames-{fingerprint(workspace.uri, path, manifest['created'])}"
     n_mels = int(manifest["config"]["audio"]["n_mels"])
     for other in {found.with_suffix("") for found in root.glob("frames-*")} - {folder}:
         _remove_unused(other)
     tried_since = time.monotonic()
     while True:
-        shared = _lock(folder, fcntl.LOCK_SH)  # waits for a process that writes
+        shared = lock_folder(folder, fcntl.LOCK_SH)  # waits for a process that writes
         assert shared is not None
-        if _is_whole(folder, n_mels):
+        if _is_whole(folder):
             return Frames(folder, n_mels, shared)
         os.close(shared)
-        exclusive = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        exclusive = lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if exclusive is None:  # another process looks at it, or is about to write
             if time.monotonic() - tried_since > SECONDS_TO_AGREE:
                 raise StepError(
@@ -103,50 +103,31 @@ def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], so
             time.sleep(0.05)
             continue
         try:
-            if not _is_whole(folder, n_mels):
+            if not _is_whole(folder):
                 _write(workspace, path, songs, folder, n_mels)
         finally:
             os.close(exclusive)
 
 
-def _lock(folder: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock of `folder`, or None when `operation` does not wait and another process holds it.
-
-    A lock's file is removed with the folder, so a lock on a file that is gone is worth nothing and another one is taken.
-    """
-    file = folder.with_suffix(".lock")
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, operation)
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
-
-
 def _remove_unused(folder: Path) -> None:
     """Remove a folder and its lock unless a process holds it."""
-    lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is None:
         return
     try:
-        (folder / OFFSETS).unlink(missing_ok=True)  # first, so that half a folder is never taken for a whole one
+        (folder / WHOLE).unlink(missing_ok=True)  # first, so that half a folder is never taken for a whole one
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_suffix(".lock").unlink(missing_ok=True)
     finally:
         os.close(lock)
 
 
-def _is_whole(folder: Path, n_mels: int) -> bool:
-    """Whether both files are there and fit each other: cleaners of temporary directories remove old files one by one."""
-    if not (folder / OFFSETS).is_file() or not (folder / FRAMES).is_file():
+def _is_whole(folder: Path) -> bool:
+    """Whether both files are those that were finished: cleaners of temporary directories remove old files one by one, and disks fail."""
+    try:
+        return json.loads((folder / WHOLE).read_text()) == [identity(folder / name) for name in (FRAMES, OFFSETS)]
+    except (OSError, ValueError):
         return False
-    return (folder / FRAMES).stat().st_size == int(np.load(folder / OFFSETS).max()) * n_mels * BYTES
 
 
 def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: int) -> None:
@@ -160,6 +141,9 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
     if not offsets[:, 1].all():
         raise _changed(workspace, path, f"{(offsets[:, 1] == 0).sum()} songs are missing")
     folder.mkdir(exist_ok=True)
+    if (folder / WHOLE).exists():  # files that were finished and then changed, so nothing in them is trusted
+        for name in (WHOLE, OFFSETS, FRAMES):
+            (folder / name).unlink(missing_ok=True)
     frame, copied = n_mels * BYTES, 0
     try:
         with open(folder / FRAMES, "ab") as out:
@@ -176,14 +160,16 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
                     copied = _append(workspace, shard, out, rows[start:stop] >= 0, ends[start:stop], copied)
                     if copied != ends[stop - 1]:
                         raise _changed(workspace, path, f"up to the end of {shard} there are {copied} frames instead of {ends[stop - 1]}")
-        np.save(folder / f"unfinished-{OFFSETS}", offsets)
+        np.save(folder / OFFSETS, offsets)
+        identities = [identity(folder / name) for name in (FRAMES, OFFSETS)]
+        (folder / f"unfinished-{WHOLE}").write_text(json.dumps(identities))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         needed = int(ends[-1]) * frame
         shutil.rmtree(folder, ignore_errors=True)
         raise _no_room(folder, len(number), needed, shutil.disk_usage(folder.parent).free) from None
-    os.replace(folder / f"unfinished-{OFFSETS}", folder / OFFSETS)
+    os.replace(folder / f"unfinished-{WHOLE}", folder / WHOLE)
 
 
 def _append(workspace: Workspace, file: str, out: Any, wanted: npt.NDArray[np.bool_], ends: Rows, copied: int) -> int:

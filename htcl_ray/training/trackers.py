@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError
+from htcl_ray.local_copies import private_folder
 from htcl_ray.paths import absolute_sqlite
 from htcl_ray.settings import TrackingSettings
 from htcl_ray.storage import Workspace
@@ -183,7 +183,7 @@ class WandbTracker:
             name=self.version,
             job_type=self.step,
             resume="allow",
-            dir=self.folder or tempfile.gettempdir(),
+            dir=self.folder or private_folder(),
             config=dict(_flat(self.parameters)),
             settings=wandb.Settings(console="off", silent=True),
         )

@@ -68,7 +68,7 @@ def _study(trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution
         trial = by_number.get(number) or replace(trials[0], number=number, state="failed")
         parameters = {names[key]: value for key, value in trial.parameters.items()}
         counts = trial.ended and trial.history
-        places.append(replace(trial, parameters=parameters, state=trial.state if counts else "failed"))
+        places.append(replace(trial, parameters=parameters, state="finished" if counts and trial.state != "failed" else "failed"))
     return optuna_study(places, {names[key]: value for key, value in distributions.items()}, objectives)
 
 

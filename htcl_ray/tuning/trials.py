@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -90,30 +91,41 @@ def write_trials(workspace: Workspace, study: str, trials: Iterable[Trial]) -> N
     workspace.write_bytes(f"{study}/{TABLE}", "".join(f"{line}\n" for line in lines).encode())
 
 
+def sampler(seed: int, number: int, attempt: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one proposal: the `attempt`-th for the trial of this number.
+
+    What it proposes is a function of these and of the study, and not of earlier proposals, so a search that was killed and resumed
+    proposes what an uninterrupted one would.
+    """
+    (derived,) = np.random.SeedSequence([seed, number, attempt]).generate_state(1)
+    with quiet_optuna():
+        return optuna.samplers.TPESampler(seed=int(derived), constant_liar=True)
+
+
 def optuna_study(
     trials: Iterable[Trial],
     space: Mapping[str, BaseDistribution],
     objectives: Sequence[str],
     *,
-    seed: int = 0,
     storage: optuna.storages.BaseStorage | None = None,
 ) -> optuna.Study:
-    """The study that these trials make up; to be maximised. Those that run are left out, and those that failed have no value.
+    """The study that these trials make up, in the order of their numbers; to be maximised.
 
-    The sampler's seed is `seed` plus the number of trials: with the same one, a search that goes on would propose its first points again.
+    A finished trial is complete, a stopped one pruned (with two objectives, of which Optuna prunes none: complete), and one that failed
+    has no value. One that was running is enqueued, so that it is the next to be asked for, with the same parameters.
     """
-    trials = list(trials)
     with quiet_optuna():
-        sampler = optuna.samplers.TPESampler(seed=(seed + len(trials)) % 2**32, constant_liar=True)
-        study = optuna.create_study(directions=["maximize"] * len(objectives), sampler=sampler, storage=storage)
-        for trial in trials:
+        study = optuna.create_study(directions=["maximize"] * len(objectives), storage=storage)
+        for trial in sorted(trials, key=lambda trial: trial.number):
             values = trial.values(objectives)
+            if not trial.ended:
+                study.enqueue_trial(trial.parameters, user_attrs={NUMBER: trial.number})
             if not trial.ended or (values is None and trial.state != "failed"):
                 continue
             failed = trial.state == "failed"
             study.add_trial(
                 optuna.trial.create_trial(
-                    state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
+                    state=optuna.trial.TrialState.FAIL if failed else told_state(trial.state == "stopped", objectives),
                     values=None if failed else values,
                     params=trial.parameters,
                     distributions=dict(space),
@@ -122,6 +134,11 @@ def optuna_study(
                 )
             )
     return study
+
+
+def told_state(stopped: bool, objectives: Sequence[str]) -> optuna.trial.TrialState:
+    """What Optuna is told of a trial that measured something and did not fail."""
+    return optuna.trial.TrialState.PRUNED if stopped and len(objectives) == 1 else optuna.trial.TrialState.COMPLETE
 
 
 def winners(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:

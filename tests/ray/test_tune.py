@@ -219,49 +219,58 @@ def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(tm
 
 
 def test_a_killed_search_goes_on(tmp_path: Path):
-    """What has ended stays; what was running goes on after its last checkpoint."""
+    """What has ended stays, what was running resumes from its last checkpoint, and then comes what an uninterrupted search would try.
+
+    Killed twice, in the second and in the third trial.
+    """
     rows_per_report = 32 * 10  # long enough that no worker sees all its rows between the kill and its own end
-    config = tune_config(
-        tmp_path,
-        **{
-            "tune.samples": rows_per_report * 40,
-            "tune.reports": 40,
-            "tune.trials": 2,
-            "tune.max_concurrent_trials": 1,
-            "tune.early_stopping": False,
-        },
-    )
+    settings = {
+        "tune.samples": rows_per_report * 40,
+        "tune.reports": 40,
+        "tune.trials": 4,
+        "tune.max_concurrent_trials": 1,
+        "tune.early_stopping": False,
+    }
+    config = tune_config(tmp_path / "killed", **settings)
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", str(tmp_path / "c.yaml")]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 240
-    try:
-        while not _in_the_middle_of(table(config), 1):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    before = table(config)
-    assert [trial["state"] for trial in before] == ["finished", "running"]
-    checkpoints = list((Path(config.workspace) / "runs/tune/pretrain/trials/0001/runs/pretrain").glob("*/checkpoint_*"))
-    assert checkpoints
+    before: list[dict[str, Any]] = []
+    for killed_in in (1, 2):
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            deadline = time.monotonic() + 240
+            try:
+                while not _in_the_middle_of(table(config), killed_in):
+                    assert process.poll() is None, (tmp_path / "log").read_text()
+                    assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                    time.sleep(0.05)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        assert table(config)[: len(before[:-1])] == before[:-1]
+        before = table(config)
+        assert [trial["state"] for trial in before] == ["finished"] * killed_in + ["running"]
+        folder = Path(config.workspace) / f"runs/tune/pretrain/trials/{killed_in:04d}/runs/pretrain"
+        assert list(folder.glob("*/checkpoint_*"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     after = table(config)
-    assert after[0] == before[0]
-    assert [trial["state"] for trial in after] == ["finished"] * 2
-    assert after[1]["parameters"] == before[1]["parameters"]
-    assert len(after[1]["attempts"]) == 2
-    assert [trial["history"][-1]["rows"] for trial in after] == [rows_per_report * 40] * 2
-    seen = len(before[1]["history"])
-    assert after[1]["history"][:seen] == before[1]["history"]
-    rows = [item["rows"] for item in after[1]["history"]]
-    assert rows == list(range(rows_per_report, rows_per_report * 41, rows_per_report)), (
-        "also what was measured between the last line of the table and the kill"
-    )
+    assert after[:2] == before[:2]
+    assert [trial["state"] for trial in after] == ["finished"] * 4
+    assert [len(trial["attempts"]) for trial in after] == [1, 2, 2, 1]
+    seen = len(before[2]["history"])
+    assert after[2]["history"][:seen] == before[2]["history"]
+    for trial in after:
+        rows = [item["rows"] for item in trial["history"]]
+        assert rows == list(range(rows_per_report, rows_per_report * 41, rows_per_report)), (
+            "also what was measured between the last line of the table and the kill"
+        )
+    quick = {**settings, "tune.samples": 128, "tune.reports": 4}  # the first ten points do not depend on results
+    whole = tune_config(tmp_path / "whole", **quick)
+    (tmp_path / "c.yaml").write_text(whole.as_yaml())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in table(whole)]
 
 
 def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Config, tmp_path: Path, ray_cluster: None):

@@ -16,6 +16,7 @@ import uvicorn
 
 from htcl_ray.client import AsyncClient, Client, Heard, NoAnswerError, RequestError, Retries
 from htcl_ray.errors import AudioError
+from htcl_ray.retrieval.activation import starting_pointer
 from htcl_ray.retrieval.live_index import LiveIndex
 from htcl_ray.retrieval.profiles import Heard as ServedHeard
 from htcl_ray.retrieval.vectors import Vectors
@@ -59,7 +60,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> LiveIndex:
     workspace = Workspace(str(tmp_path_factory.mktemp("client") / "workspace"))
     write_index(workspace, "v1", SONGS, titles={"a": "Aria"})
     write_index(workspace, "v2", SONGS)
-    return LiveIndex(workspace, ServeSettings(), VERSIONS, "v1")
+    return LiveIndex(workspace, ServeSettings(), VERSIONS, starting_pointer(workspace, "v1"))
 
 
 @pytest.fixture(scope="module")

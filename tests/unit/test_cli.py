@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,9 +302,12 @@ def test_a_ray_address_where_nothing_listens():
 
 
 def test_sockets_fit_below_any_folder(monkeypatch: pytest.MonkeyPatch):
-    for folder in ("/tmp", "/scratch", "/scratch/" + "x" * 20, "/scratch/" + "x" * 100, "/scratch/" + "é" * 30):
+    """And no other user can reach them: Ray lets everyone write into its sessions."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setenv("TMPDIR", folder)
-        assert len(os.fsencode(ray_folder() + RAY_SOCKET.removeprefix("/ray"))) <= 103
-        assert ray_folder() in (f"{folder}/ray", "/tmp/ray")
-    monkeypatch.setenv("TMPDIR", "/scratch")
-    assert ray_folder() == "/scratch/ray"
+        assert ray_folder() == f"{folder}/htcl-{os.geteuid()}/ray"
+        assert stat.S_IMODE(Path(ray_folder()).parent.stat().st_mode) == 0o700
+        for name in ("x" * 10, "x" * 100, "é" * 40):
+            monkeypatch.setenv("TMPDIR", f"{folder}/{name}")
+            assert len(os.fsencode(ray_folder() + RAY_SOCKET.removeprefix("/ray"))) <= 103
+            assert Path(ray_folder()).parts[:3] in ((*Path(folder).parts,), ("/", "tmp", f"htcl-{os.geteuid()}"))

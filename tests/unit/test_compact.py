@@ -8,6 +8,7 @@ import pytest
 
 from htcl_ray.pipelines import compact as compacting
 from htcl_ray.pipelines.compact import compact
+from htcl_ray.retrieval.activation import starting_pointer
 from htcl_ray.retrieval.live_index import LiveIndex
 from htcl_ray.retrieval.update_log import FOLDER
 from htcl_ray.settings import ServeSettings
@@ -26,7 +27,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def live(workspace: Workspace, version: str | None = None) -> LiveIndex:
-    return LiveIndex(workspace, ServeSettings(), VERSIONS, version)
+    return LiveIndex(workspace, ServeSettings(), VERSIONS, starting_pointer(workspace, version) if version else None)
 
 
 def test_a_compacted_index_holds_what_was_served_and_the_log_is_one_file(workspace: Workspace):

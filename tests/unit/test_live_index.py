@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from htcl_ray.errors import IndexNotFoundError, IndexRefusedError, SongNotFoundError
-from htcl_ray.retrieval.activation import POINTER, Pointer, now, read_pointer, starting_pointer, write_pointer
+from htcl_ray.retrieval.activation import FOLDER as ACTIVATIONS
+from htcl_ray.retrieval.activation import Activations, starting_pointer
 from htcl_ray.retrieval.live_index import LiveIndex, SwitchUnderWay
 from htcl_ray.retrieval.update_log import FOLDER, Update, UpdateLog
 from htcl_ray.settings import ServeSettings
@@ -28,8 +29,14 @@ def workspace(tmp_path: Path) -> Workspace:
     return made
 
 
+def activate(workspace: Workspace, version: str) -> None:
+    """As a replica of another machine does when it has loaded the index."""
+    Activations(workspace).append(version)
+
+
 def live(workspace: Workspace, version: str | None = None, **settings: object) -> LiveIndex:
-    return LiveIndex(workspace, ServeSettings(**settings), VERSIONS, version)
+    started = None if version is None else starting_pointer(workspace, version)
+    return LiveIndex(workspace, ServeSettings(**settings), VERSIONS, started)
 
 
 def test_another_replica_sees_an_update_after_its_poll(workspace: Workspace):
@@ -103,6 +110,34 @@ def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(work
     assert len(caplog.records) == 2
 
 
+def test_a_file_of_the_log_that_was_half_copied_is_applied_when_it_is_whole(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """It is read less and less often while it is not."""
+    clock, reads = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    one, read = live(workspace), Workspace.read_bytes
+    name, _ = UpdateLog(workspace).append(Update("late", unit_vectors(7), VERSIONS, {}))
+    path = Path(workspace.full(f"{FOLDER}/{name}"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+
+    def counted(self: Workspace, path: str) -> bytes:
+        reads.extend([clock[0] - 1000] if name in path else [])
+        return read(self, path)
+
+    monkeypatch.setattr(Workspace, "read_bytes", counted)
+    for _ in range(100):
+        one.poll()
+        clock[0] += 1
+    assert reads == [0, 2, 6, 14, 30, 62]
+    assert set(one.broken) == {name}
+    path.write_bytes(whole)
+    clock[0] += 30
+    for _ in range(3):
+        one.poll()
+    assert contents(one.service.index)["late"] == content_of(7, None)
+    assert (one.broken, len(reads), one.active.replay.applied) == ({}, 7, 1)
+
+
 def test_switching_applies_the_whole_log_and_tells_the_other_replicas(workspace: Workspace):
     one, other = live(workspace), live(workspace)
     one.upsert("new", unit_vectors(9), {})
@@ -166,32 +201,33 @@ def test_a_bad_index_is_refused_and_the_old_one_stays(workspace: Workspace, capl
         with pytest.raises(expected, match=message):
             one.activate(version)
         assert (one.version, contents(one.service.index)) == ("v1", before)
-        assert read_pointer(workspace) is None
+        assert workspace.children(ACTIVATIONS) == []
         caplog.clear()
-        write_pointer(workspace, Pointer(version, f"9999-{version}"))
+        activate(workspace, version)
         for _ in range(3):
             other.poll()
         assert len(caplog.records) == 1, version
         assert other.version == "v1"
         assert live(workspace).version == "v1"
-        Path(workspace.full(POINTER)).unlink()
+        workspace.remove(ACTIVATIONS)
 
 
 def test_what_an_application_starts_with(workspace: Workspace):
     write_index(workspace, "v2", {"a": 1})
     assert starting_pointer(workspace, None).version == "v2", "the newest"
-    write_pointer(workspace, Pointer("v1", now()))
+    activate(workspace, "v1")
     assert starting_pointer(workspace, None).version == "v1", "what was activated"
     assert starting_pointer(workspace, "v2").version == "v2", "what the command names"
-    write_pointer(workspace, Pointer("gone", now()))
-    assert starting_pointer(workspace, None).version == "v2", "a pointer to nothing is passed over"
-    Path(workspace.full(POINTER)).write_text("{")
-    assert starting_pointer(workspace, None).version == "v2"
+    activate(workspace, "gone")
+    assert starting_pointer(workspace, None).version == "v1", "an activation of nothing is passed over"
+    newest = workspace.children(ACTIVATIONS)[-1]
+    Path(workspace.full(f"{ACTIVATIONS}/{newest}")).write_text("{")
+    assert starting_pointer(workspace, None).version == "v1"
 
 
 def test_a_named_index_counts_until_another_is_activated_later(workspace: Workspace):
     write_index(workspace, "v2", {"a": 1})
-    write_pointer(workspace, Pointer("v1", now()))
+    activate(workspace, "v1")
     named = live(workspace, "v2")
     named.poll()
     assert named.version == "v2"
@@ -214,11 +250,11 @@ def test_one_switch_at_a_time(workspace: Workspace, monkeypatch: pytest.MonkeyPa
     one = live(workspace)
     load, second = one._load, []
 
-    def while_loading(pointer: Pointer) -> object:
+    def while_loading(version: str) -> object:
         with pytest.raises(SwitchUnderWay):
             one.activate("v2")
-        second.append(pointer)
-        return load(pointer)
+        second.append(version)
+        return load(version)
 
     monkeypatch.setattr(one, "_load", while_loading)
     one.activate("v2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from htcl_ray.errors import StepError, WorkspaceError
+from htcl_ray.local_copies import identity
 from htcl_ray.storage import Workspace
 from htcl_ray.training.frames import Frames, open_frames
 from htcl_ray.training.order import global_batch, pair_order, song_order, steps_per_epoch, with_rejected, worker_rows
@@ -106,7 +108,7 @@ class Source:
         return {re.sub("-[0-9a-f]{16}", "", found.name) for found in self.root.rglob("*")}
 
 
-WHOLE = {"frames", "frames.lock", "frames.f16", "offsets.npy"}
+WHOLE = {"frames", "frames.lock", "frames.f16", "offsets.npy", "whole.json"}
 
 
 @pytest.fixture
@@ -208,6 +210,31 @@ def test_frames_that_lost_a_part_are_made_again(source: Source, monkeypatch: pyt
     os.close(frames._lock)  # as the end of a process that was killed
     with source.open() as again:
         assert everything(again) == expected
+
+
+@pytest.mark.parametrize("name", ["frames.f16", "offsets.npy"])
+def test_frames_whose_content_changed_are_made_again(source: Source, name: str):
+    """Of the same size, with the file's times put back."""
+    frames = source.open()
+    expected, file = everything(frames), frames.folder / name
+    os.close(frames._lock)  # as the end of a process that was killed
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[:-2] + b"\x01\x02")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with source.open() as again:
+        assert everything(again) == expected
+
+
+def test_frames_that_another_user_planted_are_not_used(source: Source):
+    frames = source.open()
+    expected, folder = everything(frames), frames.folder
+    os.close(frames._lock)
+    (folder / "frames.f16").write_bytes(bytes((folder / "frames.f16").stat().st_size))
+    (folder / "whole.json").write_text(json.dumps([identity(folder / name) for name in ("frames.f16", "offsets.npy")]))
+    source.root.chmod(0o777)
+    with source.open() as again:
+        assert everything(again) == expected
+        assert again.folder.parent != source.root
 
 
 def test_a_disk_without_room_is_refused_before_copying(source: Source, monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.storage import Workspace
-from htcl_ray.tuning.trials import NUMBER, Trial, optuna_study, read_trials, winners, write_trials
+from htcl_ray.tuning.trials import NUMBER, Trial, optuna_study, read_trials, sampler, winners, write_trials
 
 pytestmark = pytest.mark.unit
 SPACE: dict[str, BaseDistribution] = {
@@ -49,15 +48,17 @@ def told(trials: list[Trial], objectives: list[str]) -> optuna.Study:
     """What Optuna makes of the same trials when it is told of each as it happens."""
     study = optuna.create_study(directions=["maximize"] * len(objectives))
     for trial in trials:
-        if trial.state == "running":
-            continue
         study.enqueue_trial(trial.parameters)
         asked = study.ask(SPACE)
+        if trial.state == "running":
+            continue
         if len(objectives) == 1:
             for item in trial.history:
                 asked.report(item[objectives[0]], int(item["rows"]))
         if trial.state == "failed":
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        elif trial.state == "stopped" and len(objectives) == 1:
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
         else:
             study.tell(asked, [trial.history[-1][name] for name in objectives])
     return study
@@ -130,16 +131,20 @@ def test_node_seconds_add_up_over_attempts(workspace: Workspace):
 def test_a_rebuilt_study_is_the_one_that_was_told(workspace: Workspace, objectives: list[str]):
     trials = table(24, objectives)
     write_trials(workspace, "study", trials)
-    rebuilt, direct = optuna_study(read_trials(workspace, "study"), SPACE, objectives, seed=3), told(trials, objectives)
+    rebuilt, direct = optuna_study(read_trials(workspace, "study"), SPACE, objectives), told(trials, objectives)
     assert rebuilt.directions == direct.directions
-    assert len(rebuilt.trials) == len(direct.trials) == sum(trial.state != "running" for trial in trials)
-    for ours, theirs in zip(rebuilt.trials, direct.trials, strict=True):
+    assert len(rebuilt.trials) == len(direct.trials) == len(trials)
+    for trial, ours, theirs in zip(trials, rebuilt.trials, direct.trials, strict=True):
+        assert ours.user_attrs[NUMBER] == trial.number
+        if trial.state == "running":
+            assert ours.state == optuna.trial.TrialState.WAITING
+            assert ours.system_attrs["fixed_params"] == trial.parameters
+            continue
         assert ours.state == theirs.state
         assert ours.values == theirs.values
         assert repr(ours.params) == repr(theirs.params)
         assert ours.distributions == theirs.distributions
         assert ours.intermediate_values == theirs.intermediate_values
-    assert [trial.user_attrs[NUMBER] for trial in rebuilt.trials] == [trial.number for trial in trials if trial.state != "running"]
     best = [[trial.number for trial in study.best_trials] for study in (rebuilt, direct)]
     assert best[0] == best[1]
     if len(objectives) == 1:
@@ -150,30 +155,33 @@ def test_a_rebuilt_study_is_the_one_that_was_told(workspace: Workspace, objectiv
 
 
 @pytest.mark.parametrize("objectives", [["semantic"], ["semantic", "preference"]])
-def test_a_rebuilt_study_proposes_what_an_equal_one_would(objectives: list[str]):
+def test_a_rebuilt_study_proposes_what_the_one_that_was_told_would(objectives: list[str]):
     trials = table(24, objectives)  # more than the sampler's first ten, which are drawn at random
-    direct = told(trials, objectives)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        direct.sampler = optuna.samplers.TPESampler(seed=5 + len(trials), constant_liar=True)
-    rebuilt, other = optuna_study(trials, SPACE, objectives, seed=5), optuna_study(trials, SPACE, objectives, seed=6)
-    proposals = [[study.ask(SPACE).params for _ in range(4)] for study in (rebuilt, direct, other)]
+    running = [trial.parameters for trial in trials if trial.state == "running"]
+    rebuilt, direct, other = optuna_study(trials, SPACE, objectives), told(trials, objectives), optuna_study(trials, SPACE, objectives)
+    for study in (rebuilt, other):
+        assert [study.ask(SPACE).params for _ in running] == running, "those that were running come first"
+    proposals: list[list[dict[str, Any]]] = []
+    for study, seed in ((rebuilt, 5), (direct, 5), (other, 6)):
+        proposals.append([])
+        for number in range(len(trials), len(trials) + 4):
+            study.sampler = sampler(seed, number, 0)
+            proposals[-1].append(study.ask(SPACE).params)
     assert proposals[0] == proposals[1]
     assert proposals[0] != proposals[2]
+    assert len({repr(point) for point in proposals[0]}) == 4
 
 
-def test_the_largest_seed_serves_a_search_that_goes_on():
-    trials = [Trial(number, {}, state="stopped") for number in range(3)]
-    assert set(optuna_study(trials, SPACE, ["semantic"], seed=2**32 - 1).ask(SPACE).params) == set(SPACE)
+def test_a_proposal_depends_on_seed_number_and_attempt_alone():
+    def proposal(*key: int) -> dict[str, Any]:
+        study = optuna_study([], SPACE, ["semantic"])
+        study.sampler = sampler(*key)
+        return dict(study.ask(SPACE).params)
 
-
-def test_a_search_that_goes_on_does_not_propose_its_first_points_again():
-    trials: list[Trial] = []
-    for number in range(8):
-        trial = Trial(number, dict(optuna_study(trials, SPACE, ["semantic"], seed=0).ask(SPACE).params), state="finished")
-        trial.measure({"rows": 64, "semantic": number / 10})
-        trials.append(trial)
-    assert len({trial.parameters["pretrain.temperature"] for trial in trials}) == 8
+    keys = [(seed, number, attempt) for seed in (0, 1, 2**32 - 1) for number in (0, 1, 2) for attempt in (0, 1)]
+    found = {key: repr(proposal(*key)) for key in keys}
+    assert found == {key: repr(proposal(*key)) for key in reversed(keys)}
+    assert len(set(found.values())) == len(keys), "seed 0 at trial 1 is not seed 1 at trial 0"
 
 
 def test_a_finished_trial_without_a_measurement_is_no_part_of_the_study():
