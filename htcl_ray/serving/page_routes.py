@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, Response
 
 from htcl_ray.retrieval.live_index import Active
+from htcl_ray.retrieval.service import LITTLE_COVERAGE
 from htcl_ray.retrieval.song_map import draw_map
 from htcl_ray.serving.backend import Backend
 from htcl_ray.settings import ServeSettings
@@ -105,7 +106,11 @@ def _answer(active: Active, places: pa.Table) -> MapResponse:
 def _page(settings: ServeSettings) -> str:
     """The page, told by attributes of its body what this server allows."""
     content = resources.files("htcl_ray.serving").joinpath("page.html").read_text(encoding="utf-8")
-    told = {"max-upload-bytes": settings.max_upload_bytes, "play-audio": str(settings.play_audio).lower()}
+    told = {
+        "max-upload-bytes": settings.max_upload_bytes,
+        "play-audio": str(settings.play_audio).lower(),
+        "little-coverage": LITTLE_COVERAGE,
+    }
     return content.replace(
         "<body>", "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in told.items()) + ">", 1
     )

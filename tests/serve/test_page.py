@@ -305,6 +305,39 @@ def test_titles_that_are_markup_stay_words(page: Page, server: Running):
         server.backend.live.describe(song_id(3), {"title": title(3), "genre": ["techno"]})
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("静かなピアノ", "knows nothing of this text"),
+        ("静かなピアノ jazz", "knows only 40 % of this text"),
+        ("ピアノ jazz", ""),
+        ("jazz", ""),
+    ],
+)
+def test_a_text_of_which_little_is_known_is_warned_of(page: Page, words: str, said: str):
+    search(page, words)
+    expect(cards(page)).to_have_count(12)
+    warning = page.locator("#warning")
+    if said:
+        expect(warning).to_contain_text(said)
+    else:
+        expect(warning).to_be_hidden()
+    page.locator("#blend").fill("100")
+    until(page, "!running")
+    assert warning.is_visible() == bool(said), "the dial asks for the same text again"
+    cards(page).first.get_by_role("button", name="Songs like").click()
+    expect(page.locator("#results-title")).to_contain_text("Songs like")
+    expect(warning).to_be_hidden()
+    page.go_back()
+    expect(page.locator("#results-title")).to_contain_text(words)
+    until(page, "!running")
+    assert warning.is_visible() == bool(said)
+    page.route("**/v1/search", lambda route: route.fulfill(status=422, json={"error": {"code": "x", "message": "no"}}))
+    search(page, "quiet")
+    expect(shown_state(page)).to_contain_text("cannot be searched for")
+    expect(warning).to_be_hidden()
+
+
 # ---- when something fails
 
 
@@ -515,6 +548,12 @@ def test_every_state_fits_its_screen_and_is_accessible(
     search(page, "calm jazz for the evening")
     expect(cards(page)).to_have_count(12)
     check("results")
+    search(page, "静かなピアノ")
+    expect(page.locator("#warning")).to_be_visible()
+    check("warning")
+    search(page, "calm jazz for the evening")
+    expect(page.locator("#warning")).to_be_hidden()
+    expect(cards(page)).to_have_count(12)
     x, y = place_on_map(page, found(page)[2])
     page.mouse.click(x, y)
     until(page, "!audio.paused && audio.currentTime > 0.05")

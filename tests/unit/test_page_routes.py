@@ -106,7 +106,7 @@ def test_the_page_is_told_what_the_server_allows(client: Client):
     page = Elements()
     page.feed(client("/").text)
     body = next(attributes for tag, attributes in page.tags if tag == "body")
-    assert body == {"data-max-upload-bytes": "1234567", "data-play-audio": "true"}
+    assert body == {"data-max-upload-bytes": "1234567", "data-play-audio": "true", "data-little-coverage": "0.5"}
 
 
 def test_the_map_holds_every_song_with_what_is_said_of_it(client: Client):
