@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.page_world import GENRES, SONGS, PageBackend, Running, running, song_id, title, write_world
@@ -121,7 +123,7 @@ def test_words_find_songs_with_their_scores_and_why(page: Page, server: Running)
     expect(cards(page)).to_have_count(12)
     first = cards(page).first
     expect(first.locator(".why").filter(has_text="jazz")).to_have_count(1)
-    assert re.search(r"Sounds like\s*[−0-9.]+\s*Same listeners\s*[−0-9.]+", first.inner_text())
+    assert re.search(r"Sounds like\s*[0-9.]+ %\s*Same listeners\s*[0-9.]+ %", first.inner_text())
     expect(page.locator("#results-title")).to_have_text("“calm jazz”")
     expected = server.backend.live.service
     assert found(page)[0] in expected.index
@@ -231,7 +233,62 @@ def test_a_song_plays_seeks_pauses_and_another_follows(page: Page, server: Runni
     expect(page.locator("#player")).to_be_hidden()
 
 
-def test_results_light_up_on_the_map_and_a_click_plays_and_offers_a_search(page: Page):
+def bars(page: Page) -> list[list[float]]:
+    """Of each card the widths of its bars, in per cent of what they could be."""
+    page.wait_for_function("() => document.querySelector('.bar i') && !running")
+    page.wait_for_timeout(300)  # they grow
+    return page.evaluate(
+        "[...document.querySelectorAll('.card')].map(card => [...card.querySelectorAll('.bar i')]"
+        ".map(bar => 100 * bar.getBoundingClientRect().width / bar.parentElement.getBoundingClientRect().width))"
+    )
+
+
+def test_bars_show_how_many_pairs_of_songs_are_less_alike(page: Page, server: Running):
+    index = server.backend.live.service.index
+    vectors = index.vectors_of([song_id(i) for i in range(SONGS)])
+    page.goto(f"{server.url}/#song={song_id(8)}")
+    page.reload()
+    expect(cards(page)).to_have_count(12)
+    expect(page.locator("#bars")).to_have_text("Per cent: random pairs of songs of this catalogue that are less alike.")
+    hits = server.backend.live.service.search_songs([song_id(8)], k=12).hits
+    for shown, hit, text in zip(bars(page), hits, cards(page).all_inner_texts(), strict=True):
+        scores = (hit.semantic_score, hit.preference_score)
+        for width, value, half in zip(shown, scores, (vectors.semantic, vectors.preference), strict=True):
+            below = [float(half[i] @ half[j]) < value for i in range(SONGS) for j in range(i)]
+            assert width == pytest.approx(100 * sum(below) / len(below), abs=0.3)
+        assert f"Sounds like\n{math.floor(shown[0])}" in text
+
+
+def test_a_text_that_nobody_can_read_has_no_bar_and_a_half_known_one_half_of_it(page: Page):
+    widths = {}
+    for words in ("jazz", "jazz 静かなピ", "静かなピ"):
+        search(page, words)
+        expect(page.locator("#results-title")).to_have_text(f"“{words}”")
+        until(page, "!running")
+        widths[words] = bars(page)
+        whole = page.evaluate(
+            "answered.results.map(song => [shareBelow(song.semantic_score, background.semantic), "
+            "shareBelow(song.preference_score, background.preference)])"
+        )
+        known = {"jazz": 1, "jazz 静かなピ": 0.5, "静かなピ": 0}[words]
+        assert np.ravel(widths[words]) == pytest.approx(100 * known * np.ravel(whole), abs=0.5)
+        assert min(np.ravel(whole)) > 0.1
+    expect(page.locator("#bars")).to_contain_text("times the 0 % of the text that the model knows")
+    assert re.search(r"Sounds like\s*0 %\s*Same listeners\s*0 %", cards(page).first.inner_text())
+
+
+def test_without_a_background_the_cosines_are_shown(page: Page, server: Running):
+    page.route("**/v1/background", lambda route: route.fulfill(status=500, json={"error": {"code": "x", "message": "no"}}))
+    page.goto(f"{server.url}/#song={song_id(8)}")
+    page.reload()
+    expect(cards(page)).to_have_count(12)
+    best = server.backend.live.service.search_songs([song_id(8)], k=1).hits[0]
+    expect(page.locator("#bars")).to_have_text("Numbers: cosines.")
+    assert f"Sounds like\n{best.semantic_score:.2f}" in cards(page).first.inner_text()
+    assert page.locator(".bar").count() == 0
+
+
+def test_results_light_up_on_the_map_and_a_click_opens_a_song_without_playing_it(page: Page, server: Running):
     search(page, "soul")
     expect(cards(page)).to_have_count(12)
     assert page.evaluate("[...lit.keys()]") == found(page)
@@ -242,11 +299,74 @@ def test_results_light_up_on_the_map_and_a_click_plays_and_offers_a_search(page:
     page.mouse.click(x, y)
     picked = page.evaluate("picked.song_id")
     assert picked in page.evaluate("points.map(song => song.song_id)")
+    expect(page.locator("#picked")).to_contain_text(page.evaluate("titleOf(picked)"))
+    page.wait_for_timeout(300)
+    expect(page.locator("#player")).to_be_hidden()
+    assert page.evaluate("audio.paused")
+    assert ("GET", f"/v1/songs/{picked}/audio") not in server.requests
+    page.locator("#picked").get_by_role("button", name="Play").click()
     until(page, "!audio.paused && audio.currentTime > 0.05")
     page.locator("#picked").get_by_role("button", name="Songs like this").click()
     expect(page.locator("#results-title")).to_contain_text("Songs like")
     assert page.evaluate("question.id") == picked
     assert page.url.endswith(f"#song={picked}")
+
+
+@pytest.mark.parametrize(
+    "viewport", [DESKTOP, PHONE, {"width": 400, "height": 620}, {"width": 1280, "height": 600}, {"width": 1000, "height": 480}]
+)
+@pytest.mark.parametrize("play_first", [False, True])
+def test_the_box_of_a_song_on_the_map_is_never_behind_the_player(
+    new_page: Callable[..., Page], server: Running, viewport: dict[str, int], play_first: bool
+):
+    page = new_page(viewport)
+    page.goto(f"{server.url}/#words=jazz")
+    expect(page.locator("#map-count")).to_have_text(f"{SONGS} songs")
+    expect(cards(page)).to_have_count(12)
+    if play_first:
+        cards(page).nth(2).get_by_role("button", name="Play").click()
+        expect(page.locator("#player")).to_be_visible()
+    for aim in found(page)[:2]:
+        page.mouse.click(*place_on_map(page, aim))
+        page.locator("#picked").get_by_role("button", name="Play").click()
+        until(page, "!audio.paused")
+        box, player = (page.locator(part).bounding_box() for part in ("#picked .picked", "#player"))
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= player["y"], "the player covers the box"
+
+
+def test_a_tag_of_600_letters_does_not_widen_the_page(page: Page, server: Running, new_page: Callable[..., Page]):
+    """Nor does any other text of a catalogue, wherever the page shows it."""
+    live, long = server.backend.live, "x" * 600
+    told = {"title": long, "artist": long, "album": long, "genre": [long], "mood": [long], "tags": [long]}
+    chosen = [song_id(3), *(hit.song_id for hit in live.service.search_songs([song_id(3)], k=3).hits)]
+    before = {song: {name: live.service.index.metadata_of(song)[name] for name in told} for song in chosen}
+    for song in chosen:
+        live.describe(song, told)
+    try:
+        for viewport in (DESKTOP, PHONE):
+            wide = new_page(viewport, reduced_motion="reduce")
+            wide.goto(server.url)
+            expect(wide.locator("#map-count")).to_have_text(f"{SONGS} songs")
+            fits = "document.documentElement.scrollWidth <= innerWidth"
+            assert wide.evaluate(fits)
+            wide.get_by_role("combobox").fill(long[:20])
+            expect(wide.get_by_role("option").first).to_be_visible()
+            assert wide.evaluate(fits)
+            wide.evaluate("id => askForSong(songs.get(id))", song_id(3))
+            expect(cards(wide)).to_have_count(12)
+            assert long in wide.locator("#cards").inner_text()
+            assert wide.evaluate(fits)
+            right = wide.evaluate("Math.max(...[...document.querySelectorAll('.tags li')].map(tag => tag.getBoundingClientRect().right))")
+            assert right <= viewport["width"]
+            wide.locator("#picked").get_by_role("button", name="Play").click()
+            expect(wide.locator("#player")).to_be_visible()
+            assert wide.evaluate(fits)
+            wide.locator("#cards .card:has(.tags)").first.get_by_role("button", name="Songs like").click()
+            assert wide.evaluate(fits)
+    finally:
+        for song, kept in before.items():
+            live.describe(song, kept)
 
 
 def test_the_whole_page_is_used_with_the_keyboard(page: Page):
@@ -441,7 +561,7 @@ def test_an_error_inside_names_its_request(page: Page, server: Running):
         server.backend.error = None
 
 
-@pytest.mark.parametrize("hanging", ["index", "map", "search", "embeddings", "audio"])
+@pytest.mark.parametrize("hanging", ["index", "background", "map", "search", "embeddings", "audio"])
 def test_nothing_spins_for_ever(new_page: Callable[..., Page], server: Running, hanging: str):
     page = new_page()
     page.clock.install()
@@ -450,7 +570,7 @@ def test_nothing_spins_for_ever(new_page: Callable[..., Page], server: Running, 
     if hanging == "embeddings":
         upload(page, b"tune")
         expect(page.locator(".skeleton").first).to_be_visible()
-    elif hanging in ("search", "audio"):
+    elif hanging in ("search", "audio", "background"):
         search(page, "jazz")
     if hanging == "audio":
         cards(page).first.get_by_role("button", name="Play").click()
@@ -461,6 +581,9 @@ def test_nothing_spins_for_ever(new_page: Callable[..., Page], server: Running, 
     assert page.locator(BUSY).count() == 0
     text = page.locator("body").inner_text()
     assert "…" not in text.replace("Describe", ""), text
+    if hanging == "background":
+        expect(cards(page)).to_have_count(12)
+        return
     place = {"map": page.locator("#map-state"), "audio": page.locator("#player-said")}.get(hanging, page.locator("#state"))
     expect(place).to_contain_text({"map": "could not be drawn", "audio": "does not arrive"}.get(hanging, "That took too long"))
 
@@ -556,6 +679,7 @@ def test_every_state_fits_its_screen_and_is_accessible(
     expect(cards(page)).to_have_count(12)
     x, y = place_on_map(page, found(page)[2])
     page.mouse.click(x, y)
+    page.locator("#picked").get_by_role("button", name="Play").click()
     until(page, "!audio.paused && audio.currentTime > 0.05")
     page.mouse.move(0, 0)
     check("map-and-player", full=False)

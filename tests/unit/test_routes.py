@@ -467,6 +467,7 @@ class TestOpenApi:
             ("GET", "/v1/map"),
             ("PUT", "/v1/songs/{song_id}"),
             ("DELETE", "/v1/songs/{song_id}"),
+            ("GET", "/v1/background"),
             ("GET", "/v1/index"),
             ("POST", "/v1/index/activate"),
             ("GET", "/rest/getOpenSubsonicExtensions"),
