@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.evaluated_workspace import write_evaluated
 from tests.page_world import GENRES, SONGS, PageBackend, Running, running, song_id, title, write_world
 
 pytestmark = pytest.mark.serve
@@ -24,6 +26,8 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
 from htcl_ray.errors import InputError  # noqa: E402
+from htcl_ray.evaluation.report_page import html  # noqa: E402
+from htcl_ray.pipelines.evaluate import evaluate  # noqa: E402
 from htcl_ray.storage import Workspace  # noqa: E402
 
 DESKTOP = {"width": 1280, "height": 860}
@@ -277,6 +281,20 @@ def test_a_text_that_nobody_can_read_has_no_bar_and_a_half_known_one_half_of_it(
     assert re.search(r"Sounds like\s*0 %\s*Same listeners\s*0 %", cards(page).first.inner_text())
 
 
+def test_a_background_that_comes_late_changes_what_is_shown(page: Page, server: Running):
+    held = []
+    page.route("**/v1/background", lambda route: held.append(route))
+    page.goto(f"{server.url}/#song={song_id(8)}")
+    page.reload()
+    expect(cards(page)).to_have_count(12)
+    expect(page.locator("#bars")).to_have_text("Numbers: cosines.")
+    cards(page).nth(1).get_by_role("button", name="Songs like").focus()
+    held[-1].continue_()
+    expect(page.locator("#bars")).to_contain_text("Per cent")
+    expect(cards(page).nth(1).get_by_role("button", name="Songs like")).to_be_focused()
+    assert len(bars(page)) == 12
+
+
 def test_without_a_background_the_cosines_are_shown(page: Page, server: Running):
     page.route("**/v1/background", lambda route: route.fulfill(status=500, json={"error": {"code": "x", "message": "no"}}))
     page.goto(f"{server.url}/#song={song_id(8)}")
@@ -328,7 +346,7 @@ def test_the_box_of_a_song_on_the_map_is_never_behind_the_player(
         expect(page.locator("#player")).to_be_visible()
     for aim in found(page)[:2]:
         page.mouse.click(*place_on_map(page, aim))
-        page.locator("#picked").get_by_role("button", name="Play").click()
+        page.evaluate("document.querySelector('#picked button').click()")  # Playwright would scroll to what it clicks
         until(page, "!audio.paused")
         box, player = (page.locator(part).bounding_box() for part in ("#picked .picked", "#player"))
         assert box["y"] >= 0
@@ -350,6 +368,11 @@ def test_a_tag_of_600_letters_does_not_widen_the_page(page: Page, server: Runnin
             expect(wide.locator("#map-count")).to_have_text(f"{SONGS} songs")
             fits = "document.documentElement.scrollWidth <= innerWidth"
             assert wide.evaluate(fits)
+            wide.evaluate("(labels.sort((one, other) => other.text.length - one.text.length), offerExamples())")
+            example = wide.locator("#examples button").first
+            expect(example).to_have_text(f"{'x' * 31}…")
+            assert example.bounding_box()["height"] < 60
+            assert wide.evaluate("labels.every(label => label.name.length <= 32)")
             wide.get_by_role("combobox").fill(long[:20])
             expect(wide.get_by_role("option").first).to_be_visible()
             assert wide.evaluate(fits)
@@ -705,3 +728,60 @@ def test_forms_of_the_stand_in_are_those_of_the_application():
 
     needed = {name for name in vars(Backend) if not name.startswith("_")} - {"encode_song"}
     assert needed <= set(dir(PageBackend)) | {"live"}
+
+
+# ---- the report of an evaluation
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Report pages of real evaluations, by state."""
+    folder = tmp_path_factory.mktemp("reports")
+    trees = {}
+    for name, made in (("whole", {}), ("bare", {"preference": False, "log": False, "index": False})):
+        result = evaluate(write_evaluated(folder / name / "workspace", folder / name, **made))
+        trees[name] = json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8"))
+    bound = {"figure": "cold.preference.ndcg@10", "asked": "cold.preference.ndcg@10 over semantic: shown to be better", "note": ""}
+    bound |= {"value": -0.01, "low": -0.02, "high": 0.01}
+    failed, passed = ({"passed": holds, "results": [{**bound, "passed": holds}]} for holds in (False, True))
+    return {
+        "no-gate": html(trees["whole"]),
+        "gate-failed": html(trees["whole"], failed),
+        "gate-passed": html(trees["whole"], passed),
+        "stage-1-without-log": html(trees["bare"]),
+        "no-baseline": html({**trees["bare"], "baselines": []}),
+    }
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+def test_a_report_opens_with_its_verdict_fits_its_screen_and_is_accessible(
+    browser: Browser, reports: dict[str, str], tmp_path: Path, width: int, dark: bool
+):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+    for state, content in reports.items():
+        page = context.new_page()
+        page.set_content(content)
+        for opened in (False, True):
+            page.screenshot(path=tmp_path / f"report-{state}-{width}-{'dark' if dark else 'light'}{'-open' * opened}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{state} is wider than the screen"
+            if opened == (state == "gate-failed"):  # axe takes long on an open page, and one has it all
+                bad = [
+                    f"{violation['id']}: {[node['target'] for node in violation['nodes']]}"
+                    for violation in Axe().run(page).response["violations"]
+                    if violation["impact"] in ("serious", "critical") and violation["id"] != "scrollable-region-focusable"
+                ]
+                assert not bad, f"{state}: {bad}"
+            if not opened:
+                verdict = page.locator(".verdict").bounding_box()
+                assert verdict["y"] < 200, "the verdict is the first thing that is seen"
+                shown = page.locator("table").evaluate_all("tables => tables.filter(table => table.checkVisibility()).length")
+                assert shown == (state == "gate-failed"), "tables are folded"
+                page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        said = page.locator(".verdict").inner_text()
+        assert ("Do not serve" in said, "may be served" in said, "No gate has judged" in said) == (
+            state == "gate-failed",
+            state == "gate-passed",
+            state not in ("gate-failed", "gate-passed"),
+        )
+        page.close()
+    context.close()
