@@ -8,7 +8,11 @@ from typing import Any
 
 from htcl_ray.evaluation.report import IMPROVED, TITLES, WORSE, figure_title, number, primary_figure
 
-BETTER, NOT_BETTER, CHANCE = "better than every simple baseline", "not better than a simple baseline", "no better than chance"
+BETTER, NOT_BETTER, CHANCE = (
+    "better than every simple baseline",
+    "not better than a simple baseline",
+    "not significantly better than chance",
+)
 USES = {
     "text_to_audio": "search by text",
     "audio_to_text": "finding the text of a recording",
@@ -88,7 +92,7 @@ def _conclusion(task: str, described: Mapping[str, Any], rows: Sequence[Mapping[
     finding = f"{_upper(figure_title(figure))} {number(rows[0]['first'], figure)} ({where})"
     if chance is not None and chance["verdict"] != IMPROVED:
         against = f"; {_baseline(chance)} has {number(chance['second'], figure)}, {_significance(chance)}"
-        advice = "do not use it for this; see whether training converged (metrics.jsonl) and whether enough songs carry what it is about"
+        advice = "do not rely on it for this; see whether training converged (metrics.jsonl) and whether there are enough test songs (n)"
         return Conclusion(_use(task, described), CHANCE, f"{finding}{against}.", _upper(advice), _baseline(chance))
     if open_rows:
         against = "; ".join(f"{_baseline(row)} {number(row['second'], figure)}{_ratio(row)}, {_significance(row)}" for row in open_rows)

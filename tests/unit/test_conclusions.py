@@ -81,7 +81,7 @@ def test_each_use_is_judged_by_its_best_space_against_every_baseline():
     assert "item-kNN 0.300 (3.0 times as much), significantly better" in hot.finding
     assert "ALS 0.100, no significant difference" in hot.finding
     assert "collaborative filtering" in hot.advice
-    assert "Do not use it for this" in conclusion(report, "mood from the text of its labels").advice
+    assert "Do not rely on it for this" in conclusion(report, "mood from the text of its labels").advice
 
 
 def test_sentences_name_what_is_good_what_is_not_and_why():
@@ -90,7 +90,7 @@ def test_sentences_name_what_is_good_what_is_not_and_why():
         "Better than every simple baseline: search by text; new songs for new listeners.",
         "Not better than a simple baseline: genre by a classifier on the vectors (raw log-mel statistics); "
         "songs with listeners, for new listeners (item-kNN).",
-        "No better than chance: mood from the text of its labels (a random order).",
+        "Not significantly better than chance: mood from the text of its labels (a random order).",
         "Stage 2 alone, against stage 1, improves new songs for new listeners (NDCG@10 0.050 → 0.300); "
         "songs with listeners, for new listeners (NDCG@10 0.050 → 0.100), and worsens search by text (recall@10 0.900 → 0.800); "
         "genre by a classifier on the vectors (accuracy 0.800 → 0.780).",
