@@ -14,7 +14,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import QueryError
 from htcl_ray.pipelines.index import determined_index
 from htcl_ray.retrieval.filters import Filter
-from htcl_ray.retrieval.service import Answer, SearchService
+from htcl_ray.retrieval.service import LITTLE_COVERAGE, Answer, SearchService
 from htcl_ray.storage import Workspace
 
 
@@ -43,10 +43,11 @@ def search(
     else:
         answer = service.search_text(text or "", **options)
     if as_json:
-        tree = {"k": answer.k, "blend": answer.blend, "results": _results(answer)}
+        tree = {"k": answer.k, "blend": answer.blend, "text_coverage": answer.text_coverage, "results": _results(answer)}
         print(json.dumps(tree, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=2))
     else:
         _print(answer)
+    _warn(answer)
 
 
 def _filter(conditions: str) -> Filter:
@@ -56,6 +57,17 @@ def _filter(conditions: str) -> Filter:
         first = error.errors(include_url=False)[0]
         place = ".".join(("--filter", *map(str, first["loc"])))
         raise QueryError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _warn(answer: Answer) -> None:
+    coverage = answer.text_coverage
+    if coverage is not None and coverage < LITTLE_COVERAGE:
+        knows = (
+            f"knows only {coverage:.0%} of this text, so the songs may not fit it"
+            if coverage
+            else "knows nothing of this text, so the songs are arbitrary"
+        )
+        print(f"warning: the text model {knows}; try other words, or search by a song or an audio file", file=sys.stderr)
 
 
 def _results(answer: Answer) -> list[dict]:

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,10 @@ def write_world(folder: Path, songs: int = SONGS, preference: bool = True) -> Wo
 
 
 class PageBackend:
-    """Words → the middle of the genres that they name; a recording → a place drawn from its length; bytes `bad…` are no sound."""
+    """Text → the middle of the genres that it names; a recording → a place drawn from its length; bytes `bad…` are no audio.
+
+    Of a text the ASCII letters are known.
+    """
 
     def __init__(self, workspace: Workspace, settings: ServeSettings, preference: bool = True) -> None:
         versions = VERSIONS if preference else {**VERSIONS, "preference": None}
@@ -100,7 +104,9 @@ class PageBackend:
         named = [i for i, genre in enumerate(GENRES) if genre in text.lower()]
         rng = np.random.default_rng(sum(text.encode()))
         halves = [_centres(seed)[named].sum(axis=0) + 0.2 * rng.normal(size=DIM) for seed in (1, 3)]
-        return self._vectors(halves)
+        counted = [character for character in text if not character.isspace()]
+        known = sum(character.isascii() for character in counted) / max(1, len(counted))
+        return replace(self._vectors(halves), text_coverage=np.array([known]))
 
     async def encode_audio(self, data: bytes) -> Vectors:
         if data.startswith(b"bad"):

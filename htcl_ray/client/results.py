@@ -59,6 +59,8 @@ class SearchResponse(Answered):
     """That was used."""
     index: str
     """Version of the index that answered."""
+    text_coverage: float | None = None
+    """Of a text: the share that the text model's vocabulary knows, 0 to 1; None where the query had no text."""
 
 
 class RecommendResponse(SearchResponse):
@@ -74,6 +76,8 @@ class EmbeddingResponse(Answered):
     semantic: list[float]
     preference: list[float] | None
     """None without stage 2."""
+    text_coverage: float | None = None
+    """As of a `SearchResponse`."""
     model_versions: dict[str, str | None]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import rich.box
@@ -41,6 +41,8 @@ FIGURES = {
 }
 HEADLINES = ("recall", "median_rank", "accuracy", "roc_auc", "map", "ndcg", "user_auc", "item_auc")
 """Figures of which the summary and the terminal speak, of several k the largest; all others are in the tables of the page."""
+PRIMARY = ("ndcg", "accuracy", "roc_auc", "recall")
+"""Of HEADLINES, the metrics that a task is judged by, the first that it has; more is better of each."""
 IMPROVED, WORSE, NOT_SHOWN = "improved", "worse", "not shown"
 NOT_COMPARABLE = "not comparable"
 """Of a difference between two test sets: other songs, users or candidates."""
@@ -61,6 +63,7 @@ def report_tree(
         "leakage": measured.leakage,
         "tasks": {task.name: _task_tree(task) for task in tasks},
         "differences": differences(found, found, "preference", "semantic"),
+        "baselines": baseline_differences(found, tasks, measured.data["spaces"]),
         "pictures": measured.pictures,
     }
     return tree, found
@@ -71,13 +74,43 @@ def differences(first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], m
     rows = []
     for (task, of, figure), ours in first.items():
         theirs = second.get((task, against, figure))
-        if of == method and theirs is not None and task not in ("collapse", "determinism") and not math.isnan(ours.value - theirs.value):
-            gain = difference(ours, theirs)
-            low, high = gain.interval or (None, None)
-            row = {"task": task, "figure": figure, "method": method, "against": against, "first": ours.value, "second": theirs.value}
-            row |= {"value": gain.value, "low": low, "high": high, "n": gain.n}
-            rows.append({**row, "verdict": verdict(figure, gain) if comparable(ours, theirs) else NOT_COMPARABLE})
+        if of == method and theirs is not None and task not in ("collapse", "determinism"):
+            rows += _difference(task, figure, method, against, ours, theirs)
     return rows
+
+
+def baseline_differences(found: Mapping[Key, Estimate], tasks: Sequence[Task], spaces: Sequence[str]) -> list[dict[str, Any]]:
+    """For each task with a control: the first metric of the best space minus that of each method that needs no model."""
+    rows = []
+    for task in tasks:
+        ours = [space for space in spaces if space in task.methods]
+        figure = primary_figure(task.methods[ours[0]]) if ours and task.control is not None else None
+        values = {space: found[task.name, space, figure].value for space in ours if figure in task.methods[space]} if figure else {}
+        known = [space for space, value in values.items() if not math.isnan(value)]
+        if figure is None or not known:
+            continue
+        best = max(known, key=lambda space: values[space])
+        for against, figures in task.methods.items():
+            if against not in (*spaces, "shuffled") and figure in figures:
+                rows += _difference(task.name, figure, best, against, found[task.name, best, figure], figures[figure])
+    return rows
+
+
+def primary_figure(figures: Iterable[str]) -> str | None:
+    """The metric by which a task is judged: NDCG, accuracy, ROC-AUC or recall, of several k the largest; None without any of them."""
+    headlines = headline_figures(list(figures))
+    return next((figure for name in PRIMARY for figure in headlines if figure.partition("@")[0] == name), None)
+
+
+def _difference(task: str, figure: str, method: str, against: str, ours: Estimate, theirs: Estimate) -> list[dict[str, Any]]:
+    """One row, or none when a value is missing."""
+    if math.isnan(ours.value - theirs.value):
+        return []
+    gain = difference(ours, theirs)
+    low, high = gain.interval or (None, None)
+    row = {"task": task, "figure": figure, "method": method, "against": against, "first": ours.value, "second": theirs.value}
+    row |= {"value": gain.value, "low": low, "high": high, "n": gain.n}
+    return [{**row, "verdict": verdict(figure, gain) if comparable(ours, theirs) else NOT_COMPARABLE}]
 
 
 def verdict(figure: str, gain: Estimate) -> str:

@@ -42,7 +42,7 @@ class TaskReport(_Part):
 
 
 class Difference(_Part):
-    """One figure of stage 2 minus the same of stage 1, or of one report minus another."""
+    """One figure of stage 2 minus the same of stage 1, of a space minus a baseline, or of one report minus another."""
 
     task: str
     figure: str
@@ -80,6 +80,9 @@ class Report(_Part):
     tasks: dict[str, TaskReport]
     differences: list[Difference]
     """Stage 2 against stage 1; empty without stage 2."""
+    baselines: list[Difference]
+    """For each task with a control its first metric (NDCG, accuracy, ROC-AUC or recall): the space that is best by it against each method
+    that needs no model."""
     pictures: dict[str, Any] = Field(default_factory=dict)
     """What the plots of report.html show, as numbers."""
 

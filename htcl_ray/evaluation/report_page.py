@@ -1,4 +1,4 @@
-"""The report as one page that opens offline: what improved, every figure with its interval, the plots, and how to repeat it."""
+"""The report as one page that opens offline: the verdict, and folded behind it every metric, the plots, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import yaml
 from markupsafe import Markup
 
 from htcl_ray.evaluation import plots
+from htcl_ray.evaluation.conclusions import draw_conclusions
 from htcl_ray.evaluation.figures import lower_is_better
-from htcl_ray.evaluation.report import IMPROVED, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, headline_figures, number, phrase
+from htcl_ray.evaluation.report import IMPROVED, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, headline_figures, number
 
 DEFINITIONS = {
     "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same "
     "model as the songs.",
+    "verdict": "Of each task the first metric of the space that is best by it, chosen on these same songs, against methods that need no "
+    "model. Better or significant: the paired 95 % interval of the difference excludes 0.",
     "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists, for recommendation of users and of artists with all their "
-    "songs. A figure marked ° is not shown: the paired interval of its difference from the task's control holds 0.",
+    "songs. A metric marked ° does not differ significantly from the task's control: the paired interval of the difference contains 0.",
     "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these songs "
     "for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct answer "
     "among the first k.",
@@ -32,21 +35,21 @@ DEFINITIONS = {
     "user AUC, item AUC": "User AUC: probability that a song the user liked ranks above another one. Item AUC: for each cold song, the "
     "probability that a user who liked it scores higher than one who did not, mean over songs. A method that only knows which songs are "
     "popular has an item AUC of 0.5.",
-    "random, shuffled, popularity, log-mel, genre labels, item-kNN, ALS": "A random order (exact expectation), the vectors dealt out to "
-    "the wrong songs, positive training events (for cold songs: of their genre), mean and deviation of the raw mel bands, genre labels "
-    "as vectors, and two collaborative methods that see training listeners and no sound.",
+    "random, shuffled, popularity, log-mel, genre labels, item-kNN, ALS": "A random order (exact expectation), the vectors randomly "
+    "permuted across songs, positive training events (for cold songs: of their genre), mean and deviation of the raw mel bands, "
+    "genre labels as vectors, and two collaborative methods that see training listeners and no audio.",
 }
 
 
 def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> str:
     """The page; `verdict`: of a gate, as `Verdict.model_dump()` gives it."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(title=lambda name: TITLES.get(name, name), figure=figure_title)
+    environment.filters.update(title=lambda name: TITLES.get(name, name), figure=figure_title, plain=plain)
     template = environment.from_string(resources.files("htcl_ray.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         report=report,
         heading=heading_of(report),
-        phrase=phrase(report),
+        conclusions=draw_conclusions(report, verdict),
         summary=summary(report),
         number=number,
         plots=_plots(report["pictures"]),
@@ -54,6 +57,21 @@ def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) ->
         definitions=DEFINITIONS,
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
     )
+
+
+def plain(value: Any) -> str:
+    """A value of report.json for people."""
+    if value is None or value == "" or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{str(name).replace('_', ' ')} {plain(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -92,4 +110,4 @@ def _plots(pictures: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     if pictures.get("similarities"):
         found.append(("Songs and texts: own against others", plots.similarity_histograms(pictures["similarities"], TITLES)))
     # Our own SVG; every text in it was escaped by matplotlib.
-    return [(caption, Markup(drawn)) for caption, drawn in found]
+    return [(caption, Markup(drawn.replace("<svg ", f'<svg aria-label="{caption}" ', 1))) for caption, drawn in found]

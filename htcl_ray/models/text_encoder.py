@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from htcl_ray.errors import ConfigError, InputError, MismatchError
@@ -27,6 +31,8 @@ UNKNOWN_TEXT = "\u2042 \u13a0 qxzj"
 """Hardly in any vocabulary; a WordPiece tokenizer without [UNK] fails on it."""
 MAX_UNKNOWN_SHARE = 0.5
 """Of the tokens of a catalogue's song texts."""
+SYLLABLES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL SYLLABLE")
+"""Unicode names of characters that are a word or a syllable each begin with one of these."""
 
 
 class TextEncoder(nn.Module):
@@ -63,6 +69,27 @@ class TextEncoder(nn.Module):
         encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.settings.max_tokens, return_tensors="pt")
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
+    def coverage(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Share of the letters, digits and symbols of each text that the vocabulary knows: [n], 0 to 1, and 0 for a text without any.
+
+        A character is unknown in an [UNK] token, and as a piece of its own inside a longer word: WordPiece spells out a word of which
+        it knows nothing. Such a piece is known where a character is a syllable or a word (Han, kana, Hangul). What `max_tokens` cuts
+        off does not count. A tokenizer without offsets (not a fast one) gives the share of tokens that are not [UNK].
+        """
+        tokenizer, special = self.tokenizer, set(self.tokenizer.all_special_ids)
+        fast = tokenizer.is_fast
+        encoded = tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens, return_offsets_mapping=fast)
+        if not fast:
+            unknown, others = tokenizer.unk_token_id, special - {tokenizer.unk_token_id}
+            read = [[number for number in ids if number not in others] for ids in encoded["input_ids"]]
+            return np.array([1 - ids.count(unknown) / len(ids) if ids else 0.0 for ids in read])
+        return np.array(
+            [
+                _known_share(text, encoded.word_ids(row), [number not in special for number in ids], offsets)
+                for row, (text, ids, offsets) in enumerate(zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True))
+            ]
+        )
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Tokens [B, S] → [B, width]."""
         output = self.transformer(**tokens)
@@ -84,6 +111,24 @@ class NoTextEncoder(TextEncoder):
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Raise InputError."""
         raise InputError("this model is an audio encoder alone and has no text tower; expected sound, or a model of both to embed words")
+
+
+def _known_share(text: str, words: Sequence[int | None], known: Sequence[bool], offsets: Sequence[tuple[int, int]]) -> float:
+    """See `TextEncoder.coverage`. Per token: the word that it is of, whether it is no special token, and its place in the text."""
+    tokens_of, tokens_at = Counter(words), Counter(offsets)
+    counts = [unicodedata.category(character)[0] in "LNS" for character in text]
+    covered = [False] * len(text)
+    for word, is_known, (start, end) in zip(words, known, offsets, strict=True):
+        whole_word, whole_syllable = tokens_of[word] == 1, tokens_at[start, end] == 1 and _is_syllable(text[start:end])
+        if word is not None and is_known and (sum(counts[start:end]) > 1 or whole_word or whole_syllable):
+            covered[start:end] = [True] * (end - start)
+    read = max((end for _, end in offsets), default=0)
+    counted = [is_covered for is_covered, count in zip(covered[:read], counts, strict=False) if count]
+    return sum(counted) / len(counted) if counted else 0.0
+
+
+def _is_syllable(piece: str) -> bool:
+    return unicodedata.name(piece.strip()[:1] or " ", "").startswith(SYLLABLES)  # SentencePiece adds the space before a word to it
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:

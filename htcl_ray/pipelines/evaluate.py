@@ -39,8 +39,8 @@ from htcl_ray.storage import Workspace, build_manifest, fingerprint
 
 TEXTS_AT_ONCE = 256
 FIGURES = "figures.parquet"
-MEASURED_AS = 2
-"""Raised when the same inputs give other values or intervals, so that an earlier report is not taken for a new one."""
+MEASURED_AS = 3
+"""Raised when the same inputs give other content of a report, so that an earlier report is not taken for a new one."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -74,8 +75,9 @@ class SongEncoder:
         return self.encode_mels([log_mel(waveform, self.recipe.sample_rate, self.recipe) for waveform in waveforms])
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
-        """Words."""
-        return _vectors([model.embed_text(list(texts)) for model in self._models])
+        """Texts, with their coverage by the semantic model's vocabulary, which stage 2 keeps."""
+        vectors = _vectors([model.embed_text(list(texts)) for model in self._models])
+        return replace(vectors, text_coverage=self._models[0].text_encoder.coverage(texts))
 
 
 def _vectors(per_model: list[torch.Tensor]) -> Vectors:

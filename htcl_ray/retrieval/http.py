@@ -39,6 +39,15 @@ Collapse = Annotated[
 HalfLife = Annotated[
     float, Field(gt=0, le=1e6, allow_inf_nan=False, description="Days after which a song that was heard counts half as much.")
 ]
+TextCoverage = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="Share of the text's letters, digits and symbols that the text model's vocabulary knows; the songs of a text of "
+        "which it knows nothing (0) are arbitrary. Null where the query had no text.",
+    ),
+]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 SongId = Annotated[str, Field(min_length=1, max_length=1_000)]
 
@@ -138,18 +147,21 @@ class EmbedTextRequest(BaseModel):
 
 
 class EmbeddingResponse(BaseModel):
-    """Where words or sound lie in the spaces of the index; [semantic ; preference] can be sent as `vector` of a search."""
+    """Where a text or audio lies in the spaces of the index; [semantic ; preference] can be sent as `vector` of a search."""
 
     semantic: list[float] = Field(description="dim numbers, of length 1.")
     preference: list[float] | None = Field(description="dim numbers, of length 1; null without stage 2.")
+    text_coverage: TextCoverage | None = None
     model_versions: dict[str, str | None] = Field(description="Fingerprints of the models' weights.")
 
     @classmethod
     def of(cls, vectors: Vectors, model_versions: ModelVersions) -> Self:
         """Of one row. Raises InputError for vectors not of unit norm."""
         check_unit_norm(vectors, lambda _: "the query", ENCODER_DAMAGED)
-        preference = None if vectors.preference is None else vectors.preference[0].tolist()
-        return cls(semantic=vectors.semantic[0].tolist(), preference=preference, model_versions=dict(model_versions))
+        preference, coverage = (None if part is None else part[0].tolist() for part in (vectors.preference, vectors.text_coverage))
+        return cls(
+            semantic=vectors.semantic[0].tolist(), preference=preference, text_coverage=coverage, model_versions=dict(model_versions)
+        )
 
 
 class Metadata(BaseModel):
@@ -189,11 +201,12 @@ class SearchResponse(BaseModel):
     k: int
     blend: float = Field(description="The blend that was used.")
     index: str = Field(description="Version of the index that answered.")
+    text_coverage: TextCoverage | None = None
 
     @classmethod
     def of(cls, answer: Answer, index: str) -> Self:
         """The response that carries an answer."""
-        return cls(results=_results(answer), k=answer.k, blend=answer.blend, index=index)
+        return cls(results=_results(answer), k=answer.k, blend=answer.blend, index=index, text_coverage=answer.text_coverage)
 
 
 class RecommendResponse(SearchResponse):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MAX_K = 1000
 DEFAULT_K = 10
 MAX_TEXT_LENGTH = 10_000
+LITTLE_COVERAGE = 0.5
+"""Below this `text_coverage` people are warned that the songs may not fit the text."""
 MAX_PATH = 100
 """Songs of a path, each of which is a search of its own."""
 SHOWN = ("song_id", *(name for name in METADATA.names if name != "lyrics"))
@@ -68,6 +70,8 @@ class Answer:
     """Of each hit: its tags, genres and moods that the question has as well."""
     unknown_song_ids: list[str] = field(default_factory=list)
     """Songs of a history that the index does not hold."""
+    text_coverage: float | None = None
+    """Of a text: the share that the text model's vocabulary knows, 0 to 1."""
 
 
 class SearchService:
@@ -106,7 +110,8 @@ class SearchService:
     def search_encoded_text(self, text: str, query: Vectors, **options: Any) -> Answer:
         """Songs near the vectors of words that were encoded elsewhere. Raises InputError for vectors not of unit norm."""
         check_unit_norm(query, lambda _: "the query", ENCODER_DAMAGED)
-        return self._answer(self.index.snapshot(), query, Options(**options), shared=lambda song: shared_with_text(song, text))
+        answer = self._answer(self.index.snapshot(), query, Options(**options), shared=lambda song: shared_with_text(song, text))
+        return answer if query.text_coverage is None else replace(answer, text_coverage=float(query.text_coverage[0]))
 
     def search_audio(self, source: str | bytes | BinaryIO, **options: Any) -> Answer:
         """Songs that sound like a recording: a path, a file's bytes or a file object. Raises AudioError."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from htcl_ray.retrieval.index import SongIndex
 
 MOST_SONGS = 5_000
+BACKGROUND_SONGS = 1_000
 NEIGHBOURS = 12.0
 """Perplexity: about how many neighbours of each song the plane keeps near."""
 ITERATIONS = 500
@@ -27,15 +28,39 @@ FEWEST_TO_SPREAD = 8
 def draw_map(index: SongIndex) -> pa.Table:
     """Places of at most `MOST_SONGS` songs of the index, evenly chosen, as `schemas.SONG_MAP`."""
     index = index.snapshot()
-    ids = index.songs["song_id"]
-    chosen = [(int(row), ids[int(row)].as_py()) for row in evenly_chosen(len(ids))]
-    present = [song_id for row, song_id in chosen if song_id in index and index.row_of(song_id) == row]
+    present = songs_of(index)
     if not present:
         return SONG_MAP.empty_table()
     vectors = index.vectors_of(present)
     halves = [vectors.semantic] if vectors.preference is None else [vectors.semantic, vectors.preference]
     places = song_map(np.hstack(halves))
     return pa.table([present, places[:, 0], places[:, 1]], schema=SONG_MAP)
+
+
+def songs_of(index: SongIndex, most: int = MOST_SONGS) -> list[str]:
+    """At most `most` of a snapshot's songs, evenly chosen, without those that were removed."""
+    ids = index.songs["song_id"]
+    chosen = [(int(row), ids[int(row)].as_py()) for row in evenly_chosen(len(ids), most)]
+    return [song_id for row, song_id in chosen if song_id in index and index.row_of(song_id) == row]
+
+
+def score_quantiles(index: SongIndex) -> tuple[list[float], list[float] | None] | None:
+    """Quantiles 0, 0.001, … 1 of the cosines of random pairs of songs, semantic and preference: what a score means in this index.
+
+    Of all pairs of `BACKGROUND_SONGS` songs. None with fewer than two songs; no preference without stage 2.
+    """
+    index = index.snapshot()
+    songs = songs_of(index, BACKGROUND_SONGS)
+    if len(songs) < 2:
+        return None
+    vectors = index.vectors_of(songs)
+    others = np.triu_indices(len(songs), k=1)
+
+    def quantiles(half: NDArray[np.float32]) -> list[float]:
+        cosines = (half @ half.T)[others]
+        return np.quantile(cosines, np.linspace(0, 1, 1001)).round(4).tolist()
+
+    return quantiles(vectors.semantic), None if vectors.preference is None else quantiles(vectors.preference)
 
 
 def evenly_chosen(rows: int, most: int = MOST_SONGS) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ class Vectors:
 
     semantic: NDArray[np.float32]
     preference: NDArray[np.float32] | None = None
+    text_coverage: NDArray[np.float64] | None = None
+    """[n], of texts: the share of each that the vocabulary knows (`TextEncoder.coverage`); None for songs and clips."""
 
     def __post_init__(self) -> None:
         if self.semantic.ndim != 2:
@@ -42,14 +45,20 @@ class Vectors:
 
     def rows(self, selection: slice | NDArray[np.int64]) -> Vectors:
         """Some of the rows."""
-        return Vectors(self.semantic[selection], None if self.preference is None else self.preference[selection])
+        preference = None if self.preference is None else self.preference[selection]
+        return Vectors(self.semantic[selection], preference, None if self.text_coverage is None else self.text_coverage[selection])
 
 
 def concatenate(parts: list[Vectors]) -> Vectors:
-    """The rows of all parts, in order; all have a preference half or none has."""
-    preferences = [part.preference for part in parts if part.preference is not None]
+    """The rows of all parts, in order; all have a preference half or none has, and the same of the text coverage."""
+
+    def of_all(rows: list[NDArray[Any]]) -> NDArray[Any] | None:
+        return np.concatenate(rows) if len(rows) == len(parts) else None
+
     return Vectors(
-        np.concatenate([part.semantic for part in parts]), np.concatenate(preferences) if len(preferences) == len(parts) else None
+        np.concatenate([part.semantic for part in parts]),
+        of_all([part.preference for part in parts if part.preference is not None]),
+        of_all([part.text_coverage for part in parts if part.text_coverage is not None]),
     )
 
 

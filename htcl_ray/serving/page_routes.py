@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, Response
 
 from htcl_ray.retrieval.live_index import Active
-from htcl_ray.retrieval.song_map import draw_map
+from htcl_ray.retrieval.service import LITTLE_COVERAGE
+from htcl_ray.retrieval.song_map import draw_map, score_quantiles
 from htcl_ray.serving.backend import Backend
 from htcl_ray.settings import ServeSettings
 
@@ -41,6 +42,17 @@ class MapResponse(BaseModel):
     songs: list[MapSong] = Field(description="At most 5,000, evenly chosen from the index as it was loaded.")
 
 
+class BackgroundResponse(BaseModel):
+    """What a score means in this index: the cosines of random pairs of its songs."""
+
+    index: str = Field(description="Version of the index whose songs these are.")
+    semantic: list[float] | None = Field(
+        description="1,001 ascending quantiles: a semantic_score above number i is higher than that of i / 1,000 of the pairs. Null "
+        "when the index has fewer than two songs."
+    )
+    preference: list[float] | None = Field(description="The same of preference_score; null without stage 2.")
+
+
 def page_routes(settings: ServeSettings) -> APIRouter:
     """The page alone, which needs no key."""
     router = APIRouter()
@@ -56,9 +68,25 @@ def page_routes(settings: ServeSettings) -> APIRouter:
 
 
 def map_routes(backend: Backend) -> APIRouter:
-    """The map of the index, or where its build drew none, one drawn once in a thread of its own so that searches find theirs."""
+    """The map of the index, or where its build drew none, one drawn once in a thread of its own so that searches find theirs.
+
+    And the background of its scores.
+    """
     router = APIRouter(tags=["songs"])
     maps = Maps()
+    backgrounds: dict[str, bytes] = {}
+    """By version of the index; only that of the last."""
+
+    @router.get("/v1/background", response_model=BackgroundResponse)
+    async def score_background() -> Response:
+        """How high scores of random pairs of songs are, so that a score can be shown as the share of pairs that are less alike."""
+        active = backend.live.active
+        body = backgrounds.get(active.version)
+        if body is None:
+            body = await run_in_threadpool(lambda: _background(active).model_dump_json().encode())
+            backgrounds.clear()
+            backgrounds[active.version] = body
+        return Response(body, media_type="application/json")
 
     @router.get("/v1/map", response_model=MapResponse)
     async def song_places() -> Response:
@@ -102,10 +130,19 @@ def _answer(active: Active, places: pa.Table) -> MapResponse:
     return MapResponse(index=active.version, songs=songs)
 
 
+def _background(active: Active) -> BackgroundResponse:
+    semantic, preference = score_quantiles(active.service.index) or (None, None)
+    return BackgroundResponse(index=active.version, semantic=semantic, preference=preference)
+
+
 def _page(settings: ServeSettings) -> str:
     """The page, told by attributes of its body what this server allows."""
     content = resources.files("htcl_ray.serving").joinpath("page.html").read_text(encoding="utf-8")
-    told = {"max-upload-bytes": settings.max_upload_bytes, "play-audio": str(settings.play_audio).lower()}
+    told = {
+        "max-upload-bytes": settings.max_upload_bytes,
+        "play-audio": str(settings.play_audio).lower(),
+        "little-coverage": LITTLE_COVERAGE,
+    }
     return content.replace(
         "<body>", "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in told.items()) + ">", 1
     )

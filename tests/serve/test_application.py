@@ -46,6 +46,7 @@ def assert_same(response: httpx.Response, expected: Answer) -> None:
     assert response.status_code == 200, response.text
     body = response.json()
     assert [result["song_id"] for result in body["results"]] == [hit.song_id for hit in expected.hits]
+    assert body["text_coverage"] == pytest.approx(expected.text_coverage)
     for result, hit in zip(body["results"], expected.hits, strict=True):
         assert result["semantic_score"] == pytest.approx(hit.semantic_score, abs=1e-5)
         assert result["preference_score"] == pytest.approx(hit.preference_score, abs=1e-5)
@@ -63,6 +64,12 @@ def test_answers_are_those_of_the_service_in_process(client: httpx.Client, servi
         assert_same(upload, service.search_audio(clip, **options))
         assert_same(client.post("/v1/search", json={"song_id": song_id(2), **options}), service.search_songs([song_id(2)], **options))
         assert_same(client.get(f"/v1/songs/{song_id(2)}/similar", params=options), service.search_songs([song_id(2)], **options))
+
+
+def test_a_text_of_which_nothing_is_known_is_told_also_when_it_is_remembered(client: httpx.Client):
+    for text, coverage in (("\U0001f3b5\U0001f3b6", 0), ("jazz \U0001f3b5\U0001f3b6", 4 / 6), ("jazz", 1)):
+        for _ in range(2):
+            assert client.post("/v1/search", json={"text": text}).json()["text_coverage"] == pytest.approx(coverage)
 
 
 def test_an_upload_of_a_song_finds_it_and_noise_does_not(client: httpx.Client, indexed: Config):

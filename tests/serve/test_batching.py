@@ -81,4 +81,6 @@ def test_batches(replica: Any, indexed: Config):
         alone = encoder.encode_waveforms([clip])
         np.testing.assert_allclose(answers[i].semantic, alone.semantic, atol=1e-5)
         np.testing.assert_allclose(answers[i].preference, alone.preference, atol=1e-5)
-        np.testing.assert_allclose(answers[13 + i].semantic, encoder.encode_texts([text_of(i)]).semantic, atol=1e-5)
+        expected = encoder.encode_texts([text_of(i)])
+        np.testing.assert_allclose(answers[13 + i].semantic, expected.semantic, atol=1e-5)
+        assert answers[13 + i].text_coverage == pytest.approx(expected.text_coverage)

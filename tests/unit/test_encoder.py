@@ -14,7 +14,7 @@ from htcl_ray.errors import InputError, MismatchError
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.pipelines.embed import embed_table, read_vectors
 from htcl_ray.retrieval.encoder import SongEncoder
-from htcl_ray.retrieval.vectors import Vectors
+from htcl_ray.retrieval.vectors import Vectors, concatenate
 from htcl_ray.storage import Workspace
 from tests.small_workspace import SONGS, small_config, song_id, sound, text_of, write_features, write_models
 
@@ -71,6 +71,18 @@ def test_vectors_do_not_depend_on_the_batch(encoder: SongEncoder, config: Config
     words = encoder.encode_texts(texts)
     for i, text in enumerate(texts):
         np.testing.assert_allclose(words.semantic[i], encoder.encode_texts([text]).semantic[0], atol=1e-5)
+
+
+def test_texts_come_with_their_coverage_and_clips_without(encoder: SongEncoder, config: Config):
+    texts = [text_of(0), "\U0001f3b5\U0001f3b6", f"{text_of(0)} \U0001f3b5\U0001f3b6"]
+    vectors = encoder.encode_texts(texts)
+    letters = sum(character.isalnum() for character in text_of(0))
+    assert vectors.text_coverage == pytest.approx([1, 0, letters / (letters + 2)])
+    assert vectors.rows(slice(1, 2)).text_coverage.tolist() == [0]
+    assert concatenate([vectors.rows(slice(1, 2)), vectors.rows(slice(0, 1))]).text_coverage.tolist() == [0, 1]
+    audio = encoder.encode_waveforms(sounds(config, 2))
+    assert audio.text_coverage is None
+    assert concatenate([audio, audio]).text_coverage is None
 
 
 def test_batch_embedding_equals_online_for_the_same_mel(encoder: SongEncoder, config: Config):

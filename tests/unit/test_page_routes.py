@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from htcl_ray.retrieval import SongIndex
 from htcl_ray.retrieval.live_index import LiveIndex
-from htcl_ray.retrieval.song_map import draw_map, evenly_chosen, song_map
+from htcl_ray.retrieval.song_map import draw_map, evenly_chosen, score_quantiles, song_map
 from htcl_ray.serving import page_routes
 from htcl_ray.serving.routes import create_app
 from htcl_ray.settings import ServeSettings
@@ -106,7 +106,7 @@ def test_the_page_is_told_what_the_server_allows(client: Client):
     page = Elements()
     page.feed(client("/").text)
     body = next(attributes for tag, attributes in page.tags if tag == "body")
-    assert body == {"data-max-upload-bytes": "1234567", "data-play-audio": "true"}
+    assert body == {"data-max-upload-bytes": "1234567", "data-play-audio": "true", "data-little-coverage": "0.5"}
 
 
 def test_the_map_holds_every_song_with_what_is_said_of_it(client: Client):
@@ -171,6 +171,49 @@ def test_an_index_with_songs_taken_out_before_is_drawn(client: Client):
         client.backend.live.remove(f"song {i}")
     client.backend.live.upsert("song 2", unit_vectors(99), {})
     assert {song["song_id"] for song in client("/v1/map").json()["songs"]} == {"song 2", "song 19"}
+
+
+def test_the_background_is_the_cosines_of_all_pairs(client: Client):
+    """The share of pairs below any score, read off the quantiles, is that of counting them one by one."""
+    index = client.backend.live.service.index
+    ids = [f"song {i}" for i in range(20)]
+    vectors = index.vectors_of(ids)
+    body = client("/v1/background").json()
+    assert body["index"] == "v1"
+    for half, quantiles in ((vectors.semantic, body["semantic"]), (vectors.preference, body["preference"])):
+        pairs = [float(half[i] @ half[j]) for i in range(20) for j in range(i)]
+        assert quantiles == sorted(quantiles)
+        assert [quantiles[0], quantiles[-1]] == pytest.approx([min(pairs), max(pairs)], abs=1e-4)
+        for score in (-0.9, -0.4, 0.0, 0.3, 0.75, 0.99):
+            assert np.searchsorted(quantiles, score) / 1001 == pytest.approx(np.mean([pair < score for pair in pairs]), abs=0.01)
+
+
+def test_the_background_follows_the_index_and_leaves_out_what_was_removed(client: Client, workspace: Workspace):
+    before = client("/v1/background").json()
+    assert client("/v1/background").json() == before
+    vectors = unit_vectors(1), unit_vectors(2)
+    write_index(workspace, "v2", {"one": 1, "two": 2, "gone": 3})
+    client.backend.live.activate("v2")
+    client.backend.live.remove("gone")
+    body = client("/v1/background").json()
+    assert (body["index"], len(body["semantic"])) == ("v2", 1001)
+    cosine = float(vectors[0].semantic[0] @ vectors[1].semantic[0])
+    assert body["semantic"] == pytest.approx([cosine] * 1001, abs=1e-4)
+
+
+def test_one_song_has_no_background(client: Client, workspace: Workspace):
+    write_index(workspace, "v2", {"one": 1})
+    client.backend.live.activate("v2")
+    assert client("/v1/background").json() == {"index": "v2", "semantic": None, "preference": None}
+
+
+def test_the_background_of_a_thousand_songs_is_near_that_of_all():
+    vectors = unit_vectors(5, 2_500)
+    index = SongIndex.build([f"{i:04}" for i in range(2_500)], vectors, model_versions=dict(VERSIONS))
+    semantic, preference = score_quantiles(index)
+    cosines = (vectors.semantic @ vectors.semantic.T)[np.triu_indices(2_500, 1)]
+    assert semantic == pytest.approx(np.quantile(cosines, np.linspace(0, 1, 1001)), abs=0.05)
+    assert preference != semantic
 
 
 def grouped(groups: int, each: int, width: int = 32) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import quote
 
@@ -56,7 +57,7 @@ class StandIn:
     async def encode_text(self, text: str) -> Vectors:
         if self.error:
             raise self.error
-        return vectors(sum(text.encode()), 1)
+        return replace(vectors(sum(text.encode()), 1), text_coverage=np.array([min(1, len(text) / 10)]))
 
     async def encode_audio(self, data: bytes) -> Vectors:
         if self.error:
@@ -129,6 +130,20 @@ def test_search_answers_what_the_service_answers(client: Client):
             assert {"title", "artist", "genre", "year"} <= set(result)
 
 
+def test_the_coverage_of_a_text_is_told_and_nothing_else_has_one(client: Client):
+    assert client("POST", "/v1/search", json={"text": "calm"}).json()["text_coverage"] == 0.4
+    assert client("POST", "/v1/embeddings", json={"text": "calm"}).json()["text_coverage"] == 0.4
+    files = {"file": ("a.wav", b"123")}
+    others = [
+        *(client("POST", "/v1/search", json=body) for body in ({"song_id": "a"}, {"song_ids": ["a"]}, {"vector": [1, 0, 0, 1, 0, 0]})),
+        *(client("POST", path, files=files) for path in ("/v1/search/audio", "/v1/embeddings")),
+        client("POST", "/v1/recommend", json={"history": [{"song_id": "a"}]}),
+        client("GET", "/v1/songs/a/similar"),
+    ]
+    for response in others:
+        assert response.json()["text_coverage"] is None
+
+
 def test_defaults(client: Client):
     body = client("POST", "/v1/search", json={"text": "calm"}).json()
     assert (body["k"], body["blend"]) == (10, 0.5)
@@ -179,6 +194,7 @@ def test_embeddings(client: Client):
     assert by_text.json() == {
         "semantic": expected.semantic[0].tolist(),
         "preference": expected.preference[0].tolist(),
+        "text_coverage": 0.4,
         "model_versions": {"semantic": "s1", "preference": "p1"},
     }
     by_sound = client("POST", "/v1/embeddings", files={"file": ("a.wav", b"123")}).json()
@@ -523,6 +539,7 @@ class TestOpenApi:
             ("GET", "/v1/map"),
             ("PUT", "/v1/songs/{song_id}"),
             ("DELETE", "/v1/songs/{song_id}"),
+            ("GET", "/v1/background"),
             ("GET", "/v1/index"),
             ("POST", "/v1/index/activate"),
             ("GET", "/rest/getOpenSubsonicExtensions"),

@@ -11,6 +11,7 @@ from htcl_ray.cli import main
 from htcl_ray.retrieval import SearchService
 from htcl_ray.retrieval.filters import Filter
 from htcl_ray.storage import Workspace
+from tests.evaluated_workspace import write_evaluated
 from tests.live import write_index
 from tests.small_workspace import small_config
 
@@ -33,7 +34,35 @@ def test_json_is_what_the_service_answers(workspace: Path, capsys: pytest.Captur
     answer = service.search_songs(["s1"], k=3, blend=0.2, filter=Filter(title=["two", "three"]), max_per_artist=1)
     assert [(result["song_id"], result["score"]) for result in told["results"]] == [(hit.song_id, hit.score) for hit in answer.hits]
     assert {result["title"] for result in told["results"]} == {"Two", "Three"}
-    assert (told["k"], told["blend"]) == (3, 0.2)
+    assert (told["k"], told["blend"], told["text_coverage"]) == (3, 0.2, None)
+
+
+@pytest.fixture(scope="module")
+def with_models(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A workspace whose index has real (untrained) models."""
+    folder = tmp_path_factory.mktemp("models")
+    return write_evaluated(folder / "workspace", folder).workspace
+
+
+@pytest.mark.parametrize(
+    ("text", "coverage", "said"),
+    [
+        ("jazz number 4", 1, ""),
+        ("\U0001f3b5\U0001f3b6", 0, "warning: the text model knows nothing of this text"),
+        ("静かなピアノ", 0, "warning: the text model knows nothing of this text"),
+        ("jazz \U0001f3b5\U0001f3b6", 4 / 6, ""),
+        ("jazz \U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6", 0.4, "warning: the text model knows only 40% of this text"),
+    ],
+)
+def test_a_text_of_which_little_is_known_is_warned_of(
+    with_models: str, text: str, coverage: float, said: str, capsys: pytest.CaptureFixture
+):
+    for flags in ([], ["--json"]):
+        assert main(["search", "--workspace", with_models, "--text", text, *flags]) == 0
+        told = capsys.readouterr()
+        assert told.err.strip().startswith(said)
+        assert bool(told.err.strip()) == bool(said)
+    assert json.loads(told.out)["text_coverage"] == pytest.approx(coverage)
 
 
 def test_a_table_for_people(workspace: Path, capsys: pytest.CaptureFixture):

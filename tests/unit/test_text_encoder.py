@@ -13,11 +13,20 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from transformers.models.bert_japanese.tokenization_bert_japanese import BertJapaneseTokenizer
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
 from htcl_ray.models import HTCL
-from htcl_ray.models.text_encoder import check_song_texts, check_text_settings, text_encoder_from_name, transformer_from_config
+from htcl_ray.models.text_encoder import (
+    TextEncoder,
+    check_song_texts,
+    check_text_settings,
+    fast_tokenizer,
+    text_encoder_from_name,
+    transformer_from_config,
+)
+from htcl_ray.models.vocabulary import train_wordpiece
 from htcl_ray.objectives.stages import pretrain_terms
 from htcl_ray.pipelines.train import pretrain
 from htcl_ray.settings import TextSettings
@@ -263,3 +272,82 @@ def test_training_does_not_begin_when_every_text_is_one_vector(config: Config, f
     with pytest.raises(InputError, match=message):
         refuse_equal_texts(model, songs)
     refuse_equal_texts(model, Songs(["a", "b"], ["calm", "calm"], ids * 0, train=np.arange(2), validation=np.arange(0)))
+
+
+PIECES = ("calm", "piano", "wave", "##s", "##wave", "syn", "##th", "a", "&", "r", "b", "z", "##z", "q", "##q", "静", "か", "##な", "##ヒ")
+
+
+def knowing(tokenizer: object, max_tokens: int = 16) -> TextEncoder:
+    """A text tower whose weights are never used."""
+    return TextEncoder(torch.nn.Identity(), tokenizer, TextSettings(max_tokens=max_tokens, pooling="mean"))
+
+
+def word_pieces(folder: Path) -> str:
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES]), encoding="utf-8")
+    return str(folder / "vocab.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "of"),
+    [
+        ("calm piano", 9, 9),
+        ("Cálm, PIANO!", 9, 9),  # punctuation counts for nothing
+        ("calm jazz", 4, 8),  # jazz is [UNK]
+        ("calms", 4, 5),  # calm ##s
+        ("synthwaves", 9, 10),  # syn ##th ##wave ##s
+        ("zzzqqq", 0, 6),  # spelled out
+        ("zzzqqq calm", 4, 10),
+        ("a", 1, 1),  # a whole word, however short
+        ("R&B", 2, 2),
+        ("!!! &", 0, 0),
+        (" \t\u200b", 0, 0),
+        ("\U0001f3b5\U0001f3b6", 0, 2),
+        ("[MASK] [UNK] [SEP]", 0, 10),
+        ("静かな calm", 7, 7),  # one character is a word or a syllable
+        ("かなピ", 3, 3),
+        ("かな静", 3, 3),
+        ("モ", 0, 1),
+        ("موسيقى", 0, 6),
+        ("piano" * 30, 0, 150),  # longer than any word
+        ("calm " * 14 + "zzz", 56, 56),  # the model does not read on
+        ("zq " * 20 + "calm " * 90, 0, 14),
+    ],
+)
+def test_coverage_is_the_share_of_characters_that_the_vocabulary_knows(tmp_path: Path, text: str, known: int, of: int):
+    encoder = knowing(BertTokenizerFast(word_pieces(tmp_path)))
+    assert encoder.coverage([text]) == pytest.approx([known / of if of else 0])
+    together = encoder.coverage(["calm piano", text, ""])
+    assert together == pytest.approx([1, known / of if of else 0, 0])
+
+
+def test_coverage_by_bytes_knows_no_part_of_a_character(tmp_path: Path):
+    """A vocabulary of bytes has no [UNK]: an emoji and a syllable are several pieces each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {
+        letter: number for number, letter in enumerate(["<pad>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ca", "lm", "calm"])
+    }
+    tokenizer = Tokenizer(models.BPE(alphabet, [("c", "a"), ("l", "m"), ("ca", "lm")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder = knowing(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"), max_tokens=64)
+    assert encoder.coverage(["calm", "\U0001f3b5", "かな", "calmzz"]) == pytest.approx([1, 0, 0, 4 / 6])
+
+
+def test_coverage_of_a_tokenizer_without_offsets_is_the_share_of_its_tokens(tmp_path: Path):
+    slow = BertJapaneseTokenizer(word_pieces(tmp_path), word_tokenizer_type="basic", do_lower_case=True)
+    assert not slow.is_fast
+    assert knowing(slow).coverage(["calm piano", "calm jazz", "jazz", ""]) == pytest.approx([1, 0.5, 0, 0])
+
+
+def test_a_vocabulary_from_scratch_knows_its_catalogue_and_no_other_script():
+    """Texts of shared/faults/37-unknown-script, against a vocabulary that knows every letter of them that is Latin."""
+    catalogue = [
+        f"{mood} {genre} with {instrument}" for mood in ("calm", "quick") for genre in ("jazz", "folk") for instrument in ("piano", "harp")
+    ]
+    encoder = knowing(fast_tokenizer(train_wordpiece(catalogue * 3, 200)))
+    assert encoder.coverage(catalogue).tolist() == [1.0] * len(catalogue)
+    unknown = encoder.coverage(["\U0001f3b5\U0001f3b6", "zzzqqq", "静かなピアノ", "موسيقى هادئة"])
+    assert (unknown < 0.5).all(), unknown
+    assert unknown[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert 0 < encoder.coverage(["calm \U0001f3b5\U0001f3b6"])[0] < 1
