@@ -32,8 +32,6 @@ from htcl_ray.settings import Require, ServeSettings
 from htcl_ray.storage import Workspace
 
 READY_SECONDS = 5.0
-ENCODER_SHARE = 0.75
-"""Of the requests in progress, those that may wait for an encoder."""
 ENCODER_RETRIES = 3
 RETRY_SECONDS = 0.1
 
@@ -136,7 +134,7 @@ class Ingress:
         # Behind HAProxy of ours it is serve.host that other machines reach; without it, the address that Ray Serve was given.
         self._settings = settings if served.front_token else settings.model_copy(update={"host": exposed_host(settings.host)})
         self._tokens = served.signing_key, served.front_token
-        self._most_encoding = max(1, round(ENCODER_SHARE * settings.max_waiting_requests))
+        self._most_encoding = settings.max_waiting_requests
         self._encoding = 0
         """Requests that wait for an encoder."""
         self._cache = QueryCache(settings.cache_entries)
@@ -179,7 +177,7 @@ class Ingress:
 
     @contextlib.contextmanager
     def _one_encoding(self) -> Iterator[None]:
-        """Count a request that waits for an encoder. Raises HTTPException (429) beyond their share, so that others have places."""
+        """Count a request that waits for an encoder. Raises HTTPException (429) beyond their number, so that others have places."""
         if self._encoding >= self._most_encoding:
             message = f"{self._most_encoding} requests wait for an encoder, the most that this replica lets wait; try again"
             raise HTTPException(429, message, RETRY)

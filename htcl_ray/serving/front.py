@@ -73,7 +73,7 @@ def haproxy_front(config: Config) -> Iterator[None]:
     front = Front(
         binary=binary,
         host=_bracketed(config.serve.host),
-        max_requests=config.serve.ingress_replicas * config.serve.max_waiting_requests,
+        max_requests=config.serve.ingress_replicas * config.serve.most_in_progress,
         token=secrets.token_hex(16),
         metrics=f"{_bracketed(config.serve.metrics_host)}:{metrics}",
         metrics_source=metrics_source,

@@ -91,5 +91,5 @@ def _middleware(
     if settings.requests_per_second is not None:  # behind the keys, because it counts by key
         buckets = TokenBuckets(settings.requests_per_second, settings.request_burst)
         layers.append(Middleware(RateLimit, buckets=buckets))
-    most, seconds, receive_seconds = settings.max_waiting_requests, settings.request_seconds, settings.receive_seconds
+    most, seconds, receive_seconds = settings.most_in_progress, settings.request_seconds, settings.receive_seconds
     return [*layers, Middleware(Admission, most=most, seconds=seconds, receive_seconds=receive_seconds)]

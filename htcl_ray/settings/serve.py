@@ -50,8 +50,8 @@ class ServeSettings(Settings):
     request_burst: int = Field(20, ge=1)
     """Requests beyond the lasting rate that may come at once."""
     max_waiting_requests: int = Field(32, ge=1)
-    """Requests in progress in an ingress replica, counted once they have arrived; further ones are rejected with 429. At most three
-    quarters of them wait for an encoder, so that searches by song are answered also while no encoder responds."""
+    """Requests in progress in an ingress replica that may need an encoder, counted once they have arrived; further ones are rejected with
+    429. A quarter more are taken of those that need none, so that searches by song are answered also while no encoder responds."""
     request_seconds: float = Field(30.0, gt=0)
     """Time in which a request has to be answered once it has arrived; after it the response is 503."""
     receive_seconds: float = Field(60.0, gt=0)
@@ -81,6 +81,11 @@ class ServeSettings(Settings):
     """How often an ingress replica looks for updates of songs and for another active index."""
     activate_newest: bool = False
     """Activate each newly built index of the same models whose gate did not fail."""
+
+    @property
+    def most_in_progress(self) -> int:
+        """Requests in progress in an ingress replica, with those that need no encoder."""
+        return self.max_waiting_requests + -(-self.max_waiting_requests // 4)
 
     @field_validator("trusted_proxies")
     @classmethod

@@ -18,6 +18,7 @@ from htcl_ray.retrieval import SearchService
 from htcl_ray.retrieval.service import Answer
 from htcl_ray.serving import application
 from htcl_ray.serving.application import serving
+from htcl_ray.storage import file_sha256
 from tests.serve.processes import replicas
 from tests.small_workspace import SONGS, song_id, sound, wav
 
@@ -89,7 +90,9 @@ def test_metadata_and_index(client: httpx.Client, indexed: Config):
     assert (song["title"], song["artist"], song["genre"], song["year"], song["lyrics"]) == ("number 3", "artist 3", ["rock"], 1993, None)
     index = client.get("/v1/index").json()
     assert (index["songs"], index["dim"], index["has_preference"]) == (SONGS, 12, True)
-    assert index["manifest"] == json.loads((Path(indexed.workspace) / "index" / index["version"] / "manifest.json").read_text())
+    written = json.loads((Path(indexed.workspace) / "index" / index["version"] / "manifest.json").read_text())
+    written["config"]["workspace"] = Path(indexed.workspace).name  # a path of the server, of which clients see the last name
+    assert index["manifest"] == written
     assert client.get("/readyz").json() == {"status": "ready", "index": index["version"], "songs": SONGS}
     assert client.get("/healthz").status_code == 200
     assert "/v1/search/audio" in client.get("/openapi.json").json()["paths"]
@@ -195,11 +198,12 @@ class TestRefusedBeforeRayStarts:
         copied = tmp_path / "workspace"
         shutil.copytree(indexed.workspace, copied)
         folder = copied / "models" / "preference" / "preference-0"
-        manifest = (folder / "manifest.json").read_bytes()
+        manifest = json.loads((folder / "manifest.json").read_text())
         model = HTCL.from_pretrained(folder)
         model.audio_head[0].weight.data.mul_(2)
         model.save_pretrained(folder)
-        (folder / "manifest.json").write_bytes(manifest)
+        manifest["files"] = {name: file_sha256(folder / name) for name in manifest["files"]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
         with (
             pytest.raises(MismatchError, match=r"preference model \w{16}.*loaded is \w{16}"),
             serving(indexed.with_overrides({"workspace": str(copied)})),

@@ -50,7 +50,7 @@ def test_options_reach_the_program_that_ray_starts(config: Config):
     with haproxy_front(changed):
         options = active_front()
         assert options is not None
-        assert (options.host, options.max_requests) == ("[::1]", 21)
+        assert (options.host, options.max_requests) == ("[::1]", 3 * (7 + 2))
         assert len(options.token) == 32
         assert re.fullmatch(r"127\.0\.0\.1:\d+", options.metrics)
         assert Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]).stat().st_mode & 0o777 == 0o700
