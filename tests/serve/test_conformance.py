@@ -28,7 +28,8 @@ def check_ids_and_head(url: str) -> None:
             assert head.headers.get("content-length") == get.headers.get("content-length")
 
 
-def test_every_answer_is_as_documented(indexed: Config, tmp_path: Path):
+def test_every_answer_is_as_documented(indexed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where Schemathesis keeps files
     shutil.copytree(indexed.workspace, tmp_path / "workspace")
     keys = tmp_path / "keys.yaml"
     keys.write_text("[{name: tester, key: writes-too-0123456789, scopes: [write]}]")
