@@ -1,7 +1,47 @@
-"""HTCL on Ray: music representations learned from sound, words and taste, and served.
+"""HTCL on Ray: music representations learned from audio, text and listening, and served.
 
-Importing this package is light: it loads neither ray nor torch. Start from `htcl_ray.models.HTCL` (the model),
-`htcl_ray.audio.log_mel` (its input), `htcl_ray.retrieval.SongIndex` (search) or the `htcl` command.
+The names in `__all__` are the stable surface. They are imported when they are first used: `import htcl_ray` loads neither Ray nor PyTorch.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from htcl_ray.audio import log_mel
+    from htcl_ray.client import AsyncClient, Client
+    from htcl_ray.evaluation import metrics
+    from htcl_ray.models import HTCL
+    from htcl_ray.objectives import info_nce
+    from htcl_ray.retrieval import SongIndex
+
 __version__ = "0.1.0"
+__all__ = ["HTCL", "AsyncClient", "Client", "SongIndex", "info_nce", "log_mel", "metrics"]
+
+_MODULES = {
+    "HTCL": "htcl_ray.models",
+    "AsyncClient": "htcl_ray.client",
+    "Client": "htcl_ray.client",
+    "SongIndex": "htcl_ray.retrieval",
+    "info_nce": "htcl_ray.objectives",
+    "log_mel": "htcl_ray.audio",
+    "metrics": "htcl_ray.evaluation",
+}
+"""Where each name is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, imported now (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_MODULES[name])
+    try:
+        return getattr(module, name)
+    except AttributeError:  # a module of the package that nothing has imported yet
+        return importlib.import_module(f"{_MODULES[name]}.{name}")
+
+
+def __dir__() -> list[str]:
+    """With the names that are not imported yet."""
+    return sorted({*globals(), *__all__})

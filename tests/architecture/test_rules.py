@@ -134,3 +134,32 @@ def test_jobs_hold_only_main():
 def test_jobs_are_not_called_like_a_library():
     names = {path.stem for path in (REPOSITORY / "jobs").glob("*.py")} - {"__init__"}
     assert not names & (set(sys.stdlib_module_names) | {"ray", "torch", "transformers", "librosa", "optuna", "faiss", "numpy"})
+
+
+def test_the_public_names_are_there_and_are_imported_only_when_they_are_used():
+    """What DESIGN and the README promise: `from htcl_ray import HTCL, SongIndex, Client, AsyncClient, log_mel, info_nce, metrics`."""
+    import htcl_ray
+    from htcl_ray.audio import log_mel
+    from htcl_ray.client import AsyncClient, Client
+    from htcl_ray.evaluation import metrics
+    from htcl_ray.models import HTCL
+    from htcl_ray.objectives import info_nce
+    from htcl_ray.retrieval import SongIndex
+
+    expected = {"HTCL": HTCL, "SongIndex": SongIndex, "Client": Client, "AsyncClient": AsyncClient}
+    expected |= {"log_mel": log_mel, "info_nce": info_nce, "metrics": metrics}
+    assert set(htcl_ray.__all__) == set(expected)
+    assert {name: getattr(htcl_ray, name) for name in htcl_ray.__all__} == expected
+    assert set(htcl_ray.__all__) <= set(dir(htcl_ray))
+    with pytest.raises(AttributeError, match="'htcl_ray' has no attribute 'nothing'"):
+        htcl_ray.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "light"),
+    [("Client", "torch faiss ray"), ("log_mel", "torch faiss ray"), ("metrics", "torch faiss ray"), ("HTCL", "faiss ray")],
+)
+def test_a_public_name_loads_what_it_needs_and_no_more(name: str, light: str):
+    code = f"from htcl_ray import {name}; import sys; print([name for name in {light.split()!r} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert loaded.stdout.strip() == "[]"
