@@ -36,7 +36,7 @@ FEWER_HOPS = {
 }
 """A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
 QUICK_RECOVERY = {
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
