@@ -18,7 +18,7 @@ from htcl_ray.config import Config
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
 from htcl_ray.sample import SampleTables, write_sample
-from htcl_ray.storage import Workspace
+from htcl_ray.storage import Workspace, file_sha256
 from tests.end_to_end.whole_path import Outcome, configuration, rewrite, run_every_step
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
@@ -100,6 +100,9 @@ def spoil_checkpoint(config: Config) -> None:
         copy = folder.with_name(f"{folder.name}-initial")
         model.save_pretrained(copy)
         (copy / "model.safetensors").replace(folder / "model.safetensors")
+        manifest = workspace.read_json(f"{artifact.path}/manifest.json")
+        manifest["files"]["model.safetensors"] = file_sha256(folder / "model.safetensors")
+        workspace.write_json(f"{artifact.path}/manifest.json", manifest)
 
 
 def test_initial_checkpoint(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
