@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -210,6 +211,8 @@ def test_a_body_and_headers_that_never_come_are_408_and_hold_up_nobody(url: str)
 
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.1", "10.0.0.0/8")])
 def test_an_address_has_a_thousand_connections_unless_it_is_a_proxy(tmp_path: Path, trusted: tuple[str, ...]):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8_192), max(hard, 8_192)))  # for the connections, here and in HAProxy
     port = free_port()
     configuration = ray_configuration(tmp_path, port, free_port()).replace("maxconn 4096", "maxconn 1500")
     with running(tmp_path, configuration, Front(trusted_proxies=trusted), port) as url:
