@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import write_result
+from benchmarks.hostile_uploads import DECODER, processes
 from benchmarks.served_world import make_world, recording, song_id
 
 PARTS = ("encoder", "ingress", "haproxy", "controller", "decoder", "sigterm")
@@ -40,13 +41,14 @@ REQUESTS = 900
 KILL_AFTER = 300
 SIGTERM_REQUESTS, SIGTERM_AFTER = 400, 100
 SONGS = 2_000
-COMMAND_LINES = {
-    "encoder": r"ray::ServeReplica:htcl:Encoder",
-    "ingress": r"ray::ServeReplica:htcl:Ingress",
-    "controller": r"ray::ServeController",
-    "haproxy": r"haproxy .*haproxy\.cfg",
-    "decoder": r"htcl_ray\.audio\.worker",
+NAMES = {
+    "encoder": b"ServeReplica:htcl:Encoder",
+    "ingress": b"ServeReplica:htcl:Ingress",
+    "controller": b"ServeController",
+    "haproxy": b"haproxy.cfg",
+    "decoder": DECODER,
 }
+"""In the command lines of the processes."""
 
 
 @dataclass
@@ -91,9 +93,8 @@ def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
         "serve.encoder_cpus": 0.5,
         "ray.num_cpus": 8,
     }
-    known = set(_keys())
     command = [str(Path(sys.executable).with_name("htcl")), "serve", "--preset", "demo"]
-    command += [word for key, value in settings.items() if key in known or "." not in key for word in ("--set", f"{key}={value}")]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -119,13 +120,6 @@ def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
     }
 
 
-def _keys() -> list[str]:
-    """Configuration keys of the installed package, so that an older one can be measured too."""
-    from htcl_ray.settings import ServeSettings
-
-    return [f"serve.{name}" for name in ServeSettings.model_fields] + ["ray.num_cpus"]
-
-
 async def send(url: str, process: subprocess.Popen[str], part: str, requests: int, kill_after: int) -> list[Sent]:
     """Open loop: each request leaves when it is due, whether or not earlier ones were answered."""
     sent: list[Sent] = []
@@ -146,7 +140,7 @@ async def send(url: str, process: subprocess.Popen[str], part: str, requests: in
 
         running = [asyncio.create_task(one(number)) for number in range(requests)]
         await asyncio.sleep(max(0.0, begun + kill_after / RATE - time.perf_counter()))
-        for pid in [process.pid] if part == "sigterm" else victims(process.pid, part):
+        for pid in [process.pid] if part == "sigterm" else sorted(processes(NAMES[part], process.pid))[:1]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if part == "sigterm" else signal.SIGKILL)
         await asyncio.gather(*running)
@@ -162,29 +156,6 @@ async def ask(client: httpx.AsyncClient, kind: str, number: int) -> httpx.Respon
     if kind == "text":
         return await client.post("/v1/search", json={"text": f"calm rock number {number}"})
     return await client.post("/v1/search/audio", files={"file": ("clip.wav", recording(number))})
-
-
-def victims(server: int, part: str) -> list[int]:
-    """The first process of this part that the server started."""
-    found = [pid for pid in _descendants(server) if re.search(COMMAND_LINES[part], _command_line(pid))]
-    return sorted(found)[:1]
-
-
-def _descendants(pid: int) -> list[int]:
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for known in found:
-        found += [child for child, parent in parents.items() if parent == known]
-    return found[1:]
-
-
-def _command_line(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -179,7 +179,7 @@ def _metrics(settings: ServeSettings, front: Front | None) -> tuple[str, int | N
             f"serve.metrics_host is {settings.metrics_host}, which needs HAProxy in front; install ray[serve] with its HAProxy, or leave "
             "the metrics on 127.0.0.1"
         )
-    return "", settings.metrics_port or None
+    return "", check_port(settings.metrics_host, settings.metrics_port, "serve.metrics_") if settings.metrics_port else None
 
 
 def _served(config: Config, index: str | None) -> Served:

@@ -26,6 +26,7 @@ from htcl_ray.errors import (
 )
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.answers import failure
+from htcl_ray.serving.haproxy import RETRY
 from htcl_ray.serving.json_parts import is_form
 
 METHODS = ("DELETE", "GET", "POST", "PUT")
@@ -33,7 +34,6 @@ FOLDERS = re.compile(r"(?:\b[a-z][a-z0-9+.-]*:/*|(?<![\w./<]))/(?=[^\s/])(?:[^\s
 """The folders of an absolute path or URI, up to its last name."""
 NOT_AN_OBJECT = ("dict_type", "model_attributes_type", "model_type")
 """Pydantic's types of error for a value that is no JSON object; their messages name classes of Python."""
-RETRY = {"Retry-After": "1"}
 STATUS = {
     SongNotFoundError: (404, "song_not_found"),
     AudioNotFoundError: (404, "audio_not_found"),

@@ -8,6 +8,8 @@ from typing import TypeVar
 from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from htcl_ray.serving.haproxy import RETRY
+
 Result = TypeVar("Result")
 
 
@@ -16,4 +18,4 @@ async def with_storage(call: Callable[..., Result], *arguments: object) -> Resul
     try:
         return await run_in_threadpool(call, *arguments)
     except OSError as error:
-        raise HTTPException(503, "the workspace cannot be read or written now; try again", {"Retry-After": "1"}) from error
+        raise HTTPException(503, "the workspace cannot be read or written now; try again", RETRY) from error

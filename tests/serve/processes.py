@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+
+def spawn(*command: str, **environment: str) -> subprocess.Popen[str]:
+    """A command in the repository's folder, whose output is one stream of lines as they come."""
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def replicas() -> set[int]:

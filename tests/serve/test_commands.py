@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ import yaml
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError
 from tests.conftest import REPOSITORY
+from tests.serve.processes import spawn
 from tests.small_workspace import SONGS
 
 pytestmark = pytest.mark.serve
@@ -31,14 +31,7 @@ SCRIPTS = Path(sys.executable).parent
 @contextmanager
 def started(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
     """A process, ended by Ctrl-C; its output is in `process.output`, line by line as it comes."""
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = spawn(*command, **environment)
     try:
         yield process
     finally:

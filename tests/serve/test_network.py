@@ -23,8 +23,7 @@ import httpx
 import pytest
 
 from htcl_ray.config import Config
-from tests.conftest import REPOSITORY
-from tests.serve.processes import command_line, descendants
+from tests.serve.processes import command_line, descendants, spawn
 from tests.small_workspace import song_id, write_other_index
 
 pytestmark = pytest.mark.serve
@@ -85,14 +84,7 @@ class Server:
 def start(workspace: str, *settings: str, **environment: str) -> Server:
     command = [str(Path(sys.executable).parent / "htcl"), "serve", "--preset", "demo", "--workspace", workspace]
     command += [word for setting in ("serve.port=0", "serve.poll_seconds=0.2", *settings) for word in ("--set", setting)]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = spawn(*command, **environment)
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
