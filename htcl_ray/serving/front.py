@@ -35,6 +35,8 @@ FEWER_HOPS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 """A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
+PATIENT_START = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""Ray kills a HAProxy that is not ready in time, and with it the start of the service; its default of 5 s is too short on a busy machine."""
 QUICK_RECOVERY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
@@ -83,6 +85,7 @@ def haproxy_front(config: Config) -> Iterator[None]:
     variables = {
         SWITCH: "1",
         **FEWER_HOPS,
+        **PATIENT_START,
         **QUICK_RECOVERY,
         haproxy.OPTIONS: front.to_json(),
         haproxy.BINARY_PATH: str(_program(folder)),

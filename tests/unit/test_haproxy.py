@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,13 +63,19 @@ def ray_configuration(folder: Path, port: int, backend_port: int | None, host: s
     return (folder / "haproxy.cfg").read_text()
 
 
+COUNTING = threading.Lock()
+
+
 class Replica(BaseHTTPRequestHandler):
-    """Responds with the request's path and headers; /wait waits for `gate`."""
+    """Responds with the request's path and headers; /wait waits for `gate`. `begun` counts the requests of each path."""
 
     protocol_version = "HTTP/1.1"
     gate = threading.Event()
+    begun: Counter[str] = Counter()
 
     def do_GET(self) -> None:
+        with COUNTING:
+            Replica.begun[self.path] += 1
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.path.startswith("/wait"):
             self.gate.wait(20)
@@ -86,6 +93,7 @@ class Replica(BaseHTTPRequestHandler):
 
 class QuietServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that a test broke."""
@@ -170,7 +178,7 @@ def test_more_requests_than_the_replicas_take_are_429_and_probes_are_not(url: st
     Replica.gate.clear()
     with ThreadPoolExecutor(MOST) as pool:
         waiting = [pool.submit(httpx.get, f"{url}/wait", timeout=30) for _ in range(MOST)]
-        eventually(lambda: httpx.get(f"{url}/x").status_code == 429)
+        eventually(lambda: Replica.begun["/wait"] == MOST)
         rejected = httpx.post(f"{url}/x", content=b"x" * 5_000)
         assert (rejected.status_code, rejected.headers["retry-after"]) == (429, "1")
         assert rejected.json()["error"]["message"] == "3 requests are in progress, the most that this service takes; try again"
@@ -181,10 +189,10 @@ def test_more_requests_than_the_replicas_take_are_429_and_probes_are_not(url: st
 
 
 def test_uploads_in_transit_take_no_place_of_other_requests_until_there_are_eight_times_as_many(url: str):
-    head = b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n" + b"x" * 20_000
+    head = b"POST /upload HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n" + b"x" * 20_000
     uploads = [stalled(url, head) for _ in range(8 * MOST)]
     try:
-        time.sleep(1)
+        eventually(lambda: Replica.begun["/upload"] == 8 * MOST)
         for _ in range(10):
             assert httpx.get(f"{url}/x").status_code == 200
         last = stalled(url, head)
