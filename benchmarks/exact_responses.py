@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from benchmarks.environment import write_result
 from benchmarks.served_world import GENRES, config_of, make_world, recording, song_id
 from htcl_ray.audio import decode
-from htcl_ray.retrieval import SearchService
+from htcl_ray.search.service import SearchService
 
 KINDS = ("song", "songs", "vector", "text", "recording", "history")
 TOLERANCE = 1e-5

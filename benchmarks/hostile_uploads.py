@@ -26,7 +26,7 @@ import httpx
 from benchmarks.environment import write_result
 from benchmarks.hostile_requests import Request, read_files, requests
 
-REPLICA, DECODER = b"ServeReplica:htcl:", b"htcl_ray.audio.worker"
+REPLICA, DECODER = b"ServeReplica:htcl:", b"htcl_ray.audio.sandbox_worker"
 QUARTERS = 4
 ANSWER_SECONDS = 120.0
 

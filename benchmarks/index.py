@@ -85,7 +85,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Build one structure and walk its curve. Runs in a process of its own."""
     sys.path.append(case["peers"] or "")
     vectors, queries, truth = (np.load(f"{case['folder']}/{name}.npy") for name in ("vectors", "queries", "truth"))
-    importlib.import_module("htcl_ray.retrieval" if case["structure"] in OURS else PEERS[case["structure"]])
+    importlib.import_module("htcl_ray.index" if case["structure"] in OURS else PEERS[case["structure"]])
     before = resident_mb()["now"]
     started = time.perf_counter()
     settings, curves = (ours if case["structure"] in OURS else PEER[case["structure"].split()[0]])(vectors, case)
@@ -115,8 +115,9 @@ def ours(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tuple[int,
     """A SongIndex of semantic vectors alone, and the structure in it."""
     from dataclasses import replace
 
-    from htcl_ray.retrieval import SongIndex, Vectors
-    from htcl_ray.settings import IndexSettings
+    from htcl_ray.config.sections import IndexSettings
+    from htcl_ray.index.song_index import SongIndex
+    from htcl_ray.index.vectors import Vectors
 
     kind = case["structure"]
     given = IndexSettings(kind=kind, hnsw_neighbors=NEIGHBORS, ef_construction=WHILE_BUILT, ivf_probes=1)

@@ -55,7 +55,7 @@ def measure_loss(case: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from benchmarks import synthetic_songs
-    from htcl_ray.objectives.stages import pretrain_terms
+    from htcl_ray.losses.stages import pretrain_terms
 
     rows = case["batch"]
     with tempfile.TemporaryDirectory() as scratch:

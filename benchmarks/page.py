@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.environment import write_result
 from benchmarks.served_world import Bare, config_of, make_world
-from htcl_ray.serving.routes import create_app
+from htcl_ray.serving.http_app import create_app
 
 BLENDS = 51
 FIRST_RESULT = "() => performance.getEntriesByName('first-result')[0]?.startTime"

@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import write_result
+from htcl_ray.config.sections import PairSettings
+from htcl_ray.demo_world.listeners import make_tastes, simulate
+from htcl_ray.demo_world.world import make_world
 from htcl_ray.interactions.pairs import draws_by_support, finish_pairs, partial_pairs, positives
-from htcl_ray.sample.listeners import make_tastes, simulate
-from htcl_ray.sample.world import make_world
 from htcl_ray.schemas import EVENTS, Feedback, Split
-from htcl_ray.settings import PairSettings
 
 Floats = npt.NDArray[np.float64]
 

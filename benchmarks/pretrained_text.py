@@ -23,11 +23,11 @@ from rich.table import Table
 from benchmarks.environment import write_result
 from benchmarks.sample_world import configuration, run, value
 from htcl_ray.config import Config, resolve
+from htcl_ray.demo_world import SampleTables, write_sample
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.sample import SampleTables, write_sample
-from htcl_ray.storage import file_sha256
+from htcl_ray.workspace.storage import file_sha256
 
 MINILM = Path(__file__).resolve().parents[1] / ".models" / "all-minilm-l6-v2"
 PRETRAINED = {

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from htcl_ray.settings import AudioRecipe, ModelSettings
+from htcl_ray.config.sections import AudioRecipe, ModelSettings
 from htcl_ray.training.batches import Batch
 
 TEXT_RATE, ENCODER_RATE, RATE = 1e-5, 1e-5, 1e-4

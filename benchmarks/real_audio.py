@@ -28,7 +28,7 @@ from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.retrieval.service import SearchService
+from htcl_ray.search.service import SearchService
 
 ESC10 = {
     "audio.clip_seconds": 5.0,

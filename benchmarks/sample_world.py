@@ -26,17 +26,17 @@ from rich.table import Table
 
 from benchmarks.environment import write_result
 from htcl_ray.config import Config, resolve
-from htcl_ray.evaluation.ablation import ablation_table, ablation_tree
-from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.saved import Key, from_table
+from htcl_ray.demo_world import TEXT_COLUMNS, SampleTables, write_sample
+from htcl_ray.evaluation.report.ablation_table import ablation_table, ablation_tree
+from htcl_ray.evaluation.report.resamples import Key, from_table
+from htcl_ray.evaluation.stats.bootstrap import Estimate
 from htcl_ray.pipelines.ablate import ablate
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
-from htcl_ray.sample import TEXT_COLUMNS, SampleTables, write_sample
-from htcl_ray.storage import Workspace
+from htcl_ray.workspace.storage import Workspace
 
 
 def configuration(workspace: Path, tables: SampleTables, seed: int) -> Config:

@@ -155,7 +155,7 @@ def upload(url: str, number: int) -> bytes:
 
 def in_process(workspace: Path, songs: int) -> dict[str, Any]:
     """Questions a second of the service itself, one after the other in one thread."""
-    from htcl_ray.retrieval import SearchService
+    from htcl_ray.search.service import SearchService
 
     service = SearchService.open(config_of(workspace))
     rows = np.random.default_rng(0).integers(songs, size=2000)

@@ -17,10 +17,11 @@ import pyarrow as pa
 import soundfile
 
 from htcl_ray.config import Config, resolve
+from htcl_ray.index.song_index import SongIndex
+from htcl_ray.index.vectors import Vectors
 from htcl_ray.models import HTCL, weights_fingerprint
-from htcl_ray.models.vocabulary import train_wordpiece
-from htcl_ray.retrieval import SongIndex, Vectors
-from htcl_ray.storage import Workspace, build_manifest, file_sha256
+from htcl_ray.models.towers.vocabulary import train_wordpiece
+from htcl_ray.workspace.storage import Workspace, build_manifest, file_sha256
 
 GENRES = ("rock", "jazz", "folk", "soul", "techno")
 CLIP_SECONDS = 3.0
@@ -110,8 +111,8 @@ class Bare:
 
     def __init__(self, config: Config) -> None:
         from htcl_ray.audio import decode, log_mel
-        from htcl_ray.retrieval import SearchService
-        from htcl_ray.retrieval.live_index import LiveIndex
+        from htcl_ray.index.live.live_index import LiveIndex
+        from htcl_ray.search.service import SearchService
 
         opened = SearchService.open(config)
         self._encoder: Any = opened.encoder
@@ -137,7 +138,7 @@ def _serve_bare(config: Config) -> None:
     import torch
     import uvicorn
 
-    from htcl_ray.serving.routes import create_app
+    from htcl_ray.serving.http_app import create_app
 
     torch.set_num_threads(1)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which Ray Serve would send to a file

@@ -12,7 +12,7 @@ from benchmarks.published_step import PublishedModel
 from benchmarks.synthetic_songs import World
 from htcl_ray.models import HTCL
 from htcl_ray.training.batches import Batch
-from htcl_ray.training.optim import build_optimizer
+from htcl_ray.training.optimization import build_optimizer
 from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.towers import compile_towers
 

@@ -13,12 +13,12 @@ from transformers import BertConfig
 from htcl_ray.config import Config, resolve
 from htcl_ray.models import HTCL
 from htcl_ray.models.record import ModelRecord
-from htcl_ray.models.text_encoder import TextEncoder, text_encoder_from_scratch, transformer_from_config
-from htcl_ray.models.vocabulary import train_wordpiece
+from htcl_ray.models.towers.text import TextEncoder, text_encoder_from_scratch, transformer_from_config
+from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.batches import Batch, BatchLoader
-from htcl_ray.training.frames import FRAMES, OFFSETS, Frames
-from htcl_ray.training.songs import Pairs, Songs
-from htcl_ray.training.tasks import Task, finetune_task, pretrain_task
+from htcl_ray.training.features import FRAMES, OFFSETS, Frames
+from htcl_ray.training.song_numbers import Pairs, Songs
+from htcl_ray.training.stage_tasks import Task, finetune_task, pretrain_task
 
 STORED = 1024
 """Log-mels that are really there; song i has the log-mel of song i mod this, but its own text and ids."""

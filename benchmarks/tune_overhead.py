@@ -64,9 +64,9 @@ def search(variant: str, workspace: Path, trials: int) -> None:
     """One search in this process; the time of each trial's end goes into `ends` beside the study."""
     chosen = VARIANTS[variant]
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = chosen["poll_seconds"]
-    from htcl_ray.pipelines import cluster
-    from htcl_ray.pipelines.tune import tune
-    from tests.synthetic_features import tiny_config, write_features
+    from htcl_ray.cluster import connection
+    from htcl_ray.pipelines.tuning.tune import tune
+    from tests.worlds.synthetic_features import tiny_config, write_features
 
     config = tiny_config(
         workspace,
@@ -81,10 +81,10 @@ def search(variant: str, workspace: Path, trials: int) -> None:
         },
     )
     write_features(config)
-    cluster.connect(config)
+    connection.connect(config)
     from ray import tune as ray_tune
 
-    from htcl_ray.pipelines.study import StudyCallback
+    from htcl_ray.pipelines.tuning.study import StudyCallback
 
     original = ray_tune.TuneConfig
     ray_tune.TuneConfig = lambda **given: original(**{**given, "reuse_actors": chosen["reuse_actors"]})
@@ -102,8 +102,8 @@ def search(variant: str, workspace: Path, trials: int) -> None:
 
 def summary(workspace: Path) -> dict[str, float]:
     """Medians over all trials but the first."""
-    from htcl_ray.storage import Workspace
     from htcl_ray.tuning.trials import read_trials
+    from htcl_ray.workspace.storage import Workspace
 
     ends = [float(word) for word in (workspace / "ends").read_text().split()]
     rows = []

@@ -24,15 +24,15 @@ from rich.table import Table
 from benchmarks.environment import write_result
 from benchmarks.sample_world import configuration
 from htcl_ray.config import Config
+from htcl_ray.demo_world import write_sample
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.pipelines.tune import tune
-from htcl_ray.sample import write_sample
-from htcl_ray.storage import Workspace
+from htcl_ray.pipelines.tuning.tune import tune
 from htcl_ray.tuning.budget import Budget, trial_config
 from htcl_ray.tuning.trials import read_trials, winners
+from htcl_ray.workspace.storage import Workspace
 
 STUDY = "runs/tune/pretrain"
 FIGURES = ("recall@1", "recall@5", "recall@10", "mrr")

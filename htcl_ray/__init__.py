@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from htcl_ray.audio import log_mel
     from htcl_ray.client import AsyncClient, Client
     from htcl_ray.evaluation import metrics
+    from htcl_ray.index.song_index import SongIndex
+    from htcl_ray.losses import info_nce
     from htcl_ray.models import HTCL
-    from htcl_ray.objectives import info_nce
-    from htcl_ray.retrieval import SongIndex
 
 __version__ = "0.1.0"
 __all__ = ["HTCL", "AsyncClient", "Client", "SongIndex", "info_nce", "log_mel", "metrics"]
@@ -23,8 +23,8 @@ _MODULES = {
     "HTCL": "htcl_ray.models",
     "AsyncClient": "htcl_ray.client",
     "Client": "htcl_ray.client",
-    "SongIndex": "htcl_ray.retrieval",
-    "info_nce": "htcl_ray.objectives",
+    "SongIndex": "htcl_ray.index.song_index",
+    "info_nce": "htcl_ray.losses",
     "log_mel": "htcl_ray.audio",
     "metrics": "htcl_ray.evaluation",
 }

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from htcl_ray import __version__, errors
 from htcl_ray.config import PRESETS, Config, json_schema, resolve
-from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import ConfigError, HtclError, InputError
-from htcl_ray.paths import absolute
+from htcl_ray.workspace.credentials import without_credentials
+from htcl_ray.workspace.paths import absolute
 
 if TYPE_CHECKING:
-    from htcl_ray.artifacts import StepResult
+    from htcl_ray.workspace.artifacts import StepResult
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run_step(step: str) -> int:
 
 
 def _report(error: BaseException, where: str = "the workspace") -> int:
-    from htcl_ray.storage import storage_failure
+    from htcl_ray.workspace.storage import storage_failure
 
     ours = _ours(error) or storage_failure(error, where)
     if isinstance(ours, InputError):
@@ -153,7 +153,7 @@ def _config(options: argparse.Namespace) -> Config:
     if options.workspace:
         config = config.with_overrides({"workspace": options.workspace})
     if COMMANDS[options.command].on_cluster:
-        from htcl_ray.pipelines.cluster import refuse_relative_paths
+        from htcl_ray.cluster.connection import refuse_relative_paths
 
         refuse_relative_paths(config)
     return config.with_absolute_paths()
@@ -214,7 +214,7 @@ def _step(module: str, function: str, *, argument: str | None = None) -> Callabl
     def run(config: Config, options: argparse.Namespace) -> None:
         import importlib
 
-        from htcl_ray.storage import Workspace
+        from htcl_ray.workspace.storage import Workspace
 
         Workspace(config.workspace).check_writable()
         step = getattr(importlib.import_module(module), function)
@@ -239,7 +239,7 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
         first, second = options.compare
         _say(compare(config, first, second))
     elif options.gate:
-        from htcl_ray.pipelines.gate import evaluate_and_judge
+        from htcl_ray.pipelines.apply_gate import evaluate_and_judge
 
         _say(evaluate_and_judge(config, options.model, options.gate))
     else:
@@ -258,7 +258,7 @@ def _index(config: Config, options: argparse.Namespace) -> None:
 
 
 def _demo(config: Config, options: argparse.Namespace) -> None:
-    from htcl_ray.demo import demo
+    from htcl_ray.commands.demo import demo
 
     demo(config, fresh=options.fresh)
 
@@ -273,7 +273,7 @@ def _serve(config: Config, options: argparse.Namespace) -> None:
 
 
 def _search(config: Config, options: argparse.Namespace) -> None:
-    from htcl_ray.search import search
+    from htcl_ray.commands.search import search
 
     query = {"text": options.text, "audio": absolute(options.audio) if options.audio else None, "song_id": options.song_id}
     how = {"k": options.k, "blend": options.blend, "max_per_artist": options.max_per_artist}
@@ -288,7 +288,7 @@ def _import_official_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_official(config: Config, options: argparse.Namespace) -> None:
-    from htcl_ray.import_official import import_official
+    from htcl_ray.commands.import_official import import_official
 
     import_official(config, Path(absolute(options.file)), absolute(options.out), options.stage, options.parent)
 
@@ -306,7 +306,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "tune": Command(
         "search over configuration keys: temperature, batch size, …",
-        _step("htcl_ray.pipelines.tune", "tune", argument="model"),
+        _step("htcl_ray.pipelines.tuning.tune", "tune", argument="model"),
         _model_flag,
     ),
     "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", argument="model"), _model_flag),

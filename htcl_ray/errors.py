@@ -23,8 +23,8 @@ Messages are one sentence for a person: what is wrong and where, what was expect
 
 from __future__ import annotations
 
-from htcl_ray.credentials import without_credentials
 from htcl_ray.schemas import Reason
+from htcl_ray.workspace.credentials import without_credentials
 
 
 class HtclError(Exception):

@@ -184,7 +184,7 @@ UPDATES = pa.schema(
         *INDEX_SONGS,
     ]
 )
-"""`updates/*.arrow`: songs put into or taken out of the indexes while they are served; see `retrieval/update_log.py`.
+"""`updates/*.arrow`: songs put into or taken out of the indexes while they are served; see `index/live/update_log.py`.
 
 `name` orders the updates: of one song, that with the greatest counts. `op`: `upsert` or `remove`. Models are fingerprints of weights.
 """

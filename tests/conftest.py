@@ -40,8 +40,8 @@ def ray_cluster() -> Iterator[None]:
     """One small private Ray cluster for all tests that ask for it."""
     import ray
 
+    from htcl_ray.cluster.connection import connect
     from htcl_ray.config import resolve
-    from htcl_ray.pipelines.cluster import connect
 
     connect(resolve("demo"))
     yield

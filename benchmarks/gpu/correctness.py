@@ -28,21 +28,21 @@ from benchmarks import synthetic_songs
 from benchmarks.gpu.units import Part, Precision, embedding_precision, precisions_of, training_precision
 from benchmarks.steps import Step
 from benchmarks.synthetic_songs import World
-from htcl_ray.evaluation.songs import Songs
-from htcl_ray.evaluation.soundness import soundness_tasks
+from htcl_ray.evaluation.evaluated_songs import Songs
+from htcl_ray.evaluation.vector_checks import soundness_tasks
+from htcl_ray.losses import collectives
+from htcl_ray.losses.false_negatives import false_negatives, pair_codes
 from htcl_ray.models import HTCL
-from htcl_ray.models.audio_encoder import TransformerLayer
-from htcl_ray.objectives import gather
-from htcl_ray.objectives.masks import false_negatives, pair_codes
-from htcl_ray.retrieval.encoder import SongEncoder
+from htcl_ray.models.towers.transformer import TransformerLayer
 from htcl_ray.schemas import METADATA
+from htcl_ray.search.encoder import SongEncoder
 from htcl_ray.training.batches import Batch, BatchLoader, encode
 from htcl_ray.training.checkpoint import gather_state, load_state, save_checkpoint
 from htcl_ray.training.micro_batch import probe_micro_batch_size
-from htcl_ray.training.optim import build_optimizer
+from htcl_ray.training.optimization import build_optimizer
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
+from htcl_ray.training.stage_tasks import Task
 from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.tasks import Task
 from htcl_ray.training.towers import compile_towers
 
 ROWS = {1: 8, 2: 4}
@@ -74,7 +74,7 @@ def run(part: Part) -> None:
                 "false-negative mask": lambda: mask(part),
                 "gradient caching": lambda: gradient_caching(part, world),
                 "attention kernels": lambda: attention(part, world),
-                "collectives of one rank": lambda: collectives(part),
+                "collectives of one rank": lambda: communication(part),
                 "release gate": lambda: release_gate(part, world),
                 "automatic micro-batch": lambda: automatic_micro_batch(part, world),
                 "resume": lambda: resume(part, world, Path(scratch)),
@@ -186,17 +186,17 @@ def attention(part: Part, world: World) -> dict[str, Any]:
     return {**values, "line": f"{len(usable)} of 16 combinations are available; the worst, {max(usable)[1]}: {max(usable)[0]:.1e}"}
 
 
-def collectives(part: Part) -> dict[str, Any]:
+def communication(part: Part) -> dict[str, Any]:
     """NCCL (on the CPU gloo) with one rank. The package skips communication for one worker, so its inner functions are called."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("nccl" if part.on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             rows = torch.randn(5, 3, device=part.device, requires_grad=True)
-            gathered = gather._GatherRows.apply(rows)
+            gathered = collectives._GatherRows.apply(rows)
             gathered.square().sum().backward()
             tensors = [torch.randn(7, device=part.device), torch.randn(2, 2, device=part.device)]
             before = [tensor.clone() for tensor in tensors]
-            gather._sum_in_place(tensors)
+            collectives._sum_in_place(tensors)
             least, first = torch.tensor(3, device=part.device), torch.randn(4, device=part.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             kept = first.clone()

@@ -16,8 +16,8 @@ from benchmarks import synthetic_songs
 from benchmarks.gpu.units import Part, Precision, embedding_precision, precisions_of
 from benchmarks.model_flops import forward_flops, peak_tflops
 from htcl_ray.pipelines.embed import embed_table
-from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.schemas import features_schema
+from htcl_ray.search.encoder import SongEncoder
 
 SONGS = {"cuda": 512, "cpu": 16}
 TEXTS = {"cuda": 1024, "cpu": 32}

@@ -30,7 +30,7 @@ from benchmarks.steps import Step, our_step, published_step, timed, wait
 from benchmarks.synthetic_songs import MIXED_LENGTHS, World
 from htcl_ray.models import HTCL
 from htcl_ray.training.batches import Batch, BatchLoader, encode
-from htcl_ray.training.optim import build_optimizer
+from htcl_ray.training.optimization import build_optimizer
 
 CASES = [
     *((1, clips, batch) for clips, batch in [("full", 256), ("full", 32), ("full", 2048), ("mixed", 256), ("full", 8192), ("mixed", 2048)]),

@@ -24,9 +24,9 @@ import soundfile
 import soxr
 
 from htcl_ray.audio.source import one_line, opened
+from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import AudioError
 from htcl_ray.schemas import Reason
-from htcl_ray.settings import AudioRecipe
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -17,9 +17,9 @@ import scipy.sparse
 import soxr
 
 from htcl_ray.audio.decode import HIGHEST_RATE, LARGEST_SAMPLE, LOWEST_RATE
+from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import AudioError, InputError
 from htcl_ray.schemas import Reason
-from htcl_ray.settings import AudioRecipe
 
 FloatArray = npt.NDArray[np.float32]
 

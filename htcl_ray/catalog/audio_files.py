@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow.fs as pafs
 
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.paths import is_uri, local_path
 from htcl_ray.schemas import Reason
-from htcl_ray.storage import SUPPORTED, explain, open_filesystem, split_options, storage_errors
+from htcl_ray.workspace.paths import is_uri, local_path
+from htcl_ray.workspace.storage import SUPPORTED, explain, list_folder, open_filesystem, split_options, storage_errors
 
 MISSING, DENIED, UNSUPPORTED = -1, -2, -3
 UNUSABLE = {
@@ -86,5 +86,5 @@ def _list(folder: str) -> dict[str, tuple[int, int]] | None:
     except WorkspaceError:
         return None
     with storage_errors(folder):
-        infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        infos = list_folder(filesystem, inner)
     return {info.base_name: (info.size, info.mtime_ns or 0) for info in infos if info.type == pafs.FileType.File}

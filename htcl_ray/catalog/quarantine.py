@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import example, unreadable
-from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import InputError
 from htcl_ray.schemas import QUARANTINE, Reason
+from htcl_ray.workspace.credentials import without_credentials
 
 
 def rejected_rows(

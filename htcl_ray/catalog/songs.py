@@ -16,11 +16,11 @@ from htcl_ray.catalog.columns import as_ids, as_lists, as_strings, as_years, exa
 from htcl_ray.catalog.quarantine import NullCells, rejected_rows
 from htcl_ray.catalog.tables import UNREADABLE_ROW, TableFile, column_names, read_part, rename, renamed, table_files, table_parts
 from htcl_ray.catalog.text import song_text
+from htcl_ray.config.sections import DataSettings, nearest
 from htcl_ray.errors import TableError
-from htcl_ray.paths import is_uri
 from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
-from htcl_ray.settings import DataSettings, nearest
-from htcl_ray.storage import split_options
+from htcl_ray.workspace.paths import is_uri
+from htcl_ray.workspace.storage import split_options
 
 SONGS = pa.schema(
     [

@@ -24,10 +24,10 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from htcl_ray.config.sections import nearest
 from htcl_ray.errors import TableError
-from htcl_ray.paths import is_uri, local_path
-from htcl_ray.settings import nearest
-from htcl_ray.storage import explain, is_storage_error, open_filesystem, split_options, storage_errors
+from htcl_ray.workspace.paths import is_uri, local_path
+from htcl_ray.workspace.storage import explain, is_storage_error, open_filesystem, split_options, storage_errors
 
 FORMATS = {
     ".parquet": "parquet",

@@ -16,11 +16,11 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from htcl_ray.config.sections.base import Settings, nearest
 from htcl_ray.errors import ConfigError
-from htcl_ray.evaluation.bootstrap import ROUNDING, Estimate, comparable, difference
-from htcl_ray.evaluation.figures import lower_is_better
-from htcl_ray.evaluation.saved import Key
-from htcl_ray.settings.section import Settings, nearest
+from htcl_ray.evaluation.report.resamples import Key
+from htcl_ray.evaluation.stats.bootstrap import ROUNDING, Estimate, comparable, difference
+from htcl_ray.evaluation.task_result import lower_is_better
 
 DEFAULT = "default"
 FORM = "expected TASK.METHOD.FIGURE, such as cold.preference.ndcg@10"

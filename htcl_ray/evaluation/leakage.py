@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.errors import LeakageError
-from htcl_ray.evaluation.songs import Songs
+from htcl_ray.evaluation.evaluated_songs import Songs
 from htcl_ray.schemas import Split
-from htcl_ray.settings import EvaluateSettings
 
 EXAMPLES = 5
 

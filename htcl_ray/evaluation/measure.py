@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from htcl_ray.evaluation.figures import Measured
+from htcl_ray.config.sections import EvaluateSettings
+from htcl_ray.evaluation.evaluated_songs import Songs
 from htcl_ray.evaluation.leakage import leakage, without_copies
-from htcl_ray.evaluation.pictures import pictures
-from htcl_ray.evaluation.recommendation import blend_curve, recommendation_tasks
-from htcl_ray.evaluation.semantic import Encode, semantic_tasks
-from htcl_ray.evaluation.songs import Songs
+from htcl_ray.evaluation.report.plot_data import pictures
+from htcl_ray.evaluation.task_result import Measured
+from htcl_ray.evaluation.tasks.recommendation import blend_curve, recommendation_tasks
+from htcl_ray.evaluation.tasks.semantic import Encode, semantic_tasks
 from htcl_ray.schemas import Split
-from htcl_ray.settings import EvaluateSettings
 
 
 def measure(songs: Songs, encode: Encode, log: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings) -> Measured:

@@ -3,7 +3,7 @@
 Common to all: `ranked` holds one list of ids a query, best first (list, tuple or 1-D array; it may be a part of the candidates);
 `relevant` holds one collection of ids a query. Relevance is binary. The result is a float64 array [queries]; a query without a relevant
 id is nan, so that `numpy.nanmean` averages over the queries that can be answered. An id that is listed twice counts where it appears
-first. Where candidates have tied scores, the order of a list is arbitrary: `htcl_ray.evaluation.ties` has the expectations instead.
+first. Where candidates have tied scores, the order of a list is arbitrary: `htcl_ray.evaluation.stats.ties` has the expectations instead.
 """
 
 from __future__ import annotations

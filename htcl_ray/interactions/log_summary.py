@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import TIME_FORMS, as_numbers, as_strings, example, read_times
+from htcl_ray.config.sections import PairSettings
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, feedback_value, rating_values
 from htcl_ray.schemas import LOG_COLUMNS, Feedback
-from htcl_ray.settings import PairSettings
 
 MOST_WORDS = 1000
 DEFAULT_SCALE = (4.0, 5.0)

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from htcl_ray.catalog.columns import as_epoch_seconds, as_ids, as_numbers, as_strings, example, unreadable
 from htcl_ray.catalog.quarantine import rejected_rows
 from htcl_ray.catalog.tables import UNREADABLE_ROW
+from htcl_ray.config.sections import PairSettings
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.splits import is_held_out, periods
 from htcl_ray.schemas import EVENTS, QUARANTINE, Feedback, Reason
-from htcl_ray.settings import PairSettings
 
 
 class LogShape(StrEnum):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from htcl_ray.config.sections import PairSettings
 from htcl_ray.interactions.sessions import NO_TRIGGER, session_starts, triggers
-from htcl_ray.settings import PairSettings
 
 OCCURRENCES = pa.schema(
     [

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from htcl_ray.config.sections import PairSettings
 from htcl_ray.interactions.occurrences import occurrences, rejections, user_codes
 from htcl_ray.schemas import PAIRS, Split
-from htcl_ray.settings import PairSettings
 
 OCCURRENCES_AT_ONCE = 2_000_000
 

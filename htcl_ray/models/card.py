@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from htcl_ray.credentials import without_credentials
+from htcl_ray.config.sections import Settings
 from htcl_ray.errors import MismatchError
-from htcl_ray.evaluation.figures import Task
+from htcl_ray.evaluation.task_result import Task
 from htcl_ray.models.record import ModelRecord
-from htcl_ray.settings import Settings
+from htcl_ray.workspace.credentials import without_credentials
 
 HEADLINES = {
     ("text_to_audio", "recall@10"): "text-to-audio-retrieval",

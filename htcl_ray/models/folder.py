@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from htcl_ray.errors import MismatchError, WorkspaceError
-from htcl_ray.evaluation.figures import Task
+from htcl_ray.evaluation.task_result import Task
 from htcl_ray.models.card import Evaluation, evaluation_of, model_card
 from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
-from htcl_ray.models.text_encoder import check_tokenizer
+from htcl_ray.models.towers.text import check_tokenizer
 from htcl_ray.models.weights import read_weights
-from htcl_ray.storage import MANIFEST, Workspace, file_sha256, fingerprint
+from htcl_ray.workspace.storage import MANIFEST, Workspace, file_sha256, fingerprint
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer", "README.md"
 EVALUATION = "evaluation.json"

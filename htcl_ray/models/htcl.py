@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htcl_ray.config import Config
+from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import AudioError, ConfigError, InputError
 from htcl_ray.models import folder as model_folder
-from htcl_ray.models.audio_encoder import AudioEncoder
 from htcl_ray.models.card import Evaluation, read_evaluation
 from htcl_ray.models.official import TOKENIZER, read_official
+from htcl_ray.models.pooling import cut, mean_direction, window_starts
 from htcl_ray.models.record import InputRecipe, ModelRecord
-from htcl_ray.models.text_encoder import (
+from htcl_ray.models.towers.text import (
     NoTextEncoder,
     TextEncoder,
     Tokens,
@@ -29,10 +30,9 @@ from htcl_ray.models.text_encoder import (
     text_encoder_from_record,
     text_encoder_from_scratch,
 )
+from htcl_ray.models.towers.transformer import AudioEncoder
 from htcl_ray.models.weights import ADVICE, check_numbers
-from htcl_ray.models.windows import cut, mean_direction, window_starts
 from htcl_ray.schemas import Reason
-from htcl_ray.settings import AudioRecipe
 
 MIN_TEMPERATURE = 0.01
 TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}

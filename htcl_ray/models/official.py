@@ -17,9 +17,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from htcl_ray.config.sections import AudioRecipe, ModelSettings, TextSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError
 from htcl_ray.models.record import InputRecipe, ModelRecord, TextRecord
-from htcl_ray.settings import AudioRecipe, ModelSettings, TextSettings
 
 TOKENIZER = "bert-base-multilingual-uncased"
 """The tokenizer that the authors train with; texts are cut at MAX_TOKENS."""

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from htcl_ray.config.sections import AudioRecipe, ModelSettings, Settings, TextSettings
 from htcl_ray.errors import MismatchError
 from htcl_ray.schemas import FORMAT_VERSION
-from htcl_ray.settings import AudioRecipe, ModelSettings, Settings, TextSettings
 
 
 class InputRecipe(StrEnum):

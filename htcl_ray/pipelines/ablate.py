@@ -21,17 +21,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, WorkspaceError
-from htcl_ray.evaluation.ablation import FULL, ablation_table, ablation_tree
-from htcl_ray.evaluation.comparison_page import ablation_html
+from htcl_ray.evaluation.report.ablation_table import FULL, ablation_table, ablation_tree
+from htcl_ray.evaluation.report.comparison_page import ablation_html
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate, read_figures
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.schemas import FORMAT_VERSION, Split
-from htcl_ray.storage import MANIFEST, Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.artifacts import Artifact, StepResult
+from htcl_ray.workspace.storage import MANIFEST, Workspace, build_manifest, fingerprint
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _version(location: str) -> str:
 def _untrained(config: Config, workspace: Workspace) -> str:
     """A semantic model with the weights that stage 1 would begin with."""
     from htcl_ray.models import HTCL
-    from htcl_ray.models.vocabulary import train_wordpiece
+    from htcl_ray.models.towers.vocabulary import train_wordpiece
 
     features = inputs.features(workspace, config)
     made_of = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}

@@ -6,18 +6,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from htcl_ray import artifacts
-from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import StepError
-from htcl_ray.retrieval.activation import check_accepted, starting_pointer
-from htcl_ray.retrieval.index import SongIndex
-from htcl_ray.retrieval.recall import build_measured
-from htcl_ray.retrieval.replay import Replay
-from htcl_ray.retrieval.song_map import draw_map
-from htcl_ray.retrieval.update_log import UpdateLog
+from htcl_ray.index.live.activation import check_accepted, starting_pointer
+from htcl_ray.index.live.replay import Replay
+from htcl_ray.index.live.update_log import UpdateLog
+from htcl_ray.index.recall import build_measured
+from htcl_ray.index.song_index import SongIndex
 from htcl_ray.schemas import FORMAT_VERSION
-from htcl_ray.storage import Workspace, fingerprint
+from htcl_ray.search.song_map import draw_map
+from htcl_ray.workspace import artifacts
+from htcl_ray.workspace.artifacts import Artifact, StepResult
+from htcl_ray.workspace.storage import Workspace, fingerprint
 
 
 def compact(config: Config, version: str | None = None) -> StepResult:

@@ -10,15 +10,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from htcl_ray import artifacts
-from htcl_ray.artifacts import StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import InputError, MismatchError
-from htcl_ray.evaluation.bootstrap import comparable
-from htcl_ray.evaluation.comparison_page import comparison_html
-from htcl_ray.evaluation.report import IMPROVED, NOT_COMPARABLE, NOT_SHOWN, TITLES, WORSE, differences, figure_title, number
+from htcl_ray.evaluation.report.comparison_page import comparison_html
+from htcl_ray.evaluation.report.report_tree import IMPROVED, NOT_COMPARABLE, NOT_SHOWN, TITLES, WORSE, differences, figure_title, number
+from htcl_ray.evaluation.stats.bootstrap import comparable
 from htcl_ray.pipelines.evaluate import evaluate_reference, inputs_of, read_figures
-from htcl_ray.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace import artifacts
+from htcl_ray.workspace.artifacts import StepResult
+from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
 
 
 def compare(config: Config, first: str, second: str) -> StepResult:

@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from htcl_ray.artifacts import Artifact, Models, StepResult
+from htcl_ray.cluster.connection import address_of, connect
 from htcl_ray.config import Config
+from htcl_ray.config.sections import Require
 from htcl_ray.errors import InputError, MismatchError, WorkspaceError
+from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate
 from htcl_ray.pipelines import inputs
-from htcl_ray.pipelines.cluster import address_of, connect
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors, check_unit_norm, concatenate
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
-from htcl_ray.settings import Require
-from htcl_ray.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.artifacts import Artifact, Models, StepResult
+from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
 
 if TYPE_CHECKING:
-    from htcl_ray.retrieval.encoder import SongEncoder
+    from htcl_ray.search.encoder import SongEncoder
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class ShardEmbedder:
     """A Ray Data actor: holds the models, and turns files of features into files of vectors."""
 
     def __init__(self, workspace: Workspace, job: EmbedJob, batch_size: int, device: str) -> None:
-        from htcl_ray.retrieval.encoder import SongEncoder
+        from htcl_ray.search.encoder import SongEncoder
 
         self._workspace, self._job, self._batch_size = workspace, job, batch_size
         models = job.models

@@ -12,30 +12,30 @@ import pyarrow as pa
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from htcl_ray import artifacts
-from htcl_ray.artifacts import Artifact, Models, StepResult
 from htcl_ray.config import Config
+from htcl_ray.config.sections import nearest
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
-from htcl_ray.evaluation import report as reports
-from htcl_ray.evaluation.bootstrap import Estimate
-from htcl_ray.evaluation.figures import Measured, Task
+from htcl_ray.evaluation.evaluated_songs import Songs, with_blend
 from htcl_ray.evaluation.measure import measure
-from htcl_ray.evaluation.report_model import report_schema
-from htcl_ray.evaluation.report_page import html
-from htcl_ray.evaluation.saved import Key, from_table, to_table
-from htcl_ray.evaluation.songs import Songs, with_blend
-from htcl_ray.evaluation.soundness import index_task
+from htcl_ray.evaluation.report import report_tree as reports
+from htcl_ray.evaluation.report.report_page import html
+from htcl_ray.evaluation.report.report_schema import report_schema
+from htcl_ray.evaluation.report.resamples import Key, from_table, to_table
+from htcl_ray.evaluation.stats.bootstrap import Estimate
+from htcl_ray.evaluation.task_result import Measured, Task
+from htcl_ray.evaluation.vector_checks import index_task
+from htcl_ray.index.vectors import concatenate
 from htcl_ray.models.folder import write_evaluation
 from htcl_ray.pipelines import inputs as step_inputs
+from htcl_ray.pipelines.check_vectors import check_soundness
 from htcl_ray.pipelines.embed import embed_job, embeddings, job_of, plan
 from htcl_ray.pipelines.index import find_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
-from htcl_ray.pipelines.soundness import check_soundness
-from htcl_ray.retrieval.encoder import SongEncoder
-from htcl_ray.retrieval.vectors import concatenate
 from htcl_ray.schemas import FORMAT_VERSION, METADATA
-from htcl_ray.settings import nearest
-from htcl_ray.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.search.encoder import SongEncoder
+from htcl_ray.workspace import artifacts
+from htcl_ray.workspace.artifacts import Artifact, Models, StepResult
+from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
 
 TEXTS_AT_ONCE = 256
 FIGURES = "figures.parquet"

@@ -18,15 +18,15 @@ import pyarrow.compute as pc
 from htcl_ray.catalog.columns import as_epoch_seconds, as_ids
 from htcl_ray.catalog.quarantine import check_share, describe
 from htcl_ray.catalog.tables import TableFile, TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.cluster import connection
 from htcl_ray.config import Config
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.log_summary import LogSummary
 from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
-from htcl_ray.paths import canonical
-from htcl_ray.pipelines import cluster
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
-from htcl_ray.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.paths import canonical
+from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
 
 EVENTS_PER_FILE = 1 << 20
 EVENTS_PER_BUCKET = 1 << 20
@@ -135,7 +135,7 @@ def check_all_renames(config: Config) -> None:
 def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
     """Write the accepted rows of the log as events, the others to the quarantine."""
     events, quarantine = f"events/{plan.events_version}", f"quarantine/{plan.events_version}"
-    cluster.connect(config)
+    connection.connect(config)
     import ray
 
     workspace.remove(events)

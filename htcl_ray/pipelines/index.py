@@ -10,14 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from htcl_ray.artifacts import Artifact, StepResult
 from htcl_ray.config import Config
 from htcl_ray.errors import InputError, MismatchError, StepError
+from htcl_ray.index.recall import build_measured
 from htcl_ray.pipelines.embed import EmbedJob, embeddings, plan, read_vectors
-from htcl_ray.retrieval.recall import build_measured
-from htcl_ray.retrieval.song_map import draw_map
 from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
-from htcl_ray.storage import Workspace, fingerprint
+from htcl_ray.search.song_map import draw_map
+from htcl_ray.workspace.artifacts import Artifact, StepResult
+from htcl_ray.workspace.storage import Workspace, fingerprint
 
 MORE_RECALL = {
     "flat": "which is exact, so this is a defect",

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from htcl_ray.artifacts import Artifact
 from htcl_ray.schemas import FORMAT_VERSION, Split
-from htcl_ray.storage import Workspace, build_manifest
+from htcl_ray.workspace.artifacts import Artifact
+from htcl_ray.workspace.storage import Workspace, build_manifest
 
 SONGS_AT_ONCE = 64
 SAY_EVERY_SECONDS = 10.0

@@ -21,22 +21,22 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from htcl_ray.artifacts import StepResult
 from htcl_ray.catalog.artists import artist_groups
 from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
 from htcl_ray.catalog.songs import SONGS, Catalog, read_catalog
+from htcl_ray.cluster import connection
 from htcl_ray.config import Config
-from htcl_ray.credentials import without_credentials
 from htcl_ray.errors import AudioError, TableError
 from htcl_ray.interactions.splits import group_split, group_splits
-from htcl_ray.paths import canonical
-from htcl_ray.pipelines import cluster
 from htcl_ray.pipelines.events import LogPlan, check_all_renames, check_log, make_events, plan_log
-from htcl_ray.pipelines.pairs import make_pairs
+from htcl_ray.pipelines.mine_pairs import make_pairs
 from htcl_ray.schemas import FORMAT_VERSION, METADATA, QUARANTINE, Reason, features_schema
-from htcl_ray.storage import Workspace, build_manifest, fingerprint, storage_errors
+from htcl_ray.workspace.artifacts import StepResult
+from htcl_ray.workspace.credentials import without_credentials
+from htcl_ray.workspace.paths import canonical
+from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint, storage_errors
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -174,7 +174,7 @@ def _make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> 
     pending = [shard for shard in range(shards) if shard_name(shard) not in done]
     where = workspace.uri_of(quarantine)
     if pending:
-        cluster.connect(config)
+        connection.connect(config)
         _run_shards(workspace, config, plan, pending)
     if config.data.split_column is None:
         _settle_splits(workspace, config, features)
@@ -301,7 +301,7 @@ def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:
     ]
     if not items:
         return
-    cluster.connect(config)
+    connection.connect(config)
     import ray.data
 
     print(f"preprocess  {np.count_nonzero(changed):,} songs change their split: their recording is under another artist too", flush=True)

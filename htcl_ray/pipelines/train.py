@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from htcl_ray import errors
-from htcl_ray.artifacts import Artifact, StepResult
+from htcl_ray.cluster import connection
+from htcl_ray.cluster.capacity import capacity, check_fits, use_gpu, worker_resources
 from htcl_ray.config import Config
+from htcl_ray.config.sections import LOWER_IS_BETTER, FinetuneSettings, StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
-from htcl_ray.paths import canonical
-from htcl_ray.pipelines import cluster, inputs
-from htcl_ray.pipelines.capacity import capacity, check_fits, use_gpu, worker_resources
-from htcl_ray.settings import LOWER_IS_BETTER, FinetuneSettings, StageSettings
-from htcl_ray.storage import Workspace, build_manifest, file_sha256
+from htcl_ray.pipelines import inputs
 from htcl_ray.training.trackers import check_tracking
+from htcl_ray.workspace.artifacts import Artifact, StepResult
+from htcl_ray.workspace.paths import canonical
+from htcl_ray.workspace.storage import Workspace, build_manifest, file_sha256
 
 if TYPE_CHECKING:
-    from htcl_ray.training.songs import Pairs, Songs
+    from htcl_ray.training.song_numbers import Pairs, Songs
 
 PAPER_ROWS_PER_WORKER = 32
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
@@ -112,7 +113,7 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
         )
     if workspace.is_local:  # of a remote one, a worker checks it before it trains
         from htcl_ray.models.folder import read_tokenizer
-        from htcl_ray.models.text_encoder import tokenizer_from_name
+        from htcl_ray.models.towers.text import tokenizer_from_name
 
         if read_tokenizer(workspace.local_copy(parent.path), record.text) is None:
             tokenizer_from_name(record.text.settings.name_or_path, record.text.transformer)
@@ -133,13 +134,13 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     if manifest is not None:
         return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started, skipped=True)
     workspace.check_writable()
-    cluster.refuse_relative_paths(config)
+    connection.refuse_relative_paths(config)
     _check_cpus(config, stage)
     config = config.model_copy(update={"tracking": check_tracking(config.tracking)})
     vocabulary = check_data(workspace, config, stage)
-    cluster.connect(config)
+    connection.connect(config)
     check_fits(stage.step, stage.settings, capacity())
-    with cluster.progress_lines() as lines:
+    with connection.progress_lines() as lines:
         checkpoint, metrics = fit_stage(workspace, config, stage, vocabulary, lines)
     manifest = publish(workspace, config, stage, checkpoint, metrics)
     return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started)
@@ -147,7 +148,7 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
 
 def _check_cpus(config: Config, stage: StageRun) -> None:
     """A private cluster never grows, so workers that do not fit would wait for ever."""
-    if cluster.address_of(config) != "local":
+    if connection.address_of(config) != "local":
         return
     wanted, there = stage.settings.num_workers * stage.settings.cpus_per_worker, config.ray.num_cpus or max(4, os.cpu_count() or 1)
     if wanted > there:
@@ -160,7 +161,7 @@ def _check_cpus(config: Config, stage: StageRun) -> None:
 def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | None:
     """Read what training will read, and refuse what cannot be trained on. Returns the vocabulary of a text tower from scratch."""
     from htcl_ray.training.order import global_batch
-    from htcl_ray.training.songs import read_songs
+    from htcl_ray.training.song_numbers import read_songs
 
     songs = read_songs(workspace, stage.features.path)
     pairs = None if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
@@ -178,8 +179,8 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
         )
     if stage.parent is not None:
         return None
-    from htcl_ray.models.text_encoder import check_song_texts, check_text_settings, fast_tokenizer
-    from htcl_ray.models.vocabulary import train_wordpiece
+    from htcl_ray.models.towers.text import check_song_texts, check_text_settings, fast_tokenizer
+    from htcl_ray.models.towers.vocabulary import train_wordpiece
     from htcl_ray.training.health import distinct_texts
 
     tower = check_text_settings(config.text)
@@ -214,7 +215,7 @@ def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> No
 
 
 def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> Pairs:
-    from htcl_ray.training.songs import read_pairs
+    from htcl_ray.training.song_numbers import read_pairs
 
     pairs = read_pairs(workspace, artifact.path, songs, rejected=settings.explicit_negatives)
     if pairs.missing:
@@ -244,7 +245,7 @@ def fit_stage(
 ) -> tuple[Any, dict[str, Any]]:
     """Run Ray Train to the end, from its last checkpoint if there is one; returns the checkpoint to publish and its epoch's figures.
 
-    `lines`: see `cluster.progress_lines`; `label`: see TrainJob. `callbacks`: of Ray Train.
+    `lines`: see `connection.progress_lines`; `label`: see TrainJob. `callbacks`: of Ray Train.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

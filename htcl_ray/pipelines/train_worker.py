@@ -17,23 +17,23 @@ import ray.train
 import ray.train.torch
 import torch
 
-from htcl_ray.artifacts import Artifact
 from htcl_ray.config import Config
 from htcl_ray.errors import HtclError
-from htcl_ray.local_copies import private_folder
+from htcl_ray.losses.collectives import prepared_together
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import prepared_together
-from htcl_ray.storage import Workspace, storage_failure
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.batches import BatchLoader
 from htcl_ray.training.checkpoint import TrainingState, load_state
-from htcl_ray.training.frames import open_frames
+from htcl_ray.training.features import open_frames
 from htcl_ray.training.loop import SaveCheckpoint, train
 from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.progress import Metrics
-from htcl_ray.training.songs import read_pairs, read_songs
-from htcl_ray.training.tasks import finetune_task, pretrain_task
+from htcl_ray.training.song_numbers import read_pairs, read_songs
+from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
 from htcl_ray.training.trackers import open_trackers
+from htcl_ray.workspace.artifacts import Artifact
+from htcl_ray.workspace.local_copies import private_folder
+from htcl_ray.workspace.storage import Workspace, storage_failure
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,21 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from htcl_ray import artifacts
+from htcl_ray.cluster.connection import connect, refuse_relative_paths
+from htcl_ray.cluster.ray_internals import exposed_host, mute_shutdown, use_peer_addresses
 from htcl_ray.config import Config, resolve
+from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.pipelines.cluster import connect, refuse_relative_paths
+from htcl_ray.index.folder import read_manifest
+from htcl_ray.index.live.activation import check_accepted, starting_pointer
+from htcl_ray.index.vectors import ModelVersions
 from htcl_ray.pipelines.index import determined_index
-from htcl_ray.retrieval.activation import check_accepted, starting_pointer
-from htcl_ray.retrieval.index_folder import read_manifest
-from htcl_ray.retrieval.vectors import ModelVersions
+from htcl_ray.serving.api_keys import Keys, is_loopback
 from htcl_ray.serving.deployments import Encoder, Ingress, Served
 from htcl_ray.serving.front import active_front, check_port
 from htcl_ray.serving.haproxy import Front
-from htcl_ray.serving.keys import Keys, is_loopback
-from htcl_ray.serving.ray_internals import exposed_host, mute_shutdown, use_peer_addresses
-from htcl_ray.settings import ServeSettings
-from htcl_ray.storage import Workspace
+from htcl_ray.workspace import artifacts
+from htcl_ray.workspace.storage import Workspace
 
 APPLICATION = "htcl"
 SHED_REQUESTS = 10_000
@@ -44,7 +44,7 @@ START_SECONDS = 120
 HEALTH_CHECK_SECONDS = 1
 """Ray notices a dead replica at its health check, by default after up to 10 s."""
 QUIET = {"enable_access_log": False, "encoding": "JSON"}
-"""Ray Serve's logging: JSON lines, without its own line for each request, since `serving/observed.py` writes one."""
+"""Ray Serve's logging: JSON lines, without its own line for each request, since `serving/middleware/request_log.py` writes one."""
 
 
 def build_app(args: Mapping[str, Any]) -> Application:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from htcl_ray.retrieval.live_index import LiveIndex
-from htcl_ray.retrieval.vectors import Vectors
+from htcl_ray.index.live.live_index import LiveIndex
+from htcl_ray.index.vectors import Vectors
 
 
 class Backend(Protocol):

@@ -17,19 +17,19 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from htcl_ray.audio.isolated import Decoders
-from htcl_ray.retrieval.activation import Pointer
-from htcl_ray.retrieval.drift import QueryDrift, mean_of
-from htcl_ray.retrieval.live_index import LiveIndex
-from htcl_ray.retrieval.query_cache import QueryCache
-from htcl_ray.retrieval.vectors import ModelVersions, Vectors
+from htcl_ray.audio.sandbox import Decoders
+from htcl_ray.cluster.ray_internals import exposed_host, keep_internal_port_private, use_peer_addresses
+from htcl_ray.config.sections import Require, ServeSettings
+from htcl_ray.index.live.activation import Pointer
+from htcl_ray.index.live.live_index import LiveIndex
+from htcl_ray.index.vectors import ModelVersions, Vectors
+from htcl_ray.search.drift import QueryDrift, mean_of
+from htcl_ray.search.query_cache import QueryCache
 from htcl_ray.serving.haproxy import RETRY
-from htcl_ray.serving.measurements import EncoderMeasurements, IngressMeasurements
-from htcl_ray.serving.ray_internals import exposed_host, keep_internal_port_private, use_peer_addresses
-from htcl_ray.serving.routes import create_app
+from htcl_ray.serving.http_app import create_app
+from htcl_ray.serving.prometheus import EncoderMeasurements, IngressMeasurements
 from htcl_ray.serving.signed_urls import new_signing_key
-from htcl_ray.settings import Require, ServeSettings
-from htcl_ray.storage import Workspace
+from htcl_ray.workspace.storage import Workspace
 
 READY_SECONDS = 5.0
 ENCODER_RETRIES = 3
@@ -60,7 +60,7 @@ class Encoder:
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         import torch
 
-        from htcl_ray.retrieval.encoder import SongEncoder
+        from htcl_ray.search.encoder import SongEncoder
 
         keep_internal_port_private()
         torch.set_num_threads(max(1, int(settings.encoder_cpus)))

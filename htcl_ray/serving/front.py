@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from htcl_ray.cluster.connection import address_of, socket_folder
 from htcl_ray.config import Config
+from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, StepError
-from htcl_ray.pipelines.cluster import address_of, socket_folder
 from htcl_ray.serving import haproxy
 from htcl_ray.serving.haproxy import Front
-from htcl_ray.settings import ServeSettings
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 IDLE_CLIENT_SECONDS = 30
@@ -36,7 +36,7 @@ FEWER_HOPS = {
 }
 """A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
 PATIENT_START = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""Ray kills a HAProxy that is not ready in time, and with it the start of the service; its default of 5 s is too short on a busy machine."""
+"""Ray kills a HAProxy that is not ready in time, which ends the service; its default, 5 s, is too short on a busy machine."""
 QUICK_RECOVERY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from htcl_ray.serving.request_line import SONGS, song_path
+from htcl_ray.serving.middleware.request_line import SONGS, song_path
 
 LIFETIME_SECONDS = 300
 KEY_BYTES = 32

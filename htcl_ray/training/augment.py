@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from htcl_ray.settings import StageSettings
+from htcl_ray.config.sections import StageSettings
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.models.text_encoder import TextEncoder, Tokens
+from htcl_ray.models.towers.text import TextEncoder, Tokens
 from htcl_ray.training.augment import Augmentation
-from htcl_ray.training.frames import Frames
-from htcl_ray.training.songs import Rows, Songs
+from htcl_ray.training.features import Frames
+from htcl_ray.training.song_numbers import Rows, Songs
 
 AUTOCAST = {"cuda": torch.bfloat16}
 """Kind of device → precision of matrix products and convolutions in the towers; a device that is not named computes in the weights' own."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from htcl_ray.errors import WorkspaceError
+from htcl_ray.losses.collectives import gather_rows
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import gather_rows
 from htcl_ray.training.randomness import RngState, get_rng_state
 
 TRAINING_STATE = "training_state.pt"

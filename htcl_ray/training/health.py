@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import MismatchError, StepError
-from htcl_ray.evaluation.collapse import effective_rank, mean_cosine
+from htcl_ray.evaluation.stats.collapse import effective_rank, mean_cosine
+from htcl_ray.losses.collectives import gather_rows, rank, sum_over_workers, world_size
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.models.text_encoder import check_song_texts
-from htcl_ray.objectives.gather import gather_rows, rank, sum_over_workers, world_size
-from htcl_ray.settings import StageSettings
+from htcl_ray.models.towers.text import check_song_texts
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.order import worker_rows
-from htcl_ray.training.songs import Rows, Songs
-from htcl_ray.training.tasks import Task
+from htcl_ray.training.song_numbers import Rows, Songs
+from htcl_ray.training.stage_tasks import Task
 
 PROBE_ROWS = 128
 """Rows of the probe: enough for a rank of tens, little beside an epoch."""

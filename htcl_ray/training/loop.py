@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import StepError
+from htcl_ray.losses.collectives import copy_from_first, rank, sum_over_workers, world_size
+from htcl_ray.losses.stages import Terms
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import copy_from_first, rank, sum_over_workers, world_size
-from htcl_ray.objectives.stages import Terms
-from htcl_ray.settings import StageSettings
 from htcl_ray.training.batches import Batch, BatchLoader, BatchRows
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
 from htcl_ray.training.health import HealthWatch, refuse_equal_texts
 from htcl_ray.training.memory import peak_memory_gb
 from htcl_ray.training.micro_batch import probe_micro_batch_size
-from htcl_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from htcl_ray.training.optimization import build_optimizer, learning_rate_factor, set_learning_rate
 from htcl_ray.training.order import global_batch, steps_per_epoch, worker_rows
 from htcl_ray.training.progress import Metrics, Progress
 from htcl_ray.training.randomness import seed_worker, set_rng_state
+from htcl_ray.training.stage_tasks import Task
 from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.tasks import Task
 from htcl_ray.training.towers import compile_towers, freeze
 from htcl_ray.training.validation import validate, validation_gallery
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from htcl_ray.storage import Workspace
 from htcl_ray.training.progress import Metrics
 from htcl_ray.training.trackers import Trackers
+from htcl_ray.workspace.storage import Workspace
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from htcl_ray.errors import StepError
+from htcl_ray.losses.collectives import least_over_workers, workers_on_this_machine
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import least_over_workers, workers_on_this_machine
 from htcl_ray.training.batches import Batch, encode
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
 

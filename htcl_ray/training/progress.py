@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from htcl_ray.losses.collectives import world_size
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import world_size
-from htcl_ray.training.tasks import Task
+from htcl_ray.training.stage_tasks import Task
 
 Metrics = dict[str, float]
 SECONDS_BETWEEN_LINES = 5.0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from htcl_ray.losses.collectives import sum_gradients
+from htcl_ray.losses.stages import Terms, total_loss
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import sum_gradients
-from htcl_ray.objectives.stages import Terms, total_loss
 from htcl_ray.training.batches import Batch, encode
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
-from htcl_ray.training.tasks import Task
+from htcl_ray.training.stage_tasks import Task
 
 
 def compute_gradients(model: HTCL, batch: Batch, task: Task, micro_batch_size: int | None = None) -> Terms:

@@ -8,9 +8,9 @@ import shutil
 import torch
 from torch import nn
 
+from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import ConfigError
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.settings import StageSettings
 
 
 def freeze(model: HTCL, settings: StageSettings) -> None:

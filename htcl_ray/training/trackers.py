@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from htcl_ray.credentials import without_credentials
+from htcl_ray.config.sections import TrackingSettings
 from htcl_ray.errors import ConfigError
-from htcl_ray.local_copies import private_folder
-from htcl_ray.paths import absolute_sqlite
-from htcl_ray.settings import TrackingSettings
-from htcl_ray.storage import Workspace
+from htcl_ray.workspace.credentials import without_credentials
+from htcl_ray.workspace.local_copies import private_folder
+from htcl_ray.workspace.paths import absolute_sqlite
+from htcl_ray.workspace.storage import Workspace
 
 if TYPE_CHECKING:
     from htcl_ray.training.progress import Metrics

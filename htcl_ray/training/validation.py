@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from htcl_ray.evaluation.semantic import first_correct_rank, rank_summary
+from htcl_ray.evaluation.tasks.semantic import first_correct_rank, rank_summary
+from htcl_ray.losses.collectives import gather_rows, rank, world_size
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.objectives.gather import gather_rows, rank, world_size
 from htcl_ray.training.batches import BatchLoader
-from htcl_ray.training.songs import Rows
+from htcl_ray.training.song_numbers import Rows
 
 GALLERY = 2048
 """At most this many songs, so that an epoch's end costs little and figures of one catalogue stay comparable."""

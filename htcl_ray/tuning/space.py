@@ -9,8 +9,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from htcl_ray.config import Config
+from htcl_ray.config.sections import NOT_IN_MODEL, Dimension, Settings, StageSettings, nearest
 from htcl_ray.errors import ConfigError
-from htcl_ray.settings import NOT_IN_MODEL, Dimension, Settings, StageSettings, nearest
 
 Space = dict[str, Dimension]
 Parameters = dict[str, Any]

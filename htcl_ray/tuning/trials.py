@@ -18,8 +18,8 @@ from optuna.distributions import BaseDistribution
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.storage import Workspace
 from htcl_ray.tuning.space import Parameters
+from htcl_ray.workspace.storage import Workspace
 
 State = Literal["running", "finished", "stopped", "failed"]
 TABLE = "trials.jsonl"

@@ -1,4 +1,4 @@
-"""What is shipped: the wheel's content, the README's file map, the resolved presets."""
+"""What is shipped: the wheel's content and the resolved presets."""
 
 from __future__ import annotations
 
@@ -31,22 +31,6 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"htcl_ray"}
     shipped = {name for name in names if name.startswith("htcl_ray/")}
     assert {path for path in tracked("htcl_ray") if path.endswith((".py", ".yaml", ".html", ".typed"))} <= shipped
-
-
-def test_readme_maps_every_file():
-    """Every Python file of the package, the jobs and serve/ has its line in the README's map, and the map names nothing else."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## File map")[1].split("\n## ")[0]
-    mapped: set[str] = set()
-    folder = ""
-    for line in section.splitlines():
-        if match := re.match(r"^(\S+/)(\s|$)", line):
-            folder = match[1]
-        elif match := re.match(r"^  (\S+\.(?:py|yaml|html))\s", line):
-            mapped.add(folder + match[1])
-    files = {path for path in tracked("htcl_ray") + tracked("jobs") + tracked("serve") if path.endswith(".py")}
-    expected = {path for path in files if not path.endswith("__init__.py")}
-    assert {path for path in mapped if path.endswith(".py")} == expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)

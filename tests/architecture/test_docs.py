@@ -14,12 +14,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from docs import generate
 from htcl_ray import cli
+from htcl_ray.api.search import EmbedTextRequest, RecommendRequest, SearchRequest
 from htcl_ray.config import Config, resolve
-from htcl_ray.retrieval.http import EmbedTextRequest, RecommendRequest, SearchRequest
-from htcl_ray.settings import Settings
+from htcl_ray.config.sections import Settings
 from tests.conftest import REPOSITORY
-from tests.documented_commands import PAGES, Shown, blocks, commands, spans
+from tests.worlds.documented_commands import PAGES, Shown, blocks, commands, spans
 
 pytestmark = pytest.mark.unit
 
@@ -106,6 +107,11 @@ def test_the_calls_of_the_client_that_are_shown_exist():
     named = {*re.findall(r"\bclient\.(\w+)\(", text), *re.findall(r"^\| `(\w+)\(", text, re.MULTILINE)}
     assert len(named) >= 10
     assert all(hasattr(client, name) for client in (Client, AsyncClient) for name in named)
+
+
+@pytest.mark.parametrize("page", generate.PAGES)
+def test_a_generated_page_is_up_to_date(page: str):
+    assert (REPOSITORY / "docs" / page).read_text(encoding="utf-8") == generate.generated(page), "run: python docs/generate.py"
 
 
 def test_every_page_is_in_the_navigation():

@@ -15,13 +15,13 @@ pytestmark = pytest.mark.unit
 
 SOURCES = sorted((REPOSITORY / "htcl_ray").rglob("*.py"))
 MAY_IMPORT = {
-    "ray": ("htcl_ray/pipelines/", "htcl_ray/serving/"),
-    "faiss": ("htcl_ray/retrieval/structures.py",),
-    "torch.distributed": ("htcl_ray/objectives/gather.py", "htcl_ray/pipelines/train.py"),
+    "ray": ("htcl_ray/pipelines/", "htcl_ray/serving/", "htcl_ray/cluster/"),
+    "faiss": ("htcl_ray/index/engines/faiss_structures.py",),
+    "torch.distributed": ("htcl_ray/losses/collectives.py", "htcl_ray/pipelines/train.py"),
     "optuna": ("htcl_ray/pipelines/", "htcl_ray/tuning/"),
     "pickle": (),
 }
-PURE = ("htcl_ray/audio/", "htcl_ray/catalog/", "htcl_ray/interactions/", "htcl_ray/sample/", "htcl_ray/evaluation/metrics.py")
+PURE = ("htcl_ray/audio/", "htcl_ray/catalog/", "htcl_ray/interactions/", "htcl_ray/demo_world/", "htcl_ray/evaluation/metrics.py")
 """Plain functions on arrays and tables: no torch, so that the processes of Ray Data that run them stay small."""
 
 
@@ -110,13 +110,13 @@ def test_importing_the_serve_application_starts_nothing():
 def test_files_with_names_that_can_be_guessed_lie_in_the_private_folder():
     """In the directory for temporary files another user can make them first; `private_folder` is below it."""
     only_named_or_random = {
-        "htcl_ray/local_copies.py",
-        "htcl_ray/storage.py",
+        "htcl_ray/workspace/local_copies.py",
+        "htcl_ray/workspace/storage.py",
         "htcl_ray/pipelines/train_worker.py",
         "htcl_ray/serving/front.py",
     }
     users = {relative(path) for path in SOURCES if "gettempdir" in path.read_text(encoding="utf-8")}
-    assert users <= only_named_or_random, "use private_folder of htcl_ray/local_copies.py"
+    assert users <= only_named_or_random, "use private_folder of htcl_ray/workspace/local_copies.py"
 
 
 def test_jobs_hold_only_main():
@@ -142,9 +142,9 @@ def test_the_public_names_are_there_and_are_imported_only_when_they_are_used():
     from htcl_ray.audio import log_mel
     from htcl_ray.client import AsyncClient, Client
     from htcl_ray.evaluation import metrics
+    from htcl_ray.index.song_index import SongIndex
+    from htcl_ray.losses import info_nce
     from htcl_ray.models import HTCL
-    from htcl_ray.objectives import info_nce
-    from htcl_ray.retrieval import SongIndex
 
     expected = {"HTCL": HTCL, "SongIndex": SongIndex, "Client": Client, "AsyncClient": AsyncClient}
     expected |= {"log_mel": log_mel, "info_nce": info_nce, "metrics": metrics}

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from htcl_ray.losses.stages import pretrain_terms
 from htcl_ray.models import HTCL
-from htcl_ray.models.vocabulary import train_wordpiece
-from htcl_ray.objectives.stages import pretrain_terms
+from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.batches import Batch, encode
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
+from htcl_ray.training.stage_tasks import Task
 from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.tasks import Task
 from htcl_ray.training.towers import compile_towers
-from tests.synthetic_features import tiny_config
+from tests.worlds.synthetic_features import tiny_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")]
 

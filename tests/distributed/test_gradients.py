@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from htcl_ray.losses import collectives
+from htcl_ray.losses.collectives import rank, sum_over_workers, world_size
+from htcl_ray.losses.stages import finetune_terms, pretrain_terms
 from htcl_ray.models import HTCL
-from htcl_ray.models.vocabulary import train_wordpiece
-from htcl_ray.objectives.gather import rank, sum_over_workers, world_size
-from htcl_ray.objectives.stages import finetune_terms, pretrain_terms
+from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.batches import Batch, encode
 from htcl_ray.training.order import worker_rows
+from htcl_ray.training.stage_tasks import Task
 from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.tasks import Task
 from tests.distributed.conftest import run_workers
-from tests.synthetic_features import tiny_config
+from tests.worlds.synthetic_features import tiny_config
 
 pytestmark = pytest.mark.distributed
 
@@ -258,23 +259,22 @@ def test_without_a_process_group():
 
 def talk(folder: str) -> None:
     """Every collective once."""
-    from htcl_ray.objectives import gather
 
     own = torch.full((2, 3), float(rank()), dtype=torch.float64, requires_grad=True)
-    everyone = gather.gather_rows(own)
+    everyone = collectives.gather_rows(own)
     ((rank() + 1) * everyone).sum().backward()
     module = torch.nn.Linear(2, 2)
-    gather.copy_from_first(module)
+    collectives.copy_from_first(module)
     big = torch.nn.Parameter(torch.zeros(3, 5))
     odd = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
     unused = torch.nn.Parameter(torch.zeros(2))
     big.grad, odd.grad = torch.full((3, 5), float(rank() + 1)), torch.arange(4, dtype=torch.float64) * (rank() + 1)
-    gather.BUCKET_BYTES = 16  # every gradient in a bucket of its own
-    gather.sum_gradients([big, odd, unused])
-    gather.wait_for_all()
-    numbers = gather.gather_rows(torch.tensor([[rank()]]))
+    collectives.BUCKET_BYTES = 16  # every gradient in a bucket of its own
+    collectives.sum_gradients([big, odd, unused])
+    collectives.wait_for_all()
+    numbers = collectives.gather_rows(torch.tensor([[rank()]]))
     cpu = torch.device("cpu")
-    counted = torch.tensor([gather.least_over_workers(7 - 3 * rank(), cpu), gather.workers_on_this_machine(cpu)])
+    counted = torch.tensor([collectives.least_over_workers(7 - 3 * rank(), cpu), collectives.workers_on_this_machine(cpu)])
     state = {"gathered": everyone.detach(), "gradient": own.grad, "weight": module.weight.detach(), "numbers": numbers, "counted": counted}
     torch.save(state | {"big": big.grad, "odd": odd.grad, "none": torch.tensor(unused.grad is None)}, Path(folder) / f"{rank()}.pt")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from htcl_ray.errors import StepError
+from htcl_ray.losses.collectives import rank
 from htcl_ray.models import HTCL
-from htcl_ray.models.vocabulary import train_wordpiece
-from htcl_ray.objectives.gather import rank
+from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training import micro_batch
 from htcl_ray.training.batches import Batch
 from tests.distributed.conftest import run_workers
-from tests.synthetic_features import tiny_config
+from tests.worlds.synthetic_features import tiny_config
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from htcl_ray.errors import StepError
-from htcl_ray.objectives.gather import gather_rows, prepared_together, rank
+from htcl_ray.losses.collectives import gather_rows, prepared_together, rank
 from tests.distributed.conftest import run_workers
 
 pytestmark = pytest.mark.distributed

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from htcl_ray.losses.collectives import rank, wait_for_all
 from htcl_ray.models import HTCL
-from htcl_ray.objectives.gather import rank, wait_for_all
 from htcl_ray.training.checkpoint import load_state
 from htcl_ray.training.loop import train
 from tests.distributed.conftest import run_workers
-from tests.unit.test_training import CPU, World
+from tests.unit.training.test_training import CPU, World
 
 pytestmark = pytest.mark.distributed
 

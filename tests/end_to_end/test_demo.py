@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.ray_head import environment
+from tests.worlds.ray_head import environment
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 

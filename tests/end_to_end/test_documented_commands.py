@@ -27,11 +27,11 @@ import pytest
 import soundfile
 import torch
 
-from htcl_ray.sample import write_sample
+from htcl_ray.demo_world import write_sample
 from tests.conftest import REPOSITORY
-from tests.documented_commands import PAGES, blocks, variables
-from tests.official_model import small_wrapper
-from tests.ray_head import environment
+from tests.worlds.documented_commands import PAGES, blocks, variables
+from tests.worlds.official_model import small_wrapper
+from tests.worlds.ray_head import environment
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
@@ -39,7 +39,7 @@ NOT_HERE = {
     r"pip install |source ": "installs or enters an environment: Makefile, tests/architecture/test_distribution.py",
     r"make (demo|test)": "`make test` runs this file; `make demo` is `htcl demo`: tests/end_to_end/test_demo.py",
     r"export |cat > ": "sets variables for, or writes a file of, the cluster commands after it: tests/architecture/test_deploy.py",
-    r"(export .* && )?ray get-auth-token |ray start --head": "a head node on Ray's own ports: tests/ray_head.py starts one on free ports",
+    r"(export .* && )?ray get-auth-token |ray start --head": "a head node on the default ports: tests/worlds/ray_head.py uses free ones",
     r"ray job (submit|logs|status|stop) |DATA=.*s3://": "a cluster with its storage: tests/end_to_end/test_jobs.py runs every job, "
     "tests/architecture/test_docs.py reads every flag",
     r"python -c .*write_sample|ray status": "the rehearsal on an autoscaling cluster: tests/ray/test_tune_autoscaling.py",

@@ -15,11 +15,11 @@ import soundfile
 import torch
 
 from htcl_ray.config import Config
+from htcl_ray.demo_world import SampleTables, write_sample
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
-from htcl_ray.sample import SampleTables, write_sample
-from htcl_ray.storage import Workspace, file_sha256
-from tests.end_to_end.whole_path import Outcome, configuration, rewrite, run_every_step
+from htcl_ray.workspace.storage import Workspace, file_sha256
+from tests.worlds.whole_path import Outcome, configuration, rewrite, run_every_step
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from htcl_ray.sample import write_sample
-from htcl_ray.storage import Workspace
+from htcl_ray.demo_world import write_sample
+from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
-from tests.ray_head import Head, head_node, submit
-from tests.synthetic_features import tiny_config, write_features, write_pairs
+from tests.worlds.ray_head import Head, head_node, submit
+from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.end_to_end
 

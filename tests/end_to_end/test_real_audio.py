@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from htcl_ray import cli
-from htcl_ray.storage import Workspace
+from htcl_ray.workspace.storage import Workspace
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
 

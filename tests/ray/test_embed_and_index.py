@@ -16,15 +16,16 @@ from safetensors.torch import save_file
 from htcl_ray.cli import main
 from htcl_ray.config import Config
 from htcl_ray.errors import MismatchError, WorkspaceError
+from htcl_ray.index.song_index import SongIndex
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import embed as embed_pipeline
 from htcl_ray.pipelines.embed import embed, plan, read_vectors
 from htcl_ray.pipelines.index import build_index
-from htcl_ray.retrieval import SearchService, SongIndex
-from htcl_ray.retrieval.encoder import SongEncoder
 from htcl_ray.schemas import INDEX_SONGS, embeddings_schema
-from htcl_ray.storage import Workspace, file_sha256
-from tests.small_workspace import SONGS, small_config, song_id, sound, write_features, write_models
+from htcl_ray.search.encoder import SongEncoder
+from htcl_ray.search.service import SearchService
+from htcl_ray.workspace.storage import Workspace, file_sha256
+from tests.worlds.small_workspace import SONGS, small_config, song_id, sound, write_features, write_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from htcl_ray.artifacts import StepResult
 from htcl_ray.audio import decode, log_mel
 from htcl_ray.catalog import tables
 from htcl_ray.config import Config, resolve
@@ -27,10 +26,11 @@ from htcl_ray.interactions.logs import LogShape, complete, normalise
 from htcl_ray.interactions.pairs import finish_negatives, finish_pairs, partial_pairs, positives
 from htcl_ray.interactions.splits import group_split, period_ends
 from htcl_ray.pipelines import inputs
-from htcl_ray.pipelines import pairs as pairs_step
+from htcl_ray.pipelines import mine_pairs as pairs_step
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.schemas import EVENTS, PAIRS, features_schema
-from htcl_ray.storage import Workspace
+from htcl_ray.workspace.artifacts import StepResult
+from htcl_ray.workspace.storage import Workspace
 
 pytestmark = pytest.mark.ray
 
@@ -184,7 +184,7 @@ def test_the_second_run_is_skipped_without_ray(preprocessed: tuple[Path, Config,
     def started(config: Config) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("htcl_ray.pipelines.cluster.connect", started)
+    monkeypatch.setattr("htcl_ray.cluster.connection.connect", started)
     second = preprocess(config)
     assert second.skipped
     assert (second.location, second.summary) == (first.location, first.summary)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from htcl_ray.config import Config
+from htcl_ray.config.sections import TrackingSettings
 from htcl_ray.errors import ConfigError
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.settings import TrackingSettings
-from htcl_ray.storage import Workspace
 from htcl_ray.training.trackers import open_trackers
-from tests.synthetic_features import tiny_config, write_features
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.synthetic_features import tiny_config, write_features
 
 pytestmark = pytest.mark.ray
 RUN = "runs/pretrain/abc"

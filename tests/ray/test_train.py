@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from htcl_ray import artifacts
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.train import _best, _forget_unusable_checkpoints, finetune, pretrain
-from htcl_ray.storage import Workspace, file_sha256
+from htcl_ray.workspace import artifacts
+from htcl_ray.workspace.storage import Workspace, file_sha256
 from tests.conftest import REPOSITORY
-from tests.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
+from tests.worlds.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 
 pytestmark = pytest.mark.ray
 
@@ -86,10 +86,10 @@ def test_two_ranks_see_different_songs_and_one_set_of_negatives(trained: Config,
     uri, out = trained.workspace, str(tmp_path)
 
     def worker() -> None:
-        from htcl_ray.objectives.gather import gather_rows, rank, world_size
+        from htcl_ray.losses.collectives import gather_rows, rank, world_size
         from htcl_ray.training.order import worker_rows
-        from htcl_ray.training.songs import read_songs
-        from htcl_ray.training.tasks import pretrain_task
+        from htcl_ray.training.song_numbers import read_songs
+        from htcl_ray.training.stage_tasks import pretrain_task
 
         songs = read_songs(Workspace(uri), "features/synthetic")
         order = pretrain_task(songs, trained.pretrain).order(0)
@@ -132,7 +132,7 @@ def test_pretrain_is_refused_before_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, object], error: type[Exception], message: str
 ):
     write_features(tiny_config(tmp_path))
-    monkeypatch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
+    monkeypatch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
     with pytest.raises(error, match=message):
         pretrain(tiny_config(tmp_path, **overrides))
 
@@ -160,7 +160,7 @@ def without_pairs(trained: Config, folder: Path) -> Config:
 
 
 def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
+    monkeypatch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
     config = without_pairs(trained, tmp_path / "workspace")
     write_pairs(config, songs=18)  # training songs only
     with pytest.raises(ConfigError, match="no pair has both songs in the validation gallery"):
@@ -179,7 +179,7 @@ def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, ca
     """Refused before Ray without rejected songs; with them, and with another loss than stage 1, stage 2 trains."""
     config = trained.with_overrides({"finetune.explicit_negatives": True, "finetune.loss": "sigmoid"})
     with monkeypatch.context() as patch:
-        patch.setattr("htcl_ray.pipelines.cluster.connect", lambda config: pytest.fail("Ray was started"))
+        patch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
         with pytest.raises(WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"):
             finetune(config)
         write_negatives(config, [(0, 3, 1.0)])

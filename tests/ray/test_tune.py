@@ -18,11 +18,11 @@ import yaml
 
 from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
-from htcl_ray.pipelines import tune as step
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.pipelines.tune import tune
-from htcl_ray.storage import Workspace
-from tests.synthetic_features import tiny_config, write_features, write_pairs
+from htcl_ray.pipelines.tuning import tune as step
+from htcl_ray.pipelines.tuning.tune import tune
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.ray
 SPACE = {"pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.batch_size": [8, 16, 32]}
@@ -176,7 +176,7 @@ def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_def
     """The most trials that Ray Tune had pending at a time."""
     from ray import tune as ray_tune
 
-    from htcl_ray.pipelines.study import StudyCallback
+    from htcl_ray.pipelines.tuning.study import StudyCallback
 
     seen = []
 
@@ -199,7 +199,7 @@ def test_trials_are_asked_for_together(tmp_path: Path, ray_cluster: None, monkey
 
 
 def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    from htcl_ray.pipelines.capacity import Capacity
+    from htcl_ray.cluster.capacity import Capacity
 
     grown = Capacity(({"CPU": 4.0},), (({"CPU": 8.0, "GPU": 1.0}, 3),), 3, grows=True)
     monkeypatch.setattr(step, "capacity", lambda: grown)
@@ -295,7 +295,7 @@ def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Con
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_line(trace: str, said: str):
-    from htcl_ray.pipelines.study import sentence
+    from htcl_ray.pipelines.tuning.study import sentence
 
     assert sentence(trace) == said
 

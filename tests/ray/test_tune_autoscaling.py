@@ -13,7 +13,7 @@ from ray.util import get_node_ip_address
 
 from tests.conftest import REPOSITORY
 from tests.ray.test_tune import table, tune_config
-from tests.ray_head import environment, free_ports, head_node, submit
+from tests.worlds.ray_head import environment, free_ports, head_node, submit
 
 pytestmark = pytest.mark.ray
 HEAD_ID = "f" * 51 + "00000"

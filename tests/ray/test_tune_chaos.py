@@ -24,7 +24,7 @@ REPORTS = 30
 @pytest.fixture
 def cluster() -> Iterator[subprocess.Popen[str]]:
     """The program `cluster_of_nodes`; ends with its standard input."""
-    command = [sys.executable, "-m", "tests.ray.cluster_of_nodes"]
+    command = [sys.executable, "-m", "tests.worlds.cluster_of_nodes"]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
     )

@@ -9,7 +9,7 @@ import pytest
 from htcl_ray.config import Config
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.index import build_index
-from tests.small_workspace import small_config, write_features, write_models
+from tests.worlds.small_workspace import small_config, write_features, write_models
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,12 @@ import pytest
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, IndexNotFoundError, MismatchError, WorkspaceError
-from htcl_ray.retrieval import SearchService
-from htcl_ray.retrieval.service import Answer
+from htcl_ray.search.service import Answer, SearchService
 from htcl_ray.serving import application
 from htcl_ray.serving.application import serving
-from htcl_ray.storage import file_sha256
-from tests.serve.processes import replicas
-from tests.small_workspace import SONGS, song_id, sound, wav
+from htcl_ray.workspace.storage import file_sha256
+from tests.worlds.processes import replicas
+from tests.worlds.small_workspace import SONGS, song_id, sound, wav
 
 pytestmark = pytest.mark.serve
 

@@ -19,9 +19,9 @@ from htcl_ray.models import HTCL
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
-from htcl_ray.retrieval import SearchService
+from htcl_ray.search.service import SearchService
 from htcl_ray.serving.application import serving
-from tests.small_workspace import small_config, write_models
+from tests.worlds.small_workspace import small_config, write_models
 
 pytestmark = pytest.mark.serve
 

@@ -12,13 +12,13 @@ import pytest
 from ray import serve
 
 from htcl_ray.config import Config
+from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioError
-from htcl_ray.retrieval.activation import Pointer, now
-from htcl_ray.retrieval.encoder import SongEncoder
+from htcl_ray.index.live.activation import Pointer, now
+from htcl_ray.search.encoder import SongEncoder
 from htcl_ray.serving.deployments import Encoder, Served
-from htcl_ray.settings import ServeSettings
-from htcl_ray.storage import Workspace
-from tests.small_workspace import sound, text_of, wav
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.small_workspace import sound, text_of, wav
 
 pytestmark = pytest.mark.serve
 

@@ -15,19 +15,19 @@ import pytest
 import uvicorn
 
 from htcl_ray.client import AsyncClient, Client, Heard, NoAnswerError, RequestError, Retries
+from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioError
-from htcl_ray.retrieval.activation import starting_pointer
-from htcl_ray.retrieval.live_index import LiveIndex
-from htcl_ray.retrieval.profiles import Heard as ServedHeard
-from htcl_ray.retrieval.vectors import Vectors
+from htcl_ray.index.live.activation import starting_pointer
+from htcl_ray.index.live.live_index import LiveIndex
+from htcl_ray.index.vectors import Vectors
 from htcl_ray.schemas import Reason
-from htcl_ray.serving.keys import Keys
-from htcl_ray.serving.routes import create_app
-from htcl_ray.settings import ServeSettings
-from htcl_ray.storage import Workspace
+from htcl_ray.search.profiles import Heard as ServedHeard
+from htcl_ray.serving.api_keys import Keys
+from htcl_ray.serving.http_app import create_app
+from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
-from tests.documented_commands import blocks
-from tests.live import DIM, VERSIONS, unit_vectors, write_index
+from tests.worlds.documented_commands import blocks
+from tests.worlds.live import DIM, VERSIONS, unit_vectors, write_index
 
 pytestmark = pytest.mark.serve
 
@@ -124,7 +124,7 @@ def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, option
     vector = [float(x) for x in range(2 * DIM)]
     plain = {name: value for name, value in options.items() if name != "filter"}
     if "filter" in options:
-        from htcl_ray.retrieval.filters import Filter
+        from htcl_ray.search.filters import Filter
 
         plain["filter"] = Filter(**options["filter"])
     cases = [

@@ -20,8 +20,8 @@ import yaml
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError
 from tests.conftest import REPOSITORY
-from tests.serve.processes import spawn
-from tests.small_workspace import SONGS
+from tests.worlds.processes import spawn
+from tests.worlds.small_workspace import SONGS
 
 pytestmark = pytest.mark.serve
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.conformance import schemathesis, summary
 from htcl_ray.config import Config
 from htcl_ray.serving.application import serving
-from tests.small_workspace import song_id
+from tests.worlds.small_workspace import song_id
 
 pytestmark = pytest.mark.serve
 

@@ -23,8 +23,8 @@ import httpx
 import pytest
 
 from htcl_ray.config import Config
-from tests.serve.processes import command_line, descendants, spawn
-from tests.small_workspace import song_id, write_other_index
+from tests.worlds.processes import command_line, descendants, spawn
+from tests.worlds.small_workspace import song_id, write_other_index
 
 pytestmark = pytest.mark.serve
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.evaluated_workspace import write_evaluated
-from tests.page_world import GENRES, SONGS, PageBackend, Running, running, song_id, title, write_world
+from tests.worlds.evaluated_workspace import write_evaluated
+from tests.worlds.page_world import GENRES, SONGS, PageBackend, Running, running, song_id, title, write_world
 
 pytestmark = pytest.mark.serve
 
@@ -26,9 +26,9 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
 from htcl_ray.errors import InputError  # noqa: E402
-from htcl_ray.evaluation.report_page import html  # noqa: E402
+from htcl_ray.evaluation.report.report_page import html  # noqa: E402
 from htcl_ray.pipelines.evaluate import evaluate  # noqa: E402
-from htcl_ray.storage import Workspace  # noqa: E402
+from htcl_ray.workspace.storage import Workspace  # noqa: E402
 
 DESKTOP = {"width": 1280, "height": 860}
 PHONE = {"width": 390, "height": 844}

@@ -21,12 +21,13 @@ import pytest
 import ray
 
 from htcl_ray.config import Config
-from htcl_ray.retrieval import SearchService, SongIndex
-from htcl_ray.retrieval.encoder import SongEncoder
+from htcl_ray.index.song_index import SongIndex
+from htcl_ray.search.encoder import SongEncoder
+from htcl_ray.search.service import SearchService
 from htcl_ray.serving.application import serving
-from htcl_ray.storage import Workspace
-from tests.serve.processes import children_of, command_line, replicas
-from tests.small_workspace import SONGS, first_version, song_id, sound, wav, write_other_index
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.processes import children_of, command_line, replicas
+from tests.worlds.small_workspace import SONGS, first_version, song_id, sound, wav, write_other_index
 
 pytestmark = pytest.mark.serve
 

@@ -1,0 +1,206 @@
+"""Connecting to Ray, and keeping its noise out of the terminal.
+
+Ray's own logs go to files, whose folder is printed once. What a person should see of remote work arrives through `progress_lines`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from htcl_ray.config import Config
+from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.workspace.credentials import without_credentials
+from htcl_ray.workspace.local_copies import private_folder, private_name
+from htcl_ray.workspace.paths import absolute_sqlite, is_relative
+from htcl_ray.workspace.storage import storage_errors, storage_failure
+
+
+def connect(config: Config, metrics_port: int | None = None) -> None:
+    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine.
+
+    A private cluster listens on loopback only. `metrics_port`: of its Prometheus exporter; default a free one.
+    """
+    if "ray" not in sys.modules:
+        # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and they would refuse
+        # their own driver. Unset, both sides choose tokens by themselves.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Its remark that there are many processes for few CPUs comes past every other switch; training's waiting processes are meant.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = address_of(config)
+    refuse_relative_paths(config)
+    local_only: dict[str, Any] = {}
+    if address == "local":
+        local_only = {
+            "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
+            "object_store_memory": config.ray.object_store_bytes,
+            "include_dashboard": False,
+            "_temp_dir": ray_folder(),
+            **({} if metrics_port is None else {"_metrics_export_port": metrics_port}),
+        }
+    else:
+        _check_reachable(address)
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with _loopback_only() if address == "local" else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only)
+    except Exception as error:  # of many types: no cluster there, a node that does not start in time, a folder that cannot be written
+        ray.shutdown()
+        if failure := storage_failure(error, f"Ray's folder {local_only.get('_temp_dir', 'for temporary files')}"):
+            raise failure from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if address == "local":
+            raise StepError(
+                f"Ray did not start on this machine: {reason} Its logs are in {ray_folder()}/session_latest/logs; "
+                "when the machine is busy, run the same command again"
+            ) from error
+        raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
+    _quiet_ray_data()
+    session = ray._private.worker.global_worker.node.get_session_dir_path() if address == "local" else "the cluster's head node"
+    print(
+        f"Ray: {'private cluster on this machine' if address == 'local' else without_credentials(address)}; its logs are in {session}",
+        flush=True,
+    )
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a cluster that starts here have the address 127.0.0.1, as on macOS: other machines reach none of its ports then.
+
+    Ray reads the variable in every process of the cluster, and has read it here when it was imported.
+    """
+    import ray
+
+    variable, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
+    before, read = os.environ.get(variable), constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = read
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
+
+
+CONNECT_SECONDS = 10.0
+
+
+def _check_reachable(address: str) -> None:
+    """Raise StepError when nothing listens at host:port, which Ray tries for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise StepError(f"cannot connect to Ray at '{address}': {error.strerror or error}; check ray.address or RAY_ADDRESS") from error
+
+
+RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+SOCKET_PATH_BYTES = 103
+"""Of a Unix socket: 107 on Linux, 103 on macOS."""
+
+
+def ray_folder() -> str:
+    """Folder of a private cluster's sessions: in this user's private folder, since Ray lets every user write into a session.
+
+    That is below RAY_TMPDIR or TMPDIR, as in Ray, or below /tmp when socket paths would be too long.
+    """
+    parent = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with storage_errors(f"{parent}, the folder for temporary files"):
+        return f"{private_folder(socket_folder(f'/{private_name()}-12345678{RAY_SOCKET}', parent))}/ray"
+
+
+def socket_folder(name: str, folder: str) -> str:
+    """`folder`, or /tmp when the path of the socket below it would be longer than the operating system allows."""
+    folder = os.path.abspath(folder)
+    return folder if len(os.fsencode(folder + name)) <= SOCKET_PATH_BYTES else "/tmp"
+
+
+def address_of(config: Config) -> str:
+    """Where `connect` will connect: a cluster's address, or `local` for a private cluster on this machine."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def refuse_relative_paths(config: Config) -> None:
+    """Raise ConfigError when something would be written relative to the working directory of a job on another machine.
+
+    That directory is temporary, so the workspace, or MLflow's file, would vanish with it. So is that of a task, in which `serve deploy`
+    builds the application.
+    """
+    if address_of(config) == "local" and not _in_task():
+        return
+    if is_relative(config.workspace):
+        raise ConfigError(
+            f"the workspace '{config.workspace}' is relative, and on a remote cluster the job's directory is temporary; "
+            "give an absolute path that every node sees, or s3:// or gs://, with --workspace"
+        )
+    uri = config.tracking.mlflow_uri or ""
+    if "mlflow" in config.tracking.trackers and absolute_sqlite(uri) != uri:
+        raise ConfigError(
+            f"tracking.mlflow_uri is '{uri}', a relative file, and on a remote cluster the job's directory is temporary; "
+            "expected a server, or sqlite:////ABSOLUTE/FILE"
+        )
+
+
+def _in_task() -> bool:
+    """Whether this code runs in a task or actor of Ray rather than in the process of a command."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+def _quiet_ray_data() -> None:
+    """Ray Data reports to the terminal through a handler of its own; its file keeps everything."""
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":
+            handler.setLevel(logging.CRITICAL)  # it prints errors of tasks, which are raised here too
+
+
+@contextlib.contextmanager
+def progress_lines() -> Iterator[Any]:
+    """A queue for remote workers: `queue.put_nowait("line")`; each line is printed here until the block ends."""
+    from ray.util.queue import Empty, Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    stop = threading.Event()
+
+    def print_waiting() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                print(queue.get_nowait(), flush=True)
+
+    def print_until_stopped() -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody reads; the next line of the main thread ends the command
+            while not stop.wait(0.3):
+                print_waiting()
+            print_waiting()
+
+    printer = threading.Thread(target=print_until_stopped, name="progress-lines", daemon=True)
+    printer.start()
+    try:
+        yield queue
+    finally:
+        stop.set()
+        printer.join(timeout=10)
+        queue.shutdown()

@@ -1,0 +1,1 @@
+"""Commands of `htcl` that are not steps of the pipeline."""

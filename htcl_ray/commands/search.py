@@ -1,0 +1,97 @@
+"""`htcl search`: one query from the shell, answered in this process, without a server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from htcl_ray.config import Config
+from htcl_ray.errors import QueryError
+from htcl_ray.pipelines.index import determined_index
+from htcl_ray.search.filters import Filter
+from htcl_ray.search.service import LITTLE_COVERAGE, Answer, SearchService
+from htcl_ray.workspace.storage import Workspace
+
+
+def search(
+    config: Config,
+    index: str | None,
+    *,
+    text: str | None,
+    audio: str | None,
+    song_id: str | None,
+    conditions: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Search by text, by an audio file (path or URI), or by a song of the index, and print the songs.
+
+    `conditions`: a Filter as JSON; `options`: others of `service.Options`. Raises QueryError.
+    """
+    options["filter"] = None if conditions is None else _filter(conditions)
+    index = index or determined_index(Workspace(config.workspace), config)
+    service = SearchService.open(config, index, encoder=song_id is None)
+    if song_id is not None:
+        answer = service.search_songs([song_id], **options)
+    elif audio is not None:
+        answer = service.search_audio(audio, **options)
+    else:
+        answer = service.search_text(text or "", **options)
+    if as_json:
+        tree = {"k": answer.k, "blend": answer.blend, "text_coverage": answer.text_coverage, "results": _results(answer)}
+        print(json.dumps(tree, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=2))
+    else:
+        _print(answer)
+    _warn(answer)
+
+
+def _filter(conditions: str) -> Filter:
+    try:
+        return Filter.model_validate_json(conditions)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(("--filter", *map(str, first["loc"])))
+        raise QueryError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _warn(answer: Answer) -> None:
+    coverage = answer.text_coverage
+    if coverage is not None and coverage < LITTLE_COVERAGE:
+        knows = (
+            f"knows only {coverage:.0%} of this text, so the songs may not fit it"
+            if coverage
+            else "knows nothing of this text, so the songs are arbitrary"
+        )
+        print(f"warning: the text model {knows}; try other words, or search by a song or an audio file", file=sys.stderr)
+
+
+def _results(answer: Answer) -> list[dict]:
+    return [
+        {
+            "song_id": hit.song_id,
+            "score": hit.score,
+            "semantic_score": hit.semantic_score,
+            "preference_score": hit.preference_score,
+            "shared_tags": shared_tags,
+            **metadata,
+        }
+        for hit, metadata, shared_tags in zip(answer.hits, answer.metadata, answer.shared_tags, strict=True)
+    ]
+
+
+def _print(answer: Answer) -> None:
+    table = Table("song", "score", "semantic", "preference", "title", "artist", "genre", "mood", "tags")
+    for result in _results(answer):
+        scores = (result["score"], result["semantic_score"], result["preference_score"])
+        words = (result[name] for name in ("title", "artist", "genre", "mood", "tags"))
+        table.add_row(
+            result["song_id"],
+            *("–" if score is None else f"{score:.3f}" for score in scores),
+            *(", ".join(value) if isinstance(value, list) else str(value or "") for value in words),
+        )
+    Console().print(table)

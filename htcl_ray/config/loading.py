@@ -1,0 +1,367 @@
+"""A complete run: built once from a preset, an optional YAML file and `--set` overrides (later wins), printable whole.
+
+It is recorded in the manifest of everything that a step writes. Ray Tune changes a run through the same `with_overrides`. The sections
+and their keys are in config/sections/.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from htcl_ray.config.sections import (
+    AudioRecipe,
+    DataSettings,
+    Dimension,
+    EmbedSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    GateSettings,
+    IndexSettings,
+    ModelSettings,
+    PairSettings,
+    PretrainSettings,
+    RaySettings,
+    ServeSettings,
+    Settings,
+    TextSettings,
+    TrackingSettings,
+    TuneSettings,
+    nearest,
+)
+from htcl_ray.errors import ConfigError, HtclError
+from htcl_ray.workspace.credentials import lacks_credentials
+from htcl_ray.workspace.paths import absolute, absolute_sqlite, folder_or_name
+
+PRESETS = ("demo", "paper")
+
+
+class Config(Settings):
+    """A complete run."""
+
+    preset: str = "paper"
+    workspace: str = "./workspace"
+    """Where everything that a step writes lies; local path, s3:// or gs://. Relative paths, here and in every other key and in a
+    configuration file, are relative to the working directory of the command."""
+    license: str = Field("unknown", pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")
+    """License of the models that are trained, named in their model cards: an identifier of the Hugging Face hub such as `apache-2.0` or
+    `cc-by-nc-4.0`; `unknown` until somebody has decided, `other` for terms of your own."""
+    data: DataSettings = DataSettings()
+    audio: AudioRecipe = AudioRecipe()
+    pairs: PairSettings = PairSettings()
+    text: TextSettings = TextSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    embed: EmbedSettings = EmbedSettings()
+    index: IndexSettings = IndexSettings()
+    tune: TuneSettings = TuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
+    serve: ServeSettings = ServeSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        window, clip = self.model.window_seconds, self.audio.clip_seconds
+        if window is not None and window > clip:
+            raise ValueError(f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), or null for whole clips")
+        for name, stage in (("pretrain", self.pretrain), ("finetune", self.finetune)):
+            if stage.freeze_audio_layers > self.model.layers:
+                raise ValueError(
+                    f"{name}.freeze_audio_layers is {stage.freeze_audio_layers}; expected at most model.layers ({self.model.layers})"
+                )
+            if stage.mel_masks * stage.mel_mask_bands >= self.audio.n_mels:
+                raise ValueError(
+                    f"{name}.mel_masks × {name}.mel_mask_bands is {stage.mel_masks * stage.mel_mask_bands}; "
+                    f"expected less than audio.n_mels ({self.audio.n_mels}), so that something is left to hear"
+                )
+        return self
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
+        """A new configuration with dotted keys replaced, `{"pretrain.batch_size": 64}`; every check runs again."""
+        tree = self.model_dump()
+        with _one_batch_size(tree):
+            for key, value in overrides.items():
+                _set(tree, key, value)
+        return _validate(tree)
+
+    def with_absolute_paths(self) -> Config:
+        """The same run from any working directory: relative paths become absolute, relative to the working directory of this process.
+
+        Every command calls this once, where it starts; workers and trials run in folders of their own. `text.name_or_path` is a path when
+        there is such a folder. Raises ConfigError for a URI whose credentials were left out when the configuration was written.
+        """
+        for key, value in _texts(self.model_dump()):
+            if lacks_credentials(value):
+                raise ConfigError(
+                    f"{key} is '{value}', whose credentials were left out when it was written; give it whole with --set {key}=URI, "
+                    "or without credentials and have them in the environment"
+                )
+        changes: dict[str, Any] = {
+            "workspace": absolute(self.workspace),
+            "data.catalog": [absolute(path) for path in self.data.catalog],
+            "data.interactions": [absolute(path) for path in self.data.interactions],
+        }
+        if self.text.name_or_path is not None:
+            changes["text.name_or_path"] = folder_or_name(self.text.name_or_path)
+        if self.serve.api_keys_file is not None:
+            changes["serve.api_keys_file"] = absolute(self.serve.api_keys_file)
+        if self.tracking.mlflow_uri is not None:
+            changes["tracking.mlflow_uri"] = absolute_sqlite(self.tracking.mlflow_uri)
+        searched = (self.tune.space or {}).get("text.name_or_path")
+        if searched is not None and searched.values is not None:
+            names = [folder_or_name(value) if isinstance(value, str) else value for value in searched.values]
+            changes["tune.space.text.name_or_path"] = {"values": names}
+        return self.with_overrides(changes)
+
+    def as_yaml(self) -> str:
+        """The whole configuration without the credentials of its URIs; saved, it is a file for `--config` that repeats the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve(preset: str | None = None, file: str | Path | None = None, assignments: Iterable[str] = ()) -> Config:
+    """Preset, then file, then `key=value` assignments; later wins.
+
+    The preset is `preset`, else the one that the file names, else `paper`. Values are texts that the type of their key converts: `yes` is
+    true of a switch and a column's name in data.columns. Lists and sections are YAML: `a.b=[1, 2]`, `a={b: 1}`. Raises ConfigError.
+    """
+    from_file = _read_yaml(str(file)) if file is not None else {}
+    name = preset or from_file.get("preset") or "paper"
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset '{name}'; {nearest(str(name), PRESETS)}")
+    tree = _validate({"preset": name, **_preset(name)}).model_dump(mode="json")
+    with _one_batch_size(tree):
+        _merge(tree, {**from_file, "preset": name}, prefix="")
+    with _one_batch_size(tree):
+        _assign(tree, assignments)
+    return _validate(tree)
+
+
+def _assign(tree: dict[str, Any], assignments: Iterable[str]) -> None:
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"'--set {assignment}' has no '='; expected key=value, for instance pretrain.epochs=5")
+        _set(tree, key.strip(), _assigned_value(key.strip(), text.strip(), assignment))
+
+
+def _loader(resolvers: Mapping[str, str]) -> type[yaml.SafeLoader]:
+    """A YAML loader that takes plain scalars for texts unless they match the pattern of one of these tags."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {}
+    for tag, pattern in resolvers.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), None)
+    return Loader
+
+
+_TEXTS = {"null": "~|null|Null|NULL|", "merge": "<<"}
+_TextLoader = _loader(_TEXTS)
+"""For values whose key has a type, which converts their text. YAML 1.1 reads `yes`, `064`, `1:30` and `2024-01-01` as something else."""
+_ScalarLoader = _loader(
+    {
+        **_TEXTS,
+        "bool": "true|True|TRUE|false|False|FALSE",
+        "int": "[-+]?[0-9]+",
+        "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    }
+)
+"""For the values of `tune.space`, whose type is theirs: the core schema of YAML 1.2."""
+_ScalarLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def _parse(text: str, key: str = "") -> Any:
+    """The YAML value of a configuration key, or of a whole configuration."""
+    if key == "tune.space" or key.startswith("tune.space."):
+        return _ScalarLoader(text).get_single_data()
+    tree = _TextLoader(text).get_single_data()
+    section = tree if key == "tune" else tree.get("tune") if isinstance(tree, dict) and not key else None
+    if isinstance(section, dict) and section.get("space") is not None:
+        typed = _ScalarLoader(text).get_single_data()
+        section["space"] = (typed if key == "tune" else typed["tune"])["space"]
+    return tree
+
+
+NULLS = ("~", "null", "Null", "NULL")
+
+
+def _assigned_value(key: str, text: str, assignment: str) -> Any:
+    """The value of `--set key=text`: null, a list or a section where the key's type has them, else the text."""
+    wanted = _type_of(key)
+    if not text or (text in NULLS and not _admits(wanted, str, without=NoneType)):
+        return None
+    if (text.startswith("[") and _admits(wanted, tuple, Dimension)) or (text.startswith("{") and _admits(wanted, dict, Settings)):
+        try:
+            return _parse(text, key)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of '--set {assignment}' is not YAML: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def _type_of(dotted: str) -> Any:
+    """The annotation of a configuration key, or None when there is no such key."""
+    found: Any = Config
+    for name in _parts(dotted):
+        if isinstance(found, type) and issubclass(found, Settings):
+            field = found.model_fields.get(name)
+            found = None if field is None else field.annotation
+        else:
+            found = next((get_args(kind)[1] for kind in _alternatives(found) if get_origin(kind) is dict), None)
+    return found
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, without `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for member in get_args(annotation) for kind in _alternatives(member))
+    return (annotation,)
+
+
+def _admits(annotation: Any, *kinds: type, without: type | None = None) -> bool:
+    """Whether one alternative of an annotation is of one of these types, and none is `without`."""
+    found = [get_origin(kind) or kind for kind in _alternatives(annotation)]
+    return without not in found and any(isinstance(kind, type) and issubclass(kind, kinds) for kind in found)
+
+
+BATCH_SIZES = ("batch_size", "batch_size_per_worker")
+
+
+@contextmanager
+def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
+    """Within this, a layer of the configuration is applied: the size of a batch that it gives replaces the other one of a layer before."""
+    stages = [tree[name] for name in ("pretrain", "finetune")]
+    before = [{key: stage[key] for key in BATCH_SIZES} for stage in stages]
+    for stage in stages:
+        stage.update(dict.fromkeys(BATCH_SIZES, ...))
+    yield
+    for stage, sizes in zip(stages, before, strict=True):
+        given = any(stage[key] not in (..., None) for key in BATCH_SIZES)
+        stage.update({key: None if given else sizes[key] for key in BATCH_SIZES if stage[key] is ...})
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree with its dotted key."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _texts(value, key)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a configuration file."""
+    return Config.model_json_schema()
+
+
+def _preset(name: str) -> dict[str, Any]:
+    text = importlib.resources.files("htcl_ray.config").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    return _parse(text) or {}
+
+
+def _read_text(path: str) -> str:
+    path = absolute(path)
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    from htcl_ray.workspace.storage import open_filesystem, storage_errors
+
+    filesystem, name = open_filesystem(path)
+    with storage_errors(path), filesystem.open_input_stream(name) as stream:
+        return stream.read().decode("utf-8")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        tree = _parse(_read_text(path))
+    except HtclError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the configuration file {path} holds a {type(tree).__name__}; expected keys such as 'pretrain:'")
+    return tree
+
+
+FREE_FORM = ("data.columns", "tune.space")
+"""Sections whose keys are the user's rather than ours, and may have dots; one that is given whole replaces the one before."""
+
+
+def _parts(dotted: str) -> list[str]:
+    for section in FREE_FORM:
+        if dotted.startswith(f"{section}."):
+            return [*section.split("."), dotted.removeprefix(f"{section}.")]
+    return dotted.split(".")
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> None:
+    for key, value in changes.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and not {dotted, prefix} & {*FREE_FORM} and isinstance(tree.get(key), dict):
+            _merge(tree[key], value, dotted)
+        else:
+            _set_leaf(tree, str(key), value, dotted)
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = _parts(dotted)
+    section: Any = tree
+    for depth, name in enumerate(parents):
+        if not isinstance(section, dict) or name not in section:
+            _refuse(dotted, section, ".".join(parents[:depth]), name)
+        if section[name] is None and ".".join(parents[: depth + 1]) in FREE_FORM:
+            section[name] = {}
+        section = section[name]
+    if not isinstance(section, dict):
+        raise ConfigError(f"'{'.'.join(parents)}' is a value, not a section, so '{dotted}' does not exist")
+    _merge(section, {leaf: value}, ".".join(parents))
+
+
+def _set_leaf(section: dict[str, Any], leaf: str, value: Any, dotted: str) -> None:
+    prefix = ".".join(_parts(dotted)[:-1])
+    free = dotted in FREE_FORM or prefix in FREE_FORM
+    if leaf not in section and not free:
+        _refuse(dotted, section, prefix, leaf)
+    if isinstance(section.get(leaf), dict) and not isinstance(value, Mapping) and not free:
+        raise ConfigError(f"'{dotted}' is a section; expected one of its keys: {', '.join(section[leaf]) or 'key=value'}")
+    section[leaf] = value
+
+
+def _refuse(dotted: str, section: Any, prefix: str, name: str) -> None:
+    if not isinstance(section, dict):
+        raise ConfigError(f"'{prefix}' is a value, not a section, so '{dotted}' does not exist")
+    below = [f"{prefix}.{key}" if prefix else key for key in section]
+    wrong = f"{prefix}.{name}" if prefix else name
+    raise ConfigError(f"there is no configuration key '{dotted}'; {nearest(wrong, below)}")
+
+
+def _validate(tree: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        where = f"configuration key '{key}': " if key else ""  # none: keys of two sections contradict each other
+        message = first["msg"].removeprefix("Value error, ")
+        given = f"it is {first['input']!r}"
+        said = isinstance(first["input"], dict) or given in message
+        raise ConfigError(f"{where}{message}{'' if said else f' ({given})'}") from None

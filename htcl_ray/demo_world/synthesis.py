@@ -1,0 +1,237 @@
+"""How it sounds: a song as a waveform, from a few wavetables, drum sounds and studio effects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import scipy.fft
+
+from htcl_ray.demo_world.score import GENRES, MOODS, Note, Score, compose
+from htcl_ray.demo_world.world import HIDDEN_TRAITS, Song
+
+SAMPLE_RATE = 16000
+_TABLE = 4096
+_TOP_HERTZ = 7600.0
+
+
+@dataclass(frozen=True)
+class Timbre:
+    """An instrument: the spectrum of one period and how it changes over a note."""
+
+    partials: tuple[float, ...]
+    """Amplitudes of the first partials; beyond them, `slope` continues."""
+    slope: float
+    """Partial k beyond the given ones has amplitude last · (last index / k) ** slope; 0 ends the spectrum there."""
+    attack: float
+    """Seconds."""
+    decay: float
+    """Seconds to 1/e; infinite for a sustained sound."""
+    release: float = 0.06
+    dulling: float = 0.0
+    """How much faster the upper partials fade than the lower ones; 0 is equally."""
+    vibrato: float = 0.0
+    """Semitones."""
+    breath: float = 0.0
+    """Level of noise in the tone."""
+    octave: int = 0
+    ratios: tuple[float, ...] = ()
+    """Partials' multiples of the pitch, quarters allowed, when they are not harmonic."""
+    gain: float = 1.0
+
+
+TIMBRES = {
+    "flute": Timbre((1.0, 0.2, 0.03), 0, 0.06, np.inf, breath=0.2, octave=1, gain=1.1),
+    "violin": Timbre((0.6, 1.0, 0.8, 0.9, 0.5, 0.55, 0.4), 1.0, 0.10, np.inf, vibrato=0.7, release=0.12, gain=0.65),
+    "piano": Timbre((1.0, 0.6, 0.4, 0.25, 0.2, 0.1), 1.5, 0.004, 0.7, dulling=3.0, gain=1.3),
+    "trumpet": Timbre((0.2, 0.5, 0.9, 1.0, 1.0, 0.9, 0.7, 0.5, 0.3), 0.6, 0.03, np.inf, gain=0.6),
+    "vibraphone": Timbre((1.0, 0.7, 0.5), 0, 0.003, 0.9, ratios=(1, 4, 9.75), octave=1, release=0.4, dulling=1.0, gain=1.3),
+    "organ": Timbre((0.8, 1.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.8), 0, 0.015, np.inf, octave=-1, gain=0.75),
+    "guitar": Timbre((0.7, 1.0, 0.6, 0.15, 0.4, 0.3, 0.2, 0.15), 1.2, 0.003, 0.28, dulling=4.0, octave=-1, gain=1.4),
+    "synthesizer": Timbre((1.0, 0.0, 0.7, 0.0, 0.6, 0.0, 0.5, 0.0, 0.4, 0.0, 0.35), 0.7, 0.005, np.inf, gain=0.5),
+    "strings": Timbre((1.0, 0.7, 0.5, 0.4, 0.3), 1.2, 0.15, np.inf, release=0.2, vibrato=0.15, gain=0.42),
+    "electric piano": Timbre((1.0, 0.12, 0.05, 0.0, 0.0, 0.0, 0.25), 0, 0.004, 0.8, dulling=5.0, gain=0.8),
+    "choir": Timbre((1.0, 0.9, 0.35, 0.05, 0.04, 0.1, 0.16, 0.1), 0, 0.12, np.inf, vibrato=0.3, breath=0.05, release=0.2, gain=0.42),
+    "harp": Timbre((1.0, 0.5, 0.15, 0.1, 0.05), 0, 0.003, 0.35, dulling=2.0, octave=1, gain=0.95),
+    "accordion": Timbre((0.5, 1.0, 0.6, 0.8, 0.5, 0.7, 0.4, 0.5, 0.3), 0.8, 0.03, np.inf, gain=0.27),
+    "glass": Timbre((1.0, 0.3, 0.0, 0.4), 0, 0.4, np.inf, release=0.5, vibrato=0.2, breath=0.3, gain=0.3),
+    "stab": Timbre((1.0, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4), 1.0, 0.003, 0.12, gain=0.9),
+    "distorted guitar": Timbre((1.0, 0.95, 0.9, 0.85, 0.8, 0.8, 0.75, 0.7), 0.5, 0.004, np.inf, breath=0.15, gain=0.7),
+    "comping piano": Timbre((1.0, 0.35, 0.15), 0, 0.004, 0.25, gain=0.9),
+    "muted guitar": Timbre((0.3, 0.5, 0.9, 1.0, 0.9, 0.5, 0.3), 0, 0.002, 0.06, gain=1.5),
+    "banjo": Timbre((0.6, 0.9, 1.0, 0.8, 0.7, 0.6, 0.4, 0.3), 1.0, 0.002, 0.12, gain=1.1),
+    "muffled keys": Timbre((1.0, 0.15), 0, 0.01, 0.5, vibrato=0.3, gain=1.0),
+    "harpsichord": Timbre((0.5, 0.6, 0.8, 0.9, 1.0, 0.9, 0.8, 0.8, 0.7, 0.7), 0.8, 0.002, 0.2, gain=0.8),
+    "whistle": Timbre((1.0,), 0, 0.02, np.inf, breath=0.05, vibrato=0.3, gain=0.7),
+    "soft pad": Timbre((1.0, 0.2), 0, 0.8, np.inf, release=0.8, vibrato=0.3, gain=0.9),
+    "growl": Timbre((1.0, 0.9, 0.8, 0.9, 0.6, 0.4, 0.2), 0, 0.2, np.inf, vibrato=0.6, gain=0.8),
+    "sequencer": Timbre((1.0, 0.0, 0.6, 0.0, 0.4, 0.0, 0.3), 0, 0.002, 0.08, gain=1.0),
+    "drone": Timbre((1.0, 0.5, 0.3, 0.2), 0, 0.5, np.inf, release=0.5, gain=0.5),
+    "saw bass": Timbre((1.0, 0.5, 0.33, 0.25, 0.2, 0.16, 0.14, 0.12), 1.0, 0.005, 0.25, dulling=2.0, gain=0.9),
+    "picked bass": Timbre((1.0, 0.7, 0.5, 0.3, 0.2, 0.1), 0, 0.004, 0.4, dulling=2.0, gain=0.8),
+    "upright bass": Timbre((1.0, 0.5, 0.2, 0.05), 0, 0.01, 0.45, gain=0.9),
+    "dub bass": Timbre((1.0, 0.25), 0, 0.012, 0.9, gain=1.3),
+    "sub bass": Timbre((1.0, 0.08), 0, 0.005, 1.2, octave=-1, gain=1.6),
+    "cello": Timbre((0.9, 1.0, 0.6, 0.4, 0.3, 0.2, 0.1), 0, 0.07, np.inf, vibrato=0.2, gain=0.5),
+}
+
+
+def render(song: Song, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """A song's recording: float32 [samples] in (-1, 1) at SAMPLE_RATE. Deterministic from the song, the length and the generator."""
+    samples = round(seconds * SAMPLE_RATE)
+    score = compose(song, seconds, rng)
+    return produce(perform(song, score, samples, rng), dict(zip(HIDDEN_TRAITS, song.hidden, strict=True)), rng)
+
+
+def perform(song: Song, score: Score, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """The dry mix of all parts: float32 [samples]."""
+    genre = GENRES[song.genre]
+    mix = np.zeros(samples, np.float32)
+    for instrument, notes, gain in (
+        (genre.bass_sound, score.bass, 0.8),
+        (genre.rhythm_sound, score.rhythm, 0.75),
+        (song.backing, score.backing, 0.6),
+        (song.lead, score.melody, 1.6 * song.artist.lead_gain),
+        (MOODS[song.mood].colour_sound, score.colour, 0.45),
+    ):
+        for note in notes:
+            _add(mix, note.start, _tone(TIMBRES[instrument], instrument, note, rng), gain * note.velocity)
+    for name, hits in score.drums.items():
+        sound = _drum(genre.kit, name)
+        for start, loudness in hits:
+            _add(mix, start, sound, loudness)
+    return mix
+
+
+def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+    """The studio: room, equaliser, sweep and swell, as the hidden traits say, then a soft limiter and short fades."""
+    samples = len(mix)
+    amount = {name: (value + 1) / 2 for name, value in hidden.items()}
+    size = scipy.fft.next_fast_len(samples + len(_room()), real=True)
+    spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
+    spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
+    spectrum *= 10 ** (np.float32(8 / 20 * hidden["presence"]) * np.exp(-2 * (octaves - np.float32(1.2)) ** 2))  # around 1600 Hz
+    closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
+    bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
+    time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
+    depth = np.float32(0.9 * amount["sweep"]) * _wave(time, rng.uniform(0.33, 0.42), rng)
+    mix = bright + depth * (dull - bright)
+    mix /= np.sqrt(np.mean(mix**2)) + np.float32(1e-9)
+    mix *= 10 ** (np.float32(-14 / 20 * amount["pulse"]) * _wave(time, rng.uniform(1.1, 1.5), rng))
+    mix = np.tanh(np.float32(0.4) * mix / (np.sqrt(np.mean(mix**2)) + np.float32(1e-9)))
+    fade = np.minimum(1, np.minimum(time, time[::-1]) / np.float32(0.03))
+    return np.float32(0.9) * mix * fade
+
+
+def _wave(time: np.ndarray, hertz: float, rng: np.random.Generator) -> np.ndarray:
+    """A raised cosine between 0 and 1, of any phase."""
+    return np.float32(0.5) - np.float32(0.5) * np.cos(np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform())))
+
+
+def _add(mix: np.ndarray, start: float, sound: np.ndarray, gain: float) -> None:
+    first = round(start * SAMPLE_RATE)
+    if first < len(mix):
+        part = mix[first : first + len(sound)]
+        part += np.float32(gain) * sound[: len(part)]
+
+
+@lru_cache(maxsize=1024)
+def _tables(instrument: str, semitone: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Lower and upper partials over one period (of four, when not harmonic), and pitch periods in the table."""
+    timbre = TIMBRES[instrument]
+    hertz = _hertz(semitone)
+    amplitudes = list(timbre.partials)
+    count = int(_TOP_HERTZ / hertz)
+    if timbre.slope:
+        last = len(amplitudes)
+        amplitudes += [amplitudes[-1] * (last / k) ** timbre.slope for k in range(last + 1, count + 1)]
+    periods = 4 if timbre.ratios else 1
+    ratios = np.array(timbre.ratios or range(1, len(amplitudes) + 1), dtype=float)
+    spectra = np.zeros((2, _TABLE // 2 + 1), complex)
+    for ratio, amplitude in zip(ratios, amplitudes, strict=True):
+        if ratio * hertz < _TOP_HERTZ:
+            upper = 1 - 1 / ratio
+            phase = np.exp(2j * np.pi * 0.618 * ratio**2)  # spread, so that periods have no sharp peak
+            spectra[:, round(ratio * periods)] += amplitude * phase * np.array([1 - upper, upper])
+    low, high = (np.fft.irfft(spectra, _TABLE) * _TABLE / 2).astype(np.float32)
+    norm = np.float32(np.sqrt(np.mean((low + high) ** 2)) + 1e-9)
+    return low / norm, high / norm, periods
+
+
+def _hertz(pitch: float) -> float:
+    return 440.0 * 2 ** ((pitch - 69) / 12)
+
+
+def _tone(timbre: Timbre, instrument: str, note: Note, rng: np.random.Generator) -> np.ndarray:
+    pitch = note.pitch + 12 * timbre.octave
+    low, high, periods = _tables(instrument, round(pitch))
+    held = max(note.length, timbre.attack + 0.02)
+    time = np.arange(round((held + timbre.release) * SAMPLE_RATE), dtype=np.float32) / np.float32(SAMPLE_RATE)
+    cycles = time * np.float32(_hertz(pitch) / periods)
+    if timbre.vibrato:
+        rate = 5.2
+        depth = _hertz(pitch) / periods * (2 ** (timbre.vibrato / 12) - 1) / (2 * np.pi * rate)
+        cycles += np.float32(depth) * np.sin(np.float32(2 * np.pi * rate) * time)
+    place = (cycles * _TABLE).astype(np.int32) & (_TABLE - 1)
+    envelope = np.minimum(1, time / np.float32(timbre.attack)) * np.clip((held + timbre.release - time) / timbre.release, 0, 1)
+    if np.isfinite(timbre.decay):
+        envelope *= np.exp(-time / np.float32(timbre.decay))
+    fading = np.exp(-time * np.float32(timbre.dulling / timbre.decay)) if timbre.dulling else np.float32(1)
+    sound = low[place] + high[place] * fading
+    if timbre.breath:
+        sound += np.float32(timbre.breath) * rng.standard_normal(len(time), np.float32)
+    return (np.float32(0.3 * timbre.gain) * envelope * sound).astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _drum(kit: str, name: str) -> np.ndarray:
+    """One hit: float32 [samples]."""
+    rng = np.random.default_rng([11, *name.encode()])
+
+    def noise(length: float, decay: float, low: float, high: float) -> np.ndarray:
+        """Decaying noise between two frequencies, in Hz; lengths in seconds."""
+        samples = round(length * SAMPLE_RATE)
+        spectrum = np.fft.rfft(rng.standard_normal(samples))
+        frequency = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
+        band = np.fft.irfft(spectrum / (1 + (low / (frequency + 1)) ** 4 + (frequency / high) ** 6), samples)
+        return band / np.std(band) * np.exp(-np.arange(samples) / SAMPLE_RATE / decay)
+
+    def thump(length: float, start: float, end: float, decay: float) -> np.ndarray:
+        """A sine that falls from one frequency to another, in Hz."""
+        time = np.arange(round(length * SAMPLE_RATE)) / SAMPLE_RATE
+        phase = 2 * np.pi * (end * time + (start - end) * 0.03 * (1 - np.exp(-time / 0.03)))
+        return np.sin(phase) * np.exp(-time / decay)
+
+    electronic = kit == "electronic"
+    if name == "kick":
+        sound = 1.1 * thump(0.35, 220, 48, 0.14) if electronic else 0.9 * thump(0.25, 150, 60, 0.08)
+    elif name == "snare":
+        sound = 0.28 * noise(0.25, 0.07, 900, 7000)
+        sound[: round(0.15 * SAMPLE_RATE)] += 0.4 * thump(0.15, 240, 185, 0.05)
+    else:
+        level, length, decay, low, high = {
+            "clap": (0.33, 0.22, 0.06, 1100, 3500),
+            "open_hat": (0.16, 0.25, 0.09, 5000, 9000),
+            "hat": (0.12, 0.08, 0.025, 5500, 9000),
+            "ride": (0.10, 0.5, 0.25, 3500, 6000),
+            "brush": (0.14, 0.25, 0.10, 1500, 6000),
+            "foot_hat": (0.07, 0.06, 0.02, 4000, 9000),
+            "rim": (0.30, 0.06, 0.015, 1500, 2500),
+            "crash": (0.14, 0.3, 0.15, 3000, 9000),
+            "wind": (0.05, 4.0, 3.0, 300, 900),
+            "tambourine": (0.16, 0.18, 0.06, 5000, 9000),
+        }[name]
+        sound = level * noise(length, decay, low, high)
+    return sound.astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _room() -> np.ndarray:
+    """Impulse response of a small room, the same for all: float32 [samples]."""
+    time = np.arange(round(0.5 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    tail = np.random.default_rng(5).standard_normal(len(time), np.float32) * np.exp(np.float32(-6.9 / 0.45) * time)
+    tail *= np.float32(0.35) / np.sqrt(np.sum(tail**2))
+    tail[0] += 1
+    return tail

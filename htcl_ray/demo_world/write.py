@@ -1,0 +1,186 @@
+"""The sample world on disk, as a music service would have it: a catalogue, a log, and audio files; some of them broken."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from htcl_ray.demo_world.listeners import make_tastes, simulate
+from htcl_ray.demo_world.synthesis import SAMPLE_RATE, render
+from htcl_ray.demo_world.world import World, make_world, random_stream
+from htcl_ray.errors import WorkspaceError
+from htcl_ray.workspace.storage import file_sha256, fingerprint
+
+MARKER = "sample.json"
+DAMAGED_SHARE = 0.006
+"""Of the audio files."""
+BROKEN_ROW_SHARE = 0.004
+"""Of the log."""
+SONGS_PER_PROCESS = 100
+"""Rendering fewer is not worth another process."""
+CATALOG_COLUMNS = ("song_id", "audio_path", "title", "artist", "album", "genre", "mood", "tags", "year")
+LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp")
+
+
+@dataclass(frozen=True)
+class SampleTables:
+    """Where the two tables of a written sample lie."""
+
+    catalog: Path
+    interactions: Path
+
+
+def write_sample(
+    folder: Path | str, *, songs: int = 1000, artists: int = 200, users: int = 600, seed: int = 0, seconds: float = 8.0
+) -> SampleTables:
+    """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) below `folder`; the same arguments give the same bytes.
+
+    A folder that already holds this sample is left alone, one that holds another sample is replaced; the folder appears whole or not at
+    all. Clips last `seconds` ± 3 %, drawn independently of every trait. Raises WorkspaceError when the folder holds something else or
+    cannot be written, ValueError for impossible sizes.
+    """
+    folder = Path(folder).absolute()
+    identity = fingerprint(songs, artists, users, seed, seconds, [file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))])
+    tables = SampleTables(folder / "catalog.csv", folder / "interactions.csv")
+    marker = folder / MARKER
+    if marker.is_file() and json.loads(marker.read_text())["identity"] == identity:
+        return tables
+    if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WorkspaceError(f"{folder} exists and is not a sample that was written here; choose another folder for the sample")
+    world = make_world(songs=songs, artists=artists, seed=seed)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "audio").mkdir(parents=True)
+        _write_audio(world, unfinished / "audio", seconds)
+        _write_rows(unfinished / "catalog.csv", CATALOG_COLUMNS, _catalog_rows(world))
+        _write_rows(unfinished / "interactions.csv", LOG_COLUMNS, _log_rows(world, users))
+        (unfinished / MARKER).write_text(json.dumps({"identity": identity}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise WorkspaceError(f"the sample cannot be written to {folder} ({error.strerror}); choose another folder") from None
+    return tables
+
+
+def _write_audio(world: World, folder: Path, seconds: float) -> None:
+    recordings = [i for i, song in enumerate(world.songs) if song.recording == i]
+    workers = min(os.cpu_count() or 1, 8, 1 + len(recordings) // SONGS_PER_PROCESS)
+    if workers == 1:
+        _write_recordings(world, recordings, folder, seconds)
+    else:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            parts = [pool.submit(_write_recordings, world, recordings[i::workers], folder, seconds) for i in range(workers)]
+            for part in parts:
+                part.result()
+    for i, song in enumerate(world.songs):
+        if song.recording != i:
+            shutil.copyfile(folder / f"{world.songs[song.recording].song_id}.wav", folder / f"{song.song_id}.wav")
+    for position, damage in damaged_songs(world).items():
+        damage_file(folder / f"{world.songs[position].song_id}.wav", damage)
+
+
+def _write_recordings(world: World, positions: list[int], folder: Path, seconds: float) -> None:
+    for position in positions:
+        rng = random_stream(world.seed, "sound", position)
+        length = seconds * float(rng.uniform(0.97, 1.03))
+        waveform = render(world.songs[position], length, rng)
+        soundfile.write(folder / f"{world.songs[position].song_id}.wav", waveform, SAMPLE_RATE, subtype="PCM_16")
+
+
+class Damage(StrEnum):
+    """What is wrong with a file that a real catalogue would also have."""
+
+    EMPTY = "empty"
+    WEB_PAGE = "web page"
+    HALF_A_HEADER = "half a header"
+    MISSING = "missing"
+    TOO_SHORT = "too short"
+
+
+def damaged_songs(world: World) -> dict[int, Damage]:
+    """Which songs' files are damaged, by position, and how. None of them is a duplicate or has one."""
+    copies = Counter(song.recording for song in world.songs)
+    single = [position for position in range(len(world.songs)) if copies[position] == 1]
+    count = int(np.ceil(DAMAGED_SHARE * len(world.songs)))
+    chosen = random_stream(world.seed, "damage").permutation(single)[:count].tolist()
+    return {position: list(Damage)[i % len(Damage)] for i, position in enumerate(chosen)}
+
+
+def damage_file(path: Path, damage: Damage) -> None:
+    """Damage a WAV file."""
+    if damage is Damage.EMPTY:
+        path.write_bytes(b"")
+    elif damage is Damage.WEB_PAGE:
+        path.write_bytes(b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n")
+    elif damage is Damage.HALF_A_HEADER:
+        path.write_bytes(path.read_bytes()[:22])
+    elif damage is Damage.MISSING:
+        path.unlink()
+    else:
+        soundfile.write(path, soundfile.read(path)[0][: SAMPLE_RATE // 20], SAMPLE_RATE, subtype="PCM_16")
+
+
+def _catalog_rows(world: World) -> list[tuple[str, ...]]:
+    return [
+        (
+            song.song_id,
+            f"audio/{song.song_id}.wav",
+            song.title,
+            song.artist.name,
+            song.album,
+            song.genre,
+            song.mood,
+            f"{song.lead};{song.backing}",
+            str(song.year),
+        )
+        for song in world.songs
+    ]
+
+
+def _log_rows(world: World, users: int) -> list[tuple[str, ...]]:
+    """The listeners' log in random order, with a few rows that no reader can use."""
+    rng = random_stream(world.seed, "rows")
+    log = simulate(world, make_tastes(world, users))
+    names: dict[str, None] = {}
+    while len(names) < users:
+        names[f"u{rng.bytes(4).hex()}"] = None
+    user_ids = list(names)
+    song_ids = [song.song_id for song in world.songs]
+    rows = [
+        (user_ids[user], song_ids[trigger], song_ids[song], feedback, f"{moment:%Y-%m-%dT%H:%M:%S}Z")
+        for user, trigger, song, feedback, moment in zip(
+            log.user.tolist(), log.trigger.tolist(), log.song.tolist(), log.feedback, log.timestamp, strict=True
+        )
+    ]
+    for count in range(round(BROKEN_ROW_SHARE * len(rows))):
+        user, trigger, song, feedback, moment = rows[int(rng.integers(len(rows)))]
+        rows.append(
+            (
+                (user, trigger, rng.bytes(6).hex(), feedback, moment),
+                (user, rng.bytes(6).hex(), song, feedback, moment),
+                (user, trigger, song, feedback, "yesterday evening"),
+                ("", trigger, song, feedback, moment),
+            )[count % 4]
+        )
+    return [rows[i] for i in rng.permutation(len(rows)).tolist()]
+
+
+def _write_rows(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    path.write_text(text.getvalue(), encoding="utf-8")

@@ -1,0 +1,166 @@
+"""What a report means: for each use of the model whether it is better than simple baselines, and what to do; plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from htcl_ray.evaluation.report.report_tree import IMPROVED, TITLES, WORSE, figure_title, number, primary_figure
+
+BETTER, NOT_BETTER, CHANCE = (
+    "better than every simple baseline",
+    "not better than a simple baseline",
+    "not significantly better than chance",
+)
+USES = {
+    "text_to_audio": "search by text",
+    "audio_to_text": "finding the text of a recording",
+    "cold": "new songs for new listeners",
+    "cold_known_users": "new songs for known listeners",
+    "hot": "songs with listeners, for new listeners",
+    "hot_known_users": "songs with listeners, for known listeners",
+}
+"""Of tasks with a name of their own; of others, see `_use`."""
+BASELINES = {
+    "random": "a random order",
+    "commonest": "always the commonest label",
+    "popularity": "popularity",
+    "log_mel": "raw log-mel statistics",
+    "genre": "genre labels",
+    "item_knn": "item-kNN",
+    "als": "ALS",
+}
+BLENDS = {"semantic": "0", "preference": "1", "blend_0.5": "0.5"}
+"""The option `blend` that searches in each space alone."""
+RECOMMENDATION = ("cold", "cold_known_users", "hot", "hot_known_users")
+COLLABORATIVE = "use collaborative filtering for songs that have listeners, and this model for songs that have none"
+ADVICE = {
+    "log_mel": "the vectors add nothing over the mean and deviation of the mel bands here; train longer or on more songs, or use those",
+    "genre": "recommend by genre label, or train stage 2 on more interactions",
+    "popularity": "recommend what is popular, or train stage 2 on more interactions",
+    "item_knn": COLLABORATIVE,
+    "als": COLLABORATIVE,
+}
+"""What to do where a baseline is not beaten."""
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """One use of the model."""
+
+    use: str
+    verdict: str
+    """BETTER, NOT_BETTER or CHANCE."""
+    finding: str
+    """The numbers, in a sentence."""
+    advice: str
+    baseline: str
+    """The strongest one that is not beaten, else the strongest."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a report opens with."""
+
+    served: str
+    """Whether the model may be served, as far as a gate has judged."""
+    good: bool | None
+    """Of the gate; None without one."""
+    sentences: list[str]
+    conclusions: list[Conclusion]
+    """What needs action first."""
+
+
+def draw_conclusions(report: Mapping[str, Any], gate: Mapping[str, Any] | None = None) -> Verdict:
+    """From the content of report.json, and of gate.json where a gate has judged it."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in report["baselines"]:
+        rows.setdefault(row["task"], []).append(row)
+    every = [_conclusion(task, report["tasks"][task], compared) for task, compared in rows.items()]
+    found = sorted(every, key=lambda one: (CHANCE, NOT_BETTER, BETTER).index(one.verdict))
+    sentences = [_sentence(verdict, [one for one in found if one.verdict == verdict]) for verdict in (BETTER, NOT_BETTER, CHANCE)]
+    sentences += [_stage_2(report), _not_measured(report)]
+    return Verdict(_served(gate), None if gate is None else bool(gate["passed"]), [one for one in sentences if one], found)
+
+
+def _conclusion(task: str, described: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Conclusion:
+    figure, space = rows[0]["figure"], rows[0]["method"]
+    open_rows = sorted((row for row in rows if row["verdict"] != IMPROVED), key=lambda row: -row["second"])
+    chance = next((row for row in rows if row["against"] == described["control"]), None)
+    where = ", ".join(dict.fromkeys([TITLES.get(space, space), *([f"blend {BLENDS[space]}"] if space in BLENDS else [])]))
+    finding = f"{_upper(figure_title(figure))} {number(rows[0]['first'], figure)} ({where})"
+    if chance is not None and chance["verdict"] != IMPROVED:
+        against = f"; {_baseline(chance)} has {number(chance['second'], figure)}, {_significance(chance)}"
+        advice = "do not rely on it for this; see whether training converged (metrics.jsonl) and whether there are enough test songs (n)"
+        return Conclusion(_use(task, described), CHANCE, f"{finding}{against}.", _upper(advice), _baseline(chance))
+    if open_rows:
+        against = "; ".join(f"{_baseline(row)} {number(row['second'], figure)}{_ratio(row)}, {_significance(row)}" for row in open_rows)
+        advice = ADVICE.get(open_rows[0]["against"], "use the baseline, or train on more data")
+        return Conclusion(_use(task, described), NOT_BETTER, f"{finding}; {against}.", _upper(advice), _baseline(open_rows[0]))
+    best = max(rows, key=lambda row: row["second"])
+    advice = f"use it with blend={BLENDS[space]}" if space in BLENDS else "use it"
+    finding += f"; the best baseline, {_baseline(best)}, has {number(best['second'], figure)}."
+    return Conclusion(_use(task, described), BETTER, finding, _upper(advice), _baseline(best))
+
+
+def _use(task: str, described: Mapping[str, Any]) -> str:
+    for kind, use in (("zero_shot_", "{} from the text of its labels"), ("probe_", "{} by a classifier on the vectors")):
+        if task.startswith(kind):
+            return use.format(task.removeprefix(kind))
+    return USES.get(task, described["title"])
+
+
+def _sentence(verdict: str, found: Sequence[Conclusion]) -> str:
+    uses = [one.use if verdict == BETTER else f"{one.use} ({one.baseline})" for one in found]
+    return f"{_upper(verdict)}: {'; '.join(uses)}." if uses else ""
+
+
+def _served(gate: Mapping[str, Any] | None) -> str:
+    if gate is None:
+        return "No gate has judged this model; 'htcl evaluate --gate default' does."
+    failed = sum(not bound["passed"] for bound in gate["results"])
+    if not gate["passed"]:
+        return f"The gate failed: {failed} of {len(gate['results'])} bounds do not hold. Do not serve this model."
+    return f"The gate passed: all {len(gate['results'])} bounds hold. This model may be served."
+
+
+def _stage_2(report: Mapping[str, Any]) -> str:
+    """What stage 2 gains and what it costs, by the first metric of each task."""
+    if "preference" not in report["data"]["spaces"]:
+        return "There is no stage 2: nothing of what listeners like is known; 'htcl finetune' trains it on an interaction log."
+    changes: dict[str, list[str]] = {IMPROVED: [], WORSE: []}
+    for row in report["differences"]:
+        task = report["tasks"][row["task"]]
+        if row["verdict"] in changes and row["figure"] == primary_figure(task["methods"]["semantic"]):
+            before, after = number(row["second"], row["figure"]), number(row["first"], row["figure"])
+            changes[row["verdict"]].append(f"{_use(row['task'], task)} ({figure_title(row['figure'])} {before} → {after})")
+    gains, costs = ("; ".join(changes[verdict]) for verdict in (IMPROVED, WORSE))
+    return f"Stage 2 alone, against stage 1, improves {gains or 'nothing significantly'}, and worsens {costs or 'nothing significantly'}."
+
+
+def _not_measured(report: Mapping[str, Any]) -> str:
+    tasks = report["tasks"]
+    missing = []
+    if not any(tasks.get(task, {}).get("methods") for task in RECOMMENDATION):
+        missing.append("recommendation (no interaction log, or too few listeners in the held-out period)")
+    if not any(name.startswith(("zero_shot_", "probe_")) and task["methods"] for name, task in tasks.items()):
+        missing.append("labels (no column of evaluate.probe_columns has enough values)")
+    return f"Not measured: {'; '.join(missing)}." if missing else ""
+
+
+def _baseline(row: Mapping[str, Any]) -> str:
+    return BASELINES.get(row["against"], row["against"])
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    ratio = row["second"] / row["first"] if row["first"] > 0 else 0
+    return f" ({ratio:.1f} times as much)" if ratio >= 1.15 else ""
+
+
+def _significance(row: Mapping[str, Any]) -> str:
+    return "significantly better" if row["verdict"] == WORSE else "no significant difference"
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,1 @@
+"""Evaluation tasks: semantic retrieval and probes, and recommendation."""

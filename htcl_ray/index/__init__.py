@@ -1,0 +1,1 @@
+"""The vector index: building, searching, updating and persisting it, by song id."""

@@ -1,0 +1,1 @@
+"""Index engines: vector structures, searched by row number."""

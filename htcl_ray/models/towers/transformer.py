@@ -1,0 +1,114 @@
+"""The audio tower: log-mel frames → convolutions → tokens → post-norm Transformer → one vector a clip.
+
+Shapes: B clips, L frames, T tokens, S = T + 1 tokens with [CLS], M mel bands, D width. Default sizes are the paper's
+(88,500,511 parameters).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from htcl_ray.config.sections import AudioRecipe, ModelSettings
+from htcl_ray.models.record import InputRecipe
+from htcl_ray.models.towers.transformer_input import masked_input, official_input
+
+KERNELS = (5, 3, 3)
+
+
+class ConvolutionLayer(nn.Module):
+    """Conv1d (stride 2, no bias) → LayerNorm over channels → GELU, on [B, L, channels]."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(inputs, outputs, kernel, stride=2, bias=False)
+        self.norm = nn.LayerNorm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, inputs] → [B, (L − kernel) // 2 + 1, outputs]."""
+        return F.gelu(self.norm(self.convolution(x.transpose(1, 2)).transpose(1, 2)))
+
+
+class PositionEmbedding(nn.Module):
+    """Position as a grouped convolution over neighbouring tokens, weight-normalised over its kernel."""
+
+    def __init__(self, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        self.convolution = weight_norm(convolution, name="weight", dim=2)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, D], to be added to the tokens."""
+        return F.gelu(self.norm(self.convolution(x.transpose(1, 2)).transpose(1, 2)))
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm encoder layer with scaled-dot-product attention; dropout where nn.TransformerEncoderLayer has it."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_in = nn.Linear(width, feed_forward)
+        self.feed_out = nn.Linear(feed_forward, width)
+        self.feed_norm = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.attention_in.weight)
+        nn.init.zeros_(self.attention_in.bias)
+        nn.init.zeros_(self.attention_out.bias)
+
+    def forward(self, x: Tensor, attended: Tensor | None) -> Tensor:
+        """X [B, S, D]; attended [B, 1, 1, S] bool, False for tokens that nobody attends to, None for none such."""
+        dropout = self.dropout if self.training else 0.0
+        batch, tokens, width = x.shape
+        q, k, v = self.attention_in(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=dropout)
+        mixed = self.attention_out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        x = self.attention_norm(x + F.dropout(mixed, dropout))
+        fed = self.feed_out(F.dropout(F.gelu(self.feed_in(x)), dropout))
+        return self.feed_norm(x + F.dropout(fed, dropout))
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel spectrograms of different lengths → one vector each."""
+
+    def __init__(self, settings: ModelSettings, recipe: AudioRecipe, input_recipe: InputRecipe = InputRecipe.MASKED) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.input_recipe = input_recipe
+        channels = [recipe.n_mels] + [settings.conv_channels] * len(KERNELS)
+        self.convolutions = nn.Sequential(*map(ConvolutionLayer, channels[:-1], channels[1:], KERNELS))
+        self.projection_norm = nn.LayerNorm(settings.conv_channels)
+        self.projection = nn.Linear(settings.conv_channels, settings.width)
+        self.position = PositionEmbedding(settings.width, settings.position_kernel, settings.position_groups)
+        self.norm = nn.LayerNorm(settings.width)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.cls = nn.Parameter(torch.randn(1, 1, settings.width))
+        self.layers = nn.ModuleList(
+            TransformerLayer(settings.width, settings.heads, settings.feed_forward, settings.dropout) for _ in range(settings.layers)
+        )
+
+    def forward(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
+        """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → mean over [CLS] and the valid tokens, [B, D]."""
+        frames, valid = self._prepare(mel.to(self.cls.dtype), valid_frames)
+        x = self.projection(self.projection_norm(self.convolutions(frames)))
+        if valid is not None:
+            x = torch.where(valid[:, :, None], x, 0)
+        x = self.dropout(self.norm(x + self.position(x)))
+        x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+        attended = None if valid is None else F.pad(valid, (1, 0), value=True)
+        for layer in self.layers:
+            x = layer(x, None if attended is None else attended[:, None, None, :])
+        if attended is None:
+            return x.mean(dim=1)
+        return torch.where(attended[:, :, None], x, 0).sum(dim=1) / attended.sum(dim=1, keepdim=True)
+
+    def _prepare(self, mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.input_recipe is InputRecipe.MASKED:
+            return masked_input(mel, valid_frames)
+        return official_input(mel, valid_frames, frames=self.recipe.max_frames, top_db=self.recipe.top_db)

@@ -1,0 +1,1 @@
+"""From a search request to its results, without HTTP and without Ray."""

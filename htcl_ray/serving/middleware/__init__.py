@@ -1,0 +1,1 @@
+"""ASGI middleware: admission, rate limits, and checks of requests before routing."""

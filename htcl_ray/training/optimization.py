@@ -1,0 +1,51 @@
+"""Optimizer, its parameter groups, and the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from htcl_ray.config.sections import FinetuneSettings, StageSettings
+from htcl_ray.models.htcl import HTCL
+
+
+def build_optimizer(model: HTCL, settings: StageSettings) -> torch.optim.Optimizer:
+    """Adam, or AdamW with `weight_decay` on matrices. Each group keeps its peak rate under `peak`."""
+    groups = [group for group in _groups(model, settings) if group["params"]]
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    kind = torch.optim.AdamW if settings.weight_decay else torch.optim.Adam
+    return kind(groups, lr=settings.learning_rate, fused=on_gpu)
+
+
+def _groups(model: HTCL, settings: StageSettings) -> Iterator[dict[str, object]]:
+    towers: dict[str, tuple[nn.Module, float]] = {"text_encoder": (model.text_encoder, settings.text_learning_rate)}
+    if isinstance(settings, FinetuneSettings):
+        towers["audio_encoder"] = (model.audio_encoder, settings.audio_learning_rate)
+    in_towers = {id(parameter) for tower, _ in towers.values() for parameter in tower.parameters()}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_towers]
+    named = {name: (list(tower.parameters()), rate) for name, (tower, rate) in towers.items()}
+    for name, (parameters, rate) in {**named, "rest": (rest, settings.learning_rate)}.items():
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for decayed in (True, False):
+            chosen = [parameter for parameter in trained if (parameter.ndim >= 2) == decayed]
+            decay = settings.weight_decay if decayed else 0.0
+            yield {"name": f"{name}{'' if decayed else ', no decay'}", "params": chosen, "peak": rate, "lr": rate, "weight_decay": decay}
+
+
+def learning_rate_factor(step: int, total_steps: int, settings: StageSettings) -> float:
+    """Share of the peak rate at a step (from 0) of the whole run: a linear warm-up, then constant or half a cosine to 0."""
+    warmup = round(settings.warmup_share * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's rate as a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]

@@ -1,0 +1,143 @@
+"""The songs and pairs that training may see, as integers: what order, masks and losses work with. Needs no torch."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from htcl_ray.errors import WorkspaceError
+from htcl_ray.schemas import Split
+from htcl_ray.workspace.storage import Workspace
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Songs:
+    """Songs of the train and validation splits, sorted by id. A song's position here is its number everywhere in training."""
+
+    song_ids: list[str]
+    texts: list[str]
+    ids: Rows
+    """[songs, 3]: song, duplicate group, normalised text. Equal numbers in a column are never each other's negatives."""
+    train: Rows
+    """Numbers of the training songs."""
+    validation: Rows
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs as song numbers, sorted."""
+
+    train: Rows
+    """[pairs, 2]: trigger, recalled."""
+    weights: npt.NDArray[np.float64]
+    """[pairs], above 0."""
+    validation: Rows
+    """[pairs, 2]."""
+    missing: int
+    """Training and validation pairs left out because a song has no features in that split."""
+    rejected: Rows
+    """[k, 2]: trigger, song rejected after it; sorted, none of them a training pair in either order. Empty unless asked for."""
+    rejected_weights: npt.NDArray[np.float64]
+    """[k], above 0."""
+    rejected_left_out: int
+    """Rejected songs of training triggers left out: a song has no features in the training split, or the two are a training pair."""
+
+
+def read_songs(workspace: Workspace, path: str) -> Songs:
+    """The songs of a features artifact. Raises WorkspaceError when fewer than two are for training."""
+    table = workspace.read_tables(path, ["song_id", "text", "split", "duplicate_group"])
+    table = table.filter(pc.is_in(table["split"], pa.array([Split.TRAIN, Split.VALIDATION]))).sort_by("song_id")
+    song_ids, texts = table["song_id"].to_pylist(), table["text"].to_pylist()
+    ids = np.stack(
+        [
+            np.arange(len(song_ids)),
+            _numbered(table["duplicate_group"].to_pylist()),
+            _numbered([normalized_text(text) for text in texts]),
+        ],
+        axis=1,
+    ).astype(np.int64)
+    split = np.array(table["split"].to_pylist())
+    train, validation = (np.flatnonzero(split == name).astype(np.int64) for name in (Split.TRAIN, Split.VALIDATION))
+    if len(train) < 2:
+        raise WorkspaceError(
+            f"{workspace.uri_of(path)} has {len(train)} song(s) in the training split; expected at least 2: "
+            "add songs or change data.split_shares"
+        )
+    return Songs(song_ids, texts, ids, train, validation)
+
+
+def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool = False) -> Pairs:
+    """The pairs of a pairs artifact whose songs both have features in the pair's split.
+
+    `rejected`: also read the negatives that were mined with them; WorkspaceError when there are none.
+    """
+    columns = ["trigger_song_id", "song_id", "weight", "split"]
+    table = workspace.read_tables(path, columns)
+    train, weights, missing = _usable(table, Split.TRAIN, songs, songs.train)
+    validation, _, more = _usable(table, Split.VALIDATION, songs, songs.validation)
+    if not rejected:
+        return Pairs(train, weights, validation, missing + more, train[:0], weights[:0], 0)
+    negatives = f"negatives/{path.rpartition('/')[2]}"
+    if workspace.manifest(negatives) is None:
+        raise WorkspaceError(
+            f"{workspace.uri_of(negatives)}, which finetune.explicit_negatives needs, does not exist; run 'htcl preprocess'"
+        )
+    apart, apart_weights, unknown = _usable(workspace.read_tables(negatives, columns), Split.TRAIN, songs, songs.train)
+    known = np.isin(_codes(apart), known_pair_codes(train))
+    if known.all():
+        raise WorkspaceError(
+            f"{workspace.uri_of(negatives)} has no song that was only rejected after its trigger, which finetune.explicit_negatives needs: "
+            "give a log with skips or dislikes (pairs.negative_feedback), or set it to false"
+        )
+    left_out = unknown + int(known.sum())
+    return Pairs(train, weights, validation, missing + more, apart[~known], apart_weights[~known], left_out)
+
+
+def _usable(table: pa.Table, split: Split, songs: Songs, members: Rows) -> tuple[Rows, npt.NDArray[np.float64], int]:
+    """Pairs of a split as sorted song numbers, their weights, and how many were left out because a song is not in it."""
+    part = table.filter(pc.equal(table["split"], split))
+    number = {songs.song_ids[row]: row for row in members.tolist()}
+    rows = np.array(
+        [[number.get(song, -1) for song in part[name].to_pylist()] for name in ("trigger_song_id", "song_id")], dtype=np.int64
+    ).T.reshape(-1, 2)
+    weights = part["weight"].to_numpy().astype(np.float64)
+    usable = (rows >= 0).all(axis=1) & (weights > 0)
+    order = np.lexsort((rows[usable][:, 1], rows[usable][:, 0]))
+    return rows[usable][order], weights[usable][order], int((~usable).sum())
+
+
+def known_pair_codes(pairs: Rows) -> Rows:
+    """Sorted, unique codes of unordered pairs, as `objectives.masks.false_negatives` takes them."""
+    return np.unique(_codes(pairs))
+
+
+def _codes(pairs: Rows) -> Rows:
+    return (pairs.min(axis=1) << 32) | pairs.max(axis=1)
+
+
+def log_draw_probability(pairs: Rows, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log of the probability that a pair drawn by weight has a song as its trigger, and as its recalled song: [songs, 2].
+
+    As many songs as the largest number in `pairs` asks for; −inf for a song that is never drawn.
+    """
+    count = int(pairs.max()) + 1
+    drawn = np.stack([np.bincount(songs, weights, count) for songs in pairs.T], axis=1) / weights.sum()
+    return np.log(drawn, out=np.full_like(drawn, -np.inf), where=drawn > 0)
+
+
+def normalized_text(text: str) -> str:
+    """Texts that a reader would call the same: compatible characters, case and white space unified."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _numbered(values: Sequence[str]) -> Rows:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""The workspace: storage, artifacts, local copies, paths and credentials."""

@@ -1,0 +1,87 @@
+"""What the benchmarks rest on: the restated published step computes what ours does, and multiplications are counted right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.model_flops import forward_flops, peak_tflops
+from benchmarks.published_step import PublishedModel
+from htcl_ray.losses.stages import finetune_terms, pretrain_terms
+from htcl_ray.models import HTCL
+from htcl_ray.models.record import InputRecipe
+from htcl_ray.models.towers.vocabulary import train_wordpiece
+from htcl_ray.training.batches import Batch, encode
+from tests.worlds.synthetic_features import tiny_config
+
+pytestmark = pytest.mark.unit
+TEXTS = ["calm piano", "fast techno", "slow choir in minor", "angry drums"]
+NAMES = {
+    "attention_in.weight": "self_attn.in_proj_weight",
+    "attention_in.bias": "self_attn.in_proj_bias",
+    "attention_out": "self_attn.out_proj",
+    "attention_norm": "norm1",
+    "feed_in": "linear1",
+    "feed_out": "linear2",
+    "feed_norm": "norm2",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> HTCL:
+    torch.manual_seed(0)
+    return HTCL.untrained(tiny_config(tmp_path), train_wordpiece(TEXTS, 100), InputRecipe.OFFICIAL).eval()
+
+
+def batch_for(model: HTCL) -> Batch:
+    frames = model.recipe.max_frames
+    mel = torch.randn(4, frames, model.recipe.n_mels) * 10 - 40
+    return Batch(mel, torch.tensor([frames, 20, 9, 17]), model.text_encoder.tokenize(TEXTS), torch.arange(12).reshape(3, 4).T)
+
+
+def their_name(name: str) -> str:
+    """Ours → the restatement's."""
+    for kind, place in (("convolution", 0), ("norm", 1)):
+        for block in range(3):
+            name = name.replace(f"convolutions.{block}.{kind}.", f"convolutions.{3 * block + place}.")
+        name = name.replace(f"position.{kind}.", f"position.{place}.")
+    name = name.replace("projection_norm.", "projection.0.").replace("projection.weight", "projection.1.weight")
+    name = name.replace("projection.bias", "projection.1.bias").replace("audio_encoder.layers.", "audio_encoder.transformer.layers.")
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name.replace("audio_encoder.", "audio.")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_restated_loss_is_ours_without_masks(model: HTCL, stage: int):
+    model = model if stage == 1 else model.to_stage_2(0.074, seed=0).eval()
+    theirs = PublishedModel(model.record.model, model.recipe, model.text_encoder.transformer, stage).eval()
+    weights = {
+        their_name(name): tensor for name, tensor in model.state_dict().items() if not name.startswith(("text_encoder", "logit_scale"))
+    }
+    left = theirs.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    assert all(name == "scales" or name.startswith("text.") for name in left.missing_keys)
+    batch = batch_for(model)
+    audio, text = encode(model, batch)
+    terms = pretrain_terms(model, audio, text, batch.ids) if stage == 1 else finetune_terms(model, audio, text, batch.ids, None)
+    torch.testing.assert_close(theirs.loss(batch), sum(terms.values()), atol=1e-5, rtol=1e-5)
+
+
+def test_flops_are_those_that_torch_counts(model: HTCL):
+    batch = batch_for(model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encode(model, batch)
+    frames, tokens = batch.mel.shape[1], batch.tokens["input_ids"].shape[1]  # the official recipe computes padding too
+    assert forward_flops(model, [frames] * len(batch), [tokens] * len(batch)) == counter.get_total_flops()
+
+
+def test_peaks_are_looked_up_by_part_of_the_name():
+    assert peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops("Some Other Card") is None

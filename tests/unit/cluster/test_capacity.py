@@ -1,0 +1,192 @@
+"""What a cluster can become, from the autoscaler's configuration and the nodes that are there."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from htcl_ray.cluster.capacity import HEAD_RESOURCE, Capacity, autoscaling_file, check_fits, from_autoscaling_config, use_gpu
+from htcl_ray.config import resolve
+from htcl_ray.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[3]
+HEAD = {"CPU": 1.0, HEAD_RESOURCE: 1.0, "memory": 4e9}
+CPU, GPU = {"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}
+
+
+def read(name: str) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    return tree
+
+
+def naive_fit(each: dict[str, float], node: dict[str, float]) -> int:
+    """Put one after the other on the node until one does not fit."""
+    left, fit = dict(node), 0
+    while all(left.get(name, 0) >= amount for name, amount in each.items()):
+        left = {name: amount - each.get(name, 0) for name, amount in left.items()}
+        fit += 1
+    return fit
+
+
+cpus = some.integers(0, 8)
+groups = some.lists(some.tuples(cpus, some.integers(0, 2), some.integers(0, 3)), max_size=3)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    stay=some.lists(cpus, max_size=2), groups=groups, most=some.integers(0, 6), needs=some.tuples(some.integers(1, 3), some.integers(0, 1))
+)
+def test_workers_that_fit_by_trying_every_number_of_nodes(
+    stay: list[int], groups: list[tuple[int, int, int]], most: int, needs: tuple[int, int]
+):
+    each = {"CPU": float(needs[0]), **({"GPU": 1.0} if needs[1] else {})}
+    nodes = [{"CPU": float(cpu), "GPU": float(gpu)} for cpu, gpu, _ in groups]
+    found = Capacity(
+        tuple({"CPU": float(cpu)} for cpu in stay),
+        tuple((node, count) for node, (_, _, count) in zip(nodes, groups, strict=True)),
+        most,
+        grows=True,
+    )
+    choices = itertools.product(*(range(count + 1) for _, _, count in groups))
+    added = max(sum(n * naive_fit(each, node) for n, node in zip(choice, nodes, strict=True)) for choice in choices if sum(choice) <= most)
+    assert found.workers_that_fit(each) == sum(naive_fit(each, {"CPU": float(cpu)}) for cpu in stay) + added
+
+
+def test_fractions_of_a_resource_add_up_to_a_whole_node():
+    found = Capacity(({"CPU": 0.3},), (({"CPU": 1.0, "GPU": 1.0}, 1),), 1, grows=True)
+    assert found.workers_that_fit({"CPU": 0.1}) == 13
+    assert found.workers_that_fit({"CPU": 0.1, "GPU": 0.1}) == 10
+
+
+def test_the_local_autoscaler_of_the_rehearsal():
+    found = from_autoscaling_config(read("deploy/autoscaling-local.yaml"), [HEAD, {"CPU": 2.0}])
+    assert found.grows
+    assert found.max_nodes == 4
+    assert found.workers_that_fit(CPU) == 1 + 3 * 2
+    assert found.workers_that_fit({"CPU": 2.0}) == 3
+    assert found.workers_that_fit({"CPU": 3.0}) == 0
+    assert str(found) == "at most 4 node(s): 1 × 1 CPU, 3 × 2 CPU"
+
+
+def test_the_cluster_on_aws_once_ray_has_read_its_machines_off():
+    """`ray up` writes the resources of the instance types into the file that the head gets."""
+    config = read("cluster.yaml")
+    head = {HEAD_RESOURCE: 1.0}
+    as_it_is = from_autoscaling_config(config, [head])
+    assert (as_it_is.grows, as_it_is.max_nodes) == (None, 1)
+    config["available_node_types"]["cpu"]["resources"] = {"CPU": 16}
+    config["available_node_types"]["gpu"]["resources"] = {"CPU": 8, "GPU": 1}
+    found = from_autoscaling_config(config, [head, {"CPU": 16.0}])
+    assert found.workers_that_fit(CPU) == 8 * 16 + 4 * 8
+    assert found.workers_that_fit(GPU) == 4
+    assert str(found) == "at most 13 node(s): 1 × no CPU, 8 × 16 CPU, 4 × 8 CPU, 1 GPU"
+    config["max_workers"] = 5
+    assert from_autoscaling_config(config, [head]).workers_that_fit(CPU) == 5 * 16, "the head's place is no place for a worker"
+
+
+def test_machines_that_one_has_are_counted_as_they_are():
+    """As written, and as `ray up` hands it on: one type for all machines, the head's, whose resources nobody states."""
+    handed_on = {
+        **read("deploy/cluster-local.yaml"),
+        "head_node_type": "local.cluster.node",
+        "available_node_types": {"local.cluster.node": {"node_config": {}, "resources": {}, "min_workers": 2, "max_workers": 2}},
+    }
+    for config in (read("deploy/cluster-local.yaml"), handed_on, {}):
+        found = from_autoscaling_config(config, [HEAD, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}])
+        assert found.grows is None
+        assert found.workers_that_fit(CPU) == 9
+        assert found.workers_that_fit(GPU) == 1
+        assert str(found) == "3 node(s): 1 × 1 CPU, 1 × 4 CPU, 1 GPU, 1 × 4 CPU"
+
+
+def test_what_a_type_leaves_out_is_what_ray_takes():
+    """`max_workers` of a type: none for the head's, as many as there may be at all for others."""
+    types: dict[str, Any] = {"head": {"resources": {"CPU": 1}}, "worker": {"resources": {"CPU": 2}}}
+    config = {"max_workers": 3, "head_node_type": "head", "available_node_types": types}
+    assert from_autoscaling_config(config, [HEAD]).workers_that_fit(CPU) == 1 + 3 * 2
+    types["head"]["max_workers"] = 1
+    types["worker"]["max_workers"] = 1
+    assert from_autoscaling_config(config, [HEAD]).workers_that_fit(CPU) == 1 + 1 + 2
+    types["worker"]["max_workers"] = 0
+    types["worker"]["resources"] = {}
+    assert from_autoscaling_config(config, [HEAD]).workers_that_fit(CPU) == 2, "a type that is never added need not be known"
+
+
+def test_a_stage_that_can_never_run_is_refused_with_the_arithmetic():
+    found = from_autoscaling_config(read("deploy/autoscaling-local.yaml"), [HEAD])
+    config = resolve("demo", None, ["pretrain.num_workers=4", "pretrain.accelerator=cpu"])
+    assert check_fits("pretrain", config.pretrain, found) == 1
+    assert check_fits("pretrain", config.with_overrides({"pretrain.num_workers": 2}).pretrain, found) == 3
+    needs = config.with_overrides({"pretrain.cpus_per_worker": 2}).pretrain
+    with pytest.raises(
+        ConfigError, match=r"pretrain needs 4 worker\(s\) with 2 CPU each, but only 3 fit on the cluster, which can grow to"
+    ):
+        check_fits("pretrain", needs, found)
+    unknown = Capacity((HEAD,), (), 0, grows=None)
+    assert check_fits("pretrain", needs, unknown) == 0
+
+
+def test_gpus_are_taken_when_every_worker_can_get_one():
+    stage = resolve("demo", None, ["pretrain.num_workers=2"]).pretrain
+    one, two = (Capacity((HEAD,), (({"CPU": 8.0, "GPU": 1.0}, count),), count, grows=True) for count in (1, 2))
+    assert [use_gpu(stage, found) for found in (one, two)] == [False, True]
+    assert [use_gpu(stage.model_copy(update={"accelerator": name}), two) for name in ("cpu", "gpu")] == [False, True]
+
+
+class Processes:
+    """A folder like /proc."""
+
+    def __init__(self, folder: Path) -> None:
+        self.proc = folder / "proc"
+        self.work = folder / "work"
+        self.work.mkdir()
+        self.config = self.work / "cluster.yaml"
+        self.config.write_text("max_workers: 1\n")
+        (self.proc / "self").mkdir(parents=True)
+        (self.proc / "7").mkdir()  # has ended: nothing to read
+
+    def add(self, number: int, *command: str) -> None:
+        process = self.proc / str(number)
+        process.mkdir()
+        (process / "cmdline").write_bytes("\0".join([*command, ""]).encode())
+        (process / "cwd").symlink_to(self.work)
+
+    def monitor(self, number: int, config: str | None, address: str = "10.0.0.1:6379") -> None:
+        named = [] if config is None else [f"--autoscaling-config={config}"]
+        self.add(number, "/usr/bin/python3", "-u", "/ray/autoscaler/v2/monitor.py", "--logs-dir=/tmp", f"--gcs-address={address}", *named)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Processes:
+    found = Processes(tmp_path)
+    found.add(8, "/usr/bin/python3", "/ray/_private/log_monitor.py", "--gcs-address=10.0.0.1:6379")
+    found.add(9, "grep", "--autoscaling-config=cluster.yaml", "--gcs-address=10.0.0.1:6379")
+    found.add(10)
+    return found
+
+
+@pytest.mark.parametrize("form", ["cluster.yaml", "../work/cluster.yaml", "{folder}/cluster.yaml", "~/cluster.yaml"])
+def test_the_autoscaler_s_file_is_found_as_the_autoscaler_finds_it(processes: Processes, form: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(processes.work))
+    processes.monitor(11, form.format(folder=processes.work))
+    found = autoscaling_file("10.0.0.1:6379", processes.proc)
+    assert found is not None
+    assert found.samefile(processes.config)
+
+
+def test_another_cluster_s_file_is_not_ours(processes: Processes):
+    processes.monitor(11, "cluster.yaml", "10.0.0.2:6379")
+    processes.monitor(12, None)
+    assert autoscaling_file("10.0.0.1:6379", processes.proc) is None
+    processes.monitor(13, "gone.yaml")
+    assert autoscaling_file("10.0.0.1:6379", processes.proc) is None
+    processes.monitor(14, "cluster.yaml")
+    assert autoscaling_file("10.0.0.1:6379", processes.proc) is not None
+    assert autoscaling_file("10.0.0.1:6379", processes.proc / "absent") is None

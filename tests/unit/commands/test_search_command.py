@@ -1,0 +1,85 @@
+"""`htcl search`, whole, on an index with hand-made vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from htcl_ray.cli import main
+from htcl_ray.search.filters import Filter
+from htcl_ray.search.service import SearchService
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.evaluated_workspace import write_evaluated
+from tests.worlds.live import write_index
+from tests.worlds.small_workspace import small_config
+
+pytestmark = pytest.mark.unit
+
+SONGS = {f"s{row}": row + 1 for row in range(8)}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    write_index(Workspace(str(tmp_path / "w")), "v1", SONGS, titles={"s1": "One", "s2": "Two", "s3": "Three"})
+    return tmp_path / "w"
+
+
+def test_json_is_what_the_service_answers(workspace: Path, capsys: pytest.CaptureFixture):
+    asked = ["search", "--workspace", str(workspace), "--song-id", "s1", "-k", "3", "--blend", "0.2", "--max-per-artist", "1"]
+    assert main([*asked, "--filter", '{"title": ["two", "three", "one"]}', "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    service = SearchService.open(small_config(workspace), encoder=False)
+    answer = service.search_songs(["s1"], k=3, blend=0.2, filter=Filter(title=["two", "three"]), max_per_artist=1)
+    assert [(result["song_id"], result["score"]) for result in told["results"]] == [(hit.song_id, hit.score) for hit in answer.hits]
+    assert {result["title"] for result in told["results"]} == {"Two", "Three"}
+    assert (told["k"], told["blend"], told["text_coverage"]) == (3, 0.2, None)
+
+
+@pytest.fixture(scope="module")
+def with_models(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A workspace whose index has real (untrained) models."""
+    folder = tmp_path_factory.mktemp("models")
+    return write_evaluated(folder / "workspace", folder).workspace
+
+
+@pytest.mark.parametrize(
+    ("text", "coverage", "said"),
+    [
+        ("jazz number 4", 1, ""),
+        ("\U0001f3b5\U0001f3b6", 0, "warning: the text model knows nothing of this text"),
+        ("静かなピアノ", 0, "warning: the text model knows nothing of this text"),
+        ("jazz \U0001f3b5\U0001f3b6", 4 / 6, ""),
+        ("jazz \U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6", 0.4, "warning: the text model knows only 40% of this text"),
+    ],
+)
+def test_a_text_of_which_little_is_known_is_warned_of(
+    with_models: str, text: str, coverage: float, said: str, capsys: pytest.CaptureFixture
+):
+    for flags in ([], ["--json"]):
+        assert main(["search", "--workspace", with_models, "--text", text, *flags]) == 0
+        told = capsys.readouterr()
+        assert told.err.strip().startswith(said)
+        assert bool(told.err.strip()) == bool(said)
+    assert json.loads(told.out)["text_coverage"] == pytest.approx(coverage)
+
+
+def test_a_table_for_people(workspace: Path, capsys: pytest.CaptureFixture):
+    assert main(["search", "--workspace", str(workspace), "--song-id", "s1"]) == 0
+    assert "s2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--filter", "{"], "--filter: Invalid JSON"),
+        (["--filter", '{"genres": ["x"]}'], "--filter: there is no column 'genres' to filter by"),
+        (["--filter", '{"year": "soon"}'], "--filter.year"),
+        (["--max-per-artist", "0"], "max_per_artist is 0; expected at least 1"),
+        (["-k", "0"], "k is 0; expected 1 to 1000"),
+    ],
+)
+def test_questions_that_cannot_be_answered(workspace: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture):
+    assert main(["search", "--workspace", str(workspace), "--song-id", "s1", *flags]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,246 @@
+"""Who is asked about which songs, and how worlds with known taste score, on logs of a few rows and on made-up listeners."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from htcl_ray.config.sections import EvaluateSettings
+from htcl_ray.evaluation.evaluated_songs import blended, with_blend
+from htcl_ray.evaluation.stats import bootstrap
+from htcl_ray.evaluation.tasks.recommendation import answers, blend_curve, recommendation_tasks
+from htcl_ray.evaluation.tasks.recommendation_queries import Questions, chosen_users, listening, questions
+from htcl_ray.evaluation.tasks.scorers import blended_scorer, shared_scorer, user_vectors, vector_scorer
+from tests.worlds.evaluation_songs import made_up, unit
+
+pytestmark = pytest.mark.unit
+
+SONGS = ["a", "b", "c", "d", "e", "f"]
+SPLITS = np.array(["train", "train", "validation", "test", "test", "test"])
+SETTINGS = EvaluateSettings(resamples=200)
+
+
+def log(*rows: tuple) -> pd.DataFrame:
+    """Rows of user, song, value, period and, optionally, trigger; users in capitals are held out."""
+    table = pd.DataFrame([(*row, None)[:5] for row in rows], columns=["user_id", "song_id", "value", "period", "trigger_song_id"])
+    table["timestamp"] = table["period"].map({"train": 1.0, "validation": 2.0, "test": 3.0})
+    table["held_out_user"] = table["user_id"].str.isupper()
+    return table
+
+
+def ask(events: pd.DataFrame, *, splits: np.ndarray = SPLITS, songs: list[str] = SONGS, known_users: bool = False, **settings) -> Questions:
+    made = EvaluateSettings(**settings)
+    cold = splits == made.split
+    return questions(listening(songs, cold, events, made.split), cold, made, known_users=known_users)
+
+
+def marked(marks: sparse.csr_matrix) -> list[list[int]]:
+    """The columns of each row."""
+    return [np.flatnonzero(row).tolist() for row in marks.toarray()]
+
+
+def histories(*users: list[int], songs: int) -> sparse.csr_matrix:
+    return sparse.csr_matrix([[song in user for song in range(songs)] for user in users])
+
+
+def test_history_targets_and_candidates():
+    events = log(
+        ("U", "a", 1, "train"),
+        ("U", "a", 1, "validation"),  # the same song again
+        ("U", "b", -1, "train"),  # not received positively
+        ("U", "c", 1, "validation"),
+        ("U", "d", 1, "train"),  # a held-out song before the cut: met, no history
+        ("U", "d", 1, "test"),  # so no target either
+        ("U", "e", 1, "test"),
+        ("U", "f", -1, "test"),  # a candidate, no target
+        ("U", "b", 1, "test"),  # no held-out song
+    )
+    asked = ask(events)
+    assert asked.users == ["U"]
+    assert asked.candidates.tolist() == [3, 4, 5]
+    assert marked(asked.history) == [[0, 2]]
+    assert marked(asked.targets) == [[1]]
+    assert marked(asked.met) == [[0]]
+    figures, lists = answers(asked, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
+    assert figures["hit_rate@1"].values.tolist() == [1.0], "the met song ranks first by score but is no candidate"
+    assert marked(lists) == [[1]]
+
+
+def test_a_song_met_as_trigger_is_no_candidate():
+    asked = ask(log(("U", "a", 1, "train", "f"), ("U", "e", 1, "test"), ("U", "f", 1, "test")))
+    assert marked(asked.targets) == [[1]]
+    assert marked(asked.met) == [[2]]
+
+
+def test_who_is_left_out_is_counted():
+    events = log(
+        ("U", "a", 1, "train"),
+        ("U", "d", 1, "test"),
+        ("NO_HISTORY", "d", 1, "test"),
+        ("LATE", "a", 1, "test"),
+        ("LATE", "d", 1, "test"),
+        ("NO_TARGET", "a", 1, "train"),
+        ("seen", "a", 1, "train"),  # not held out
+        ("seen", "d", 1, "test"),
+        ("U", "gone", 1, "test"),  # not in the catalogue
+    )
+    assert ask(events).counts == {
+        "users": 1,
+        "candidates": 3,
+        "targets": 1,
+        "history_songs": 1,
+        "users_with_short_history": 2,
+        "users_without_target": 1,
+        "users_not_drawn": 0,
+        "events_of_unknown_songs": 1,
+    }
+    assert ask(events, min_history=2).users == []
+    assert ask(events, known_users=True).users == ["seen"]
+
+
+def test_the_validation_period_ends_and_uses_only_what_came_before_it():
+    songs, splits = [*SONGS, "g"], np.array([*SPLITS, "validation"])
+    events = log(
+        ("U", "a", 1, "train"), ("U", "b", 1, "validation"), ("U", "c", 1, "validation"), ("U", "d", 1, "test"), ("U", "g", 1, "test")
+    )
+    asked = ask(events, songs=songs, splits=splits, split="validation")
+    assert marked(asked.history) == [[0]]
+    assert asked.candidates.tolist() == [2, 6]
+    assert asked.candidates[marked(asked.targets)[0]].tolist() == [2]
+
+
+def test_logs_without_times_use_all_positives():
+    events = log(("U", "a", 3, "train"), ("U", "d", 1, "train"), ("U", "e", -1, "train"))
+    events["timestamp"] = np.nan
+    asked = ask(events)
+    assert marked(asked.history) == [[0]]
+    assert marked(asked.targets) == [[0]]
+    assert marked(asked.met) == [[]]
+
+
+def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
+    users = [f"u{i}" for i in range(200)]
+    kept = {users[row] for row in chosen_users(users, 50)}
+    assert len(kept) == 50
+    fewer = [user for user in users if user in kept or int(user[1:]) % 2]
+    assert {fewer[row] for row in chosen_users(fewer, 50)} == kept
+    assert chosen_users(users, None) == chosen_users(users, 200) == list(range(200))
+
+
+def test_user_vectors_are_unit_means():
+    vectors = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    found = user_vectors(vectors, histories([0], [0, 1], [0, 2], songs=3))
+    np.testing.assert_allclose(found, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)], [0, 0]])
+
+
+def test_the_blended_vectors_inner_product_is_the_weighted_sum_of_both_cosines():
+    spaces = made_up(20, preference=True).spaces
+    for blend in (0, 0.3, 0.5, 1):
+        vectors = blended(spaces, blend)
+        expected = (1 - blend) * spaces["semantic"] @ spaces["semantic"].T + blend * spaces["preference"] @ spaces["preference"].T
+        np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-6)
+
+
+def test_blending_is_the_weighted_sum_of_both_cosines():
+    generator = np.random.default_rng(0)
+    first, second = (vector_scorer(unit(generator.normal(size=(9, 4)))) for _ in range(2))
+    history, candidates = histories([0, 1], [2], songs=9), np.arange(3, 9)
+    blended = blended_scorer(first, second, 0.3)(history, candidates)
+    np.testing.assert_allclose(blended, 0.7 * first(history, candidates) + 0.3 * second(history, candidates))
+
+
+class Listeners:
+    """Users who like songs of one hidden taste; `preference` vectors know it, `semantic` ones do not. A third is popular with all."""
+
+    def __init__(self, users: int = 160, feedback: bool = True) -> None:
+        generator = np.random.default_rng(7)
+        songs = made_up(preference=True)
+        self.taste = generator.integers(0, 4, len(songs.ids))
+        spaces = {**songs.spaces, "preference": unit(np.eye(8)[4 + self.taste] + 0.2 * generator.normal(size=(len(songs.ids), 8)))}
+        spaces.pop("blend_0.5")
+        self.songs = dataclasses.replace(songs, spaces=with_blend(spaces))
+        rows = []
+        for user in range(users):
+            for number, song in enumerate(generator.choice(len(songs.ids), 80, replace=False)):
+                late = number >= 40
+                likes = self.taste[song] == user // 2 % 4
+                if likes or feedback:
+                    rows.append((f"{'U' if user % 2 else 'u'}{user}", songs.ids[song], 1.0 if likes else -1.0, "test" if late else "train"))
+        self.log = log(*rows)
+
+
+@pytest.fixture(scope="module")
+def listeners() -> Listeners:
+    return Listeners()
+
+
+def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
+    tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
+    assert list(tasks) == ["cold", "cold_known_users", "hot", "hot_known_users"]
+    for name, task in tasks.items():
+        gain = bootstrap.difference(task.methods["preference"]["ndcg@10"], task.methods["random"]["ndcg@10"])
+        assert bootstrap.is_shown(gain), name
+        for blind in ("semantic", "shuffled", "log_mel", "genre"):
+            assert task.methods[blind]["user_auc"].value == pytest.approx(0.5, abs=0.06), (name, blind)
+        assert task.methods["random"]["user_auc"].value == 0.5
+        assert task.methods["preference"]["user_auc"].value > 0.85
+    for name in ("hot", "hot_known_users"):
+        for collaborative in ("item_knn", "als"):
+            assert tasks[name].methods[collaborative]["user_auc"].value > 0.7, (name, collaborative)
+    for name in ("cold", "cold_known_users"):
+        assert not {"item_knn", "als"} & set(tasks[name].methods), "they know nothing of cold songs"
+        assert tasks[name].methods["popularity"]["item_auc"].value == 0.5
+        assert tasks[name].methods["preference"]["item_auc"].value > 0.85
+
+
+def test_every_interval_holds_the_uncertainty_of_the_songs_too(listeners: Listeners):
+    """Twelve artists are held out: with the artists of all songs resampled, intervals are wider than those of users alone."""
+    asked = ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits)
+    task = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
+    assert task.over == "users and artists"
+    found, _ = answers(asked, vector_scorer(listeners.songs.spaces["preference"]), SETTINGS.ks, 0)
+    draws = bootstrap.draw(asked.users, SETTINGS.resamples, SETTINGS.seed)
+    for name, metric in found.items():
+        ours, alone = task.methods["preference"][name], bootstrap.mean(metric.values, draws)
+        assert ours.value == pytest.approx(alone.value)
+        (low, high), (before, after) = ours.interval, alone.interval
+        assert high - low > 1.05 * (after - before), name
+        assert low <= ours.value <= high
+    assert {estimate.population for estimate in task.methods["preference"].values() if estimate.resampled is not None} != {""}
+
+
+def test_new_and_known_users_are_different_people(listeners: Listeners):
+    new, known = (ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits, known_users=flag) for flag in (False, True))
+    assert new.users
+    assert known.users
+    assert all(user[0] == "U" for user in new.users)
+    assert all(user[0] == "u" for user in known.users)
+
+
+def test_the_blend_curve_begins_at_stage_one_and_ends_at_stage_two(listeners: Listeners):
+    curve = blend_curve(listeners.songs, listeners.log, SETTINGS)
+    cold = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
+    assert [point["blend"] for point in curve] == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    for place, method in ((0, "semantic"), (5, "blend_0.5"), (10, "preference")):
+        assert curve[place]["cold"]["ndcg@10"]["value"] == pytest.approx(cold.methods[method]["ndcg@10"].value)
+    stage_one = dataclasses.replace(listeners.songs, spaces={"semantic": listeners.songs.spaces["semantic"]})
+    assert blend_curve(stage_one, listeners.log, SETTINGS) == []
+
+
+def test_hot_songs_have_training_listeners_and_no_task_without_times(listeners: Listeners):
+    events = listeners.log
+    task = {t.name: t for t in recommendation_tasks(listeners.songs, events, SETTINGS)}["hot"]
+    training = events[(events["value"] > 0) & (events["period"] == "train") & ~events["held_out_user"]]
+    of_train_split = set(np.array(listeners.songs.ids)[listeners.songs.splits == "train"])
+    assert task.counts["candidates"] == len(set(training["song_id"]) & of_train_split)
+    timeless = events.assign(timestamp=np.nan)
+    assert [t.name for t in recommendation_tasks(listeners.songs, timeless, SETTINGS)] == ["cold", "cold_known_users"]
+
+
+def test_nobody_to_ask_is_no_task(listeners: Listeners):
+    assert recommendation_tasks(listeners.songs, listeners.log[:0], SETTINGS) == []
+    assert blend_curve(listeners.songs, listeners.log[:0], SETTINGS) == []

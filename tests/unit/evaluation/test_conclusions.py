@@ -1,0 +1,236 @@
+"""What a report opens with: each use against simple baselines, what the gate said, and what was not measured; in plain sentences."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from htcl_ray.evaluation.report.conclusions import BETTER, CHANCE, NOT_BETTER, Conclusion, draw_conclusions
+from htcl_ray.evaluation.report.report_page import html, plain
+from htcl_ray.evaluation.report.report_schema import Report
+from htcl_ray.evaluation.report.report_tree import baseline_differences, primary_figure, report_tree
+from htcl_ray.evaluation.report.resamples import estimates
+from htcl_ray.evaluation.stats import bootstrap
+from htcl_ray.evaluation.task_result import Measured, Task
+from htcl_ray.pipelines import evaluate as step
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.evaluated_workspace import write_evaluated
+
+pytestmark = pytest.mark.unit
+
+UNITS = [f"artist {i}" for i in range(80)]
+NOISE = np.random.default_rng(0).normal(0, 0.02, size=(12, len(UNITS)))
+DRAWS = bootstrap.draw(UNITS, 400, 0)
+
+
+def task(name: str, figure: str, control: str | None, **values: float) -> Task:
+    """A task of one metric; each method has its value with a little noise of its own on every artist."""
+    methods = {
+        method.replace("blend", "blend_0.5"): {figure: bootstrap.mean(value + noise - noise.mean(), DRAWS)}
+        for (method, value), noise in zip(values.items(), NOISE, strict=False)
+    }
+    return Task(name, name.replace("_", " "), "songs", "artists", control, methods)
+
+
+def report_of(*tasks: Task, stage_2: bool = True) -> dict[str, Any]:
+    spaces = ["semantic", "preference", "blend_0.5"] if stage_2 else ["semantic"]
+    described = {"run": "r", "format_version": 1, "created": "2026-01-01T00:00:00.000000+00:00", "command": "htcl evaluate"}
+    described |= {"config": {}, "inputs": {"pairs": None}, "libraries": {}}
+    data = {"split": "test", "songs": 80, "artists": 80, "unique_texts": 80, "spaces": spaces}
+    return report_tree(described, Measured(data, {}, list(tasks), {}))[0]
+
+
+SEARCH = task("text_to_audio", "recall@10", "random", semantic=0.9, preference=0.8, blend=0.85, shuffled=0.1, random=0.1)
+PROBE = task("probe_genre", "accuracy", "commonest", semantic=0.8, preference=0.78, blend=0.79, log_mel=0.95, commonest=0.2)
+COLD = task("cold", "ndcg@10", "random", semantic=0.05, preference=0.3, blend=0.2, random=0.04, popularity=0.05, log_mel=0.1)
+HOT = task("hot", "ndcg@10", "random", semantic=0.05, preference=0.1, blend=0.08, random=0.02, item_knn=0.3, als=0.1001)
+LOST = task("zero_shot_mood", "accuracy", "random", semantic=0.2, preference=0.2, blend=0.2, random=0.2001)
+
+
+def conclusion(report: Mapping[str, Any], use: str) -> Conclusion:
+    (found,) = [one for one in draw_conclusions(report).conclusions if one.use == use]
+    return found
+
+
+def test_each_use_is_judged_by_its_best_space_against_every_baseline():
+    report = report_of(SEARCH, PROBE, COLD, HOT, LOST)
+    Report.model_validate(report)
+    assert [(one.use, one.verdict) for one in draw_conclusions(report).conclusions] == [
+        ("mood from the text of its labels", CHANCE),
+        ("genre by a classifier on the vectors", NOT_BETTER),
+        ("songs with listeners, for new listeners", NOT_BETTER),
+        ("search by text", BETTER),
+        ("new songs for new listeners", BETTER),
+    ]
+    search = conclusion(report, "search by text")
+    assert search.finding == "Recall@10 0.900 (stage 1, blend 0); the best baseline, a random order, has 0.100."
+    assert search.advice == "Use it with blend=0"
+    assert conclusion(report, "new songs for new listeners").advice == "Use it with blend=1"
+    probe = conclusion(report, "genre by a classifier on the vectors")
+    assert probe.finding == "Accuracy 0.800 (stage 1, blend 0); raw log-mel statistics 0.950 (1.2 times as much), significantly better."
+    assert "mel bands" in probe.advice
+    hot = conclusion(report, "songs with listeners, for new listeners")
+    assert "item-kNN 0.300 (3.0 times as much), significantly better" in hot.finding
+    assert "ALS 0.100, no significant difference" in hot.finding
+    assert "collaborative filtering" in hot.advice
+    assert "Do not rely on it for this" in conclusion(report, "mood from the text of its labels").advice
+
+
+def test_sentences_name_what_is_good_what_is_not_and_why():
+    sentences = draw_conclusions(report_of(SEARCH, PROBE, COLD, HOT, LOST)).sentences
+    assert sentences == [
+        "Better than every simple baseline: search by text; new songs for new listeners.",
+        "Not better than a simple baseline: genre by a classifier on the vectors (raw log-mel statistics); "
+        "songs with listeners, for new listeners (item-kNN).",
+        "Not significantly better than chance: mood from the text of its labels (a random order).",
+        "Stage 2 alone, against stage 1, improves new songs for new listeners (NDCG@10 0.050 → 0.300); "
+        "songs with listeners, for new listeners (NDCG@10 0.050 → 0.100), and worsens search by text (recall@10 0.900 → 0.800); "
+        "genre by a classifier on the vectors (accuracy 0.800 → 0.780).",
+    ]
+
+
+def test_what_is_not_there_is_said():
+    report = report_of(task("text_to_audio", "recall@10", "random", semantic=0.9, random=0.1), stage_2=False)
+    assert draw_conclusions(report).sentences == [
+        "Better than every simple baseline: search by text.",
+        "There is no stage 2: nothing of what listeners like is known; 'htcl finetune' trains it on an interaction log.",
+        "Not measured: recommendation (no interaction log, or too few listeners in the held-out period); "
+        "labels (no column of evaluate.probe_columns has enough values).",
+    ]
+    nothing = report_of(Task("text_to_audio", "text", "texts", "artists", None, SEARCH.methods))
+    assert draw_conclusions(nothing).conclusions == []
+    assert "says nothing about what the model is good for" in html(nothing)
+
+
+def test_a_gate_is_told_first():
+    report = report_of(SEARCH)
+    bounds = [{"figure": f"f{i}", "asked": "a", "value": 0.1, "low": None, "high": None, "passed": i > 1, "note": ""} for i in range(5)]
+    none, failed, passed = (
+        draw_conclusions(report, gate) for gate in (None, {"passed": False, "results": bounds}, {"passed": True, "results": bounds[2:]})
+    )
+    assert (none.good, failed.good, passed.good) == (None, False, True)
+    assert none.served == "No gate has judged this model; 'htcl evaluate --gate default' does."
+    assert failed.served == "The gate failed: 2 of 5 bounds do not hold. Do not serve this model."
+    assert passed.served == "The gate passed: all 3 bounds hold. This model may be served."
+
+
+def test_differences_from_baselines_are_paired_and_of_the_best_space():
+    """Against a naive interval: percentiles of the weighted mean of the differences, artist by artist."""
+    spaces = ["semantic", "preference", "blend_0.5"]
+    rows = {row["against"]: row for row in baseline_differences(estimates([PROBE]), [PROBE], spaces)}
+    assert set(rows) == {"log_mel", "commonest"}
+    for against, value, place in (("log_mel", 0.95, 3), ("commonest", 0.2, 4)):
+        gain = 0.8 - value + (NOISE[0] - NOISE[0].mean()) - (NOISE[place] - NOISE[place].mean())
+        paired = DRAWS.weights @ gain / DRAWS.weights.sum(axis=1)
+        row = rows[against]
+        assert (row["method"], row["figure"]) == ("semantic", "accuracy")
+        assert (row["first"], row["second"], row["value"]) == pytest.approx((0.8, value, 0.8 - value))
+        assert (row["low"], row["high"]) == pytest.approx(np.percentile(paired, [2.5, 97.5]), abs=1e-4)
+        assert row["verdict"] == ("worse" if value > 0.8 else "improved")
+
+
+def test_a_space_or_baseline_without_a_value_is_left_out():
+    unknown = {"accuracy": bootstrap.Estimate(math.nan, 0)}
+    probe = replace(
+        PROBE,
+        methods={
+            name: unknown if name in ("preference", "log_mel") else PROBE.methods[name] for name in PROBE.methods if name != "blend_0.5"
+        },
+    )
+    (row,) = baseline_differences(estimates([probe]), [probe], ["preference", "semantic"])
+    assert (row["method"], row["against"], row["first"]) == ("semantic", "commonest", pytest.approx(0.8))
+    assert baseline_differences(estimates([probe]), [probe], ["preference"]) == []
+
+
+def test_a_task_is_judged_by_its_ranking_before_its_recall():
+    assert primary_figure(["recall@1", "ndcg@5", "ndcg@10", "user_auc"]) == "ndcg@10"
+    assert primary_figure(["map", "roc_auc", "accuracy_folds"]) == "roc_auc"
+    assert primary_figure(["mrr", "recall@1", "recall@10"]) == "recall@10"
+    assert primary_figure(["mrr", "median_rank"]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "none"),
+        ([], "none"),
+        ({}, "none"),
+        (True, "yes"),
+        (False, "no"),
+        (12345, "12,345"),
+        (0.123456, "0.1235"),
+        ("a_b", "a_b"),
+        (["a", None, 2], "a, none, 2"),
+        ({"held_out": 3, "examples": ["x → y"], "forbidden": True}, "held out 3; examples x → y; forbidden yes"),
+        ({"more": {"a": []}}, "more a none"),
+    ],
+)
+def test_values_are_told_without_python(value: object, said: str):
+    assert plain(value) == said
+
+
+class Seen(HTMLParser):
+    """Text outside of scripts, styles, SVG and <pre>, and which <details> are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.order: list[str] = []
+        self.open: list[bool] = []
+        self._hidden: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("style", "script", "svg", "pre"):
+            self._hidden.append(tag)
+        if tag == "details":
+            self.open.append("open" in dict(attrs))
+        if tag in ("h2", "table", "details"):
+            self.order.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._hidden and self._hidden[-1] == tag:
+            self._hidden.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.text.append(data)
+
+
+@pytest.mark.parametrize("made", [{}, {"log": False}, {"preference": False, "log": False, "index": False}])
+def test_the_page_opens_with_the_verdict_and_holds_no_python(tmp_path: Path, made: dict[str, bool]):
+    config = write_evaluated(tmp_path / "workspace", tmp_path, **made)
+    result = step.evaluate(config)
+    run = result.location.rpartition("/")[2]
+    report = Workspace(config.workspace).read_json(f"reports/{run}/report.json")
+    bound = {
+        "figure": "a.b.c",
+        "asked": "a.b.c: at least 1",
+        "value": None,
+        "low": None,
+        "high": None,
+        "passed": False,
+        "note": "",
+        "required": False,
+    }
+    stored = Path(result.location, "report.html").read_text(encoding="utf-8")
+    report["leakage"]["artists"] |= {"shared": 1, "examples": ["it's 'one'"]}
+    for page in (stored, html(report), html(report, {"passed": False, "results": [bound]})):
+        seen = Seen()
+        seen.feed(page)
+        text = " ".join(" ".join(seen.text).split())
+        assert not re.search(r"\bNone\b|\bTrue\b|\bFalse\b|\bnan\b|\[\]|\{\}|\['|\{'|np\.|dict\(|array\(|<class", text), text
+        assert text.index("Verdict") < text.index("Metrics") < text.index("How it was measured")
+        assert seen.order[:2] == ["h2", "details"], "the verdict comes first, and no table before it"
+        assert seen.order.count("table") < seen.order.count("details")
+        assert sum(seen.open) == ("The gate failed" in text), "all are folded but a gate that failed"
+        assert re.search("The gate failed: 1 of 1 bounds do not hold|No gate has judged this model", text)
+        assert ("There is no stage 2" in text) == (made.get("preference") is False)
+        assert ("Not measured: recommendation" in text) == (made.get("log") is False)

@@ -1,0 +1,180 @@
+"""What every kind writes: mapped and shared when it is read, refused when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from htcl_ray.config.sections import IndexSettings
+from htcl_ray.errors import MismatchError
+from htcl_ray.index.folder import EXACT_FILE, SONGS_FILE, VECTORS_FILE
+from htcl_ray.index.song_index import SongIndex
+from htcl_ray.index.vectors import Vectors
+from htcl_ray.workspace.storage import file_sha256
+
+pytestmark = pytest.mark.unit
+
+KINDS = ("flat", "hnsw", "ivf", "ivf_pq")
+SONGS, DIM = 4000, 64
+READER = """
+import sys
+import numpy as np
+from htcl_ray.index.song_index import SongIndex
+from htcl_ray.index.vectors import Vectors
+
+index = SongIndex.load(sys.argv[1])
+stored = index.vectors_of(index.songs["song_id"].to_pylist())
+index.search(stored.rows(slice(0, 64)), 10)
+print("loaded", flush=True)
+sys.stdin.readline()
+"""
+
+
+def random_vectors(rows: int, dim: int = DIM) -> Vectors:
+    values = np.random.default_rng(0).normal(size=(2, rows, dim))
+    return Vectors(*(values / np.linalg.norm(values, axis=2, keepdims=True)).astype(np.float32))
+
+
+def saved(folder: Path, kind: str, rows: int = 300, dim: int = 8) -> Path:
+    settings = IndexSettings(kind=kind, ef_construction=20, hnsw_neighbors=8)
+    SongIndex.build([f"song-{i}" for i in range(rows)], random_vectors(rows, dim), settings=settings).save(folder)
+    return folder
+
+
+def mapped_kb(process: int, file: Path) -> dict[str, int]:
+    """Of a file's mappings in a process: kB in memory, kB shared with other processes, kB that are the process's own copies."""
+    found = {"Rss": 0, "Shared": 0, "Anonymous": 0}
+    inside = False
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(file))
+        elif inside:
+            field, value = line.split(":", 1)
+            if field.startswith("Shared_"):
+                found["Shared"] += int(value.split()[0])
+            elif field in found:
+                found[field] += int(value.split()[0])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/smaps is Linux's")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_share_the_pages_of_the_vectors(tmp_path: Path, kind: str):
+    folder = saved(tmp_path / kind, kind, SONGS, DIM)
+    exact = folder / (VECTORS_FILE if kind == "flat" else EXACT_FILE)
+    command = [sys.executable, "-c", READER, str(folder)]
+    readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert [reader.stdout.readline() for reader in readers] == ["loaded\n"] * 2
+        size = SONGS * 2 * DIM * 4 // 1024
+        for reader in readers:
+            vectors, structure = mapped_kb(reader.pid, exact), mapped_kb(reader.pid, folder / VECTORS_FILE)
+            assert vectors["Rss"] >= size
+            assert vectors["Shared"] >= 0.95 * size
+            assert vectors["Anonymous"] == 0
+            assert structure["Shared"] > 0.5 * (folder / VECTORS_FILE).stat().st_size / 1024
+            assert structure["Anonymous"] == 0
+    finally:
+        for reader in readers:
+            reader.communicate("\n")
+
+
+def trust(folder: Path) -> None:
+    """Write the changed files' hashes into the manifest, so that only what is in them can be refused."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: file_sha256(folder / name) for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+FILES = {kind: (VECTORS_FILE, SONGS_FILE) if kind == "flat" else (VECTORS_FILE, EXACT_FILE, SONGS_FILE) for kind in KINDS}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in FILES[kind]])
+def test_refuses_a_changed_file(tmp_path: Path, kind: str, name: str):
+    folder = saved(tmp_path, kind)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(MismatchError, match=rf"{name} has SHA-256"):
+        SongIndex.load(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("damage", ["empty", "cut", "rows", "double", "objects"])
+def test_refuses_exact_vectors_that_do_not_fit(tmp_path: Path, kind: str, damage: str):
+    path = saved(tmp_path, kind) / EXACT_FILE
+    data, rows = path.read_bytes(), np.load(path)
+    if damage in ("empty", "cut"):
+        path.write_bytes(b"" if damage == "empty" else data[:-7])
+    else:
+        other = {"rows": rows[:-1], "double": rows.astype(np.float64), "objects": np.array([{}] * 4, dtype=object)}
+        np.save(path, other[damage], allow_pickle=damage == "objects")
+    trust(tmp_path)
+    with pytest.raises(MismatchError, match="run 'htcl index' again"):
+        SongIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestRefuses:
+    @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "half", "songs"])
+    def test_a_structure_that_cannot_be_read(self, tmp_path: Path, kind: str, damage: str):
+        folder = saved(tmp_path, kind)
+        data = (folder / VECTORS_FILE).read_bytes()
+        changed = {
+            "empty": b"",
+            "cut": data[:-16],
+            "half": data[: len(data) // 2],
+            "noise": np.random.default_rng(0).bytes(len(data)),
+            "songs": (folder / SONGS_FILE).read_bytes(),
+        }
+        (folder / VECTORS_FILE).write_bytes(changed[damage])
+        trust(folder)
+        with pytest.raises(MismatchError, match="run 'htcl index' again"):
+            SongIndex.load(folder)
+
+    def test_another_kind(self, tmp_path: Path, kind: str):
+        folder = saved(tmp_path / kind, kind)
+        other = saved(tmp_path / "other", "hnsw" if kind == "ivf" else "ivf")
+        (folder / VECTORS_FILE).write_bytes((other / VECTORS_FILE).read_bytes())
+        trust(folder)
+        with pytest.raises(MismatchError, match=f"manifest says {kind}"):
+            SongIndex.load(folder)
+
+    def test_another_number_of_songs(self, tmp_path: Path, kind: str):
+        folder, other = saved(tmp_path / kind, kind), saved(tmp_path / "other", kind, 299)
+        (folder / SONGS_FILE).write_bytes((other / SONGS_FILE).read_bytes())
+        trust(folder)
+        with pytest.raises(MismatchError, match=r"300 vectors of 16.*299 of 16"):
+            SongIndex.load(folder)
+
+
+def test_an_index_that_does_not_name_its_structure(tmp_path: Path):
+    folder = saved(tmp_path, "flat")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["structure"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match="run 'htcl index' again"):
+        SongIndex.load(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    index = SongIndex.load(saved(tmp_path, kind))
+    before = (tmp_path / VECTORS_FILE).read_bytes()
+
+    def cut(_: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(faiss, "write_index", cut)
+    with pytest.raises(KeyboardInterrupt):
+        index.save(tmp_path)
+    assert (tmp_path / VECTORS_FILE).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))

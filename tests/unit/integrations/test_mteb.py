@@ -1,0 +1,179 @@
+"""mteb runs an untrained model on local tasks made from ESC-10 clips, offline, and sees the vectors that the model gives."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from htcl_ray.errors import ConfigError
+from htcl_ray.models import HTCL
+from htcl_ray.models.towers.vocabulary import train_wordpiece
+from tests.worlds.small_workspace import small_config
+
+pytestmark = pytest.mark.unit
+
+mteb = pytest.importorskip("mteb", reason="the extra mteb is not installed")
+
+from datasets import Dataset, DatasetDict  # noqa: E402
+from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskZeroShotClassification  # noqa: E402
+from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+
+from htcl_ray.integrations.mteb import MtebModel, mteb_model  # noqa: E402
+
+LABELS = ("dog bark", "rain", "rooster", "sea waves")
+ABOUT: dict[str, Any] = {
+    "description": "Clips of ESC-10 beside this checkout",
+    "reference": None,
+    "dataset": {"path": "local", "revision": "1"},
+    "eval_splits": ["test"],
+    "eval_langs": ["eng-Latn"],
+    "date": ("2015-01-01", "2015-12-31"),
+    "dialect": [],
+    "domains": [],
+    "task_subtypes": [],
+    "license": "cc-by-4.0",
+    "annotations_creators": "derived",
+    "sample_creation": "found",
+    "bibtex_citation": "",
+}
+
+
+def about(name: str, kind: str, modalities: list[str], category: str) -> TaskMetadata:
+    score = "ndcg_at_10" if kind == "Any2AnyRetrieval" else "accuracy"
+    return TaskMetadata(**ABOUT, name=name, type=kind, main_score=score, modalities=modalities, category=category)
+
+
+class LocalClassification(AbsTaskClassification):
+    metadata = about("LocalESC10", "AudioClassification", ["audio"], "a2t")
+    input_column_name = "audio"
+    n_experiments = 2
+
+    def load_data(self, **kwargs: Any) -> None:
+        pass
+
+
+class LocalZeroShot(AbsTaskZeroShotClassification):
+    metadata = about("LocalESC10ZeroShot", "AudioZeroshotClassification", ["audio", "text"], "a2t")
+    input_column_name = "audio"
+
+    def get_candidate_labels(self) -> list[str]:
+        return list(LABELS)
+
+    def load_data(self, **kwargs: Any) -> None:
+        pass
+
+
+class LocalRetrieval(AbsTaskRetrieval):
+    metadata = about("LocalESC10Retrieval", "Any2AnyRetrieval", ["audio", "text"], "t2a")
+
+    def load_data(self, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def clips(shared_data: Path) -> dict[str, list[dict[str, Any]]]:
+    """One second of ten clips of each of four labels: five to train, five to test."""
+    with (shared_data / "esc10.csv").open(newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    found: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for number, label in enumerate(LABELS):
+        for place, row in enumerate([row for row in rows if row["label"] == label][:10]):
+            wave, rate = soundfile.read(shared_data / row["audio_path"], frames=22050, dtype="float32")
+            audio = {"array": wave.tolist(), "sampling_rate": rate}
+            found["train" if place < 5 else "test"].append({"audio": audio, "label": number})
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> HTCL:
+    vocabulary = train_wordpiece([f"{label} heard outside" for label in LABELS] * 5, 120)
+    return HTCL.untrained(small_config(tmp_path_factory.mktemp("none")), vocabulary).eval()
+
+
+class Recorder(MtebModel):
+    """Keeps what mteb was given."""
+
+    def encode(self, inputs: Any, **task: Any) -> np.ndarray:
+        vectors = super().encode(inputs, **task)
+        self.given = [*getattr(self, "given", []), vectors]
+        return vectors
+
+
+def run(task: Any, encoder: MtebModel) -> dict[str, Any]:
+    task.data_loaded = True
+    result = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False, co2_tracker=False, encode_kwargs={"batch_size": 8})
+    return result.task_results[0].scores["test"][0]
+
+
+def heard(model: HTCL, rows: list[dict[str, Any]]) -> np.ndarray:
+    embed = (model.embed_audio(np.array(row["audio"]["array"], dtype=np.float32), row["audio"]["sampling_rate"]) for row in rows)
+    return torch.stack(list(embed)).numpy()
+
+
+def test_mteb_classifies_the_vectors_of_embed_audio(clips: dict[str, list[dict[str, Any]]], model: HTCL):
+    task, encoder = LocalClassification(), Recorder(model, "1")
+    task.dataset = DatasetDict({split: Dataset.from_list(rows) for split, rows in clips.items()})
+    scores = run(task, encoder)
+    train, test = encoder.given
+    np.testing.assert_allclose(train, heard(model, clips["train"]), atol=1e-6)
+    np.testing.assert_allclose(test, heard(model, clips["test"]), atol=1e-6)
+    assert np.linalg.norm(test, axis=1) == pytest.approx(np.ones(20), abs=1e-5)
+    assert 0 <= scores["accuracy"] <= 1
+
+
+def test_mteb_asks_for_labels_in_words(clips: dict[str, list[dict[str, Any]]], model: HTCL):
+    task, encoder = LocalZeroShot(), Recorder(model, "1")
+    task.dataset = DatasetDict({"test": Dataset.from_list(clips["test"])})
+    scores = run(task, encoder)
+    words, sounds = encoder.given
+    np.testing.assert_allclose(words, model.embed_text(list(LABELS)).numpy(), atol=1e-6)
+    named = (sounds @ words.T).argmax(axis=1)
+    assert scores["accuracy"] == pytest.approx(np.mean(named == [row["label"] for row in clips["test"]]))
+
+
+def test_mteb_ranks_sounds_for_words(clips: dict[str, list[dict[str, Any]]], model: HTCL):
+    task, encoder = LocalRetrieval(), Recorder(model, "1")
+    corpus = [{"id": f"clip {i}", "audio": row["audio"]} for i, row in enumerate(clips["test"])]
+    task.corpus = DatasetDict({"test": Dataset.from_list(corpus)})
+    task.queries = DatasetDict({"test": Dataset.from_list([{"id": label, "text": label} for label in LABELS])})
+    relevant = {label: {f"clip {i}": 1 for i, row in enumerate(clips["test"]) if row["label"] == n} for n, label in enumerate(LABELS)}
+    task.relevant_docs = {"test": relevant}
+    scores = run(task, encoder)
+    best = (model.embed_text(list(LABELS)).numpy() @ heard(model, clips["test"]).T).argmax(axis=1)
+    right = [clips["test"][place]["label"] == n for n, place in enumerate(best)]
+    assert scores["hit_rate_at_1"] == pytest.approx(np.mean(right))
+
+
+def test_a_row_with_sound_and_words_is_their_normalised_sum(model: HTCL):
+    wave = np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    row = {"audio": [{"array": wave, "sampling_rate": 16000}], "text": ["rain"]}
+    both = MtebModel(model, "1").encode([row])[0]
+    expected = model.embed_audio(wave, 16000).numpy() + model.embed_text(["rain"]).numpy()[0]
+    np.testing.assert_allclose(both, expected / np.linalg.norm(expected), atol=1e-6)
+    assert MtebModel(model, "1").encode([]).shape == (0, model.dim)
+
+
+def test_without_mteb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "htcl_ray.integrations.mteb")
+    monkeypatch.setitem(sys.modules, "mteb.models.abs_encoder", None)
+    with pytest.raises(ConfigError, match=r"htcl-ray\[mteb\]"):
+        importlib.import_module("htcl_ray.integrations.mteb")
+
+
+def test_the_model_of_a_folder_names_its_weights(model: HTCL, tmp_path: Path):
+    model.save_pretrained(tmp_path / "semantic-1")
+    loaded = mteb_model(tmp_path / "semantic-1")
+    meta = loaded.mteb_model_meta
+    assert (meta.name, meta.embed_dim, meta.modalities) == ("htcl-ray/semantic-1", model.dim, ["audio", "text"])
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(tmp_path / "semantic-2")
+    assert mteb_model(tmp_path / "semantic-2").mteb_model_meta.revision != meta.revision

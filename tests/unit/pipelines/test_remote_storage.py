@@ -1,0 +1,297 @@
+"""URIs and failing storage: what is not there, what is forbidden and what cannot be reached are three different things."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import pathlib
+import pickle
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+import soundfile
+
+from htcl_ray import cli
+from htcl_ray.audio import decode
+from htcl_ray.catalog.audio_files import DENIED, MISSING, UNSUPPORTED, sizes_and_times
+from htcl_ray.catalog.songs import read_catalog
+from htcl_ray.cluster import connection
+from htcl_ray.config import resolve
+from htcl_ray.config.sections import AudioRecipe, DataSettings
+from htcl_ray.errors import AccessDeniedError, AudioError, InputError, StorageError, WorkspaceError
+from htcl_ray.pipelines.preprocess import make_shard, plan_features, preprocess
+from htcl_ray.schemas import Reason
+from htcl_ray.workspace.storage import Workspace, explain, local_path, open_filesystem
+from tests.worlds.object_store import ObjectStore, running_store
+
+pytestmark = pytest.mark.unit
+
+RECIPE = AudioRecipe(clip_seconds=3.0)
+NAMES = ["plain.wav", "two words.wav", "né.wav", "名.wav", "100%.wav", "what?.wav", "#1.wav", "a+b&c=d;e.wav", "50%25.wav"]
+
+
+def sound(seconds: float = 0.5, seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 16000)), 16000, format="WAV")
+    return file.getvalue()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    with running_store(monkeypatch) as running:
+        yield running
+
+
+def catalog(folder: Path, paths: list[str]) -> str:
+    with open(folder / "songs.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["song_id", "audio_path", "title"], *([f"s{i}", path, f"title {i}"] for i, path in enumerate(paths))])
+    return str(folder / "songs.csv")
+
+
+class TestUris:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_file_uris_are_percent_decoded(self, name: str, tmp_path: Path) -> None:
+        """As `pathlib`, playlists and file managers write them; the oracle is `Path.as_uri`."""
+        path = tmp_path / name
+        path.write_bytes(sound())
+        uri = path.as_uri()
+        for written in (uri, uri.replace("file:", "FILE:"), uri.replace("file://", "file:"), uri.replace("file://", "file://localhost")):
+            assert local_path(written) == str(path)
+            assert sizes_and_times([written])[0, 0] == path.stat().st_size
+            np.testing.assert_array_equal(decode(written, RECIPE), decode(path, RECIPE))
+
+    def test_a_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+        path = os.fsencode(tmp_path) + b"/caf\xe9.wav"
+        with open(path, "wb") as file:
+            file.write(sound())
+        assert sizes_and_times([f"{tmp_path.as_uri()}/caf%E9.wav"])[0, 0] == os.path.getsize(path)
+
+    def test_every_step_of_a_catalogue_reads_them(self, tmp_path: Path) -> None:
+        """The catalogue itself, its relative paths and its URIs, from planning to decoding."""
+        folder = tmp_path / "my songs é%41"
+        folder.mkdir()
+        for i, name in enumerate(NAMES):
+            (folder / name).write_bytes(sound(seed=i))
+        catalog(folder, [(folder / name).as_uri() for name in NAMES] + NAMES)
+        table = (folder / "songs.csv").as_uri()
+        plan = plan_features(resolve("demo").with_overrides({"data.catalog": table}))
+        assert plan.songs.num_rows == 2 * len(NAMES)
+        features, rejected = make_shard(plan.songs, resolve("demo"))
+        assert rejected.num_rows == 0
+        assert len(set(features["duplicate_group"].to_pylist())) == len(NAMES), "URI and relative path of a file are the same recording"
+
+    def test_workspace_and_configuration_file(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a b%"
+        workspace = Workspace(folder.as_uri())
+        workspace.write_json("x.json", 1)
+        assert (folder / "x.json").exists()
+        assert workspace.is_local
+        assert workspace.uri_of("x") == f"{folder}/x"
+        assert pickle.loads(pickle.dumps(workspace)).read_json("x.json") == 1
+        (folder / "c.yaml").write_text("pretrain: {epochs: 3}")
+        assert resolve("demo", (folder / "c.yaml").as_uri(), []).pretrain.epochs == 3
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_keys_of_an_object_store(self, name: str, store: ObjectStore) -> None:
+        """As they are, and percent-encoded."""
+        store.objects[f"music/{name}"] = sound()
+        encoded = pathlib.PurePosixPath(f"/{name}").as_uri().removeprefix("file:///")
+        written = [encoded] if "%25" in name else [encoded, name]
+        for uri in (f"s3://bucket/music/{one}" for one in written):
+            assert sizes_and_times([uri])[0, 0] == len(sound())
+            np.testing.assert_array_equal(decode(uri, RECIPE), decode(sound(), RECIPE))
+
+    def test_relative_paths_of_a_table_in_an_object_store(self, store: ObjectStore) -> None:
+        rows = io.StringIO()
+        csv.writer(rows).writerows([["song_id", "audio_path", "title"], *([str(i), f"audio/{name}", "t"] for i, name in enumerate(NAMES))])
+        store.objects["my tables/songs.csv"] = rows.getvalue().encode()
+        store.objects.update({f"my tables/audio/{name}": sound(seed=i) for i, name in enumerate(NAMES)})
+        songs = read_catalog(DataSettings(catalog="s3://bucket/my tables/songs.csv")).songs
+        assert sizes_and_times(songs["audio_path"].to_pylist())[:, 0].tolist() == [len(sound())] * len(NAMES)
+
+    def test_options_of_a_uri(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+        store.objects["a/x.wav"] = sound()
+        uri = f"s3://bucket/a/x.wav?region=us-east-1&scheme=http&endpoint_override={store.url.removeprefix('http://')}"
+        assert sizes_and_times([uri])[0, 0] == len(sound())
+        assert decode(uri, RECIPE).size == 8000
+
+    @pytest.mark.parametrize("scheme", ["abfs", "abfss", "az", "hdfs", "http", "https", "ftp", "viewfs", "nowhere"])
+    def test_other_schemes_are_one_sentence_that_names_the_supported_ones(self, scheme: str, tmp_path: Path, capsys) -> None:
+        uri = f"{scheme}://container@account/x"
+        for arguments in (["--workspace", uri], ["--workspace", str(tmp_path), "--set", f"data.catalog={uri}.csv"], ["--config", uri]):
+            assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 2
+            shown = capsys.readouterr().err
+            assert shown.count("\n") == 1
+            assert "expected a local path, file://, s3:// or gs://" in shown
+        assert sizes_and_times([uri])[0, 0] == UNSUPPORTED
+        with pytest.raises(AudioError) as caught:
+            decode(uri, RECIPE)
+        assert caught.value.reason is Reason.UNSUPPORTED_URI
+
+    def test_a_file_of_another_host(self) -> None:
+        with pytest.raises(WorkspaceError, match="names the host 'nas'"):
+            open_filesystem("file://nas/music/x.wav")
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[Path]:
+    """A folder of root's that everyone may enter, used as a user who is not root."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    user = os.geteuid()
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(folder)
+
+
+class TestDenied:
+    def test_local_files(self) -> None:
+        with unprivileged() as folder:
+            (folder / "closed").mkdir()
+            for name in ("closed/a.wav", "b.wav"):
+                (folder / name).write_bytes(sound())
+            (folder / "b.wav").chmod(0)
+            (folder / "closed").chmod(stat.S_IRWXU if os.geteuid() == 0 else 0)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            paths = [str(folder / name) for name in ("closed/a.wav", "b.wav", "c.wav", "b.wav/d")]
+            sizes = sizes_and_times(paths)[:, 0].tolist()
+            reasons = []
+            for path in paths[:2]:
+                with pytest.raises(AudioError, match=r"access denied to /tmp/.*\.wav") as caught:
+                    decode(path, RECIPE)
+                reasons.append(caught.value.reason)
+        assert sizes == [DENIED, DENIED, MISSING, MISSING]
+        assert reasons == [Reason.ACCESS_DENIED] * 2
+
+    @pytest.mark.parametrize("status", [403, 401])
+    def test_a_bucket_fails_the_step(self, status: int, store: ObjectStore, tmp_path: Path, capsys) -> None:
+        store.fail, store.forever = [status], True
+        arguments = ["--workspace", str(tmp_path / "ws"), "--set", f"data.catalog={catalog(tmp_path, ['s3://bucket/music/x.mp3'])}"]
+        assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert "access denied to s3://bucket/music (" in shown
+        assert "does not exist" not in shown
+        assert shown.count("\n") == 1
+        assert not (tmp_path / "ws" / "features").exists()
+
+    def test_tables_workspace_and_configuration_of_a_bucket(self, store: ObjectStore, tmp_path: Path, capsys) -> None:
+        store.fail, store.forever = [403], True
+        for uri, arguments in {
+            "s3://bucket/songs.csv": ["--workspace", str(tmp_path), "--set", "data.catalog=s3://bucket/songs.csv"],
+            "s3://bucket/ws": ["--workspace", "s3://bucket/ws"],
+            "s3://bucket/c.yaml": ["--config", "s3://bucket/c.yaml"],
+        }.items():
+            assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 2
+            assert f"access denied to {uri} (" in capsys.readouterr().err
+
+    def test_one_object(self, store: ObjectStore) -> None:
+        store.fail, store.forever = [403], True
+        with pytest.raises(AccessDeniedError, match=r"access denied to s3://bucket/x\.wav"):
+            decode("s3://bucket/x.wav", RECIPE)
+
+
+class TestOutages:
+    def test_passing_errors_are_retried(self, store: ObjectStore) -> None:
+        store.objects["music/x.wav"] = sound()
+        store.fail = [503, 500]
+        assert sizes_and_times(["s3://bucket/music/x.wav"])[0, 0] == len(sound())
+        store.fail = [503, 500]
+        assert decode("s3://bucket/music/x.wav", RECIPE).size == 8000
+        assert not store.fail
+
+    def test_an_outage_is_not_a_missing_file(self, store: ObjectStore, tmp_path: Path, capsys) -> None:
+        store.fail, store.forever = [503], True
+        arguments = ["--workspace", str(tmp_path / "ws"), "--set", f"data.catalog={catalog(tmp_path, ['s3://bucket/music/x.mp3'])}"]
+        assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("htcl: failed: s3://bucket/music cannot be reached, also after retries (")
+        assert shown.count("\n") == 1
+        assert len(store.requests) >= 4
+
+    def test_an_unreachable_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with running_store(monkeypatch) as stopped:
+            pass
+        with pytest.raises(StorageError, match="s3://bucket/music cannot be reached"):
+            sizes_and_times(["s3://bucket/music/x.wav", "/nowhere"])
+        assert stopped.requests == []
+
+    def test_a_read_that_breaks_off_is_not_a_short_file(self, store: ObjectStore) -> None:
+        """Decoders take an error of the file under them for its end."""
+        store.objects["long.wav"] = sound(60)  # longer than what is read at a time
+        store.fail_after_bytes = 1 << 20
+        recipe = AudioRecipe(clip_seconds=60)
+        with pytest.raises(StorageError, match=r"s3://bucket/long.wav cannot be reached"):
+            decode("s3://bucket/long.wav", recipe)
+        store.fail_after_bytes = None
+        assert decode("s3://bucket/long.wav", recipe).size == recipe.max_samples
+
+    def test_missing_objects_are_missing(self, store: ObjectStore) -> None:
+        assert sizes_and_times(["s3://bucket/music/x.wav", "s3://bucket"])[:, 0].tolist() == [MISSING, MISSING]
+        with pytest.raises(AudioError, match="does not exist") as caught:
+            decode("s3://bucket/music/x.wav", RECIPE)
+        assert caught.value.reason is Reason.AUDIO_NOT_FOUND
+
+    def test_object_stores_give_up_after_seconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Arrow's own limits are 15 minutes for gs:// and none for connecting to s3://."""
+        _, (options,) = open_filesystem("gs://bucket/x")[0].__reduce__()
+        assert options["retry_time_limit"].total_seconds() <= 15
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        filesystem, path = open_filesystem("s3://bucket/a b")
+        assert isinstance(filesystem, pafs.S3FileSystem)
+        _, (options,) = filesystem.__reduce__()
+        assert 0 < options["connect_timeout"] <= 5
+        assert path == "bucket/a b"
+
+    @pytest.mark.parametrize(
+        ("error", "kind", "sentence"),
+        [
+            (OSError(28, "No space left on device"), StorageError, "no space left on the device of /w"),
+            (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"), StorageError, "no space left"),
+            (OSError(122, "Disk quota exceeded"), StorageError, "no space left"),
+            (OSError(13, "Permission denied"), AccessDeniedError, "access denied to /w (Permission denied)"),
+            (OSError(30, "Read-only file system"), AccessDeniedError, "access denied to /w (Read-only file system)"),
+            (OSError(5, "Input/output error"), StorageError, "/w cannot be read or written (Input/output error)"),
+            (OSError(116, "Stale file handle"), StorageError, "/w cannot be read or written (Stale file handle)"),
+        ],
+    )
+    def test_sentences(self, error: OSError, kind: type[Exception], sentence: str) -> None:
+        found = explain(error, "/w")
+        assert type(found) is kind
+        assert sentence in str(found)
+        assert type(pickle.loads(pickle.dumps(found))) is kind
+
+
+class TestWrongFolder:
+    """The commonest first mistake: audio paths that are relative to another folder than the table's."""
+
+    @pytest.fixture(autouse=True)
+    def _no_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(connection, "connect", lambda config: pytest.fail("Ray was started"))
+
+    @pytest.mark.parametrize("share", [0.05, 1])
+    def test_a_path_is_shown_and_the_quarantine_table_is_written(self, share: float, tmp_path: Path) -> None:
+        table = catalog(tmp_path, [f"audio/s{i}.wav" for i in range(12)])
+        config = resolve("demo").with_overrides(
+            {"workspace": str(tmp_path / "ws"), "data.catalog": table, "data.max_rejected_share": share}
+        )
+        with pytest.raises(
+            InputError, match=rf"for instance row 0 of {table} \(song 's0'\): {tmp_path}/audio/s0.wav does not exist"
+        ) as caught:
+            preprocess(config)
+        (folder,) = (tmp_path / "ws" / "quarantine").iterdir()
+        assert f"see {folder}" in str(caught.value)
+        written = Workspace(str(tmp_path / "ws")).read_tables(f"quarantine/{folder.name}")
+        shown = zip(written["row"].to_pylist(), written["detail"].to_pylist(), strict=True)
+        assert sorted(shown) == [(i, f"{tmp_path}/audio/s{i}.wav does not exist") for i in range(12)]

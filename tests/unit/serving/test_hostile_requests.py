@@ -1,0 +1,117 @@
+"""The benchmark of hostile uploads: its requests are repeatable and mean what they say, and its report sees what is wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from benchmarks.hostile_requests import AUDIO, DAMAGES, SEARCH, handmade, hostile_files, requests, upload
+from benchmarks.hostile_uploads import Answer, ask, misshapen, processes, summary, undocumented
+from tests.unit.serving.test_http_app import Client
+
+pytestmark = pytest.mark.unit
+
+
+def files() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    found = []
+    for format in ("WAV", "FLAC", "OGG"):
+        file = io.BytesIO()
+        soundfile.write(file, rng.uniform(-0.5, 0.5, 4_000), 16_000, format=format)
+        found.append(file.getvalue())
+    return [*found, b"x"]
+
+
+def test_the_same_seed_sends_the_same_requests():
+    originals = files()
+    count = len(list(handmade())) + 64
+    first, second, other = (list(requests(originals, count, seed)) for seed in (1, 1, 2))
+    assert first == second != other
+    assert len(first) == count
+    assert {request.kind.removeprefix("damaged: ") for request in first} >= set(DAMAGES)
+    assert len(list(requests(originals, 5, 0))) == 5
+
+
+def test_lying_headers_lie():
+    made = dict(hostile_files())
+    hour = soundfile.info(io.BytesIO(made["an hour of silence in little FLAC"]))
+    assert hour.frames == 3_600 * 16_000
+    assert len(made["an hour of silence in little FLAC"]) < 300_000
+    assert soundfile.info(io.BytesIO(made["FLAC of an hour that declares a second"])).frames == 16_000
+    declared = soundfile.info(io.BytesIO(made["FLAC of 4 kB that declares 100 hours"]))
+    assert (declared.frames, len(made["FLAC of 4 kB that declares 100 hours"])) == (100 * 3_600 * 16_000, 4_096)
+    assert soundfile.info(io.BytesIO(made["WAV of 1,024 channels"])).channels == 1_024
+
+
+def test_every_kind_gets_a_documented_answer_from_the_routes():
+    """Without decoding: the backend of the routes' tests takes any bytes for sound."""
+    client = Client()
+    openapi = client("GET", "/openapi.json").json()
+    answers = []
+    for request in handmade():
+        response = client(
+            request.method, request.path or request.route, content=request.content, headers={"content-type": request.content_type}
+        )
+        answers.append(Answer(request.kind, request.route, request.method, response.status_code, 0.0, misshapen(response)))
+    assert not undocumented(answers, openapi)
+    assert not [answer for answer in answers if answer.problem]
+    assert {answer.status for answer in answers} >= {200, 400, 404, 413, 422}
+
+
+def test_a_well_formed_upload_is_one():
+    client = Client()
+    request = upload("good", b"sound", "a.wav", [("k", "2")])
+    response = client("POST", AUDIO, content=request.content, headers={"content-type": request.content_type})
+    assert response.status_code == 200
+    assert response.json()["k"] == 2
+
+
+def test_the_report_sees_what_is_wrong():
+    openapi = {"paths": {SEARCH: {"post": {"responses": {"200": {}, "400": {}}}}}}
+    answers = [
+        Answer("fine", SEARCH, "POST", 400, 0.1, None),
+        Answer("odd", SEARCH, "POST", 500, 0.2, "not JSON"),
+        Answer("gone", SEARCH, "POST", 0, 9.0, "no answer"),
+        Answer("elsewhere", "/v1/other", "POST", 404, 0.1, None),
+    ]
+    found = summary(answers, openapi, [{1: 10_000_000}, {1: 12_000_000}], [{7, 8}, {8, 9}])
+    assert found["statuses"] == {"0": 1, "400": 1, "404": 1, "500": 1}
+    assert found["undocumented"] == {"POST /v1/search 500": 1}
+    assert found["problems"] == ["odd: not JSON", "gone: no answer"]
+    assert found["slowest"][0] == {"kind": "gone", "status": 0, "seconds": 9.0}
+    assert found["replica_megabytes"] == {"1": [10, 12]}
+    assert (found["replicas_restarted"], found["decoders_replaced_at_least"]) == (False, 1)
+    assert summary(answers, openapi, [{1: 1}, {2: 1}], [set(), set()])["replicas_restarted"]
+
+
+def test_answers_are_judged_by_their_shape():
+    def answering(status: int, text: str) -> Answer:
+        transport = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
+        with httpx.Client(transport=transport, base_url="http://localhost") as client:
+            return ask(client, upload("a", b""))
+
+    assert answering(200, "{}").problem is None
+    assert answering(400, '{"error": {"code": "a", "message": "b"}}').problem is None
+    for text in ("Internal Server Error", '{"detail": "x"}', '{"error": "x"}', "[]"):
+        assert answering(500, text).problem
+
+
+def test_processes_are_found_by_name_and_parent():
+    name = "a-process-to-be-found"
+    command = [sys.executable, "-c", "print('started', flush=True); input()", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == b"started\n"
+            assert set(processes(name.encode(), os.getpid())) == {child.pid} == set(processes(name.encode(), None)) - {os.getpid()}
+            assert processes(name.encode(), child.pid)[child.pid] > 0
+            assert not processes(name.encode(), 2**30)
+        finally:
+            child.kill()

@@ -1,0 +1,174 @@
+"""A search that was killed and resumed is the search that was not: the same points, results and decisions, to the last bit.
+
+Ray Tune's loop of one trial at a time is played here with our own searcher, scheduler and callback, and a closed form for training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from htcl_ray.config.sections import TuneSettings
+from htcl_ray.pipelines.tuning.report_to_tune import CONTROLLER
+from htcl_ray.pipelines.tuning.study import StudyCallback, StudyTable, catch_up, resume
+from htcl_ray.pipelines.tuning.trial import trial_folder, trial_version
+from htcl_ray.tuning.budget import Budget
+from htcl_ray.tuning.trials import Trial, read_trials
+from htcl_ray.workspace.storage import Workspace
+
+pytestmark = pytest.mark.unit
+
+STUDY, STAGE = "runs/tune/pretrain", "pretrain"
+SPACE: dict[str, BaseDistribution] = {
+    "pretrain.temperature": FloatDistribution(0.02, 0.5, log=True),
+    "pretrain.learning_rate": FloatDistribution(1e-5, 1e-1, log=True),
+    "pretrain.batch_size": CategoricalDistribution((32, 64, 128)),
+}
+CONFIGURED = {"pretrain.temperature": 0.074, "pretrain.learning_rate": 1e-4, "pretrain.batch_size": 64}
+BUDGET = Budget(100, 9)
+OBJECTIVES = {"semantic": "validation_recall@10", "preference": "validation_pair_recall@10"}
+
+
+def measured(parameters: dict[str, Any], rows: int, objective: str) -> float:
+    """Best at temperature 0.1, learning rate 0.003 and batch size 128; grows with the rows."""
+    far = 0.2 * math.log(parameters["pretrain.temperature"] / 0.1) ** 2 + 0.05 * math.log(parameters["pretrain.learning_rate"] / 3e-3) ** 2
+    far += 0.1 * (128 - parameters["pretrain.batch_size"]) / 128
+    return math.exp(-far) * (1 - math.exp(-rows / 300)) * (1 if objective == "semantic" else 1 - parameters["pretrain.temperature"])
+
+
+class Killed(Exception):
+    pass
+
+
+def session(
+    workspace: Workspace, settings: TuneSettings, objectives: dict[str, str], ticks: Iterator[int], kill_at: int, ahead: int
+) -> None:
+    """One run of the command, killed at a tick. `ahead`: measurements of the workers that Ray Tune has not processed yet."""
+
+    def tick() -> None:
+        if next(ticks) == kill_at:
+            raise Killed
+
+    trials = read_trials(workspace, STUDY)
+    for trial in trials:
+        if not trial.ended:
+            catch_up(workspace, STUDY, trial, STAGE, objectives)
+    table = StudyTable(workspace, STUDY, trials)
+    search, scheduler = resume(table, SPACE, objectives, CONFIGURED, settings, BUDGET)
+    callback = StudyCallback(table, objectives, settings.trials, BUDGET.rows)
+    for _ in range(settings.trials - sum(trial.ended for trial in table.trials.values())):
+        tick()
+        trial_id = uuid.uuid4().hex[:8]
+        point = search.suggest(trial_id)
+        if point == Searcher.FINISHED:
+            return
+        tick()
+        ours = SimpleNamespace(trial_id=trial_id, config=point, error_file=None)
+        if scheduler is not None:
+            scheduler.on_trial_add(None, ours)
+        file = f"{trial_folder(STUDY, point['number'])}/runs/{STAGE}/{trial_version(STUDY, point['number'])}/metrics.jsonl"
+        written = [json.loads(line) for line in workspace.read_bytes(file).splitlines()] if workspace.exists(file) else []
+        checkpoint = max(len(written) - 1, 0)  # it is written after the measurement, so a resumed trial repeats one
+        for report in range(checkpoint, BUDGET.reports):
+            for later in range(len(written), min(report + 1 + ahead, BUDGET.reports)):
+                rows = (later + 1) * BUDGET.rows_per_report
+                figures = {metric: measured(point["parameters"], rows, name) for name, metric in objectives.items()}
+                written.append({"rows_seen": rows, "songs_per_second": 1.0, **figures})
+                workspace.write_bytes(file, "".join(json.dumps(line) + "\n" for line in written).encode())
+                tick()
+            result = written[report]
+            decision = TrialScheduler.CONTINUE if scheduler is None else scheduler.on_trial_result(None, ours, result)
+            search.on_trial_result(trial_id, result)
+            tick()
+            work = {"started": 0.0, "nodes": 1, "seconds": 0.0}
+            callback.on_trial_result(0, [], ours, {**result, "earlier_work": [], "work": work, CONTROLLER: None})
+            tick()
+            if decision == TrialScheduler.STOP:
+                break
+        search.on_trial_complete(trial_id, result)
+        tick()
+        callback.on_trial_complete(0, [], ours)
+
+
+def searched(folder: Path, settings: TuneSettings, objectives: dict[str, str], kills: list[int], ahead: int = 0) -> list[Trial]:
+    """The trials of a search that was killed at each of these ticks, counted anew after each."""
+    workspace = Workspace(str(folder))
+    for kill_at in kills:
+        with pytest.raises(Killed):
+            session(workspace, settings, objectives, iter(range(10**9)), kill_at, ahead)
+    session(workspace, settings, objectives, iter(range(10**9)), -1, ahead)
+    return read_trials(workspace, STUDY)
+
+
+def outcome(trials: list[Trial]) -> list[tuple[Any, ...]]:
+    return [(trial.number, repr(trial.parameters), trial.state, trial.history) for trial in trials]
+
+
+@pytest.fixture(scope="module", params=["asha", "whole", "two objectives"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSettings, dict[str, str], list[Trial]]:
+    """Settings, objectives, and the trials of a search that nothing interrupts."""
+    objectives = OBJECTIVES if request.param == "two objectives" else {"semantic": OBJECTIVES["semantic"]}
+    settings = TuneSettings(trials=16, early_stopping=request.param == "asha", seed=3)
+    trials = searched(tmp_path_factory.mktemp("whole"), settings, objectives, [])
+    return settings, objectives, trials
+
+
+def test_the_uninterrupted_search_is_one_worth_comparing(whole: tuple[TuneSettings, dict[str, str], list[Trial]]):
+    settings, _, trials = whole
+    assert trials[0].parameters == CONFIGURED
+    assert len({repr(trial.parameters) for trial in trials}) == settings.trials == 16
+    states = [trial.state for trial in trials]
+    if settings.early_stopping:
+        assert states.count("stopped") >= 4
+        assert states.count("finished") >= 4
+    else:
+        assert set(states) == {"finished"}
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_killed_search_ends_as_the_uninterrupted_one(
+    whole: tuple[TuneSettings, dict[str, str], list[Trial]], tmp_path: Path, seed: int, ahead: int
+):
+    """Killed three times, first anywhere in two thirds of it: around a suggestion, a measurement, a decision, a line of the table."""
+    settings, objectives, trials = whole
+    draw = random.Random(seed)
+    last = 315 if settings.early_stopping else 480  # ticks of the uninterrupted search; the sampler draws at random in the first half
+    kills = [draw.randrange(2 * last // 3), draw.randrange(last // 8), draw.randrange(last // 8)]
+    assert outcome(searched(tmp_path, settings, objectives, kills, ahead)) == outcome(trials)
+
+
+def test_every_point_of_one_trial(tmp_path: Path):
+    """Killed once at each tick of the trials around the first that is stopped."""
+    objectives = {"semantic": OBJECTIVES["semantic"]}
+    settings = TuneSettings(trials=6, seed=3)
+    expected = outcome(searched(tmp_path / "whole", settings, objectives, []))
+    assert "stopped" in {state for _, _, state, _ in expected}
+    for tick in range(25, 85):
+        assert outcome(searched(tmp_path / str(tick), settings, objectives, [tick])) == expected, tick
+
+
+def test_more_trials_continue_a_finished_search(tmp_path: Path):
+    objectives = {"semantic": OBJECTIVES["semantic"]}
+    expected = outcome(searched(tmp_path / "whole", TuneSettings(trials=14, seed=1), objectives, []))
+    for trials in (6, 11, 14):
+        found = searched(tmp_path / "grown", TuneSettings(trials=trials, seed=1), objectives, [])
+        assert outcome(found) == expected[:trials]
+
+
+def test_another_seed_is_another_search(tmp_path: Path):
+    objectives = {"semantic": OBJECTIVES["semantic"]}
+    first, other = (searched(tmp_path / str(seed), TuneSettings(trials=3, seed=seed), objectives, []) for seed in (0, 1))
+    assert first[0].parameters == other[0].parameters == CONFIGURED
+    assert first[1].parameters != other[1].parameters

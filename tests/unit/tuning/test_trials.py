@@ -1,0 +1,227 @@
+"""The trial table: it survives, and the study rebuilt from it is the study that was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from htcl_ray.errors import WorkspaceError
+from htcl_ray.tuning.trials import NUMBER, Trial, optuna_study, read_trials, sampler, winners, write_trials
+from htcl_ray.workspace.storage import Workspace
+
+pytestmark = pytest.mark.unit
+SPACE: dict[str, BaseDistribution] = {
+    "pretrain.temperature": FloatDistribution(0.02, 0.5, log=True),
+    "pretrain.learn_temperature": CategoricalDistribution((True, False)),
+    "pretrain.batch_size": CategoricalDistribution((32, 64, 128)),
+    "pretrain.max_gradient_norm": CategoricalDistribution((None, 1.0)),
+    "model.layers": IntDistribution(1, 4),
+}
+STATES = ("finished", "stopped", "failed", "running", "finished", "failed", "finished")
+"""In turn; the first failure of two has measured nothing."""
+
+
+def table(number: int, objectives: list[str]) -> list[Trial]:
+    """Trials of every kind, with points and figures from a generator of their own."""
+    source = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    trials = []
+    for index in range(number):
+        trial = Trial(index, dict(source.ask(SPACE).params))
+        state = STATES[index % len(STATES)]
+        for report in range(0 if index % len(STATES) == 2 else 1 + index % 4):
+            trial.measure({"rows": 640.0 * (report + 1), **{name: (index * 7 + report + len(name)) % 10 / 10 for name in objectives}})
+        trial.worked(1e9 + index, 2, 10.5 + index)
+        trial.state = state  # type: ignore[assignment]
+        trial.error = "a sentence,\u2028with  every ‘sign’\n" if state == "failed" else None
+        trials.append(trial)
+    return trials
+
+
+def told(trials: list[Trial], objectives: list[str]) -> optuna.Study:
+    """What Optuna makes of the same trials when it is told of each as it happens."""
+    study = optuna.create_study(directions=["maximize"] * len(objectives))
+    for trial in trials:
+        study.enqueue_trial(trial.parameters)
+        asked = study.ask(SPACE)
+        if trial.state == "running":
+            continue
+        if len(objectives) == 1:
+            for item in trial.history:
+                asked.report(item[objectives[0]], int(item["rows"]))
+        if trial.state == "failed":
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        elif trial.state == "stopped" and len(objectives) == 1:
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(asked, [trial.history[-1][name] for name in objectives])
+    return study
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(str(tmp_path / "workspace"))
+
+
+def test_a_table_is_read_as_it_was_written(workspace: Workspace):
+    assert read_trials(workspace, "runs/tune/pretrain") == []
+    trials = table(15, ["semantic", "preference"])
+    write_trials(workspace, "runs/tune/pretrain", reversed(trials))
+    again = read_trials(workspace, "runs/tune/pretrain")
+    assert again == trials
+    assert [repr(trial.parameters) for trial in again] == [repr(trial.parameters) for trial in trials]
+    write_trials(workspace, "runs/tune/pretrain", trials[:3])
+    assert read_trials(workspace, "runs/tune/pretrain") == trials[:3]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[: len(line) // 2],
+        lambda line: b"\xff\xfe" + line,
+        lambda _: b"[1, 2]",
+        lambda _: b"3",
+        lambda _: b"",
+        lambda _: b'{"number": 3}',
+        lambda line: line.replace(b'"state"', b'"status"'),
+        lambda line: line.replace(b'"number"', b'"extra": 1, "number"', 1),
+        lambda line: line.replace(b'"finished"', b'"done"', 1),
+        lambda line: line.replace(b'"history": [', b'"history": [3, ', 1),
+        lambda line: line.replace(b'"parameters": {', b'"parameters": [], "error": {', 1),
+    ],
+)
+def test_a_damaged_table_says_where_it_is_and_what_to_do(workspace: Workspace, damage: Any):
+    write_trials(workspace, "runs/tune/x", table(2, ["semantic"])[:1])
+    line = workspace.read_bytes("runs/tune/x/trials.jsonl")
+    workspace.write_bytes("runs/tune/x/trials.jsonl", line + damage(line.strip()) + b"\n")
+    with pytest.raises(WorkspaceError, match=r"^line 2 of .*runs/tune/x/trials\.jsonl is not a trial; .*tune\.study$"):
+        read_trials(workspace, "runs/tune/x")
+
+
+def test_a_repeated_measurement_takes_the_place_of_the_old_one():
+    trial = Trial(0, {})
+    assert (trial.last, trial.values(["semantic"]), trial.ended) == ({}, None, False)
+    for rows, value in ((64, 0.1), (128, 0.2), (192, 0.3), (128, 0.25)):
+        trial.measure({"rows": rows, "semantic": value})
+    assert trial.history == [{"rows": 64, "semantic": 0.1}, {"rows": 128, "semantic": 0.25}]
+    trial.measure({"rows": 192, "semantic": 0.35})
+    assert [item["semantic"] for item in trial.history] == [0.1, 0.25, 0.35]
+    assert trial.values(["semantic"]) == (0.35,)
+
+
+def test_node_seconds_add_up_over_attempts(workspace: Workspace):
+    trial = Trial(0, {})
+    trial.worked(1000.0, 2, 5.0)
+    trial.worked(1000.0, 2, 9.0)  # the same workers, later
+    trial.worked(2000.5, 1, 4.0)
+    assert trial.node_seconds == 2 * 9 + 4
+    write_trials(workspace, "study", [trial])
+    (again,) = read_trials(workspace, "study")
+    again.worked(1000.0, 3, 10.0)
+    assert again.node_seconds == 3 * 10 + 4
+
+
+@pytest.mark.parametrize("objectives", [["semantic"], ["semantic", "preference"]])
+def test_a_rebuilt_study_is_the_one_that_was_told(workspace: Workspace, objectives: list[str]):
+    trials = table(24, objectives)
+    write_trials(workspace, "study", trials)
+    rebuilt, direct = optuna_study(read_trials(workspace, "study"), SPACE, objectives), told(trials, objectives)
+    assert rebuilt.directions == direct.directions
+    assert len(rebuilt.trials) == len(direct.trials) == len(trials)
+    for trial, ours, theirs in zip(trials, rebuilt.trials, direct.trials, strict=True):
+        assert ours.user_attrs[NUMBER] == trial.number
+        if trial.state == "running":
+            assert ours.state == optuna.trial.TrialState.WAITING
+            assert ours.system_attrs["fixed_params"] == trial.parameters
+            continue
+        assert ours.state == theirs.state
+        assert ours.values == theirs.values
+        assert repr(ours.params) == repr(theirs.params)
+        assert ours.distributions == theirs.distributions
+        assert ours.intermediate_values == theirs.intermediate_values
+    best = [[trial.number for trial in study.best_trials] for study in (rebuilt, direct)]
+    assert best[0] == best[1]
+    if len(objectives) == 1:
+        assert rebuilt.best_trial.number == direct.best_trial.number
+    failed = [trial for trial in rebuilt.trials if trial.state == optuna.trial.TrialState.FAIL]
+    assert failed
+    assert all(trial.values is None for trial in failed)
+
+
+@pytest.mark.parametrize("objectives", [["semantic"], ["semantic", "preference"]])
+def test_a_rebuilt_study_proposes_what_the_one_that_was_told_would(objectives: list[str]):
+    trials = table(24, objectives)  # more than the sampler's first ten, which are drawn at random
+    running = [trial.parameters for trial in trials if trial.state == "running"]
+    rebuilt, direct, other = optuna_study(trials, SPACE, objectives), told(trials, objectives), optuna_study(trials, SPACE, objectives)
+    for study in (rebuilt, other):
+        assert [study.ask(SPACE).params for _ in running] == running, "those that were running come first"
+    proposals: list[list[dict[str, Any]]] = []
+    for study, seed in ((rebuilt, 5), (direct, 5), (other, 6)):
+        proposals.append([])
+        for number in range(len(trials), len(trials) + 4):
+            study.sampler = sampler(seed, number, 0)
+            proposals[-1].append(study.ask(SPACE).params)
+    assert proposals[0] == proposals[1]
+    assert proposals[0] != proposals[2]
+    assert len({repr(point) for point in proposals[0]}) == 4
+
+
+def test_a_proposal_depends_on_seed_number_and_attempt_alone():
+    def proposal(*key: int) -> dict[str, Any]:
+        study = optuna_study([], SPACE, ["semantic"])
+        study.sampler = sampler(*key)
+        return dict(study.ask(SPACE).params)
+
+    keys = [(seed, number, attempt) for seed in (0, 1, 2**32 - 1) for number in (0, 1, 2) for attempt in (0, 1)]
+    found = {key: repr(proposal(*key)) for key in keys}
+    assert found == {key: repr(proposal(*key)) for key in reversed(keys)}
+    assert len(set(found.values())) == len(keys), "seed 0 at trial 1 is not seed 1 at trial 0"
+
+
+def test_a_finished_trial_without_a_measurement_is_no_part_of_the_study():
+    assert optuna_study([Trial(0, {}, state="finished"), Trial(1, {}, state="stopped")], {}, ["semantic"]).trials == []
+
+
+figures = some.sampled_from([0.0, 0.1, 0.2, 0.3])
+candidates = some.lists(some.tuples(some.sampled_from(["finished", "stopped", "failed", "running"]), figures, figures), max_size=12)
+
+
+@settings(deadline=None, derandomize=True)
+@given(candidates=candidates)
+def test_winners_are_those_of_brute_force_of_equals_the_first(candidates: list[tuple[Any, float, float]]):
+    trials = [
+        Trial(number, {}, state, [{"rows": 64, "semantic": first, "preference": second}])
+        for number, (state, first, second) in enumerate(candidates)
+    ]
+    points = {trial.number: (trial.last["semantic"], trial.last["preference"]) for trial in trials if trial.state == "finished"}
+    front = [
+        number
+        for number, (first, second) in points.items()
+        if not any(a >= first and b >= second and (a > first or b > second) for a, b in points.values())
+        and not any(points[earlier] == (first, second) for earlier in points if earlier < number)
+    ]
+    found = [trial.number for trial in winners(reversed(trials), ["semantic", "preference"])]
+    assert sorted(found) == front
+    assert found == sorted(front, key=lambda number: (-sum(points[number]), number))
+    single = [trial.number for trial in winners(trials, ["preference"])]
+    assert single == sorted(points, key=lambda number: (-points[number][1], number))[:1]
+
+
+def test_winners_are_optuna_s_front():
+    objectives = ["semantic", "preference"]
+    trials = [trial for trial in table(80, objectives) if trial.state == "finished"]
+    study = optuna_study(trials, SPACE, objectives)
+    assert {trial.values(objectives) for trial in winners(trials, objectives)} == {tuple(trial.values) for trial in study.best_trials}
+
+
+def test_error_messages_of_trials_stay_on_their_line(workspace: Workspace):
+    trials = [trial for trial in table(7, ["semantic"]) if trial.error]
+    write_trials(workspace, "study", trials)
+    lines = workspace.read_bytes("study/trials.jsonl").decode().splitlines()
+    assert [json.loads(line)["error"] for line in lines] == [trial.error for trial in trials]

@@ -1,0 +1,105 @@
+"""Running every step on a small world, and asking the application over HTTP: what the end-to-end tests share."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from htcl_ray.config import Config, resolve
+from htcl_ray.demo_world import TEXT_COLUMNS, SampleTables
+from htcl_ray.evaluation.gate import judge, read_gate
+from htcl_ray.pipelines.embed import embed
+from htcl_ray.pipelines.evaluate import evaluate, read_figures
+from htcl_ray.pipelines.index import build_index
+from htcl_ray.pipelines.preprocess import preprocess
+from htcl_ray.pipelines.train import finetune, pretrain
+from htcl_ray.serving.application import serving
+from htcl_ray.workspace.storage import Workspace
+
+QUERIES = ("calm piano", "energetic rock guitar", "baroque organ", "dark synthesizer")
+SMALL = {
+    "data.text_columns": TEXT_COLUMNS,
+    "audio.clip_seconds": 4.0,
+    "data.max_rejected_share": 0.5,
+    "data.split_shares": [0.6, 0.1, 0.3],
+    "data.songs_per_shard": 32,
+    "ray.num_cpus": 4,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured, and what its application answered: song ids in order, for each query."""
+
+    report: dict[str, Any]
+    answers: dict[str, list[str]]
+    failed_bounds: list[str]
+    """Of the shipped gate: TASK.METHOD.FIGURE."""
+
+    def median_rank_share(self) -> float:
+        """Median rank of text → audio in the semantic space, as a share of the gallery; 0.5 is chance."""
+        return self.figure("text_to_audio", "semantic", "median_rank") / self.report["data"]["songs"]
+
+    def probe(self, space: str = "semantic") -> float:
+        return self.figure("probe_genre", space, "accuracy")
+
+    def user_auc(self, method: str) -> float:
+        """Mean over held-out users of the AUC of cold songs; 0.5 is chance, and its standard error here about 0.03."""
+        return self.figure("cold", method, "user_auc")
+
+    def figure(self, task: str, method: str, figure: str) -> float:
+        return self.report["tasks"][task]["methods"][method][figure]["value"]
+
+
+def configuration(workspace: Path, tables: SampleTables, **overrides: Any) -> Config:
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    data = {"data.catalog": str(tables.catalog), "data.interactions": str(tables.interactions), "workspace": str(workspace)}
+    return resolve("demo").with_overrides({**SMALL, **data, **named})
+
+
+def run_every_step(config: Config, upload: bytes, song_id: str, after_training: Callable[[Config], None] | None = None) -> Outcome:
+    """Preprocess to evaluate, then three kinds of queries over HTTP."""
+    for step in (preprocess, pretrain, finetune):
+        step(config)
+    if after_training:
+        after_training(config)
+    for step in (embed, build_index):
+        step(config)
+    report = evaluate(config)
+    return Outcome(read_report(config, report.location), ask(config, upload, song_id), failed_bounds(config, report.location))
+
+
+def failed_bounds(config: Config, location: str) -> list[str]:
+    figures = read_figures(Workspace(config.workspace), location.rsplit("/", 1)[1])
+    return [result.bound.figure for result in judge(read_gate("default"), figures).failed]
+
+
+def read_report(config: Config, location: str) -> dict[str, Any]:
+    return Workspace(config.workspace).read_json(f"reports/{location.rsplit('/', 1)[1]}/report.json")
+
+
+def ask(config: Config, upload: bytes, song_id: str) -> dict[str, list[str]]:
+    with serving(config.with_overrides({"serve.port": 0})) as url, httpx.Client(base_url=url, timeout=60) as client:
+        responses = {text: client.post("/v1/search", json={"text": text, "k": 10}) for text in QUERIES}
+        responses["upload"] = client.post("/v1/search/audio", files={"file": ("song.wav", upload)}, data={"k": "10"})
+        responses["similar"] = client.get(f"/v1/songs/{song_id}/similar", params={"k": 10})
+    for query, response in responses.items():
+        assert response.status_code == 200, f"{query}: {response.text}"
+    return {query: [hit["song_id"] for hit in response.json()["results"]] for query, response in responses.items()}
+
+
+def rewrite(path: Path, target: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]]) -> Path:
+    """Copy a CSV table with its rows changed."""
+    with path.open(newline="", encoding="utf-8") as source:
+        rows = list(csv.DictReader(source))
+    changed = change(rows)
+    with target.open("w", newline="", encoding="utf-8") as sink:
+        writer = csv.DictWriter(sink, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(changed)
+    return target
