@@ -2,10 +2,11 @@
 
     python -m benchmarks.chaos [--replicas 1,2] [--kill encoder,ingress,haproxy,controller,decoder,sigterm] [--repeats 1]
 
-Starts `htcl serve` once for each part and number of replicas (of the encoder and of the ingress) and sends 900 requests, 20 a second and
-without retries: by song, a song's neighbours, text and upload in turn. Kills the part with SIGKILL after 15 s; at SIGTERM of the whole, 400
-requests of which 100 come before it. No text and no recording is sent twice, so that none is remembered. For each run: requests by outcome,
-those that were not answered with 200, how many of these need no encoder, and the time between the first and the last of them.
+Starts `htcl serve` once for each part and number of replicas (of the encoder and of the ingress) and sends 900
+requests, 20 a second and without retries: by song, a song's neighbours, text and upload in turn. Kills the part with
+SIGKILL after 15 s; at SIGTERM of the whole, 400 requests of which 100 come before it. No text and no recording is sent
+twice, so that none is remembered. For each run: requests by outcome, those that were not answered with 200, how many of
+these need no encoder, and the time between the first and the last of them.
 
 Prints a table and writes benchmarks/results/chaos.json.
 """
@@ -100,7 +101,9 @@ def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
         assert process.stdout is not None
         url = next(found[1] for line in process.stdout if (found := re.search(r"at (http://\S+);", line)))
         whole = part == "sigterm"
-        sent = asyncio.run(send(url, process, part, SIGTERM_REQUESTS if whole else REQUESTS, SIGTERM_AFTER if whole else KILL_AFTER))
+        sent = asyncio.run(
+            send(url, process, part, SIGTERM_REQUESTS if whole else REQUESTS, SIGTERM_AFTER if whole else KILL_AFTER)
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -160,9 +163,19 @@ async def ask(client: httpx.AsyncClient, kind: str, number: int) -> httpx.Respon
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    table = Table("killed", "replicas", "failed", "of them need no encoder", "s without service", "slowest, s", "outcomes")
+    table = Table(
+        "killed", "replicas", "failed", "of them need no encoder", "s without service", "slowest, s", "outcomes"
+    )
     for row in rows:
-        cells = ("killed", "replicas", "failed", "failed_without_encoder", "seconds_without_service", "slowest_answer_s", "outcomes")
+        cells = (
+            "killed",
+            "replicas",
+            "failed",
+            "failed_without_encoder",
+            "seconds_without_service",
+            "slowest_answer_s",
+            "outcomes",
+        )
         table.add_row(*(str(row[name]) for name in cells))
     Console(width=140).print(table)
 

@@ -1,9 +1,11 @@
-"""Schemathesis against a running application: thousands of requests made from `/openapi.json`, and what the answers break.
+"""Schemathesis against a running application: thousands of requests made from `/openapi.json`, and what the answers
+break.
 
     python -m benchmarks.conformance --url http://127.0.0.1:8000 [--key KEY] [--seed 0] [--examples 300]
 
-Fails on a 5xx, on a status, a content type, a header or a body that `/openapi.json` does not tell of. Writes songs when the key may:
-use an application of its own for it. Prints what Schemathesis prints and writes benchmarks/results/conformance.json.
+Fails on a 5xx, on a status, a content type, a header or a body that `/openapi.json` does not tell of. Writes songs when
+the key may: use an application of its own for it. Prints what Schemathesis prints and writes
+benchmarks/results/conformance.json.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ CHECKS = (
 
 def schemathesis(url: str, key: str | None, seed: int, examples: int) -> tuple[int, str]:
     """Exit status and output."""
-    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", f"{url}/openapi.json"]
+    command = [
+        sys.executable,
+        "-c",
+        "from schemathesis.cli import schemathesis; schemathesis()",
+        "run",
+        f"{url}/openapi.json",
+    ]
     command += ["--checks", ",".join(CHECKS), "--seed", str(seed), "--max-examples", str(examples)]
     command += ["--no-color", "--continue-on-failure", "--generation-database", "none", "--warnings", "off"]
     command += ["--header", f"Authorization: Bearer {key}"] if key else []

@@ -18,7 +18,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write NAME.json in benchmarks/results/ or another folder: the command, the machine and the versions, then the result."""
+    """Write NAME.json in benchmarks/results/ or another folder: the command, the machine and the versions, then the
+    result.
+    """
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**environment(), **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -2,10 +2,11 @@
 
     python -m benchmarks.exact_responses [--songs 20000] [--requests 1000] [--seed 0]
 
-Serves an index of random unit vectors with `htcl serve` and sends random requests: by song, songs with negatives, vector, text, recording
-and history, each with a random k, blend, filter and `max_per_artist`. For each, NumPy scores all songs, leaves out the seeds, applies the
-filter and the cap, and sorts. Counts the requests whose songs or scores (by more than 1e-5) differ. Texts and recordings are encoded in
-this process. Writes benchmarks/results/exact_responses.json and fails when a response differs.
+Serves an index of random unit vectors with `htcl serve` and sends random requests: by song, songs with negatives,
+vector, text, recording and history, each with a random k, blend, filter and `max_per_artist`. For each, NumPy scores
+all songs, leaves out the seeds, applies the filter and the cap, and sorts. Counts the requests whose songs or scores
+(by more than 1e-5) differ. Texts and recordings are encoded in this process. Writes
+benchmarks/results/exact_responses.json and fails when a response differs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,14 @@ def main() -> None:
         vectors = service.index.vectors_of([song_id(row) for row in range(options.songs)])
         assert vectors.preference is not None
         halves = np.stack([vectors.semantic, vectors.preference]).astype(np.float64)
-        command = [str(Path(sys.executable).with_name("htcl")), "serve", "--preset", "demo", "--workspace", str(workspace)]
+        command = [
+            str(Path(sys.executable).with_name("htcl")),
+            "serve",
+            "--preset",
+            "demo",
+            "--workspace",
+            str(workspace),
+        ]
         settings = ("serve.port=0", "serve.metrics_port=0")
         command += [word for setting in settings for word in ("--set", setting)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -80,7 +88,9 @@ def compare(url: str, service: SearchService, halves: NDArray[np.float64], reque
             results = response.json()["results"]
             rows, scores = brute_force(halves, query, seeds, options)
             actual = np.array([result["score"] for result in results])
-            largest = max(largest, float(np.abs(actual - scores).max(initial=0)) if len(actual) == len(scores) else np.inf)
+            largest = max(
+                largest, float(np.abs(actual - scores).max(initial=0)) if len(actual) == len(scores) else np.inf
+            )
             same = [result["song_id"] for result in results] == [song_id(row) for row in rows]
             different += not (same and len(actual) == len(scores) and np.allclose(actual, scores, atol=TOLERANCE))
     return {"requests": dict(kinds), "different": different, "largest_score_difference": largest}
@@ -152,7 +162,9 @@ def brute_force(
     rows: list[int] = []
     for row in np.argsort(-scores, kind="stable"):
         year, genre, artist = 1960 + int(row) % 60, GENRES[int(row) % len(GENRES)], int(row) % ARTISTS
-        fits = not conditions or (genre in conditions["genre"] and conditions["year"]["gte"] <= year <= conditions["year"]["lte"])
+        fits = not conditions or (
+            genre in conditions["genre"] and conditions["year"]["gte"] <= year <= conditions["year"]["lte"]
+        )
         if row in seeds or not fits or taken[artist] >= options.get("max_per_artist", len(scores)):
             continue
         taken[artist] += 1

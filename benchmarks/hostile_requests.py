@@ -1,4 +1,6 @@
-"""Requests that nobody should send: damaged and lying audio files, malformed forms, JSON that is deep, large or not finite."""
+"""Requests that nobody should send: damaged and lying audio files, malformed forms, JSON that is deep, large or not
+finite.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,20 @@ BOUNDARY = "boundary-of-the-form"
 AUDIO, SEARCH, ACTIVATE, SONG = "/v1/search/audio", "/v1/search", "/v1/index/activate", "/v1/songs/{song_id}"
 """Routes as `/openapi.json` names them."""
 HEADER_BYTES = 64
-NAMES = ("a.wav", "a.mp3", "a.flac", "a.txt", "../../etc/passwd", "/dev/zero", "C:\\a", "a\x00b", "%2e%2e%2f", "名.ogg", "a" * 2_000, "")
+NAMES = (
+    "a.wav",
+    "a.mp3",
+    "a.flac",
+    "a.txt",
+    "../../etc/passwd",
+    "/dev/zero",
+    "C:\\a",
+    "a\x00b",
+    "%2e%2e%2f",
+    "名.ogg",
+    "a" * 2_000,
+    "",
+)
 
 
 class Request(NamedTuple):
@@ -90,7 +105,9 @@ def _edit_header(rng: np.random.Generator, files: Files) -> bytes:
     """Sizes, rates and channels lie in the first bytes of most formats: extreme numbers over some of them."""
     data = _pick(rng, files)
     for _ in range(rng.integers(1, 4)):
-        extreme = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\x01\0\0\0", rng.bytes(4))[rng.integers(6)]
+        extreme = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\x01\0\0\0", rng.bytes(4))[
+            rng.integers(6)
+        ]
         place, width = int(rng.integers(0, min(HEADER_BYTES, len(data)))), int(rng.integers(1, 5))
         data[place : place + width] = extreme[:width]
     return bytes(data)
@@ -185,13 +202,22 @@ def _forms() -> Iterator[Request]:
     yield form("form of nothing", b"")
     yield form("form of 10,000 fields", good + part("k", b"1") * 10_000 + closing())
     yield form("form of 10,000 files", part("file", b"x", "a") * 10_000 + closing())
-    yield form("part with headers of 1 MB", part("file", sound, "a.wav", b"X-Long: " + b"y" * 1_000_000 + b"\r\n") + closing())
+    yield form(
+        "part with headers of 1 MB", part("file", sound, "a.wav", b"X-Long: " + b"y" * 1_000_000 + b"\r\n") + closing()
+    )
     yield form("part with 10,000 headers", part("file", sound, "a.wav", b"X: y\r\n" * 10_000) + closing())
     yield form("file name of 1 MB", part("file", sound, "a" * 1_000_000) + closing())
     yield form("audio without a form", sound, "audio/wav")
     yield form("JSON in place of a form", b"{}", "application/json")
     yield form("text in place of a file", part("file", b"text") + closing())
-    for key, value in (("k", "0"), ("k", "9" * 10_000), ("k", "nan"), ("blend", "nan"), ("blend", "1e400"), ("filter", "[" * 100_000)):
+    for key, value in (
+        ("k", "0"),
+        ("k", "9" * 10_000),
+        ("k", "nan"),
+        ("blend", "nan"),
+        ("blend", "1e400"),
+        ("filter", "[" * 100_000),
+    ):
         yield upload(f"option {key}={value[:10]}", sound, fields=[(key, value)])
     for name in NAMES:
         yield upload(f"named {name[:20]!r}", sound, name)

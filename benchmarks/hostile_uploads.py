@@ -1,11 +1,13 @@
-"""A running application under mutated and hostile requests: what it answers, how slowly, and what becomes of its processes.
+"""A running application under mutated and hostile requests: what it answers, how slowly, and what becomes of its
+processes.
 
     python -m benchmarks.hostile_uploads --url http://127.0.0.1:8000 [--files ../shared/data/oddaudio] [--count 1000] [--seed 0]
 
-Sends requests of `benchmarks/hostile_requests.py`, several at a time, and fails when an answer's status is not documented in
-`/openapi.json` (404 for routes that it does not have), an answer is missing or not in the one shape of failures, or a replica's process
-is another one afterwards. Memory: resident bytes of every replica before, at each quarter, and after; replicas and decoders are found by
-the name of their process, below --parent or on the whole machine. Writes benchmarks/results/hostile_uploads.json.
+Sends requests of `benchmarks/hostile_requests.py`, several at a time, and fails when an answer's status is not
+documented in `/openapi.json` (404 for routes that it does not have), an answer is missing or not in the one shape of
+failures, or a replica's process is another one afterwards. Memory: resident bytes of every replica before, at each
+quarter, and after; replicas and decoders are found by the name of their process, below --parent or on the whole
+machine. Writes benchmarks/results/hostile_uploads.json.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def ask(client: httpx.Client, request: Request) -> Answer:
     started, status = time.perf_counter(), 0
     try:
         headers = {"content-type": request.content_type}
-        response = client.request(request.method, request.path or request.route, content=request.content, headers=headers)
+        response = client.request(
+            request.method, request.path or request.route, content=request.content, headers=headers
+        )
         status, problem = response.status_code, misshapen(response)
     except httpx.HTTPError as error:
         problem = f"no answer: {type(error).__name__}: {error}"
@@ -60,7 +64,9 @@ def misshapen(response: httpx.Response) -> str | None:
         body = response.json()
     except ValueError:
         return "the answer is not JSON"
-    if response.status_code < 400 or (isinstance(body, dict) and set(body) == {"error"} and set(body["error"]) == {"code", "message"}):
+    if response.status_code < 400 or (
+        isinstance(body, dict) and set(body) == {"error"} and set(body["error"]) == {"code", "message"}
+    ):
         return None
     return "the failure is not in the one shape"
 
@@ -109,9 +115,13 @@ def summary(
         "statuses": dict(sorted(Counter(str(answer.status) for answer in answers).items())),
         "undocumented": dict(undocumented(answers, openapi)),
         "problems": problems[:20],
-        "slowest": [{"kind": answer.kind, "status": answer.status, "seconds": round(answer.seconds, 3)} for answer in slowest],
+        "slowest": [
+            {"kind": answer.kind, "status": answer.status, "seconds": round(answer.seconds, 3)} for answer in slowest
+        ],
         "replicas_restarted": len({frozenset(moment) for moment in memory}) > 1,
-        "replica_megabytes": {str(pid): [round(moment.get(pid, 0) / 1e6) for moment in memory] for pid in sorted(memory[0])},
+        "replica_megabytes": {
+            str(pid): [round(moment.get(pid, 0) / 1e6) for moment in memory] for pid in sorted(memory[0])
+        },
         "decoders_replaced_at_least": replaced,
     }
 
@@ -119,7 +129,10 @@ def summary(
 def run(url: str, sent: Sequence[Request], *, parallel: int, parent: int | None, key: str | None) -> dict[str, Any]:
     """Send everything and say what happened."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, timeout=ANSWER_SECONDS, headers=headers) as client, ThreadPoolExecutor(parallel) as threads:
+    with (
+        httpx.Client(base_url=url, timeout=ANSWER_SECONDS, headers=headers) as client,
+        ThreadPoolExecutor(parallel) as threads,
+    ):
         openapi = client.get("/openapi.json").raise_for_status().json()
         answers: list[Answer] = []
         memory, decoders = [processes(REPLICA, parent)], [set(processes(DECODER, parent))]

@@ -1,19 +1,22 @@
-"""Recall@10 against queries a second: the index kinds beside hnswlib, usearch and voyager, on the same vectors with one thread.
+"""Recall@10 against queries a second: the index kinds beside hnswlib, usearch and voyager, on the same vectors with one
+thread.
 
     python -m pip install --target PEERS --no-deps hnswlib usearch voyager numkong tqdm    # once, outside the project's environment
     python -m benchmarks.index --peers PEERS [--songs 100000] [--dims 100 200] [--large]
 
-Vectors of unit norm from overlapping clusters, hard enough that an inverted file that probes one list finds less than 0.8 of the 10
-nearest (checked); queries are songs that no index holds. Every structure is built and searched in a process of its own, one thread, one
-after the other. Graphs have 16 neighbours (32 on the lowest layer) and 200 candidates while they are built, in every library; what varies
-along a curve is the search list of graphs and the probed lists of inverted files.
+Vectors of unit norm from overlapping clusters, hard enough that an inverted file that probes one list finds less than
+0.8 of the 10 nearest (checked); queries are songs that no index holds. Every structure is built and searched in a
+process of its own, one thread, one after the other. Graphs have 16 neighbours (32 on the lowest layer) and 200
+candidates while they are built, in every library; what varies along a curve is the search list of graphs and the probed
+lists of inverted files.
 
 * raw: the structure alone, all queries in one call, the 10 best by its own scores.
 * answers: `SongIndex.search`, with candidates scored again from the exact vectors, ties in order and Python objects as answers; all
   queries in one call, and one call each. Peers are called both ways too.
 
-A peer that is not installed is left out, with a word. Memory is resident memory after the build beyond that of the process with the vectors
-loaded. --large: one million songs of 200 dimensions. Writes benchmarks/results/index.json (index_large.json).
+A peer that is not installed is left out, with a word. Memory is resident memory after the build beyond that of the
+process with the vectors loaded. --large: one million songs of 200 dimensions. Writes benchmarks/results/index.json
+(index_large.json).
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ Search = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 def overlapping_clusters(rows: int, dim: int, seed: int) -> NDArray[np.float32]:
-    """[rows, dim] of unit norm: clusters in a space of 24 dimensions whose spread exceeds the distance of their centres, embedded."""
+    """[rows, dim] of unit norm: clusters in a space of 24 dimensions whose spread exceeds the distance of their
+    centres, embedded.
+    """
     world, rng = np.random.default_rng(dim), np.random.default_rng(seed)
     centres = world.normal(size=(CLUSTERS, LATENT)).astype(np.float32)
     embed = world.normal(size=(LATENT, dim)).astype(np.float32) / np.sqrt(LATENT)
@@ -90,7 +95,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     settings, curves = (ours if case["structure"] in OURS else PEER[case["structure"].split()[0]])(vectors, case)
     built = time.perf_counter() - started
-    result: dict[str, Any] = {"build_seconds": round(built, 1), "memory_mb": round(resident_mb()["now"] - before, 1), "points": []}
+    result: dict[str, Any] = {
+        "build_seconds": round(built, 1),
+        "memory_mb": round(resident_mb()["now"] - before, 1),
+        "points": [],
+    }
     for setting in settings:
         for name, search in curves(setting):
             found = search(queries)
@@ -175,7 +184,9 @@ def with_voyager(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tu
     """float32, one thread."""
     import voyager
 
-    index = voyager.Index(voyager.Space.Cosine, vectors.shape[1], M=NEIGHBORS, ef_construction=WHILE_BUILT, max_elements=len(vectors))
+    index = voyager.Index(
+        voyager.Space.Cosine, vectors.shape[1], M=NEIGHBORS, ef_construction=WHILE_BUILT, max_elements=len(vectors)
+    )
     index.add_items(vectors, num_threads=1)
 
     def curves(setting: int) -> Iterator[tuple[str, Search]]:
@@ -189,7 +200,11 @@ PEER = {"hnswlib": with_hnswlib, "usearch": with_usearch, "voyager": with_voyage
 
 def best_at(result: dict[str, Any], bound: float, what: str, rate: str) -> int | None:
     """The most queries a second at a recall of at least `bound`."""
-    rates = [point[rate] for point in result["points"] if point["what"] == what and point["recall"] >= bound and rate in point]
+    rates = [
+        point[rate]
+        for point in result["points"]
+        if point["what"] == what and point["recall"] >= bound and rate in point
+    ]
     return max(rates, default=None)
 
 
@@ -201,7 +216,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         for way, (what, rate) in ways.items():
             peers = {name: best_at(results[name], bound, "answers", rate) for name in results if name in PEERS}
             mine = {name: best_at(results[name], bound, what, rate) for name in results if name in OURS}
-            both = [max(((rate or 0, name) for name, rate in side.items()), default=(0, None)) for side in (mine, peers)]
+            both = [
+                max(((rate or 0, name) for name, rate in side.items()), default=(0, None)) for side in (mine, peers)
+            ]
             found[f"recall {bound}, {way}"] = {"ours": both[0], "best peer": both[1]}
     return found
 
@@ -220,8 +237,12 @@ def run(songs: int, dim: int, peers: str | None, console: Console) -> dict[str, 
             np.save(f"{folder}/{name}.npy", values)
         del vectors
         for structure in (*OURS, *(name for name, package in PEERS.items() if package not in missing)):
-            results[structure] = in_own_process("benchmarks.index", {"structure": structure, "folder": folder, "peers": peers})
-            console.print(f"{dim} dimensions, {structure}: {results[structure].get('error') or results[structure]['build_seconds']}")
+            results[structure] = in_own_process(
+                "benchmarks.index", {"structure": structure, "folder": folder, "peers": peers}
+            )
+            console.print(
+                f"{dim} dimensions, {structure}: {results[structure].get('error') or results[structure]['build_seconds']}"
+            )
     console.print(curves_table(songs, dim, results))
     one_list = next(point["recall"] for point in results["ivf"]["points"] if point["what"] == "answers")
     console.print(f"An inverted file that probes one list finds {one_list:.3f} of the 10 nearest.")
@@ -234,7 +255,11 @@ def curves_table(songs: int, dim: int, results: dict[str, Any]) -> Table:
     """One row for each structure."""
     table = Table(title=f"{songs:,} songs, {dim} dimensions, one thread: queries a second at recall@10 of at least")
     table.add_column("")
-    for column in ("build s", "MB", *(f"{bound} {way}" for bound in BOUNDS for way in ("raw", "answers", "one by one"))):
+    for column in (
+        "build s",
+        "MB",
+        *(f"{bound} {way}" for bound in BOUNDS for way in ("raw", "answers", "one by one")),
+    ):
         table.add_column(column, justify="right")
     for name, result in results.items():
         if "error" in result:
@@ -243,7 +268,10 @@ def curves_table(songs: int, dim: int, results: dict[str, Any]) -> Table:
         ways = (("raw", "qps"), ("answers", "qps"), ("answers", "qps_one_by_one"))
         cells = [best_at(result, bound, what, rate) for bound in BOUNDS for what, rate in ways]
         table.add_row(
-            name, str(result["build_seconds"]), str(result["memory_mb"]), *("-" if cell is None else f"{cell:,}" for cell in cells)
+            name,
+            str(result["build_seconds"]),
+            str(result["memory_mb"]),
+            *("-" if cell is None else f"{cell:,}" for cell in cells),
         )
     return table
 
@@ -267,7 +295,9 @@ def main() -> None:
     measured = [run(songs, dim, peers, console) for songs, dim in sizes]
     for result in measured:
         for question, answer in result["summary"].items():
-            console.print(f"{result['dim']} dimensions, {question}: ours {answer['ours']}, best peer {answer['best peer']}")
+            console.print(
+                f"{result['dim']} dimensions, {question}: ours {answer['ours']}, best peer {answer['best peer']}"
+            )
     versions = {package: _version(package, peers) for package in sorted(set(PEERS.values()))}
     write_result("index_large" if arguments.large else "index", {"peers": versions, "threads": 1, "sizes": measured})
 

@@ -1,4 +1,5 @@
-"""A batch of 4,096 songs on the CPU in micro-batches of 16: what it takes in memory, and that its gradients are the one-pass ones.
+"""A batch of 4,096 songs on the CPU in micro-batches of 16: what it takes in memory, and that its gradients are the
+one-pass ones.
 
     python -m benchmarks.large_batch [--batches 256 1024 4096] [--micro-batch-size 16]
 
@@ -48,7 +49,11 @@ def measure_step(case: dict[str, Any]) -> dict[str, float]:
         step = our_step(world, model, 1, device, case["micro_batch_size"])
         started = time.perf_counter()
         step(batch)
-        return {"seconds": time.perf_counter() - started, "memory_before_mb": before, "peak_memory_mb": resident_mb()["peak"]}
+        return {
+            "seconds": time.perf_counter() - started,
+            "memory_before_mb": before,
+            "peak_memory_mb": resident_mb()["peak"],
+        }
 
 
 def measure_loss(case: dict[str, Any]) -> dict[str, float]:
@@ -59,7 +64,9 @@ def measure_loss(case: dict[str, Any]) -> dict[str, float]:
 
     rows = case["batch"]
     with tempfile.TemporaryDirectory() as scratch:
-        model = synthetic_songs.make_model(synthetic_songs.make_world(Path(scratch) / "frames", "demo", 64), 1, torch.device("cpu"))
+        model = synthetic_songs.make_model(
+            synthetic_songs.make_world(Path(scratch) / "frames", "demo", 64), 1, torch.device("cpu")
+        )
     ids = torch.arange(3 * rows).reshape(3, rows).T.contiguous()
     torch.manual_seed(0)
     audio, text = (torch.randn(rows, model.dim).requires_grad_() for _ in range(2))
@@ -67,7 +74,11 @@ def measure_loss(case: dict[str, Any]) -> dict[str, float]:
     before = resident_mb()["now"]
     pretrain_terms(model, audio, text, ids)["text"].backward()
     peak = resident_mb()["peak"]
-    return {"memory_before_mb": before, "loss_memory_mb": peak - before, "one_matrix_of_logits_mb": rows * rows * 4 / 1e6}
+    return {
+        "memory_before_mb": before,
+        "loss_memory_mb": peak - before,
+        "one_matrix_of_logits_mb": rows * rows * 4 / 1e6,
+    }
 
 
 def measure_equality(case: dict[str, Any]) -> dict[str, float]:
@@ -86,12 +97,23 @@ def measure_equality(case: dict[str, Any]) -> dict[str, float]:
         for micro in (None, case["micro_batch_size"]):
             model.zero_grad()
             compute_gradients(model, batch, task, micro)
-            found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None})
+            found.append(
+                {
+                    name: parameter.grad.clone()
+                    for name, parameter in model.named_parameters()
+                    if parameter.grad is not None
+                }
+            )
     once, twice = found
     assert set(once) == set(twice)
     largest = max(float(gradient.abs().max()) for gradient in once.values())
     difference = max(float((once[name] - twice[name]).abs().max()) for name in once)
-    return {"parameters": len(once), "largest_entry": largest, "largest_difference": difference, "relative": difference / largest}
+    return {
+        "parameters": len(once),
+        "largest_entry": largest,
+        "largest_difference": difference,
+        "relative": difference / largest,
+    }
 
 
 def main() -> None:
@@ -102,7 +124,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         case = json.loads(options.measure)
-        print(json.dumps({"step": measure_step, "loss": measure_loss, "equality": measure_equality}[case["what"]](case)))
+        print(
+            json.dumps({"step": measure_step, "loss": measure_loss, "equality": measure_equality}[case["what"]](case))
+        )
         return
 
     def own(what: str, **case: Any) -> dict[str, Any]:
@@ -115,12 +139,25 @@ def main() -> None:
             further = larger["batch"] - smaller["batch"]
             larger["kb_per_further_song"] = 1000 * (larger["peak_memory_mb"] - smaller["peak_memory_mb"]) / further
     losses = [own("loss", batch=batch) for batch in LOSS_BATCHES]
-    equal = [own("equality", stage=stage, dtype=dtype, micro_batch_size=micro) for stage in (1, 2) for dtype in ("float32", "float64")]
-    for title, rows in (("step", steps), ("loss alone", losses), (f"gradients at batch {EQUAL_AT}, against one pass", equal)):
+    equal = [
+        own("equality", stage=stage, dtype=dtype, micro_batch_size=micro)
+        for stage in (1, 2)
+        for dtype in ("float32", "float64")
+    ]
+    for title, rows in (
+        ("step", steps),
+        ("loss alone", losses),
+        (f"gradients at batch {EQUAL_AT}, against one pass", equal),
+    ):
         columns = list(dict.fromkeys(name for row in rows for name in row))
         table = Table(*(name.replace("_", " ") for name in columns), title=title)
         for row in rows:
-            table.add_row(*(f"{row[name]:.4g}" if isinstance(row.get(name), float) else str(row.get(name, "–")) for name in columns))
+            table.add_row(
+                *(
+                    f"{row[name]:.4g}" if isinstance(row.get(name), float) else str(row.get(name, "–"))
+                    for name in columns
+                )
+            )
         Console(width=140).print(table)
     print(f"written: {write_result('large_batch', {'steps': steps, 'loss_alone': losses, 'gradients': equal})}")
 

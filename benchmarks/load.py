@@ -1,8 +1,9 @@
-"""An open-loop load generator for HTTP on loopback: requests leave when they are due, whether or not earlier ones were answered.
+"""An open-loop load generator for HTTP on loopback: requests leave when they are due, whether or not earlier ones were
+answered.
 
-A closed loop waits for answers and so slows down with the server, which hides its queue. Here a latency counts from the moment when a
-request was due, so that waiting for a free connection, or for the generator itself, is part of it. `late` tells how far behind the
-generator was: figures count only where it stays small.
+A closed loop waits for answers and so slows down with the server, which hides its queue. Here a latency counts from the
+moment when a request was due, so that waiting for a free connection, or for the generator itself, is part of it. `late`
+tells how far behind the generator was: figures count only where it stays small.
 """
 
 from __future__ import annotations
@@ -65,8 +66,12 @@ def request_bytes(url: str, method: str, path: str, body: bytes = b"", content_t
     return head.encode() + b"\r\n" + body
 
 
-async def drive(url: str, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0, warm_seconds: float = 1.0) -> Outcome:
-    """Send the next `requests` at `rate` a second with exponential gaps, for `warm_seconds` unmeasured and `seconds` measured."""
+async def drive(
+    url: str, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0, warm_seconds: float = 1.0
+) -> Outcome:
+    """Send the next `requests` at `rate` a second with exponential gaps, for `warm_seconds` unmeasured and `seconds`
+    measured.
+    """
     address = urlsplit(url)
     pool: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
     for _ in range(CONNECTIONS):

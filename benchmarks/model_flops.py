@@ -19,7 +19,8 @@ PEAK_TFLOPS = {
 }
 """Dense bf16 by part of the device's name, from the vendors' data sheets; the first that matches."""
 TRAINING_PASSES = 3
-"""Forward and backward cost three forward passes: each product has two gradients of its own size. Recomputation is not counted."""
+"""Forward and backward cost three forward passes: each product has two gradients of its own size. Recomputation is not
+counted."""
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -28,9 +29,11 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def forward_flops(model: Any, frames: Sequence[int], text_tokens: Sequence[int]) -> int:
-    """Operations of one forward pass of both towers and heads over clips of `frames` valid frames and texts of `text_tokens` tokens.
+    """Operations of one forward pass of both towers and heads over clips of `frames` valid frames and texts of
+    `text_tokens` tokens.
 
-    A product [a, b] × [b, c] counts 2·a·b·c. Padding is not counted, nor are norms, activations and the logits (under 1 %).
+    A product [a, b] × [b, c] counts 2·a·b·c. Padding is not counted, nor are norms, activations and the logits (under 1
+    %).
     """
     audio = sum(count * _audio_products(model, length) for length, count in Counter(frames).items())
     text = sum(count * _text_products(model, length) for length, count in Counter(text_tokens).items())

@@ -2,10 +2,10 @@
 
     python -m benchmarks.official_parity --code FOLDER
 
-FOLDER is a checkout of the authors' repository, which this one does not ship; its code needs einops and tqdm. Their modules are built with
-random weights, a multilingual BERT's sizes included, their state dict is saved as their scripts save it and read with
-`HTCL.from_official`. Both see the same random log-mels of several lengths and the same token ids. Writes
-benchmarks/results/official_parity.json with the largest differences between unit vectors.
+FOLDER is a checkout of the authors' repository, which this one does not ship; its code needs einops and tqdm. Their
+modules are built with random weights, a multilingual BERT's sizes included, their state dict is saved as their scripts
+save it and read with `HTCL.from_official`. Both see the same random log-mels of several lengths and the same token ids.
+Writes benchmarks/results/official_parity.json with the largest differences between unit vectors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ TEXTS, TOKENS = 8, 24
 
 
 def their_model(scripts: ModuleType, models: ModuleType, mlp: ModuleType, stage: int) -> nn.Module:
-    """What their script of this stage trains and saves, no value left as it was initialised, so that no name is taken for another."""
+    """What their script of this stage trains and saves, no value left as it was initialised, so that no name is taken
+    for another.
+    """
     wide, dim = scripts.HIDDEN_DIM, scripts.OUTPUT_DIM
     heads = [mlp.MLP([wide, wide // 2, wide // 4, dim]) for _ in range(2)]
     towers = (models.AudioModel(input_dim=scripts.MEL_SPEC_DIM), BertModel(BERT), *heads)
@@ -54,7 +56,9 @@ def clips() -> list[np.ndarray]:
     made = []
     for index, frames in enumerate(LENGTHS):
         time_axis, band = np.linspace(0, 6 + index, frames)[:, None], np.linspace(0, 3, 128)[None, :]
-        made.append((-30 - 4 * index + 12 * np.sin(time_axis + band) + random.normal(0, 6, (frames, 128))).astype(np.float32))
+        made.append(
+            (-30 - 4 * index + 12 * np.sin(time_axis + band) + random.normal(0, 6, (frames, 128))).astype(np.float32)
+        )
     return made
 
 
@@ -63,13 +67,17 @@ def their_audio(model: nn.Module, input_code: ModuleType, frames: int) -> Tensor
     rows = []
     for mel in clips():
         padded = input_code.padding(mel, pad_value=mel.max() - 80.0, max_length=frames)
-        rows.append(model.audio_mlp(model.audio_model(torch.from_numpy(input_code.normalize(padded))[None]).mean(dim=1)))
+        rows.append(
+            model.audio_mlp(model.audio_model(torch.from_numpy(input_code.normalize(padded))[None]).mean(dim=1))
+        )
     return torch.cat(rows)
 
 
 @torch.no_grad()
 def their_text(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    return model.text_mlp(model.text_model(**tokens, token_type_ids=torch.zeros_like(tokens["input_ids"])).pooler_output)
+    return model.text_mlp(
+        model.text_model(**tokens, token_type_ids=torch.zeros_like(tokens["input_ids"])).pooler_output
+    )
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -118,7 +126,10 @@ def compare(stage: int, scratch: Path) -> dict[str, Any]:
     differences["audio_encoder_alone"] = (alone - unit(encoded)).abs().max().item()
     return {
         "largest_difference": differences,
-        "audio_encoder_parameters": {"theirs": parameters, "ours": sum(p.numel() for p in model.audio_encoder.parameters())},
+        "audio_encoder_parameters": {
+            "theirs": parameters,
+            "ours": sum(p.numel() for p in model.audio_encoder.parameters()),
+        },
         "cosine_between_clips": {"lowest": (ours @ ours.T).min().item()},
         "import_seconds": round(seconds, 1),
     }

@@ -1,9 +1,10 @@
-"""How long people wait for the page: from loading it to the first result in a browser, and the server's time of a turn of the dial.
+"""How long people wait for the page: from loading it to the first result in a browser, and the server's time of a turn
+of the dial.
 
     python -m benchmarks.page [--workspace FOLDER] [--songs 10000] [--repetitions 10]
 
-Model and index are in this process, without Ray, so that the page is measured and not the cluster; benchmarks/serve.py measures that.
-Without a workspace, an index of random vectors is made.
+Model and index are in this process, without Ray, so that the page is measured and not the cluster; benchmarks/serve.py
+measures that. Without a workspace, an index of random vectors is made.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def _turn(browser: Browser, url: str, server_times: list[float]) -> list[float]:
 
 @contextmanager
 def _serving(backend: Bare, server_times: list[float]) -> Iterator[str]:
-    """The application in a thread; the time of each search, from the request to the whole answer, is added to `server_times` (ms)."""
+    """The application in a thread; the time of each search, from the request to the whole answer, is added to
+    `server_times` (ms).
+    """
     app = create_app(backend, config_of(Path("unused")).serve)
 
     async def timed(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,5 @@
-"""Which pairs stage 2 would draw, before and after pair weights count users, saturate repetitions and shrink small support.
+"""Which pairs stage 2 would draw, before and after pair weights count users, saturate repetitions and shrink small
+support.
 
     python -m benchmarks.pair_mining [--grid]
 
@@ -8,9 +9,9 @@ Two worlds whose true neighbours are known, so that no audio and no training are
   one account that plays the same 40 songs 20,000 times. A song's taste vector is hidden; sessions follow one of a user's three tastes.
 * sample: the feedback log of the sample world, of three seeds. A song's vector is the true utility that each user has of it.
 
-Two songs are true neighbours when their cosine is among the highest percent of random pairs. "Before" is the earlier formula, restated
-here: sum of the occurrences / sqrt(positives of trigger · positives of song). Prints tables and writes
-benchmarks/results/pair_mining.json; `--grid` prints the same metrics for other settings and writes nothing.
+Two songs are true neighbours when their cosine is among the highest percent of random pairs. "Before" is the earlier
+formula, restated here: sum of the occurrences / sqrt(positives of trigger · positives of song). Prints tables and
+writes benchmarks/results/pair_mining.json; `--grid` prints the same metrics for other settings and writes nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ class World:
 
     @property
     def songs(self) -> pa.Table:
-        return pa.table({"song_id": [name(song) for song in range(len(self.vectors))], "split": [Split.TRAIN.value] * len(self.vectors)})
+        return pa.table(
+            {
+                "song_id": [name(song) for song in range(len(self.vectors))],
+                "split": [Split.TRAIN.value] * len(self.vectors),
+            }
+        )
 
 
 def name(song: int) -> str:
@@ -115,10 +121,16 @@ def mine(world: World, settings: PairSettings) -> pa.Table:
 
 
 def mine_as_before(world: World) -> pa.Table:
-    """Sum of occurrences / sqrt(positives · positives), each repetition of a user counting in full; the heaviest 100 of a trigger."""
+    """Sum of occurrences / sqrt(positives · positives), each repetition of a user counting in full; the heaviest 100 of
+    a trigger.
+    """
     songs, most = len(world.vectors), 100
     sums = PairSettings(
-        max_occurrences_per_user=None, support_discount=0, popularity_exponent=0, max_pairs_per_song=None, repetition_saturation=1e9
+        max_occurrences_per_user=None,
+        support_discount=0,
+        popularity_exponent=0,
+        max_pairs_per_song=None,
+        repetition_saturation=1e9,
     )
     pairs = mine(world, sums)
     positive = np.zeros(songs)
@@ -186,7 +198,9 @@ def main() -> None:
             shown.add_row(metric, f"{before[metric]:,.3f}", f"{after[metric]:,.3f}")
         Console().print(shown)
         result[kind] = {"before": before, "after": after}
-    print(f"written: {write_result('pair_mining', {'settings': PairSettings().model_dump(mode='json'), 'worlds': result})}")
+    print(
+        f"written: {write_result('pair_mining', {'settings': PairSettings().model_dump(mode='json'), 'worlds': result})}"
+    )
 
 
 def grid(worlds: dict[str, list[World]]) -> None:
@@ -195,7 +209,12 @@ def grid(worlds: dict[str, list[World]]) -> None:
         rows = [("before", mean_of([measure(world, mine_as_before(world)) for world in of_kind]))]
         for discount, offset, support in itertools.product((0.9, 0.98, 0.99, 1), (0, 10), (1,)):
             settings = PairSettings(support_discount=discount, popularity_offset=offset, min_support=support)
-            rows.append((f"d {discount} k {offset} min {support}", mean_of([measure(world, mine(world, settings)) for world in of_kind])))
+            rows.append(
+                (
+                    f"d {discount} k {offset} min {support}",
+                    mean_of([measure(world, mine(world, settings)) for world in of_kind]),
+                )
+            )
         shown = Table(kind, *(metric.removeprefix("draws of ") for metric in rows[0][1]))
         for label, found in rows:
             shown.add_row(label, *(f"{value:,.3f}" if value < 100 else f"{value:,.0f}" for value in found.values()))

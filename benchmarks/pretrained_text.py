@@ -3,9 +3,10 @@
     make pretrained-text          # once: the weights, into .models/all-minilm-l6-v2
     python -m benchmarks.pretrained_text [--seeds 0 1 2] [--text FOLDER] [--out FOLDER]
 
-For each seed: a sample world of that seed, then preprocess, pretrain, embed and evaluate with the demo preset, once with
-`text.name_or_path` at the folder and once without. Everything else is the same but for two settings, below in PRETRAINED. Prints one
-table and writes benchmarks/results/pretrained_text.json. Done steps are skipped when --out is given again.
+For each seed: a sample world of that seed, then preprocess, pretrain, embed and evaluate with the demo preset, once
+with `text.name_or_path` at the folder and once without. Everything else is the same but for two settings, below in
+PRETRAINED. Prints one table and writes benchmarks/results/pretrained_text.json. Done steps are skipped when --out is
+given again.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ PRETRAINED = {
     "text.pooling": "mean",
     "pretrain.text_learning_rate": 5e-5,
 }
-"""Over the demo preset. MiniLM's sentence vector is the mean over its tokens: its pooler is left over from before it was trained for
-sentences. The rate is the upper end of what BERT is fine-tuned with (2e-5 to 5e-5, arXiv 1810.04805): the preset's 1e-3 is for weights
-drawn at random and would wash pretrained ones out, and 440 steps are too few for the lower end."""
+"""Over the demo preset. MiniLM's sentence vector is the mean over its tokens: its pooler is left over from before it
+was trained for sentences. The rate is the upper end of what BERT is fine-tuned with (2e-5 to 5e-5, arXiv 1810.04805):
+the preset's 1e-3 is for weights drawn at random and would wash pretrained ones out, and 440 steps are too few for the
+lower end."""
 
 
 def one(folder: Path, features: Path | None, config: Config) -> dict[str, Any]:
@@ -61,11 +63,15 @@ def one(folder: Path, features: Path | None, config: Config) -> dict[str, Any]:
 
 def both(folder: Path, text: Path, seed: int) -> dict[str, dict[str, Any]]:
     tables = write_sample(folder / "sample", seed=seed)
-    config = configuration(folder, SampleTables(tables.catalog, tables.interactions), seed).with_overrides({"data.interactions": []})
+    config = configuration(folder, SampleTables(tables.catalog, tables.interactions), seed).with_overrides(
+        {"data.interactions": []}
+    )
     scratch = one(folder / "from_scratch", None, config)
     features = folder / "from_scratch" / "workspace" / "features"
     return {
-        "pretrained": one(folder / "pretrained", features, config.with_overrides({"text.name_or_path": str(text), **PRETRAINED})),
+        "pretrained": one(
+            folder / "pretrained", features, config.with_overrides({"text.name_or_path": str(text), **PRETRAINED})
+        ),
         "from scratch": scratch,
     }
 
@@ -73,7 +79,9 @@ def both(folder: Path, text: Path, seed: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--text", type=Path, default=MINILM, help="folder of a BERT-like model (default: MiniLM, see above)")
+    parser.add_argument(
+        "--text", type=Path, default=MINILM, help="folder of a BERT-like model (default: MiniLM, see above)"
+    )
     parser.add_argument("--out", type=Path, help="folder for worlds and workspaces (default: a temporary one)")
     options = parser.parse_args()
     text = options.text.absolute()
@@ -83,14 +91,24 @@ def main() -> None:
     found = {seed: both(out / f"seed-{seed}", text, seed) for seed in options.seeds}
     sides = list(found[options.seeds[0]])
     names = list(found[options.seeds[0]][sides[0]])
-    mean = {side: {name: statistics.mean(found[seed][side][name] for seed in found) for name in names} for side in sides}
-    table = Table("figure", *(f"{side}, seed {seed}" for side in sides for seed in found), *(f"{side}, mean" for side in sides))
+    mean = {
+        side: {name: statistics.mean(found[seed][side][name] for seed in found) for name in names} for side in sides
+    }
+    table = Table(
+        "figure", *(f"{side}, seed {seed}" for side in sides for seed in found), *(f"{side}, mean" for side in sides)
+    )
     for name in names:
         each = [found[seed][side][name] for side in sides for seed in found]
         table.add_row(name, *(f"{value:.4g}" for value in [*each, *(mean[side][name] for side in sides)]))
     Console(width=140).print(table)
     weights = {"folder": text.name, "model.safetensors": file_sha256(text / "model.safetensors")}
-    result = {"config": resolve("demo").model_dump(mode="json"), "text": weights, "settings": PRETRAINED, "mean": mean, "seeds": found}
+    result = {
+        "config": resolve("demo").model_dump(mode="json"),
+        "text": weights,
+        "settings": PRETRAINED,
+        "mean": mean,
+        "seeds": found,
+    }
     print(f"written: {write_result('pretrained_text', result)}; workspaces are in {out}")
 
 

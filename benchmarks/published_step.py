@@ -1,8 +1,9 @@
-"""The published training step, restated plainly from its description (DESIGN.md §1 of the project): what ours is measured beside.
+"""The published training step, restated plainly from its description (DESIGN.md §1 of the project): what ours is
+measured beside.
 
-Every clip padded to full length at its maximum − 80 dB and normalised whole, no mask anywhere, nn.TransformerEncoder layers, fp32, the
-batch in one pass, the full logits matrix, other workers' rows gathered without gradient (with one process there are none), Adam in the
-authors' groups, no clipping, no schedule. Not the authors' code.
+Every clip padded to full length at its maximum − 80 dB and normalised whole, no mask anywhere, nn.TransformerEncoder
+layers, fp32, the batch in one pass, the full logits matrix, other workers' rows gathered without gradient (with one
+process there are none), Adam in the authors' groups, no clipping, no schedule. Not the authors' code.
 
 Shapes: B clips, F frames as given, L frames of a full clip, M mel bands, T tokens, D width.
 """
@@ -49,7 +50,13 @@ class PublishedAudioEncoder(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(sizes.width), nn.Dropout(sizes.dropout)
         self.cls = nn.Parameter(torch.randn(1, 1, sizes.width))
         layer = nn.TransformerEncoderLayer(
-            sizes.width, sizes.heads, sizes.feed_forward, sizes.dropout, activation="gelu", batch_first=True, norm_first=False
+            sizes.width,
+            sizes.heads,
+            sizes.feed_forward,
+            sizes.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=False,
         )
         self.transformer = nn.TransformerEncoder(layer, sizes.layers, enable_nested_tensor=False)
 
@@ -61,7 +68,9 @@ class PublishedAudioEncoder(nn.Module):
         return self.transformer(torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)).mean(dim=1)
 
     def pad(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
-        """To [B, L, M], each clip at its maximum − `top_db`, then zero mean and unit (population) deviation over the padded matrix."""
+        """To [B, L, M], each clip at its maximum − `top_db`, then zero mean and unit (population) deviation over the
+        padded matrix.
+        """
         mel = F.pad(mel[:, : self.frames], (0, 0, 0, self.frames - mel.shape[1]))
         behind = (torch.arange(self.frames) >= valid_frames[:, None]).to(mel.device)[:, :, None]
         quietest = mel.masked_fill(behind, -torch.inf).amax((1, 2), keepdim=True) - self.top_db
@@ -81,7 +90,9 @@ class PublishedModel(nn.Module):
         self.scales = nn.Parameter(torch.full((3 if stage == 2 else 1,), -math.log(0.074)))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Stage 1: audio ↔ text. Stage 2: that over both songs of a pair, trigger ↔ recalled audio, and audio ↔ the other's fusion."""
+        """Stage 1: audio ↔ text. Stage 2: that over both songs of a pair, trigger ↔ recalled audio, and audio ↔ the
+        other's fusion.
+        """
         audio = self.audio_head(self.audio(batch.mel, batch.valid_frames))
         text = self.text_head(self.text(**batch.tokens).pooler_output)
         semantic = contrast(audio, text, self.scales[0])

@@ -2,10 +2,11 @@
 
     python -m benchmarks.real_audio [--data ../shared/data] [--folds 1 2 3 4 5] [--out FOLDER]
 
-ESC-10 (Piczak 2015; 10 classes of environmental sound, 5 folds): for each asked fold, stage 1 trains on the other folds with the class
-name as caption; the clips of the fold then choose among the 10 names by cosine, no classifier is trained. Chance is 10 %. The clips of
-one recording are in one fold, so nothing of a held-out recording is heard in training. Music: 88 pieces; every one is asked for by its
-own file and must be its own nearest neighbour. Writes benchmarks/results/real_audio.json.
+ESC-10 (Piczak 2015; 10 classes of environmental sound, 5 folds): for each asked fold, stage 1 trains on the other folds
+with the class name as caption; the clips of the fold then choose among the 10 names by cosine, no classifier is
+trained. Chance is 10 %. The clips of one recording are in one fold, so nothing of a held-out recording is heard in
+training. Music: 88 pieces; every one is asked for by its own file and must be its own nearest neighbour. Writes
+benchmarks/results/real_audio.json.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def music(data: Path, out: Path) -> dict[str, Any]:
     service = SearchService.open(config)
     with (data / "music.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    own = sum(service.search_audio(str(data / row["audio_path"]), k=1).hits[0].song_id == row["song_id"] for row in rows)
+    own = sum(
+        service.search_audio(str(data / row["audio_path"]), k=1).hits[0].song_id == row["song_id"] for row in rows
+    )
     return {"songs": len(rows), "found_by_their_own_file": own, "data": report["data"], "seconds": report["seconds"]}
 
 
@@ -112,7 +115,9 @@ def main() -> None:
     songs = music(options.data, out)
     rates = [name for name in folds[options.folds[0]] if name.endswith(("accuracy", "chance"))]
     clips = {fold: found["test_clips"] for fold, found in folds.items()}
-    mean = {name: sum(found[name] * clips[fold] for fold, found in folds.items()) / sum(clips.values()) for name in rates}
+    mean = {
+        name: sum(found[name] * clips[fold] for fold, found in folds.items()) / sum(clips.values()) for name in rates
+    }
     table = Table("ESC-10", *(f"fold {fold}" for fold in folds), "all clips")
     for name in rates:
         table.add_row(name.replace("_", " "), *(f"{found[name]:.3f}" for found in folds.values()), f"{mean[name]:.3f}")

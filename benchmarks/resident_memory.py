@@ -26,7 +26,10 @@ def in_own_process(module: str, case: dict[str, Any]) -> dict[str, Any]:
     """`python -m module --measure CASE`: the JSON of its last line, or {"error": why it ended}."""
     done = subprocess.run([sys.executable, "-m", module, "--measure", json.dumps(case)], capture_output=True, text=True)
     if done.returncode < 0:
-        return {"error": f"ended by signal {-done.returncode}" + (", as when memory runs out" if done.returncode == -9 else "")}
+        return {
+            "error": f"ended by signal {-done.returncode}"
+            + (", as when memory runs out" if done.returncode == -9 else "")
+        }
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return json.loads(done.stdout.strip().splitlines()[-1])

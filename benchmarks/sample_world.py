@@ -3,11 +3,11 @@
     python -m benchmarks.sample_world [--seeds 0 1 2] [--out FOLDER] [--no-ablations]
 
 For each seed: a sample world of that seed, every step with the demo preset and that seed, the evaluation's figures, and
-`htcl evaluate --ablate`: the method without each of its parts, and two controls, shuffled captions and shuffled pairs. Their table over
-all seeds holds means over seeds; its intervals resample artists or users within each seed's world.
+`htcl evaluate --ablate`: the method without each of its parts, and two controls, shuffled captions and shuffled pairs.
+Their table over all seeds holds means over seeds; its intervals resample artists or users within each seed's world.
 
-Prints both tables and writes benchmarks/results/sample_world.json; with --no-ablations only the figures of the full method, to
-sample_world_full.json. Done steps are skipped when --out is given again.
+Prints both tables and writes benchmarks/results/sample_world.json; with --no-ablations only the figures of the full
+method, to sample_world_full.json. Done steps are skipped when --out is given again.
 """
 
 from __future__ import annotations
@@ -70,11 +70,15 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
     """The figures that the table shows, of one seed."""
     songs = report["data"]["songs"]
     stage_one, stage_two = (value(report, "cold", space, "ndcg@10") for space in ("semantic", "preference"))
-    probe = {method: value(report, "probe_genre", method, "accuracy") for method in ("semantic", "preference", "commonest", "log_mel")}
+    probe = {
+        method: value(report, "probe_genre", method, "accuracy")
+        for method in ("semantic", "preference", "commonest", "log_mel")
+    }
     cold = ("semantic", "preference", "blend_0.5", "popularity", "random", "shuffled", "log_mel", "genre")
     return {
         "text→audio median rank / gallery, stage 1": value(report, "text_to_audio", "semantic", "median_rank") / songs,
-        "text→audio median rank / gallery, stage 2": value(report, "text_to_audio", "preference", "median_rank") / songs,
+        "text→audio median rank / gallery, stage 2": value(report, "text_to_audio", "preference", "median_rank")
+        / songs,
         "text→audio recall@10, stage 1": value(report, "text_to_audio", "semantic", "recall@10"),
         "text→audio recall@10, stage 2": value(report, "text_to_audio", "preference", "recall@10"),
         "text→audio recall@10, chance": value(report, "text_to_audio", "random", "recall@10"),
@@ -82,7 +86,10 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
         "genre probe, stage 2 − stage 1": probe["preference"] - probe["semantic"],
         **{f"cold NDCG@10, {method}": value(report, "cold", method, "ndcg@10") for method in cold},
         "cold NDCG@10, stage 2 / stage 1": stage_two / stage_one,
-        **{f"cold user AUC, {method}": value(report, "cold", method, "user_auc") for method in ("semantic", "preference", "log_mel")},
+        **{
+            f"cold user AUC, {method}": value(report, "cold", method, "user_auc")
+            for method in ("semantic", "preference", "log_mel")
+        },
         **{
             f"cold item AUC, known users, {method}": value(report, "cold_known_users", method, "item_auc")
             for method in ("semantic", "preference", "popularity")
@@ -97,21 +104,29 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
 def average(found: list[Estimate]) -> Estimate:
     """The mean over seeds; worlds are independent, so resample r of each gives resample r of the mean."""
     resampled = [item.resampled for item in found]
-    mean = None if any(item is None for item in resampled) else np.mean(np.stack([item for item in resampled if item is not None]), axis=0)
+    mean = (
+        None
+        if any(item is None for item in resampled)
+        else np.mean(np.stack([item for item in resampled if item is not None]), axis=0)
+    )
     return Estimate(statistics.mean(item.value for item in found), sum(item.n for item in found), mean, "all seeds")
 
 
 def ablation_figures(folder: Path, reports: dict[str, str]) -> dict[str, dict[Key, Estimate]]:
     """Of each variant, from the reports below the workspace's `ablations/`."""
     places = {path.parent.name: path.parent for path in folder.glob("ablations/*/*/reports/*/figures.parquet")}
-    return {variant: from_table(Workspace(str(places[name].parent)).read_tables(name)) for variant, name in reports.items()}
+    return {
+        variant: from_table(Workspace(str(places[name].parent)).read_tables(name)) for variant, name in reports.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="folder for worlds and workspaces (default: a temporary one)")
-    parser.add_argument("--no-ablations", action="store_true", help="only the full method; written to sample_world_full.json")
+    parser.add_argument(
+        "--no-ablations", action="store_true", help="only the full method; written to sample_world_full.json"
+    )
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp(prefix="sample-world-"))
     found: dict[int, dict[str, float]] = {}
@@ -138,7 +153,12 @@ def main() -> None:
     for name, of_all in mean.items():
         show.add_row(name, *(f"{found[seed][name]:.3f}" for seed in found), f"{of_all:.3f}")
     Console().print(show)
-    result: dict[str, Any] = {"config": resolve("demo").model_dump(mode="json"), "mean": mean, "seeds": found, "sizes": sizes}
+    result: dict[str, Any] = {
+        "config": resolve("demo").model_dump(mode="json"),
+        "mean": mean,
+        "seeds": found,
+        "sizes": sizes,
+    }
     if options.no_ablations:
         print(f"written: {write_result('sample_world_full', result)}; workspaces are in {out}")
         return

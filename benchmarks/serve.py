@@ -2,11 +2,11 @@
 
     python -m benchmarks.serve [--songs 20000] [--seconds 10] [--only haproxy,ray,bare]
 
-Serves an index of random unit vectors and an untrained model of the demo preset's size (time does not depend on what a model learned)
-three ways, one after the other: `htcl serve` with Ray's HAProxy in front, the same with Ray's own proxy, and a bare FastAPI + uvicorn
-process that holds model and index. An open-loop generator (benchmarks/load.py) in this process shares the machine with all of them. For
-each kind of query: the highest rate that is still answered (saturation), the latency at half of it, and, by song, what happens at three
-times of it.
+Serves an index of random unit vectors and an untrained model of the demo preset's size (time does not depend on what a
+model learned) three ways, one after the other: `htcl serve` with Ray's HAProxy in front, the same with Ray's own proxy,
+and a bare FastAPI + uvicorn process that holds model and index. An open-loop generator (benchmarks/load.py) in this
+process shares the machine with all of them. For each kind of query: the highest rate that is still answered
+(saturation), the latency at half of it, and, by song, what happens at three times of it.
 
 Prints a table and writes benchmarks/results/serve.json.
 """
@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--only", default=",".join(FRONTS), help="fronts to measure")
     parser.add_argument(
-        "--queries", default=",".join(FIRST_RATE), help="kinds of query to measure; a part of them is written to a file of its own"
+        "--queries",
+        default=",".join(FIRST_RATE),
+        help="kinds of query to measure; a part of them is written to a file of its own",
     )
     parser.add_argument("--serve", choices=FRONTS, help=argparse.SUPPRESS)
     parser.add_argument("--workspace", type=Path, help=argparse.SUPPRESS)
@@ -110,7 +112,9 @@ def measure(url: str, songs: int, seconds: float, kinds: Sequence[str]) -> dict[
     }
     found: dict[str, Any] = {}
     for kind in kinds:
-        requests = cycle(queries[kind])  # goes on from run to run, so that what one has asked is not remembered in the next
+        requests = cycle(
+            queries[kind]
+        )  # goes on from run to run, so that what one has asked is not remembered in the next
         saturation = saturate(url, requests, FIRST_RATE[kind], seconds / 2)
         half = uvloop.run(drive(url, requests, saturation / 2, seconds))
         found[kind] = {"saturation_per_second": round(saturation, 1), "at_half": half.as_json()}
@@ -127,7 +131,10 @@ def saturate(url: str, requests: Iterator[bytes], first: float, seconds: float) 
     while True:
         outcome: Outcome = uvloop.run(drive(url, requests, rate, seconds))
         best = max(best, outcome.throughput)
-        if len(outcome.accepted) < ANSWERED * len(outcome.late) or max(outcome.accepted[-20:], default=1.0) > SLOW_SECONDS:
+        if (
+            len(outcome.accepted) < ANSWERED * len(outcome.late)
+            or max(outcome.accepted[-20:], default=1.0) > SLOW_SECONDS
+        ):
             return best
         rate *= STEP
 
@@ -143,7 +150,9 @@ def clip(seed: int) -> bytes:
 
 def upload(url: str, number: int) -> bytes:
     """One of twenty recordings, whose last samples tell it from all others, so that nobody remembers it."""
-    part = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="clip.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+    part = (
+        b'--edge\r\nContent-Disposition: form-data; name="file"; filename="clip.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+    )
     return request_bytes(
         url,
         "POST",
@@ -177,7 +186,9 @@ def per_second(ask: Callable[[int], Any], seconds: float = 3.0) -> float:
 
 
 def stages(metrics: str | None) -> dict[str, Any]:
-    """Milliseconds of each stage, as Prometheus would scrape them: mean, and percentiles within buckets; empty without Ray."""
+    """Milliseconds of each stage, as Prometheus would scrape them: mean, and percentiles within buckets; empty without
+    Ray.
+    """
     if metrics is None:
         return {}
     sums: Counter[tuple[str, str]] = Counter()
@@ -200,7 +211,9 @@ def stages(metrics: str | None) -> dict[str, Any]:
 
 
 def percentile(cumulative: Counter[float], share: float) -> float:
-    """Seconds below which that share of a histogram's entries lie: upper bound → entries up to it; evenly spread within a bucket."""
+    """Seconds below which that share of a histogram's entries lie: upper bound → entries up to it; evenly spread within
+    a bucket.
+    """
     wanted, lower, below = share * cumulative[math.inf], 0.0, 0.0
     for bound, count in sorted(cumulative.items()):
         if count >= wanted:
@@ -221,10 +234,19 @@ def show(found: dict[str, Any]) -> None:
                 continue
             bare = found.get("bare", {}).get(kind, {}).get("saturation_per_second")
             half, flood = figures["at_half"], figures.get("at_three_times")
-            row = [front, kind, f"{figures['saturation_per_second']:.0f}", f"{figures['saturation_per_second'] / bare:.0%}" if bare else ""]
+            row = [
+                front,
+                kind,
+                f"{figures['saturation_per_second']:.0f}",
+                f"{figures['saturation_per_second'] / bare:.0%}" if bare else "",
+            ]
             row += [f"{half[name]:.1f}" if half[name] is not None else "–" for name in ("p50_ms", "p95_ms", "p99_ms")]
             if flood:
-                row += [f"{flood['answered_per_second']:.0f}", f"{flood['p99_ms']:.0f}", str(flood["statuses"].get("429", 0))]
+                row += [
+                    f"{flood['answered_per_second']:.0f}",
+                    f"{flood['p99_ms']:.0f}",
+                    str(flood["statuses"].get("429", 0)),
+                ]
             table.add_row(*row)
     Console().print(table)
     parts = Table("", "stage", "mean", "p50", "p95", "p99", title="Milliseconds of each stage, over the whole run")

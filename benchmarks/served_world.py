@@ -1,4 +1,6 @@
-"""A workspace of any number of songs whose vectors are random, and the application over it behind each front: for benchmarks/serve.py."""
+"""A workspace of any number of songs whose vectors are random, and the application over it behind each front: for
+benchmarks/serve.py.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +51,15 @@ def recording(seed: int) -> bytes:
 def make_world(workspace: Path, songs: int) -> None:
     """Two untrained stages and an index of `songs` random unit vectors."""
     config, rng = config_of(workspace), np.random.default_rng(0)
-    vocabulary = train_wordpiece([f"{genre} calm piano number {i}" for i, genre in enumerate(GENRES * 20)], config.text.vocab_size)
+    vocabulary = train_wordpiece(
+        [f"{genre} calm piano number {i}" for i, genre in enumerate(GENRES * 20)], config.text.vocab_size
+    )
     model = HTCL.untrained(config, vocabulary)
     versions = {
         "semantic": _publish(config, model, "models/semantic/stage-1", {"features": "none"}),
-        "preference": _publish(config, model.to_stage_2(0.07, seed=1), "models/preference/stage-2", {"model": "stage-1"}),
+        "preference": _publish(
+            config, model.to_stage_2(0.07, seed=1), "models/preference/stage-2", {"model": "stage-1"}
+        ),
     }
     halves = rng.normal(size=(2, songs, config.model.dim)).astype(np.float32)
     halves /= np.linalg.norm(halves, axis=2, keepdims=True)
@@ -68,7 +74,11 @@ def make_world(workspace: Path, songs: int) -> None:
         }
     )
     index = SongIndex.build(
-        [song_id(row) for row in rows], Vectors(*halves), metadata=metadata, settings=config.index, model_versions=versions
+        [song_id(row) for row in rows],
+        Vectors(*halves),
+        metadata=metadata,
+        settings=config.index,
+        model_versions=versions,
     )
     with tempfile.TemporaryDirectory() as scratch:
         inputs = {"semantic": "stage-1", "preference": "stage-2", "features": "none", "embeddings": "none"}
@@ -82,7 +92,9 @@ def _publish(config: Config, model: HTCL, path: str, inputs: dict[str, str]) -> 
         model.save_pretrained(folder)
         files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in folder.rglob("*") if file.is_file()}
         weights = weights_fingerprint(folder)
-        manifest = build_manifest("model", config=config.model_dump(mode="json"), inputs=inputs, files=files, weights=weights)
+        manifest = build_manifest(
+            "model", config=config.model_dump(mode="json"), inputs=inputs, files=files, weights=weights
+        )
         Workspace(config.workspace).publish(folder, path, manifest)
     return weights
 
@@ -142,7 +154,9 @@ def _serve_bare(config: Config) -> None:
 
     torch.set_num_threads(1)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which Ray Serve would send to a file
-    server = uvicorn.Server(uvicorn.Config(create_app(Bare(config), config.serve), port=0, log_level="error", access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(Bare(config), config.serve), port=0, log_level="error", access_log=False)
+    )
 
     def tell() -> None:
         while not server.started:

@@ -20,7 +20,13 @@ Step = Callable[[Batch], None]
 
 
 def our_step(
-    world: World, model: HTCL, stage: int, device: torch.device, micro_batch_size: int | None = None, *, compiled: bool = False
+    world: World,
+    model: HTCL,
+    stage: int,
+    device: torch.device,
+    micro_batch_size: int | None = None,
+    *,
+    compiled: bool = False,
 ) -> Step:
     """A step as the training loop takes it. `compiled` compiles the towers of `model` in place."""
     settings = world.config.pretrain if stage == 1 else world.config.finetune
@@ -40,7 +46,9 @@ def our_step(
 
 
 def published_step(world: World, text: torch.nn.Module, stage: int, device: torch.device) -> Callable[..., None]:
-    """The restated published step. `text`: a BERT like ours, which it takes over. `step(batch, bf16=True)` computes under autocast."""
+    """The restated published step. `text`: a BERT like ours, which it takes over. `step(batch, bf16=True)` computes
+    under autocast.
+    """
     published = PublishedModel(world.config.model, world.config.audio, text, stage).to(device).train()
     optimizer = published.optimizer()
 
@@ -60,7 +68,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Callable[[], None], device: torch.device, *, at_least: float, warmup: int, steps: int = 3) -> list[float]:
+def timed(
+    step: Callable[[], None], device: torch.device, *, at_least: float, warmup: int, steps: int = 3
+) -> list[float]:
     """Seconds of each step after `warmup` others, for at least `at_least` seconds and `steps` steps."""
     for _ in range(warmup):
         step()

@@ -1,4 +1,6 @@
-"""Songs of a given size without audio: random log-mels in a memory-mapped file, and texts of a given length, as training reads them."""
+"""Songs of a given size without audio: random log-mels in a memory-mapped file, and texts of a given length, as
+training reads them.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,8 @@ class World:
 def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) -> World:
     """`size` demo or paper: the preset of that name, with clips of 8 s or 120 s.
 
-    `clips` full: every clip as long as the preset takes; mixed: MIXED_LENGTHS; sample: full ± 3 %, as in the sample world. None is
-    sample at demo size and full at paper size.
+    `clips` full: every clip as long as the preset takes; mixed: MIXED_LENGTHS; sample: full ± 3 %, as in the sample
+    world. None is sample at demo size and full at paper size.
     """
     config = resolve(size)
     longest, bands, rng = config.audio.max_frames, config.audio.n_mels, np.random.default_rng(0)
@@ -62,11 +64,17 @@ def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) 
     rng.normal(-50, 15, (stored * longest, bands)).astype(np.float16).tofile(folder / FRAMES)
     np.save(folder / OFFSETS, np.stack([starts, starts + lengths], axis=1))
     words = np.array(
-        [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "so", "ti", "va") for b in ("ban", "del", "fir", "gos", "hum", "jet")]
+        [
+            f"{a}{b}"
+            for a in ("ka", "lo", "mi", "ne", "ru", "so", "ti", "va")
+            for b in ("ban", "del", "fir", "gos", "hum", "jet")
+        ]
     )
     texts = [" ".join(rng.choice(words, WORDS[size])) + f" {song}" for song in range(songs)]
     numbers = np.arange(songs)
-    found = Songs([f"{song:06d}" for song in range(songs)], texts, np.stack([numbers] * 3, axis=1), numbers, numbers[:0])
+    found = Songs(
+        [f"{song:06d}" for song in range(songs)], texts, np.stack([numbers] * 3, axis=1), numbers, numbers[:0]
+    )
     return World(config, found, Frames(folder, bands), train_wordpiece(texts[:500], config.text.vocab_size))
 
 
@@ -86,7 +94,9 @@ def make_model(world: World, stage: int, device: torch.device, layers: int | Non
 
     `layers`: Transformer layers of both towers, instead of those of the preset.
     """
-    config = world.config if layers is None else world.config.with_overrides({"model.layers": layers, "text.layers": layers})
+    config = (
+        world.config if layers is None else world.config.with_overrides({"model.layers": layers, "text.layers": layers})
+    )
     if config.text.name_or_path is None:
         model = HTCL.untrained(config, world.vocabulary)
     else:

@@ -1,14 +1,16 @@
-"""Our training step on the CPU next to a plain restatement of the published one (published_step.py), on the same data and sizes.
+"""Our training step on the CPU next to a plain restatement of the published one (published_step.py), on the same data
+and sizes.
 
     python -m benchmarks.train_step [--batches 32 128] [--stages 1 2] [--seconds 8]
 
-Demo model size, both stages, fp32; `python -m benchmarks.gpu` measures a GPU. Batches are loaded before the clock runs. Every measurement
-is a process of its own; the two sides alternate, and a rate is the median over the steps of all rounds. A size that does not fit is
-recorded as such.
+Demo model size, both stages, fp32; `python -m benchmarks.gpu` measures a GPU. Batches are loaded before the clock runs.
+Every measurement is a process of its own; the two sides alternate, and a rate is the median over the steps of all
+rounds. A size that does not fit is recorded as such.
 
-Memory: peak resident memory beyond what there was when model, optimizer and data were made. Reading: batches loaded (memory-mapped
-log-mels, the file in the page cache; tokenisation) without training, and the share of an epoch that the loop waits for them. TFLOP/s:
-`model_flops.forward_flops` times 3 for forward and backward. Prints tables and writes benchmarks/results/train_step.json.
+Memory: peak resident memory beyond what there was when model, optimizer and data were made. Reading: batches loaded
+(memory-mapped log-mels, the file in the page cache; tokenisation) without training, and the share of an epoch that the
+loop waits for them. TFLOP/s: `model_flops.forward_flops` times 3 for forward and backward. Prints tables and writes
+benchmarks/results/train_step.json.
 """
 
 from __future__ import annotations
@@ -111,7 +113,11 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
         if "error" not in measured:
             sides[side] = _summary(case, measured)
     both = all("error" not in measured for measured in sides.values())
-    ratio = {name: sides["ours"][name] / sides["published"][name] for name in ("songs_per_second", "step_memory_mb")} if both else None
+    ratio = (
+        {name: sides["ours"][name] / sides["published"][name] for name in ("songs_per_second", "step_memory_mb")}
+        if both
+        else None
+    )
     return {**{name: case[name] for name in ("stage", "batch")}, **sides, "ratio": ratio}
 
 
@@ -133,7 +139,17 @@ def _summary(case: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
-    columns = ("stage", "batch", "songs/s ours", "published", "ratio", "step MB ours", "published", "ratio", "TFLOP/s ours")
+    columns = (
+        "stage",
+        "batch",
+        "songs/s ours",
+        "published",
+        "ratio",
+        "step MB ours",
+        "published",
+        "ratio",
+        "TFLOP/s ours",
+    )
     table = Table(*columns, title="cpu")
 
     def cell(side: dict[str, Any], name: str, form: str) -> str:
@@ -173,7 +189,9 @@ def main() -> None:
     Console(width=140).print(show(rows))
     if "error" not in reading:
         rates = [f"{reading[f'{what}_songs_per_second']:.0f} songs/s" for what in ("reading", "epoch")]
-        print(f"reading alone {rates[0]}, an epoch {rates[1]}, of which {reading['share_of_epoch_waiting']:.1%} is waiting for batches")
+        print(
+            f"reading alone {rates[0]}, an epoch {rates[1]}, of which {reading['share_of_epoch_waiting']:.1%} is waiting for batches"
+        )
     print(f"written: {write_result('train_step', {'cpu': {'size': SIZE, 'steps': rows, 'reading': reading}})}")
 
 

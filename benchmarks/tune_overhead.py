@@ -2,10 +2,11 @@
 
     python -m benchmarks.tune_overhead [--trials 6]
 
-Searches of trials one after the other, on features that are made for it, with a model that trains in seconds. Training is what the loop
-says of itself: rows seen over rows a second, measurements included. The rest of the time between the ends of two trials is overhead: the
-trial's process, Ray Train's controller, the workers' processes and their imports, reading the songs, the end of the run. The first trial
-of a search starts everything and is left out. "Ray's defaults": a process of its own for every trial, and results polled every 2 s.
+Searches of trials one after the other, on features that are made for it, with a model that trains in seconds. Training
+is what the loop says of itself: rows seen over rows a second, measurements included. The rest of the time between the
+ends of two trials is overhead: the trial's process, Ray Train's controller, the workers' processes and their imports,
+reading the songs, the end of the run. The first trial of a search starts everything and is left out. "Ray's defaults":
+a process of its own for every trial, and results polled every 2 s.
 
 Prints a table and writes benchmarks/results/tune_overhead.json.
 """
@@ -36,7 +37,9 @@ VARIANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a trial costs beyond training.")
-    parser.add_argument("--trials", type=int, default=6, help="trials of each search, the first of which is not counted")
+    parser.add_argument(
+        "--trials", type=int, default=6, help="trials of each search, the first of which is not counted"
+    )
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--workspace", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -48,7 +51,9 @@ def main() -> None:
         for number, variant in enumerate(VARIANTS):
             workspace = Path(folder) / str(number)
             command = [sys.executable, "-m", "benchmarks.tune_overhead", "--trials", str(options.trials)]
-            subprocess.run([*command, "--variant", variant, "--workspace", str(workspace)], check=True)  # a Ray of its own for each
+            subprocess.run(
+                [*command, "--variant", variant, "--workspace", str(workspace)], check=True
+            )  # a Ray of its own for each
             found[variant] = summary(workspace)
     table = Table(title="A trial of a search, seconds (median)")
     for column in ("", "until training", "training", "after training", "not training", "share of a trial"):
@@ -76,7 +81,10 @@ def search(variant: str, workspace: Path, trials: int) -> None:
             "tune.reports": 8,
             "tune.early_stopping": False,
             "tune.max_concurrent_trials": 1,
-            "tune.space": {"pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.batch_size": [8, 16, 32]},
+            "tune.space": {
+                "pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True},
+                "pretrain.batch_size": [8, 16, 32],
+            },
             "pretrain.num_workers": 1,
         },
     )
@@ -107,7 +115,9 @@ def summary(workspace: Path) -> dict[str, float]:
 
     ends = [float(word) for word in (workspace / "ends").read_text().split()]
     rows = []
-    for trial, previous, end in zip(read_trials(Workspace(str(workspace)), "runs/tune/pretrain")[1:], ends, ends[1:], strict=False):
+    for trial, previous, end in zip(
+        read_trials(Workspace(str(workspace)), "runs/tune/pretrain")[1:], ends, ends[1:], strict=False
+    ):
         ((started, (_, seconds)),) = trial.attempts.items()
         training = trial.last["rows"] / trial.last["songs_per_second"]
         last_report = float(started) + seconds

@@ -1,10 +1,11 @@
-"""Whether a search finds something: its winner against the configuration as it is, on test songs that the search never saw.
+"""Whether a search finds something: its winner against the configuration as it is, on test songs that the search never
+saw.
 
     python -m benchmarks.tune_sample_world [--seeds 0 1 2] [--trials 12] [--samples 4096] [--out FOLDER]
 
-For each seed: a sample world of that seed, a search over stage 1 with the default space, and then two whole models, trained as long as a
-trial and with the same seed: the demo preset as it is and the winner. Both are measured by `htcl evaluate` on the test split. The search
-is judged on the validation split alone.
+For each seed: a sample world of that seed, a search over stage 1 with the default space, and then two whole models,
+trained as long as a trial and with the same seed: the demo preset as it is and the winner. Both are measured by `htcl
+evaluate` on the test split. The search is judged on the validation split alone.
 
 Prints a table and writes benchmarks/results/tune_sample_world.json. Done steps are skipped when --out is given again.
 """
@@ -42,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A search's winner against the configuration as it is, on test songs.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--samples", type=int, default=4096, help="songs that a trial, and each of the two models, sees")
+    parser.add_argument(
+        "--samples", type=int, default=4096, help="songs that a trial, and each of the two models, sees"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,7 +65,9 @@ def main() -> None:
     for name, values in means.items():
         table.add_row("mean", name, *(f"{value:.3f}" for value in values.values()), "")
     Console().print(table)
-    write_result("tune_sample_world", {"trials": options.trials, "samples": options.samples, "mean": means, "seeds": found})
+    write_result(
+        "tune_sample_world", {"trials": options.trials, "samples": options.samples, "mean": means, "seeds": found}
+    )
 
 
 def one_seed(folder: Path, seed: int, trials: int, samples: int) -> dict[str, Any]:

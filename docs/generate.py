@@ -1,4 +1,6 @@
-"""Write the pages that are generated from the code: `python docs/generate.py`. A test fails when one of them is out of date."""
+"""Write the pages that are generated from the code: `python docs/generate.py`. A test fails when one of them is out of
+date.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,29 @@ def first_sentence(docstring: str) -> str:
 def file_map() -> str:
     """Every module of the package, the jobs and `serve/`, by folder, with the first line of its docstring."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     modules = sorted(
-        (path for name in listed.stdout.split() if (path := Path(name)).suffix == ".py" and path.parts[0] in ("htcl_ray", "jobs", "serve")),
+        (
+            path
+            for name in listed.stdout.split()
+            if (path := Path(name)).suffix == ".py" and path.parts[0] in ("htcl_ray", "jobs", "serve")
+        ),
         key=lambda path: (path.parent.parts, path.name),
     )
     lines = []
-    for folder, files in itertools.groupby((path for path in modules if (REPOSITORY / path).exists()), key=lambda path: path.parent):
+    for folder, files in itertools.groupby(
+        (path for path in modules if (REPOSITORY / path).exists()), key=lambda path: path.parent
+    ):
         summaries = {
-            path.name: first_sentence(ast.get_docstring(ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))) or "") for path in files
+            path.name: first_sentence(
+                ast.get_docstring(ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))) or ""
+            )
+            for path in files
         }
         lines += ["", f"### `{folder}/`", "", summaries.pop("__init__.py", ""), ""]
         lines += [f"* `{name}`: {summary}" for name, summary in summaries.items()]

@@ -1,6 +1,7 @@
 """HTCL on Ray: music representations learned from audio, text and listening, and served.
 
-The names in `__all__` are the stable surface. They are imported when they are first used: `import htcl_ray` loads neither Ray nor PyTorch.
+The names in `__all__` are the stable surface. They are imported when they are first used: `import htcl_ray` loads
+neither Ray nor PyTorch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The `htcl` command. Each step is also a file in `jobs/` that calls `run_step`, so that both read the same flags and do the same work.
+"""The `htcl` command. Each step is also a file in `jobs/` that calls `run_step`, so that both read the same flags and
+do the same work.
 
 Exit codes: 0 done; 2 the user's input or configuration is wrong (one sentence on stderr); 1 anything else.
 """
@@ -76,7 +77,9 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _write_any_character() -> None:
-    """Let both streams of this process write what their encoding lacks: an arrow on a terminal without UTF-8 must not end a step."""
+    """Let both streams of this process write what their encoding lacks: an arrow on a terminal without UTF-8 must not
+    end a step.
+    """
     codecs.register_error("htcl-ascii", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -85,10 +88,25 @@ def _write_any_character() -> None:
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "".join(ASCII.get(character) or f"\\u{ord(character):04x}" for character in error.object[error.start : error.end]), error.end
+    return "".join(
+        ASCII.get(character) or f"\\u{ord(character):04x}" for character in error.object[error.start : error.end]
+    ), error.end
 
 
-ASCII = {"→": "->", "↔": "<->", "–": "-", "—": "-", "×": "x", "…": "...", "·": ".", "≥": ">=", "≤": "<=", "±": "+-", "−": "-", "’": "'"}
+ASCII = {
+    "→": "->",
+    "↔": "<->",
+    "–": "-",
+    "—": "-",
+    "×": "x",
+    "…": "...",
+    "·": ".",
+    "≥": ">=",
+    "≤": "<=",
+    "±": "+-",
+    "−": "-",
+    "’": "'",
+}
 
 
 def run_step(step: str) -> int:
@@ -114,7 +132,9 @@ def _ours(error: BaseException) -> HtclError | None:
     """The error that we raised on purpose, also when Ray carried it here inside errors of its own."""
     cause: BaseException | None = error
     for _ in range(10):
-        carried = getattr(cause, "cause", None)  # Ray's error of a task is also of the class of its cause, with a traceback for a message
+        carried = getattr(
+            cause, "cause", None
+        )  # Ray's error of a task is also of the class of its cause, with a traceback for a message
         if isinstance(cause, HtclError) and not isinstance(carried, BaseException):
             return cause
         cause = carried or (cause and cause.__cause__)
@@ -140,9 +160,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--preset", help=f"shipped configuration: {', '.join(PRESETS)}")
         sub.add_argument("--config", metavar="FILE.yaml", help="configuration file, over the preset")
         sub.add_argument(
-            "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments", help="one key, over both; repeatable"
+            "--set",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            dest="assignments",
+            help="one key, over both; repeatable",
         )
-        sub.add_argument("--workspace", metavar="DIR_OR_URI", help="where everything that is written lies (default ./workspace)")
+        sub.add_argument(
+            "--workspace", metavar="DIR_OR_URI", help="where everything that is written lies (default ./workspace)"
+        )
         command.flags(sub)
     return parser
 
@@ -161,7 +188,9 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="VERSION", help="model version (default: the one that this configuration trains, else the newest accepted)"
+        "--model",
+        metavar="VERSION",
+        help="model version (default: the one that this configuration trains, else the newest accepted)",
     )
 
 
@@ -172,21 +201,34 @@ def _index_flag(parser: argparse.ArgumentParser) -> None:
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     parser.add_argument(
-        "--gate", metavar="FILE.yaml", help="judge the model by these bounds and record the verdict; 'default' is the shipped gate"
+        "--gate",
+        metavar="FILE.yaml",
+        help="judge the model by these bounds and record the verdict; 'default' is the shipped gate",
     )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--ablate", action="store_true", help="train and evaluate the method without each of its parts: hours, resumable")
     instead.add_argument(
-        "--compare", nargs=2, metavar=("RUN", "RUN"), help="two finished reports: paired differences, the second minus the first"
+        "--ablate",
+        action="store_true",
+        help="train and evaluate the method without each of its parts: hours, resumable",
+    )
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("RUN", "RUN"),
+        help="two finished reports: paired differences, the second minus the first",
     )
 
 
 def _build_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     parser.add_argument(
-        "--compact", action="store_true", help="fold the songs that were put in and taken out while it was served into a new index version"
+        "--compact",
+        action="store_true",
+        help="fold the songs that were put in and taken out while it was served into a new index version",
     )
-    parser.add_argument("--index", metavar="VERSION", help="with --compact: the index to start from (default: the active one)")
+    parser.add_argument(
+        "--index", metavar="VERSION", help="with --compact: the index to start from (default: the active one)"
+    )
 
 
 def _search_flags(parser: argparse.ArgumentParser) -> None:
@@ -196,18 +238,28 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--audio", metavar="FILE", help="an audio file: a path, or an s3:// or gs:// URI")
     query.add_argument("--song-id", metavar="ID", help="a song of the index")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="number of songs (default 10)")
-    parser.add_argument("--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)")
-    parser.add_argument("--filter", metavar="JSON", help="""conditions on metadata, such as '{"genre": ["rock"], "year": {"gte": 1990}}'""")
+    parser.add_argument(
+        "--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)"
+    )
+    parser.add_argument(
+        "--filter",
+        metavar="JSON",
+        help="""conditions on metadata, such as '{"genre": ["rock"], "year": {"gte": 1990}}'""",
+    )
     parser.add_argument("--max-per-artist", type=int, metavar="N", help="at most so many songs of one artist")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _config_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["show", "schema"], help="the resolved configuration as YAML, or its JSON Schema")
+    parser.add_argument(
+        "what", choices=["show", "schema"], help="the resolved configuration as YAML, or its JSON Schema"
+    )
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo made in this workspace, and start over")
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove what an earlier demo made in this workspace, and start over"
+    )
 
 
 def _step(module: str, function: str, *, argument: str | None = None) -> Callable[[Config, argparse.Namespace], None]:
@@ -250,7 +302,9 @@ def _index(config: Config, options: argparse.Namespace) -> None:
     if options.index and not options.compact:
         raise ConfigError("--index says which index --compact starts from; give --compact too")
     if options.compact and options.model:
-        raise ConfigError("--compact keeps the models of the index that it starts from; leave out --model, or choose with --index")
+        raise ConfigError(
+            "--compact keeps the models of the index that it starts from; leave out --model, or choose with --index"
+        )
     if options.compact:
         _step("htcl_ray.pipelines.compact", "compact", argument="index")(config, options)
     else:
@@ -267,7 +321,9 @@ def _serve(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.serving.front import haproxy_front
 
     with haproxy_front(config):
-        from htcl_ray.serving.application import serve_until_stopped  # imports Ray Serve, which reads what the front sets
+        from htcl_ray.serving.application import (
+            serve_until_stopped,
+        )  # imports Ray Serve, which reads what the front sets
 
         serve_until_stopped(config, options.index)
 
@@ -275,16 +331,32 @@ def _serve(config: Config, options: argparse.Namespace) -> None:
 def _search(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.commands.search import search
 
-    query = {"text": options.text, "audio": absolute(options.audio) if options.audio else None, "song_id": options.song_id}
+    query = {
+        "text": options.text,
+        "audio": absolute(options.audio) if options.audio else None,
+        "song_id": options.song_id,
+    }
     how = {"k": options.k, "blend": options.blend, "max_per_artist": options.max_per_artist}
     search(config, options.index, **query, conditions=options.filter, as_json=options.json, **how)
 
 
 def _import_official_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="state dict that their training scripts saved (model-N.pth), or that of an AudioModel")
-    parser.add_argument("out", metavar="OUT", help="folder to make; WORKSPACE/models/semantic/NAME (stage 2: preference) serves every step")
-    parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="which of their two training scripts saved it")
-    parser.add_argument("--parent", metavar="VERSION", help="stage 2 in a workspace: the stage-1 model there that it grew from")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="state dict that their training scripts saved (model-N.pth), or that of an AudioModel",
+    )
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="folder to make; WORKSPACE/models/semantic/NAME (stage 2: preference) serves every step",
+    )
+    parser.add_argument(
+        "--stage", type=int, choices=[1, 2], required=True, help="which of their two training scripts saved it"
+    )
+    parser.add_argument(
+        "--parent", metavar="VERSION", help="stage 2 in a workspace: the stage-1 model there that it grew from"
+    )
 
 
 def _import_official(config: Config, options: argparse.Namespace) -> None:
@@ -299,22 +371,32 @@ def _show_config(config: Config, options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("the whole path on a sample catalogue: every step, the service, three queries", _demo, _demo_flags),
-    "preprocess": Command("catalogue → log-mel features; logs → preference pairs", _step("htcl_ray.pipelines.preprocess", "preprocess")),
+    "preprocess": Command(
+        "catalogue → log-mel features; logs → preference pairs", _step("htcl_ray.pipelines.preprocess", "preprocess")
+    ),
     "pretrain": Command("stage 1: audio ↔ text", _step("htcl_ray.pipelines.train", "pretrain")),
     "finetune": Command(
-        "stage 2: preference pairs, from a stage-1 model", _step("htcl_ray.pipelines.train", "finetune", argument="model"), _model_flag
+        "stage 2: preference pairs, from a stage-1 model",
+        _step("htcl_ray.pipelines.train", "finetune", argument="model"),
+        _model_flag,
     ),
     "tune": Command(
         "search over configuration keys: temperature, batch size, …",
         _step("htcl_ray.pipelines.tuning.tune", "tune", argument="model"),
         _model_flag,
     ),
-    "embed": Command("every song of the catalogue → vectors", _step("htcl_ray.pipelines.embed", "embed", argument="model"), _model_flag),
+    "embed": Command(
+        "every song of the catalogue → vectors",
+        _step("htcl_ray.pipelines.embed", "embed", argument="model"),
+        _model_flag,
+    ),
     "index": Command("vectors → FAISS index", _index, _build_flags),
     "evaluate": Command("held-out songs and users → report.json, report.html", _evaluate, _evaluate_flags),
     "serve": Command("start the HTTP application", _serve, _index_flag),
     "search": Command("one query from the shell, no server needed", _search, _search_flags, on_cluster=False),
-    "import-official": Command("the authors' weights → a model folder", _import_official, _import_official_flags, on_cluster=False),
+    "import-official": Command(
+        "the authors' weights → a model folder", _import_official, _import_official_flags, on_cluster=False
+    ),
     "config": Command("print the configuration", _show_config, _config_flags, on_cluster=False),
 }
 

@@ -117,7 +117,8 @@ class StorageError(StepError, OSError):
 class RequestError(HtclError):
     """The server refused a request.
 
-    `status`: of HTTP; `code`: for programs, stable; `message`: for people; `retry_after`: seconds to wait, where the server said so.
+    `status`: of HTTP; `code`: for programs, stable; `message`: for people; `retry_after`: seconds to wait, where the
+    server said so.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after: float | None = None) -> None:

@@ -82,9 +82,9 @@ LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp",
 def features_schema(frames: int, mels: int) -> pa.Schema:
     """Schema of `features/<fingerprint>/*.parquet`.
 
-    `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames are sound, the rest is padding
-    that no reader may use. `decoded_share` is 1 unless a damaged file could be decoded only in part (see `audio.decode.Clip`).
-    `audio_path` is absolute or a URI.
+    `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames are sound, the
+    rest is padding that no reader may use. `decoded_share` is 1 unless a damaged file could be decoded only in part
+    (see `audio.decode.Clip`). `audio_path` is absolute or a URI.
     """
     return pa.schema(
         [
@@ -114,8 +114,9 @@ EVENTS = pa.schema(
 )
 """`events/<fingerprint>/*.parquet`: accepted log rows in one shape, whatever shape they came in.
 
-`value`: > 0 positive (its size is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds, null for affinity logs and
-ratings. `period`: train, validation or test, by time (without a time: train). `held_out_user`: this user's events are in no training pair.
+`value`: > 0 positive (its size is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds, null for
+affinity logs and ratings. `period`: train, validation or test, by time (without a time: train). `held_out_user`: this
+user's events are in no training pair.
 """
 
 PAIRS = pa.schema(
@@ -129,7 +130,8 @@ PAIRS = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
-"""`pairs/<fingerprint>/*.parquet`, and `negatives/<fingerprint of the pairs>/*.parquet` with songs rejected after their triggers."""
+"""`pairs/<fingerprint>/*.parquet`, and `negatives/<fingerprint of the pairs>/*.parquet` with songs rejected after their
+triggers."""
 
 QUARANTINE = pa.schema(
     [
@@ -171,7 +173,8 @@ SONG_MAP = pa.schema(
         pa.field("y", pa.float32(), nullable=False),
     ]
 )
-"""`index/<version>/map.parquet`: places of at most 5,000 songs on a plane for people to look at, each coordinate from 0 to 1."""
+"""`index/<version>/map.parquet`: places of at most 5,000 songs on a plane for people to look at, each coordinate from 0
+to 1."""
 
 UPDATES = pa.schema(
     [
@@ -186,5 +189,6 @@ UPDATES = pa.schema(
 )
 """`updates/*.arrow`: songs put into or taken out of the indexes while they are served; see `index/live/update_log.py`.
 
-`name` orders the updates: of one song, that with the greatest counts. `op`: `upsert` or `remove`. Models are fingerprints of weights.
+`name` orders the updates: of one song, that with the greatest counts. `op`: `upsert` or `remove`. Models are
+fingerprints of weights.
 """

@@ -1,4 +1,6 @@
-"""`htcl evaluate` as a job: ray job submit --working-dir . -- python jobs/evaluate.py --workspace ABSOLUTE_PATH_OR_URI."""
+"""`htcl evaluate` as a job: ray job submit --working-dir . -- python jobs/evaluate.py --workspace
+ABSOLUTE_PATH_OR_URI.
+"""
 
 from htcl_ray.cli import run_step
 

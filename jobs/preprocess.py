@@ -1,4 +1,6 @@
-"""`htcl preprocess` as a job: ray job submit --working-dir . -- python jobs/preprocess.py --workspace ABSOLUTE_PATH_OR_URI."""
+"""`htcl preprocess` as a job: ray job submit --working-dir . -- python jobs/preprocess.py --workspace
+ABSOLUTE_PATH_OR_URI.
+"""
 
 from htcl_ray.cli import run_step
 

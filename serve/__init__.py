@@ -1,1 +1,3 @@
-"""Entry points for Ray's own `serve` command. In code, always `from ray import serve`: this folder has the same name."""
+"""Entry points for Ray's own `serve` command. In code, always `from ray import serve`: this folder has the same
+name.
+"""

@@ -1,1 +1,3 @@
-"""Training and embedding on a GPU: is it right, how fast is it, and where does the time go. `python -m benchmarks.gpu --help`."""
+"""Training and embedding on a GPU: is it right, how fast is it, and where does the time go. `python -m benchmarks.gpu
+--help`.
+"""

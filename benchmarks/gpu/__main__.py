@@ -1,13 +1,15 @@
-"""Training and embedding on a GPU: correctness against the CPU, a table of training steps, embedding rates and a profile.
+"""Training and embedding on a GPU: correctness against the CPU, a table of training steps, embedding rates and a
+profile.
 
     python -m benchmarks.gpu [--minutes 8] [--parts correctness,step,embed,profile] [--device auto] [--out benchmarks/results]
 
-Runs from the source tree with torch, transformers, pyarrow, pandas, pydantic and rich alone: no Ray, FAISS or audio library. On a GPU at
-the paper's size; without one at toy size on the CPU, which rehearses the same code.
+Runs from the source tree with torch, transformers, pyarrow, pandas, pydantic and rich alone: no Ray, FAISS or audio
+library. On a GPU at the paper's size; without one at toy size on the CPU, which rehearses the same code.
 
-Each part is a process of its own. Every line is printed as soon as it is measured and the JSON (gpu.json, on the CPU gpu_rehearsal.json)
-is written after each part. A part that dies is started again behind the measurement that killed it; one that is not done when its time is
-up is ended, and what it had measured stays. Exits 0 when every correctness check held, 1 when one failed or is missing, 2 on wrong usage.
+Each part is a process of its own. Every line is printed as soon as it is measured and the JSON (gpu.json, on the CPU
+gpu_rehearsal.json) is written after each part. A part that dies is started again behind the measurement that killed it;
+one that is not done when its time is up is ended, and what it had measured stays. Exits 0 when every correctness check
+held, 1 when one failed or is missing, 2 on wrong usage.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from benchmarks.gpu.units import Part, read_records
 
 PARTS = ("correctness", "step", "embed", "profile")
 SHARES = {"cuda": (0.27, 0.50, 0.09, 0.14), "cpu": (0.70, 0.20, 0.05, 0.05)}
-"""Of the time, and of what the parts before have left over too. On a CPU compiling takes longer than everything else."""
+"""Of the time, and of what the parts before have left over too. On a CPU compiling takes longer than everything
+else."""
 RESERVE_SECONDS = 5.0
 """Kept back for writing the result."""
 MAX_STARTS = 6
@@ -38,7 +41,9 @@ MAX_STARTS = 6
 
 
 def supervise(name: str, device: str, until: float, scratch: Path) -> dict[str, Any]:
-    """Run one part in processes of its own until it is done or the clock (seconds since the epoch) says `until`; return its record."""
+    """Run one part in processes of its own until it is done or the clock (seconds since the epoch) says `until`; return
+    its record.
+    """
     records, started = scratch / f"{name}.jsonl", time.time()
     ended = "not started: no time was left"
     for _ in range(MAX_STARTS):
@@ -63,9 +68,13 @@ def supervise(name: str, device: str, until: float, scratch: Path) -> dict[str, 
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # the compiler's workers too, which belong to the session of the part
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # the compiler's workers too, which belong to the session of the part
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver ends when the driver lets it
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # a process that hangs in the driver ends when the driver lets it
                 process.wait(timeout=RESERVE_SECONDS / 2)
         ended = "done" if code == 0 else "cut off at its time limit" if code is None else f"ended with exit code {code}"
         if code in (0, None):
@@ -78,14 +87,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole run ends within this time")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, in this order")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where there is one")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where there is one"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        importlib.import_module(f"benchmarks.gpu.{options.run}").run(Part(options.run, options.device, options.until, options.records))
+        importlib.import_module(f"benchmarks.gpu.{options.run}").run(
+            Part(options.run, options.device, options.until, options.records)
+        )
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of the part is ended too
     chosen = options.parts.split(",")
@@ -105,7 +118,10 @@ def main() -> int:
             until = time.time() + share * (end - time.time())
             result["parts"][part] = supervise(part, device["device"], until, Path(scratch))
             path = write_result(name, result, options.out)
-            print(f"{part}: {result['parts'][part]['ended']}, {result['parts'][part]['seconds']} s; written: {path}", flush=True)
+            print(
+                f"{part}: {result['parts'][part]['ended']}, {result['parts'][part]['seconds']} s; written: {path}",
+                flush=True,
+            )
     return _verdict(result["parts"].get("correctness"))
 
 

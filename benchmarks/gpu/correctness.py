@@ -1,7 +1,9 @@
-"""Is what a GPU computes right: against the CPU, between precisions, in micro-batches, compiled, resumed, and by the release gate's bounds.
+"""Is what a GPU computes right: against the CPU, between precisions, in micro-batches, compiled, resumed, and by the
+release gate's bounds.
 
-Relative differences are ‖a − b‖ / ‖b‖ over all numbers of a group, computed in float64. Models have random weights, dropout is off unless a
-check is about it. On the CPU the same checks compare bf16 with fp32, and what only a GPU has says so.
+Relative differences are ‖a − b‖ / ‖b‖ over all numbers of a group, computed in float64. Models have random weights,
+dropout is off unless a check is about it. On the CPU the same checks compare bf16 with fp32, and what only a GPU has
+says so.
 """
 
 from __future__ import annotations
@@ -56,10 +58,11 @@ BOUNDS: dict[Precision, dict[str, float]] = {
     "tf32": {"embeddings": 1e-2, "losses": 1e-2, "gradients": 1e-1},
     "bf16": {"embeddings": 5e-2, "losses": 5e-2, "gradients": 5e-1},
 }
-"""Largest accepted relative difference from fp32 on the CPU. Gradients of a random model's contrastive loss are small differences of large
-numbers, so they lose more than the unit roundoff (2⁻²⁴, 2⁻¹¹, 2⁻⁸)."""
+"""Largest accepted relative difference from fp32 on the CPU. Gradients of a random model's contrastive loss are small
+differences of large numbers, so they lose more than the unit roundoff (2⁻²⁴, 2⁻¹¹, 2⁻⁸)."""
 COMPILED_BOUND = 1.5
-"""Embeddings and gradients of a compiled step may differ from fp32 by this many times what those of the eager one do."""
+"""Embeddings and gradients of a compiled step may differ from fp32 by this many times what those of the eager one
+do."""
 
 
 def run(part: Part) -> None:
@@ -84,13 +87,19 @@ def run(part: Part) -> None:
 
 
 def precisions(part: Part, world: World, stage: int) -> dict[str, Any]:
-    """One step in every precision of the device against fp32 on the CPU: embeddings, losses, gradients by layer group."""
+    """One step in every precision of the device against fp32 on the CPU: embeddings, losses, gradients by layer
+    group.
+    """
     cpu = torch.device("cpu")
     model = synthetic_songs.make_model(world, stage, cpu).eval()
     batch = synthetic_songs.first_batch(world, model, stage, ROWS[stage], cpu)
     with training_precision("fp32", cpu):
         expected = _step_numbers(model, batch, synthetic_songs.make_task(world, stage, cpu))
-    model, batch, task = model.to(part.device), batch.to(part.device), synthetic_songs.make_task(world, stage, part.device)
+    model, batch, task = (
+        model.to(part.device),
+        batch.to(part.device),
+        synthetic_songs.make_task(world, stage, part.device),
+    )
     values: dict[str, Any] = {"rows": ROWS[stage], "frames": batch.valid_frames.tolist(), "passed": True}
     lines = []
     for precision in precisions_of(part):
@@ -119,7 +128,8 @@ def gradient_caching(part: Part, world: World) -> dict[str, Any]:
             once = _step_numbers(model.eval(), batch, task)
             entries = {
                 micro: max(
-                    entry["relative"] for entry in _differences(_step_numbers(model, batch, task, micro), once)["gradients"].values()
+                    entry["relative"]
+                    for entry in _differences(_step_numbers(model, batch, task, micro), once)["gradients"].values()
                 )
                 for micro in MICRO_BATCHES
             }
@@ -129,15 +139,24 @@ def gradient_caching(part: Part, world: World) -> dict[str, Any]:
             set_rng_state(state, part.device)
             replayed = all(torch.equal(a, b) for a, b in zip(first, encode(model, batch.part(0, 4)), strict=True))
         passed = replayed and max(entries.values()) <= bound
-        values[precision] = {"gradients_by_micro_batch": entries, "bound": bound, "dropout_replayed_bit_equal": replayed, "passed": passed}
+        values[precision] = {
+            "gradients_by_micro_batch": entries,
+            "bound": bound,
+            "dropout_replayed_bit_equal": replayed,
+            "passed": passed,
+        }
         values["passed"] &= passed
-        lines.append(f"{precision} gradients {max(entries.values()):.1e}, dropout {'replayed' if replayed else 'NOT replayed'} bit for bit")
+        lines.append(
+            f"{precision} gradients {max(entries.values()):.1e}, dropout {'replayed' if replayed else 'NOT replayed'} bit for bit"
+        )
     return {**values, "line": "; ".join(lines)}
 
 
 def compiled(part: Part, world: World) -> dict[str, Any]:
     """A compiled bf16 step against the eager one; both are judged by their difference from fp32."""
-    model = synthetic_songs.make_model(world, 1, part.device, SHALLOW if part.on_gpu else 1).eval()  # a CPU takes a minute for each layer
+    model = synthetic_songs.make_model(
+        world, 1, part.device, SHALLOW if part.on_gpu else 1
+    ).eval()  # a CPU takes a minute for each layer
     batch = synthetic_songs.first_batch(world, model, 1, 8, part.device)
     task = synthetic_songs.make_task(world, 1, part.device)
     with training_precision("fp32", part.device):
@@ -147,17 +166,26 @@ def compiled(part: Part, world: World) -> dict[str, Any]:
         compile_towers(model, part.device)
         actual = _step_numbers(model, batch, task)
     worst = {
-        side: {kind: max(entry["relative"] for entry in groups.values()) for kind, groups in _differences(numbers, expected).items()}
+        side: {
+            kind: max(entry["relative"] for entry in groups.values())
+            for kind, groups in _differences(numbers, expected).items()
+        }
         for side, numbers in (("eager", eager), ("compiled", actual))
     }
-    passed = all(worst["compiled"][kind] <= COMPILED_BOUND * worst["eager"][kind] for kind in ("embeddings", "gradients"))
-    passed &= worst["compiled"]["losses"] <= BOUNDS["bf16"]["losses"]  # one number: the eager one's errors may happen to cancel
+    passed = all(
+        worst["compiled"][kind] <= COMPILED_BOUND * worst["eager"][kind] for kind in ("embeddings", "gradients")
+    )
+    passed &= (
+        worst["compiled"]["losses"] <= BOUNDS["bf16"]["losses"]
+    )  # one number: the eager one's errors may happen to cancel
     shown = {side: ", ".join(f"{kind} {value:.1e}" for kind, value in kinds.items()) for side, kinds in worst.items()}
     return {**worst, "passed": passed, "line": f"from fp32: compiled {shown['compiled']}; eager {shown['eager']}"}
 
 
 def attention(part: Part, world: World) -> dict[str, Any]:
-    """Each kernel of scaled-dot-product attention in a whole layer against softmax(q·kᵀ)·v in float64: outputs and input gradients."""
+    """Each kernel of scaled-dot-product attention in a whole layer against softmax(q·kᵀ)·v in float64: outputs and
+    input gradients.
+    """
     sizes = world.config.model
     torch.manual_seed(0)
     layer = TransformerLayer(sizes.width, sizes.heads, sizes.feed_forward, 0.0).to(part.device).eval()
@@ -171,10 +199,19 @@ def attention(part: Part, world: World) -> dict[str, Any]:
         attended = valid[:, None, None, :] if masked else None
         expected = _layer_numbers(_plain_layer(layer), x.double(), attended)
         for precision, bound in bounds.items():
-            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+            for backend in (
+                SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION,
+                SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.MATH,
+            ):
                 name = f"{backend.name.lower()}, {precision}, {'masked' if masked else 'no mask'}"
                 try:
-                    with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend), embedding_precision(precision, part.device):
+                    with (
+                        warnings.catch_warnings(action="ignore"),
+                        sdpa_kernel(backend),
+                        embedding_precision(precision, part.device),
+                    ):
                         actual = _layer_numbers(layer, x, attended)
                 except RuntimeError as error:  # this kernel does not take masks, this precision or this device
                     values[name] = {"not_available": (str(error).strip().splitlines() or [""])[0][:120]}
@@ -183,13 +220,20 @@ def attention(part: Part, world: World) -> dict[str, Any]:
                 values[name] = {"relative": relative, "bound": bound, "passed": relative <= bound}
                 values["passed"] &= relative <= bound
                 usable.append((relative, name))
-    return {**values, "line": f"{len(usable)} of 16 combinations are available; the worst, {max(usable)[1]}: {max(usable)[0]:.1e}"}
+    return {
+        **values,
+        "line": f"{len(usable)} of 16 combinations are available; the worst, {max(usable)[1]}: {max(usable)[0]:.1e}",
+    }
 
 
 def communication(part: Part) -> dict[str, Any]:
-    """NCCL (on the CPU gloo) with one rank. The package skips communication for one worker, so its inner functions are called."""
+    """NCCL (on the CPU gloo) with one rank. The package skips communication for one worker, so its inner functions are
+    called.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("nccl" if part.on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if part.on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
         try:
             rows = torch.randn(5, 3, device=part.device, requires_grad=True)
             gathered = collectives._GatherRows.apply(rows)
@@ -239,7 +283,9 @@ def mask(part: Part) -> dict[str, Any]:
 
 
 def release_gate(part: Part, world: World) -> dict[str, Any]:
-    """Determinism of embedding in each precision, by the bounds of the shipped release gate; stored vectors are fp32 of the CPU."""
+    """Determinism of embedding in each precision, by the bounds of the shipped release gate; stored vectors are fp32 of
+    the CPU.
+    """
     model = synthetic_songs.make_model(world, 1, torch.device("cpu")).eval()
     chosen = np.arange(GATE_CLIPS)
     mel, valid = world.frames.batch(chosen)
@@ -258,12 +304,16 @@ def release_gate(part: Part, world: World) -> dict[str, Any]:
         accepted = all(measured[name] <= bound for name, bound in bounds.items())
         values[precision] = {**measured, "accepted": accepted}
         worst = max(bounds, key=lambda name: measured[name] / bounds[name])
-        lines.append(f"{precision} {'accepted' if accepted else 'REFUSED'} ({worst} {measured[worst]:.1e}, bound {bounds[worst]:.0e})")
+        lines.append(
+            f"{precision} {'accepted' if accepted else 'REFUSED'} ({worst} {measured[worst]:.1e}, bound {bounds[worst]:.0e})"
+        )
     return {**values, "passed": values["fp32"]["accepted"], "line": "; ".join(lines)}
 
 
 def automatic_micro_batch(part: Part, world: World) -> dict[str, Any]:
-    """`micro_batch_size: auto` with little free memory, after an out-of-memory error: its size must be one that a step fits in."""
+    """`micro_batch_size: auto` with little free memory, after an out-of-memory error: its size must be one that a step
+    fits in.
+    """
     model = synthetic_songs.make_model(world, 1, part.device)
     task = synthetic_songs.make_task(world, 1, part.device)
     loader = BatchLoader(world.songs, world.frames, model.text_encoder, None)
@@ -308,7 +358,9 @@ def _runs_out_of_memory(model: HTCL, loader: BatchLoader, device: torch.device) 
 
 
 def resume(part: Part, world: World, scratch: Path) -> dict[str, Any]:
-    """Two steps, a checkpoint, a third step; the same third step from the checkpoint: bit-equal weights, or which operations are not."""
+    """Two steps, a checkpoint, a third step; the same third step from the checkpoint: bit-equal weights, or which
+    operations are not.
+    """
     model = synthetic_songs.make_model(world, 1, part.device, SHALLOW)
     task = synthetic_songs.make_task(world, 1, part.device)
     batch = synthetic_songs.first_batch(world, model, 1, 16, part.device)
@@ -329,16 +381,25 @@ def resume(part: Part, world: World, scratch: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         first = _resumed_state(part, world, task, batch, folder)
         deterministic = not _unequal(_resumed_state(part, world, task, batch, folder), first)
-    operations = sorted({str(entry.message).split(" does not have")[0] for entry in caught if "deterministic" in str(entry.message)})
+    operations = sorted(
+        {str(entry.message).split(" does not have")[0] for entry in caught if "deterministic" in str(entry.message)}
+    )
     values |= {"differs_between_two_resumes": again != differing, "bit_equal_with_deterministic_kernels": deterministic}
     values |= {"operations_without_deterministic_kernel": operations}
     reason = (
-        "kernels that add in no fixed order" if deterministic else f"no deterministic kernel for {operations or 'an unnamed operation'}"
+        "kernels that add in no fixed order"
+        if deterministic
+        else f"no deterministic kernel for {operations or 'an unnamed operation'}"
     )
-    return {**values, "passed": deterministic, "line": f"{len(differing)} of {len(expected)} tensors differ by default: {reason}"}
+    return {
+        **values,
+        "passed": deterministic,
+        "line": f"{len(differing)} of {len(expected)} tensors differ by default: {reason}",
+    }
 
 
-# --- the numbers of one step, and their differences -------------------------------------------------------------------------------
+# --- the numbers of one step, and their differences
+# -------------------------------------------------------------------------------
 
 Numbers = dict[str, dict[str, Tensor]]
 """embeddings, losses, gradients → group → its numbers, float64 on the CPU."""
@@ -352,10 +413,14 @@ def _step_numbers(model: HTCL, batch: Batch, task: Task, micro_batch_size: int |
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            groups.setdefault(layer_group(name, model.record.model.layers), []).append(parameter.grad.detach().double().cpu().reshape(-1))
+            groups.setdefault(layer_group(name, model.record.model.layers), []).append(
+                parameter.grad.detach().double().cpu().reshape(-1)
+            )
     model.zero_grad()
     return {
-        "embeddings": {name: F.normalize(vectors, dim=1).double().cpu() for name, vectors in (("audio", audio), ("text", text))},
+        "embeddings": {
+            name: F.normalize(vectors, dim=1).double().cpu() for name, vectors in (("audio", audio), ("text", text))
+        },
         "losses": {name: term.detach().double().cpu() for name, term in terms.items()},
         "gradients": {name: torch.cat(parts) for name, parts in groups.items()},
     }
@@ -377,7 +442,10 @@ def layer_group(name: str, layers: int) -> str:
 def _differences(actual: Numbers, expected: Numbers) -> dict[str, dict[str, dict[str, float]]]:
     return {
         kind: {
-            group: {"largest": float((actual[kind][group] - numbers).abs().max()), "relative": _relative(actual[kind][group], numbers)}
+            group: {
+                "largest": float((actual[kind][group] - numbers).abs().max()),
+                "relative": _relative(actual[kind][group], numbers),
+            }
             for group, numbers in groups.items()
         }
         for kind, groups in expected.items()
@@ -392,7 +460,8 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------------------
+# --- attention
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_numbers(layer: Any, x: Tensor, attended: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -422,12 +491,15 @@ def _plain_layer(layer: TransformerLayer) -> Any:
     return forward
 
 
-# --- the release gate ---------------------------------------------------------------------------------------------------------------
+# --- the release gate
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _gate_bounds() -> dict[str, float]:
     """Determinism bounds of the shipped gate for vectors of stored log-mels."""
-    gate = yaml.safe_load(importlib.resources.files("htcl_ray").joinpath("evaluation", "gate.yaml").read_text(encoding="utf-8"))
+    gate = yaml.safe_load(
+        importlib.resources.files("htcl_ray").joinpath("evaluation", "gate.yaml").read_text(encoding="utf-8")
+    )
     prefix = "determinism.semantic."
     bounds = {b["figure"].removeprefix(prefix): b["at_most"] for b in gate["bounds"] if b["figure"].startswith(prefix)}
     return {name: bound for name, bound in bounds.items() if name != "from_audio_difference"}
@@ -436,10 +508,19 @@ def _gate_bounds() -> dict[str, float]:
 def _evaluation_songs(vectors: np.ndarray) -> Songs:
     ids = [f"{i:06d}" for i in range(len(vectors))]
     metadata = pa.table({field.name: pa.nulls(len(ids), field.type) for field in METADATA}, schema=METADATA)
-    return Songs(ids, ids, np.array(["test"] * len(ids)), ids, metadata, {"semantic": vectors}, np.zeros((len(ids), 2), np.float32))
+    return Songs(
+        ids,
+        ids,
+        np.array(["test"] * len(ids)),
+        ids,
+        metadata,
+        {"semantic": vectors},
+        np.zeros((len(ids), 2), np.float32),
+    )
 
 
-# --- resuming -----------------------------------------------------------------------------------------------------------------------
+# --- resuming
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _training_step(model: HTCL, task: Task, world: World, micro_batch_size: int) -> tuple[Step, torch.optim.Optimizer]:
@@ -472,7 +553,11 @@ def _resumed_difference(
 
 
 def _unequal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float((actual[name] - tensor).abs().max()) for name, tensor in expected.items() if not torch.equal(actual[name], tensor)}
+    return {
+        name: float((actual[name] - tensor).abs().max())
+        for name, tensor in expected.items()
+        if not torch.equal(actual[name], tensor)
+    }
 
 
 @contextmanager

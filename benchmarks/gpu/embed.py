@@ -1,4 +1,6 @@
-"""Embedding as `htcl embed` does it: songs/s of full clips in each precision, how far the vectors are from fp32, and text queries/s."""
+"""Embedding as `htcl embed` does it: songs/s of full clips in each precision, how far the vectors are from fp32, and
+text queries/s.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +71,17 @@ def run(part: Part) -> None:
                 for start in range(0, len(chosen), at_once):
                     encoder.encode_texts(chosen[start : start + at_once])
                 rates[name] = len(chosen) / (time.perf_counter() - started)
-            return {**rates, "line": f"{rates['batched']:,.0f} texts/s in batches, {rates['one_by_one']:,.0f}/s one by one (fp32)"}
+            return {
+                **rates,
+                "line": f"{rates['batched']:,.0f} texts/s in batches, {rates['one_by_one']:,.0f}/s one by one (fp32)",
+            }
 
-        part.run({**{f"songs, {precision}": functools.partial(songs, precision) for precision in precisions_of(part)}, "texts": texts})
+        part.run(
+            {
+                **{f"songs, {precision}": functools.partial(songs, precision) for precision in precisions_of(part)},
+                "texts": texts,
+            }
+        )
 
 
 def features_table(world: synthetic_songs.World, songs: int) -> pa.Table:

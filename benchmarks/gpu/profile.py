@@ -1,4 +1,6 @@
-"""The twenty kernels that take most of five training steps of ours, stage 1, full clips. On the CPU: the operations that take most time."""
+"""The twenty kernels that take most of five training steps of ours, stage 1, full clips. On the CPU: the operations
+that take most time.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +51,15 @@ def trace(part: Part, scratch: Path) -> dict[str, Any]:
         seconds[event.name] += (event.time_range.elapsed_us() if part.on_gpu else event.self_cpu_time_total) / 1e6
     total = sum(seconds.values())
     kernels: list[dict[str, Any]] = [
-        {"name": name[:160], "seconds": value, "share": value / total, "calls": calls[name]} for name, value in seconds.most_common(TOP)
+        {"name": name[:160], "seconds": value, "share": value / total, "calls": calls[name]}
+        for name, value in seconds.most_common(TOP)
     ]
     for kernel in kernels:
         milliseconds = 1000 * kernel["seconds"] / STEPS
-        print(f"     {kernel['share']:6.1%}  {milliseconds:9.3f} ms a step  {kernel['calls']:6d} calls  {kernel['name'][:90]}", flush=True)
+        print(
+            f"     {kernel['share']:6.1%}  {milliseconds:9.3f} ms a step  {kernel['calls']:6d} calls  {kernel['name'][:90]}",
+            flush=True,
+        )
     values: dict[str, Any] = {"steps": STEPS, "elapsed_seconds": elapsed, "kernels": kernels}
     if part.on_gpu:
         values["share_of_time_without_gpu_work"] = max(0.0, 1 - busy_seconds(events) / elapsed)

@@ -1,8 +1,9 @@
-"""Training steps of both stages: ours (bf16, micro-batches; compiled on a GPU) next to the published step; and one step split up.
+"""Training steps of both stages: ours (bf16, micro-batches; compiled on a GPU) next to the published step; and one step
+split up.
 
-Songs/s are the median over steps after warm-up, batches loaded before the clock runs. Model TFLOP/s and MFU: `model_flops.forward_flops`
-of the valid frames and tokens, times 3; what padding and micro-batches compute on top is not counted, so both lower the MFU. MFU is
-against the dense bf16 peak for every side, fp32 too, so that rows compare.
+Songs/s are the median over steps after warm-up, batches loaded before the clock runs. Model TFLOP/s and MFU:
+`model_flops.forward_flops` of the valid frames and tokens, times 3; what padding and micro-batches compute on top is
+not counted, so both lower the MFU. MFU is against the dense bf16 peak for every side, fp32 too, so that rows compare.
 """
 
 from __future__ import annotations
@@ -33,12 +34,33 @@ from htcl_ray.training.batches import Batch, BatchLoader, encode
 from htcl_ray.training.optimization import build_optimizer
 
 CASES = [
-    *((1, clips, batch) for clips, batch in [("full", 256), ("full", 32), ("full", 2048), ("mixed", 256), ("full", 8192), ("mixed", 2048)]),
-    *((2, clips, batch) for clips, batch in [("full", 256), ("full", 32), ("full", 2048), ("mixed", 256), ("full", 8192), ("mixed", 2048)]),
+    *(
+        (1, clips, batch)
+        for clips, batch in [
+            ("full", 256),
+            ("full", 32),
+            ("full", 2048),
+            ("mixed", 256),
+            ("full", 8192),
+            ("mixed", 2048),
+        ]
+    ),
+    *(
+        (2, clips, batch)
+        for clips, batch in [
+            ("full", 256),
+            ("full", 32),
+            ("full", 2048),
+            ("mixed", 256),
+            ("full", 8192),
+            ("mixed", 2048),
+        ]
+    ),
     *((2, "mixed", batch) for batch in (32, 8192)),
     *((1, "mixed", batch) for batch in (32, 8192)),
 ]
-"""Stage, clips, rows of the batch; the ones that matter most first, as the time may end. A change of stage makes new models."""
+"""Stage, clips, rows of the batch; the ones that matter most first, as the time may end. A change of stage makes new
+models."""
 TOY_BATCHES = {32: 4, 256: 8, 2048: 12, 8192: 16}
 """On the CPU."""
 SIDES = ("ours", "published bf16", "published fp32")
@@ -57,9 +79,13 @@ def run(part: Part) -> None:
         units: dict[str, Callable[[], dict[str, Any]]] = {}
         for stage, clips, batch in CASES:
             for side in SIDES:
-                units[f"stage {stage}, {clips}, batch {bench.rows(batch)}, {side}"] = bench.unit(stage, clips, batch, side)
+                units[f"stage {stage}, {clips}, batch {bench.rows(batch)}, {side}"] = bench.unit(
+                    stage, clips, batch, side
+                )
             if (clips, batch) == ("full", SPLIT_BATCH):
-                units[f"split of stage {stage}, full, batch {bench.rows(batch)}"] = functools.partial(bench.split, stage)
+                units[f"split of stage {stage}, full, batch {bench.rows(batch)}"] = functools.partial(
+                    bench.split, stage
+                )
         part.run(units)
 
 
@@ -101,7 +127,9 @@ class Bench:
         return self.worlds[clips]
 
     def sides(self, stage: int) -> Sides:
-        """The models and steps of a stage. The published step, in both precisions, gets a text tower of its own, which is not compiled."""
+        """The models and steps of a stage. The published step, in both precisions, gets a text tower of its own, which
+        is not compiled.
+        """
         if self.held is None or self.held.stage != stage:
             self.held = self.batch = None
             gc.collect()
@@ -213,7 +241,11 @@ class Bench:
                 parts["convolutions"] = passes * seconds(lambda: _both_ways([_convolved(encoder, frames)]))
                 tokens = encoder.projection(encoder.projection_norm(encoder.convolutions(frames))).detach()
                 heads = world.config.model.heads
-                q = tokens.new_empty(len(micro), heads, tokens.shape[1] + 1, tokens.shape[2] // heads).normal_().requires_grad_()
+                q = (
+                    tokens.new_empty(len(micro), heads, tokens.shape[1] + 1, tokens.shape[2] // heads)
+                    .normal_()
+                    .requires_grad_()
+                )
                 attended = None if valid is None else F.pad(valid, (1, 0), value=True)[:, None, None, :]
                 once = seconds(lambda: _both_ways([F.scaled_dot_product_attention(q, q, q, attn_mask=attended)]))
                 parts["audio attention (scores and mixing)"] = passes * len(encoder.layers) * once
@@ -236,7 +268,12 @@ class Bench:
         parts["data: copy to the device"] = seconds(lambda: wait_for(loaded.to(device), device))
         shares = {name: value / whole for name, value in parts.items()}
         listed = ", ".join(f"{name} {1000 * value:.1f} ms ({shares[name]:.0%})" for name, value in parts.items())
-        return {"step_seconds": whole, "seconds": parts, "share_of_step": shares, "line": f"step {1000 * whole:.1f} ms: {listed}"}
+        return {
+            "step_seconds": whole,
+            "seconds": parts,
+            "share_of_step": shares,
+            "line": f"step {1000 * whole:.1f} ms: {listed}",
+        }
 
 
 def busy_seconds(events: Any) -> float:

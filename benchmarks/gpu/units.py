@@ -1,4 +1,6 @@
-"""One part of the run as a list of measurements (units): each is recorded when it begins and when it ends, so that nothing is lost."""
+"""One part of the run as a list of measurements (units): each is recorded when it begins and when it ends, so that
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Part:
     def run(self, units: Mapping[str, Unit]) -> None:
         """Take the measurements that no earlier process of this part has begun, one after the other."""
         if not self.on_gpu:
-            torch.set_num_threads(1)  # toy sizes gain nothing from more, and lose much where other processes use the cores
+            torch.set_num_threads(
+                1
+            )  # toy sizes gain nothing from more, and lose much where other processes use the cores
         begun = read_records(self.records, "").keys()
         for name, unit in units.items():
             if name in begun:
@@ -67,7 +71,13 @@ class Part:
                 torch.cuda.empty_cache()
             values["unit_seconds"] = round(time.perf_counter() - started, 2)
             line = values.pop("line", None) or values.get("error") or values.get("skipped") or ""
-            verdict = {True: "ok  ", False: "FAIL"}[values["passed"]] if "passed" in values else "FAIL" if "error" in values else "    "
+            verdict = (
+                {True: "ok  ", False: "FAIL"}[values["passed"]]
+                if "passed" in values
+                else "FAIL"
+                if "error" in values
+                else "    "
+            )
             print(f"{verdict} {self.name}  {name}: {line}  ({values['unit_seconds']:.1f} s)", flush=True)
             self._record({"unit": name, "values": values})
 
@@ -105,7 +115,9 @@ def matrix_precision(precision: Precision) -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Towers in training: bf16 under autocast, which is what a GPU uses by default, or fp32 or TF32 throughout. Losses stay fp32."""
+    """Towers in training: bf16 under autocast, which is what a GPU uses by default, or fp32 or TF32 throughout. Losses
+    stay fp32.
+    """
     before = dict(batches.AUTOCAST)
     batches.AUTOCAST.pop(device.type, None)
     if precision == "bf16":

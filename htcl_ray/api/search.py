@@ -27,7 +27,12 @@ Blend = Annotated[
     ),
 ]
 MaxPerArtist = Annotated[
-    int, Field(ge=1, le=MAX_K, description="At most so many songs of one artist; songs without an artist are not counted together.")
+    int,
+    Field(
+        ge=1,
+        le=MAX_K,
+        description="At most so many songs of one artist; songs without an artist are not counted together.",
+    ),
 ]
 Collapse = Annotated[
     bool,
@@ -37,7 +42,8 @@ Collapse = Annotated[
     ),
 ]
 HalfLife = Annotated[
-    float, Field(gt=0, le=1e6, allow_inf_nan=False, description="Days after which a song that was heard counts half as much.")
+    float,
+    Field(gt=0, le=1e6, allow_inf_nan=False, description="Days after which a song that was heard counts half as much."),
 ]
 TextCoverage = Annotated[
     float,
@@ -77,29 +83,39 @@ class SearchRequest(SearchOptions):
         json_schema_extra={
             "examples": [
                 {"text": "calm ambient piano", "k": 5},
-                {"song_id": "song-0001", "blend": 0.8, "filter": {"genre": ["rock"], "year": {"gte": 1990, "lte": 1999}}},
+                {
+                    "song_id": "song-0001",
+                    "blend": 0.8,
+                    "filter": {"genre": ["rock"], "year": {"gte": 1990, "lte": 1999}},
+                },
                 {"song_ids": ["song-0001", "song-0002"], "negative_song_ids": ["song-0003"], "max_per_artist": 1},
             ]
         },
     )
 
-    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_LENGTH)] | None = Field(None, description="Words to search for.")
+    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_LENGTH)] | None = Field(
+        None, description="Words to search for."
+    )
     song_id: SongId | None = Field(None, description="A song of the index; it is left out of the answer.")
     song_ids: Annotated[list[SongId], Field(min_length=1, max_length=MAX_SEEDS)] | None = Field(
         None, description="Songs of the index, whose mean is searched for; they are left out of the answer."
     )
     negative_song_ids: Annotated[list[SongId], Field(max_length=MAX_SEEDS)] = Field(
-        [], description="Songs of the index that the answer should not be like, with song_id or song_ids; they are left out as well."
+        [],
+        description="Songs of the index that the answer should not be like, with song_id or song_ids; they are left out as well.",
     )
     vector: list[Finite] | None = Field(
-        None, description="2·dim numbers, [semantic ; preference], or dim numbers when the index has no preference vectors."
+        None,
+        description="2·dim numbers, [semantic ; preference], or dim numbers when the index has no preference vectors.",
     )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         given = [name for name in ("text", "song_id", "song_ids", "vector") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of text, song_id, song_ids and vector, but got {' and '.join(given) or 'none of them'}")
+            raise ValueError(
+                f"expected exactly one of text, song_id, song_ids and vector, but got {' and '.join(given) or 'none of them'}"
+            )
         if self.negative_song_ids and given[0] not in ("song_id", "song_ids"):
             raise ValueError(f"negative_song_ids goes with song_id or song_ids, but got it with {given[0]}")
         return self
@@ -125,7 +141,15 @@ class RecommendRequest(SearchOptions):
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={
-            "examples": [{"history": [{"song_id": "song-0001", "weight": 3, "timestamp": 1767225600}, {"song_id": "song-0002"}], "k": 20}]
+            "examples": [
+                {
+                    "history": [
+                        {"song_id": "song-0001", "weight": 3, "timestamp": 1767225600},
+                        {"song_id": "song-0002"},
+                    ],
+                    "k": 20,
+                }
+            ]
         },
     )
 
@@ -147,7 +171,9 @@ class EmbedTextRequest(BaseModel):
 
 
 class EmbeddingResponse(BaseModel):
-    """Where a text or audio lies in the spaces of the index; [semantic ; preference] can be sent as `vector` of a search."""
+    """Where a text or audio lies in the spaces of the index; [semantic ; preference] can be sent as `vector` of a
+    search.
+    """
 
     semantic: list[float] = Field(description="dim numbers, of length 1.")
     preference: list[float] | None = Field(description="dim numbers, of length 1; null without stage 2.")
@@ -158,9 +184,14 @@ class EmbeddingResponse(BaseModel):
     def of(cls, vectors: Vectors, model_versions: ModelVersions) -> Self:
         """Of one row. Raises InputError for vectors not of unit norm."""
         check_unit_norm(vectors, lambda _: "the query", ENCODER_DAMAGED)
-        preference, coverage = (None if part is None else part[0].tolist() for part in (vectors.preference, vectors.text_coverage))
+        preference, coverage = (
+            None if part is None else part[0].tolist() for part in (vectors.preference, vectors.text_coverage)
+        )
         return cls(
-            semantic=vectors.semantic[0].tolist(), preference=preference, text_coverage=coverage, model_versions=dict(model_versions)
+            semantic=vectors.semantic[0].tolist(),
+            preference=preference,
+            text_coverage=coverage,
+            model_versions=dict(model_versions),
         )
 
 
@@ -190,7 +221,9 @@ class Result(Metadata):
 
     score: float = Field(description="(1 - blend) · semantic_score + blend · preference_score")
     semantic_score: float = Field(ge=-1, le=1, description="Cosine in the semantic space.")
-    preference_score: float | None = Field(ge=-1, le=1, description="Cosine in the preference space; null without stage 2.")
+    preference_score: float | None = Field(
+        ge=-1, le=1, description="Cosine in the preference space; null without stage 2."
+    )
     shared_tags: list[str] = Field(description="Tags, genres and moods of the song that the question has as well.")
 
 
@@ -206,7 +239,9 @@ class SearchResponse(BaseModel):
     @classmethod
     def of(cls, answer: Answer, index: str) -> Self:
         """The response that carries an answer."""
-        return cls(results=_results(answer), k=answer.k, blend=answer.blend, index=index, text_coverage=answer.text_coverage)
+        return cls(
+            results=_results(answer), k=answer.k, blend=answer.blend, index=index, text_coverage=answer.text_coverage
+        )
 
 
 class RecommendResponse(SearchResponse):
@@ -218,12 +253,20 @@ class RecommendResponse(SearchResponse):
     def of(cls, answer: Answer, index: str) -> Self:
         """The response that carries an answer."""
         results = _results(answer)
-        return cls(results=results, k=answer.k, blend=answer.blend, index=index, unknown_song_ids=answer.unknown_song_ids)
+        return cls(
+            results=results, k=answer.k, blend=answer.blend, index=index, unknown_song_ids=answer.unknown_song_ids
+        )
 
 
 def _results(answer: Answer) -> list[Result]:
     return [
-        Result(**song, score=hit.score, semantic_score=hit.semantic_score, preference_score=hit.preference_score, shared_tags=tags)
+        Result(
+            **song,
+            score=hit.score,
+            semantic_score=hit.semantic_score,
+            preference_score=hit.preference_score,
+            shared_tags=tags,
+        )
         for hit, song, tags in zip(answer.hits, answer.metadata, answer.shared_tags, strict=True)
     ]
 

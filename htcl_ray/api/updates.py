@@ -21,7 +21,11 @@ class SongMetadata(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={"examples": [{"title": "Blue in Green", "artist": "A Trio", "genre": ["jazz"], "year": 1959, "licence": "CC0"}]},
+        json_schema_extra={
+            "examples": [
+                {"title": "Blue in Green", "artist": "A Trio", "genre": ["jazz"], "year": 1959, "licence": "CC0"}
+            ]
+        },
     )
 
     title: Words | None = None
@@ -37,7 +41,9 @@ class SongMetadata(BaseModel):
 
 
 class SongUpdated(BaseModel):
-    """The update is durable, and in every later answer of this replica; the others follow within `serve.poll_seconds`."""
+    """The update is durable, and in every later answer of this replica; the others follow within
+    `serve.poll_seconds`.
+    """
 
     song_id: str
     update: str = Field(description="Name of the update. Of one song, the update with the greatest name counts.")

@@ -1,10 +1,12 @@
 """Audio file → mono waveform, from files that nobody vouches for.
 
-libsndfile reads WAV, FLAC, Ogg, Opus, MP3, AIFF and their like. What it cannot read goes to FFmpeg, when PyAV is installed, but only under
-the demuxer that the file's first bytes name: probing would let a file pose as a playlist that opens other files and addresses.
+libsndfile reads WAV, FLAC, Ogg, Opus, MP3, AIFF and their like. What it cannot read goes to FFmpeg, when PyAV is
+installed, but only under the demuxer that the file's first bytes name: probing would let a file pose as a playlist that
+opens other files and addresses.
 
-Headers lie, so nothing is allocated from them: audio is read in blocks, averaged to mono and resampled as it comes, and the length is
-what was really decoded. A file that breaks off keeps what came before the break, as a truncated file does, if that is long enough.
+Headers lie, so nothing is allocated from them: audio is read in blocks, averaged to mono and resampled as it comes, and
+the length is what was really decoded. A file that breaks off keeps what came before the break, as a truncated file
+does, if that is long enough.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 UNKNOWN_FRAMES = 1 << 62
 """libsndfile says about 2⁶³ for a header that leaves the length open."""
 LARGEST_SAMPLE = 1e6
-"""Full scale is 1. Float files with values beyond this are damaged, and their power would overflow: such samples count as not finite."""
+"""Full scale is 1. Float files with values beyond this are damaged, and their power would overflow: such samples count
+as not finite."""
 
 
 CODEC_EDGES_SECONDS = 0.2
@@ -98,11 +101,18 @@ class Limits(NamedTuple):
     def check(self, sound: _Sound) -> None:
         """Raise AudioError when the header declares more."""
         if sound.channels > self.channels:
-            raise AudioError(Reason.TOO_MANY_CHANNELS, f"it has {sound.channels} channels; expected at most {self.channels}")
+            raise AudioError(
+                Reason.TOO_MANY_CHANNELS, f"it has {sound.channels} channels; expected at most {self.channels}"
+            )
         if sound.rate > self.sample_rate:
-            raise AudioError(Reason.SAMPLE_RATE_TOO_HIGH, f"its sample rate is {sound.rate} Hz; expected at most {self.sample_rate}")
+            raise AudioError(
+                Reason.SAMPLE_RATE_TOO_HIGH, f"its sample rate is {sound.rate} Hz; expected at most {self.sample_rate}"
+            )
         if sound.seconds is not None and sound.seconds > self.seconds:
-            raise AudioError(Reason.TOO_LONG, f"its header declares {sound.seconds:,.0f} s of audio; expected at most {self.seconds:g}")
+            raise AudioError(
+                Reason.TOO_LONG,
+                f"its header declares {sound.seconds:,.0f} s of audio; expected at most {self.seconds:g}",
+            )
 
 
 class Clip(NamedTuple):
@@ -111,23 +121,31 @@ class Clip(NamedTuple):
     waveform: FloatArray
     """Mono, [samples]."""
     decoded_share: float
-    """Above 0, and 1 when nothing is missing: decoded seconds / seconds that the header declares, neither more than is used of a file.
-    Where a damaged file declares no length, a lower bound."""
+    """Above 0, and 1 when nothing is missing: decoded seconds / seconds that the header declares, neither more than is
+    used of a file. Where a damaged file declares no length, a lower bound."""
 
 
-def decode(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> FloatArray:
-    """The waveform of `decode_clip`: the first `recipe.clip_seconds` of an audio file as mono float32 [samples]; full scale is ±1."""
+def decode(
+    source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None
+) -> FloatArray:
+    """The waveform of `decode_clip`: the first `recipe.clip_seconds` of an audio file as mono float32 [samples]; full
+    scale is ±1.
+    """
     return decode_clip(source, recipe, limits).waveform
 
 
-def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None) -> Clip:
-    """The first `recipe.clip_seconds` of an audio file as mono float32 at `recipe.sample_rate`, and how much of it could be decoded.
+def decode_clip(
+    source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None
+) -> Clip:
+    """The first `recipe.clip_seconds` of an audio file as mono float32 at `recipe.sample_rate`, and how much of it
+    could be decoded.
 
-    `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are averaged, then
-    resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError for a file that cannot be used: its `reason` is
-    audio_not_found, access_denied, unsupported_uri, audio_empty, undecodable, decoder_missing, too_short or not_finite; what exceeds
-    `limits` is too_long, too_many_channels, sample_rate_too_high or decoder_timed_out. Raises StorageError or AccessDeniedError when an
-    object store fails, which says nothing about the file.
+    `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are
+    averaged, then resampled (soxr HQ); single samples that are not finite become 0. Raises AudioError for a file that
+    cannot be used: its `reason` is audio_not_found, access_denied, unsupported_uri, audio_empty, undecodable,
+    decoder_missing, too_short or not_finite; what exceeds `limits` is too_long, too_many_channels, sample_rate_too_high
+    or decoder_timed_out. Raises StorageError or AccessDeniedError when an object store fails, which says nothing about
+    the file.
     """
     with opened(source) as file:
         head = file.read(64)
@@ -141,7 +159,9 @@ def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: Audi
             file = cast(IO[bytes], _UntilDeadline(file, deadline))
         waveform, failure = _Waveform(recipe, limits, deadline), ""
         try:
-            waveform.fill(_read_sndfile(path if isinstance(path, str) else file))  # from a path, it also tries what the name says
+            waveform.fill(
+                _read_sndfile(path if isinstance(path, str) else file)
+            )  # from a path, it also tries what the name says
         except AudioError:  # beyond the limits
             raise
         except Exception as error:  # on broken files: RuntimeError, ValueError, TypeError, MemoryError, …
@@ -151,13 +171,18 @@ def decode_clip(source: str | os.PathLike[str] | bytes | IO[bytes], recipe: Audi
         if failure and waveform.seconds < recipe.min_seconds:
             waveform = _decode_with_ffmpeg(file, head, _Waveform(recipe, limits, deadline), failure)
         if head.startswith(b"OggS") and not waveform.is_full and not _ends_as_ogg(file):
-            waveform.broke_off, waveform.declared_seconds = True, None  # libsndfile takes the length from the last page that there is
+            waveform.broke_off, waveform.declared_seconds = (
+                True,
+                None,
+            )  # libsndfile takes the length from the last page that there is
         waveform.check_time()
     return Clip(waveform.finish(), waveform.decoded_share)
 
 
 class _UntilDeadline(io.RawIOBase):
-    """A file that ends when the CPU time is up: libraries parse what comes before the audio, however much it is, within one call."""
+    """A file that ends when the CPU time is up: libraries parse what comes before the audio, however much it is, within
+    one call.
+    """
 
     def __init__(self, file: IO[bytes], deadline: float) -> None:
         self.file = file
@@ -251,7 +276,9 @@ class _Waveform:
                 return
 
     def check_time(self) -> None:
-        """Raise AudioError when decoding has taken the CPU time that `limits` allow; called for every block and packet and at the end."""
+        """Raise AudioError when decoding has taken the CPU time that `limits` allow; called for every block and packet
+        and at the end.
+        """
         if time.process_time() > self.deadline:
             assert self.limits is not None, "without limits there is no deadline"
             raise AudioError(
@@ -269,13 +296,19 @@ class _Waveform:
             block = np.where(finite, block, np.float32(0))
         self.frames += len(block)
         channels = block.shape[1]
-        mono = np.ascontiguousarray(block[:, 0]) if channels == 1 else block @ np.full(channels, 1 / channels, dtype=np.float32)
+        mono = (
+            np.ascontiguousarray(block[:, 0])
+            if channels == 1
+            else block @ np.full(channels, 1 / channels, dtype=np.float32)
+        )
         self.parts.append(self.resampler.resample_chunk(mono) if self.resampler else mono)
 
     def finish(self) -> FloatArray:
         """The whole waveform; raises AudioError when there is not enough of it."""
         if self.seconds < self.recipe.min_seconds:
-            raise AudioError(Reason.TOO_SHORT, f"{self.seconds:.3f} s were decoded; expected at least {self.recipe.min_seconds} s")
+            raise AudioError(
+                Reason.TOO_SHORT, f"{self.seconds:.3f} s were decoded; expected at least {self.recipe.min_seconds} s"
+            )
         if not self.finite:
             raise AudioError(Reason.NOT_FINITE, "no sample is a finite number")
         if self.resampler:
@@ -330,7 +363,9 @@ def _read_sndfile(file: str | IO[bytes]) -> _Sound:
 
 
 def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failure: str) -> _Waveform:
-    """`waveform`, filled with what FFmpeg makes of a file that libsndfile refused; `failure` is libsndfile's own complaint."""
+    """`waveform`, filled with what FFmpeg makes of a file that libsndfile refused; `failure` is libsndfile's own
+    complaint.
+    """
     found = next((format for format in _SIGNATURES if head[format.offset :].startswith(format.signature)), None)
     if found is None:
         raise AudioError(Reason.UNDECODABLE, failure)
@@ -358,7 +393,8 @@ def _read_ffmpeg(container: Any, waveform: _Waveform, trust_duration: bool) -> _
     """`waveform.lost_seconds` grows by packets that cannot be decoded."""
     import av
 
-    # Interleaved, because PyAV counts a ninth plane in planar frames of 8 channels, and reading that one ends the process.
+    # Interleaved, because PyAV counts a ninth plane in planar frames of 8 channels, and reading that one ends the
+    # process.
     to_floats = av.AudioResampler(format="flt")
 
     def frames() -> Iterator[Any]:

@@ -1,7 +1,8 @@
 """Waveform → log-mel spectrogram: the numbers of librosa, in less than half its time.
 
-Power spectrogram of centred Hann windows, Slaney mel bands, 10·log10 with reference 1.0, floor at max − top_db. What makes it fast: the
-filters are 98 % zeros, so they are applied as a sparse matrix, and frames go through the transform in pieces that stay in the cache.
+Power spectrogram of centred Hann windows, Slaney mel bands, 10·log10 with reference 1.0, floor at max − top_db. What
+makes it fast: the filters are 98 % zeros, so they are applied as a sparse matrix, and frames go through the transform
+in pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ FRAMES_AT_ONCE = 64
 def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) -> FloatArray:
     """Log-mel spectrogram in dB of a waveform, float32 [frames, recipe.n_mels].
 
-    `waveform`: floats with full scale ±1, [samples] or [channels, samples]; channels are averaged, then resampled to the recipe's rate.
-    All of it is used: cutting to `recipe.clip_seconds` is the caller's. Frames: 1 + samples // hop_length. Values lie in
-    [max − top_db, max]. Raises InputError and AudioError as `as_waveform` does, and AudioError when a value is not finite.
+    `waveform`: floats with full scale ±1, [samples] or [channels, samples]; channels are averaged, then resampled to
+    the recipe's rate. All of it is used: cutting to `recipe.clip_seconds` is the caller's. Frames: 1 + samples //
+    hop_length. Values lie in [max − top_db, max]. Raises InputError and AudioError as `as_waveform` does, and
+    AudioError when a value is not finite.
     """
     mono = _as_mono(as_waveform(waveform, sample_rate))
     if sample_rate != recipe.sample_rate:
@@ -47,8 +49,8 @@ def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) ->
 def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
     """An array or tensor of floats [samples] or [channels, samples] as an array, unchanged.
 
-    Raises InputError for other types and shapes, for more channels than samples ([samples, channels], as soundfile reads) and for a sample
-    rate that no audio file may have; AudioError (too_short) when there is no sample.
+    Raises InputError for other types and shapes, for more channels than samples ([samples, channels], as soundfile
+    reads) and for a sample rate that no audio file may have; AudioError (too_short) when there is no sample.
     """
     is_number = isinstance(sample_rate, numbers.Real) and not isinstance(sample_rate, bool)
     if not is_number or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
@@ -63,7 +65,9 @@ def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
             f"the waveform is no array ({str(error).splitlines()[0]}); expected floats, [samples] or [channels, samples]"
         ) from None
     if array.ndim not in (1, 2) or not (np.issubdtype(array.dtype, np.floating) or array.size == 0):
-        raise InputError(f"the waveform is {array.dtype} {list(array.shape)}; expected floats in [-1, 1], [samples] or [channels, samples]")
+        raise InputError(
+            f"the waveform is {array.dtype} {list(array.shape)}; expected floats in [-1, 1], [samples] or [channels, samples]"
+        )
     if not array.size:
         raise AudioError(Reason.TOO_SHORT, f"the waveform is {list(array.shape)} and holds no sample")
     if array.ndim == 2 and array.shape[0] > array.shape[1]:
@@ -76,8 +80,12 @@ def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
 
 
 def _as_mono(waveform: npt.NDArray[np.floating]) -> FloatArray:
-    if not (float(waveform.min()) >= -LARGEST_SAMPLE and float(waveform.max()) <= LARGEST_SAMPLE):  # false when there is a NaN
-        raise AudioError(Reason.NOT_FINITE, f"the waveform holds NaN, or samples beyond ±{LARGEST_SAMPLE:,.0f}; full scale is ±1")
+    if not (
+        float(waveform.min()) >= -LARGEST_SAMPLE and float(waveform.max()) <= LARGEST_SAMPLE
+    ):  # false when there is a NaN
+        raise AudioError(
+            Reason.NOT_FINITE, f"the waveform holds NaN, or samples beyond ±{LARGEST_SAMPLE:,.0f}; full scale is ±1"
+        )
     return np.asarray(waveform if waveform.ndim == 1 else waveform.mean(axis=0), dtype=np.float32)
 
 
@@ -103,7 +111,9 @@ def _hann(size: int) -> FloatArray:
 
 
 @functools.cache
-def _sparse_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float | None) -> scipy.sparse.csr_array:
+def _sparse_filters(
+    sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float | None
+) -> scipy.sparse.csr_array:
     from librosa.filters import mel  # a second and 100 MB that only who computes a spectrogram pays
 
     return scipy.sparse.csr_array(mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max))

@@ -1,7 +1,9 @@
-"""Decoding in child processes, so that an upload that crashes, stalls or swells a decoder costs that process and nothing else.
+"""Decoding in child processes, so that an upload that crashes, stalls or swells a decoder costs that process and
+nothing else.
 
-A process is warm when it gets a file, is used for many, and is replaced when a file ended it. What it answers is checked like any other
-input, because a file may have taken it over. It is given no environment but the paths of libraries, and no open file but its pipes.
+A process is warm when it gets a file, is used for many, and is replaced when a file ended it. What it answers is
+checked like any other input, because a file may have taken it over. It is given no environment but the paths of
+libraries, and no open file but its pipes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ START_SECONDS = 60.0
 FILES_PER_PROCESS = 2_000
 """Then it is replaced: whatever a decoding library leaks goes with it."""
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT")
-SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+SINGLE_THREADED = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
 PIPE_BYTES = 1 << 16
 MAX_DETAIL_BYTES = 100_000
 
@@ -53,8 +60,9 @@ class Decoders:
     ) -> None:
         """Start the processes side by side and wait until they are warm. Raises StepError when one does not start.
 
-        `seconds`: wall-clock time of one file, and of waiting for a free process. `cpu_seconds`: CPU time of one file. `memory_bytes`:
-        what a process may hold in memory. `max_seconds`, `max_channels`, `max_sample_rate` (Hz): what a file may declare.
+        `seconds`: wall-clock time of one file, and of waiting for a free process. `cpu_seconds`: CPU time of one file.
+        `memory_bytes`: what a process may hold in memory. `max_seconds`, `max_channels`, `max_sample_rate` (Hz): what a
+        file may declare.
         """
         limits = Limits(max_seconds, max_channels, max_sample_rate, cpu_seconds)
         told = {"recipe": recipe.model_dump(), "limits": limits._asdict(), "memory_bytes": memory_bytes}
@@ -84,11 +92,12 @@ class Decoders:
             return sorted(process.pid for process in self._processes)
 
     def decode(self, data: bytes) -> FloatArray:
-        """Log-mel [frames, n_mels] in dB of the first `recipe.clip_seconds` of an audio file's bytes, as the catalogue is embedded.
+        """Log-mel [frames, n_mels] in dB of the first `recipe.clip_seconds` of an audio file's bytes, as the catalogue
+        is embedded.
 
-        Equal to `log_mel(decode(data, recipe), …)`. Blocks; may be called from any thread. Raises AudioError: the reasons of `decode` with
-        limits, and decoder_timed_out and decoder_crashed for a file that stalled or ended its process; TimeoutError when no process was
-        free in time, StepError when closed.
+        Equal to `log_mel(decode(data, recipe), …)`. Blocks; may be called from any thread. Raises AudioError: the
+        reasons of `decode` with limits, and decoder_timed_out and decoder_crashed for a file that stalled or ended its
+        process; TimeoutError when no process was free in time, StepError when closed.
         """
         while (process := self._take()).is_dead:  # something outside ended it, and no file is to blame
             self._give_back(process, False)
@@ -118,7 +127,9 @@ class Decoders:
             process.kill()
 
     def _ask(self, process: _Process, data: bytes) -> FloatArray | AudioError:
-        """What the process answers: a log-mel, or why it refuses the file. Raises AudioError when the file ended or stalled it."""
+        """What the process answers: a log-mel, or why it refuses the file. Raises AudioError when the file ended or
+        stalled it.
+        """
         try:
             process.wait_until_warm()
         except StepError as error:
@@ -160,7 +171,9 @@ class Decoders:
                 return future.result()
             with self._lock, contextlib.suppress(ValueError):
                 self._waiting.remove(future)
-            raise TimeoutError(f"no decoding process was free for {self._seconds:g} s; try again, or raise serve.decoders") from None
+            raise TimeoutError(
+                f"no decoding process was free for {self._seconds:g} s; try again, or raise serve.decoders"
+            ) from None
 
     def _give_back(self, process: _Process, intact: bool) -> None:
         process.files += 1
@@ -231,7 +244,9 @@ class _Process:
             self.send(self._told, self._warm_by)
             self.receive(0, self._warm_by)
         except (OSError, EOFError, ValueError) as error:
-            raise StepError(f"the decoding process does not start ({error or type(error).__name__}); its standard error says why") from None
+            raise StepError(
+                f"the decoding process does not start ({error or type(error).__name__}); its standard error says why"
+            ) from None
         self._told = None
 
     def send(self, message: bytes, deadline: float) -> None:
@@ -244,7 +259,9 @@ class _Process:
                 rest = rest[os.write(pipe.fileno(), rest[:PIPE_BYTES]) :]
 
     def receive(self, most: int, deadline: float) -> bytes:
-        """One message. Raises TimeoutError, EOFError when the child is gone, ValueError when the message is longer than `most` bytes."""
+        """One message. Raises TimeoutError, EOFError when the child is gone, ValueError when the message is longer than
+        `most` bytes.
+        """
         length = int.from_bytes(self._read(LENGTH_BYTES, deadline), "big")
         if length > most:
             raise ValueError(f"a message of {length} bytes; expected at most {most}")

@@ -1,8 +1,9 @@
 """The process that decodes one upload after another: bytes on its standard input, log-mels on its standard output.
 
-Started by `htcl_ray.audio.sandbox`; ends when its standard input does. Messages are a length (8 bytes, big endian) and that many bytes.
-First comes the configuration as JSON, answered by an empty message once everything is loaded. Then each file is answered by a JSON
-message, {"frames": of its log-mel} or {"reason", "detail"}, and, for the former, the log-mel as one message of float32.
+Started by `htcl_ray.audio.sandbox`; ends when its standard input does. Messages are a length (8 bytes, big endian) and
+that many bytes. First comes the configuration as JSON, answered by an empty message once everything is loaded. Then
+each file is answered by a JSON message, {"frames": of its log-mel} or {"reason", "detail"}, and, for the former, the
+log-mel as one message of float32.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def main() -> None:
     _write(sink, b"")
     while (data := _read(source)) is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_seconds = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1  # for what takes long within one call of a library
+        cpu_seconds = (
+            math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
+        )  # for what takes long within one call of a library
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
         try:
             mel = log_mel(decode(data, recipe, limits), recipe.sample_rate, recipe)
@@ -66,7 +69,9 @@ def _warm_up(recipe: AudioRecipe) -> None:
     soundfile.write(file, np.zeros(rate, dtype=np.float32), rate, format="FLAC")
     file.seek(0)
     log_mel(soundfile.read(file, dtype="float32")[0], rate, recipe)
-    soxr.ResampleStream(2 * rate, rate, 1, dtype="float32", quality="HQ").resample_chunk(np.zeros(rate, dtype=np.float32), last=True)
+    soxr.ResampleStream(2 * rate, rate, 1, dtype="float32", quality="HQ").resample_chunk(
+        np.zeros(rate, dtype=np.float32), last=True
+    )
     with contextlib.suppress(ImportError):
         import av
 
@@ -81,7 +86,9 @@ def _warm_up(recipe: AudioRecipe) -> None:
 
 
 def _confine(memory_bytes: int) -> None:
-    """Bound what a file can make of this process: no new file or socket, nothing written to disk, no core dump, so much memory."""
+    """Bound what a file can make of this process: no new file or socket, nothing written to disk, no core dump, so much
+    memory.
+    """
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
     with open("/proc/self/statm", encoding="ascii") as file:

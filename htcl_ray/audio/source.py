@@ -61,7 +61,9 @@ def opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[by
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of an object store that ends at the first read error and remembers it: decoders take errors for the end of the audio."""
+    """A file of an object store that ends at the first read error and remembers it: decoders take errors for the end of
+    the audio.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -103,5 +105,7 @@ class _RemoteFile(io.RawIOBase):
 
 def one_line(error: Exception) -> str:
     """What an error of any library says, in at most 200 characters."""
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = (
+        getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    )
     return str(text).splitlines()[0][:200]

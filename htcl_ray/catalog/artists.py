@@ -1,8 +1,10 @@
-"""Artist credits → groups of songs that share an artist, directly or through others: the unit that splits keep together.
+"""Artist credits → groups of songs that share an artist, directly or through others: the unit that splits keep
+together.
 
-A credit is split at ';' and at feat., ft. and featuring. '&', 'and', ',', '+', 'x', 'vs.' and 'with' are also part of names (Simon &
-Garfunkel; Earth, Wind & Fire), so a credit is split at them only when the catalogue credits every part on its own elsewhere. '/' is never
-split. Names are compared by `artist_key`; placeholders such as Various Artists are no artist.
+A credit is split at ';' and at feat., ft. and featuring. '&', 'and', ',', '+', 'x', 'vs.' and 'with' are also part of
+names (Simon & Garfunkel; Earth, Wind & Fire), so a credit is split at them only when the catalogue credits every part
+on its own elsewhere. '/' is never split. Names are compared by `artist_key`; placeholders such as Various Artists are
+no artist.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import pyarrow.compute as pc
 
 _FEATURED = re.compile(r"\s*[(\[]?\s*(?<!\w)(?:feat|ft|featuring)(?:\.\s*|\s+)", re.IGNORECASE)
 _JOINED = re.compile(r"\s*,\s*(?:(?:and|&)\s+)?|\s+(?:&|and|\+|x|×|vs\.?|with)\s+", re.IGNORECASE)
-_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe", "’": "'", "‐": "-"})
+_LETTERS = str.maketrans(
+    {"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe", "’": "'", "‐": "-"}
+)
 _PLACEHOLDERS = frozenset(
     (
         "various artists",
@@ -53,7 +57,8 @@ _PLACEHOLDERS = frozenset(
 
 
 def artist_key(name: str) -> str:
-    """Equal for spellings of one name: case, white space, punctuation, Unicode form and Latin, Greek or Cyrillic diacritics do not count.
+    """Equal for spellings of one name: case, white space, punctuation, Unicode form and Latin, Greek or Cyrillic
+    diacritics do not count.
 
     A name of nothing but punctuation is its own key.
     """
@@ -69,7 +74,9 @@ def is_placeholder(key: str) -> bool:
 
 
 def credits_of(cell: str | None) -> list[str]:
-    """Names of one artist cell as it writes them, split at ';' and featured guests: at least the parts that are certain."""
+    """Names of one artist cell as it writes them, split at ';' and featured guests: at least the parts that are
+    certain.
+    """
     names = []
     for entry in (cell or "").split(";"):
         first, *guests = _FEATURED.split(entry)
@@ -99,10 +106,11 @@ def _joined_parts(name: str, known: set[str]) -> list[str]:
 
 
 def artist_groups(artists: pa.ChunkedArray, duplicate_groups: pa.ChunkedArray | None = None) -> pa.Array:
-    """Group of each song: songs that share a credited artist or a duplicate group, and all that these connect, have one.
+    """Group of each song: songs that share a credited artist or a duplicate group, and all that these connect, have
+    one.
 
-    A group is named after the first of its artists, `artist:<key>`, or without any after the first of its duplicate groups,
-    `recording:<group>`; null for a song that has neither. Connected components on integer arrays.
+    A group is named after the first of its artists, `artist:<key>`, or without any after the first of its duplicate
+    groups, `recording:<group>`; null for a song that has neither. Connected components on integer arrays.
     """
     coded = artists.combine_chunks().dictionary_encode()
     keys = credited_keys(coded.dictionary.to_pylist())
@@ -121,7 +129,9 @@ def artist_groups(artists: pa.ChunkedArray, duplicate_groups: pa.ChunkedArray | 
     from scipy import sparse
     from scipy.sparse.csgraph import connected_components
 
-    count, component = connected_components(sparse.coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(size, size)), directed=False)
+    count, component = connected_components(
+        sparse.coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(size, size)), directed=False
+    )
     first_label = np.full(count, len(label_names))
     np.minimum.at(first_label, component[: len(label_names)], np.arange(len(label_names)))
     return pa.array([*label_names, None], pa.string()).take(pa.array(first_label[component[len(label_names) :]]))

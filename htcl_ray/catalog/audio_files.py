@@ -30,10 +30,12 @@ THREADS = 16
 
 
 def sizes_and_times(paths: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Size in bytes (or MISSING, DENIED, UNSUPPORTED) and modification time in ns of each path or URI, int64 [paths, 2].
+    """Size in bytes (or MISSING, DENIED, UNSUPPORTED) and modification time in ns of each path or URI, int64 [paths,
+    2].
 
-    Local files are read one by one; of an object store each folder is listed once. Raises AccessDeniedError for a folder of an object store
-    that may not be listed, StorageError when storage fails otherwise: neither is a property of the songs.
+    Local files are read one by one; of an object store each folder is listed once. Raises AccessDeniedError for a
+    folder of an object store that may not be listed, StorageError when storage fails otherwise: neither is a property
+    of the songs.
     """
     found = np.full((len(paths), 2), MISSING, dtype=np.int64)
     local: list[tuple[int, str]] = []
@@ -80,7 +82,9 @@ def _stat(path: str) -> tuple[int, int]:
 
 
 def _list(folder: str) -> dict[str, tuple[int, int]] | None:
-    """Size and time by name of the files directly in a folder of an object store; None when its URI is of no supported kind."""
+    """Size and time by name of the files directly in a folder of an object store; None when its URI is of no supported
+    kind.
+    """
     try:
         filesystem, inner = open_filesystem(folder)
     except WorkspaceError:

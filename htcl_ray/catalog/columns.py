@@ -1,7 +1,8 @@
 """Convert columns of any Arrow type to the types that the package works with.
 
-A blank cell (null, white space, NaN, an empty list) becomes null, and so does a cell that cannot be read: an object where a text is
-expected, bytes that are not UTF-8, `ca. 1990` as a year. `unreadable` tells the two apart, so that the second kind can be counted.
+A blank cell (null, white space, NaN, an empty list) becomes null, and so does a cell that cannot be read: an object
+where a text is expected, bytes that are not UTF-8, `ca. 1990` as a year. `unreadable` tells the two apart, so that the
+second kind can be counted.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def as_ids(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def as_lists(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Lists of strings: lists as they are, anything else split at ';'. A list with an object or a list in it is unreadable."""
+    """Lists of strings: lists as they are, anything else split at ';'. A list with an object or a list in it is
+    unreadable.
+    """
     array = _one_array(column)
     cells = _values(array) if _is_nested(array.type) or _is_json(array.type) else as_strings(array).to_pylist()
     return pa.array([_parts(cell) or None for cell in cells], pa.list_(pa.string()))
@@ -82,9 +85,11 @@ def as_numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 EARLIEST_SECONDS = 315_532_800
-"""1980-01-01. Smaller numbers are no times of a music service: days, minutes or years since some date, or positions in a file."""
+"""1980-01-01. Smaller numbers are no times of a music service: days, minutes or years since some date, or positions in
+a file."""
 LATEST_SECONDS = 4_102_444_800
-"""2100-01-01. Numbers of seconds, milliseconds, microseconds and nanoseconds between both do not overlap, nor do compact dates."""
+"""2100-01-01. Numbers of seconds, milliseconds, microseconds and nanoseconds between both do not overlap, nor do
+compact dates."""
 TOLERANCE_SECONDS = 86_400
 """How far in the future a time may be: clocks are wrong, and times without a zone are taken as UTC."""
 EPOCH_UNITS = {"epoch seconds": 1, "epoch milliseconds": 10**3, "epoch microseconds": 10**6, "epoch nanoseconds": 10**9}
@@ -100,8 +105,9 @@ def as_epoch_seconds(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float
 def read_times(column: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Epoch seconds, float64 [rows], and how each was written, an index of TIME_FORMS.
 
-    Read are dates and times of Arrow, ISO 8601 (extended, or basic such as 20240131 and 20240131T120000), and epoch seconds,
-    milliseconds, microseconds or nanoseconds; without a zone they are UTC. NaN where there is no time between 1980 and tomorrow.
+    Read are dates and times of Arrow, ISO 8601 (extended, or basic such as 20240131 and 20240131T120000), and epoch
+    seconds, milliseconds, microseconds or nanoseconds; without a zone they are UTC. NaN where there is no time between
+    1980 and tomorrow.
     """
     array = _one_array(column)
     kind = array.type
@@ -132,13 +138,17 @@ _ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?)?Z?$"
 
 
 def _compact_seconds(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Epoch seconds of the basic form of ISO 8601 without "T", 20240131, 202401311200 or 20240131120000; NaN for other numbers."""
+    """Epoch seconds of the basic form of ISO 8601 without "T", 20240131, 202401311200 or 20240131120000; NaN for other
+    numbers.
+    """
     seconds = np.full(numbers.size, np.nan)
     for digits in (8, 12, 14):
         scale = 10 ** (digits - 4)
         rows = np.flatnonzero((numbers >= 1980 * scale) & (numbers < 2100 * scale) & (numbers == np.floor(numbers)))
         parts = numbers[rows].astype(np.int64) * 10 ** (14 - digits)
-        year, month, day, hour, minute, second = (parts // 10**p % (10**4 if p == 10 else 100) for p in (10, 8, 6, 4, 2, 0))
+        year, month, day, hour, minute, second = (
+            parts // 10**p % (10**4 if p == 10 else 100) for p in (10, 8, 6, 4, 2, 0)
+        )
         start = (year - 1970).astype("datetime64[Y]").astype("datetime64[M]") + np.clip(month - 1, 0, 11)
         date_ = start.astype("datetime64[D]") + (day - 1)
         valid = (
@@ -188,7 +198,9 @@ def _as_strings(column: pa.Array | pa.ChunkedArray, text_of: Callable[[Any], str
 
 
 def _cast(array: pa.Array) -> pa.Array | None:
-    """Strings by a cast of Arrow, or None for types whose cells are converted one by one. Raises ArrowException for invalid UTF-8."""
+    """Strings by a cast of Arrow, or None for types whose cells are converted one by one. Raises ArrowException for
+    invalid UTF-8.
+    """
     kind = array.type
     if pa.types.is_floating(kind):
         array = pc.if_else(pc.is_finite(array), array, pa.scalar(None, kind))
@@ -255,7 +267,13 @@ def _text(value: Any) -> str | None:
     if isinstance(value, Decimal):
         return format(value.to_integral_value() if value == value.to_integral_value() else value, "f")
     if isinstance(value, float):
-        return None if not math.isfinite(value) else str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+        return (
+            None
+            if not math.isfinite(value)
+            else str(int(value))
+            if value.is_integer() and abs(value) < 2**53
+            else str(value)
+        )
     if isinstance(value, str | bytes):
         try:  # bytes may be in another encoding, strings of JSON may have lone surrogates
             return value.decode() if isinstance(value, bytes) else value.encode().decode()

@@ -17,12 +17,26 @@ from htcl_ray.workspace.credentials import without_credentials
 
 
 def rejected_rows(
-    song_ids: Sequence[str | None], rows: Sequence[int | None], source: str, reason: Reason, details: Sequence[str] | str
+    song_ids: Sequence[str | None],
+    rows: Sequence[int | None],
+    source: str,
+    reason: Reason,
+    details: Sequence[str] | str,
 ) -> pa.Table:
     """Rows of the quarantine table; `details` is one text for each row or one for all."""
-    details = [without_credentials(detail) for detail in ([details] * len(rows) if isinstance(details, str) else details)]
-    columns = [list(song_ids), list(rows), [without_credentials(source)] * len(rows), [reason.value] * len(rows), details]
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, QUARANTINE, strict=True)], schema=QUARANTINE)
+    details = [
+        without_credentials(detail) for detail in ([details] * len(rows) if isinstance(details, str) else details)
+    ]
+    columns = [
+        list(song_ids),
+        list(rows),
+        [without_credentials(source)] * len(rows),
+        [reason.value] * len(rows),
+        details,
+    ]
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, QUARANTINE, strict=True)], schema=QUARANTINE
+    )
 
 
 def count_reasons(rejected: pa.Table) -> dict[str, int]:
@@ -51,7 +65,9 @@ class NullCells:
         rows = np.flatnonzero(unreadable(column, converted))
         if rows.size:
             self.counts[name] += rows.size
-            self.examples.setdefault(name, f"{example(column, int(rows[0]))} in row {first_row + rows[0]} of {without_credentials(source)}")
+            self.examples.setdefault(
+                name, f"{example(column, int(rows[0]))} in row {first_row + rows[0]} of {without_credentials(source)}"
+            )
 
     def __str__(self) -> str:
         found = "; ".join(f"{name} {count:,}, e.g. {self.examples[name]}" for name, count in self.counts.most_common())
@@ -70,7 +86,9 @@ def examples(rejected: pa.Table) -> dict[str, str]:
 
 
 def check_share(what: str, counts: Mapping[str, int], rows: int, largest: float, where: str, example: str = "") -> None:
-    """Raise InputError when more than the share `largest` of a table's rows was rejected. `where`: the quarantine table, written before."""
+    """Raise InputError when more than the share `largest` of a table's rows was rejected. `where`: the quarantine
+    table, written before.
+    """
     rejected = sum(counts.values())
     if rows and rejected / rows > largest:
         such = f", for instance {example}" if example else ""

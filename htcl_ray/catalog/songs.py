@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import as_ids, as_lists, as_strings, as_years, example, unreadable
 from htcl_ray.catalog.quarantine import NullCells, rejected_rows
-from htcl_ray.catalog.tables import UNREADABLE_ROW, TableFile, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.catalog.tables import (
+    UNREADABLE_ROW,
+    TableFile,
+    column_names,
+    read_part,
+    rename,
+    renamed,
+    table_files,
+    table_parts,
+)
 from htcl_ray.catalog.text import song_text
 from htcl_ray.config.sections import DataSettings, nearest
 from htcl_ray.errors import TableError
@@ -33,7 +42,8 @@ SONGS = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
-"""`audio_path` is absolute or a URI; `split` is null unless the catalogue says it; `source` and `row` are where the song came from."""
+"""`audio_path` is absolute or a URI; `split` is null unless the catalogue says it; `source` and `row` are where the
+song came from."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,15 @@ class Catalog:
 def read_catalog(settings: DataSettings) -> Catalog:
     """Read and check the tables of `data.catalog`.
 
-    Rejected are rows that cannot be parsed, and rows without song id, without audio path, with an unknown value in the split column, or
-    without any text, because such a song can neither be learned from nor found by text. Raises TableError when a table cannot be used at
-    all: missing, empty, without a song_id or audio_path column, without any text column, or with one song_id twice.
+    Rejected are rows that cannot be parsed, and rows without song id, without audio path, with an unknown value in the
+    split column, or without any text, because such a song can neither be learned from nor found by text. Raises
+    TableError when a table cannot be used at all: missing, empty, without a song_id or audio_path column, without any
+    text column, or with one song_id twice.
     """
     if not settings.catalog:
-        raise TableError("no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and audio_path")
+        raise TableError(
+            "no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and audio_path"
+        )
     files = table_files(settings.catalog)
     for file in files:
         _check_columns(file, settings)
@@ -86,7 +99,9 @@ def _check_columns(file: TableFile, settings: DataSettings) -> None:
             )
     for name in settings.text_columns:
         if name not in names and name not in CATALOG_COLUMNS:
-            raise TableError(f"data.text_columns names '{name}', but the catalogue {file.path} has no such column; {nearest(name, names)}")
+            raise TableError(
+                f"data.text_columns names '{name}', but the catalogue {file.path} has no such column; {nearest(name, names)}"
+            )
     if not set(settings.text_columns) & set(names):
         raise TableError(
             f"the catalogue {file.path} has none of the text columns ({', '.join(settings.text_columns)}); "
@@ -105,12 +120,18 @@ def _check_rows(
     """Songs and rejected rows of one batch."""
     columns: dict[str, pa.Array] = {"song_id": as_ids(table["song_id"]), "audio_path": as_strings(table["audio_path"])}
     columns["text"] = _texts(table, settings.text_columns)
-    columns["split"] = as_strings(table[settings.split_column]) if settings.split_column else pa.nulls(table.num_rows, pa.string())
+    columns["split"] = (
+        as_strings(table[settings.split_column]) if settings.split_column else pa.nulls(table.num_rows, pa.string())
+    )
     for field in METADATA:
-        columns[field.name] = _metadata(table, field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        columns[field.name] = (
+            _metadata(table, field.name) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        )
     for name in dict.fromkeys([*METADATA.names, *settings.text_columns]):
         if name in table.column_names:
-            null_cells.add(name, table[name], columns[name] if name in columns else as_strings(table[name]), file.path, first_row)
+            null_cells.add(
+                name, table[name], columns[name] if name in columns else as_strings(table[name]), file.path, first_row
+            )
     columns["source"] = pa.array([file.path] * table.num_rows, pa.string())
     columns["row"] = pa.array(range(first_row, first_row + table.num_rows), pa.int64())
 
@@ -122,9 +143,13 @@ def _check_rows(
             if (reasons[row] or (None,))[0] is missing:
                 reasons[row] = missing, f"{name} cannot be read as text: {example(table[name], int(row))}"
     bad = [
-        rejected_rows([columns["song_id"][i].as_py()], [first_row + i], file.path, *reason) for i, reason in enumerate(reasons) if reason
+        rejected_rows([columns["song_id"][i].as_py()], [first_row + i], file.path, *reason)
+        for i, reason in enumerate(reasons)
+        if reason
     ]
-    columns["audio_path"] = pa.array([_resolve(path, file.folder) for path in columns["audio_path"].to_pylist()], pa.string())
+    columns["audio_path"] = pa.array(
+        [_resolve(path, file.folder) for path in columns["audio_path"].to_pylist()], pa.string()
+    )
     keep = pa.array([reason is None for reason in reasons], pa.bool_())
     return pa.table([columns[name] for name in SONGS.names], names=SONGS.names).filter(keep).cast(SONGS), bad
 
@@ -149,7 +174,9 @@ def _why_rejected(cells: Mapping[str, Any], settings: DataSettings) -> tuple[Rea
 
 def _texts(table: pa.Table, names: Sequence[str]) -> pa.Array:
     present = [name for name in names if name in table.column_names]
-    cells = [(_metadata(table, name) if name in METADATA.names else as_strings(table[name])).to_pylist() for name in present]
+    cells = [
+        (_metadata(table, name) if name in METADATA.names else as_strings(table[name])).to_pylist() for name in present
+    ]
     return pa.array([song_text(values) for values in zip(*cells, strict=True)], pa.string())
 
 

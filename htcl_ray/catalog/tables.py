@@ -1,8 +1,9 @@
-"""Read the user's tables: Parquet, CSV, JSON Lines or Arrow IPC, one file or a folder of them, from a disk or object storage.
+"""Read the user's tables: Parquet, CSV, JSON Lines or Arrow IPC, one file or a folder of them, from a disk or object
+storage.
 
-CSV cells are read as strings, so the id "007" keeps its zeros; `columns` converts them. Every batch of a file has the same columns, also
-where a row or a batch of JSON Lines lacks some of the keys. Tables are read a batch at a time, and a large Parquet file in several parts,
-so that no process needs to hold a log.
+CSV cells are read as strings, so the id "007" keeps its zeros; `columns` converts them. Every batch of a file has the
+same columns, also where a row or a batch of JSON Lines lacks some of the keys. Tables are read a batch at a time, and a
+large Parquet file in several parts, so that no process needs to hold a log.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ PART_ROWS = 1 << 20
 CSV_BLOCK_BYTES = 1 << 24
 """A row must fit in one block; lyrics are long."""
 UNREADABLE_ROW = "(unreadable row)"
-"""Extra column of a batch in which some rows cannot be parsed: the reason, null for the other rows. All cells of such a row are null."""
+"""Extra column of a batch in which some rows cannot be parsed: the reason, null for the other rows. All cells of such a
+row are null."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class TablePart:
 def table_files(paths: Sequence[str]) -> list[TableFile]:
     """The files of tables, in a stable order; a folder stands for every table file below it. Raises TableError.
 
-    Below a folder, files and folders whose names begin with "." or "_" are skipped: checkpoints of Jupyter, uncommitted output of Spark,
-    the log of a Delta table.
+    Below a folder, files and folders whose names begin with "." or "_" are skipped: checkpoints of Jupyter, uncommitted
+    output of Spark, the log of a Delta table.
     """
     return [file for path in paths for file in _files_of(path)]
 
@@ -94,7 +96,11 @@ def _files_of(path: str) -> list[TableFile]:
             return [_table_file(path, info)]
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
     relative = {posixpath.relpath(item.path, inner): item for item in below if item.type == pafs.FileType.File}
-    files = [_table_file(_join(path, name), item) for name, item in sorted(relative.items()) if _format_of(name) and not _is_hidden(name)]
+    files = [
+        _table_file(_join(path, name), item)
+        for name, item in sorted(relative.items())
+        if _format_of(name) and not _is_hidden(name)
+    ]
     if not files:
         raise TableError(f"the folder {path} holds no table; expected files that end in {', '.join(FORMATS)}")
     return files
@@ -181,7 +187,8 @@ def _column_names(file: TableFile) -> list[str]:
 def read_part(part: TablePart, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
     """Batches of a part, each with the number of its first row in the file. Raises TableError.
 
-    Every batch has the same columns, those of `column_names` or of them `columns`, and UNREADABLE_ROW where rows cannot be parsed.
+    Every batch has the same columns, those of `column_names` or of them `columns`, and UNREADABLE_ROW where rows cannot
+    be parsed.
     """
     row = part.first_row
     with _named_errors(part.file):
@@ -191,7 +198,9 @@ def read_part(part: TablePart, columns: Sequence[str] | None = None) -> Iterator
 
 
 def rename(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-    """Give columns our names: `columns` maps ours to theirs. Theirs stay too, and a column that already had our name gives way."""
+    """Give columns our names: `columns` maps ours to theirs. Theirs stay too, and a column that already had our name
+    gives way.
+    """
     for ours, theirs in columns.items():
         if theirs in table.column_names and ours != theirs:
             data = table[theirs]
@@ -207,7 +216,9 @@ def renamed(names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
 
 
 def check_renames(names: Sequence[str], columns: Mapping[str, str]) -> None:
-    """Raise TableError when `data.columns` points to a column that none of the tables has; `names` are those of all tables."""
+    """Raise TableError when `data.columns` points to a column that none of the tables has; `names` are those of all
+    tables.
+    """
     for ours, theirs in columns.items():
         if theirs not in names:
             raise TableError(
@@ -260,8 +271,12 @@ def _open_stream(file: TableFile) -> pa.NativeFile:
     return filesystem.open_input_stream(inner)  # decompresses by the name
 
 
-def _open_csv(stream: pa.NativeFile, bad: dict[int, str], convert: pacsv.ConvertOptions | None = None) -> pacsv.CSVStreamingReader:
-    """A reader that leaves out rows with another number of cells than the header, and notes them in `bad`: row → reason."""
+def _open_csv(
+    stream: pa.NativeFile, bad: dict[int, str], convert: pacsv.ConvertOptions | None = None
+) -> pacsv.CSVStreamingReader:
+    """A reader that leaves out rows with another number of cells than the header, and notes them in `bad`: row →
+    reason.
+    """
 
     def skip(row: pacsv.InvalidRow) -> str:
         bad[row.number - 2] = (
@@ -300,7 +315,9 @@ def _read_csv(file: TableFile, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def _with_bad_rows(table: pa.Table, bad: Mapping[int, str], start: int) -> pa.Table:
-    """Put the rows that the reader left out back in their places, as rows of nulls, in a table that begins at row `start` of the file."""
+    """Put the rows that the reader left out back in their places, as rows of nulls, in a table that begins at row
+    `start` of the file.
+    """
     end, inside = start + table.num_rows, list[int]()
     for row in sorted(row for row in bad if row >= start):
         if row <= end:
@@ -336,14 +353,20 @@ def _json_rows(file: TableFile) -> Iterator[dict[str, Any] | str]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            yield row if isinstance(row, dict) else f"line {number} is not a JSON object; expected one row a line (JSON Lines)"
+            yield (
+                row
+                if isinstance(row, dict)
+                else f"line {number} is not a JSON object; expected one row a line (JSON Lines)"
+            )
 
 
 def _json_column(values: list[Any]) -> pa.Array:
     """Arrow's own type where all values share one that is flat, else the cells as JSON."""
     with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeError):  # strings among numbers; a lone surrogate
         array = pa.array(values)
-        if not pa.types.is_nested(array.type) or (pa.types.is_list(array.type) and not pa.types.is_nested(array.type.value_type)):
+        if not pa.types.is_nested(array.type) or (
+            pa.types.is_list(array.type) and not pa.types.is_nested(array.type.value_type)
+        ):
             return array
     cells = [None if value is None else _json_text(value) for value in values]
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array(cells, pa.string()))

@@ -11,5 +11,9 @@ def song_text(values: Sequence[Any]) -> str:
 
     Columns are separated by "; ", the values of a multi-valued one by ", ". Runs of white space become one space.
     """
-    cells = (", ".join(str(item) for item in value) if isinstance(value, list) else str(value) for value in values if value is not None)
+    cells = (
+        ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        for value in values
+        if value is not None
+    )
     return "; ".join(text for text in (" ".join(cell.split()) for cell in cells) if text)

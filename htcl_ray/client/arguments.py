@@ -1,4 +1,5 @@
-"""Arguments of the clients' calls as JSON holds them: numbers and arrays of NumPy, pandas and PyTorch become Python's own.
+"""Arguments of the clients' calls as JSON holds them: numbers and arrays of NumPy, pandas and PyTorch become Python's
+own.
 
 Each check takes a value and the name that an ArgumentError gives it, and returns what is sent.
 """
@@ -103,7 +104,9 @@ def audio(value: Any, name: str = "audio") -> Any:
 def file_content(value: Any) -> bytes:
     """What a file of audio gave."""
     if not isinstance(value, bytes | bytearray | memoryview):
-        raise ArgumentError(f"audio is a file that gives {_kind(value)}; expected one that is open for reading bytes (mode 'rb')")
+        raise ArgumentError(
+            f"audio is a file that gives {_kind(value)}; expected one that is open for reading bytes (mode 'rb')"
+        )
     return bytes(value)
 
 
@@ -128,8 +131,12 @@ def _json(value: Any, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The Python value of a number or array of NumPy, pandas or PyTorch; of dates, which would become nanoseconds, and all else itself."""
-    if str(getattr(value, "dtype", "")).startswith(("datetime64", "timedelta64")) or not callable(getattr(value, "tolist", None)):
+    """The Python value of a number or array of NumPy, pandas or PyTorch; of dates, which would become nanoseconds, and
+    all else itself.
+    """
+    if str(getattr(value, "dtype", "")).startswith(("datetime64", "timedelta64")) or not callable(
+        getattr(value, "tolist", None)
+    ):
         return value
     return value.tolist()
 

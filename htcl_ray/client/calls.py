@@ -79,7 +79,11 @@ class Call(Generic[Given]):
         if self.audio is None:
             return {"params": self.parameters, **({} if self.body is None else {"json": self.body})}
         name, data = _read(self.audio)
-        return {"params": self.parameters, "data": _fields(self.body or {}), "files": {"file": (name, data, "application/octet-stream")}}
+        return {
+            "params": self.parameters,
+            "data": _fields(self.body or {}),
+            "files": {"file": (name, data, "application/octet-stream")},
+        }
 
 
 def search(
@@ -112,7 +116,9 @@ def search_audio(audio: Audio, **options: Unpack[Options]) -> Call[SearchRespons
     return Call("POST", "/v1/search/audio", SearchResponse, _checked(options), arguments.audio(audio))
 
 
-def recommend(history: Sequence[Heard | str], *, half_life_days: float = 30.0, **options: Unpack[Options]) -> Call[RecommendResponse]:
+def recommend(
+    history: Sequence[Heard | str], *, half_life_days: float = 30.0, **options: Unpack[Options]
+) -> Call[RecommendResponse]:
     """Songs for a listener who played these, without them."""
     body = {
         "history": arguments.each(_played, history, "history"),
@@ -143,7 +149,9 @@ def similar(song_id: str, **options: Unpack[Options]) -> Call[SearchResponse]:
 
 
 def put_song(song_id: str, audio: Audio | None = None, metadata: Mapping[str, Any] | None = None) -> Call[SongUpdated]:
-    """Add or change a song: its audio, its metadata (which replaces all of the song's metadata), or both. Needs a key that may write."""
+    """Add or change a song: its audio, its metadata (which replaces all of the song's metadata), or both. Needs a key
+    that may write.
+    """
     given = None if metadata is None else arguments.mapping(metadata, "metadata")
     if audio is None:
         return Call("PUT", _of(song_id), SongUpdated, given)
@@ -153,7 +161,8 @@ def put_song(song_id: str, audio: Audio | None = None, metadata: Mapping[str, An
 def delete_song(song_id: str) -> Call[SongUpdated]:
     """Remove a song. Needs a key that may write.
 
-    RequestError 404 when the index does not hold it, which may also be because the response to a first request was lost.
+    RequestError 404 when the index does not hold it, which may also be because the response to a first request was
+    lost.
     """
     return Call("DELETE", _of(song_id), SongUpdated)
 
@@ -180,11 +189,15 @@ def alive() -> Call[Alive]:
 
 def _of(song_id: str) -> str:
     escaped = quote(arguments.song_id(song_id, "song_id"), safe="")
-    return f"/v1/songs/{escaped if escaped.strip('.') else escaped.replace('.', '%2E')}"  # '..' would be the folder above
+    return (
+        f"/v1/songs/{escaped if escaped.strip('.') else escaped.replace('.', '%2E')}"  # '..' would be the folder above
+    )
 
 
 def _checked(options: Options) -> dict[str, Any]:
-    """The options as JSON holds them, without those that are None. Raises ArgumentError, also for one that does not exist."""
+    """The options as JSON holds them, without those that are None. Raises ArgumentError, also for one that does not
+    exist.
+    """
     for name in options:
         if name not in OPTIONS:
             raise arguments.unknown(name, OPTIONS)
@@ -207,7 +220,9 @@ def _fields(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:
-    """A file's name, of which only the suffix matters, and its bytes. Raises ArgumentError, and OSError for a file that cannot be read."""
+    """A file's name, of which only the suffix matters, and its bytes. Raises ArgumentError, and OSError for a file that
+    cannot be read.
+    """
     if isinstance(audio, bytes | bytearray | memoryview):
         return "audio", bytes(audio)
     name = Path(audio if isinstance(audio, str | Path) else str(getattr(audio, "name", ""))).name

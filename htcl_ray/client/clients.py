@@ -48,17 +48,24 @@ def _awaiting(build: Callable[Asked, Call[Given]]) -> Callable[Concatenate[Async
 class Common(Generic[Http]):
     """What both clients are made with.
 
-    `url`: of the application, `http://127.0.0.1:8000`; `key`: an API key, where one is needed, without the white space around it;
-    `timeout`: seconds that the server may take for one response, or None; `options`: of httpx's client, such as `verify`, `transport` or
-    `trust_env=False`, which ignores the proxies that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY).
+    `url`: of the application, `http://127.0.0.1:8000`; `key`: an API key, where one is needed, without the white space
+    around it; `timeout`: seconds that the server may take for one response, or None; `options`: of httpx's client, such
+    as `verify`, `transport` or `trust_env=False`, which ignores the proxies that the environment names (HTTP_PROXY,
+    HTTPS_PROXY, ALL_PROXY, NO_PROXY).
 
-    Calls raise ArgumentError for an argument that cannot be sent, as the constructor does, RequestError for what the server refuses,
-    NoAnswerError when there is no response, and OSError for audio that cannot be read. What may pass by itself is sent again as `retries`
-    says: every call gives the same when it is sent twice.
+    Calls raise ArgumentError for an argument that cannot be sent, as the constructor does, RequestError for what the
+    server refuses, NoAnswerError when there is no response, and OSError for audio that cannot be read. What may pass by
+    itself is sent again as `retries` says: every call gives the same when it is sent twice.
     """
 
     def __init__(
-        self, url: str, *, key: str | None = None, timeout: float | None = TIMEOUT_SECONDS, retries: Retries | None = None, **options: Any
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        timeout: float | None = TIMEOUT_SECONDS,
+        retries: Retries | None = None,
+        **options: Any,
     ) -> None:
         if not isinstance(retries, Retries | None):
             raise ArgumentError(f"retries is a {type(retries).__name__}; expected Retries(attempts=…)")
@@ -71,7 +78,9 @@ class Common(Generic[Http]):
         try:
             self._http: Http = self._open(**given)
         except (ImportError, TypeError, ValueError, httpx.InvalidURL) as error:
-            raise ArgumentError(f"the client cannot be made with {', '.join(options) or 'its arguments'}: {error}") from None
+            raise ArgumentError(
+                f"the client cannot be made with {', '.join(options) or 'its arguments'}: {error}"
+            ) from None
 
     def _open(self, **options: Any) -> Http:
         raise NotImplementedError
@@ -88,7 +97,9 @@ class Common(Generic[Http]):
 
 
 class Client(Common[httpx.Client]):
-    """For threads; several may share one. Close it, or use it as a context manager. What it is made with: see `Common`."""
+    """For threads; several may share one. Close it, or use it as a context manager. What it is made with: see
+    `Common`.
+    """
 
     def _open(self, **options: Any) -> httpx.Client:
         return httpx.Client(**options)
@@ -200,7 +211,9 @@ def _authorization(key: str | None) -> dict[str, str]:
         raise ArgumentError(f"key is a {type(key).__name__}; expected the API key as a text")
     stripped = key.strip()
     if not re.fullmatch("[!-~]+", stripped):
-        raise ArgumentError("key holds characters that no API key has; expected printable ASCII characters without spaces inside")
+        raise ArgumentError(
+            "key holds characters that no API key has; expected printable ASCII characters without spaces inside"
+        )
     return {"Authorization": f"Bearer {stripped}"}
 
 
@@ -214,12 +227,16 @@ def _timeout(timeout: Any) -> Any:
 
 
 def _proxy(url: httpx.URL, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of httpx for the proxy that the environment names for this server alone: httpx opens those of all servers, needed or not.
+    """Options of httpx for the proxy that the environment names for this server alone: httpx opens those of all
+    servers, needed or not.
 
-    Raises ArgumentError when that proxy cannot be used. The message does not show its address, which may hold a password.
+    Raises ArgumentError when that proxy cannot be used. The message does not show its address, which may hold a
+    password.
     """
     proxies = getproxies()
-    direct = "*" in re.split(r"[,\s]+", proxies.get("no", "")) or proxy_bypass(url.netloc.decode()) or proxy_bypass(url.host)
+    direct = (
+        "*" in re.split(r"[,\s]+", proxies.get("no", "")) or proxy_bypass(url.netloc.decode()) or proxy_bypass(url.host)
+    )
     proxy = None if direct else proxies.get(url.scheme) or proxies.get("all")
     if not proxy:  # the files of certificates that the environment names still count
         verify = httpx.create_ssl_context(options.get("verify", True), options.get("cert"), trust_env=True)

@@ -1,4 +1,6 @@
-"""What the client gives back. The server's own models, which load FAISS, have the same fields; what a later server adds is ignored."""
+"""What the client gives back. The server's own models, which load FAISS, have the same fields; what a later server adds
+is ignored.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Song(Answered):
 
 
 class Result(Answered):
-    """One song of an answer. Scores are cosines, and `score` = (1 - blend) · semantic_score + blend · preference_score."""
+    """One song of an answer. Scores are cosines, and `score` = (1 - blend) · semantic_score + blend ·
+    preference_score.
+    """
 
     song_id: str
     title: str | None = None

@@ -14,13 +14,22 @@ from htcl_ray.client.arguments import number, whole_number
 from htcl_ray.errors import ArgumentError
 
 AGAIN = frozenset({429, 503})
-BROKEN = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
+BROKEN = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.ReadError,
+    httpx.WriteError,
+    httpx.CloseError,
+    httpx.RemoteProtocolError,
+)
 """Failures of the connection. That the server took too long is none: to ask again would make it longer."""
 
 
 @dataclass(frozen=True)
 class Retries:
-    """Waits as long as the server says with Retry-After, and otherwise twice as long each time; always a random part more or less."""
+    """Waits as long as the server says with Retry-After, and otherwise twice as long each time; always a random part
+    more or less.
+    """
 
     attempts: int = 5
     """Requests at most; 1 sends none again."""
@@ -57,9 +66,13 @@ class Attempts:
             return None
         told = retry_after(outcome) if isinstance(outcome, httpx.Response) else None
         if told is None:
-            wait = min(self._retries.first_wait * 2 ** (self._done - 1), self._retries.longest_wait) * random.uniform(0.5, 1)
+            wait = min(self._retries.first_wait * 2 ** (self._done - 1), self._retries.longest_wait) * random.uniform(
+                0.5, 1
+            )
         else:
-            wait = told + random.uniform(0, self._retries.first_wait)  # so that all who were told the same do not come back at once
+            wait = told + random.uniform(
+                0, self._retries.first_wait
+            )  # so that all who were told the same do not come back at once
         late = time.monotonic() - self._begun + wait > self._retries.seconds
         return None if late else wait
 

@@ -58,8 +58,9 @@ class Capacity:
 def capacity() -> Capacity:
     """What the cluster that this process is connected to can become.
 
-    The autoscaler's configuration says it; it lies on the head node, where a submitted job runs. Ray itself tells nobody, so where that
-    file is out of reach (on Kubernetes, or in a driver elsewhere) the nodes that are there are counted, and `grows` is None.
+    The autoscaler's configuration says it; it lies on the head node, where a submitted job runs. Ray itself tells
+    nobody, so where that file is out of reach (on Kubernetes, or in a driver elsewhere) the nodes that are there are
+    counted, and `grows` is None.
     """
     import ray
 
@@ -73,13 +74,17 @@ def capacity() -> Capacity:
 
 
 def from_autoscaling_config(config: Mapping[str, Any], alive: Sequence[Resources]) -> Capacity:
-    """The capacity of a cluster whose head runs `ray start --autoscaling-config` with this; the head is counted as it is.
+    """The capacity of a cluster whose head runs `ray start --autoscaling-config` with this; the head is counted as it
+    is.
 
     A configuration that does not state the resources of every type of node says as little as none.
     """
     types = config.get("available_node_types") or {}
     most = int(config.get("max_workers", 0))
-    added = {name: int(kind.get("max_workers", 0 if name == config.get("head_node_type") else most)) for name, kind in types.items()}
+    added = {
+        name: int(kind.get("max_workers", 0 if name == config.get("head_node_type") else most))
+        for name, kind in types.items()
+    }
     if not types or not all(types[name].get("resources") for name, count in added.items() if count):
         return nodes_that_are_there(alive, grows=None)
     head = tuple(node for node in alive if HEAD_RESOURCE in node)
@@ -98,14 +103,18 @@ def worker_resources(settings: StageSettings, use_gpu: bool) -> dict[str, float]
 
 
 def use_gpu(settings: StageSettings, found: Capacity) -> bool:
-    """Whether a stage trains on GPUs: as it says, and by itself when the cluster has, or can get, one for each worker."""
+    """Whether a stage trains on GPUs: as it says, and by itself when the cluster has, or can get, one for each
+    worker.
+    """
     if settings.accelerator != "auto":
         return settings.accelerator == "gpu"
     return found.workers_that_fit(worker_resources(settings, use_gpu=True)) >= settings.num_workers
 
 
 def check_fits(step: str, settings: StageSettings, found: Capacity) -> int:
-    """How many runs of a stage the cluster can hold at a time. Raises ConfigError when it can never hold one, which would wait for ever."""
+    """How many runs of a stage the cluster can hold at a time. Raises ConfigError when it can never hold one, which
+    would wait for ever.
+    """
     each = worker_resources(settings, use_gpu(settings, found))
     workers = found.workers_that_fit(each)
     if workers < settings.num_workers and found.grows is not None:

@@ -1,6 +1,7 @@
 """Connecting to Ray, and keeping its noise out of the terminal.
 
-Ray's own logs go to files, whose folder is printed once. What a person should see of remote work arrives through `progress_lines`.
+Ray's own logs go to files, whose folder is printed once. What a person should see of remote work arrives through
+`progress_lines`.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from htcl_ray.workspace.storage import storage_errors, storage_failure
 
 
 def connect(config: Config, metrics_port: int | None = None) -> None:
-    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this machine.
+    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this
+    machine.
 
     A private cluster listens on loopback only. `metrics_port`: of its Prometheus exporter; default a free one.
     """
     if "ray" not in sys.modules:
-        # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and they would refuse
-        # their own driver. Unset, both sides choose tokens by themselves.
+        # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and
+        # they would refuse their own driver. Unset, both sides choose tokens by themselves.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # Its remark that there are many processes for few CPUs comes past every other switch; training's waiting processes are meant.
+        # Its remark that there are many processes for few CPUs comes past every other switch; training's waiting
+        # processes are meant.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
@@ -57,8 +60,12 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with _loopback_only() if address == "local" else contextlib.nullcontext():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only)
-    except Exception as error:  # of many types: no cluster there, a node that does not start in time, a folder that cannot be written
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only
+            )
+    except (
+        Exception
+    ) as error:  # of many types: no cluster there, a node that does not start in time, a folder that cannot be written
         ray.shutdown()
         if failure := storage_failure(error, f"Ray's folder {local_only.get('_temp_dir', 'for temporary files')}"):
             raise failure from error
@@ -70,7 +77,11 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
             ) from error
         raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
     _quiet_ray_data()
-    session = ray._private.worker.global_worker.node.get_session_dir_path() if address == "local" else "the cluster's head node"
+    session = (
+        ray._private.worker.global_worker.node.get_session_dir_path()
+        if address == "local"
+        else "the cluster's head node"
+    )
     print(
         f"Ray: {'private cluster on this machine' if address == 'local' else without_credentials(address)}; its logs are in {session}",
         flush=True,
@@ -79,7 +90,8 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
 
 @contextlib.contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Let a cluster that starts here have the address 127.0.0.1, as on macOS: other machines reach none of its ports then.
+    """Let a cluster that starts here have the address 127.0.0.1, as on macOS: other machines reach none of its ports
+    then.
 
     Ray reads the variable in every process of the cluster, and has read it here when it was imported.
     """
@@ -108,7 +120,9 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
     except OSError as error:
-        raise StepError(f"cannot connect to Ray at '{address}': {error.strerror or error}; check ray.address or RAY_ADDRESS") from error
+        raise StepError(
+            f"cannot connect to Ray at '{address}': {error.strerror or error}; check ray.address or RAY_ADDRESS"
+        ) from error
 
 
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -117,7 +131,8 @@ SOCKET_PATH_BYTES = 103
 
 
 def ray_folder() -> str:
-    """Folder of a private cluster's sessions: in this user's private folder, since Ray lets every user write into a session.
+    """Folder of a private cluster's sessions: in this user's private folder, since Ray lets every user write into a
+    session.
 
     That is below RAY_TMPDIR or TMPDIR, as in Ray, or below /tmp when socket paths would be too long.
     """
@@ -140,8 +155,8 @@ def address_of(config: Config) -> str:
 def refuse_relative_paths(config: Config) -> None:
     """Raise ConfigError when something would be written relative to the working directory of a job on another machine.
 
-    That directory is temporary, so the workspace, or MLflow's file, would vanish with it. So is that of a task, in which `serve deploy`
-    builds the application.
+    That directory is temporary, so the workspace, or MLflow's file, would vanish with it. So is that of a task, in
+    which `serve deploy` builds the application.
     """
     if address_of(config) == "local" and not _in_task():
         return

@@ -20,7 +20,8 @@ def use_peer_addresses() -> None:
 
 
 def keep_internal_port_private() -> None:
-    """On a node that listens on loopback only, bind the replica's gRPC server to it as well; Ray binds it to all addresses.
+    """On a node that listens on loopback only, bind the replica's gRPC server to it as well; Ray binds it to all
+    addresses.
 
     Called in a constructor: the server starts after it.
     """
@@ -37,7 +38,9 @@ def keep_internal_port_private() -> None:
 
 
 def exposed_host(configured: str) -> str:
-    """The address on which Ray Serve accepts requests, when it runs and other machines reach that; otherwise `configured`."""
+    """The address on which Ray Serve accepts requests, when it runs and other machines reach that; otherwise
+    `configured`.
+    """
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     if not ray.is_initialized():
@@ -51,7 +54,9 @@ def exposed_host(configured: str) -> str:
 
 
 def mute_shutdown() -> None:
-    """Every regular shutdown of Serve makes the raylet report that the controller, which ends itself, was killed during a call."""
+    """Every regular shutdown of Serve makes the raylet report that the controller, which ends itself, was killed during
+    a call.
+    """
     from ray._private.ray_logging import stdout_deduplicator
 
     stdout_deduplicator.skip_re = re.compile(r"ServeController\.graceful_shutdown failed")

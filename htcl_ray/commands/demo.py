@@ -94,7 +94,9 @@ def _sample_folder(workspace: Workspace) -> Path:
 def _start_over(workspace: Workspace) -> None:
     present = workspace.children("")
     if present and not workspace.exists("sample"):
-        raise ConfigError(f"the workspace {workspace.uri} holds {', '.join(present)} and no demo; --fresh removes only what a demo made")
+        raise ConfigError(
+            f"the workspace {workspace.uri} holds {', '.join(present)} and no demo; --fresh removes only what a demo made"
+        )
     for name in MADE_BY_DEMO:
         workspace.remove(name)
 
@@ -115,11 +117,16 @@ def _ask(config: Config, workspace: Workspace, index: str) -> StepResult:
 
     started = time.monotonic()
     upload = sorted((_sample_folder(workspace) / "audio").glob("*.wav"), key=lambda path: -path.stat().st_size)[0]
-    with serving(config.with_overrides({"serve.port": 0}), index) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with (
+        serving(config.with_overrides({"serve.port": 0}), index) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
         print(f"the application answers at {url}", flush=True)
         by_text = _answer(client.post("/v1/search", json={"text": TEXT_QUERY, "k": 3}))
         _show(f'POST /v1/search "{TEXT_QUERY}"', by_text)
-        by_audio = _answer(client.post("/v1/search/audio", files={"file": (upload.name, upload.read_bytes())}, data={"k": "3"}))
+        by_audio = _answer(
+            client.post("/v1/search/audio", files={"file": (upload.name, upload.read_bytes())}, data={"k": "3"})
+        )
         _show(f"POST /v1/search/audio {upload.name}", by_audio)
         song = by_text[0]["song_id"]
         similar = _answer(client.get(f"/v1/songs/{song}/similar", params={"k": 3}))
@@ -129,7 +136,9 @@ def _ask(config: Config, workspace: Workspace, index: str) -> StepResult:
 
 def _answer(response: httpx.Response) -> list[dict]:
     if response.status_code != 200:
-        raise StepError(f"{response.request.method} {response.request.url} answered {response.status_code}: {response.text[:300]}")
+        raise StepError(
+            f"{response.request.method} {response.request.url} answered {response.status_code}: {response.text[:300]}"
+        )
     return response.json()["results"]
 
 
@@ -147,7 +156,11 @@ def _summary(results: list[StepResult], workspace: Workspace, report: str, accep
     for result in results:
         took = "already done" if result.skipped else f"{result.seconds:.1f} s"
         table.add_row(
-            result.step, took, result.summary, result.location.removeprefix(f"{workspace.uri}/"), end_section=result.step == "gate"
+            result.step,
+            took,
+            result.summary,
+            result.location.removeprefix(f"{workspace.uri}/"),
+            end_section=result.step == "gate",
         )
     table.add_row("all", f"{sum(result.seconds for result in results):.1f} s", "", "")
     console = Console()

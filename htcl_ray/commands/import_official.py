@@ -1,4 +1,6 @@
-"""`htcl import-official`: the authors' `model-N.pth` → a model folder, which may lie where the other steps of a workspace find it."""
+"""`htcl import-official`: the authors' `model-N.pth` → a model folder, which may lie where the other steps of a
+workspace find it.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ SPACES = {1: "semantic", 2: "preference"}
 def import_official(config: Config, file: Path, folder: str, stage: int, parent: str | None = None) -> None:
     """Write the model `folder`, whole or not at all, and print what it is and what to do with it.
 
-    `config.audio` is how the log-mels that the weights were trained on were made, `config.text.name_or_path` the tokenizer. `parent`:
-    the version of the stage-1 model of the same workspace that a stage-2 model grew from.
+    `config.audio` is how the log-mels that the weights were trained on were made, `config.text.name_or_path` the
+    tokenizer. `parent`: the version of the stage-1 model of the same workspace that a stage-2 model grew from.
     """
     space = SPACES[stage]
     if "://" in folder:
-        raise WorkspaceError(f"OUT is {folder}; expected a local folder: import into one, then copy it where you want it")
+        raise WorkspaceError(
+            f"OUT is {folder}; expected a local folder: import into one, then copy it where you want it"
+        )
     out = Path(os.path.abspath(os.path.expanduser(folder)))
     in_workspace = _check_place(config, out, stage, parent)
 
@@ -36,7 +40,11 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
     beside = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         model.save_pretrained(beside)
-        files = {path.relative_to(beside).as_posix(): file_sha256(path) for path in sorted(beside.rglob("*")) if path.is_file()}
+        files = {
+            path.relative_to(beside).as_posix(): file_sha256(path)
+            for path in sorted(beside.rglob("*"))
+            if path.is_file()
+        }
         record = model.record.model_dump(mode="json")
         text = record["text"]["settings"] if record["text"] else config.model_dump(mode="json")["text"]
         manifest = build_manifest(
@@ -53,7 +61,11 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
         shutil.rmtree(beside, ignore_errors=True)
 
     settings, recipe = model.record.model, model.recipe
-    kind = f"stage-{stage} model" if model.record.text is not None else f"audio encoder alone (stage {stage}), which cannot read words"
+    kind = (
+        f"stage-{stage} model"
+        if model.record.text is not None
+        else f"audio encoder alone (stage {stage}), which cannot read words"
+    )
     print(f"imported: {kind}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters → {out}")
     print(
         f"  audio    {settings.layers} layers, width {settings.width}, {settings.dim} dimensions; first {recipe.clip_seconds:g} s at ",
@@ -61,11 +73,17 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
     )
     print(f"{recipe.sample_rate} Hz, padded to {recipe.max_frames} frames as the authors do")
     if model.record.text is not None:
-        where = "in the folder" if model.text_encoder.loaded_tokenizer is not None else "loaded when words are first embedded"
+        where = (
+            "in the folder"
+            if model.text_encoder.loaded_tokenizer is not None
+            else "loaded when words are first embedded"
+        )
         print(f"  text     {model.record.text.transformer['num_hidden_layers']} layers; tokenizer {tokenizer}, {where}")
     if in_workspace:
         workspace = without_credentials(config.workspace)
-        print(f"next: htcl embed --workspace {workspace} --model {out.name}, on features made with the same audio settings")
+        print(
+            f"next: htcl embed --workspace {workspace} --model {out.name}, on features made with the same audio settings"
+        )
     else:
         print(f'next: HTCL.from_pretrained("{out}").embed_audio(waveform, sample_rate) in Python; ', end="")
         print(f"or give WORKSPACE/models/{space}/NAME as OUT, and the steps of that workspace find it")
@@ -79,13 +97,19 @@ def _check_place(config: Config, out: Path, stage: int, parent: str | None) -> b
     models = Path(workspace.uri) / "models"
     inside = workspace.is_local and out.parent.parent == models and out.parent.name in SPACES.values()
     if inside and out.parent.name != SPACES[stage]:
-        raise WorkspaceError(f"{out.parent} is for the other stage; expected {models / SPACES[stage] / out.name} for stage {stage}")
+        raise WorkspaceError(
+            f"{out.parent} is for the other stage; expected {models / SPACES[stage] / out.name} for stage {stage}"
+        )
     if parent is not None and not (inside and stage == 2):
-        raise ConfigError(f"--parent is for a stage-2 model in a workspace; expected --stage 2 and OUT below {models / 'preference'}")
+        raise ConfigError(
+            f"--parent is for a stage-2 model in a workspace; expected --stage 2 and OUT below {models / 'preference'}"
+        )
     if inside and stage == 2:
         known = [name for name, _ in workspace.finished("models/semantic")]
         if parent not in known:
             given = "needs --parent" if parent is None else f"has no stage-1 model '{parent}' as --parent"
             listed = ", ".join(known) or "none yet: import or train stage 1 first"
-            raise WorkspaceError(f"a stage-2 model in the workspace {workspace.uri} {given}; its stage-1 models: {listed}")
+            raise WorkspaceError(
+                f"a stage-2 model in the workspace {workspace.uri} {given}; its stage-1 models: {listed}"
+            )
     return inside

@@ -43,7 +43,12 @@ def search(
     else:
         answer = service.search_text(text or "", **options)
     if as_json:
-        tree = {"k": answer.k, "blend": answer.blend, "text_coverage": answer.text_coverage, "results": _results(answer)}
+        tree = {
+            "k": answer.k,
+            "blend": answer.blend,
+            "text_coverage": answer.text_coverage,
+            "results": _results(answer),
+        }
         print(json.dumps(tree, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=2))
     else:
         _print(answer)
@@ -67,7 +72,9 @@ def _warn(answer: Answer) -> None:
             if coverage
             else "knows nothing of this text, so the songs are arbitrary"
         )
-        print(f"warning: the text model {knows}; try other words, or search by a song or an audio file", file=sys.stderr)
+        print(
+            f"warning: the text model {knows}; try other words, or search by a song or an audio file", file=sys.stderr
+        )
 
 
 def _results(answer: Answer) -> list[dict]:

@@ -1,7 +1,7 @@
 """A complete run: built once from a preset, an optional YAML file and `--set` overrides (later wins), printable whole.
 
-It is recorded in the manifest of everything that a step writes. Ray Tune changes a run through the same `with_overrides`. The sections
-and their keys are in config/sections/.
+It is recorded in the manifest of everything that a step writes. Ray Tune changes a run through the same
+`with_overrides`. The sections and their keys are in config/sections/.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Config(Settings):
 
     preset: str = "paper"
     workspace: str = "./workspace"
-    """Where everything that a step writes lies; local path, s3:// or gs://. Relative paths, here and in every other key and in a
-    configuration file, are relative to the working directory of the command."""
+    """Where everything that a step writes lies; local path, s3:// or gs://. Relative paths, here and in every other key
+    and in a configuration file, are relative to the working directory of the command."""
     license: str = Field("unknown", pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")
-    """License of the models that are trained, named in their model cards: an identifier of the Hugging Face hub such as `apache-2.0` or
-    `cc-by-nc-4.0`; `unknown` until somebody has decided, `other` for terms of your own."""
+    """License of the models that are trained, named in their model cards: an identifier of the Hugging Face hub such as
+    `apache-2.0` or `cc-by-nc-4.0`; `unknown` until somebody has decided, `other` for terms of your own."""
     data: DataSettings = DataSettings()
     audio: AudioRecipe = AudioRecipe()
     pairs: PairSettings = PairSettings()
@@ -74,7 +74,9 @@ class Config(Settings):
     def _check(self) -> Self:
         window, clip = self.model.window_seconds, self.audio.clip_seconds
         if window is not None and window > clip:
-            raise ValueError(f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), or null for whole clips")
+            raise ValueError(
+                f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), or null for whole clips"
+            )
         for name, stage in (("pretrain", self.pretrain), ("finetune", self.finetune)):
             if stage.freeze_audio_layers > self.model.layers:
                 raise ValueError(
@@ -96,10 +98,12 @@ class Config(Settings):
         return _validate(tree)
 
     def with_absolute_paths(self) -> Config:
-        """The same run from any working directory: relative paths become absolute, relative to the working directory of this process.
+        """The same run from any working directory: relative paths become absolute, relative to the working directory of
+        this process.
 
-        Every command calls this once, where it starts; workers and trials run in folders of their own. `text.name_or_path` is a path when
-        there is such a folder. Raises ConfigError for a URI whose credentials were left out when the configuration was written.
+        Every command calls this once, where it starts; workers and trials run in folders of their own.
+        `text.name_or_path` is a path when there is such a folder. Raises ConfigError for a URI whose credentials were
+        left out when the configuration was written.
         """
         for key, value in _texts(self.model_dump()):
             if lacks_credentials(value):
@@ -125,15 +129,18 @@ class Config(Settings):
         return self.with_overrides(changes)
 
     def as_yaml(self) -> str:
-        """The whole configuration without the credentials of its URIs; saved, it is a file for `--config` that repeats the run."""
+        """The whole configuration without the credentials of its URIs; saved, it is a file for `--config` that repeats
+        the run.
+        """
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def resolve(preset: str | None = None, file: str | Path | None = None, assignments: Iterable[str] = ()) -> Config:
     """Preset, then file, then `key=value` assignments; later wins.
 
-    The preset is `preset`, else the one that the file names, else `paper`. Values are texts that the type of their key converts: `yes` is
-    true of a switch and a column's name in data.columns. Lists and sections are YAML: `a.b=[1, 2]`, `a={b: 1}`. Raises ConfigError.
+    The preset is `preset`, else the one that the file names, else `paper`. Values are texts that the type of their key
+    converts: `yes` is true of a switch and a column's name in data.columns. Lists and sections are YAML: `a.b=[1, 2]`,
+    `a={b: 1}`. Raises ConfigError.
     """
     from_file = _read_yaml(str(file)) if file is not None else {}
     name = preset or from_file.get("preset") or "paper"
@@ -169,7 +176,8 @@ def _loader(resolvers: Mapping[str, str]) -> type[yaml.SafeLoader]:
 
 _TEXTS = {"null": "~|null|Null|NULL|", "merge": "<<"}
 _TextLoader = _loader(_TEXTS)
-"""For values whose key has a type, which converts their text. YAML 1.1 reads `yes`, `064`, `1:30` and `2024-01-01` as something else."""
+"""For values whose key has a type, which converts their text. YAML 1.1 reads `yes`, `064`, `1:30` and `2024-01-01` as
+something else."""
 _ScalarLoader = _loader(
     {
         **_TEXTS,
@@ -202,7 +210,9 @@ def _assigned_value(key: str, text: str, assignment: str) -> Any:
     wanted = _type_of(key)
     if not text or (text in NULLS and not _admits(wanted, str, without=NoneType)):
         return None
-    if (text.startswith("[") and _admits(wanted, tuple, Dimension)) or (text.startswith("{") and _admits(wanted, dict, Settings)):
+    if (text.startswith("[") and _admits(wanted, tuple, Dimension)) or (
+        text.startswith("{") and _admits(wanted, dict, Settings)
+    ):
         try:
             return _parse(text, key)
         except yaml.YAMLError as error:
@@ -242,7 +252,9 @@ BATCH_SIZES = ("batch_size", "batch_size_per_worker")
 
 @contextmanager
 def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
-    """Within this, a layer of the configuration is applied: the size of a batch that it gives replaces the other one of a layer before."""
+    """Within this, a layer of the configuration is applied: the size of a batch that it gives replaces the other one of
+    a layer before.
+    """
     stages = [tree[name] for name in ("pretrain", "finetune")]
     before = [{key: stage[key] for key in BATCH_SIZES} for stage in stages]
     for stage in stages:
@@ -298,12 +310,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"the configuration file {path} holds a {type(tree).__name__}; expected keys such as 'pretrain:'")
+        raise ConfigError(
+            f"the configuration file {path} holds a {type(tree).__name__}; expected keys such as 'pretrain:'"
+        )
     return tree
 
 
 FREE_FORM = ("data.columns", "tune.space")
-"""Sections whose keys are the user's rather than ours, and may have dots; one that is given whole replaces the one before."""
+"""Sections whose keys are the user's rather than ours, and may have dots; one that is given whole replaces the one
+before."""
 
 
 def _parts(dotted: str) -> list[str]:
@@ -342,7 +357,9 @@ def _set_leaf(section: dict[str, Any], leaf: str, value: Any, dotted: str) -> No
     if leaf not in section and not free:
         _refuse(dotted, section, prefix, leaf)
     if isinstance(section.get(leaf), dict) and not isinstance(value, Mapping) and not free:
-        raise ConfigError(f"'{dotted}' is a section; expected one of its keys: {', '.join(section[leaf]) or 'key=value'}")
+        raise ConfigError(
+            f"'{dotted}' is a section; expected one of its keys: {', '.join(section[leaf]) or 'key=value'}"
+        )
     section[leaf] = value
 
 

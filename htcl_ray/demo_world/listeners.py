@@ -1,8 +1,9 @@
-"""Who listens: users with tastes over what the text names and over what it does not, and the log that an imperfect recommender leaves.
+"""Who listens: users with tastes over what the text names and over what it does not, and the log that an imperfect
+recommender leaves.
 
-A visit starts with a song that the user picks (the trigger); the service recommends a few songs from it: by chance, but more of what is
-popular, more of the trigger's genre, and a little more of what suits the user, as other users' choices would tell it. The user answers
-each.
+A visit starts with a song that the user picks (the trigger); the service recommends a few songs from it: by chance, but
+more of what is popular, more of the trigger's genre, and a little more of what suits the user, as other users' choices
+would tell it. The user answers each.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ def simulate(world: World, tastes: Tastes) -> Log:
 
 
 def _draw(log_weight: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """For each row, `count` columns without replacement, with these log weights (Gumbel top-k): [rows, count], in drawn order."""
+    """For each row, `count` columns without replacement, with these log weights (Gumbel top-k): [rows, count], in drawn
+    order.
+    """
     noisy = log_weight + rng.gumbel(size=log_weight.shape)
     top = np.argpartition(-noisy, count - 1, axis=1)[:, :count]
     order = np.argsort(-np.take_along_axis(noisy, top, axis=1), axis=1)

@@ -1,8 +1,9 @@
 """What the players play: a song's traits as notes and drum hits.
 
-The genre sets drums, bass line, how chords are broken up and which progressions are used; the mood sets scale, register, articulation,
-how many notes the melody has, how hard the drums are hit, tempo and a part of its own. The lead instrument plays the melody, the backing
-instrument accompanies in its own way. Everything is around C, so that a small model can learn from few songs.
+The genre sets drums, bass line, how chords are broken up and which progressions are used; the mood sets scale,
+register, articulation, how many notes the melody has, how hard the drums are hit, tempo and a part of its own. The lead
+instrument plays the melody, the backing instrument accompanies in its own way. Everything is around C, so that a small
+model can learn from few songs.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ BACKINGS = {
     "harp": ("xxxxxxxx", 2.0, 72, "broken"),
     "accordion": ("..x...x.", 1.8, 64, "block"),
 }
-"""How each backing instrument accompanies, whatever the genre: pattern, note length in sixteenths, MIDI pitch, style."""
+"""How each backing instrument accompanies, whatever the genre: pattern, note length in sixteenths, MIDI pitch,
+style."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,55 @@ class Mood:
 
 MOODS = {
     "happy": Mood(
-        (112, 124), (0, 2, 4, 5, 7, 9, 11), 5, (2, 2, 2, 4), 0.1, 0.45, 3, 0.9, "..x...x...x.x...", "whistle", 1.2, 88, (0, 2, 4, 2)
+        (112, 124),
+        (0, 2, 4, 5, 7, 9, 11),
+        5,
+        (2, 2, 2, 4),
+        0.1,
+        0.45,
+        3,
+        0.9,
+        "..x...x...x.x...",
+        "whistle",
+        1.2,
+        88,
+        (0, 2, 4, 2),
     ),
-    "sad": Mood((64, 74), (0, 2, 3, 5, 7, 8, 10), -3, (6, 8, 8), 0.0, 1.0, 1, 0.7, "x.......", "cello", 8.5, 52, (4, 3, 2, 1)),
-    "calm": Mood((74, 84), (0, 2, 4, 6, 7, 9, 11), 0, (6, 8, 12), 0.15, 1.0, 2, 0.45, "x...............", "soft pad", 17, 67, (0,)),
-    "dark": Mood((88, 100), (0, 1, 3, 5, 7, 8, 10), -7, (3, 3, 6), 0.1, 0.9, 2, 0.9, "x...............", "growl", 16, 33, (0, 1)),
+    "sad": Mood(
+        (64, 74), (0, 2, 3, 5, 7, 8, 10), -3, (6, 8, 8), 0.0, 1.0, 1, 0.7, "x.......", "cello", 8.5, 52, (4, 3, 2, 1)
+    ),
+    "calm": Mood(
+        (74, 84),
+        (0, 2, 4, 6, 7, 9, 11),
+        0,
+        (6, 8, 12),
+        0.15,
+        1.0,
+        2,
+        0.45,
+        "x...............",
+        "soft pad",
+        17,
+        67,
+        (0,),
+    ),
+    "dark": Mood(
+        (88, 100), (0, 1, 3, 5, 7, 8, 10), -7, (3, 3, 6), 0.1, 0.9, 2, 0.9, "x...............", "growl", 16, 33, (0, 1)
+    ),
     "energetic": Mood(
-        (136, 150), (0, 2, 3, 5, 7, 9, 10), 7, (1, 1, 2, 2), 0.0, 0.8, 4, 1.5, "xxxxxxxxxxxxxxxx", "sequencer", 0.6, 76, (0, 4, 7, 4)
+        (136, 150),
+        (0, 2, 3, 5, 7, 9, 10),
+        7,
+        (1, 1, 2, 2),
+        0.0,
+        0.8,
+        4,
+        1.5,
+        "xxxxxxxxxxxxxxxx",
+        "sequencer",
+        0.6,
+        76,
+        (0, 4, 7, 4),
     ),
 }
 
@@ -181,7 +225,9 @@ def compose(song: Song, seconds: float, rng: np.random.Generator) -> Score:
     return Score(
         drums=_drums(genre, mood, artist, steps, clock),
         bass=_bass(genre, artist, steps, roots, clock, pitch),
-        rhythm=_chords(genre.rhythm, genre.rhythm_steps, genre.rhythm_base, genre.rhythm_style, steps, roots, clock, pitch),
+        rhythm=_chords(
+            genre.rhythm, genre.rhythm_steps, genre.rhythm_base, genre.rhythm_style, steps, roots, clock, pitch
+        ),
         backing=_chords(*BACKINGS[song.backing], steps, roots, clock, pitch),
         melody=_melody(mood, steps, roots, clock, pitch, rng),
         colour=_colour(mood, steps, roots, clock, pitch),
@@ -209,7 +255,9 @@ def _habit(pattern: str, artist: Artist, salt: int) -> str:
 
 
 def _hits(pattern: str, steps: int) -> list[tuple[int, float]]:
-    return [(i, 1.0 if pattern[i % len(pattern)] == "x" else 0.5) for i in range(steps) if pattern[i % len(pattern)] != "."]
+    return [
+        (i, 1.0 if pattern[i % len(pattern)] == "x" else 0.5) for i in range(steps) if pattern[i % len(pattern)] != "."
+    ]
 
 
 def _drums(genre: Genre, mood: Mood, artist: Artist, steps: int, clock: _Clock) -> dict[str, list[tuple[float, float]]]:
@@ -234,7 +282,9 @@ def _bass(genre: Genre, artist: Artist, steps: int, roots: list[int], clock: _Cl
     return notes
 
 
-def _chords(pattern: str, length: float, base: int, style: str, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
+def _chords(
+    pattern: str, length: float, base: int, style: str, steps: int, roots: list[int], clock: _Clock, pitch: Pitch
+) -> list[Note]:
     notes = []
     held = length * clock.step
     for count, (i, loud) in enumerate(_hits(pattern, steps)):
@@ -256,7 +306,9 @@ def _colour(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitc
     ]
 
 
-def _melody(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch, rng: np.random.Generator) -> list[Note]:
+def _melody(
+    mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch, rng: np.random.Generator
+) -> list[Note]:
     notes, i, degree = [], 0, int(rng.integers(0, 5))
     while i < steps:
         held = int(rng.choice(mood.note_steps))
@@ -266,6 +318,13 @@ def _melody(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitc
             degree += int(rng.integers(-mood.leap, mood.leap + 1))
             degree = min(max(degree, -4), 9)
         if rng.random() >= mood.rest_share:
-            notes.append(Note(clock(i), held * clock.step * mood.articulation, pitch(degree, 69) + mood.register, rng.uniform(0.75, 1.0)))
+            notes.append(
+                Note(
+                    clock(i),
+                    held * clock.step * mood.articulation,
+                    pitch(degree, 69) + mood.register,
+                    rng.uniform(0.75, 1.0),
+                )
+            )
         i += held
     return notes

@@ -46,13 +46,17 @@ TIMBRES = {
     "violin": Timbre((0.6, 1.0, 0.8, 0.9, 0.5, 0.55, 0.4), 1.0, 0.10, np.inf, vibrato=0.7, release=0.12, gain=0.65),
     "piano": Timbre((1.0, 0.6, 0.4, 0.25, 0.2, 0.1), 1.5, 0.004, 0.7, dulling=3.0, gain=1.3),
     "trumpet": Timbre((0.2, 0.5, 0.9, 1.0, 1.0, 0.9, 0.7, 0.5, 0.3), 0.6, 0.03, np.inf, gain=0.6),
-    "vibraphone": Timbre((1.0, 0.7, 0.5), 0, 0.003, 0.9, ratios=(1, 4, 9.75), octave=1, release=0.4, dulling=1.0, gain=1.3),
+    "vibraphone": Timbre(
+        (1.0, 0.7, 0.5), 0, 0.003, 0.9, ratios=(1, 4, 9.75), octave=1, release=0.4, dulling=1.0, gain=1.3
+    ),
     "organ": Timbre((0.8, 1.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.8), 0, 0.015, np.inf, octave=-1, gain=0.75),
     "guitar": Timbre((0.7, 1.0, 0.6, 0.15, 0.4, 0.3, 0.2, 0.15), 1.2, 0.003, 0.28, dulling=4.0, octave=-1, gain=1.4),
     "synthesizer": Timbre((1.0, 0.0, 0.7, 0.0, 0.6, 0.0, 0.5, 0.0, 0.4, 0.0, 0.35), 0.7, 0.005, np.inf, gain=0.5),
     "strings": Timbre((1.0, 0.7, 0.5, 0.4, 0.3), 1.2, 0.15, np.inf, release=0.2, vibrato=0.15, gain=0.42),
     "electric piano": Timbre((1.0, 0.12, 0.05, 0.0, 0.0, 0.0, 0.25), 0, 0.004, 0.8, dulling=5.0, gain=0.8),
-    "choir": Timbre((1.0, 0.9, 0.35, 0.05, 0.04, 0.1, 0.16, 0.1), 0, 0.12, np.inf, vibrato=0.3, breath=0.05, release=0.2, gain=0.42),
+    "choir": Timbre(
+        (1.0, 0.9, 0.35, 0.05, 0.04, 0.1, 0.16, 0.1), 0, 0.12, np.inf, vibrato=0.3, breath=0.05, release=0.2, gain=0.42
+    ),
     "harp": Timbre((1.0, 0.5, 0.15, 0.1, 0.05), 0, 0.003, 0.35, dulling=2.0, octave=1, gain=0.95),
     "accordion": Timbre((0.5, 1.0, 0.6, 0.8, 0.5, 0.7, 0.4, 0.5, 0.3), 0.8, 0.03, np.inf, gain=0.27),
     "glass": Timbre((1.0, 0.3, 0.0, 0.4), 0, 0.4, np.inf, release=0.5, vibrato=0.2, breath=0.3, gain=0.3),
@@ -78,7 +82,9 @@ TIMBRES = {
 
 
 def render(song: Song, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """A song's recording: float32 [samples] in (-1, 1) at SAMPLE_RATE. Deterministic from the song, the length and the generator."""
+    """A song's recording: float32 [samples] in (-1, 1) at SAMPLE_RATE. Deterministic from the song, the length and the
+    generator.
+    """
     samples = round(seconds * SAMPLE_RATE)
     score = compose(song, seconds, rng)
     return produce(perform(song, score, samples, rng), dict(zip(HIDDEN_TRAITS, song.hidden, strict=True)), rng)
@@ -112,7 +118,9 @@ def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator)
     spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
     spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
-    spectrum *= 10 ** (np.float32(8 / 20 * hidden["presence"]) * np.exp(-2 * (octaves - np.float32(1.2)) ** 2))  # around 1600 Hz
+    spectrum *= 10 ** (
+        np.float32(8 / 20 * hidden["presence"]) * np.exp(-2 * (octaves - np.float32(1.2)) ** 2)
+    )  # around 1600 Hz
     closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
     bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
     time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
@@ -127,7 +135,9 @@ def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator)
 
 def _wave(time: np.ndarray, hertz: float, rng: np.random.Generator) -> np.ndarray:
     """A raised cosine between 0 and 1, of any phase."""
-    return np.float32(0.5) - np.float32(0.5) * np.cos(np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform())))
+    return np.float32(0.5) - np.float32(0.5) * np.cos(
+        np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform()))
+    )
 
 
 def _add(mix: np.ndarray, start: float, sound: np.ndarray, gain: float) -> None:
@@ -175,7 +185,9 @@ def _tone(timbre: Timbre, instrument: str, note: Note, rng: np.random.Generator)
         depth = _hertz(pitch) / periods * (2 ** (timbre.vibrato / 12) - 1) / (2 * np.pi * rate)
         cycles += np.float32(depth) * np.sin(np.float32(2 * np.pi * rate) * time)
     place = (cycles * _TABLE).astype(np.int32) & (_TABLE - 1)
-    envelope = np.minimum(1, time / np.float32(timbre.attack)) * np.clip((held + timbre.release - time) / timbre.release, 0, 1)
+    envelope = np.minimum(1, time / np.float32(timbre.attack)) * np.clip(
+        (held + timbre.release - time) / timbre.release, 0, 1
+    )
     if np.isfinite(timbre.decay):
         envelope *= np.exp(-time / np.float32(timbre.decay))
     fading = np.exp(-time * np.float32(timbre.dulling / timbre.decay)) if timbre.dulling else np.float32(1)

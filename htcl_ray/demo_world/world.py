@@ -1,7 +1,7 @@
 """The truth of the sample world: artists and songs with traits that their text names and traits that it does not.
 
-`make_world` is a pure function of its arguments. Only sound, names and named traits ever reach the disk; hidden traits can be known
-by making the same world again, and by nothing that lies in the written folder but the sound itself.
+`make_world` is a pure function of its arguments. Only sound, names and named traits ever reach the disk; hidden traits
+can be known by making the same world again, and by nothing that lies in the written folder but the sound itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ LEADS = ("flute", "violin", "piano", "trumpet", "vibraphone", "organ", "guitar",
 BACKINGS = ("strings", "electric piano", "choir", "harp", "accordion")
 
 HIDDEN_TRAITS = ("brightness", "sweep", "pulse", "presence")
-"""Audible, and in no text: tilt of the spectrum, a slow filter sweep, a faster swelling of the level, strength of the middle.
+"""Audible, and in no text: tilt of the spectrum, a slow filter sweep, a faster swelling of the level, strength of the
+middle.
 
 Each is a number in [-1, 1], independent of every other trait and of the artist.
 """
@@ -101,7 +102,9 @@ def make_world(*, songs: int, artists: int, seed: int) -> World:
 
 
 def random_stream(seed: int, purpose: str, position: int = 0) -> np.random.Generator:
-    """Independent random numbers for each purpose and position, so that a change to one part of the world leaves the others alone."""
+    """Independent random numbers for each purpose and position, so that a change to one part of the world leaves the
+    others alone.
+    """
     return np.random.default_rng([seed, position, *purpose.encode()])
 
 
@@ -119,7 +122,9 @@ def _make_artist(name: str, genre: str, rng: np.random.Generator) -> Artist:
     )
 
 
-def _make_song(song_id: str, artist: Artist, position: int, traits: np.random.Generator, names: np.random.Generator) -> Song:
+def _make_song(
+    song_id: str, artist: Artist, position: int, traits: np.random.Generator, names: np.random.Generator
+) -> Song:
     return Song(
         song_id=song_id,
         title=" ".join(_invent_word(names) for _ in range(names.integers(1, 4))),
@@ -131,7 +136,9 @@ def _make_song(song_id: str, artist: Artist, position: int, traits: np.random.Ge
         lead=_choice(traits, LEADS),
         backing=_choice(traits, BACKINGS),
         # Two modes, away from the middle: people can hear on which side a song lies.
-        hidden=tuple((traits.choice((-1.0, 1.0), len(HIDDEN_TRAITS)) * traits.uniform(0.5, 1.0, len(HIDDEN_TRAITS))).tolist()),
+        hidden=tuple(
+            (traits.choice((-1.0, 1.0), len(HIDDEN_TRAITS)) * traits.uniform(0.5, 1.0, len(HIDDEN_TRAITS))).tolist()
+        ),
         recording=position,
     )
 

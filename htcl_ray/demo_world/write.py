@@ -1,4 +1,6 @@
-"""The sample world on disk, as a music service would have it: a catalogue, a log, and audio files; some of them broken."""
+"""The sample world on disk, as a music service would have it: a catalogue, a log, and audio files; some of them
+broken.
+"""
 
 from __future__ import annotations
 
@@ -45,20 +47,25 @@ class SampleTables:
 def write_sample(
     folder: Path | str, *, songs: int = 1000, artists: int = 200, users: int = 600, seed: int = 0, seconds: float = 8.0
 ) -> SampleTables:
-    """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) below `folder`; the same arguments give the same bytes.
+    """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) below `folder`; the same arguments
+    give the same bytes.
 
-    A folder that already holds this sample is left alone, one that holds another sample is replaced; the folder appears whole or not at
-    all. Clips last `seconds` ± 3 %, drawn independently of every trait. Raises WorkspaceError when the folder holds something else or
-    cannot be written, ValueError for impossible sizes.
+    A folder that already holds this sample is left alone, one that holds another sample is replaced; the folder appears
+    whole or not at all. Clips last `seconds` ± 3 %, drawn independently of every trait. Raises WorkspaceError when the
+    folder holds something else or cannot be written, ValueError for impossible sizes.
     """
     folder = Path(folder).absolute()
-    identity = fingerprint(songs, artists, users, seed, seconds, [file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))])
+    identity = fingerprint(
+        songs, artists, users, seed, seconds, [file_sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    )
     tables = SampleTables(folder / "catalog.csv", folder / "interactions.csv")
     marker = folder / MARKER
     if marker.is_file() and json.loads(marker.read_text())["identity"] == identity:
         return tables
     if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WorkspaceError(f"{folder} exists and is not a sample that was written here; choose another folder for the sample")
+        raise WorkspaceError(
+            f"{folder} exists and is not a sample that was written here; choose another folder for the sample"
+        )
     world = make_world(songs=songs, artists=artists, seed=seed)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
@@ -71,7 +78,9 @@ def write_sample(
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
-        raise WorkspaceError(f"the sample cannot be written to {folder} ({error.strerror}); choose another folder") from None
+        raise WorkspaceError(
+            f"the sample cannot be written to {folder} ({error.strerror}); choose another folder"
+        ) from None
     return tables
 
 
@@ -82,7 +91,9 @@ def _write_audio(world: World, folder: Path, seconds: float) -> None:
         _write_recordings(world, recordings, folder, seconds)
     else:
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            parts = [pool.submit(_write_recordings, world, recordings[i::workers], folder, seconds) for i in range(workers)]
+            parts = [
+                pool.submit(_write_recordings, world, recordings[i::workers], folder, seconds) for i in range(workers)
+            ]
             for part in parts:
                 part.result()
     for i, song in enumerate(world.songs):
@@ -124,7 +135,9 @@ def damage_file(path: Path, damage: Damage) -> None:
     if damage is Damage.EMPTY:
         path.write_bytes(b"")
     elif damage is Damage.WEB_PAGE:
-        path.write_bytes(b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n")
+        path.write_bytes(
+            b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n"
+        )
     elif damage is Damage.HALF_A_HEADER:
         path.write_bytes(path.read_bytes()[:22])
     elif damage is Damage.MISSING:

@@ -26,7 +26,8 @@ class Songs:
     spaces: dict[str, np.ndarray]
     """`semantic` (stage 1); with stage 2 `preference` and `blend_0.5`. float32 [songs, dim]."""
     log_mel: np.ndarray
-    """float32 [songs, 2·mels], unit norm: mean and deviation of each mel band, standardised over the training songs. No model saw it."""
+    """float32 [songs, 2·mels], unit norm: mean and deviation of each mel band, standardised over the training songs. No
+    model saw it."""
 
     def without(self, left_out: np.ndarray) -> Songs:
         """The songs but for those of a bool mask [songs]."""
@@ -43,14 +44,19 @@ class Songs:
 
     @cached_property
     def artists(self) -> list[str]:
-        """Artist group of each song: songs that share a credited artist have one; a song without an artist is its own."""
+        """Artist group of each song: songs that share a credited artist have one; a song without an artist is its
+        own.
+        """
         groups = artist_groups(self.metadata["artist"]).to_pylist()
         return [group or f"song {song}" for group, song in zip(groups, self.ids, strict=True)]
 
     def values(self, column: str) -> list[list[str]]:
         """All values of a metadata column, a list a song, empty where there is none."""
         found = self.metadata[column].to_pylist()
-        return [[str(v) for v in value] if isinstance(value, list) else [] if value in (None, "") else [str(value)] for value in found]
+        return [
+            [str(v) for v in value] if isinstance(value, list) else [] if value in (None, "") else [str(value)]
+            for value in found
+        ]
 
     def labels(self, column: str) -> list[str | None]:
         """A metadata column as one label a song: of several values the first, None when there is none."""

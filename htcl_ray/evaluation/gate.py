@@ -1,7 +1,7 @@
 """The gate: bounds on an evaluation's figures, and whether they hold.
 
-A bound on one figure holds for its value. A bound on the difference from another figure holds for the end of the paired 95 % interval
-that makes it harder: at least 0 means that the whole interval is from 0 up.
+A bound on one figure holds for its value. A bound on the difference from another figure holds for the end of the paired
+95 % interval that makes it harder: at least 0 means that the whole interval is from 0 up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Bound(Settings):
     over: str | None = None
     """Compare with the same figure of this method."""
     over_served: bool = False
-    """Compare with the model that is being served, which is evaluated on the same songs, users and candidates for it."""
+    """Compare with the model that is being served, which is evaluated on the same songs, users and candidates for
+    it."""
     at_least: float | None = None
     """Of the value; of a difference, its interval's low end."""
     at_most: float | None = None
@@ -44,8 +45,8 @@ class Bound(Settings):
     shown: bool = False
     """The difference's interval lies on the better side of 0."""
     optional: bool = False
-    """Holds when something was not measured, which otherwise fails. Once a model is being served, an `over_served` bound needs its
-    value all the same, unless it is about stage 2 and neither model has one."""
+    """Holds when something was not measured, which otherwise fails. Once a model is being served, an `over_served`
+    bound needs its value all the same, unless it is about stage 2 and neither model has one."""
 
     @property
     def key(self) -> Key:
@@ -84,7 +85,9 @@ class Bound(Settings):
             raise ValueError(f"{self.figure} has both over and over_served; choose one")
         compared = self.over is not None or self.over_served
         if not compared and (self.ratio_at_least is not None or self.shown):
-            raise ValueError(f"{self.figure} has {'shown' if self.shown else 'ratio_at_least'} but nothing to compare with; add over")
+            raise ValueError(
+                f"{self.figure} has {'shown' if self.shown else 'ratio_at_least'} but nothing to compare with; add over"
+            )
         if self.ratio_at_least is not None and lower_is_better(self.key[2]):
             raise ValueError(
                 f"{self.figure} is better when it is lower, which ratio_at_least would forbid; bound the difference with at_most"
@@ -113,7 +116,8 @@ class Result:
     high: float | None
     note: str = ""
     required: bool = False
-    """Whether it fails without a value although the bound is optional: a model is being served that it must be compared with."""
+    """Whether it fails without a value although the bound is optional: a model is being served that it must be compared
+    with."""
 
     @property
     def passed(self) -> bool:
@@ -128,7 +132,11 @@ class Result:
         at_most = bound.at_most is None or (value if high is None else high) <= bound.at_most
         if not bound.shown:
             return at_least and at_most
-        better = high is not None and high < -ROUNDING if lower_is_better(bound.key[2]) else low is not None and low > ROUNDING
+        better = (
+            high is not None and high < -ROUNDING
+            if lower_is_better(bound.key[2])
+            else low is not None and low > ROUNDING
+        )
         return at_least and at_most and better
 
     def as_json(self) -> dict[str, Any]:
@@ -141,11 +149,18 @@ class Result:
             "note": self.note,
             "required": self.required,
         }
-        return {"figure": self.bound.figure, "asked": self.bound.asked, **measured, "bound": self.bound.model_dump(exclude_defaults=True)}
+        return {
+            "figure": self.bound.figure,
+            "asked": self.bound.asked,
+            **measured,
+            "bound": self.bound.model_dump(exclude_defaults=True),
+        }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Result:
-        """What `as_json` was called on; `passed` is judged anew. Raises ValueError, KeyError or TypeError for anything else."""
+        """What `as_json` was called on; `passed` is judged anew. Raises ValueError, KeyError or TypeError for anything
+        else.
+        """
         value, low, high = (None if tree[name] is None else float(tree[name]) for name in ("value", "low", "high"))
         return cls(Bound.model_validate(tree["bound"]), value, low, high, str(tree["note"]), bool(tree["required"]))
 
@@ -168,12 +183,16 @@ class Verdict:
 
 
 def judge(
-    gate: Gate, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None = None, *, unmeasured: str | None = None
+    gate: Gate,
+    figures: Mapping[Key, Estimate],
+    served: Mapping[Key, Estimate] | None = None,
+    *,
+    unmeasured: str | None = None,
 ) -> Verdict:
     """Hold the bounds against an evaluation's figures.
 
-    `served`: figures of the model being served on the same test set, None when there is none; `unmeasured`: why there is one that could
-    not be evaluated on it.
+    `served`: figures of the model being served on the same test set, None when there is none; `unmeasured`: why there
+    is one that could not be evaluated on it.
     """
     return Verdict(tuple(_judge(bound, figures, served, unmeasured) for bound in gate.bounds))
 
@@ -198,7 +217,9 @@ def read_gate(path: str) -> Gate:
         raise ConfigError(f"the gate {path} cannot be used: {_first_fault(error)}") from None
 
 
-def _judge(bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None, unmeasured: str | None) -> Result:
+def _judge(
+    bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, Estimate] | None, unmeasured: str | None
+) -> Result:
     task, method, figure = bound.key
     own_has, served_has = (any(of == method for _, of, _ in known or ()) for known in (figures, served))
     required = bound.over_served and (unmeasured is not None or (served is not None and (own_has or served_has)))
@@ -225,7 +246,9 @@ def _judge(bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, E
     if other is None or math.isnan(other.value):
         return without_value(_missing(key, against) + whose)
     if not comparable(own, other):
-        return without_value(f"{'.'.join(key)}{whose} was measured on other songs, users or candidates, so there is no paired difference")
+        return without_value(
+            f"{'.'.join(key)}{whose} was measured on other songs, users or candidates, so there is no paired difference"
+        )
     if bound.ratio_at_least is not None:
         if other.value <= 0:
             return without_value(f"{'.'.join(key)}{whose} is {other.value:g}, which nothing can be a share of")
@@ -234,7 +257,11 @@ def _judge(bound: Bound, figures: Mapping[Key, Estimate], served: Mapping[Key, E
     if own.resampled is not None and gain.interval is None:
         return without_value(f"the difference from {'.'.join(key)}{whose} has no paired interval")
     low, high = gain.interval or (None, None)
-    named = "" if against_method == (bound.over or method) else f" ({against_method}, as the model being served has no {method} space)"
+    named = (
+        ""
+        if against_method == (bound.over or method)
+        else f" ({against_method}, as the model being served has no {method} space)"
+    )
     return Result(bound, gain.value, low, high, f"{own.value:.4g} against {other.value:.4g}{named}")
 
 
@@ -242,7 +269,9 @@ def _missing(key: Key, figures: Mapping[Key, Estimate]) -> str:
     name = ".".join(key)
     if key in figures:
         return f"{name} has no value"
-    return f"{name} was not measured" + (f"; {nearest(name, ['.'.join(known) for known in figures])}" if figures else "")
+    return f"{name} was not measured" + (
+        f"; {nearest(name, ['.'.join(known) for known in figures])}" if figures else ""
+    )
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -1,4 +1,6 @@
-"""What training and evaluation share: songs, artists, recordings, users and times, and whether that makes the figures worthless."""
+"""What training and evaluation share: songs, artists, recordings, users and times, and whether that makes the figures
+worthless.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from htcl_ray.schemas import Split
 EXAMPLES = 5
 
 
-def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings) -> dict[str, Any]:
+def leakage(
+    songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings
+) -> dict[str, Any]:
     """The leakage report: for each kind `training`, `held_out` and `shared` counts, `examples`, and `forbidden`.
 
     songs             of the training pairs, against the held-out split
@@ -28,19 +32,28 @@ def leakage(songs: Songs, events: pd.DataFrame | None, pairs: pd.DataFrame | Non
     users             whose events may be in training pairs, against held-out users
     times             training pairs that last occurred after the training period
 
-    `events`: columns of schemas.EVENTS, `pairs`: of schemas.PAIRS; kinds that need what is None are left out. Raises LeakageError for a
-    shared song, artist, user or time, unless `evaluate.allowed_overlaps` names the kind.
+    `events`: columns of schemas.EVENTS, `pairs`: of schemas.PAIRS; kinds that need what is None are left out. Raises
+    LeakageError for a shared song, artist, user or time, unless `evaluate.allowed_overlaps` names the kind.
     """
     training, held_out = songs.splits == Split.TRAIN, songs.splits == settings.split
     credited = [_artist_names(cell) for cell in songs.metadata["artist"].to_pylist()]
     found = {
         "songs": _overlap(_paired_songs(pairs), [songs.ids[row] for row in np.flatnonzero(held_out)]),
-        "artists": _overlap(*([name for row in np.flatnonzero(rows) for name in credited[row][0]] for rows in (training, held_out))),
-        "joint_credits": _overlap(*([name for row in np.flatnonzero(rows) for name in credited[row][1]] for rows in (training, held_out)))
+        "artists": _overlap(
+            *([name for row in np.flatnonzero(rows) for name in credited[row][0]] for rows in (training, held_out))
+        ),
+        "joint_credits": _overlap(
+            *([name for row in np.flatnonzero(rows) for name in credited[row][1]] for rows in (training, held_out))
+        )
         | {"forbidden": False},
-        "duplicate_groups": _overlap(*([songs.duplicate_groups[row] for row in np.flatnonzero(rows)] for rows in (training, held_out))),
+        "duplicate_groups": _overlap(
+            *([songs.duplicate_groups[row] for row in np.flatnonzero(rows)] for rows in (training, held_out))
+        ),
     }
-    found["duplicate_groups"] |= {"forbidden": False, "songs_left_out": int((held_out & ~without_copies(songs, settings.split)).sum())}
+    found["duplicate_groups"] |= {
+        "forbidden": False,
+        "songs_left_out": int((held_out & ~without_copies(songs, settings.split)).sum()),
+    }
     if events is not None:
         held = events["held_out_user"].to_numpy(dtype=bool)
         found["users"] = _overlap(events.loc[~held, "user_id"], events.loc[held, "user_id"])
@@ -62,14 +75,20 @@ def _artist_names(cell: str | None) -> tuple[set[str], set[str]]:
     """Names that an artist cell credits for certain, and those that it may credit, as `_plain` writes them."""
     certain = _CERTAIN.split(cell or "")
     possible = [name for part in certain for name in (part, *_POSSIBLE.split(part))]
-    found, more = ({key for key in map(_plain, names) if not _PLACEHOLDER.fullmatch(key)} for names in (certain, possible))
+    found, more = (
+        {key for key in map(_plain, names) if not _PLACEHOLDER.fullmatch(key)} for names in (certain, possible)
+    )
     return found, more
 
 
 def _plain(name: str) -> str:
     """Letters, digits and marks of a name in lower case, without the diacritics of Latin, Greek and Cyrillic."""
-    decomposed = [letter for letter in unicodedata.normalize("NFKD", name.casefold()) if not "\u0300" <= letter <= "\u036f"]
-    return " ".join("".join(letter if unicodedata.category(letter)[0] in "LNM" else " " for letter in decomposed).split())
+    decomposed = [
+        letter for letter in unicodedata.normalize("NFKD", name.casefold()) if not "\u0300" <= letter <= "\u036f"
+    ]
+    return " ".join(
+        "".join(letter if unicodedata.category(letter)[0] in "LNM" else " " for letter in decomposed).split()
+    )
 
 
 def without_copies(songs: Songs, split: str) -> np.ndarray:
@@ -101,7 +120,13 @@ def _later_pairs(events: pd.DataFrame, pairs: pd.DataFrame | None) -> dict[str, 
     late = training[training["last_timestamp"] > in_training.max()]
     examples = [f"{trigger} → {song}" for trigger, song in zip(late["trigger_song_id"], late["song_id"], strict=True)]
     later = int((events["period"] != Split.TRAIN).sum())
-    return {"training": len(training), "held_out": later, "shared": len(late), "examples": examples[:EXAMPLES], "forbidden": True}
+    return {
+        "training": len(training),
+        "held_out": later,
+        "shared": len(late),
+        "examples": examples[:EXAMPLES],
+        "forbidden": True,
+    }
 
 
 def _sentence(kind: str, overlap: dict[str, Any], split: str) -> str:

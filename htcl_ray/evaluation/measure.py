@@ -15,11 +15,13 @@ from htcl_ray.evaluation.tasks.semantic import Encode, semantic_tasks
 from htcl_ray.schemas import Split
 
 
-def measure(songs: Songs, encode: Encode, log: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings) -> Measured:
+def measure(
+    songs: Songs, encode: Encode, log: pd.DataFrame | None, pairs: pd.DataFrame | None, settings: EvaluateSettings
+) -> Measured:
     """Semantic and recommendation tasks of every space of `songs`, with controls and baselines beside them.
 
-    `log`: columns of schemas.EVENTS, `pairs`: columns of schemas.PAIRS; None when there are none. Raises LeakageError when training saw
-    what is evaluated.
+    `log`: columns of schemas.EVENTS, `pairs`: columns of schemas.PAIRS; None when there are none. Raises LeakageError
+    when training saw what is evaluated.
     """
     found = leakage(songs, log, pairs, settings)
     kept = without_copies(songs, settings.split)

@@ -1,9 +1,10 @@
 """Ranking metrics on lists of ids, and AUC on scores.
 
-Common to all: `ranked` holds one list of ids a query, best first (list, tuple or 1-D array; it may be a part of the candidates);
-`relevant` holds one collection of ids a query. Relevance is binary. The result is a float64 array [queries]; a query without a relevant
-id is nan, so that `numpy.nanmean` averages over the queries that can be answered. An id that is listed twice counts where it appears
-first. Where candidates have tied scores, the order of a list is arbitrary: `htcl_ray.evaluation.stats.ties` has the expectations instead.
+Common to all: `ranked` holds one list of ids a query, best first (list, tuple or 1-D array; it may be a part of the
+candidates); `relevant` holds one collection of ids a query. Relevance is binary. The result is a float64 array
+[queries]; a query without a relevant id is nan, so that `numpy.nanmean` averages over the queries that can be answered.
+An id that is listed twice counts where it appears first. Where candidates have tied scores, the order of a list is
+arbitrary: `htcl_ray.evaluation.stats.ties` has the expectations instead.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ Ids = Iterable[Hashable]
 def recall_at_k(ranked: Sequence[Ids], relevant: Sequence[Ids], k: int) -> np.ndarray:
     """Share of the relevant ids that are among the first k, in [0, 1]."""
     _check_k(k)
-    return np.array([hits[:k].sum() / total if total else np.nan for hits, total in _hits(ranked, relevant)], dtype=np.float64)
+    return np.array(
+        [hits[:k].sum() / total if total else np.nan for hits, total in _hits(ranked, relevant)], dtype=np.float64
+    )
 
 
 def hit_rate_at_k(ranked: Sequence[Ids], relevant: Sequence[Ids], k: int) -> np.ndarray:
     """1 when any relevant id is among the first k, else 0."""
     _check_k(k)
-    return np.array([float(hits[:k].any()) if total else np.nan for hits, total in _hits(ranked, relevant)], dtype=np.float64)
+    return np.array(
+        [float(hits[:k].any()) if total else np.nan for hits, total in _hits(ranked, relevant)], dtype=np.float64
+    )
 
 
 def ndcg_at_k(ranked: Sequence[Ids], relevant: Sequence[Ids], k: int) -> np.ndarray:
@@ -35,13 +40,17 @@ def ndcg_at_k(ranked: Sequence[Ids], relevant: Sequence[Ids], k: int) -> np.ndar
     """
     _check_k(k)
     return np.array(
-        [_dcg(hits[:k]) / ideal_dcg(total, k) if total else np.nan for hits, total in _hits(ranked, relevant)], dtype=np.float64
+        [_dcg(hits[:k]) / ideal_dcg(total, k) if total else np.nan for hits, total in _hits(ranked, relevant)],
+        dtype=np.float64,
     )
 
 
 def first_rank(ranked: Sequence[Ids], relevant: Sequence[Ids]) -> np.ndarray:
     """Position, from 1, of the first relevant id; inf when none is listed."""
-    ranks = [np.nan if not total else (float(hits.argmax()) + 1 if hits.any() else np.inf) for hits, total in _hits(ranked, relevant)]
+    ranks = [
+        np.nan if not total else (float(hits.argmax()) + 1 if hits.any() else np.inf)
+        for hits, total in _hits(ranked, relevant)
+    ]
     return np.array(ranks, dtype=np.float64)
 
 
@@ -60,11 +69,14 @@ def median_rank(ranked: Sequence[Ids], relevant: Sequence[Ids]) -> float:
 def auc(scores: Sequence[Any], relevant: Sequence[Any]) -> np.ndarray:
     """Probability that a relevant candidate scores above another one, a tie counting half, in [0, 1]; 0.5 is chance.
 
-    `scores`: one float array [candidates] a query, or a matrix; `relevant`: bool of the same shape. nan when all candidates are
-    relevant, or none.
+    `scores`: one float array [candidates] a query, or a matrix; `relevant`: bool of the same shape. nan when all
+    candidates are relevant, or none.
     """
     _check_queries(scores, relevant)
-    return np.array([_auc(np.asarray(s), np.asarray(r, dtype=bool)) for s, r in zip(scores, relevant, strict=True)], dtype=np.float64)
+    return np.array(
+        [_auc(np.asarray(s), np.asarray(r, dtype=bool)) for s, r in zip(scores, relevant, strict=True)],
+        dtype=np.float64,
+    )
 
 
 def ideal_dcg(total: int, k: int) -> float:
@@ -103,7 +115,9 @@ def _hits(ranked: Sequence[Ids], relevant: Sequence[Ids]) -> list[tuple[np.ndarr
 
 def _check_queries(first: Sequence[Any], relevant: Sequence[Any]) -> None:
     if len(first) != len(relevant):
-        raise ValueError(f"there are {len(first)} rankings and {len(relevant)} relevant sets; expected one of each for every query")
+        raise ValueError(
+            f"there are {len(first)} rankings and {len(relevant)} relevant sets; expected one of each for every query"
+        )
 
 
 def _check_k(k: int) -> None:

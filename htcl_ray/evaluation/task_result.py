@@ -1,4 +1,6 @@
-"""What every task of an evaluation gives: figures of several methods on the same questions, each with its uncertainty."""
+"""What every task of an evaluation gives: figures of several methods on the same questions, each with its
+uncertainty.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,18 @@ HIGHER_IS_BETTER = (
 
 
 def lower_is_better(metric: str) -> bool:
-    """Direction of a metric: of an evaluation (`gini@10`, `knn_map_folds`) or of training (`validation_pair_median_rank`).
+    """Direction of a metric: of an evaluation (`gini@10`, `knn_map_folds`) or of training
+    (`validation_pair_median_rank`).
 
     A name that is in neither list, such as a mistyped one in a gate file, has no values and counts as higher is better.
     """
-    name = metric.partition("@")[0].removeprefix("validation_").removeprefix("pair_").removeprefix("knn_").removesuffix("_folds")
+    name = (
+        metric.partition("@")[0]
+        .removeprefix("validation_")
+        .removeprefix("pair_")
+        .removeprefix("knn_")
+        .removesuffix("_folds")
+    )
     return name in LOWER_IS_BETTER
 
 
@@ -78,4 +87,5 @@ class Measured:
     leakage: dict[str, Any]
     tasks: list[Task]
     pictures: dict[str, Any]
-    """What the plots show, as plain numbers: see pictures.py; `blend_curve` is null without stage 2 or without a log."""
+    """What the plots show, as plain numbers: see pictures.py; `blend_curve` is null without stage 2 or without a
+    log."""

@@ -1,6 +1,8 @@
-"""Checks of the model itself: whether its vectors have collapsed, and whether the same sound always gives the same vector.
+"""Checks of the model itself: whether its vectors have collapsed, and whether the same sound always gives the same
+vector.
 
-The differences are the largest absolute difference of any coordinate of any clip's unit-norm vectors, so they have no interval.
+The differences are the largest absolute difference of any coordinate of any clip's unit-norm vectors, so they have no
+interval.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from htcl_ray.search.encoder import SongEncoder
 
 LONGER = 64
-"""Frames by which the neighbour of a padded clip is longer than the longest clip: eight tokens, all of them padding to the clip."""
+"""Frames by which the neighbour of a padded clip is longer than the longest clip: eight tokens, all of them padding to
+the clip."""
 PADDING_DB = 30.0
 """Deviation of the noise that stands where padding is, and its mean: far louder than music."""
 
@@ -40,9 +43,10 @@ def soundness_tasks(
 ) -> list[Task]:
     """Tasks `collapse` and `determinism` of the semantic space and, with stage 2, of the preference space.
 
-    `mels`: stored log-mels of some held-out songs, each [valid frames, n_mels] in dB; `mel_rows`: int [len(mels)], their rows in `songs`;
-    `waveforms`: what their audio files hold now, each [samples] at the model's rate, None where a file can no longer be read; `texts`: the
-    unique texts of the held-out songs; `seed`: of the noise that is put where padding is.
+    `mels`: stored log-mels of some held-out songs, each [valid frames, n_mels] in dB; `mel_rows`: int [len(mels)],
+    their rows in `songs`; `waveforms`: what their audio files hold now, each [samples] at the model's rate, None where
+    a file can no longer be read; `texts`: the unique texts of the held-out songs; `seed`: of the noise that is put
+    where padding is.
     """
     clips = [(songs.ids[row], waveform is not None) for row, waveform in zip(mel_rows, waveforms, strict=True)]
     held_out = np.flatnonzero(np.isin(songs.splits, songs.splits[mel_rows]))
@@ -51,14 +55,19 @@ def soundness_tasks(
     return [
         replace(
             task,
-            methods={space: {name: replace(found, population=asked) for name, found in of.items()} for space, of in task.methods.items()},
+            methods={
+                space: {name: replace(found, population=asked) for name, found in of.items()}
+                for space, of in task.methods.items()
+            },
         )
         for task in tasks
     ]
 
 
 def index_task(manifest: Mapping[str, Any]) -> Task:
-    """Task `index`: share of the 10 best songs of exact search that the index of this manifest finds, at its worst blend."""
+    """Task `index`: share of the 10 best songs of exact search that the index of this manifest finds, at its worst
+    blend.
+    """
     recall = Estimate(float(manifest["quality"]["recall_at_10"]), int(manifest["songs"]))
     return Task("index", "index", "songs", "nothing", None, {"index": {"recall@10": recall}})
 
@@ -69,8 +78,13 @@ def _collapse(encoder: SongEncoder, songs: Songs, held_out: np.ndarray, texts: S
     words = _spaces(encoder.encode_texts(texts)) if texts else {}
     methods = {}
     for space in _names(songs):
-        methods[space] = {**_spread("audio", songs.spaces[space][held_out[first]]), **_spread("text", words.get(space, np.empty((0, 1))))}
-    return Task("collapse", "collapse", "songs or texts", "nothing", None, methods, {"songs": len(first), "texts": len(texts)})
+        methods[space] = {
+            **_spread("audio", songs.spaces[space][held_out[first]]),
+            **_spread("text", words.get(space, np.empty((0, 1)))),
+        }
+    return Task(
+        "collapse", "collapse", "songs or texts", "nothing", None, methods, {"songs": len(first), "texts": len(texts)}
+    )
 
 
 def _spread(kind: str, vectors: np.ndarray) -> dict[str, Estimate]:
@@ -81,15 +95,21 @@ def _spread(kind: str, vectors: np.ndarray) -> dict[str, Estimate]:
 
 
 def _determinism(
-    encoder: SongEncoder, songs: Songs, mels: Sequence[np.ndarray], mel_rows: np.ndarray, waveforms: Sequence[np.ndarray | None], seed: int
+    encoder: SongEncoder,
+    songs: Songs,
+    mels: Sequence[np.ndarray],
+    mel_rows: np.ndarray,
+    waveforms: Sequence[np.ndarray | None],
+    seed: int,
 ) -> Task:
     """The figures of each space.
 
     `repeat_difference`: two encodings of the same batch. `batch_difference`: each clip alone and all in one batch.
-    `padding_difference`: each clip alone and beside a longer neighbour, with loud noise where its padding is. `stored_difference`: the
-    stored log-mels encoded again and the stored vectors; both are computed from the same numbers. `from_audio_difference`: the same from
-    the audio file by the model's own recipe. It is not 0 for a sound model, because log-mels are stored with 11 significant bits: 0.001
-    to 0.015 with small untrained models, and 0.2 to 1.3 when n_fft, hop_length or top_db were others.
+    `padding_difference`: each clip alone and beside a longer neighbour, with loud noise where its padding is.
+    `stored_difference`: the stored log-mels encoded again and the stored vectors; both are computed from the same
+    numbers. `from_audio_difference`: the same from the audio file by the model's own recipe. It is not 0 for a sound
+    model, because log-mels are stored with 11 significant bits: 0.001 to 0.015 with small untrained models, and 0.2 to
+    1.3 when n_fft, hop_length or top_db were others.
     """
     alone = _stack([_spaces(encoder.encode_mels([mel])) for mel in mels])
     together = _spaces(encoder.encode_mels(mels))

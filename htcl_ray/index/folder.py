@@ -18,7 +18,9 @@ MAP_FILE = "map.parquet"
 """Places of songs on a plane, where they were drawn: song_id, x, y."""
 
 
-def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> dict[str, Any]:
+def read_manifest(
+    folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None
+) -> dict[str, Any]:
     """The manifest of an index folder, after every check of `SongIndex.load` that needs no vectors in memory."""
     source = Workspace(str(folder))
     manifest = source.manifest("")
@@ -34,15 +36,21 @@ def read_manifest(folder: str | Path, *, dim: int | None = None, model_versions:
             raise WorkspaceError(f"{source.uri_of(name)} is missing; run 'htcl index' again")
         found = file_sha256(source.full(name))
         if found != recorded:
-            raise MismatchError(f"{source.uri_of(name)} has SHA-256 {found}, but its manifest says {recorded}; run 'htcl index' again")
+            raise MismatchError(
+                f"{source.uri_of(name)} has SHA-256 {found}, but its manifest says {recorded}; run 'htcl index' again"
+            )
     check_fits(manifest, source.uri, dim=dim, model_versions=model_versions)
     return manifest
 
 
-def check_fits(manifest: Mapping[str, Any], where: str, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> None:
+def check_fits(
+    manifest: Mapping[str, Any], where: str, *, dim: int | None = None, model_versions: ModelVersions | None = None
+) -> None:
     """Raise MismatchError unless an index's manifest names this dimension and these models."""
     if dim is not None and dim != manifest["dim"]:
-        raise MismatchError(f"the index {where} has dimension {manifest['dim']}, but the models have {dim}; run 'htcl index' again")
+        raise MismatchError(
+            f"the index {where} has dimension {manifest['dim']}, but the models have {dim}; run 'htcl index' again"
+        )
     for stage, version in (model_versions or {}).items():
         theirs = manifest["model_versions"].get(stage)
         if theirs != version:

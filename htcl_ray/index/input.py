@@ -13,7 +13,9 @@ from htcl_ray.schemas import INDEX_SONGS
 
 
 def song_rows(song_ids: Sequence[str], metadata: pa.Table | None) -> pa.Table:
-    """Rows of `schemas.INDEX_SONGS`; columns that `metadata` lacks are null. Raises ValueError for another number of rows."""
+    """Rows of `schemas.INDEX_SONGS`; columns that `metadata` lacks are null. Raises ValueError for another number of
+    rows.
+    """
     if metadata is not None and metadata.num_rows != len(song_ids):
         raise ValueError(f"metadata has {metadata.num_rows} rows for {len(song_ids)} songs; expected one each")
     columns = {"song_id": pa.array(song_ids, pa.string())}

@@ -1,4 +1,6 @@
-"""A new structure, its number of probed lists found by trying: how many a query must read depends on how the songs cluster."""
+"""A new structure, its number of probed lists found by trying: how many a query must read depends on how the songs
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ BLENDS = (0.0, 0.5, 1.0)
 def make_structure(vectors: NDArray[np.float32], dim: int, settings: IndexSettings, songs: int) -> Structure:
     """A structure over [n, width] with the kind and numbers for `songs` songs; `dim` is the width of one half.
 
-    Unless `index.ivf_probes` is given, an ivf kind probes the fewest lists that reach halfway from `index.min_recall` to 1 for songs of
-    its own, at both ends and in the middle of the blend. (Songs that it has not seen are kept for measuring, see recall.py.)
+    Unless `index.ivf_probes` is given, an ivf kind probes the fewest lists that reach halfway from `index.min_recall`
+    to 1 for songs of its own, at both ends and in the middle of the blend. (Songs that it has not seen are kept for
+    measuring, see recall.py.)
     """
     structure = Structure.make(plan_index(settings, songs, vectors.shape[1]), vectors)
     if structure.plan.kind not in ("ivf", "ivf_pq") or settings.ivf_probes is not None:

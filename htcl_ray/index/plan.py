@@ -1,6 +1,7 @@
 """Which structure an index gets, and its numbers, from the settings and the number of songs.
 
-`auto`: flat up to 20,000 songs, hnsw up to 2,000,000, ivf_pq beyond. Measured reasons are in docs/decisions/0015-index-kinds.md.
+`auto`: flat up to 20,000 songs, hnsw up to 2,000,000, ivf_pq beyond. Measured reasons are in
+docs/decisions/0015-index-kinds.md.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def kind_for(settings: IndexSettings, songs: int) -> str:
 
 
 def plan_index(settings: IndexSettings, songs: int, width: int) -> IndexPlan:
-    """The structure for `songs` vectors of `width` numbers. Raises ConfigError when `index.pq_bytes` does not divide the width."""
+    """The structure for `songs` vectors of `width` numbers. Raises ConfigError when `index.pq_bytes` does not divide
+    the width.
+    """
     kind = kind_for(settings, songs)
     most = max(songs // POINTS_PER_LIST, 1)
     lists = min(settings.ivf_lists or round(4 * math.sqrt(songs)) or 1, most)

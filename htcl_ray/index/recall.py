@@ -21,7 +21,9 @@ SAME_SCORE = 1e-6
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the 10 best songs of exact search that were found, by blend; 1 with fewer than 2 songs, when nothing can be asked."""
+    """Share of the 10 best songs of exact search that were found, by blend; 1 with fewer than 2 songs, when nothing can
+    be asked.
+    """
 
     by_blend: dict[str, float]
     queries: int
@@ -47,8 +49,9 @@ def build_measured(
 ) -> tuple[SongIndex, Recall]:
     """An index over all songs, and its recall before some of them were added, which served as queries.
 
-    At most 256 songs and at most a tenth of them are drawn, but one at least when there are two songs. The index learns its lists and codes
-    without them; afterwards they are folded in. Arguments and errors are those of `SongIndex.build`.
+    At most 256 songs and at most a tenth of them are drawn, but one at least when there are two songs. The index learns
+    its lists and codes without them; afterwards they are folded in. Arguments and errors are those of
+    `SongIndex.build`.
     """
     count = len(song_ids)
     held_out = min(QUERIES, max(int(SHARE * count), 1)) if count > 1 else 0
@@ -59,7 +62,9 @@ def build_measured(
         return [song_ids[row] for row in rows], vectors.rows(rows), None if metadata is None else metadata.take(rows)
 
     ids, stored, about = part(first)
-    index = SongIndex.build(ids, stored, metadata=about, settings=settings, model_versions=model_versions, songs_to_come=held_out)
+    index = SongIndex.build(
+        ids, stored, metadata=about, settings=settings, model_versions=model_versions, songs_to_come=held_out
+    )
     ids, queries, about = part(asked)
     recall = measure_recall(index, stored, queries)
     index.upsert(ids, queries, metadata=about)
@@ -80,7 +85,9 @@ def measure_recall(index: SongIndex, stored: Vectors, queries: Vectors) -> Recal
             continue
         bounds = _kth_scores(stored, queries, k, blend)
         answers = index.search(queries, k, blend=blend)
-        right = sum(hit.score >= bound - SAME_SCORE for hits, bound in zip(answers, bounds, strict=True) for hit in hits)
+        right = sum(
+            hit.score >= bound - SAME_SCORE for hits, bound in zip(answers, bounds, strict=True) for hit in hits
+        )
         by_blend[str(blend)] = right / (k * len(queries))
     return Recall(by_blend, len(queries))
 
@@ -95,5 +102,7 @@ def _kth_scores(stored: Vectors, queries: Vectors, k: int, blend: float) -> np.n
         np.concatenate([np.float32(weight) * query for weight, _, query in halves], axis=1),
         k,
     )
-    scores = sum(weight * (half[rows].astype(np.float64) * query[:, None, :]).sum(axis=2) for weight, half, query in halves)
+    scores = sum(
+        weight * (half[rows].astype(np.float64) * query[:, None, :]).sum(axis=2) for weight, half, query in halves
+    )
     return scores.min(axis=1)

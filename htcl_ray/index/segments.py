@@ -18,7 +18,8 @@ from htcl_ray.index.nprobe import make_structure
 
 @dataclass(frozen=True)
 class IndexState:
-    """Songs in a structure, some of them removed since, and songs that came later, in a small block that is scored exactly.
+    """Songs in a structure, some of them removed since, and songs that came later, in a small block that is scored
+    exactly.
 
     Rows 0 to n - 1 are those of the structure, removed ones included; the later songs follow and are all there.
     """
@@ -86,7 +87,9 @@ class IndexState:
                 f"allowed has shape {allowed.shape} and holds {allowed.dtype}; expected one bool for each of {self.songs.num_rows} songs"
             )
         first = allowed[: len(self.ids)]
-        return self._nearest(queries, count, first if self.alive is None else first & self.alive, allowed[len(self.ids) :])
+        return self._nearest(
+            queries, count, first if self.alive is None else first & self.alive, allowed[len(self.ids) :]
+        )
 
     def with_songs(self, song_ids: Sequence[str], vectors: NDArray[np.float32], songs: pa.Table) -> Self:
         """These songs beside the structure, in place of those of the same ids."""
@@ -125,7 +128,9 @@ class IndexState:
         )
 
     def compacted(self, settings: IndexSettings, dim: int) -> Self:
-        """The same songs, all in the structure. Lists and codes are learned anew only when the number of songs asks for others."""
+        """The same songs, all in the structure. Lists and codes are learned anew only when the number of songs asks for
+        others.
+        """
         if not self.removed and not self.later_ids:
             return self
         kept = np.arange(len(self.ids)) if self.alive is None else np.flatnonzero(self.alive)

@@ -1,7 +1,7 @@
 """Songs and their vectors, searched by inner product.
 
-A stored vector is [semantic ; preference], both of unit norm, never renormalised. A query is scaled by (1 - blend, blend), so that one
-inner product is `(1 - blend) * semantic_score + blend * preference_score` exactly.
+A stored vector is [semantic ; preference], both of unit norm, never renormalised. A query is scaled by (1 - blend,
+blend), so that one inner product is `(1 - blend) * semantic_score + blend * preference_score` exactly.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ SPARE_CANDIDATES = 8
 class SongIndex:
     """Nearest songs to a query. Make one with `build` or `load`.
 
-    Searches may run in any number of threads beside `upsert`, `remove` and `compact`: each answers from the songs of one moment. All that
-    changes is one reference to an `IndexState`, which itself never changes; who changes the index waits for who does so already.
+    Searches may run in any number of threads beside `upsert`, `remove` and `compact`: each answers from the songs of
+    one moment. All that changes is one reference to an `IndexState`, which itself never changes; who changes the index
+    waits for who does so already.
 
-    The structure of `build` or `load` stays as it is. Songs that come later lie beside it and are scored exactly, removed ones are left
-    out by a mask, and `compact` folds both in. Filters, removals and exclusions keep returning k results: see `Structure`.
+    The structure of `build` or `load` stays as it is. Songs that come later lie beside it and are scored exactly,
+    removed ones are left out by a mask, and `compact` folds both in. Filters, removals and exclusions keep returning k
+    results: see `Structure`.
     """
 
     def __init__(self, state: IndexState, *, dim: int, settings: IndexSettings, model_versions: ModelVersions) -> None:
@@ -71,9 +73,9 @@ class SongIndex:
     ) -> Self:
         """An index over `vectors`, whose row i belongs to `song_ids[i]`.
 
-        `metadata` has one row per song in the same order and any columns of `schemas.INDEX_SONGS`. Without preference vectors only
-        blend 0 can be searched. The kind and its numbers are chosen for `songs_to_come` songs more. Raises ValueError for rows that are
-        not finite or not of unit norm, and for repeated ids.
+        `metadata` has one row per song in the same order and any columns of `schemas.INDEX_SONGS`. Without preference
+        vectors only blend 0 can be searched. The kind and its numbers are chosen for `songs_to_come` songs more. Raises
+        ValueError for rows that are not finite or not of unit norm, and for repeated ids.
         """
         settings = settings or IndexSettings()
         joined = joined_rows(song_ids, vectors)
@@ -90,7 +92,9 @@ class SongIndex:
 
     @property
     def songs(self) -> pa.Table:
-        """Row i describes vector i; columns of `schemas.INDEX_SONGS`. Songs removed from the structure stay until `compact`."""
+        """Row i describes vector i; columns of `schemas.INDEX_SONGS`. Songs removed from the structure stay until
+        `compact`.
+        """
         return self._state.songs
 
     def __len__(self) -> int:
@@ -137,19 +141,23 @@ class SongIndex:
     ) -> list[list[Hit]]:
         """The k best songs for each of n queries, best first; equal scores are in the order of their ids.
 
-        `exclude` has one collection of song ids per query, `allowed` one entry per row of `songs` (take both from one `snapshot`); songs
-        excluded or not allowed are left out, and k songs come back while there are that many others. `queries.preference` may be None
-        when blend is 0. Raises QueryError.
+        `exclude` has one collection of song ids per query, `allowed` one entry per row of `songs` (take both from one
+        `snapshot`); songs excluded or not allowed are left out, and k songs come back while there are that many others.
+        `queries.preference` may be None when blend is 0. Raises QueryError.
         """
         blend = self.check_blend(blend)
         if k < 1:
             raise QueryError(f"k is {k}; expected at least 1")
         if queries.dim != self.dim:
-            raise QueryError(f"the query has {queries.dim} dimensions, but the index has {self.dim}; expected those of its models")
+            raise QueryError(
+                f"the query has {queries.dim} dimensions, but the index has {self.dim}; expected those of its models"
+            )
         if blend > 0 and queries.preference is None:
             raise QueryError(f"blend is {blend}, but the query has no preference vector; expected one, or blend 0")
         if exclude is not None and len(exclude) != len(queries):
-            raise QueryError(f"exclude has {len(exclude)} collections; expected one for each of the {len(queries)} queries")
+            raise QueryError(
+                f"exclude has {len(exclude)} collections; expected one for each of the {len(queries)} queries"
+            )
         if not len(queries):
             return []
         joined = self._scaled(queries, blend)
@@ -194,13 +202,17 @@ class SongIndex:
         joined = joined_rows(song_ids, vectors)
         width = self._state.structure.width
         if vectors.dim != self.dim or joined.shape[1] != width:
-            raise ValueError(f"the vectors are {joined.shape[1]} wide, but the index is {width}; expected those of the same models")
+            raise ValueError(
+                f"the vectors are {joined.shape[1]} wide, but the index is {width}; expected those of the same models"
+            )
         songs = song_rows(song_ids, metadata)
         with self._writing:
             self._state = self._state.with_songs(song_ids, joined, songs)
 
     def remove(self, song_ids: Collection[str]) -> None:
-        """Take songs out of every later answer; `compact` frees their space. Raises SongNotFoundError and then removes none."""
+        """Take songs out of every later answer; `compact` frees their space. Raises SongNotFoundError and then removes
+        none.
+        """
         with self._writing:
             self._state = self._state.without(song_ids)
 
@@ -217,7 +229,9 @@ class SongIndex:
         inputs: Mapping[str, Any] | None = None,
         quality: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the structure's files, `songs.parquet`, the map where there is one and, last, `manifest.json`; compacts first."""
+        """Write the structure's files, `songs.parquet`, the map where there is one and, last, `manifest.json`; compacts
+        first.
+        """
         self.compact()
         whole = self.snapshot()
         target = Workspace(str(folder))
@@ -242,8 +256,8 @@ class SongIndex:
     def load(cls, folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> Self:
         """The index of a folder that `save` wrote; its vectors are mapped, so that processes of one machine share them.
 
-        Refuses, with both values: a newer format, changed files, and - when they are given - another dimension or other models.
-        Raises WorkspaceError and MismatchError.
+        Refuses, with both values: a newer format, changed files, and - when they are given - another dimension or other
+        models. Raises WorkspaceError and MismatchError.
         """
         source = Workspace(str(folder))
         manifest = read_manifest(folder, dim=dim, model_versions=model_versions)
@@ -277,7 +291,9 @@ def _search(
     allowed: NDArray[np.bool_] | None,
     spare: int = SPARE_CANDIDATES,
 ) -> list[list[Hit]]:
-    """Candidates less each query's excluded rows, ranked; asked again for more where a tie at the k-th place may reach beyond them."""
+    """Candidates less each query's excluded rows, ranked; asked again for more where a tie at the k-th place may reach
+    beyond them.
+    """
     count = k + max((len(rows) for rows in excluded), default=0) + spare
     candidates = state.nearest(joined, count, allowed)
     for i, rows in enumerate(excluded):

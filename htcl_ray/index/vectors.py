@@ -33,7 +33,9 @@ class Vectors:
         if self.semantic.ndim != 2:
             raise ValueError(f"semantic has shape {self.semantic.shape}; expected [n, dim]")
         if self.preference is not None and self.preference.shape != self.semantic.shape:
-            raise ValueError(f"preference has shape {self.preference.shape}; expected that of semantic, {self.semantic.shape}")
+            raise ValueError(
+                f"preference has shape {self.preference.shape}; expected that of semantic, {self.semantic.shape}"
+            )
 
     def __len__(self) -> int:
         return len(self.semantic)
@@ -46,7 +48,9 @@ class Vectors:
     def rows(self, selection: slice | NDArray[np.int64]) -> Vectors:
         """Some of the rows."""
         preference = None if self.preference is None else self.preference[selection]
-        return Vectors(self.semantic[selection], preference, None if self.text_coverage is None else self.text_coverage[selection])
+        return Vectors(
+            self.semantic[selection], preference, None if self.text_coverage is None else self.text_coverage[selection]
+        )
 
 
 def concatenate(parts: list[Vectors]) -> Vectors:
@@ -63,7 +67,9 @@ def concatenate(parts: list[Vectors]) -> Vectors:
 
 
 def check_unit_norm(vectors: Vectors, name_of: Callable[[int], str], advice: str) -> None:
-    """Raise InputError unless every row is finite and of unit norm. `name_of` names a row in the message and `advice` ends it."""
+    """Raise InputError unless every row is finite and of unit norm. `name_of` names a row in the message and `advice`
+    ends it.
+    """
     for space, half in (("semantic", vectors.semantic), ("preference", vectors.preference)):
         if half is not None:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -81,5 +87,7 @@ def unit_norm(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         lengths = np.linalg.norm(wide, axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths < np.finfo(np.float32).tiny).any():
-        raise QueryError("a query vector is zero or not finite in one of its halves; expected finite numbers that are not all zero")
+        raise QueryError(
+            "a query vector is zero or not finite in one of its halves; expected finite numbers that are not all zero"
+        )
     return (wide / lengths).astype(np.float32)

@@ -55,8 +55,8 @@ class MtebModel(AbsEncoder):
     def encode(self, inputs: Iterable[Mapping[str, Any]], **task: Any) -> np.ndarray:
         """Unit-norm vectors float32 [rows, dim] of batches of `audio`, `text` or both; of both the normalised sum.
 
-        An audio item has `array` (floats [samples] or [channels, samples]) and `sampling_rate`: a dict, or a decoder of the datasets
-        library. Raises InputError for text when the model is an audio encoder alone.
+        An audio item has `array` (floats [samples] or [channels, samples]) and `sampling_rate`: a dict, or a decoder of
+        the datasets library. Raises InputError for text when the model is an audio encoder alone.
         """
         parts = [self._encode_batch(batch) for batch in inputs]
         return torch.cat(parts).numpy() if parts else np.empty((0, self.model.dim), dtype=np.float32)
@@ -68,11 +68,18 @@ class MtebModel(AbsEncoder):
         if "text" in batch:
             found.append(self.model.embed_text(list(batch["text"])))
         if not found:
-            raise ConfigError(f"the task gives batches of {', '.join(batch)}; expected audio or text, which is what this model reads")
+            raise ConfigError(
+                f"the task gives batches of {', '.join(batch)}; expected audio or text, which is what this model reads"
+            )
         return found[0] if len(found) == 1 else torch.nn.functional.normalize(found[0] + found[1], dim=1)
 
     def _encode_audio(self, items: Sequence[Any]) -> torch.Tensor:
-        return torch.stack([self.model.embed_audio(np.asarray(item["array"], dtype=np.float32), item["sampling_rate"]) for item in items])
+        return torch.stack(
+            [
+                self.model.embed_audio(np.asarray(item["array"], dtype=np.float32), item["sampling_rate"])
+                for item in items
+            ]
+        )
 
 
 def mteb_model(path_or_hub_id: str | Path, device: str = "cpu") -> MtebModel:

@@ -1,4 +1,6 @@
-"""What a log was recognised as: shape, time range, feedback and rating scale, with counts; and the refusal of what cannot be meant."""
+"""What a log was recognised as: shape, time range, feedback and rating scale, with counts; and the refusal of what
+cannot be meant.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +75,19 @@ class LogSummary:
             return
         for item in pc.value_counts(feedback.filter(pa.array(np.isnan(values))).drop_null()).to_pylist():
             word = item["values"]
-            self.words[word if word in self.words or len(self.words) < MOST_WORDS else "(other values)"] += item["counts"]
+            self.words[word if word in self.words or len(self.words) < MOST_WORDS else "(other values)"] += item[
+                "counts"
+            ]
 
     def check(self, settings: PairSettings, max_rejected_share: float) -> None:
-        """Raise TableError for unknown feedback, times that are none, and ratings of another scale than the configured one."""
+        """Raise TableError for unknown feedback, times that are none, and ratings of another scale than the configured
+        one.
+        """
         unknown = {word: count for word, count in self.words.items() if feedback_value(word, settings) is None}
         if sum(unknown.values()) > max_rejected_share * self.rows:
-            shown = ", ".join(f"'{word}'" for word in sorted(unknown)[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            shown = ", ".join(f"'{word}'" for word in sorted(unknown)[:5]) + (
+                f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            )
             raise TableError(
                 f"the log {self.path} has unknown feedback values: {shown}; expected {', '.join(Feedback)} or numbers (ratings)"
             )
@@ -120,9 +128,13 @@ class LogSummary:
             parts.append(f"not used: {', '.join(sorted(self.unused))}")
         lines = [f"log {self.path}: {self.shape} ({', '.join(COLUMNS[self.shape])}); {'; '.join(parts)}"]
         if self.shape is LogShape.PLAYS and not self.has_time_of_day and self.forms[1:].any():
-            lines.append(f"warning: the log {self.path} knows days but no times; plays of one day have no order and form no directed pair")
+            lines.append(
+                f"warning: the log {self.path} knows days but no times; plays of one day have no order and form no directed pair"
+            )
         if self.ratings.total() and not self.ratings[1]:
-            lines.append(f"warning: no number of the log {self.path} reaches pairs.min_positive_rating={settings.positive_from:g}")
+            lines.append(
+                f"warning: no number of the log {self.path} reaches pairs.min_positive_rating={settings.positive_from:g}"
+            )
         return lines
 
 

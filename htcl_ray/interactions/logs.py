@@ -1,7 +1,7 @@
 """Log tables of several shapes → one shape, `schemas.EVENTS`, and the rows that cannot be used with their reasons.
 
-The shape is recognised by the columns: a log with `trigger_song_id` is feedback, else with `weight` affinity, else with `rating` ratings,
-else with `timestamp` plays.
+The shape is recognised by the columns: a log with `trigger_song_id` is feedback, else with `weight` affinity, else with
+`rating` ratings, else with `timestamp` plays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ COLUMNS = {
     LogShape.RATINGS: ("user_id", "song_id", "rating"),
 }
 """Columns that each shape needs."""
-OPTIONAL_COLUMNS = {LogShape.FEEDBACK: (), LogShape.PLAYS: ("feedback", "played_ratio"), LogShape.AFFINITY: (), LogShape.RATINGS: ()}
+OPTIONAL_COLUMNS = {
+    LogShape.FEEDBACK: (),
+    LogShape.PLAYS: ("feedback", "played_ratio"),
+    LogShape.AFFINITY: (),
+    LogShape.RATINGS: (),
+}
 TIMED = (LogShape.FEEDBACK, LogShape.PLAYS)
 """Shapes whose rows have a time."""
 
@@ -80,7 +85,9 @@ def feedback_value(feedback: str, settings: PairSettings) -> float | None:
 
 def rating_values(ratings: npt.NDArray[np.float64], settings: PairSettings) -> npt.NDArray[np.float64]:
     """1 for positive, −1 for negative, 0 for neutral ratings; NaN where there is no finite number."""
-    values = np.where(ratings >= settings.positive_from, 1.0, np.where(ratings <= settings.max_negative_rating, -1.0, 0.0))
+    values = np.where(
+        ratings >= settings.positive_from, 1.0, np.where(ratings <= settings.max_negative_rating, -1.0, 0.0)
+    )
     return np.where(np.isfinite(ratings), values, np.nan)
 
 
@@ -89,14 +96,19 @@ def normalise(
 ) -> tuple[pa.Table, pa.Table]:
     """Events and rejected rows of a batch of log rows.
 
-    `songs`: ids of the songs that have features. The events have the columns of EVENTS up to `timestamp`. A row of a log of plays without
-    feedback, or with `play`, is positive when `played_ratio` is at least `min_played_ratio` or not known, and neutral otherwise.
+    `songs`: ids of the songs that have features. The events have the columns of EVENTS up to `timestamp`. A row of a
+    log of plays without feedback, or with `play`, is positive when `played_ratio` is at least `min_played_ratio` or not
+    known, and neutral otherwise.
     """
     user, song = as_ids(table["user_id"]), as_ids(table["song_id"])
     nothing = pa.nulls(table.num_rows, pa.string())
     trigger, seconds = nothing, np.full(table.num_rows, np.nan)
     checks: list[tuple[Reason, npt.NDArray[np.bool_], str]] = [
-        *([(Reason.UNREADABLE_ROW, ~_null(table[UNREADABLE_ROW]), UNREADABLE_ROW)] if UNREADABLE_ROW in table.column_names else []),
+        *(
+            [(Reason.UNREADABLE_ROW, ~_null(table[UNREADABLE_ROW]), UNREADABLE_ROW)]
+            if UNREADABLE_ROW in table.column_names
+            else []
+        ),
         (Reason.MISSING_USER_ID, _null(user), "user_id"),
         (Reason.MISSING_SONG_ID, _null(song), "song_id"),
         (Reason.UNKNOWN_SONG, ~_known(song, songs), "song_id"),
@@ -123,7 +135,9 @@ def normalise(
             ratio_text = as_strings(table["played_ratio"]) if "played_ratio" in table.column_names else nothing
             ratio = as_numbers(ratio_text)
             checks.append((Reason.BAD_FEEDBACK, (np.isnan(value) & ~_null(feedback)) | feedback_lost, "feedback"))
-            ratio_lost = unreadable(table["played_ratio"], ratio_text) if "played_ratio" in table.column_names else False
+            ratio_lost = (
+                unreadable(table["played_ratio"], ratio_text) if "played_ratio" in table.column_names else False
+            )
             bad_ratio = ~_null(ratio_text) & ~((ratio >= 0) & (ratio <= 1))
             checks.append((Reason.BAD_PLAYED_RATIO, bad_ratio | ratio_lost, "played_ratio"))
             says_nothing = _null(feedback) | ((value == 0) & _equal(feedback, Feedback.PLAY))
@@ -140,7 +154,9 @@ def complete(events: pa.Table, period_ends: tuple[float, float], held_out_share:
     users = events["user_id"].combine_chunks().dictionary_encode()
     held_out = np.array([is_held_out(user, held_out_share) for user in users.dictionary.to_pylist()], dtype=bool)
     seconds = events["timestamp"].combine_chunks().fill_null(np.nan).to_numpy(zero_copy_only=False)
-    events = events.append_column("held_out_user", pa.array(held_out[users.indices.to_numpy()] if len(users) else held_out))
+    events = events.append_column(
+        "held_out_user", pa.array(held_out[users.indices.to_numpy()] if len(users) else held_out)
+    )
     return events.append_column("period", pa.array(periods(seconds, period_ends), pa.string())).cast(EVENTS)
 
 
@@ -178,7 +194,11 @@ _EXPECTED = {
 
 
 def _rejected(
-    table: pa.Table, song: pa.Array, checks: Sequence[tuple[Reason, npt.NDArray[np.bool_], str]], source: str, first_row: int
+    table: pa.Table,
+    song: pa.Array,
+    checks: Sequence[tuple[Reason, npt.NDArray[np.bool_], str]],
+    source: str,
+    first_row: int,
 ) -> pa.Table:
     """Quarantine rows; a row that is wrong in several ways has the first reason."""
     seen = np.zeros(table.num_rows, dtype=bool)
@@ -191,6 +211,13 @@ def _rejected(
                 details = table[column].take(pa.array(rows)).to_pylist()
             else:
                 given = [example(table[column], int(row)) for row in rows]
-                details = [f"{column} is {'missing' if cell == 'None' else cell}; expected {_EXPECTED[reason]}" for cell in given]
-            found.append(rejected_rows(song.take(pa.array(rows)).to_pylist(), (first_row + rows).tolist(), source, reason, details))
+                details = [
+                    f"{column} is {'missing' if cell == 'None' else cell}; expected {_EXPECTED[reason]}"
+                    for cell in given
+                ]
+            found.append(
+                rejected_rows(
+                    song.take(pa.array(rows)).to_pylist(), (first_row + rows).tolist(), source, reason, details
+                )
+            )
     return pa.concat_tables(found)

@@ -1,7 +1,9 @@
-"""Events → occurrences: each time that a user received a song well after a trigger song, and each time that one was rejected there.
+"""Events → occurrences: each time that a user received a song well after a trigger song, and each time that one was
+rejected there.
 
-Feedback names its trigger. A play's trigger is the last positively received play before it in its session; plays at equal times have no
-order. Affinity logs and ratings have no order: each song that a user prefers is a trigger of every other.
+Feedback names its trigger. A play's trigger is the last positively received play before it in its session; plays at
+equal times have no order. Affinity logs and ratings have no order: each song that a user prefers is a trigger of every
+other.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ OCCURRENCES = pa.schema(
 
 
 def occurrences(events: pa.Table, settings: PairSettings) -> pa.Table:
-    """Occurrences, schema OCCURRENCES, in events (schema EVENTS) that are sorted by user and time and hold whole users."""
+    """Occurrences, schema OCCURRENCES, in events (schema EVENTS) that are sorted by user and time and hold whole
+    users.
+    """
     feedback, plays, affinity = _by_shape(events)
     return pa.concat_tables(
         [
@@ -42,15 +46,23 @@ def occurrences(events: pa.Table, settings: PairSettings) -> pa.Table:
 
 
 def rejections(events: pa.Table, settings: PairSettings) -> pa.Table:
-    """Rejected songs and their triggers, schema OCCURRENCES, in events as for `occurrences`. Affinity logs and ratings have none."""
+    """Rejected songs and their triggers, schema OCCURRENCES, in events as for `occurrences`. Affinity logs and ratings
+    have none.
+    """
     feedback, plays, _ = _by_shape(events)
-    return pa.concat_tables([_from_feedback(feedback, sign=-1), _from_plays(plays, settings.session_gap_minutes * 60, sign=-1)])
+    return pa.concat_tables(
+        [_from_feedback(feedback, sign=-1), _from_plays(plays, settings.session_gap_minutes * 60, sign=-1)]
+    )
 
 
 def _by_shape(events: pa.Table) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Feedback, plays, affinity."""
     has_trigger, has_time = pc.is_valid(events["trigger_song_id"]), pc.is_valid(events["timestamp"])
-    return events.filter(has_trigger), events.filter(pc.and_(pc.invert(has_trigger), has_time)), events.filter(pc.invert(has_time))
+    return (
+        events.filter(has_trigger),
+        events.filter(pc.and_(pc.invert(has_trigger), has_time)),
+        events.filter(pc.invert(has_time)),
+    )
 
 
 def _from_feedback(events: pa.Table, sign: int) -> pa.Table:
@@ -65,11 +77,15 @@ def _from_plays(events: pa.Table, gap_seconds: float, sign: int) -> pa.Table:
     starts = session_starts(user_codes(events), seconds, gap_seconds)
     trigger = triggers(starts, seconds, _codes(events["song_id"]), value > 0)
     rows = np.flatnonzero((sign * value > 0) & (trigger != NO_TRIGGER))
-    return _as_occurrences(events.take(pa.array(rows)), events["song_id"].take(pa.array(trigger[rows])), pa.array(sign * value[rows]))
+    return _as_occurrences(
+        events.take(pa.array(rows)), events["song_id"].take(pa.array(trigger[rows])), pa.array(sign * value[rows])
+    )
 
 
 def _from_affinity(events: pa.Table, most: int) -> pa.Table:
-    """Every ordered pair of a user's heaviest songs, as strong as the geometric mean of both weights, relative to the user's largest."""
+    """Every ordered pair of a user's heaviest songs, as strong as the geometric mean of both weights, relative to the
+    user's largest.
+    """
     events = events.filter(pc.greater(events["value"], 0))  # ratings may be neutral or negative
     if not events.num_rows:
         return OCCURRENCES.empty_table()

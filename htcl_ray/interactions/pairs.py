@@ -1,7 +1,9 @@
-"""Events → preference pairs (trigger song, song), and negatives (trigger song, rejected song), in two steps that a cluster can do apart.
+"""Events → preference pairs (trigger song, song), and negatives (trigger song, rejected song), in two steps that a
+cluster can do apart.
 
-`partial_pairs` sees all events of some users and sums what they say about each pair; `finish_pairs` and `finish_negatives` see all such
-sums of some trigger songs. Our reading of how pairs are mined is in docs/decisions/0001-pair-mining.md.
+`partial_pairs` sees all events of some users and sums what they say about each pair; `finish_pairs` and
+`finish_negatives` see all such sums of some trigger songs. Our reading of how pairs are mined is in
+docs/decisions/0001-pair-mining.md.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ Rows with `dropped` are counts instead: `support` occurrences without songs. `re
 """
 
 EVIDENCE_STEP = 2.0**-32
-"""Evidence of one user is a multiple of this, so that sums over up to 2**20 users are exact and do not depend on the order of addition."""
+"""Evidence of one user is a multiple of this, so that sums over up to 2**20 users are exact and do not depend on the
+order of addition."""
 
 SUPPORT_BANDS = {"1": 1, "2": 2, "3-5": 3, "6-10": 6, "11+": 11}
 """Label of a range of supports → its smallest support."""
@@ -57,12 +60,14 @@ SUPPORT_BANDS = {"1": 1, "2": 2, "3-5": 3, "6-10": 6, "11+": 11}
 def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: PairSettings) -> pa.Table:
     """Sum what some users say about pairs: schema PARTIAL_PAIRS.
 
-    `events`: schema EVENTS, with all events of each user in it. `songs`: song_id and split of every song. `newest`: epoch seconds of the
-    newest event of the training period, which has age 0. `weight` is the sum of the users' evidence (see `_user_evidence`); `support`
-    counts users.
+    `events`: schema EVENTS, with all events of each user in it. `songs`: song_id and split of every song. `newest`:
+    epoch seconds of the newest event of the training period, which has age 0. `weight` is the sum of the users'
+    evidence (see `_user_evidence`); `support` counts users.
     """
     sums = [PARTIAL_PAIRS.empty_table()]
-    for piece in _whole_users(events.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("song_id", "ascending")]), settings):
+    for piece in _whole_users(
+        events.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("song_id", "ascending")]), settings
+    ):
         for rejected, seen in ((False, occurrences(piece, settings)), (True, rejections(piece, settings))):
             split, dropped = _judge(seen, songs)
             for reason in np.unique(dropped[dropped != ""]):
@@ -77,23 +82,27 @@ def finish_pairs(
 ) -> tuple[pa.Table, dict[str, int]]:
     """Pairs of some trigger songs, schema PAIRS sorted by trigger and song, and how many were dropped, by reason.
 
-    `partial`: every row of PARTIAL_PAIRS about these trigger songs. `popularity`: evidence for each of `song_ids`, see `positives`.
+    `partial`: every row of PARTIAL_PAIRS about these trigger songs. `popularity`: evidence for each of `song_ids`, see
+    `positives`.
     """
     pairs, dropped = _supported(partial.filter(pc.invert(partial["rejected"])), settings)
     return _capped(_correct_popularity(pairs, song_ids, popularity, settings), dropped, settings)
 
 
 def finish_negatives(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
-    """Rejected songs of some trigger songs, as `finish_pairs` gives pairs; the weight is the shrunk evidence of the rejections.
+    """Rejected songs of some trigger songs, as `finish_pairs` gives pairs; the weight is the shrunk evidence of the
+    rejections.
 
-    It is not divided by popularity: a song without positives has none. A song may be rejected after a trigger by one user and be a
-    pair with it through another; training with negatives leaves these out.
+    It is not divided by popularity: a song without positives has none. A song may be rejected after a trigger by one
+    user and be a pair with it through another; training with negatives leaves these out.
     """
     return _capped(*_supported(partial.filter(partial["rejected"]), settings), settings)
 
 
 def draws_by_support(pairs: pa.Table) -> dict[str, float]:
-    """Sum of the weights of the training pairs in each of SUPPORT_BANDS; training draws pairs in proportion to their weights."""
+    """Sum of the weights of the training pairs in each of SUPPORT_BANDS; training draws pairs in proportion to their
+    weights.
+    """
     training = pairs.filter(pc.equal(pairs["split"], Split.TRAIN.value))
     bands = np.searchsorted(list(SUPPORT_BANDS.values()), training["support"].to_numpy(), side="right") - 1
     totals = np.bincount(bands, training["weight"].to_numpy(), len(SUPPORT_BANDS))
@@ -103,15 +112,17 @@ def draws_by_support(pairs: pa.Table) -> dict[str, float]:
 def _supported(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
     """Pairs with enough support, their evidence over all users shrunk, and what was dropped so far.
 
-    Absolute discounting: of the sum of the users' evidence, `support_discount` times that of one typical user (Σe² / Σe) does not count.
-    With equal evidence e of n users, (n − discount) · e is left.
+    Absolute discounting: of the sum of the users' evidence, `support_discount` times that of one typical user (Σe² /
+    Σe) does not count. With equal evidence e of n users, (n − discount) · e is left.
     """
     counts = partial.filter(pc.is_valid(partial["dropped"])).group_by("dropped").aggregate([("support", "sum")])
     dropped = dict(zip(counts["dropped"].to_pylist(), counts["support_sum"].to_pylist(), strict=True))
     pairs = _sum_partials(partial.filter(pc.is_null(partial["dropped"])))
     supported = pairs.filter(pc.greater_equal(pairs["support"], settings.min_support))
     evidence = supported["weight"].to_numpy()
-    supported = _with_weight(supported, evidence - settings.support_discount * supported["squares"].to_numpy() / evidence)
+    supported = _with_weight(
+        supported, evidence - settings.support_discount * supported["squares"].to_numpy() / evidence
+    )
     supported = supported.filter(pc.greater(supported["weight"], 1e-12))
     return supported, dropped | {Dropped.BELOW_SUPPORT: pairs.num_rows - supported.num_rows}
 
@@ -127,9 +138,9 @@ def _capped(pairs: pa.Table, dropped: dict[str, int], settings: PairSettings) ->
 def positives(events: pa.Table, songs: pa.Table, settings: PairSettings) -> npt.NDArray[np.float64]:
     """How well each song was received, float64 [songs]: what the popularity correction divides by.
 
-    Counts users, each with diminishing returns for repetitions, as pairs do. `events`: all events of some users; the results for
-    different users add up. The trigger of well received feedback counts as received well, too. Only events that may form pairs count: for
-    training songs, events of the training period by users that are not held out.
+    Counts users, each with diminishing returns for repetitions, as pairs do. `events`: all events of some users; the
+    results for different users add up. The trigger of well received feedback counts as received well, too. Only events
+    that may form pairs count: for training songs, events of the training period by users that are not held out.
     """
     good = events.filter(pc.greater(events["value"], 0))
     total = np.zeros(songs.num_rows, dtype=np.float64)
@@ -145,7 +156,9 @@ def positives(events: pa.Table, songs: pa.Table, settings: PairSettings) -> npt.
         counts = known & (may_train | ~is_train[index])
         counted.append(users[counts] * songs.num_rows + index[counts])
     codes, times = np.unique(np.concatenate(counted), return_counts=True)
-    np.add.at(total, codes % songs.num_rows, _rounded(_saturated(times.astype(np.float64), settings.repetition_saturation)))
+    np.add.at(
+        total, codes % songs.num_rows, _rounded(_saturated(times.astype(np.float64), settings.repetition_saturation))
+    )
     return total
 
 
@@ -156,7 +169,9 @@ def _whole_users(events: pa.Table, settings: PairSettings) -> Iterator[pa.Table]
     liked = np.minimum(np.bincount(codes, affinity), settings.max_songs_per_user)
     expected = np.cumsum(np.bincount(codes) + liked**2)
     piece_of_user = (expected // OCCURRENCES_AT_ONCE).astype(np.int64)
-    edges = np.flatnonzero(np.diff(piece_of_user[codes], prepend=-1, append=-1)) if codes.size else np.zeros(1, np.int64)
+    edges = (
+        np.flatnonzero(np.diff(piece_of_user[codes], prepend=-1, append=-1)) if codes.size else np.zeros(1, np.int64)
+    )
     for start, end in itertools.pairwise(edges):
         yield events.slice(start, end - start)
 
@@ -164,7 +179,9 @@ def _whole_users(events: pa.Table, settings: PairSettings) -> Iterator[pa.Table]
 def _judge(seen: pa.Table, songs: pa.Table) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.str_]]:
     """Split of each occurrence, and the reason why it is dropped or ""."""
     ids, splits = songs["song_id"].combine_chunks(), songs["split"].to_numpy()
-    trigger, song = (splits[pc.index_in(seen[name], value_set=ids).to_numpy()] for name in ("trigger_song_id", "song_id"))
+    trigger, song = (
+        splits[pc.index_in(seen[name], value_set=ids).to_numpy()] for name in ("trigger_song_id", "song_id")
+    )
     is_train = song == Split.TRAIN.value
     rules = [
         (Dropped.SELF_PAIR, pc.equal(seen["trigger_song_id"], seen["song_id"]).to_numpy()),
@@ -190,8 +207,9 @@ _SUMS = ["weight", "squares", "support", "first_timestamp", "last_timestamp"]
 def _user_evidence(kept: pa.Table, settings: PairSettings) -> pa.Table:
     """One row for each user and pair: `evidence`, and the first and the last time.
 
-    Repetitions have diminishing returns (`_saturated`). A user with more occurrences than `max_occurrences_per_user` counts less in
-    proportion, in every pair. Affinity logs, which have no times, are capped by `max_songs_per_user` instead.
+    Repetitions have diminishing returns (`_saturated`). A user with more occurrences than `max_occurrences_per_user`
+    counts less in proportion, in every pair. Affinity logs, which have no times, are capped by `max_songs_per_user`
+    instead.
     """
     by_user = kept.group_by([*_KEYS, "user_id"], use_threads=False).aggregate(
         [("strength", "sum"), ("timestamp", "min"), ("timestamp", "max"), ("timestamp", "count")]
@@ -202,7 +220,9 @@ def _user_evidence(kept: pa.Table, settings: PairSettings) -> pa.Table:
         occurrences_of = np.bincount(users, by_user["timestamp_count"].to_numpy())
         evidence = evidence * np.minimum(1.0, settings.max_occurrences_per_user / np.maximum(occurrences_of, 1))[users]
     evidence = _rounded(evidence)
-    return by_user.append_column("evidence", pa.array(evidence)).append_column("square", pa.array(_rounded(evidence**2)))
+    return by_user.append_column("evidence", pa.array(evidence)).append_column(
+        "square", pa.array(_rounded(evidence**2))
+    )
 
 
 def _rounded(evidence: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -211,23 +231,41 @@ def _rounded(evidence: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _saturated(strength: npt.NDArray[np.float64], saturation: float) -> npt.NDArray[np.float64]:
-    """Term-frequency saturation of BM25: a strength of 1 counts 1, and no strength counts more than 1 + `saturation`."""
+    """Term-frequency saturation of BM25: a strength of 1 counts 1, and no strength counts more than 1 +
+    `saturation`.
+    """
     return strength * (1 + saturation) / (strength + saturation)
 
 
 def _sum_users(by_user: pa.Table, rejected: bool) -> pa.Table:
     sums = by_user.group_by(_KEYS, use_threads=False).aggregate(
-        [("evidence", "sum"), ("square", "sum"), ("user_id", "count"), ("timestamp_min", "min"), ("timestamp_max", "max")]
+        [
+            ("evidence", "sum"),
+            ("square", "sum"),
+            ("user_id", "count"),
+            ("timestamp_min", "min"),
+            ("timestamp_max", "max"),
+        ]
     )
     renamed = sums.rename_columns([*_KEYS, *_SUMS])
     marked = renamed.append_column("dropped", pa.nulls(sums.num_rows, pa.string()))
-    return marked.append_column("rejected", pa.repeat(rejected, sums.num_rows)).select(PARTIAL_PAIRS.names).cast(PARTIAL_PAIRS)
+    return (
+        marked.append_column("rejected", pa.repeat(rejected, sums.num_rows))
+        .select(PARTIAL_PAIRS.names)
+        .cast(PARTIAL_PAIRS)
+    )
 
 
 def _sum_partials(partial: pa.Table) -> pa.Table:
     """Sums over users; exact, see EVIDENCE_STEP."""
     sums = partial.group_by(_KEYS, use_threads=False).aggregate(
-        [("weight", "sum"), ("squares", "sum"), ("support", "sum"), ("first_timestamp", "min"), ("last_timestamp", "max")]
+        [
+            ("weight", "sum"),
+            ("squares", "sum"),
+            ("support", "sum"),
+            ("first_timestamp", "min"),
+            ("last_timestamp", "max"),
+        ]
     )
     return sums.rename_columns([*_KEYS, *_SUMS])
 
@@ -238,8 +276,12 @@ def _dropped_count(reason: str, count: int, rejected: bool) -> pa.Table:
     return pa.Table.from_pylist([row], schema=PARTIAL_PAIRS)
 
 
-def _correct_popularity(pairs: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.float64], settings: PairSettings) -> pa.Table:
-    trigger, song = (popularity[pc.index_in(pairs[name], value_set=song_ids).to_numpy()] for name in ("trigger_song_id", "song_id"))
+def _correct_popularity(
+    pairs: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.float64], settings: PairSettings
+) -> pa.Table:
+    trigger, song = (
+        popularity[pc.index_in(pairs[name], value_set=song_ids).to_numpy()] for name in ("trigger_song_id", "song_id")
+    )
     expected = (trigger + settings.popularity_offset) * (song + settings.popularity_offset)
     return _with_weight(pairs, pairs["weight"].to_numpy() / expected**settings.popularity_exponent)
 

@@ -8,7 +8,9 @@ import numpy.typing as npt
 NO_TRIGGER = -1
 
 
-def session_starts(users: npt.NDArray[np.int64], seconds: npt.NDArray[np.float64], gap_seconds: float) -> npt.NDArray[np.int64]:
+def session_starts(
+    users: npt.NDArray[np.int64], seconds: npt.NDArray[np.float64], gap_seconds: float
+) -> npt.NDArray[np.int64]:
     """For each play, the row at which its session starts. Rows are sorted by user and time; users are numbers.
 
     A session ends where the user changes or more than `gap_seconds` pass between two plays.
@@ -20,17 +22,23 @@ def session_starts(users: npt.NDArray[np.int64], seconds: npt.NDArray[np.float64
 
 
 def triggers(
-    starts: npt.NDArray[np.int64], seconds: npt.NDArray[np.float64], songs: npt.NDArray[np.int64], positive: npt.NDArray[np.bool_]
+    starts: npt.NDArray[np.int64],
+    seconds: npt.NDArray[np.float64],
+    songs: npt.NDArray[np.int64],
+    positive: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int64]:
     """For each play, the row of the last positively received play at an earlier time of its session, or NO_TRIGGER.
 
-    `starts` is what `session_starts` returns; songs are numbers. Plays at one time have no order: none of them is the trigger of another,
-    and where several songs were received positively at the last time before a play, that play has no trigger.
+    `starts` is what `session_starts` returns; songs are numbers. Plays at one time have no order: none of them is the
+    trigger of another, and where several songs were received positively at the last time before a play, that play has
+    no trigger.
     """
     if not starts.size:
         return starts
     rows = np.arange(starts.size)
-    first = np.flatnonzero((np.diff(starts, prepend=-1) != 0) | (np.diff(seconds, prepend=np.nan) != 0))  # of each session and time
+    first = np.flatnonzero(
+        (np.diff(starts, prepend=-1) != 0) | (np.diff(seconds, prepend=np.nan) != 0)
+    )  # of each session and time
     moment = np.repeat(np.arange(first.size), np.diff(first, append=starts.size))
     trigger = np.minimum.reduceat(np.where(positive, rows, starts.size), first)
     lowest = np.minimum.reduceat(np.where(positive, songs, songs.max()), first)

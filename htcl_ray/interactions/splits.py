@@ -1,7 +1,7 @@
 """Which part of the data a song, a user or a moment belongs to.
 
-Membership is a hash of the name alone, so it stays when songs and users are added, needs no pass over the data, and is the same on every
-machine.
+Membership is a hash of the name alone, so it stays when songs and users are added, needs no pass over the data, and is
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def hash_fraction(key: str, purpose: str) -> float:
 
 
 def group_split(group: str, shares: Sequence[float]) -> Split:
-    """Split of a group of songs that must not be divided, by a hash of its name (see `catalog.artists.artist_groups`)."""
+    """Split of a group of songs that must not be divided, by a hash of its name (see
+    `catalog.artists.artist_groups`).
+    """
     position = hash_fraction(group, "song split")
     if position < shares[0]:
         return Split.TRAIN
@@ -34,7 +36,9 @@ def group_split(group: str, shares: Sequence[float]) -> Split:
 
 
 def group_splits(groups: pa.Array, shares: Sequence[float]) -> pa.Array:
-    """Split of each song from its group; null stays null. A group that holds more than half of the songs is for training."""
+    """Split of each song from its group; null stays null. A group that holds more than half of the songs is for
+    training.
+    """
     coded = groups.dictionary_encode()
     songs = np.bincount(coded.indices.drop_null().to_numpy(), minlength=len(coded.dictionary))
     of_group = [
@@ -54,11 +58,13 @@ def is_held_out(user_id: str, share: float) -> bool:
     return hash_fraction(user_id, "held-out user") < share
 
 
-def period_ends(timestamps: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], shares: Sequence[float]) -> tuple[float, float]:
+def period_ends(
+    timestamps: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], shares: Sequence[float]
+) -> tuple[float, float]:
     """Times at which the training and the validation period end, so that the events divide as `shares` says.
 
-    `timestamps`, epoch seconds, each stand for `weights` events. An event belongs to a period when it is not later than its end. Without
-    events both ends are infinite.
+    `timestamps`, epoch seconds, each stand for `weights` events. An event belongs to a period when it is not later than
+    its end. Without events both ends are infinite.
     """
     if not timestamps.size:
         return float("inf"), float("inf")
@@ -77,7 +83,9 @@ def periods(timestamps: npt.NDArray[np.float64], ends: tuple[float, float]) -> n
 
 
 def thin_out(seconds: npt.NDArray[np.float64], most: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `most` of the times, NaN left out, each with the number of times that it stands for: those up to it from the one before."""
+    """At most `most` of the times, NaN left out, each with the number of times that it stands for: those up to it from
+    the one before.
+    """
     ordered = np.sort(seconds[~np.isnan(seconds)])
     if ordered.size <= most:
         return ordered, np.ones(ordered.size)

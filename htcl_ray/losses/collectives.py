@@ -1,6 +1,7 @@
 """Everything that training workers say to each other. The only file with collectives.
 
-Without a process group every function is the one-worker case. All workers must call each function equally often and in the same order.
+Without a process group every function is the one-worker case. All workers must call each function equally often and in
+the same order.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     bucket: list[Tensor] = []
     for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
-        if bucket and (gradient.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + gradient.nbytes > BUCKET_BYTES):
+        if bucket and (
+            gradient.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + gradient.nbytes > BUCKET_BYTES
+        ):
             _sum_in_place(bucket)
             bucket = []
         bucket.append(gradient)
@@ -117,9 +120,11 @@ def wait_for_all() -> None:
 
 @contextmanager
 def prepared_together() -> Iterator[None]:
-    """End this block when every worker has ended it, however much longer the slowest takes. What one worker refuses, all refuse.
+    """End this block when every worker has ended it, however much longer the slowest takes. What one worker refuses,
+    all refuse.
 
-    Without it a worker that copies a large data set lets the others' first collective time out, and one that raises leaves them waiting.
+    Without it a worker that copies a large data set lets the others' first collective time out, and one that raises
+    leaves them waiting.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION) if world_size() > 1 else None
     failure: HtclError | None = None

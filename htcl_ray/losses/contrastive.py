@@ -1,7 +1,7 @@
 """InfoNCE on embeddings that are already here: pure functions of tensors, no communication.
 
-Shapes: n rows of this process, m rows of everyone (n = m in one process), d dimensions. `logit_scale` is a scalar s: logits are
-cosine · exp(s), so the temperature is exp(−s).
+Shapes: n rows of this process, m rows of everyone (n = m in one process), d dimensions. `logit_scale` is a scalar s:
+logits are cosine · exp(s), so the temperature is exp(−s).
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ def info_nce(
 ) -> Tensor:
     """Symmetric InfoNCE of matching rows, averaged: ½·(first → second + second → first). Scalar.
 
-    first, second [n, d]: row i of both belong together; lengths do not matter, cosines are taken. `excluded` [n, n] bool: where true,
-    (i, j) is not a negative; the diagonal never is excluded. `chunk_rows` bounds memory: n·chunk_rows logits at a time, same result.
+    first, second [n, d]: row i of both belong together; lengths do not matter, cosines are taken. `excluded` [n, n]
+    bool: where true, (i, j) is not a negative; the diagonal never is excluded. `chunk_rows` bounds memory: n·chunk_rows
+    logits at a time, same result.
     """
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     there = info_nce_rows(
-        first, second, logit_scale, excluded=None if excluded is None else lambda a, b: excluded[a:b], chunk_rows=chunk_rows
+        first,
+        second,
+        logit_scale,
+        excluded=None if excluded is None else lambda a, b: excluded[a:b],
+        chunk_rows=chunk_rows,
     )
     back = info_nce_rows(
-        second, first, logit_scale, excluded=None if excluded is None else lambda a, b: excluded[:, a:b].T, chunk_rows=chunk_rows
+        second,
+        first,
+        logit_scale,
+        excluded=None if excluded is None else lambda a, b: excluded[:, a:b].T,
+        chunk_rows=chunk_rows,
     )
     return (there + back) / (2 * len(first))
 
@@ -44,12 +53,12 @@ def info_nce_rows(
 ) -> Tensor:
     """Sum over queries of −log softmax(cosine · exp(s)) at the positive key. One direction. Scalar.
 
-    queries [n, d] and keys [m, d], unit norm. The positive of query i is key `first_positive` + i; it is always a candidate. Keys
-    that `excluded` names are left out of the denominator. Memory grows with (n + m)·d, not with n·m.
+    queries [n, d] and keys [m, d], unit norm. The positive of query i is key `first_positive` + i; it is always a
+    candidate. Keys that `excluded` names are left out of the denominator. Memory grows with (n + m)·d, not with n·m.
 
-    `log_q` [m]: log of the probability with which each key was drawn into the batch. It is subtracted from every logit, the positive's
-    included (Bengio & Senécal 2008; Yi et al., RecSys 2019): the more keys, the closer the gradient is to that of the softmax over all
-    songs, each counted once, however unevenly the keys are drawn.
+    `log_q` [m]: log of the probability with which each key was drawn into the batch. It is subtracted from every logit,
+    the positive's included (Bengio & Senécal 2008; Yi et al., RecSys 2019): the more keys, the closer the gradient is
+    to that of the softmax over all songs, each counted once, however unevenly the keys are drawn.
     """
 
     def loss(start: int, queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ def without_positives(excluded: Excluded | None, start: int, stop: int, positive
 def false_negatives(row_ids: Tensor, column_ids: Tensor, known_pairs: Tensor | None = None) -> Tensor:
     """Which (row, column) must not be pushed apart: bool [n, m].
 
-    row_ids [n, k] and column_ids [m, k], int64: true where any kind of id is equal (song, duplicate group, normalised text). The first
-    kind is the song; `known_pairs` are sorted `pair_codes` of songs that belong together, true in either order.
+    row_ids [n, k] and column_ids [m, k], int64: true where any kind of id is equal (song, duplicate group, normalised
+    text). The first kind is the song; `known_pairs` are sorted `pair_codes` of songs that belong together, true in
+    either order.
     """
     related = torch.zeros(len(row_ids), len(column_ids), dtype=torch.bool, device=row_ids.device)
     for kind in range(row_ids.shape[1]):

@@ -1,4 +1,5 @@
-"""The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) on embeddings that are already here: every (query, key) is a yes or no of its own.
+"""The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) on embeddings that are already here: every (query, key) is a yes
+or no of its own.
 
 Shapes as in `contrastive`. `logit_bias` is a scalar b: logits are cosine · exp(s) + b.
 """
@@ -24,8 +25,9 @@ def sigmoid_loss(
 ) -> Tensor:
     """−1/n · Σᵢⱼ log σ(zᵢⱼ · (cosineᵢⱼ · exp(s) + b)), z = 1 for matching rows and −1 otherwise. Scalar.
 
-    first, second [n, d]: row i of both belong together; lengths do not matter, cosines are taken. `excluded` [n, n] bool: where true,
-    (i, j) is left out; the diagonal never is. `chunk_rows` bounds memory: n·chunk_rows logits at a time, same result.
+    first, second [n, d]: row i of both belong together; lengths do not matter, cosines are taken. `excluded` [n, n]
+    bool: where true, (i, j) is left out; the diagonal never is. `chunk_rows` bounds memory: n·chunk_rows logits at a
+    time, same result.
     """
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     mask = None if excluded is None else lambda a, b: excluded[a:b]
@@ -44,8 +46,8 @@ def sigmoid_rows(
 ) -> Tensor:
     """Sum over queries and keys of −log σ(z · (cosine · exp(s) + b)). Scalar.
 
-    queries [n, d] and keys [m, d], unit norm. z is 1 for query i and key `first_positive` + i, which always counts, and −1 otherwise.
-    Keys that `excluded` names are left out. Memory grows with (n + m)·d, not with n·m.
+    queries [n, d] and keys [m, d], unit norm. z is 1 for query i and key `first_positive` + i, which always counts, and
+    −1 otherwise. Keys that `excluded` names are left out. Memory grows with (n + m)·d, not with n·m.
     """
 
     def loss(start: int, queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The model card: what a model is, how to use it, and what an evaluation measured, in the Hugging Face model-index format too."""
+"""The model card: what a model is, how to use it, and what an evaluation measured, in the Hugging Face model-index
+format too.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,16 @@ class Evaluation(Settings):
 def evaluation_of(tasks: Iterable[Task], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
     """Every figure of the tasks that has a value; see `Evaluation` for the rest."""
     figures = [
-        Measured(task=task.name, title=task.title, method=method, figure=figure, value=found.value, low=low, high=high, n=found.n)
+        Measured(
+            task=task.name,
+            title=task.title,
+            method=method,
+            figure=figure,
+            value=found.value,
+            low=low,
+            high=high,
+            n=found.n,
+        )
         for task in tasks
         for method, of_method in task.methods.items()
         for figure, found in of_method.items()
@@ -69,14 +80,18 @@ def evaluation_of(tasks: Iterable[Task], report: str, data: Mapping[str, Any], w
 
 
 def read_evaluation(file: Path) -> Evaluation | None:
-    """The evaluation of a model folder, or None when it has none. Raises MismatchError when the file is something else."""
+    """The evaluation of a model folder, or None when it has none. Raises MismatchError when the file is something
+    else.
+    """
     try:
         return Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValidationError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise MismatchError(f"{file} is not an evaluation of an HTCL model ({reason}); remove it or evaluate again") from None
+        raise MismatchError(
+            f"{file} is not an evaluation of an HTCL model ({reason}); remove it or evaluate again"
+        ) from None
 
 
 def headlines(record: ModelRecord, evaluation: Evaluation) -> list[tuple[str, Measured]]:
@@ -100,8 +115,13 @@ def model_card(record: ModelRecord, parameters: int, evaluation: Evaluation | No
     windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
     text = "none: it hears, but cannot read"
     if record.text is not None:
-        text = without_credentials(record.text.settings.name_or_path or "") or "a BERT trained from scratch on the catalogue's texts"
-    words = "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
+        text = (
+            without_credentials(record.text.settings.name_or_path or "")
+            or "a BERT trained from scratch on the catalogue's texts"
+        )
+    words = (
+        "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
+    )
     return f"""---
 {_front_matter(record, evaluation)}
 ---
@@ -168,7 +188,8 @@ def _figures(record: ModelRecord, evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return ""
     lines = [
-        f"| {item.title} | {item.figure} | {item.value:.4g} | {_interval(item)} | {item.n} |" for _, item in headlines(record, evaluation)
+        f"| {item.title} | {item.figure} | {item.value:.4g} | {_interval(item)} | {item.n} |"
+        for _, item in headlines(record, evaluation)
     ]
     if not lines:
         return ""

@@ -1,4 +1,6 @@
-"""A model folder on disk: weights, config.json, tokenizer/, evaluation.json, README.md. Nothing in it is ever executed or unpickled."""
+"""A model folder on disk: weights, config.json, tokenizer/, evaluation.json, README.md. Nothing in it is ever executed
+or unpickled.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,15 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None, token: 
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise WorkspaceError(f"{folder} is a folder, which has no revision '{revision}'; leave revision out, or give a hub id")
+            raise WorkspaceError(
+                f"{folder} is a folder, which has no revision '{revision}'; leave revision out, or give a hub id"
+            )
         return folder
     name = str(path_or_hub_id)
     if not HUB_ID.fullmatch(name):
-        raise WorkspaceError(f"there is no model folder '{name}'; expected one with {WEIGHTS} and {CONFIG}, or a hub id such as name/model")
+        raise WorkspaceError(
+            f"there is no model folder '{name}'; expected one with {WEIGHTS} and {CONFIG}, or a hub id such as name/model"
+        )
     from huggingface_hub import snapshot_download
 
     token = _checked(token)
@@ -47,7 +53,9 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None, token: 
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, revision=revision, token=token))
     except Exception as error:  # the hub client's own errors, and those of its HTTP library
         where = "" if revision is None else f" at revision '{revision}'"
-        raise WorkspaceError(f"'{name}' is neither a model folder here nor a model on the hub{where} ({_reason(error, token)})") from None
+        raise WorkspaceError(
+            f"'{name}' is neither a model folder here nor a model on the hub{where} ({_reason(error, token)})"
+        ) from None
 
 
 def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | None, token: str | None) -> None:
@@ -64,15 +72,23 @@ def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | Non
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
     except Exception as error:  # as above
-        raise WorkspaceError(f"the model cannot be uploaded to the hub as '{repo_id}' ({_reason(error, token)})") from None
+        raise WorkspaceError(
+            f"the model cannot be uploaded to the hub as '{repo_id}' ({_reason(error, token)})"
+        ) from None
     if is_public:
-        raise WorkspaceError(f"the repository '{repo_id}' exists and everybody may read it; push with private=False, or choose another")
+        raise WorkspaceError(
+            f"the repository '{repo_id}' exists and everybody may read it; push with private=False, or choose another"
+        )
 
 
 def _checked(token: str | None) -> str | None:
-    """The hub's token without white space around it. Raises WorkspaceError, which does not show it, for one that no header carries."""
+    """The hub's token without white space around it. Raises WorkspaceError, which does not show it, for one that no
+    header carries.
+    """
     if token is not None and not re.fullmatch("[!-~]+", token.strip()):
-        raise WorkspaceError("token holds characters that no token of the hub has; expected printable ASCII characters without spaces")
+        raise WorkspaceError(
+            "token holds characters that no token of the hub has; expected printable ASCII characters without spaces"
+        )
     return None if token is None else token.strip()
 
 
@@ -117,18 +133,27 @@ def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
     return tokenizer
 
 
-def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any, evaluation: Evaluation | None) -> None:
-    """Write a model folder beside `path`, then rename it: `path` is never half a model. An older folder there is replaced.
+def write_folder(
+    path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any, evaluation: Evaluation | None
+) -> None:
+    """Write a model folder beside `path`, then rename it: `path` is never half a model. An older folder there is
+    replaced.
 
-    `tokenizer` None leaves it out: nothing was embedded yet, or there is no text tower. `evaluation` is written when it is of these
-    weights.
+    `tokenizer` None leaves it out: nothing was embedded yet, or there is no text tower. `evaluation` is written when it
+    is of these weights.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
     beside.mkdir()
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside / WEIGHTS, {"format": "pt"})
-        (beside / CONFIG).write_text(json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+            beside / WEIGHTS,
+            {"format": "pt"},
+        )
+        (beside / CONFIG).write_text(
+            json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(beside / TOKENIZER)
         if evaluation is not None and evaluation.weights != file_sha256(beside / WEIGHTS):
@@ -148,18 +173,23 @@ def write_folder(path: Path, record: ModelRecord, weights: dict[str, Tensor], to
 def weights_fingerprint(folder: str | Path) -> str:
     """16 hex digits that change whenever the model would answer differently: weights, configuration, tokenizer.
 
-    Raises WorkspaceError when one of these files cannot be read, MismatchError when the folder's manifest records another SHA-256 of it.
+    Raises WorkspaceError when one of these files cannot be read, MismatchError when the folder's manifest records
+    another SHA-256 of it.
     """
     folder = Path(folder)
     files = [folder / WEIGHTS, folder / CONFIG, *sorted((folder / TOKENIZER).glob("*"))]
     try:
         found = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
     except OSError as error:
-        raise WorkspaceError(f"{error.filename} cannot be read ({error.strerror}); expected a model folder, so copy it again") from None
+        raise WorkspaceError(
+            f"{error.filename} cannot be read ({error.strerror}); expected a model folder, so copy it again"
+        ) from None
     recorded = _recorded(folder)
     for name in sorted({*found, *recorded} if recorded else ()):
         if found.get(name) != recorded.get(name):
-            has, said = (f"SHA-256 {digests[name][:16]}…" if name in digests else "no such file" for digests in (found, recorded))
+            has, said = (
+                f"SHA-256 {digests[name][:16]}…" if name in digests else "no such file" for digests in (found, recorded)
+            )
             raise MismatchError(
                 f"{folder / name} was changed or damaged after the model was made ({has}, but its {MANIFEST} records {said}); "
                 "copy the model again, or choose another one"
@@ -168,22 +198,29 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def _recorded(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of `weights_fingerprint` as the manifest of a workspace's model records them; empty without one."""
+    """SHA-256 of the files of `weights_fingerprint` as the manifest of a workspace's model records them; empty without
+    one.
+    """
     if not (folder / MANIFEST).is_file():
         return {}
     files = Workspace(str(folder)).read_json(MANIFEST).get("files") or {}
     return {name: sha for name, sha in files.items() if name in (WEIGHTS, CONFIG) or name.startswith(f"{TOKENIZER}/")}
 
 
-def write_evaluation(workspace: Workspace, path: str, tasks: Iterable[Task], report: str, data: Mapping[str, Any]) -> None:
-    """Write `evaluation.json` and a README.md with its figures into a model of the workspace; its manifest, which names both, last.
+def write_evaluation(
+    workspace: Workspace, path: str, tasks: Iterable[Task], report: str, data: Mapping[str, Any]
+) -> None:
+    """Write `evaluation.json` and a README.md with its figures into a model of the workspace; its manifest, which names
+    both, last.
 
-    `report`: version of the report; `data`: what was measured on, with `split` and `songs`. Raises WorkspaceError when there is no such
-    model.
+    `report`: version of the report; `data`: what was measured on, with `split` and `songs`. Raises WorkspaceError when
+    there is no such model.
     """
     manifest = workspace.manifest(path)
     if manifest is None:
-        raise WorkspaceError(f"{workspace.uri_of(path)} does not exist or is unfinished, so nothing was written into it")
+        raise WorkspaceError(
+            f"{workspace.uri_of(path)} does not exist or is unfinished, so nothing was written into it"
+        )
     folder = workspace.local_copy(path)
     evaluation = evaluation_of(tasks, report, data, file_sha256(folder / WEIGHTS))
     written = {

@@ -46,12 +46,14 @@ LARGEST_DB = 1e4
 class HTCL(nn.Module):
     """Audio and text → vectors of one space.
 
-    `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a waveform becomes the log-mel
-    that the model expects. A `record` without text is an audio encoder alone: no heads, and words are refused. The `embed_*` methods
-    give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
+    `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a waveform becomes
+    the log-mel that the model expects. A `record` without text is an audio encoder alone: no heads, and words are
+    refused. The `embed_*` methods give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
     """
 
-    def __init__(self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074, bias: float = 0.0) -> None:
+    def __init__(
+        self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074, bias: float = 0.0
+    ) -> None:
         super().__init__()
         settings = record.model
         if record.input is InputRecipe.OFFICIAL and settings.window_seconds is not None:
@@ -68,12 +70,18 @@ class HTCL(nn.Module):
         both = record.text is not None
         self.audio_head = mlp([settings.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
         self.text_head = mlp([text_encoder.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
-        self.fusion = mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim]) if both and record.stage == 2 else None
+        self.fusion = (
+            mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim])
+            if both and record.stage == 2
+            else None
+        )
         scale = -math.log(temperature)
         terms = TERMS[record.stage] if both else ()
         self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in terms})
         sigmoid = record.loss == "sigmoid"
-        self.logit_bias = nn.ParameterDict({term: nn.Parameter(torch.tensor(bias)) for term in terms}) if sigmoid else None
+        self.logit_bias = (
+            nn.ParameterDict({term: nn.Parameter(torch.tensor(bias)) for term in terms}) if sigmoid else None
+        )
 
     @property
     def dim(self) -> int:
@@ -97,8 +105,11 @@ class HTCL(nn.Module):
         return None if seconds is None else self.recipe.frames_of(seconds)
 
     @classmethod
-    def untrained(cls, config: Config, vocabulary: str | None = None, input_recipe: InputRecipe = InputRecipe.MASKED) -> HTCL:
-        """A stage-1 model to train, with weights drawn from `pretrain.seed`; the text tower is pretrained if `text.name_or_path` says so.
+    def untrained(
+        cls, config: Config, vocabulary: str | None = None, input_recipe: InputRecipe = InputRecipe.MASKED
+    ) -> HTCL:
+        """A stage-1 model to train, with weights drawn from `pretrain.seed`; the text tower is pretrained if
+        `text.name_or_path` says so.
 
         `vocabulary`: what `train_wordpiece` returned, for a text tower from scratch.
         """
@@ -122,19 +133,27 @@ class HTCL(nn.Module):
             return cls(record, text_encoder, stage.temperature, stage.initial_bias or 0.0)
 
     def to_stage_2(self, temperature: float, seed: int, bias: float | None = None) -> HTCL:
-        """A stage-2 model that starts from everything this one learned: towers, heads, and the temperature of audio ↔ text.
+        """A stage-2 model that starts from everything this one learned: towers, heads, and the temperature of audio ↔
+        text.
 
-        Only the fusion network and the two new temperatures, which begin at `temperature`, are new. `bias`: where new biases of the sigmoid
-        loss begin; None is the softmax loss. Stage 1's bias goes on if both stages have one. Shares the text tower with this model, which
-        should not be used afterwards. Raises InputError for an audio encoder alone.
+        Only the fusion network and the two new temperatures, which begin at `temperature`, are new. `bias`: where new
+        biases of the sigmoid loss begin; None is the softmax loss. Stage 1's bias goes on if both stages have one.
+        Shares the text tower with this model, which should not be used afterwards. Raises InputError for an audio
+        encoder alone.
         """
         if self.record.text is None:
-            raise InputError("this model is an audio encoder alone; expected a stage-1 model with heads and a text tower")
+            raise InputError(
+                "this model is an audio encoder alone; expected a stage-1 model with heads and a text tower"
+            )
         record = self.record.model_copy(update={"stage": 2, "loss": "softmax" if bias is None else "sigmoid"})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = HTCL(record, self.text_encoder, temperature, bias or 0.0)
-        kept = {name: tensor for name, tensor in self.state_dict().items() if bias is not None or not name.startswith("logit_bias.")}
+        kept = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if bias is not None or not name.startswith("logit_bias.")
+        }
         model.load_state_dict({**model.state_dict(), **kept})
         return model
 
@@ -142,9 +161,9 @@ class HTCL(nn.Module):
     def from_pretrained(cls, path_or_hub_id: str | Path, revision: str | None = None, token: str | None = None) -> HTCL:
         """Load a model folder or a model on the hub, in evaluation mode.
 
-        Weights that are not finite or zero are refused, and so are files that differ from the SHA-256 that the folder's manifest records.
-        `revision`: a branch, tag or commit of the hub's repository; `token`: the hub's, for a private one (default: the one that its client
-        finds). Raises WorkspaceError or MismatchError.
+        Weights that are not finite or zero are refused, and so are files that differ from the SHA-256 that the folder's
+        manifest records. `revision`: a branch, tag or commit of the hub's repository; `token`: the hub's, for a private
+        one (default: the one that its client finds). Raises WorkspaceError or MismatchError.
         """
         found = model_folder.find_folder(path_or_hub_id, revision, token)
         record = model_folder.read_record(found)
@@ -158,14 +177,22 @@ class HTCL(nn.Module):
 
     @classmethod
     def from_official(
-        cls, path: str | Path, stage: int, *, text_config: Any = None, tokenizer: str = TOKENIZER, audio: AudioRecipe | None = None
+        cls,
+        path: str | Path,
+        stage: int,
+        *,
+        text_config: Any = None,
+        tokenizer: str = TOKENIZER,
+        audio: AudioRecipe | None = None,
     ) -> HTCL:
-        """The authors' state dict (`model-N.pth` of their stage 1 or 2), in evaluation mode: the same numbers as their code.
+        """The authors' state dict (`model-N.pth` of their stage 1 or 2), in evaluation mode: the same numbers as their
+        code.
 
-        A file of their `AudioModel` alone gives a model whose vectors are the encoder's own (`dim` is its width) and which refuses words.
-        Sizes are those of the weights, with attention heads 64 wide as published; `text_config` (a `BertConfig` or a dict of its keys)
-        states those of the text tower instead. `tokenizer` is a hub name or a local folder, loaded only when text is embedded. `audio`
-        is how the log-mels that the weights were trained on were made (default: as published). Raises InputError.
+        A file of their `AudioModel` alone gives a model whose vectors are the encoder's own (`dim` is its width) and
+        which refuses words. Sizes are those of the weights, with attention heads 64 wide as published; `text_config` (a
+        `BertConfig` or a dict of its keys) states those of the text tower instead. `tokenizer` is a hub name or a local
+        folder, loaded only when text is embedded. `audio` is how the log-mels that the weights were trained on were
+        made (default: as published). Raises InputError.
         """
         found = read_official(Path(path).expanduser(), stage, text_config=text_config, tokenizer=tokenizer, audio=audio)
         check_numbers(found.weights, str(path))
@@ -179,15 +206,22 @@ class HTCL(nn.Module):
         return cls(record, NoTextEncoder() if record.text is None else text_encoder_from_record(record.text, tokenizer))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the model folder; it appears whole or not at all. The evaluation goes with it unless the weights have changed since."""
-        model_folder.write_folder(Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer, self.evaluation)
+        """Write the model folder; it appears whole or not at all. The evaluation goes with it unless the weights have
+        changed since.
+        """
+        model_folder.write_folder(
+            Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer, self.evaluation
+        )
 
-    def push_to_hub(self, repo_id: str, private: bool = True, revision: str | None = None, token: str | None = None) -> None:
-        """Upload the model folder to the Hugging Face hub as `repo_id`, which is created when there is no such repository.
+    def push_to_hub(
+        self, repo_id: str, private: bool = True, revision: str | None = None, token: str | None = None
+    ) -> None:
+        """Upload the model folder to the Hugging Face hub as `repo_id`, which is created when there is no such
+        repository.
 
-        `private`: only its owner may read it; a public repository that exists already is refused unless this is False. `revision`: the
-        branch, created when there is none (default: main). `token`: of the hub (default: the one that its client finds). Raises
-        WorkspaceError.
+        `private`: only its owner may read it; a public repository that exists already is refused unless this is False.
+        `revision`: the branch, created when there is none (default: main). `token`: of the hub (default: the one that
+        its client finds). Raises WorkspaceError.
         """
         with tempfile.TemporaryDirectory() as scratch:
             self.save_pretrained(Path(scratch) / "model")
@@ -208,7 +242,9 @@ class HTCL(nn.Module):
 
     def temperatures(self) -> dict[str, float]:
         """Temperature of each loss term."""
-        return {term: math.exp(-self.logit_scale[term].item()) for term in TERMS[self.stage] if term in self.logit_scale}
+        return {
+            term: math.exp(-self.logit_scale[term].item()) for term in TERMS[self.stage] if term in self.logit_scale
+        }
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
@@ -217,27 +253,31 @@ class HTCL(nn.Module):
             scale.clamp_(max=-math.log(MIN_TEMPERATURE))
 
     def embed_audio(self, waveform: Any, sample_rate: float) -> Tensor:
-        """Waveform, floats [samples] or [channels, samples] at `sample_rate` Hz → [dim]; only the first `recipe.clip_seconds` are used.
+        """Waveform, floats [samples] or [channels, samples] at `sample_rate` Hz → [dim]; only the first
+        `recipe.clip_seconds` are used.
 
-        Raises InputError for other types and shapes, [samples, channels] included, and for an impossible sample rate; AudioError for less
-        than `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large samples (not_finite).
+        Raises InputError for other types and shapes, [samples, channels] included, and for an impossible sample rate;
+        AudioError for less than `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large
+        samples (not_finite).
         """
         from htcl_ray.audio import as_waveform, log_mel
 
         clip = as_waveform(waveform, sample_rate)[..., : math.ceil(self.recipe.clip_seconds * sample_rate)]
         seconds = clip.shape[-1] / sample_rate
         if seconds < self.recipe.min_seconds:
-            raise AudioError(Reason.TOO_SHORT, f"the waveform is {seconds:.3f} s long; expected at least {self.recipe.min_seconds} s")
+            raise AudioError(
+                Reason.TOO_SHORT, f"the waveform is {seconds:.3f} s long; expected at least {self.recipe.min_seconds} s"
+            )
         mel = log_mel(clip, sample_rate, self.recipe)[: self.recipe.max_frames]
         return self.embed_mel(torch.as_tensor(mel)[None])[0]
 
     def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:
         """Mel [B, F, M] in dB as `log_mel` gives it, valid_frames [B] (default: all F) → [B, dim].
 
-        Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip longer than the
-        model's window is embedded in windows (see `window_starts`), and its vector is the normalised mean of their unit-norm vectors.
-        Raises InputError for other types and shapes and when a vector is not finite or has no direction, AudioError (not_finite) for
-        values that no log-mel has in a valid frame.
+        Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip
+        longer than the model's window is embedded in windows (see `window_starts`), and its vector is the normalised
+        mean of their unit-norm vectors. Raises InputError for other types and shapes and when a vector is not finite or
+        has no direction, AudioError (not_finite) for values that no log-mel has in a valid frame.
         """
         mel = torch.as_tensor(mel)
         if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0 or not mel.is_floating_point():
@@ -248,17 +288,27 @@ class HTCL(nn.Module):
         frames = mel.shape[1]
         given = torch.full((len(mel),), frames) if valid_frames is None else torch.as_tensor(valid_frames).cpu()
         valid = given.to(torch.int64)
-        if valid.shape != (len(mel),) or not torch.equal(valid.to(given.dtype), given) or ((valid < 1) | (valid > frames)).any():
-            raise InputError(f"valid_frames is {given.tolist()[:8]}; expected {len(mel)} whole numbers from 1 to {frames}")
+        if (
+            valid.shape != (len(mel),)
+            or not torch.equal(valid.to(given.dtype), given)
+            or ((valid < 1) | (valid > frames)).any()
+        ):
+            raise InputError(
+                f"valid_frames is {given.tolist()[:8]}; expected {len(mel)} whole numbers from 1 to {frames}"
+            )
         inside = torch.arange(frames) < valid[:, None]
         absurd = (~(mel.abs() <= LARGEST_DB).all(dim=2)).cpu() & inside  # true when there is a NaN
         if absurd.any():
             clip = int(absurd.any(dim=1).nonzero()[0])
-            raise AudioError(Reason.NOT_FINITE, f"the log-mel of clip {clip} holds NaN, or values beyond ±{LARGEST_DB:,.0f} dB")
+            raise AudioError(
+                Reason.NOT_FINITE, f"the log-mel of clip {clip} holds NaN, or values beyond ±{LARGEST_DB:,.0f} dB"
+            )
         device, dtype = self.audio_encoder.cls.device, self.audio_encoder.cls.dtype
         window = self.window_frames
         starts = [window_starts(count, window) for count in valid.tolist()]
-        clips = torch.arange(len(mel)).repeat_interleave(torch.tensor([len(of_clip) for of_clip in starts], dtype=torch.int64))
+        clips = torch.arange(len(mel)).repeat_interleave(
+            torch.tensor([len(of_clip) for of_clip in starts], dtype=torch.int64)
+        )
         first = torch.tensor(list(itertools.chain.from_iterable(starts)), dtype=torch.int64)
         lengths = valid[clips] if window is None else valid[clips].clamp(max=window)
         parts = []
@@ -301,7 +351,9 @@ class HTCL(nn.Module):
         return self._checked(F.normalize(torch.cat(parts).float(), dim=1).cpu())
 
     def _checked(self, vectors: Tensor) -> Tensor:
-        """The vectors, as they are. Raises InputError when one is not finite or not of unit norm: no score may be computed from it."""
+        """The vectors, as they are. Raises InputError when one is not finite or not of unit norm: no score may be
+        computed from it.
+        """
         lengths = torch.linalg.vector_norm(vectors, dim=1)
         wrong = ~((lengths - 1).abs() < UNIT_NORM_TOLERANCE)  # true when there is a NaN
         if wrong.any():

@@ -1,7 +1,8 @@
 """The authors' published weights: a state dict saved by their training scripts, checked and renamed to ours.
 
-Their files hold one of three models: the wrapper of stage 1, the wrapper of stage 2, or an audio encoder alone, which has no head and no
-text tower. The record that goes with the weights says `InputRecipe.OFFICIAL`, so the model computes what theirs computes wherever it runs.
+Their files hold one of three models: the wrapper of stage 1, the wrapper of stage 2, or an audio encoder alone, which
+has no head and no text tower. The record that goes with the weights says `InputRecipe.OFFICIAL`, so the model computes
+what theirs computes wherever it runs.
 """
 
 from __future__ import annotations
@@ -134,8 +135,9 @@ TABLE = """
     pooler.dense.weight                          pooler.dense.weight                             E,E
     pooler.dense.bias                            pooler.dense.bias                               E
 """
-"""Their name, our name, shape (- is a scalar), and the stage where only one has it. A line of two names gives the prefixes of the lines
-below it; {i} and {n} count layers. An audio encoder alone has the names of the audio_model section, without the prefix."""
+"""Their name, our name, shape (- is a scalar), and the stage where only one has it. A line of two names gives the
+prefixes of the lines below it; {i} and {n} count layers. An audio encoder alone has the names of the audio_model
+section, without the prefix."""
 
 OLDER_NAMES = {
     "audio_model.pos_conv_embed.conv.weight_g": "audio_model.pos_conv_embed.conv.parametrizations.weight.original0",
@@ -180,7 +182,9 @@ def _rows() -> list[Row]:
             prefixes = cells
         elif cells:
             shape = () if cells[2] == "-" else tuple(cells[2].split(","))
-            rows.append(Row(prefixes[0] + cells[0], prefixes[1] + cells[1], shape, cells[3] if len(cells) == 4 else "12"))
+            rows.append(
+                Row(prefixes[0] + cells[0], prefixes[1] + cells[1], shape, cells[3] if len(cells) == 4 else "12")
+            )
     return rows
 
 
@@ -204,7 +208,9 @@ def read_official(
     tokenizer: str = TOKENIZER,
     audio: AudioRecipe | None = None,
 ) -> Official:
-    """Read and check a state dict of the authors; see `HTCL.from_official`. Raises ConfigError, InputError or MismatchError."""
+    """Read and check a state dict of the authors; see `HTCL.from_official`. Raises ConfigError, InputError or
+    MismatchError.
+    """
     if stage not in (1, 2):
         raise ConfigError(f"stage is {stage!r}; expected 1 (audio ↔ text) or 2 (preference)")
     audio = audio or AudioRecipe()
@@ -213,7 +219,9 @@ def read_official(
     if audio_only:
         state = {AUDIO_MODEL + name: tensor for name, tensor in state.items()}
     state = {OLDER_NAMES.get(name, name): tensor for name, tensor in state.items() if name != NOT_WEIGHTS}
-    rows = [row for row in ROWS if str(stage) in row.stages and (row.official.startswith(AUDIO_MODEL) or not audio_only)]
+    rows = [
+        row for row in ROWS if str(stage) in row.stages and (row.official.startswith(AUDIO_MODEL) or not audio_only)
+    ]
     if not any(row.matches(state) for row in rows if row.official.startswith(AUDIO_MODEL)):
         raise MismatchError(f"{path} holds no weights of the authors' audio encoder{_what_else(state)}; {EXPECTED}")
 
@@ -231,7 +239,9 @@ EXPECTED = "expected model-N.pth as their training scripts save it, or the state
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name. Nothing in it is executed. Raises InputError when it is not a plain state dict of finite numbers."""
+    """The tensors of a file by name. Nothing in it is executed. Raises InputError when it is not a plain state dict of
+    finite numbers.
+    """
     if not path.is_file():
         raise InputError(f"there is no file {path}; {EXPECTED}")
     try:
@@ -239,12 +249,18 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception:  # what torch raises depends on where a file stops to make sense
-        raise InputError(f"{path} is not a plain state dict of torch, and anything else in a pickle is never loaded; {EXPECTED}") from None
+        raise InputError(
+            f"{path} is not a plain state dict of torch, and anything else in a pickle is never loaded; {EXPECTED}"
+        ) from None
     if not isinstance(state, dict) or not state:
-        raise InputError(f"{path} holds {'nothing' if state == {} else f'a {type(state).__name__}'}, not a state dict; {EXPECTED}")
+        raise InputError(
+            f"{path} holds {'nothing' if state == {} else f'a {type(state).__name__}'}, not a state dict; {EXPECTED}"
+        )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"{path} is not a plain state dict: {name!r} is a {type(value).__name__}, not a tensor; {EXPECTED}")
+            raise InputError(
+                f"{path} is not a plain state dict: {name!r} is a {type(value).__name__}, not a tensor; {EXPECTED}"
+            )
     if all(name.startswith("module.") for name in state):  # saved from inside DistributedDataParallel
         state = {name.removeprefix("module."): value for name, value in state.items()}
     weights = {name: value for name, value in state.items() if name != NOT_WEIGHTS}
@@ -253,12 +269,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} holds no dense floating-point numbers under {', '.join(wrong)}; {EXPECTED}")
     wrong = [name for name, value in weights.items() if not value.isfinite().all()]
     if wrong:
-        raise InputError(f"{path} holds NaN or infinity under {', '.join(wrong)}; its training diverged, so take an earlier epoch")
+        raise InputError(
+            f"{path} holds NaN or infinity under {', '.join(wrong)}; its training diverged, so take an earlier epoch"
+        )
     return state
 
 
 def sizes_of(state: Mapping[str, Tensor], rows: list[Row]) -> dict[str, int]:
-    """The letters of the table as most tensors of the file have them, so that one wrong tensor is found by the others."""
+    """The letters of the table as most tensors of the file have them, so that one wrong tensor is found by the
+    others.
+    """
     votes = {letter: Counter({size: 1}) for letter, size in PUBLISHED.items()}
     for row in rows:
         found = row.matches(state)
@@ -281,7 +301,9 @@ def _size(dimension: str, sizes: Mapping[str, int]) -> int:
 def _renamed(
     path: Path, stage: int, state: Mapping[str, Tensor], rows: list[Row], sizes: Mapping[str, int], prefix: str
 ) -> dict[str, Tensor]:
-    """The tensors by our names. Raises MismatchError that lists every name that is missing, unknown or of another shape."""
+    """The tensors by our names. Raises MismatchError that lists every name that is missing, unknown or of another
+    shape.
+    """
     expected: dict[str, tuple[str, list[int]]] = {}
     for row in rows:
         for number in range(sizes[row.counter] if row.counter else 1):
@@ -314,7 +336,9 @@ def _what_else(state: Mapping[str, Tensor]) -> str:
 def _model_settings(path: Path, sizes: Mapping[str, int], audio_only: bool) -> ModelSettings:
     width = sizes["D"]
     if width % HEAD_WIDTH:
-        raise MismatchError(f"the audio encoder in {path} is {width} wide; expected a multiple of {HEAD_WIDTH}, the width of its heads")
+        raise MismatchError(
+            f"the audio encoder in {path} is {width} wide; expected a multiple of {HEAD_WIDTH}, the width of its heads"
+        )
     try:
         return ModelSettings(
             conv_channels=sizes["C"],
@@ -354,7 +378,9 @@ def _text_record(path: Path, sizes: Mapping[str, int], text_config: Any, tokeniz
     else:
         tree = dict(text_config if isinstance(text_config, Mapping) else text_config.to_dict())
         if tree.pop("model_type", "bert") != "bert":
-            raise ConfigError("text_config is not that of a BERT; expected a transformers BertConfig, or a dict with its keys")
+            raise ConfigError(
+                "text_config is not that of a BERT; expected a transformers BertConfig, or a dict with its keys"
+            )
         config = BertConfig(**tree)
     settings = TextSettings(name_or_path=tokenizer, max_tokens=min(MAX_TOKENS, config.max_position_embeddings))
     return TextRecord(settings=settings, transformer=config.to_dict())

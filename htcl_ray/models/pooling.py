@@ -1,4 +1,6 @@
-"""A long clip as several windows of a fixed length: where they start, their frames, and how their vectors become one."""
+"""A long clip as several windows of a fixed length: where they start, their frames, and how their vectors become
+one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from torch import Tensor
 def window_starts(frames: int, window: int | None) -> list[int]:
     """First frame of each window of a clip with `frames` frames. Every window has min(frames, window) frames.
 
-    As few windows as hear every frame, ceil(frames / window): the first at the clip's start, the last at its end, the others spaced
-    evenly between them (rounded down), so neighbours overlap where the length is no multiple. None is one window, the whole clip.
+    As few windows as hear every frame, ceil(frames / window): the first at the clip's start, the last at its end, the
+    others spaced evenly between them (rounded down), so neighbours overlap where the length is no multiple. None is one
+    window, the whole clip.
     """
     if window is None or frames <= window:
         return [0]
@@ -20,7 +23,9 @@ def window_starts(frames: int, window: int | None) -> list[int]:
 
 
 def cut(mel: Tensor, starts: Tensor, lengths: Tensor, clips: Tensor) -> Tensor:
-    """Windows [n, longest, M] of `mel` [B, F, M]: window i is `lengths[i]` frames of clip `clips[i]` from `starts[i]`, zeros behind it."""
+    """Windows [n, longest, M] of `mel` [B, F, M]: window i is `lengths[i]` frames of clip `clips[i]` from `starts[i]`,
+    zeros behind it.
+    """
     windows = mel.new_zeros(len(starts), int(lengths.max()), mel.shape[2])
     for window, start, length, clip in zip(windows, starts.tolist(), lengths.tolist(), clips.tolist(), strict=True):
         window[:length] = mel[clip, start : start + length]
@@ -28,6 +33,8 @@ def cut(mel: Tensor, starts: Tensor, lengths: Tensor, clips: Tensor) -> Tensor:
 
 
 def mean_direction(vectors: Tensor, clips: Tensor, count: int) -> Tensor:
-    """Unit-norm vectors [n, dim] of windows, window i being of clip `clips[i]` → the clips' [count, dim]: the normalised means."""
+    """Unit-norm vectors [n, dim] of windows, window i being of clip `clips[i]` → the clips' [count, dim]: the
+    normalised means.
+    """
     total = torch.zeros(count, vectors.shape[1]).index_add_(0, clips, vectors)
     return F.normalize(total, dim=1)

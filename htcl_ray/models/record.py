@@ -1,4 +1,6 @@
-"""What `config.json` of a model folder says: everything that is needed to rebuild the model and to feed it what it was trained on."""
+"""What `config.json` of a model folder says: everything that is needed to rebuild the model and to feed it what it was
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ class TextRecord(Settings):
     """The text tower."""
 
     settings: TextSettings
-    """As configured when it was made. `name_or_path` tells where the weights came from; it is read again only for the tokenizer of a
-    model folder that brings none."""
+    """As configured when it was made. `name_or_path` tells where the weights came from; it is read again only for the
+    tokenizer of a model folder that brings none."""
     transformer: dict[str, Any]
     """Configuration of the transformers model, with `model_type`."""
 

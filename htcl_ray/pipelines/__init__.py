@@ -1,1 +1,3 @@
-"""The steps: configuration in, artifacts in the workspace out. Ray Data, Train and Tune are used here and nowhere below."""
+"""The steps: configuration in, artifacts in the workspace out. Ray Data, Train and Tune are used here and nowhere
+below.
+"""

@@ -1,8 +1,9 @@
 """`htcl evaluate --ablate`: what each part of the method is worth, by training without it.
 
-Every variant is trained with the configuration as it is but for the part that is left out, embedded, and evaluated on the same held-out
-songs and users. Variants live in workspaces of their own below `ablations/`, so that none is ever served by mistake; a variant that is
-done is skipped, and one that was interrupted goes on, when the command is given again.
+Every variant is trained with the configuration as it is but for the part that is left out, embedded, and evaluated on
+the same held-out songs and users. Variants live in workspaces of their own below `ablations/`, so that none is ever
+served by mistake; a variant that is done is skipped, and one that was interrupted goes on, when the command is given
+again.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Over the configuration."""
     data: str = "true"
-    """`shuffled_captions`: training texts dealt out to the wrong training songs. `shuffled_pairs`: recalled songs dealt out to the wrong
-    triggers. Evaluation asks about the true data in every case."""
+    """`shuffled_captions`: training texts dealt out to the wrong training songs. `shuffled_pairs`: recalled songs dealt
+    out to the wrong triggers. Evaluation asks about the true data in every case."""
 
 
 WITHOUT_TEXT = {"finetune.text_loss_weight": 0.0, "finetune.fusion_loss_weight": 0.0}
@@ -66,7 +67,9 @@ VARIANTS = (
 
 
 def ablate(config: Config) -> StepResult:
-    """Train and evaluate every variant, and write reports/ablation-<fingerprint>/. Raises InputError before anything is trained."""
+    """Train and evaluate every variant, and write reports/ablation-<fingerprint>/. Raises InputError before anything is
+    trained.
+    """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     reports, figures = {}, {}
@@ -90,7 +93,10 @@ def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
     config = config.with_overrides({"gate.require": "off"})  # what is compared here is served by nobody
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
-    pairs, events = inputs.pairs(workspace, config, features.version), inputs.events(workspace, config, features.version)
+    pairs, events = (
+        inputs.pairs(workspace, config, features.version),
+        inputs.events(workspace, config, features.version),
+    )
     if pairs is None or events is None:
         raise ConfigError(
             "ablations compare both stages, and the workspace holds no preference pairs of these features; name the log table(s) in "
@@ -125,33 +131,47 @@ def _untrained(config: Config, workspace: Workspace) -> str:
 
     features = inputs.features(workspace, config)
     made_of = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
-    version = "untrained-" + fingerprint(FORMAT_VERSION, features.version, made_of, config.pretrain.seed, config.pretrain.loss)
+    version = "untrained-" + fingerprint(
+        FORMAT_VERSION, features.version, made_of, config.pretrain.seed, config.pretrain.loss
+    )
     path = f"models/semantic/{version}"
     if workspace.manifest(path) is not None:
         return version
     vocabulary = None
     if config.text.name_or_path is None:
         songs = workspace.read_tables(features.path, ["text", "split"]).to_pylist()
-        vocabulary = train_wordpiece([song["text"] for song in songs if song["split"] == Split.TRAIN], config.text.vocab_size)
+        vocabulary = train_wordpiece(
+            [song["text"] for song in songs if song["split"] == Split.TRAIN], config.text.vocab_size
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         HTCL.untrained(config, vocabulary).save_pretrained(folder)
-        manifest = build_manifest("semantic", config=config.model_dump(mode="json"), inputs={"features": features.version})
+        manifest = build_manifest(
+            "semantic", config=config.model_dump(mode="json"), inputs={"features": features.version}
+        )
         workspace.publish(folder, path, manifest)
     return version
 
 
-def prepare(workspace: Workspace, data: str, features: Artifact, pairs: Artifact, events: Artifact, seed: int) -> Workspace:
+def prepare(
+    workspace: Workspace, data: str, features: Artifact, pairs: Artifact, events: Artifact, seed: int
+) -> Workspace:
     """A workspace below `ablations/` with these inputs, the training texts or pairs shuffled if `data` says so.
 
     It also has the models that were trained on what it does not shuffle, which need not be trained again.
     """
     target = Workspace(workspace.location_of(f"ablations/{fingerprint(features.version, pairs.version, seed)}/{data}"))
-    wrong = {"shuffled_captions": (features.path, "text"), "shuffled_pairs": (pairs.path, "song_id")}.get(data, (None, ""))
+    wrong = {"shuffled_captions": (features.path, "text"), "shuffled_pairs": (pairs.path, "song_id")}.get(
+        data, (None, "")
+    )
     copied = [features.path, events.path, f"negatives/{pairs.version}", pairs.path]
     trained = {"true": ("models/semantic", "models/preference"), "shuffled_pairs": ("models/semantic",)}
     for kind in trained.get(data, ()):
-        copied += [f"{kind}/{name}" for name, made in workspace.finished(kind) if made["inputs"].get("features") == features.version]
+        copied += [
+            f"{kind}/{name}"
+            for name, made in workspace.finished(kind)
+            if made["inputs"].get("features") == features.version
+        ]
     for path in copied:
         manifest = workspace.manifest(path)
         if manifest is None or target.manifest(path) is not None:
@@ -186,7 +206,8 @@ def _link(source: str, target: str) -> bool:
 
 
 def _shuffle(source: Workspace, target: Workspace, path: str, column: str, seed: int) -> None:
-    """Copies of the tables in which the values of the training rows' `column` are exchanged by one permutation of its distinct values.
+    """Copies of the tables in which the values of the training rows' `column` are exchanged by one permutation of its
+    distinct values.
 
     So each value stays as frequent as it was, and no row keeps its own unless chance says so.
     """
@@ -194,7 +215,9 @@ def _shuffle(source: Workspace, target: Workspace, path: str, column: str, seed:
     values = np.array(table[column].to_pylist(), dtype=object)
     distinct = np.unique(values[np.array(table["split"].to_pylist()) == Split.TRAIN].astype(str))
     if len(distinct) < 2:
-        raise WorkspaceError(f"{source.uri_of(path)} has {len(distinct)} training {column}(s); expected at least 2 to shuffle")
+        raise WorkspaceError(
+            f"{source.uri_of(path)} has {len(distinct)} training {column}(s); expected at least 2 to shuffle"
+        )
     other = dict(zip(distinct.tolist(), np.random.default_rng(seed).permutation(distinct).tolist(), strict=True))
     for name in source.children(path):
         if not name.endswith(".parquet"):
@@ -202,6 +225,11 @@ def _shuffle(source: Workspace, target: Workspace, path: str, column: str, seed:
         with source.fs.open_input_file(source.full(f"{path}/{name}")) as file:
             rows = pq.read_table(file)
         splits = rows["split"].to_pylist()
-        found = [other[value] if split == Split.TRAIN else value for value, split in zip(rows[column].to_pylist(), splits, strict=True)]
+        found = [
+            other[value] if split == Split.TRAIN else value
+            for value, split in zip(rows[column].to_pylist(), splits, strict=True)
+        ]
         place = rows.schema.get_field_index(column)
-        target.write_table(f"{path}/{name}", rows.set_column(place, rows.schema.field(column), pa.array(found, pa.string())))
+        target.write_table(
+            f"{path}/{name}", rows.set_column(place, rows.schema.field(column), pa.array(found, pa.string()))
+        )

@@ -1,4 +1,6 @@
-"""`htcl evaluate --gate`: the newest model is evaluated, held against bounds, and the verdict recorded where serving looks for it."""
+"""`htcl evaluate --gate`: the newest model is evaluated, held against bounds, and the verdict recorded where serving
+looks for it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ Figures = dict[Key, Estimate]
 def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> StepResult:
     """Evaluate, judge, and record the verdict in the model, in its index, and in the report.
 
-    `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for a gate that cannot be used, before anything is measured,
-    and StepError when a bound does not hold, after everything is written.
+    `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for a gate that cannot be used, before
+    anything is measured, and StepError when a bound does not hold, after everything is written.
     """
     result, verdict = judged_evaluation(config, model, gate_file)
     if not verdict.passed:
@@ -51,9 +53,16 @@ def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tupl
     verdict = judge(gate, read_figures(workspace, run), served, unmeasured=unmeasured)
     record_verdicts(workspace, inputs.models, inputs.index, verdict, run)
     compared = {"index": index.version if index else None, "report": against}
-    tree = {"passed": verdict.passed, "gate": gate_file, "served": compared, "results": [found.as_json() for found in verdict.results]}
+    tree = {
+        "passed": verdict.passed,
+        "gate": gate_file,
+        "served": compared,
+        "results": [found.as_json() for found in verdict.results],
+    }
     workspace.write_json(f"reports/{run}/gate.json", tree)
-    workspace.write_bytes(f"reports/{run}/report.html", html(workspace.read_json(f"reports/{run}/report.json"), tree).encode())
+    workspace.write_bytes(
+        f"reports/{run}/report.html", html(workspace.read_json(f"reports/{run}/report.json"), tree).encode()
+    )
     Console().print(_table(verdict))
     if verdict.passed:
         summary = f"all {len(verdict.results)} bounds hold; {result.summary}"
@@ -67,7 +76,9 @@ def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tupl
 
 
 def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
-    """The newest other index that its gate let through, or that no gate has judged: what `htcl serve` would take without this one."""
+    """The newest other index that its gate let through, or that no gate has judged: what `htcl serve` would take
+    without this one.
+    """
     for name, manifest in reversed(workspace.finished("index")):
         if manifest["inputs"].get("embeddings") == inputs.embeddings.version:
             continue
@@ -75,7 +86,11 @@ def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
         verdict = manifest.get("gate")
         if verdict is None:
             stages = [(stage, manifest["inputs"].get(stage)) for stage in ("semantic", "preference")]
-            made_by = [Artifact(f"models/{stage}/{of}", of, workspace.manifest(f"models/{stage}/{of}") or {}) for stage, of in stages if of]
+            made_by = [
+                Artifact(f"models/{stage}/{of}", of, workspace.manifest(f"models/{stage}/{of}") or {})
+                for stage, of in stages
+                if of
+            ]
             if any(model.verdict is False for model in made_by):
                 continue
         if index.verdict is not False:
@@ -83,9 +98,16 @@ def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
     return None
 
 
-def _served(workspace: Workspace, config: Config, inputs: Inputs, index: Artifact) -> tuple[Figures | None, str | None, str | None]:
-    """The figures of the models of this index on the test set of `inputs`, the report that holds them, or why there are none."""
-    print(f"gate  compared with index {index.version}, whose models are evaluated on the same songs, users and candidates", flush=True)
+def _served(
+    workspace: Workspace, config: Config, inputs: Inputs, index: Artifact
+) -> tuple[Figures | None, str | None, str | None]:
+    """The figures of the models of this index on the test set of `inputs`, the report that holds them, or why there are
+    none.
+    """
+    print(
+        f"gate  compared with index {index.version}, whose models are evaluated on the same songs, users and candidates",
+        flush=True,
+    )
     try:
         run = evaluate_reference(config, artifacts.models_of(workspace, index), inputs)
     except InputError as error:
@@ -101,5 +123,7 @@ def _table(verdict: Verdict) -> Table:
     for found in verdict.results:
         between = "" if found.low is None else f" ({number(found.low)} to {number(found.high)})"
         value = found.note if found.value is None else number(found.value, found.bound.figure) + between
-        result.add_row(found.bound.asked, value, "holds" if found.passed else "fails", style=None if found.passed else "bold")
+        result.add_row(
+            found.bound.asked, value, "holds" if found.passed else "fails", style=None if found.passed else "bold"
+        )
     return result

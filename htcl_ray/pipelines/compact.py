@@ -21,11 +21,12 @@ from htcl_ray.workspace.storage import Workspace, fingerprint
 
 
 def compact(config: Config, version: str | None = None) -> StepResult:
-    """Fold the log into a new version of an index (default: the active one, else the newest accepted), and the log into one file.
+    """Fold the log into a new version of an index (default: the active one, else the newest accepted), and the log into
+    one file.
 
-    Nothing becomes active; `POST /v1/index/activate` does that. The log keeps what it says, because other indexes need it too: a song that
-    was taken out stays out of one built from the catalogue later. Needs no Ray. Raises InputError when there is no such index or its gate
-    forbids it (`gate.require`), and StepError when the new one finds too few.
+    Nothing becomes active; `POST /v1/index/activate` does that. The log keeps what it says, because other indexes need
+    it too: a song that was taken out stays out of one built from the catalogue later. Needs no Ray. Raises InputError
+    when there is no such index or its gate forbids it (`gate.require`), and StepError when the new one finds too few.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
@@ -45,7 +46,9 @@ def compact(config: Config, version: str | None = None) -> StepResult:
             _build(workspace, source, replay, path)
     merged = log.merge()
     what = f"{len(replay.added)} songs added and {len(replay.removed)} removed since index {source.version}"
-    summary = f"{len(index)} songs, {what}; {merged} files of the log became one" if merged else f"{len(index)} songs, {what}"
+    summary = (
+        f"{len(index)} songs, {what}; {merged} files of the log became one" if merged else f"{len(index)} songs, {what}"
+    )
     return StepResult("index", workspace.uri_of(path), summary, time.monotonic() - started, skipped)
 
 
@@ -54,7 +57,9 @@ def _build(workspace: Workspace, source: Artifact, replay: Replay, path: str) ->
     index.compact()
     song_ids = index.songs["song_id"].to_pylist()
     vectors = index.vectors_of(song_ids)
-    built, recall = build_measured(song_ids, vectors, metadata=index.songs, settings=index.settings, model_versions=index.model_versions)
+    built, recall = build_measured(
+        song_ids, vectors, metadata=index.songs, settings=index.settings, model_versions=index.model_versions
+    )
     if recall.worst < index.settings.min_recall:
         raise StepError(
             f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall "

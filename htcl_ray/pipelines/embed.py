@@ -73,7 +73,9 @@ def embeddings(workspace: Workspace, job: EmbedJob) -> Artifact:
     """What `embed` made of the job. Raises WorkspaceError when it has not."""
     manifest = workspace.manifest(job.path)
     if manifest is None:
-        by = " and ".join(f"{space} model {name}" for space in ("semantic", "preference") if (name := job.inputs[space]))
+        by = " and ".join(
+            f"{space} model {name}" for space in ("semantic", "preference") if (name := job.inputs[space])
+        )
         raise WorkspaceError(
             f"the workspace {workspace.uri} holds no embeddings of the features {job.features.version} by {by}; run 'htcl embed' first"
         )
@@ -99,7 +101,10 @@ def embed_job(workspace: Workspace, config: Config, job: EmbedJob) -> StepResult
     shards = [name for name in workspace.children(job.features.path) if name.endswith(".parquet")]
     if not shards:
         raise WorkspaceError(f"{workspace.uri_of(job.features.path)} holds no songs; run 'htcl preprocess' again")
-    songs = {name: pq.read_metadata(workspace.full(f"{job.features.path}/{name}"), filesystem=workspace.fs).num_rows for name in shards}
+    songs = {
+        name: pq.read_metadata(workspace.full(f"{job.features.path}/{name}"), filesystem=workspace.fs).num_rows
+        for name in shards
+    }
     missing = [name for name in shards if not workspace.exists(f"{job.path}/{name}")]
     if missing:
         connect(config)
@@ -136,14 +141,17 @@ class ShardEmbedder:
                 columns=["song_id", "log_mel", "valid_frames"],
                 filesystem=self._workspace.fs,
             )
-            self._workspace.write_table(f"{self._job.path}/{shard}", embed_table(features, self._encoder, self._batch_size))
+            self._workspace.write_table(
+                f"{self._job.path}/{shard}", embed_table(features, self._encoder, self._batch_size)
+            )
         return batch
 
 
 def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa.Table:
     """Rows of `features_schema` → rows of `embeddings_schema`, in the same order.
 
-    Raises InputError, which names the song, when one cannot be embedded or its vector is not finite or not of unit norm.
+    Raises InputError, which names the song, when one cannot be embedded or its vector is not finite or not of unit
+    norm.
     """
     mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
     valid, song_ids = features["valid_frames"].to_numpy(), features["song_id"].to_pylist()
@@ -152,7 +160,9 @@ def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa
         rows = slice(start, start + batch_size)
         parts.append(_encode(encoder, mels[rows], valid[rows], song_ids[rows]))
     vectors = concatenate(parts)
-    check_unit_norm(vectors, lambda row: f"song '{song_ids[row]}'", "the model is damaged or diverged, so choose another one")
+    check_unit_norm(
+        vectors, lambda row: f"song '{song_ids[row]}'", "the model is damaged or diverged, so choose another one"
+    )
     schema = embeddings_schema(vectors.dim)
     absent = pa.nulls(len(valid), schema.field("preference").type)
     preference = absent if vectors.preference is None else _rows(vectors.preference)
@@ -160,7 +170,9 @@ def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa
 
 
 def _encode(encoder: SongEncoder, mels: np.ndarray, valid: np.ndarray, song_ids: list[str]) -> Vectors:
-    """A batch. When it fails, its songs one by one, as no row's vector depends on the others, to name the one that is to blame."""
+    """A batch. When it fails, its songs one by one, as no row's vector depends on the others, to name the one that is
+    to blame.
+    """
     try:
         return encoder.encode_mel(mels[:, : valid.max()], valid)
     except InputError:
@@ -173,7 +185,9 @@ def _encode(encoder: SongEncoder, mels: np.ndarray, valid: np.ndarray, song_ids:
 
 
 def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
-    """Song ids and vectors of an embeddings artifact, in the order of its files. Raises InputError for vectors not of unit norm."""
+    """Song ids and vectors of an embeddings artifact, in the order of its files. Raises InputError for vectors not of
+    unit norm.
+    """
     table = workspace.read_tables(path, columns=["song_id", "semantic", "preference"])
     halves = [
         None if column.null_count else column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
@@ -187,15 +201,22 @@ def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
     return song_ids, vectors
 
 
-def _embed_shards(workspace: Workspace, config: Config, job: EmbedJob, missing: list[str], songs: dict[str, int]) -> None:
+def _embed_shards(
+    workspace: Workspace, config: Config, job: EmbedJob, missing: list[str], songs: dict[str, int]
+) -> None:
     import ray
 
     settings = config.embed
-    use_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    # On one machine an actor dies of what would kill it again, and Ray warns on the terminal about every actor that may restart.
+    use_gpu = settings.accelerator == "gpu" or (
+        settings.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
+    # On one machine an actor dies of what would kill it again, and Ray warns on the terminal about every actor that may
+    # restart.
     restarts = {"max_restarts": 0, "max_task_retries": 0} if address_of(config) == "local" else {}
     names = ray.data.from_items([{"shard": name} for name in missing], override_num_blocks=len(missing))
-    with warnings.catch_warnings(action="ignore"):  # restarts have no other parameter yet, but passing them is already deprecated
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # restarts have no other parameter yet, but passing them is already deprecated
         rows = names.map_batches(
             ShardEmbedder,
             fn_constructor_args=(workspace, job, settings.batch_size, "cuda" if use_gpu else "cpu"),
@@ -233,7 +254,9 @@ def _dim(workspace: Workspace, shard: str) -> int:
     return pq.read_schema(workspace.full(shard), filesystem=workspace.fs).field("semantic").type.list_size
 
 
-def _result(workspace: Workspace, job: EmbedJob, manifest: dict[str, Any], started: float, *, skipped: bool) -> StepResult:
+def _result(
+    workspace: Workspace, job: EmbedJob, manifest: dict[str, Any], started: float, *, skipped: bool
+) -> StepResult:
     spaces = "semantic and preference" if job.models.preference else "semantic"
     by = " and ".join(item.version for item in (job.models.semantic, job.models.preference) if item is not None)
     summary = f"{manifest['quality']['songs']} songs, {spaces} vectors of {manifest['dim']} by {by}"

@@ -94,17 +94,20 @@ def evaluate(config: Config, model: str | None = None, inputs: Inputs | None = N
 
 
 def evaluate_reference(config: Config, models: Models, inputs: Inputs) -> str:
-    """Evaluate a reference, such as the models being served, on the test set of `inputs`. Returns the name of its report.
+    """Evaluate a reference, such as the models being served, on the test set of `inputs`. Returns the name of its
+    report.
 
-    The test set is the same songs, users and candidates, so that differences are paired. Songs that these models have not embedded yet
-    are embedded first, which starts Ray. The figures in the models' own folders stay as they are. Raises InputError when the models
-    cannot embed these songs.
+    The test set is the same songs, users and candidates, so that differences are paired. Songs that these models have
+    not embedded yet are embedded first, which starts Ray. The figures in the models' own folders stay as they are.
+    Raises InputError when the models cannot embed these songs.
     """
     workspace = Workspace(config.workspace)
     if _versions(models) != _versions(inputs.models):
         job = job_of(workspace, inputs.features, models)
         embed_job(workspace, config, job)
-        inputs = replace(inputs, models=models, embeddings=embeddings(workspace, job), index=find_index(workspace, config, job))
+        inputs = replace(
+            inputs, models=models, embeddings=embeddings(workspace, job), index=find_index(workspace, config, job)
+        )
     run = _run(config, inputs)
     if workspace.manifest(f"reports/{run}") is None:
         _measure(workspace, config, inputs, f"reports/{run}", into_models=False)
@@ -116,7 +119,9 @@ def _versions(models: Models) -> tuple[str, str | None]:
 
 
 def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
-    """The artifacts that the configuration determines, or the models `model` and what they made, whatever gates say. Raises InputError."""
+    """The artifacts that the configuration determines, or the models `model` and what they made, whatever gates say.
+    Raises InputError.
+    """
     job = plan(workspace, config, model, require="off")
     features = job.features.version
     return Inputs(
@@ -187,10 +192,14 @@ def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str, *,
     if into_models:
         for artifact in (inputs.models.semantic, inputs.models.preference):
             if artifact is not None:
-                write_evaluation(workspace, artifact.path, [*measured.tasks, *more], path.rpartition("/")[2], measured.data)
+                write_evaluation(
+                    workspace, artifact.path, [*measured.tasks, *more], path.rpartition("/")[2], measured.data
+                )
 
 
-def _write(workspace: Workspace, config: Config, inputs: Inputs, path: str, measured: Measured, more: Sequence[Task]) -> None:
+def _write(
+    workspace: Workspace, config: Config, inputs: Inputs, path: str, measured: Measured, more: Sequence[Task]
+) -> None:
     run = path.rpartition("/")[2]
     manifest = build_manifest("report", config=config.model_dump(mode="json"), inputs=inputs.versions)
     described = {key: manifest[key] for key in ("format_version", "created", "config", "inputs", "libraries")}
@@ -218,7 +227,9 @@ class _Encode:
             parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
             vectors = concatenate([self._encoder.encode_texts(part) for part in parts])
             spaces = {"semantic": vectors.semantic}
-            self._known[key] = with_blend(spaces if vectors.preference is None else {**spaces, "preference": vectors.preference})
+            self._known[key] = with_blend(
+                spaces if vectors.preference is None else {**spaces, "preference": vectors.preference}
+            )
         return self._known[key]
 
 

@@ -17,7 +17,17 @@ import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import as_epoch_seconds, as_ids
 from htcl_ray.catalog.quarantine import check_share, describe
-from htcl_ray.catalog.tables import TableFile, TablePart, check_renames, column_names, read_part, rename, renamed, table_files, table_parts
+from htcl_ray.catalog.tables import (
+    TableFile,
+    TablePart,
+    check_renames,
+    column_names,
+    read_part,
+    rename,
+    renamed,
+    table_files,
+    table_parts,
+)
 from htcl_ray.cluster import connection
 from htcl_ray.config import Config
 from htcl_ray.errors import TableError
@@ -31,7 +41,8 @@ from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
 EVENTS_PER_FILE = 1 << 20
 EVENTS_PER_BUCKET = 1 << 20
 TIMES_PER_BATCH = 2_000
-"""How many times stand for those of a batch of log rows when periods are cut; batches of up to this many rows are exact."""
+"""How many times stand for those of a batch of log rows when periods are cut; batches of up to this many rows are
+exact."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,9 @@ class LogPlan:
 
     @functools.cached_property
     def parts(self) -> tuple[LogPart, ...]:
-        """The parts of the files, whose shapes are recognised here: this reads every row of JSON Lines. Raises TableError."""
+        """The parts of the files, whose shapes are recognised here: this reads every row of JSON Lines. Raises
+        TableError.
+        """
         parts = []
         for path, file in self.files:
             names = column_names(file)
@@ -81,13 +94,23 @@ def plan_log(config: Config, features_version: str) -> LogPlan:
     files = tuple((path, file) for path in config.data.interactions for file in table_files([path]))
     log = fingerprint([(canonical(file.path), file.size, file.modified_ns) for _, file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
-    meaning = {"positive_feedback", "negative_feedback", "min_positive_rating", "max_negative_rating", "min_played_ratio"}
-    events = fingerprint(FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning))
+    meaning = {
+        "positive_feedback",
+        "negative_feedback",
+        "min_positive_rating",
+        "max_negative_rating",
+        "min_played_ratio",
+    }
+    events = fingerprint(
+        FORMAT_VERSION, features_version, log, data, config.pairs.model_dump(mode="json", include=meaning)
+    )
     return LogPlan(events, fingerprint(events, config.pairs.model_dump(mode="json")), log, files, config.data.columns)
 
 
 def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
-    """Print what each log was recognised as. Raises TableError for values that cannot be meant, and when no song is known."""
+    """Print what each log was recognised as. Raises TableError for values that cannot be meant, and when no song is
+    known.
+    """
     if not plan.parts:
         raise TableError(f"the log {', '.join(config.data.interactions)} is empty; expected at least one row")
     knows_a_song, example = False, None
@@ -160,8 +183,14 @@ def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_ve
     check_share("log", rejected, rows, config.data.max_rejected_share, workspace.uri_of(quarantine))
     tree, inputs = config.model_dump(mode="json"), {"features": features_version, "log": plan.log}
     if rejected:
-        workspace.finish(quarantine, build_manifest("quarantine", config=tree, inputs=inputs, quality={"rejected": rejected}))
-    quality = {"events": accepted, "rejected": rejected, "period_ends": [end if math.isfinite(end) else None for end in ends]}
+        workspace.finish(
+            quarantine, build_manifest("quarantine", config=tree, inputs=inputs, quality={"rejected": rejected})
+        )
+    quality = {
+        "events": accepted,
+        "rejected": rejected,
+        "period_ends": [end if math.isfinite(end) else None for end in ends],
+    }
     workspace.finish(events, build_manifest("events", config=tree, inputs=inputs, quality=quality))
 
 
@@ -197,7 +226,9 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
             continue
         wanted = [name for name in part.columns if name in ("timestamp", *_theirs(config, "timestamp"))]
         for _, table in read_part(part.part, wanted):
-            times, weights = thin_out(as_epoch_seconds(rename(table, config.data.columns)["timestamp"]), TIMES_PER_BATCH)
+            times, weights = thin_out(
+                as_epoch_seconds(rename(table, config.data.columns)["timestamp"]), TIMES_PER_BATCH
+            )
             seconds.append(times)
             events.append(weights)
     return {"seconds": np.concatenate(seconds), "events": np.concatenate(events)}
@@ -206,7 +237,8 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
 def _write_events(
     batch: dict[str, Any], *, plan: LogPlan, ends: tuple[float, float], songs: Any, workspace: Workspace, config: Config
 ) -> dict[str, Any]:
-    """Write event and quarantine files of a part of the log, and return its counts and an example of each reason as JSON.
+    """Write event and quarantine files of a part of the log, and return its counts and an example of each reason as
+    JSON.
 
     Runs in a Ray task.
     """

@@ -52,7 +52,9 @@ def index_version(config: Config, job: EmbedJob) -> str:
 
 
 def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact | None:
-    """The index that this configuration builds, or what it became when updates were folded in, whichever is newer; None before."""
+    """The index that this configuration builds, or what it became when updates were folded in, whichever is newer; None
+    before.
+    """
     found, versions = None, {index_version(config, job)}
     for name, manifest in workspace.finished("index"):
         if name in versions or manifest["inputs"].get("compacted_from") in versions:
@@ -62,7 +64,9 @@ def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact 
 
 
 def determined_index(workspace: Workspace, config: Config) -> str | None:
-    """Version of the index that a configuration with a catalogue builds, if it was built and its gate allows it; else None."""
+    """Version of the index that a configuration with a catalogue builds, if it was built and its gate allows it; else
+    None.
+    """
     if not config.data.catalog:
         return None
     try:
@@ -75,7 +79,9 @@ def determined_index(workspace: Workspace, config: Config) -> str | None:
 def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> dict[str, Any]:
     song_ids, vectors = read_vectors(workspace, job.path)
     metadata = _metadata(workspace, job, song_ids)
-    index, recall = build_measured(song_ids, vectors, metadata=metadata, settings=config.index, model_versions=job.model_versions)
+    index, recall = build_measured(
+        song_ids, vectors, metadata=metadata, settings=config.index, model_versions=job.model_versions
+    )
     if recall.worst < config.index.min_recall:
         raise StepError(
             f"the {index.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall is "

@@ -1,7 +1,8 @@
-"""The artifacts that a step reads: those that the configuration determines, by the fingerprints with which they are made.
+"""The artifacts that a step reads: those that the configuration determines, by the fingerprints with which they are
+made.
 
-A configuration that names no catalogue, or no log, determines none; then the workspace must hold exactly one that fits. Models that the
-configuration does not determine are the newest accepted ones.
+A configuration that names no catalogue, or no log, determines none; then the workspace must hold exactly one that fits.
+Models that the configuration does not determine are the newest accepted ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ PREPROCESS = "run 'htcl preprocess' with this configuration first"
 
 
 def features(workspace: Workspace, config: Config) -> Artifact:
-    """The features of `data.catalog` as it is now. Raises InputError when there are none, or without a catalogue several."""
+    """The features of `data.catalog` as it is now. Raises InputError when there are none, or without a catalogue
+    several.
+    """
     if config.data.catalog:
         for version in plan_features(config).versions:
             if (manifest := workspace.manifest(f"features/{version}")) is not None:
@@ -41,14 +44,21 @@ def features(workspace: Workspace, config: Config) -> Artifact:
 
 
 def pairs(workspace: Workspace, config: Config, features_version: str) -> Artifact | None:
-    """The preference pairs of these features and `data.interactions`; None when there is no log, and none were ever mined.
+    """The preference pairs of these features and `data.interactions`; None when there is no log, and none were ever
+    mined.
 
     Raises InputError when they are missing, or without a log in the configuration several.
     """
     if config.data.interactions:
         return _of_log(workspace, config, features_version, "pairs", plan_log(config, features_version).pairs_version)
-    found = [item for item in _finished(workspace, "pairs") if item.manifest["inputs"].get("features") == features_version]
-    return _only(workspace, "pairs", _made_with(found, config, "pairs"), "data.interactions", "interactions") if found else None
+    found = [
+        item for item in _finished(workspace, "pairs") if item.manifest["inputs"].get("features") == features_version
+    ]
+    return (
+        _only(workspace, "pairs", _made_with(found, config, "pairs"), "data.interactions", "interactions")
+        if found
+        else None
+    )
 
 
 def events(workspace: Workspace, config: Config, features_version: str) -> Artifact | None:
@@ -56,19 +66,26 @@ def events(workspace: Workspace, config: Config, features_version: str) -> Artif
     if config.data.interactions:
         return _of_log(workspace, config, features_version, "events", plan_log(config, features_version).events_version)
     mined = pairs(workspace, config, features_version)
-    found = [item for item in _finished(workspace, "events") if item.manifest["inputs"].get("features") == features_version]
+    found = [
+        item for item in _finished(workspace, "events") if item.manifest["inputs"].get("features") == features_version
+    ]
     if mined is not None and "events" in mined.manifest["inputs"]:
         found = [item for item in found if item.version == mined.manifest["inputs"]["events"]]
     return _only(workspace, "events", found, "data.interactions", "interactions") if found else None
 
 
 def models(
-    workspace: Workspace, config: Config, features_version: str, version: str | None = None, *, require: Require | None = None
+    workspace: Workspace,
+    config: Config,
+    features_version: str,
+    version: str | None = None,
+    *,
+    require: Require | None = None,
 ) -> Models:
     """The models to use: `version` and its parent, else those that this configuration trains, else the newest accepted.
 
-    Says so when the newest is not taken. `require`: what is asked of their gates, `gate.require` unless given. Raises WorkspaceError when
-    there is no model, GateError when a gate forbids the one that was named, or all.
+    Says so when the newest is not taken. `require`: what is asked of their gates, `gate.require` unless given. Raises
+    WorkspaceError when there is no model, GateError when a gate forbids the one that was named, or all.
     """
     require = config.gate.require if require is None else require
     if version is not None:
@@ -116,7 +133,9 @@ def semantic_version(config: Config, features_version: str) -> str:
 
 def preference_version(config: Config, features_version: str, pairs_version: str, parent_version: str) -> str:
     """Fingerprint of the model of stage 2 that this configuration trains."""
-    return fingerprint("preference", FORMAT_VERSION, features_version, pairs_version, parent_version, _determining(config.finetune))
+    return fingerprint(
+        "preference", FORMAT_VERSION, features_version, pairs_version, parent_version, _determining(config.finetune)
+    )
 
 
 def _preference_of(workspace: Workspace, config: Config, features_version: str, semantic: Artifact) -> str | None:
@@ -159,7 +178,9 @@ def _made_with(found: list[Artifact], config: Config, section: str) -> list[Arti
 def _only(workspace: Workspace, kind: str, found: list[Artifact], key: str, field: str) -> Artifact:
     if len(found) > 1:
         listed = "; ".join(f"{item.version} of {', '.join(item.manifest['config']['data'][field])}" for item in found)
-        raise ConfigError(f"the workspace {workspace.uri} holds several {kind} ({listed}); say which by {key}, as for 'htcl preprocess'")
+        raise ConfigError(
+            f"the workspace {workspace.uri} holds several {kind} ({listed}); say which by {key}, as for 'htcl preprocess'"
+        )
     return found[0]
 
 
@@ -168,8 +189,14 @@ def _text_weights(config: Config) -> dict[str, str]:
     folder = Path(config.text.name_or_path or "")
     if config.text.name_or_path is None or not folder.is_dir():
         return {}
-    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".txt", ".model")}
+    return {
+        file.name: file_sha256(file)
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".safetensors", ".json", ".txt", ".model")
+    }
 
 
 def _determining(settings: StageSettings) -> dict[str, Any]:
-    return {name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL}
+    return {
+        name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL
+    }

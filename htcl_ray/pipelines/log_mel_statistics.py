@@ -17,14 +17,18 @@ SAY_EVERY_SECONDS = 10.0
 
 
 def log_mel_statistics(workspace: Workspace, features: Artifact) -> np.ndarray:
-    """float32 [songs, 2·mels], unit norm, in the order of song ids: mean and deviation of each mel band over a song's valid frames.
+    """float32 [songs, 2·mels], unit norm, in the order of song ids: mean and deviation of each mel band over a song's
+    valid frames.
 
-    Standardised over the training songs, then scaled to unit norm. Read from the features once and kept in `statistics/<features>`.
+    Standardised over the training songs, then scaled to unit norm. Read from the features once and kept in
+    `statistics/<features>`.
     """
     path = f"statistics/{features.version}"
     if workspace.manifest(path) is None:
         workspace.write_table(f"{path}/log_mel.parquet", _measure(workspace, features))
-        workspace.finish(path, build_manifest("statistics", config={}, inputs={"features": features.version}, format=FORMAT_VERSION))
+        workspace.finish(
+            path, build_manifest("statistics", config={}, inputs={"features": features.version}, format=FORMAT_VERSION)
+        )
     table = workspace.read_tables(path).sort_by("song_id")
     flat = table["statistics"].combine_chunks()
     found = np.asarray(flat.flatten(), dtype=np.float32).reshape(len(flat), -1)
@@ -37,7 +41,11 @@ def log_mel_statistics(workspace: Workspace, features: Artifact) -> np.ndarray:
 
 
 def _measure(workspace: Workspace, features: Artifact) -> pa.Table:
-    files = [workspace.full(f"{features.path}/{name}") for name in workspace.children(features.path) if name.endswith(".parquet")]
+    files = [
+        workspace.full(f"{features.path}/{name}")
+        for name in workspace.children(features.path)
+        if name.endswith(".parquet")
+    ]
     dataset = pads.dataset(files, filesystem=workspace.fs, format="parquet")
     songs, parts = dataset.count_rows(), []
     started = said = time.monotonic()
@@ -48,7 +56,11 @@ def _measure(workspace: Workspace, features: Artifact) -> pa.Table:
             np.concatenate([mel[:frames].mean(axis=0, dtype=np.float32), mel[:frames].astype(np.float32).std(axis=0)])
             for mel, frames in zip(mels, batch["valid_frames"].to_pylist(), strict=True)
         ]
-        parts.append(pa.table({"song_id": batch["song_id"], "split": batch["split"], "statistics": [row.tolist() for row in rows]}))
+        parts.append(
+            pa.table(
+                {"song_id": batch["song_id"], "split": batch["split"], "statistics": [row.tolist() for row in rows]}
+            )
+        )
         done += len(rows)
         if time.monotonic() - said > SAY_EVERY_SECONDS:
             said = time.monotonic()

@@ -1,7 +1,7 @@
 """Events → preference pairs, and the negatives: songs rejected after a trigger song.
 
-Shuffles by user, after which all events of a user are in one place (once for the popularity of songs, once for pairs), and by trigger
-song, after which all evidence about a trigger song is. The driver holds one number for each song.
+Shuffles by user, after which all events of a user are in one place (once for the popularity of songs, once for pairs),
+and by trigger song, after which all evidence about a trigger song is. The driver holds one number for each song.
 """
 
 from __future__ import annotations
@@ -80,11 +80,19 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
                 counts[kind].update(found[kind])
     inputs = {"features": features_version, "events": plan.events_version, "log": plan.log}
     for kind in reversed(kinds):  # pairs last: when they are finished, both are
-        _finish(workspace, config, kind, plan.pairs_version, counts[kind], drawn if kind == "pairs" else Counter(), inputs)
+        _finish(
+            workspace, config, kind, plan.pairs_version, counts[kind], drawn if kind == "pairs" else Counter(), inputs
+        )
 
 
 def _finish(
-    workspace: Workspace, config: Config, kind: str, version: str, counts: Counter[str], drawn: Counter[str], inputs: dict[str, str]
+    workspace: Workspace,
+    config: Config,
+    kind: str,
+    version: str,
+    counts: Counter[str],
+    drawn: Counter[str],
+    inputs: dict[str, str],
 ) -> None:
     """Print what was mined, and mark pairs or negatives as finished. `drawn`: see `draws_by_support`."""
     path = f"{kind}/{version}"
@@ -149,5 +157,7 @@ def _read_file(workspace: Workspace, name: str) -> pa.Table:
 def _buckets(keys: pa.ChunkedArray, buckets: int, purpose: str) -> pa.Array:
     """Bucket of each key; equal keys share one."""
     codes = keys.combine_chunks().dictionary_encode()
-    of_key = np.array([int(hash_fraction(key, purpose) * buckets) for key in codes.dictionary.to_pylist()], dtype=np.int64)
+    of_key = np.array(
+        [int(hash_fraction(key, purpose) * buckets) for key in codes.dictionary.to_pylist()], dtype=np.int64
+    )
     return pa.array(of_key[codes.indices.to_numpy(zero_copy_only=False)] if len(codes) else of_key)

@@ -1,7 +1,9 @@
-"""`htcl preprocess`: catalogue → log-mel shards; logs → events → preference pairs and negatives; rejected rows → quarantine.
+"""`htcl preprocess`: catalogue → log-mel shards; logs → events → preference pairs and negatives; rejected rows →
+quarantine.
 
-The unit of work is the shard: `data.songs_per_shard` songs in the order of their ids. A shard's file appears whole or not at all, so a
-run that was killed goes on with the shards that are missing. Everything a person can mend is checked before Ray starts.
+The unit of work is the shard: `data.songs_per_shard` songs in the order of their ids. A shard's file appears whole or
+not at all, so a run that was killed goes on with the shards that are missing. Everything a person can mend is checked
+before Ray starts.
 """
 
 from __future__ import annotations
@@ -44,13 +46,17 @@ SECONDS_BETWEEN_LINES = 2.0
 def preprocess(config: Config) -> StepResult:
     """Make features of `data.catalog` and, when `data.interactions` is given, events, preference pairs and negatives.
 
-    What is finished is not made again, and what is half-finished is completed. Raises InputError for input that cannot be used.
+    What is finished is not made again, and what is half-finished is completed. Raises InputError for input that cannot
+    be used.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     workspace.check_writable()
     if config.data.catalog:
-        print(f"preprocess  reading {without_credentials(', '.join(config.data.catalog))} and the sizes of its audio files", flush=True)
+        print(
+            f"preprocess  reading {without_credentials(', '.join(config.data.catalog))} and the sizes of its audio files",
+            flush=True,
+        )
     plan = plan_features(config)
     where = f"quarantine/{plan.version}"
     if plan.rejected.num_rows:
@@ -60,7 +66,9 @@ def preprocess(config: Config) -> StepResult:
     check_all_renames(config)
     needs_features = workspace.manifest(f"features/{plan.version}") is None
     needs_events = log is not None and workspace.manifest(f"events/{log.events_version}") is None
-    needs_pairs = log is not None and any(workspace.manifest(f"{kind}/{log.pairs_version}") is None for kind in ("pairs", "negatives"))
+    needs_pairs = log is not None and any(
+        workspace.manifest(f"{kind}/{log.pairs_version}") is None for kind in ("pairs", "negatives")
+    )
     if log is not None and needs_events:
         check_log(config, log, plan.songs["song_id"].combine_chunks())
     if needs_features:
@@ -73,7 +81,9 @@ def preprocess(config: Config) -> StepResult:
         make_pairs(workspace, config, log, plan.version)
     summary = _summary(workspace, plan, log)
     skipped = not (needs_features or needs_events or needs_pairs)
-    return StepResult("preprocess", workspace.uri_of(f"features/{plan.version}"), summary, time.monotonic() - started, skipped)
+    return StepResult(
+        "preprocess", workspace.uri_of(f"features/{plan.version}"), summary, time.monotonic() - started, skipped
+    )
 
 
 def _summary(workspace: Workspace, plan: FeaturesPlan, log: LogPlan | None) -> str:
@@ -83,7 +93,10 @@ def _summary(workspace: Workspace, plan: FeaturesPlan, log: LogPlan | None) -> s
         text += f", {features['partly_decoded']:,} decoded only in part"
     if log is None:
         return text
-    events, pairs = ((workspace.manifest(path) or {})["quality"] for path in (f"events/{log.events_version}", f"pairs/{log.pairs_version}"))
+    events, pairs = (
+        (workspace.manifest(path) or {})["quality"]
+        for path in (f"events/{log.events_version}", f"pairs/{log.pairs_version}")
+    )
     return f"{text}; {events['events']:,} events, {describe(events['rejected'])}; {pairs['pairs']:,} pairs"
 
 
@@ -92,10 +105,12 @@ class FeaturesPlan:
     """Everything that determines the features, known before any audio is opened."""
 
     versions: tuple[str, str]
-    """Fingerprint with the decoders of this machine, and with those of one that has FFmpeg where this one lacks it, or the reverse."""
+    """Fingerprint with the decoders of this machine, and with those of one that has FFmpeg where this one lacks it, or
+    the reverse."""
     catalog: Catalog
     songs: pa.Table
-    """Songs whose audio file can be opened and is not empty; shards are slices of it. `split` is null for songs without an artist."""
+    """Songs whose audio file can be opened and is not empty; shards are slices of it. `split` is null for songs without
+    an artist."""
     rejected: pa.Table
     """Rejected without opening audio."""
     inputs: dict[str, str]
@@ -116,12 +131,16 @@ def plan_features(config: Config) -> FeaturesPlan:
     usable = songs.filter(stats[:, 0] > 0)
     inputs = {"catalog": _identity(catalog), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
-    has_ffmpeg = importlib.util.find_spec("av") is not None  # installing it later must give the songs that wait for it another chance
+    has_ffmpeg = (
+        importlib.util.find_spec("av") is not None
+    )  # installing it later must give the songs that wait for it another chance
     if config.data.split_column is None:
         splits = group_splits(artist_groups(usable["artist"]), config.data.split_shares)
         usable = usable.set_column(usable.schema.get_field_index("split"), "split", splits)
     recipe = config.audio.model_dump(mode="json")
-    own, other = (fingerprint(FORMAT_VERSION, inputs, recipe, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg))
+    own, other = (
+        fingerprint(FORMAT_VERSION, inputs, recipe, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg)
+    )
     return FeaturesPlan((own, other), catalog, usable, rejected, inputs)
 
 
@@ -137,16 +156,22 @@ def _reject(songs: pa.Table, reason: Reason, detail: str) -> pa.Table:
 
 
 def _check_rejected(config: Config, plan: FeaturesPlan, rejected: pa.Table, songs: int, where: str) -> None:
-    """Raise InputError when too many rows are rejected or no song is left; `where` is the quarantine table, which is written by then."""
+    """Raise InputError when too many rows are rejected or no song is left; `where` is the quarantine table, which is
+    written by then.
+    """
     counts, such = count_reasons(rejected), next(iter(examples(rejected).values()), "")
     check_share("catalogue", counts, plan.catalog.rows, config.data.max_rejected_share, where, such)
     if not songs:
         tables = ", ".join(config.data.catalog)
-        raise TableError(f"no song of {tables} can be used: {describe(counts)}, for instance {such}; see {where} and correct the input")
+        raise TableError(
+            f"no song of {tables} can be used: {describe(counts)}, for instance {such}; see {where} and correct the input"
+        )
 
 
 def _identity(catalog: Catalog) -> str:
-    """Hash of what a catalogue says, not of how its path and those of its audio files are spelled or where a row stands in it."""
+    """Hash of what a catalogue says, not of how its path and those of its audio files are spelled or where a row stands
+    in it.
+    """
     folders: dict[str, str] = {}
     paths = []
     for path in catalog.songs["audio_path"].to_pylist():
@@ -155,8 +180,12 @@ def _identity(catalog: Catalog) -> str:
             folders[folder] = canonical(f"{folder}{separator}")
         paths.append(f"{folders[folder].rstrip('/')}/{name}")
     place = catalog.songs.schema.get_field_index("audio_path")
-    songs = catalog.songs.set_column(place, SONGS.field("audio_path"), pa.array(paths, pa.string())).drop_columns(["source", "row"])
-    rejected = sorted(zip(*(map(str, catalog.rejected[name].to_pylist()) for name in ("song_id", "reason")), strict=True))
+    songs = catalog.songs.set_column(place, SONGS.field("audio_path"), pa.array(paths, pa.string())).drop_columns(
+        ["source", "row"]
+    )
+    rejected = sorted(
+        zip(*(map(str, catalog.rejected[name].to_pylist()) for name in ("song_id", "reason")), strict=True)
+    )
     return fingerprint(_table_hash(songs), rejected)
 
 
@@ -194,7 +223,8 @@ def _make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> 
         for reason, example in examples(rejected).items():
             print(f"preprocess    {reason}, for instance {example}", flush=True)
         workspace.finish(
-            quarantine, build_manifest("quarantine", config=tree, inputs=plan.inputs, quality={"rejected": quality["rejected"]})
+            quarantine,
+            build_manifest("quarantine", config=tree, inputs=plan.inputs, quality={"rejected": quality["rejected"]}),
         )
     workspace.finish(features, build_manifest("features", config=tree, inputs=plan.inputs, quality=quality))
 
@@ -211,18 +241,24 @@ def _run_shards(workspace: Workspace, config: Config, plan: FeaturesPlan, pendin
     songs = ray.put(plan.songs)
     write = functools.partial(_write_shards, songs=songs, workspace=workspace, config=config, version=plan.version)
     tasks = min(len(pending), 4096)  # a task takes several shards when there are very many
-    written = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=tasks).map_batches(write, batch_size=1)
+    written = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=tasks).map_batches(
+        write, batch_size=1
+    )
     started, last, first = time.monotonic(), 0.0, done
     for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
         done += int(batch["songs"].sum())
         seconds = time.monotonic() - started
         if seconds - last >= SECONDS_BETWEEN_LINES or done == total:
             rate = (done - first) / seconds
-            print(f"preprocess  {done:,}/{total:,} songs  {rate:,.0f}/s  {(total - done) / rate:,.0f} s left", flush=True)
+            print(
+                f"preprocess  {done:,}/{total:,} songs  {rate:,.0f}/s  {(total - done) / rate:,.0f} s left", flush=True
+            )
             last = seconds
 
 
-def _write_shards(batch: dict[str, Any], *, songs: Any, workspace: Workspace, config: Config, version: str) -> dict[str, Any]:
+def _write_shards(
+    batch: dict[str, Any], *, songs: Any, workspace: Workspace, config: Config, version: str
+) -> dict[str, Any]:
     """Write the shards that a batch names; runs in a Ray task."""
     import ray
 
@@ -278,14 +314,18 @@ def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
 
 
 def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:
-    """Give songs that are connected by a recording one split, which only decoded audio tells, and write the shards that this changes.
+    """Give songs that are connected by a recording one split, which only decoded audio tells, and write the shards that
+    this changes.
 
-    Splits depend on the catalogue and the duplicate groups alone, so that a run that was killed here does the same again.
+    Splits depend on the catalogue and the duplicate groups alone, so that a run that was killed here does the same
+    again.
     """
     shards = _shards(workspace, features)
     if not shards:
         return
-    songs = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(["split", "artist", "duplicate_group", "__filename"])
+    songs = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(
+        ["split", "artist", "duplicate_group", "__filename"]
+    )
     if not songs.num_rows:
         return
     groups = artist_groups(songs["artist"], songs["duplicate_group"])
@@ -304,7 +344,10 @@ def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:
     connection.connect(config)
     import ray.data
 
-    print(f"preprocess  {np.count_nonzero(changed):,} songs change their split: their recording is under another artist too", flush=True)
+    print(
+        f"preprocess  {np.count_nonzero(changed):,} songs change their split: their recording is under another artist too",
+        flush=True,
+    )
     write = functools.partial(_write_splits, workspace=workspace, features=features)
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 4096)).map_batches(write, batch_size=1)
     for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
@@ -327,7 +370,9 @@ def _write_splits(batch: dict[str, Any], *, workspace: Workspace, features: str)
         path = f"{features}/{file}"
         shard = pq.read_table(workspace.full(path), filesystem=workspace.fs)
         place = shard.schema.get_field_index("split")
-        workspace.write_table(path, shard.set_column(place, shard.schema.field(place), pa.array(list(splits), pa.string())))
+        workspace.write_table(
+            path, shard.set_column(place, shard.schema.field(place), pa.array(list(splits), pa.string()))
+        )
     return {"files": batch["file"]}
 
 
@@ -336,7 +381,9 @@ def _measure(workspace: Workspace, plan: FeaturesPlan, rejected: pa.Table) -> di
     table = pa.table({"split": pa.array([], pa.string()), "decoded_share": pa.array([], pa.float32())})
     if shards := _shards(workspace, f"features/{plan.version}"):
         with storage_errors(workspace.uri_of(f"features/{plan.version}")):
-            table = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(columns=["split", "decoded_share"])
+            table = pads.dataset(shards, filesystem=workspace.fs, format="parquet").to_table(
+                columns=["split", "decoded_share"]
+            )
     return {
         "songs": table.num_rows,
         "partly_decoded": pc.sum(pc.less(table["decoded_share"], 1.0)).as_py() or 0,

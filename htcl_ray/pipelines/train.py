@@ -1,7 +1,9 @@
-"""Both training stages on Ray Train: features (and pairs, and a stage-1 model) in, an accepted model in the workspace out.
+"""Both training stages on Ray Train: features (and pairs, and a stage-1 model) in, an accepted model in the workspace
+out.
 
-A run is named by the fingerprint of everything that determines its model, so the same command finds the same run: finished, it is
-skipped; interrupted, it goes on after its last checkpoint: of the last completed epoch, or a later one within it.
+A run is named by the fingerprint of everything that determines its model, so the same command finds the same run:
+finished, it is skipped; interrupted, it goes on after its last checkpoint: of the last completed epoch, or a later one
+within it.
 """
 
 from __future__ import annotations
@@ -80,14 +82,18 @@ def pretrain(config: Config) -> StepResult:
 
 
 def finetune(config: Config, model: str | None = None) -> StepResult:
-    """Stage 2: train the preference model from the semantic model of `inputs.parent`. Raises InputError before Ray starts."""
+    """Stage 2: train the preference model from the semantic model of `inputs.parent`. Raises InputError before Ray
+    starts.
+    """
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features)
     parent = inputs.parent(workspace, config, features.version, model)
     check_parent(workspace, parent, config)
     version = inputs.preference_version(config, features.version, pairs.version, parent.version)
-    return _run(workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version))
+    return _run(
+        workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version)
+    )
 
 
 def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -> Artifact:
@@ -101,7 +107,9 @@ def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -
 
 
 def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
-    """Raise MismatchError when the stage-1 model is of another recipe, size or text tower than the configuration says."""
+    """Raise MismatchError when the stage-1 model is of another recipe, size or text tower than the configuration
+    says.
+    """
     from htcl_ray.models.record import parse_record
 
     file = f"{parent.path}/config.json"
@@ -121,7 +129,9 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
     for section, made in theirs.items():
         ours = getattr(config, section).model_dump(mode="json")
         for key, value in made.model_dump(mode="json").items():
-            if value != ours[key] and not (key == "name_or_path" and value and ours[key] and canonical(value) == canonical(ours[key])):
+            if value != ours[key] and not (
+                key == "name_or_path" and value and ours[key] and canonical(value) == canonical(ours[key])
+            ):
                 raise MismatchError(
                     f"the semantic model {parent.version} was made with {section}.{key}={value}, but the configuration says {ours[key]}; "
                     "run 'htcl pretrain' with this configuration or give the one that it was made with"
@@ -132,7 +142,9 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     started = time.monotonic()
     manifest = workspace.manifest(stage.model_path)
     if manifest is not None:
-        return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started, skipped=True)
+        return StepResult(
+            stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started, skipped=True
+        )
     workspace.check_writable()
     connection.refuse_relative_paths(config)
     _check_cpus(config, stage)
@@ -150,7 +162,10 @@ def _check_cpus(config: Config, stage: StageRun) -> None:
     """A private cluster never grows, so workers that do not fit would wait for ever."""
     if connection.address_of(config) != "local":
         return
-    wanted, there = stage.settings.num_workers * stage.settings.cpus_per_worker, config.ray.num_cpus or max(4, os.cpu_count() or 1)
+    wanted, there = (
+        stage.settings.num_workers * stage.settings.cpus_per_worker,
+        config.ray.num_cpus or max(4, os.cpu_count() or 1),
+    )
     if wanted > there:
         raise ConfigError(
             f"{stage.step}.num_workers × {stage.step}.cpus_per_worker is {wanted:g} CPUs, but the private cluster has {there}; "
@@ -159,7 +174,9 @@ def _check_cpus(config: Config, stage: StageRun) -> None:
 
 
 def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | None:
-    """Read what training will read, and refuse what cannot be trained on. Returns the vocabulary of a text tower from scratch."""
+    """Read what training will read, and refuse what cannot be trained on. Returns the vocabulary of a text tower from
+    scratch.
+    """
     from htcl_ray.training.order import global_batch
     from htcl_ray.training.song_numbers import read_songs
 
@@ -170,7 +187,9 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
     batch = global_batch(rows, wanted, workers)
     _check_best_metric(stage, songs, pairs)
     if batch < wanted:
-        print(f"{stage.step}  {rows} training rows are fewer than a batch of {wanted}; batches have {batch}", flush=True)
+        print(
+            f"{stage.step}  {rows} training rows are fewer than a batch of {wanted}; batches have {batch}", flush=True
+        )
     elif wanted // workers < PAPER_ROWS_PER_WORKER:
         print(
             f"{stage.step}  WARNING: each of {workers} worker(s) has {wanted // workers} of the {wanted} rows of a batch; the paper has "
@@ -204,7 +223,9 @@ def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> No
     if not metric.startswith("validation_pair"):
         return
     if pairs is None:
-        raise ConfigError(f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10")
+        raise ConfigError(
+            f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10"
+        )
     from htcl_ray.training.validation import validation_gallery
 
     if not len(validation_gallery(songs.validation, pairs.validation).pairs):
@@ -243,7 +264,8 @@ def fit_stage(
     label: str = "",
     callbacks: Sequence[Any] = (),
 ) -> tuple[Any, dict[str, Any]]:
-    """Run Ray Train to the end, from its last checkpoint if there is one; returns the checkpoint to publish and its epoch's figures.
+    """Run Ray Train to the end, from its last checkpoint if there is one; returns the checkpoint to publish and its
+    epoch's figures.
 
     `lines`: see `connection.progress_lines`; `label`: see TrainJob. `callbacks`: of Ray Train.
     """
@@ -253,16 +275,21 @@ def fit_stage(
 
     from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 
-    # Ray Train takes reports when it polls its workers, by default every 2 s: longer than an epoch of a small catalogue.
+    # Ray Train takes reports when it polls its workers, by default every 2 s: longer than an epoch of a small
+    # catalogue.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # It gives up on workers that have no node after a minute; a cloud takes several to start one, and spot nodes may be gone for longer.
+    # It gives up on workers that have no node after a minute; a cloud takes several to start one, and spot nodes may be
+    # gone for longer.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")
     settings = stage.settings
     gpu = use_gpu(settings, capacity())
     config = config.with_absolute_paths()  # workers run in a folder of their own
     run = f"{stage.runs_path}/{stage.version}"
     job = TrainJob(config, workspace, stage.features, run, vocabulary, stage.pairs, stage.parent, label)
-    print(f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if gpu else 'CPU'}; run {workspace.uri_of(run)}", flush=True)
+    print(
+        f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if gpu else 'CPU'}; run {workspace.uri_of(run)}",
+        flush=True,
+    )
     _forget_unusable_checkpoints(workspace, run, stage.step)
     with _own_interrupt_handler():
         trainer = TorchTrainer(
@@ -277,7 +304,9 @@ def fit_stage(
                 storage_path=workspace.location_of(stage.runs_path),
                 callbacks=list(callbacks) or None,
                 checkpoint_config=_checkpoint_config(settings),
-                failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=settings.max_failures),
+                failure_config=FailureConfig(
+                    max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
+                ),
             ),
         )
         try:
@@ -292,12 +321,15 @@ def fit_stage(
         failure = result.return_value
         raise getattr(errors, failure["error"])(failure["message"])
     if result.checkpoint is None or result.metrics is None:
-        raise StepError(f"{stage.step} ended without a checkpoint in {workspace.uri_of(run)}; remove that folder and try again")
+        raise StepError(
+            f"{stage.step} ended without a checkpoint in {workspace.uri_of(run)}; remove that folder and try again"
+        )
     checkpoint, metrics = result.checkpoint, result.metrics
     if settings.best_metric is not None:
         checkpoint, metrics = _best(result.best_checkpoints, settings.best_metric)
         print(
-            f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: {metrics[settings.best_metric]:.4g}", flush=True
+            f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: {metrics[settings.best_metric]:.4g}",
+            flush=True,
         )
     return checkpoint, metrics
 
@@ -314,7 +346,8 @@ def _forget_unusable_checkpoints(workspace: Workspace, run: str, step: str) -> N
     except (ValueError, KeyError, TypeError):
         pass
     print(
-        f"{step}  the list of checkpoints in {workspace.uri_of(record)} is damaged or names missing ones; training begins anew", flush=True
+        f"{step}  the list of checkpoints in {workspace.uri_of(record)} is damaged or names missing ones; training begins anew",
+        flush=True,
     )
     workspace.fs.delete_file(workspace.full(record))
 
@@ -326,13 +359,17 @@ def _checkpoint_config(settings: StageSettings) -> Any:
         return CheckpointConfig(num_to_keep=settings.keep_checkpoints)
     order = "min" if settings.best_metric in LOWER_IS_BETTER else "max"
     return CheckpointConfig(
-        num_to_keep=settings.keep_checkpoints, checkpoint_score_attribute=settings.best_metric, checkpoint_score_order=order
+        num_to_keep=settings.keep_checkpoints,
+        checkpoint_score_attribute=settings.best_metric,
+        checkpoint_score_order=order,
     )
 
 
 def _best(checkpoints: list[tuple[Any, dict[str, Any]]], metric: str) -> tuple[Any, dict[str, Any]]:
     """The checkpoint of the epoch that was best; of equals the first."""
-    epochs = [(checkpoint, metrics) for checkpoint, metrics in checkpoints if not math.isnan(metrics.get(metric, math.nan))]
+    epochs = [
+        (checkpoint, metrics) for checkpoint, metrics in checkpoints if not math.isnan(metrics.get(metric, math.nan))
+    ]
     sign = 1 if metric in LOWER_IS_BETTER else -1
     return min(epochs, key=lambda item: (sign * item[1][metric], item[1]["epoch"]))
 
@@ -348,14 +385,20 @@ class _own_interrupt_handler:
             signal.signal(signal.SIGINT, self.handler)
 
 
-def publish(workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def publish(
+    workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]
+) -> dict[str, Any]:
     """Make a checkpoint of Ray Train a model of the workspace; returns its manifest."""
     from htcl_ray.training.checkpoint import TRAINING_STATE
 
     with tempfile.TemporaryDirectory() as scratch, checkpoint.as_directory() as trained:
         folder = Path(scratch) / "model"
         shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(TRAINING_STATE, ".*"))
-        files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): file_sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         quality = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         manifest = build_manifest(
             stage.space,

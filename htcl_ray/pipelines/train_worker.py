@@ -56,7 +56,9 @@ class TrainJob:
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
-    """Train one stage in one worker of Ray Train. Returns None, or the error that ends the run: trying again would repeat it."""
+    """Train one stage in one worker of Ray Train. Returns None, or the error that ends the run: trying again would
+    repeat it.
+    """
     try:
         with contextlib.ExitStack() as opened:
             _train(arguments["job"], arguments["lines"].put_nowait, opened)
@@ -97,7 +99,8 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
             folder = private_folder() / f"checkpoint-{uuid.uuid4().hex}"
             save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        # Within an epoch there are no figures; NaN is the score that Ray ranks below every other, whichever way is better.
+        # Within an epoch there are no figures; NaN is the score that Ray ranks below every other, whichever way is
+        # better.
         unranked: Metrics = {"step": float(step), **({settings.best_metric: math.nan} if settings.best_metric else {})}
         work = {"started": started, "seconds": time.time() - started, "nodes": _nodes()}
         ray.train.report(
@@ -108,7 +111,17 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
 
     loader = BatchLoader(songs, frames, model.text_encoder, Augmentation(settings, model.window_frames))
     try:
-        train(model, task, loader, settings, device, on_checkpoint=on_checkpoint, say=say, resume=resume, show_progress=not job.label)
+        train(
+            model,
+            task,
+            loader,
+            settings,
+            device,
+            on_checkpoint=on_checkpoint,
+            say=say,
+            resume=resume,
+            show_progress=not job.label,
+        )
         finished = True
     finally:
         if log is not None:
@@ -127,14 +140,18 @@ def _nodes() -> float:
 
 def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]) -> MetricsLog:
     stage = "pretrain" if job.parent is None else "finetune"
-    sections = {name: getattr(job.config, name) for name in ("audio", "text", "model")} | {stage: getattr(job.config, stage).resolved()}
+    sections = {name: getattr(job.config, name) for name in ("audio", "text", "model")} | {
+        stage: getattr(job.config, stage).resolved()
+    }
     parameters = {name: section.model_dump(mode="json") for name, section in sections.items()}
     trackers = open_trackers(job.config.tracking, job.workspace, job.run, parameters, say)
     return MetricsLog(job.workspace, job.run, resume.step if resume else 0, trackers)
 
 
 def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
-    """The model to train: from the last checkpoint of this run, else new (stage 1), else grown from the parent (stage 2)."""
+    """The model to train: from the last checkpoint of this run, else new (stage 1), else grown from the parent (stage
+    2).
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:

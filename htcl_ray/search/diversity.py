@@ -28,16 +28,18 @@ def varied_search(
 ) -> list[Hit]:
     """The k best songs for one query, taken greedily in the order of their scores.
 
-    A song is passed over when one of its artists has `max_per_artist` songs already, and, with `collapse`, when a song of its duplicate
-    group is taken or excluded.
+    A song is passed over when one of its artists has `max_per_artist` songs already, and, with `collapse`, when a song
+    of its duplicate group is taken or excluded.
 
-    Passing over needs more candidates than k. What can no longer be taken is masked and the search repeated for the rest, so that k songs
-    come back while there are that many, and the order is that of one pass over all songs.
+    Passing over needs more candidates than k. What can no longer be taken is masked and the search repeated for the
+    rest, so that k songs come back while there are that many, and the order is that of one pass over all songs.
     """
     taken: list[Hit] = []
     per_artist: Counter[int] = Counter()
     groups = (
-        {int(group) for group in columns.groups[[index.row_of(song_id) for song_id in exclude if song_id in index]]} if collapse else set()
+        {int(group) for group in columns.groups[[index.row_of(song_id) for song_id in exclude if song_id in index]]}
+        if collapse
+        else set()
     )
     groups.discard(NOBODY)
     excluded = set(exclude)
@@ -47,7 +49,10 @@ def varied_search(
         passed_over = False
         for hit in hits:
             row = index.row_of(hit.song_id)
-            artists, group = columns.artists_of(row) if max_per_artist else [], int(columns.groups[row]) if collapse else NOBODY
+            artists, group = (
+                columns.artists_of(row) if max_per_artist else [],
+                int(columns.groups[row]) if collapse else NOBODY,
+            )
             full = max_per_artist is not None and any(per_artist[artist] >= max_per_artist for artist in artists)
             if full or (group != NOBODY and group in groups):
                 passed_over = True

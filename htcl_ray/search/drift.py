@@ -14,7 +14,9 @@ RECENT = 200
 
 
 def mean_of(index: SongIndex) -> NDArray[np.float64]:
-    """Mean semantic vector, [dim], of the index's songs, or of evenly spaced ones when there are many; zeros without songs."""
+    """Mean semantic vector, [dim], of the index's songs, or of evenly spaced ones when there are many; zeros without
+    songs.
+    """
     ids = index.songs["song_id"].to_pylist()
     known = [song_id for song_id in ids[:: -(-len(ids) // SAMPLE) or 1] if song_id in index]
     return index.vectors_of(known).semantic.mean(axis=0, dtype=np.float64) if known else np.zeros(index.dim)
@@ -23,8 +25,8 @@ def mean_of(index: SongIndex) -> NDArray[np.float64]:
 class QueryDrift:
     """1 - cosine between the exponentially weighted mean of the queries' semantic vectors and the index's mean.
 
-    Words and recordings lie in different parts of the space, so each kind needs one of its own, and it is the change that tells: the
-    level depends on the model.
+    Words and recordings lie in different parts of the space, so each kind needs one of its own, and it is the change
+    that tells: the level depends on the model.
     """
 
     def __init__(self) -> None:

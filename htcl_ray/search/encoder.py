@@ -20,7 +20,8 @@ from htcl_ray.models import HTCL
 class SongEncoder:
     """A semantic model (stage 1) and, optionally, the preference model (stage 2); both see the same input.
 
-    A row's vectors do not depend on the rows that it is encoded with. They are of unit norm, or `encode_*` raises InputError.
+    A row's vectors do not depend on the rows that it is encoded with. They are of unit norm, or `encode_*` raises
+    InputError.
     """
 
     def __init__(self, semantic: HTCL, preference: HTCL | None, model_versions: ModelVersions) -> None:
@@ -32,18 +33,26 @@ class SongEncoder:
 
     @classmethod
     def load(cls, semantic: str | Path, preference: str | Path | None = None, device: str = "cpu") -> Self:
-        """The models of one or two checkpoint folders. Raises MismatchError when their audio recipes or dimensions differ."""
+        """The models of one or two checkpoint folders. Raises MismatchError when their audio recipes or dimensions
+        differ.
+        """
         folders = [folder for folder in (semantic, preference) if folder is not None]
         models = [HTCL.from_pretrained(str(folder)).to(device) for folder in folders]
         versions = [model.fingerprint for model in models]
         both = len(folders) == 2
-        return cls(models[0], models[1] if both else None, {"semantic": versions[0], "preference": versions[1] if both else None})
+        return cls(
+            models[0],
+            models[1] if both else None,
+            {"semantic": versions[0], "preference": versions[1] if both else None},
+        )
 
     def check_versions(self, expected: ModelVersions) -> None:
         """Raise MismatchError unless the weights are these."""
         for stage, version in expected.items():
             if self.model_versions[stage] != version:
-                raise MismatchError(f"the {stage} model that was loaded is {self.model_versions[stage]}; expected {version}")
+                raise MismatchError(
+                    f"the {stage} model that was loaded is {self.model_versions[stage]}; expected {version}"
+                )
 
     @property
     def recipe(self) -> AudioRecipe:

@@ -37,7 +37,10 @@ def _expecting(what: str) -> WrapValidator:
 
 
 Word = Annotated[str, Field(min_length=1, max_length=1_000)]
-Words = Annotated[Word | Annotated[list[Word], Field(min_length=1, max_length=MAX_VALUES)], _expecting("a text, or a list of 1 to 1000")]
+Words = Annotated[
+    Word | Annotated[list[Word], Field(min_length=1, max_length=MAX_VALUES)],
+    _expecting("a text, or a list of 1 to 1000"),
+]
 Year = Annotated[int, Field(ge=-10_000, le=10_000)]
 
 
@@ -69,7 +72,9 @@ class Filter(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, json_schema_extra={"examples": [{"genre": ["rock"], "year": {"gte": 1990, "lte": 1999}}]}
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"genre": ["rock"], "year": {"gte": 1990, "lte": 1999}}]},
     )
 
     song_id: Words | None = Field(None, description="Exactly these songs, in upper and lower case as they are.")
@@ -88,7 +93,9 @@ class Filter(BaseModel):
     def _known(cls, value: Any) -> Any:
         for name in value if isinstance(value, dict) else ():
             if name not in cls.model_fields:
-                raise ValueError(f"there is no column '{str(name)[:100]}' to filter by; {nearest(str(name)[:100], cls.model_fields)}")
+                raise ValueError(
+                    f"there is no column '{str(name)[:100]}' to filter by; {nearest(str(name)[:100], cls.model_fields)}"
+                )
         return value
 
 
@@ -117,7 +124,11 @@ def _holds(name: str, column: pa.Array, wanted: Any) -> NDArray[np.bool_]:
     if name == "artist":
         coded, wanted = column.dictionary_encode(), set(folded.to_pylist())
         credited = zip(pc.utf8_lower(coded.dictionary).to_pylist(), credits_of_cells(coded.dictionary), strict=True)
-        return _plain(pa.array([not wanted.isdisjoint((cell, *names)) for cell, names in credited], pa.bool_()).take(coded.indices))
+        return _plain(
+            pa.array([not wanted.isdisjoint((cell, *names)) for cell, names in credited], pa.bool_()).take(
+                coded.indices
+            )
+        )
     if not pa.types.is_list(column.type):
         return _plain(pc.is_in(pc.utf8_lower(column), value_set=folded))
     found = _plain(pc.is_in(pc.utf8_lower(pc.list_flatten(column)), value_set=folded))

@@ -35,7 +35,9 @@ def rocchio(seeds: Vectors, negatives: Vectors | None) -> Vectors:
 
 
 def decayed_weights(history: Sequence[Heard], half_life_days: float) -> NDArray[np.float64]:
-    """Weight · 2^(-age / half life) for each song. Age counts from the newest timestamp of the history; a song without one does not age."""
+    """Weight · 2^(-age / half life) for each song. Age counts from the newest timestamp of the history; a song without
+    one does not age.
+    """
     times = np.array([np.nan if heard.timestamp is None else heard.timestamp for heard in history], dtype=np.float64)
     newest = np.nanmax(times) if not np.isnan(times).all() else 0.0
     ages = np.nan_to_num((newest - times) / DAY_SECONDS, nan=0.0)

@@ -11,7 +11,9 @@ from htcl_ray.index.vectors import Vectors
 
 
 class QueryCache:
-    """The last `entries` queries of one asyncio loop. The same query asked while it is being encoded is encoded once."""
+    """The last `entries` queries of one asyncio loop. The same query asked while it is being encoded is encoded
+    once.
+    """
 
     def __init__(self, entries: int) -> None:
         self._entries = entries
@@ -26,7 +28,9 @@ class QueryCache:
         return task is not None and task.done()
 
     async def get(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> tuple[Vectors, bool]:
-        """The vectors, and whether they were remembered. A failure reaches everyone who waits for it and is forgotten."""
+        """The vectors, and whether they were remembered. A failure reaches everyone who waits for it and is
+        forgotten.
+        """
         if not self._entries:
             return await encode(), False
         key = _key(kind, content)

@@ -1,4 +1,6 @@
-"""Candidates scored again exactly and put in order, so that an answer depends neither on the structure's rounding nor on the batch."""
+"""Candidates scored again exactly and put in order, so that an answer depends neither on the structure's rounding nor
+on the batch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NUMBERS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One result. Scores are cosines in [-1, 1]; `preference_score` is None without stage 2 or without a preference query."""
+    """One result. Scores are cosines in [-1, 1]; `preference_score` is None without stage 2 or without a preference
+    query.
+    """
 
     song_id: str
     score: float
@@ -36,7 +40,9 @@ class Ranked:
 
 
 def rank(state: IndexState, queries: Vectors, candidates: NDArray[np.int64], k: int, blend: float) -> list[Ranked]:
-    """The k best of each query's candidates, [q, c] rows of `state` where -1 is none; equal scores in the order of their ids."""
+    """The k best of each query's candidates, [q, c] rows of `state` where -1 is none; equal scores in the order of
+    their ids.
+    """
     at_once = max(NUMBERS_AT_ONCE // max(candidates.shape[1] * state.structure.width, 1), 1)
     ranked: list[Ranked] = []
     for start in range(0, len(queries), at_once):
@@ -60,7 +66,10 @@ def _rank(state: IndexState, queries: Vectors, candidates: NDArray[np.int64], k:
     best = scores[query, order]
     equal = (best[:, 1:] == best[:, :-1]) & (best[:, 1:] > -np.inf)
     for i in equal.any(axis=1).nonzero()[0].tolist():
-        by_id = [(-score, state.id_of(row), at) for at, (score, row) in enumerate(zip(scores[i], candidates[i].tolist(), strict=True))]
+        by_id = [
+            (-score, state.id_of(row), at)
+            for at, (score, row) in enumerate(zip(scores[i], candidates[i].tolist(), strict=True))
+        ]
         order[i] = [at for _, _, at in sorted(by_id)]
     taken = order[:, :k]
     shown = [values[query, taken].tolist() for values in (candidates, scores, semantic)]

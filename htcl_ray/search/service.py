@@ -54,7 +54,8 @@ class Options:
     max_per_artist: int | None = None
     """Songs without an artist are not counted together."""
     collapse_duplicates: bool = True
-    """Of songs that preprocessing found to be the same recording only the best is returned, and none that is the same as a seed."""
+    """Of songs that preprocessing found to be the same recording only the best is returned, and none that is the same
+    as a seed."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Answer:
 class SearchService:
     """Answers from one index. Words and audio need an encoder; songs and vectors do not.
 
-    All questions take the fields of `Options` as keywords and raise QueryError for values that cannot be used. An answer comes from the
-    index as it was at one moment.
+    All questions take the fields of `Options` as keywords and raise QueryError for values that cannot be used. An
+    answer comes from the index as it was at one moment.
     """
 
     def __init__(self, index: SongIndex, encoder: SongEncoder | None = None) -> None:
@@ -92,8 +93,8 @@ class SearchService:
     def open(cls, config: Config, index: str | None = None, *, encoder: bool = True) -> Self:
         """The service over an index of the workspace (default: the newest accepted) with the models that it names.
 
-        `encoder=False` skips loading the models, for questions by song or vector. Raises GateError when `gate.require` forbids the
-        index or its models.
+        `encoder=False` skips loading the models, for questions by song or vector. Raises GateError when `gate.require`
+        forbids the index or its models.
         """
         workspace = Workspace(config.workspace)
         artifact = artifacts.index(workspace, index, require=config.gate.require)
@@ -108,9 +109,13 @@ class SearchService:
         return self.search_encoded_text(text, self._need_encoder().encode_texts([check_text(text)]), **options)
 
     def search_encoded_text(self, text: str, query: Vectors, **options: Any) -> Answer:
-        """Songs near the vectors of words that were encoded elsewhere. Raises InputError for vectors not of unit norm."""
+        """Songs near the vectors of words that were encoded elsewhere. Raises InputError for vectors not of unit
+        norm.
+        """
         check_unit_norm(query, lambda _: "the query", ENCODER_DAMAGED)
-        answer = self._answer(self.index.snapshot(), query, Options(**options), shared=lambda song: shared_with_text(song, text))
+        answer = self._answer(
+            self.index.snapshot(), query, Options(**options), shared=lambda song: shared_with_text(song, text)
+        )
         return answer if query.text_coverage is None else replace(answer, text_coverage=float(query.text_coverage[0]))
 
     def search_audio(self, source: str | bytes | BinaryIO, **options: Any) -> Answer:
@@ -120,7 +125,8 @@ class SearchService:
         return self.search(encoder.encode_waveforms([decode(source, encoder.recipe)]), **options)
 
     def search_songs(self, song_ids: Sequence[str], negative_song_ids: Sequence[str] = (), **options: Any) -> Answer:
-        """Songs like the mean of these and unlike the mean of the negatives (`profiles.rocchio`); all of them are left out.
+        """Songs like the mean of these and unlike the mean of the negatives (`profiles.rocchio`); all of them are left
+        out.
 
         Raises SongNotFoundError.
         """
@@ -130,38 +136,54 @@ class SearchService:
         negatives = index.vectors_of(negative_song_ids) if negative_song_ids else None
         query = rocchio(index.vectors_of(song_ids), negatives)
         return self._answer(
-            index, query, Options(**options), exclude=(*song_ids, *negative_song_ids), shared=_like_songs(self, index, song_ids)
+            index,
+            query,
+            Options(**options),
+            exclude=(*song_ids, *negative_song_ids),
+            shared=_like_songs(self, index, song_ids),
         )
 
     def search_vector(self, vector: Sequence[float], **options: Any) -> Answer:
-        """Songs near a vector of 2·dim numbers [semantic ; preference], or dim without stage 2; halves may have any length."""
+        """Songs near a vector of 2·dim numbers [semantic ; preference], or dim without stage 2; halves may have any
+        length.
+        """
         index = self.index.snapshot()
         dim = index.dim
         expected = 2 * dim if index.has_preference else dim
         given = np.asarray(vector, dtype=np.float64)
         if given.shape != (expected,):
-            layout = f"2 × {dim}, [semantic ; preference]" if index.has_preference else f"{dim}, the index has no preference vectors"
+            layout = (
+                f"2 × {dim}, [semantic ; preference]"
+                if index.has_preference
+                else f"{dim}, the index has no preference vectors"
+            )
             raise QueryError(f"the vector has {given.size} numbers; expected {expected} ({layout})")
         halves = given.reshape(-1, 1, dim)
         return self._answer(index, Vectors(halves[0], halves[1] if index.has_preference else None), Options(**options))
 
     def recommend(self, history: Sequence[Heard], *, half_life_days: float = HALF_LIFE_DAYS, **options: Any) -> Answer:
-        """Songs for a listener that are not in the history: near its weighted mean, of which what was heard long ago is less.
+        """Songs for a listener that are not in the history: near its weighted mean, of which what was heard long ago is
+        less.
 
         Songs that the index does not hold are named in the answer. Raises SongNotFoundError when it holds none of them.
         """
         index = self.index.snapshot()
         known = [heard for heard in history if heard.song_id in index]
         if not known:
-            raise SongNotFoundError(f"none of the {len(history)} songs of the history is in the index; expected one at least")
+            raise SongNotFoundError(
+                f"none of the {len(history)} songs of the history is in the index; expected one at least"
+            )
         ids = [heard.song_id for heard in known]
         query = profile(index.vectors_of(ids), decayed_weights(known, half_life_days))
         liked = [heard.song_id for heard in known if heard.weight > 0]
         unknown = list(dict.fromkeys(heard.song_id for heard in history if heard.song_id not in index))
-        return self._answer(index, query, Options(**options), exclude=ids, shared=_like_songs(self, index, liked), unknown=unknown)
+        return self._answer(
+            index, query, Options(**options), exclude=ids, shared=_like_songs(self, index, liked), unknown=unknown
+        )
 
     def path(self, start_id: str, end_id: str, count: int, *, blend: float | None = None) -> Answer:
-        """Songs that lead from one to the other (`sonic_path`), none the same recording as another; scores are relative to the start.
+        """Songs that lead from one to the other (`sonic_path`), none the same recording as another; scores are relative
+        to the start.
 
         `count`: 1 to MAX_PATH songs, both ends included, which are always there. Raises SongNotFoundError.
         """
@@ -171,7 +193,9 @@ class SearchService:
         columns, used = self.columns(index), index.check_blend(blend)
 
         def nearest(point: Vectors, taken: set[str]) -> str | None:
-            hits = varied_search(index, columns, point, 1, blend=used, exclude=taken, allowed=None, max_per_artist=None, collapse=True)
+            hits = varied_search(
+                index, columns, point, 1, blend=used, exclude=taken, allowed=None, max_per_artist=None, collapse=True
+            )
             return hits[0].song_id if hits else None
 
         hits = sonic_path(index, start_id, end_id, count, used, nearest)
@@ -179,7 +203,9 @@ class SearchService:
         return Answer(hits, found, count, used)
 
     def search(self, query: Vectors, *, exclude: Collection[str] = (), **options: Any) -> Answer:
-        """Songs near one row of an encoder's vectors, `exclude` left out. Raises InputError for vectors not of unit norm."""
+        """Songs near one row of an encoder's vectors, `exclude` left out. Raises InputError for vectors not of unit
+        norm.
+        """
         check_unit_norm(query, lambda _: "the query", ENCODER_DAMAGED)
         return self._answer(self.index.snapshot(), query, Options(**options), exclude=exclude)
 

@@ -50,7 +50,9 @@ class SongColumns:
         whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         coded = whole.dictionary_encode()
         numbers: dict[str, int] = {}
-        of_cell = [[numbers.setdefault(name, len(numbers)) for name in names] for names in credits_of_cells(coded.dictionary)]
+        of_cell = [
+            [numbers.setdefault(name, len(numbers)) for name in names] for names in credits_of_cells(coded.dictionary)
+        ]
         of_row = pa.array(of_cell, pa.list_(pa.int64())).take(coded.indices)
         counts = pc.fill_null(pc.list_value_length(of_row), 0).to_numpy(zero_copy_only=False)
         return of_row.flatten().to_numpy(), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

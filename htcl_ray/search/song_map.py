@@ -20,7 +20,8 @@ NEIGHBOURS = 12.0
 """Perplexity: about how many neighbours of each song the plane keeps near."""
 ITERATIONS = 500
 EVENNESS = 0.5
-"""Share of a song's rank along an axis in its place there; the rest is where t-SNE puts it. Loosens tight groups, and keeps the order."""
+"""Share of a song's rank along an axis in its place there; the rest is where t-SNE puts it. Loosens tight groups, and
+keeps the order."""
 FEWEST_TO_SPREAD = 8
 """Fewer songs are placed by their principal components alone."""
 
@@ -45,7 +46,8 @@ def songs_of(index: SongIndex, most: int = MOST_SONGS) -> list[str]:
 
 
 def score_quantiles(index: SongIndex) -> tuple[list[float], list[float] | None] | None:
-    """Quantiles 0, 0.001, … 1 of the cosines of random pairs of songs, semantic and preference: what a score means in this index.
+    """Quantiles 0, 0.001, … 1 of the cosines of random pairs of songs, semantic and preference: what a score means in
+    this index.
 
     Of all pairs of `BACKGROUND_SONGS` songs. None with fewer than two songs; no preference without stage 2.
     """
@@ -64,15 +66,19 @@ def score_quantiles(index: SongIndex) -> tuple[list[float], list[float] | None] 
 
 
 def evenly_chosen(rows: int, most: int = MOST_SONGS) -> NDArray[np.int64]:
-    """At most `most` of the rows 0 to `rows` - 1, in order and at even distances, so that no part of the catalogue is left out."""
+    """At most `most` of the rows 0 to `rows` - 1, in order and at even distances, so that no part of the catalogue is
+    left out.
+    """
     return np.unique(np.linspace(0, max(rows - 1, 0), min(rows, most)).round().astype(np.int64))
 
 
 def song_map(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Places of songs, [n, 2], each coordinate from 0 to 1, for vectors [n, width] that are finite; the same ones give the same places.
+    """Places of songs, [n, 2], each coordinate from 0 to 1, for vectors [n, width] that are finite; the same ones give
+    the same places.
 
-    Begins with the two strongest principal components, which keep how groups lie to each other but heap most songs in the middle, and
-    spreads them by t-SNE (van der Maaten and Hinton 2008, http://jmlr.org/papers/v9/vandermaaten08a.html). Seconds for thousands of songs.
+    Begins with the two strongest principal components, which keep how groups lie to each other but heap most songs in
+    the middle, and spreads them by t-SNE (van der Maaten and Hinton 2008,
+    http://jmlr.org/papers/v9/vandermaaten08a.html). Seconds for thousands of songs.
     """
     count = len(vectors)
     if count >= FEWEST_TO_SPREAD and np.ptp(vectors, axis=0).any():
@@ -94,7 +100,9 @@ def _spread(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
     perplexity = min(NEIGHBOURS, (len(vectors) - 1) / 3)
     with threadpool_limits(1):  # searches go on meanwhile
-        return TSNE(init="pca", perplexity=perplexity, max_iter=ITERATIONS, random_state=0, n_jobs=1).fit_transform(vectors)
+        return TSNE(init="pca", perplexity=perplexity, max_iter=ITERATIONS, random_state=0, n_jobs=1).fit_transform(
+            vectors
+        )
 
 
 def _into_square(places: NDArray[np.float32]) -> NDArray[np.float32]:

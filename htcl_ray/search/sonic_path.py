@@ -1,7 +1,7 @@
 """A path of songs from one to another through the space that they lie in.
 
-The points of the great arc between the two songs are visited in equal steps, and at each the nearest song that was not taken is taken.
-What was taken is then put in order of how much nearer it is to the end than to the start.
+The points of the great arc between the two songs are visited in equal steps, and at each the nearest song that was not
+taken is taken. What was taken is then put in order of how much nearer it is to the end than to the start.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Nearest = Callable[[Vectors, set[str]], str | None]
 def sonic_path(index: SongIndex, start_id: str, end_id: str, count: int, blend: float, nearest: Nearest) -> list[Hit]:
     """At most `count` songs, the start first and the end last, none twice; scores are relative to the start.
 
-    There are fewer when `nearest` finds no more, one when both ends are one song, and never fewer than both ends. Raises
-    SongNotFoundError.
+    There are fewer when `nearest` finds no more, one when both ends are one song, and never fewer than both ends.
+    Raises SongNotFoundError.
     """
     ends = index.vectors_of([start_id, end_id])
     if start_id == end_id:
@@ -44,7 +44,9 @@ def sonic_path(index: SongIndex, start_id: str, end_id: str, count: int, blend: 
 
 
 def arc(ends: Vectors, count: int) -> Vectors:
-    """`count` rows of unit norm between the two rows of `ends`, in equal angles, without the ends; each space by itself."""
+    """`count` rows of unit norm between the two rows of `ends`, in equal angles, without the ends; each space by
+    itself.
+    """
     return Vectors(_arc(ends.semantic, count), None if ends.preference is None else _arc(ends.preference, count))
 
 
@@ -78,7 +80,10 @@ def _hits(index: SongIndex, song_ids: list[str], query: Vectors, blend: float) -
     if vectors.preference is None or query.preference is None:
         return [Hit(song_id, cosine, cosine, None) for song_id, cosine in zip(song_ids, semantic, strict=True)]
     preference = _cosines(vectors.preference, query.preference[0])
-    return [Hit(song_id, (1 - blend) * s + blend * p, s, p) for song_id, s, p in zip(song_ids, semantic, preference, strict=True)]
+    return [
+        Hit(song_id, (1 - blend) * s + blend * p, s, p)
+        for song_id, s, p in zip(song_ids, semantic, preference, strict=True)
+    ]
 
 
 def _cosines(rows: NDArray[np.float32], query: NDArray[np.float32]) -> list[float]:

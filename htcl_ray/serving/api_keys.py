@@ -9,10 +9,11 @@ The file `serve.api_keys_file`, or the environment variable HTCL_API_KEYS, is a 
       sha256: 9f86d0…              # instead of key: its SHA-256 in hexadecimal, so that who reads the file learns no key
       scopes: [write]              # includes read
 
-Requests carry `Authorization: Bearer KEY`. Writing always needs a key with scope write. Reading needs a key when the application is bound
-to an address that other machines reach; there, no keys at all is a ConfigError. /, /openapi.json, the probes and the list of extensions for
-players never need one. A key that is sent and wrong is refused everywhere else, also where none is needed. Players send theirs otherwise
-(subsonic_keys.py), and a song's audio can be had without a key at an address that signed_urls.py made for the holder of one.
+Requests carry `Authorization: Bearer KEY`. Writing always needs a key with scope write. Reading needs a key when the
+application is bound to an address that other machines reach; there, no keys at all is a ConfigError. /, /openapi.json,
+the probes and the list of extensions for players never need one. A key that is sent and wrong is refused everywhere
+else, also where none is needed. Players send theirs otherwise (subsonic_keys.py), and a song's audio can be had without
+a key at an address that signed_urls.py made for the holder of one.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class Keys:
 
     @classmethod
     def from_settings(cls, settings: ServeSettings) -> Self:
-        """The keys of `settings.api_keys_file` or of HTCL_API_KEYS. Raises ConfigError, also when there are none and others reach us."""
+        """The keys of `settings.api_keys_file` or of HTCL_API_KEYS. Raises ConfigError, also when there are none and
+        others reach us.
+        """
         exposed = not is_loopback(settings.host)
         if settings.api_keys_file is not None:
             keys = _parse(_read(Path(settings.api_keys_file)), settings.api_keys_file)
@@ -147,7 +150,9 @@ async def write_access(request: Request, _: Annotated[object, Depends(REQUEST_KE
     """FastAPI dependency of every route that changes something: 401 unless the request's key has scope write."""
     key: Key | None = request.scope.get("state", {}).get("key")
     if key is None:
-        raise HTTPException(401, "an API key with scope write is needed: send it as 'Authorization: Bearer KEY'", CHALLENGE)
+        raise HTTPException(
+            401, "an API key with scope write is needed: send it as 'Authorization: Bearer KEY'", CHALLENGE
+        )
     if "write" not in key.scopes:
         raise HTTPException(401, f"the API key '{key.name}' lacks scope write", CHALLENGE)
 
@@ -157,7 +162,9 @@ def _refuse(message: str) -> ASGIApp:
 
 
 def _bearer(sent: list[bytes]) -> str:
-    """The key of the Authorization headers; empty, which is nobody's, unless there is one header and it is of this kind."""
+    """The key of the Authorization headers; empty, which is nobody's, unless there is one header and it is of this
+    kind.
+    """
     scheme, _, key = sent[0].decode("latin-1").partition(" ")
     return key.strip() if len(sent) == 1 and scheme.lower() == "bearer" else ""
 
@@ -181,7 +188,9 @@ def _read(path: Path) -> str:
             text = file.read(LARGEST_FILE_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"serve.api_keys_file: {path} cannot be read ({reason}); expected a YAML list of keys") from None
+        raise ConfigError(
+            f"serve.api_keys_file: {path} cannot be read ({reason}); expected a YAML list of keys"
+        ) from None
     if mode & stat.S_IWOTH or (mode & stat.S_IROTH and any(entry.key for entry in _entries(text, str(path)))):
         raise ConfigError(
             f"serve.api_keys_file: every user of this machine may read or change {path}; make it yours with 'chmod 600 {path}', "
@@ -196,14 +205,18 @@ def _parse(text: str, source: str) -> tuple[Key, ...]:
         if len(set(values)) < len(values):
             raise ConfigError(f"{source}: two keys have the same {kind}; expected each once")
     scopes = {"write": frozenset[Scope_](("read", "write")), "read": frozenset[Scope_](("read",))}
-    return tuple(Key(entry.name, scopes["write" if "write" in entry.scopes else "read"], entry.digest) for entry in entries)
+    return tuple(
+        Key(entry.name, scopes["write" if "write" in entry.scopes else "read"], entry.digest) for entry in entries
+    )
 
 
 def _entries(text: str, source: str) -> list[_Entry]:
     try:
         return TypeAdapter(list[_Entry]).validate_python(yaml.safe_load(text) or [])
     except yaml.YAMLError:
-        raise ConfigError(f"{source}: not YAML; expected a list of keys, each with name, key or sha256, and scopes") from None
+        raise ConfigError(
+            f"{source}: not YAML; expected a list of keys, each with name, key or sha256, and scopes"
+        ) from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -37,21 +37,25 @@ from htcl_ray.workspace.storage import Workspace
 
 APPLICATION = "htcl"
 SHED_REQUESTS = 10_000
-"""Requests that Ray Serve lets into an ingress replica: more than may ever wait there, since it is the guard that answers 429."""
+"""Requests that Ray Serve lets into an ingress replica: more than may ever wait there, since it is the guard that
+answers 429."""
 ONGOING_BATCHES = 4
-"""Batches' worth of requests that an encoder replica holds, so that the next batch is there when one ends; twice as many wait for it."""
+"""Batches' worth of requests that an encoder replica holds, so that the next batch is there when one ends; twice as
+many wait for it."""
 START_SECONDS = 120
 HEALTH_CHECK_SECONDS = 1
 """Ray notices a dead replica at its health check, by default after up to 10 s."""
 QUIET = {"enable_access_log": False, "encoding": "JSON"}
-"""Ray Serve's logging: JSON lines, without its own line for each request, since `serving/middleware/request_log.py` writes one."""
+"""Ray Serve's logging: JSON lines, without its own line for each request, since `serving/middleware/request_log.py`
+writes one."""
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
-    """The application, for `serve run serve.app:build_app workspace=/path preset=demo` and for the `args` of a Serve config file.
+    """The application, for `serve run serve.app:build_app workspace=/path preset=demo` and for the `args` of a Serve
+    config file.
 
-    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the active one), and any configuration key, such as
-    `serve.max_batch_size`. Host and port are those of Ray Serve itself.
+    Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the active one), and any configuration
+    key, such as `serve.max_batch_size`. Host and port are those of Ray Serve itself.
     """
     given = {key: str(value) for key, value in args.items()}
     preset, file, index = (given.pop(name, None) for name in ("preset", "config", "index"))
@@ -63,13 +67,15 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 
 def create(config: Config, index: str | None = None) -> Application:
-    """The application over an index of the workspace (default: what was activated last, else the newest accepted) and its models.
+    """The application over an index of the workspace (default: what was activated last, else the newest accepted) and
+    its models.
 
     Checks that they fit each other and that `gate.require` allows them; loads neither and starts nothing.
     """
     settings = config.serve
     served = _served(config, index)
-    # Refuses what cannot be served before anything starts; a replica looks again, since `serve run` builds before Ray Serve runs.
+    # Refuses what cannot be served before anything starts; a replica looks again, since `serve run` builds before Ray
+    # Serve runs.
     Keys.from_settings(settings.model_copy(update={"host": exposed_host(settings.host)}))
     at_a_time = ONGOING_BATCHES * settings.max_batch_size
     drain = settings.request_seconds + 1
@@ -118,7 +124,9 @@ class Running:
 
 @contextlib.contextmanager
 def running(config: Config, index: str | None = None) -> Iterator[Running]:
-    """Start the application on `serve.host` and `serve.port` (0: a free one), say where once it is ready, and stop it at the end."""
+    """Start the application on `serve.host` and `serve.port` (0: a free one), say where once it is ready, and stop it
+    at the end.
+    """
     application = create(config, index)
     port = check_port(config.serve.host, config.serve.port)
     front = active_front()
@@ -126,7 +134,9 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
     use_peer_addresses()  # for Ray's own proxy, which inherits the environment
     connect(config, source)
     if serve.status().proxies:
-        raise ConfigError("Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address")
+        raise ConfigError(
+            "Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address"
+        )
     logging.getLogger("ray.serve").addFilter(_errors_only)
     try:
         # HAProxy alone listens on serve.host; Ray's own proxy and the replicas stay behind it on loopback.
@@ -164,7 +174,10 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
         print(f"serving index {ready['index']} ({ready['songs']} songs) at {url}; Ctrl-C stops", flush=True)
         if started.metrics:
             print(f"metrics for Prometheus: {started.metrics}", flush=True)
-        print(f"""try: curl -s {url}/v1/search -H 'content-type: application/json' -d '{{"text": "calm piano", "k": 3}}'""", flush=True)
+        print(
+            f"""try: curl -s {url}/v1/search -H 'content-type: application/json' -d '{{"text": "calm piano", "k": 3}}'""",
+            flush=True,
+        )
         stop.wait()
         print("stopping", flush=True)
 
@@ -179,14 +192,18 @@ def _metrics(settings: ServeSettings, front: Front | None) -> tuple[str, int | N
             f"serve.metrics_host is {settings.metrics_host}, which needs HAProxy in front; install ray[serve] with its HAProxy, or leave "
             "the metrics on 127.0.0.1"
         )
-    return "", check_port(settings.metrics_host, settings.metrics_port, "serve.metrics_") if settings.metrics_port else None
+    return "", check_port(
+        settings.metrics_host, settings.metrics_port, "serve.metrics_"
+    ) if settings.metrics_port else None
 
 
 def _served(config: Config, index: str | None) -> Served:
     from htcl_ray.models import weights_fingerprint  # loads torch
 
     workspace, require = Workspace(config.workspace), config.gate.require
-    pointer = starting_pointer(workspace, index, require=require, determined=lambda: determined_index(workspace, config))
+    pointer = starting_pointer(
+        workspace, index, require=require, determined=lambda: determined_index(workspace, config)
+    )
     artifact = check_accepted(workspace, pointer.version, require)
     models = artifacts.models_of(workspace, artifact)
     preference = models.preference

@@ -55,7 +55,9 @@ class Served:
 
 
 class Encoder:
-    """Holds the models. Requests that arrive together are encoded together; nobody's vector depends on who else was there."""
+    """Holds the models. Requests that arrive together are encoded together; nobody's vector depends on who else was
+    there.
+    """
 
     def __init__(self, served: Served, settings: ServeSettings) -> None:
         import torch
@@ -131,8 +133,11 @@ class Ingress:
         use_peer_addresses()
         keep_internal_port_private()
         self._encoder = encoder
-        # Behind HAProxy of ours it is serve.host that other machines reach; without it, the address that Ray Serve was given.
-        self._settings = settings if served.front_token else settings.model_copy(update={"host": exposed_host(settings.host)})
+        # Behind HAProxy of ours it is serve.host that other machines reach; without it, the address that Ray Serve was
+        # given.
+        self._settings = (
+            settings if served.front_token else settings.model_copy(update={"host": exposed_host(settings.host)})
+        )
         self._tokens = served.signing_key, served.front_token
         self._most_encoding = settings.max_waiting_requests
         self._encoding = 0
@@ -148,11 +153,15 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
         signing_key, front_token = self._tokens
-        return create_app(self, self._settings, measurements=self.measurements, signing_key=signing_key, front_token=front_token)
+        return create_app(
+            self, self._settings, measurements=self.measurements, signing_key=signing_key, front_token=front_token
+        )
 
     async def encode_text(self, text: str) -> Vectors:
         """See `backend.Backend`."""
-        return await self._query("text", text.encode("utf-8", "surrogatepass"), lambda: _encoded(self._encoder.encode_text.remote, text))
+        return await self._query(
+            "text", text.encode("utf-8", "surrogatepass"), lambda: _encoded(self._encoder.encode_text.remote, text)
+        )
 
     async def encode_audio(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
@@ -177,9 +186,13 @@ class Ingress:
 
     @contextlib.contextmanager
     def _one_encoding(self) -> Iterator[None]:
-        """Count a request that waits for an encoder. Raises HTTPException (429) beyond their number, so that others have places."""
+        """Count a request that waits for an encoder. Raises HTTPException (429) beyond their number, so that others
+        have places.
+        """
         if self._encoding >= self._most_encoding:
-            message = f"{self._most_encoding} requests wait for an encoder, the most that this replica lets wait; try again"
+            message = (
+                f"{self._most_encoding} requests wait for an encoder, the most that this replica lets wait; try again"
+            )
             raise HTTPException(429, message, RETRY)
         self._encoding += 1
         try:

@@ -49,7 +49,8 @@ AUDIO_STATUS = {
     Reason.SAMPLE_RATE_TOO_HIGH: 422,
     Reason.TOO_LONG: 413,
 }
-"""Of sound that can be decoded and is refused all the same; what cannot be decoded, or ends or stalls the decoder, is 415."""
+"""Of sound that can be decoded and is refused all the same; what cannot be decoded, or ends or stalls the decoder, is
+415."""
 
 
 def install(app: FastAPI) -> None:
@@ -73,10 +74,13 @@ def _invalid(request: Request, error: Any) -> JSONResponse:
     if kind == "json_invalid":
         parameter = {"body": "form field", "query": "parameter"}[where]
         part = f"the {parameter} {names[0]}" if in_form or where != "body" else "the body"
-        return failure(400, f"{part} is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}", "malformed_json")
+        return failure(
+            400, f"{part} is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}", "malformed_json"
+        )
     if in_form and names == ["file"]:  # missing, or a field without the name of a file
         return failure(
-            422, "the form has no file 'file'; expected a part of this name that has a file name, as curl -F file=@NAME sends it"
+            422,
+            "the form has no file 'file'; expected a part of this name that has a file name, as curl -F file=@NAME sends it",
         )
     if kind in NOT_AN_OBJECT:
         message = "expected a JSON object"
@@ -88,7 +92,9 @@ def _invalid(request: Request, error: Any) -> JSONResponse:
 def _http(request: Request, error: Any) -> JSONResponse:
     if error.status_code == 405:
         allowed = ", ".join("GET, HEAD" if method == "GET" else method for method in _methods(request))
-        return failure(405, f"{request.url.path} does not take {request.method}; it takes {allowed}", headers={"Allow": allowed})
+        return failure(
+            405, f"{request.url.path} does not take {request.method}; it takes {allowed}", headers={"Allow": allowed}
+        )
     if error.status_code == 404:
         return failure(404, f"there is no {request.method} {request.url.path}; /openapi.json lists what there is")
     return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
@@ -97,17 +103,25 @@ def _http(request: Request, error: Any) -> JSONResponse:
 def _methods(request: Request) -> list[str]:
     """What the address takes, over all its routes; Starlette looks at the first one only."""
     asked = ({**request.scope, "method": method} for method in METHODS)
-    return [scope["method"] for scope in asked if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)]
+    return [
+        scope["method"] for scope in asked if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)
+    ]
 
 
 def without_folders(text: str) -> str:
-    """The text with only the last name of every absolute path and URI: no response shows where the server keeps its files."""
+    """The text with only the last name of every absolute path and URI: no response shows where the server keeps its
+    files.
+    """
     return FOLDERS.sub("", text)
 
 
 def _ours(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, AudioError):
-        return failure(AUDIO_STATUS.get(error.reason, 415), f"the audio cannot be used: {without_folders(error.detail)}", str(error.reason))
+        return failure(
+            AUDIO_STATUS.get(error.reason, 415),
+            f"the audio cannot be used: {without_folders(error.detail)}",
+            str(error.reason),
+        )
     for kind, (status, code) in STATUS.items():
         if isinstance(error, kind):
             echoes = isinstance(error, QueryError)  # of what the client sent, in which nothing is secret
@@ -116,7 +130,9 @@ def _ours(request: Request, error: Any) -> JSONResponse:
 
 
 def _remote(request: Request, error: Any) -> JSONResponse:
-    """An error that happened in another replica: our own ones keep their meaning, anything else means that it cannot answer now."""
+    """An error that happened in another replica: our own ones keep their meaning, anything else means that it cannot
+    answer now.
+    """
     cause = getattr(error, "cause", None)
     return _ours(request, cause) if isinstance(cause, HtclError) else _unavailable(request, error)
 

@@ -1,8 +1,10 @@
-"""Ray's HAProxy in front of the replicas, set up before Ray starts: on `serve.host`, with private ports, limits and metrics.
+"""Ray's HAProxy in front of the replicas, set up before Ray starts: on `serve.host`, with private ports, limits and
+metrics.
 
-HAProxy hands a request to the replica's own HTTP server; without it every request passes through two more Python processes
-(docs/decisions/0018-front.md has measurements). Ray reads these settings when its Serve processes start, so they must be set before Ray
-starts, and they only reach a cluster that this process starts. On another cluster they belong into the environment of its nodes.
+HAProxy hands a request to the replica's own HTTP server; without it every request passes through two more Python
+processes (docs/decisions/0018-front.md has measurements). Ray reads these settings when its Serve processes start, so
+they must be set before Ray starts, and they only reach a cluster that this process starts. On another cluster they
+belong into the environment of its nodes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ FEWER_HOPS = {
 }
 """A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
 PATIENT_START = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""Ray kills a HAProxy that is not ready in time, which ends the service; its default, 5 s, is too short on a busy machine."""
+"""Ray kills a HAProxy that is not ready in time, which ends the service; its default, 5 s, is too short on a busy
+machine."""
 QUICK_RECOVERY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
@@ -45,12 +48,13 @@ QUICK_RECOVERY = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_RETRIES": "6",
 }
-"""Ray's defaults notice the death of HAProxy after 30 s. A request whose replica died before it responded goes to another one, or waits for
-its successor; each retry may meet another connection that the dead one left."""
+"""Ray's defaults notice the death of HAProxy after 30 s. A request whose replica died before it responded goes to
+another one, or waits for its successor; each retry may meet another connection that the dead one left."""
 DRAIN_SECONDS = 1
 """That a replica waits for HAProxy to forget it before it stops taking requests."""
 REPLICA_PORTS = 100
-"""Ports of the replicas of one application; ranges of several on one machine rarely overlap, and tokens tell them apart if they do."""
+"""Ports of the replicas of one application; ranges of several on one machine rarely overlap, and tokens tell them apart
+if they do."""
 METRICS_PORT = 9464
 """The default port of Prometheus exporters of OpenTelemetry."""
 
@@ -59,19 +63,23 @@ METRICS_PORT = 9464
 def haproxy_front(config: Config) -> Iterator[None]:
     """Let the Ray that this process will start put HAProxy in front, unless the switch in the environment is off.
 
-    Does nothing on a cluster that already runs, and where the HAProxy of `ray[serve]` is missing. Raises ConfigError for a metrics port
-    that is taken.
+    Does nothing on a cluster that already runs, and where the HAProxy of `ray[serve]` is missing. Raises ConfigError
+    for a metrics port that is taken.
     """
     binary = haproxy.find_binary()
     if os.environ.get(SWITCH, "1") != "1" or binary is None or address_of(config) != "local":
         yield
         return
     if _serve_imported():
-        raise StepError("the front was chosen after Ray Serve was imported, which reads the choice once; choose it first")
+        raise StepError(
+            "the front was chosen after Ray Serve was imported, which reads the choice once; choose it first"
+        )
     inside = socket_folder("/htcl-front-12345678/admin.sock", tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix="htcl-front-", dir=inside))  # of mode 0700
     metrics, fallback, fallback_grpc, metrics_source, haproxy_metrics, statistics = _ports(config.serve)
-    first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(120)  # below the ports that Linux gives to outgoing connections
+    first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(
+        120
+    )  # below the ports that Linux gives to outgoing connections
     front = Front(
         binary=binary,
         host=_bracketed(config.serve.host),
@@ -98,14 +106,18 @@ def haproxy_front(config: Config) -> Iterator[None]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(IDLE_CLIENT_SECONDS),
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(round(config.serve.receive_seconds + config.serve.request_seconds + 5)),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(
+            round(config.serve.receive_seconds + config.serve.request_seconds + 5)
+        ),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
     }
-    before = {name: os.environ[name] for name in variables if name in os.environ}  # such as those of the container's image
+    before = {
+        name: os.environ[name] for name in variables if name in os.environ
+    }  # such as those of the container's image
     os.environ.update(variables)
     try:
         yield
@@ -122,7 +134,9 @@ def active_front() -> Front | None:
 
 
 def check_port(host: str, port: int, prefix: str = "serve.") -> int:
-    """The port, checked to be free, or a free one for 0. Raises ConfigError that names the keys `prefix`host and `prefix`port."""
+    """The port, checked to be free, or a free one for 0. Raises ConfigError that names the keys `prefix`host and
+    `prefix`port.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -155,7 +169,9 @@ def _ports(settings: ServeSettings) -> list[int]:
 def _program(folder: Path) -> Path:
     """An executable that runs `haproxy.py` with this interpreter."""
     program = folder / "haproxy"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {shlex.quote(haproxy.__file__)} "$@"\n', encoding="utf-8")
+    program.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {shlex.quote(haproxy.__file__)} "$@"\n', encoding="utf-8"
+    )
     program.chmod(0o700)
     return program
 

@@ -1,15 +1,16 @@
 """The program that Ray starts as HAProxy: edits the configuration that Ray wrote, then becomes HAProxy.
 
-Ray's template has no setting for what a service on a network needs, so this file adds it (docs/decisions/0018-front.md):
+Ray's template has no setting for what a service on a network needs, so this file adds it
+(docs/decisions/0018-front.md):
 
 * statistics and the admin socket are private to this machine and user, and the log holds no query strings;
 * a client has seconds to send its headers and a small body, and only requests that have arrived count as requests in progress;
 * every request carries the address of its peer, and a token by which replicas know the HAProxy of their own application;
 * every error has the JSON body of the service, also while no replica is up.
 
-Reads its options from the environment variable HTCL_FRONT, which `serving/front.py` sets for `htcl serve`. On the nodes of a cluster,
-RAY_SERVE_HAPROXY_BINARY_PATH names the console script `htcl-haproxy`, and HTCL_FRONT may be absent. Imports only the standard library,
-because HAProxy is started again at every change of the replicas.
+Reads its options from the environment variable HTCL_FRONT, which `serving/front.py` sets for `htcl serve`. On the nodes
+of a cluster, RAY_SERVE_HAPROXY_BINARY_PATH names the console script `htcl-haproxy`, and HTCL_FRONT may be absent.
+Imports only the standard library, because HAProxy is started again at every change of the replicas.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ TOKEN_HEADER = "X-Htcl-Front"
 ARRIVAL_SECONDS = 10
 """In which the headers, and a body of at most `BUFFERED_BYTES`, have to arrive; otherwise the response is 408."""
 BUFFERED_BYTES = 8_000
-"""A body up to this size arrives in HAProxy, whose buffer holds 16 kB with the headers, before a replica sees the request."""
+"""A body up to this size arrives in HAProxy, whose buffer holds 16 kB with the headers, before a replica sees the
+request."""
 CONNECTIONS_PER_ADDRESS = 1_000
 """Open connections of one IPv4 address or IPv6 /64: a quarter of what HAProxy takes from all."""
 UPLOADS_PER_REQUEST = 8
@@ -75,9 +77,11 @@ class Front:
     metrics_source: int = 0
     """Port of Ray's Prometheus exporter on this machine."""
     trusted_proxies: Sequence[str] = ()
-    """Addresses and networks whose connections have no limit of their own, since those of many clients come from them."""
+    """Addresses and networks whose connections have no limit of their own, since those of many clients come from
+    them."""
     stop_file: str = ""
-    """Once this file exists, HAProxy responds to new requests with 503 from its next start on, which is when the first replica stops."""
+    """Once this file exists, HAProxy responds to new requests with 503 from its next start on, which is when the first
+    replica stops."""
     arrival_seconds: int = ARRIVAL_SECONDS
 
     @classmethod
@@ -98,8 +102,8 @@ class Front:
 def edited(configuration: str, front: Front, folder: str) -> str:
     """Ray's configuration with what the module's docstring lists.
 
-    `folder`: where the files of `error_files` are. Raises ValueError when Ray's template no longer has a line that must be changed, because
-    an address could then be open that should not be.
+    `folder`: where the files of `error_files` are. Raises ValueError when Ray's template no longer has a line that must
+    be changed, because an address could then be open that should not be.
     """
     lines: list[str] = []
     changed: set[str] = set()
@@ -121,7 +125,11 @@ def edited(configuration: str, front: Front, folder: str) -> str:
             change, new = section, [f"    bind {front.host or found[1]}:{found[2]}", *_arrival(front)]
         elif section == "frontend http_frontend" and (found := re.fullmatch(r"use_backend (\S+) if is_\1", text)):
             change, new = "limit", [*_limit(front, found[1]), line]
-        elif section == "backend default_backend" and text.startswith("http-request return status 404 ") and not has_application:
+        elif (
+            section == "backend default_backend"
+            and text.startswith("http-request return status 404 ")
+            and not has_application
+        ):
             change, new = "default", [_respond(503, *ERRORS[503][1:], {**RETRY, "Connection": "close"})]
         else:
             change, new = "", [line]
@@ -135,10 +143,17 @@ def edited(configuration: str, front: Front, folder: str) -> str:
 
 
 def error_files() -> Iterator[tuple[str, str]]:
-    """Name and content, a whole HTTP response, of a file for each error that HAProxy itself finds: the only form for all of them."""
+    """Name and content, a whole HTTP response, of a file for each error that HAProxy itself finds: the only form for
+    all of them.
+    """
     for status, (reason, code, message) in ERRORS.items():
         body = _body(code, message)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **HEADERS, "Connection": "close"}
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **HEADERS,
+            "Connection": "close",
+        }
         headers |= RETRY if status == 503 else {}
         lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items()), "", body]
         yield f"{status}.http", "\r\n".join(lines)
@@ -173,11 +188,16 @@ def _arrival(front: Front) -> Iterator[str]:
 def _limit(front: Front, backend: str) -> Iterator[str]:
     """Load shedding: a rejection by a replica costs as much as a response, by HAProxy a hundredth.
 
-    A larger body may take long to arrive, so these requests have a limit of their own here, and a replica counts one when it has arrived.
+    A larger body may take long to arrive, so these requests have a limit of their own here, and a replica counts one
+    when it has arrived.
     """
     if front.max_requests:
         for most, condition, kind in (
-            (front.max_requests, f"!htcl_upload {{ be_conn({backend}),sub(txn.htcl_uploads) ge {front.max_requests} }}", "requests"),
+            (
+                front.max_requests,
+                f"!htcl_upload {{ be_conn({backend}),sub(txn.htcl_uploads) ge {front.max_requests} }}",
+                "requests",
+            ),
             (
                 front.max_requests * UPLOADS_PER_REQUEST,
                 f"htcl_upload {{ var(txn.htcl_uploads) -m int gt {front.max_requests * UPLOADS_PER_REQUEST} }}",

@@ -39,9 +39,11 @@ def create_app(
     signing_key: bytes | None = None,
     front_token: str = "",
 ) -> FastAPI:
-    """The application. `keys`: default those of the settings and the environment; raises ConfigError when they are not usable.
+    """The application. `keys`: default those of the settings and the environment; raises ConfigError when they are not
+    usable.
 
-    `signing_key`: of the addresses of audio, the same for all replicas; default a new one. `front_token`: see `client_address.py`.
+    `signing_key`: of the addresses of audio, the same for all replicas; default a new one. `front_token`: see
+    `client_address.py`.
     """
     keys = Keys.from_settings(settings) if keys is None else keys
     signed_urls = SignedUrls(signing_key or new_signing_key())
@@ -71,9 +73,15 @@ def create_app(
 
 
 def _middleware(
-    settings: ServeSettings, keys: Keys, signed_urls: SignedUrls, measurements: IngressMeasurements | None, front_token: str
+    settings: ServeSettings,
+    keys: Keys,
+    signed_urls: SignedUrls,
+    measurements: IngressMeasurements | None,
+    front_token: str,
 ) -> list[Middleware]:
-    """From the outside in. What is rejected without looking further comes first; the body is read behind all of them."""
+    """From the outside in. What is rejected without looking further comes first; the body is read behind all of
+    them.
+    """
     layers = [
         Middleware(Observed, measurements=measurements),
         Middleware(AnswerHeaders),

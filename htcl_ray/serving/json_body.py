@@ -1,4 +1,6 @@
-"""The body of a request: its Content-Type, and JSON inside something else, such as a field of a form or a parameter of an address."""
+"""The body of a request: its Content-Type, and JSON inside something else, such as a field of a form or a parameter of
+an address.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,16 @@ def takes(*kinds: str) -> Any:
 def wrong_content_type(request: Request, *expected: str) -> HTTPException:
     """415 that names what was sent, or not, and what was expected: JSON, FORM or both."""
     sent = content_type(request)
-    named = f"the Content-Type of the body is '{sent[:100]}'" if sent else "the request names no Content-Type of its body"
+    named = (
+        f"the Content-Type of the body is '{sent[:100]}'" if sent else "the request names no Content-Type of its body"
+    )
     return HTTPException(415, f"{named}; expected {' or '.join(EXPECTED[kind] for kind in expected)}")
 
 
 def parse_part(model: type[Model], text: str | bytes | None, *place: str) -> Model | None:
-    """The text as that model; None stays None. Raises RequestValidationError that names `place`, as if it had been part of the body."""
+    """The text as that model; None stays None. Raises RequestValidationError that names `place`, as if it had been part
+    of the body.
+    """
     if text is None:
         return None
     try:

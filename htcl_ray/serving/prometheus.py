@@ -17,12 +17,17 @@ class IngressMeasurements:
 
     def __init__(self) -> None:
         self._requests = Histogram(
-            "htcl_request_seconds", "From the first byte that reaches the application to the answer's end.", SECONDS, ("endpoint", "status")
+            "htcl_request_seconds",
+            "From the first byte that reaches the application to the answer's end.",
+            SECONDS,
+            ("endpoint", "status"),
         )
         self._stages = Histogram("htcl_stage_seconds", "Parts of a request.", SECONDS, ("stage",))
         self._errors = Counter("htcl_errors", "Answers that are not a success.", ("endpoint", "status"))
         self._answers = Counter("htcl_answers", "Searches that were answered.", ("empty",))
-        self._cache = Counter("htcl_query_cache", "Queries whose vectors were remembered (hit) or not (miss).", ("result",))
+        self._cache = Counter(
+            "htcl_query_cache", "Queries whose vectors were remembered (hit) or not (miss).", ("result",)
+        )
         self.under_way = 0
         """Requests that were taken and are not answered, as the middleware counts them."""
         self._waiting = Gauge("htcl_requests_under_way", "Requests that were taken and are not answered.")
@@ -30,7 +35,9 @@ class IngressMeasurements:
         self._age = Gauge("htcl_index_age_seconds", "Since the index that is served was built.")
         self._updates = Gauge("htcl_updates_applied", "Entries of the update log that the served index has taken in.")
         self._drift = Gauge(
-            "htcl_query_drift", "1 - cosine between the mean of recent queries and the mean of the index, in the semantic space.", ("kind",)
+            "htcl_query_drift",
+            "1 - cosine between the mean of recent queries and the mean of the index, in the semantic space.",
+            ("kind",),
         )
 
         self._drift_values: dict[str, float] = {}
@@ -78,7 +85,9 @@ class EncoderMeasurements:
 
     def __init__(self) -> None:
         self._stages = Histogram("htcl_stage_seconds", "Parts of a request.", SECONDS, ("stage",))
-        self._batches = Histogram("htcl_batch_size", "Texts, or windows of sound, that one encoder call took together.", SIZES, ("kind",))
+        self._batches = Histogram(
+            "htcl_batch_size", "Texts, or windows of sound, that one encoder call took together.", SIZES, ("kind",)
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -25,7 +25,9 @@ CODES = {
 
 def failure(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
     """The response of a failure, {"error": {"code", "message"}}."""
-    readable = message.encode("utf-8", "backslashreplace").decode()  # a client's half of a surrogate pair cannot be sent back
+    readable = message.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # a client's half of a surrogate pair cannot be sent back
     body = {"error": {"code": code or CODES.get(status, "error"), "message": readable}}
     return JSONResponse(body, status_code=status, headers={**HEADERS, **(headers or {})})
 

@@ -1,6 +1,7 @@
 """Addresses of audio that carry their own leave: signed, for one song, and for minutes only.
 
-A media element of a web page cannot send an Authorization header, so a page with a key asks for such an address and plays that.
+A media element of a web page cannot send an Authorization header, so a page with a key asks for such an address and
+plays that.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class SignedUrls:
         return f"{path}?expires={expires}&signature={self._signature(path, str(expires))}", expires
 
     def allows(self, method: str, path: str, query: bytes) -> bool:
-        """Whether a request of this method for this path, as `audio_path` gives it, with this query carries a signature valid now."""
+        """Whether a request of this method for this path, as `audio_path` gives it, with this query carries a signature
+        valid now.
+        """
         if method not in ("GET", "HEAD") or not path.startswith(SONGS) or not path.endswith("/audio"):
             return False
         match = _QUERY.fullmatch(query)

@@ -15,16 +15,20 @@ from htcl_ray.config.sections import StageSettings
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crops of `window` frames (None: clips whole) and the masks of SpecAugment (arXiv 1904.08779) as `settings` say."""
+    """Crops of `window` frames (None: clips whole) and the masks of SpecAugment (arXiv 1904.08779) as `settings`
+    say.
+    """
 
     settings: StageSettings
     window: int | None
 
     def generators(self, epoch: int, step: int, first: int, rows: int, songs_per_row: int) -> list[np.random.Generator]:
-        """One generator for each song of a worker's rows, in the order of its batch: every row's first song, then every second song.
+        """One generator for each song of a worker's rows, in the order of its batch: every row's first song, then every
+        second song.
 
-        `step` counts within the epoch; `first` is the position of the worker's first row in the global batch. Nothing else goes in,
-        so a clip is altered alike with any number of workers, in micro-batches of any size, and in a resumed run.
+        `step` counts within the epoch; `first` is the position of the worker's first row in the global batch. Nothing
+        else goes in, so a clip is altered alike with any number of workers, in micro-batches of any size, and in a
+        resumed run.
         """
         positions = [(place, row) for place in range(songs_per_row) for row in range(first, first + rows)]
         return [np.random.default_rng([self.settings.seed, epoch, step, place, row]) for place, row in positions]
@@ -37,11 +41,13 @@ class Augmentation:
         return start, start + self.window
 
     def mask(self, random: np.random.Generator, mel: npt.NDArray[np.float16]) -> None:
-        """Hide stretches of frames and groups of mel bands of a clip, in place. Mel [valid frames, n_mels] in dB, without padding.
+        """Hide stretches of frames and groups of mel bands of a clip, in place. Mel [valid frames, n_mels] in dB,
+        without padding.
 
-        Hidden cells take the mean of those that are left. The masked input recipe subtracts the clip's mean, which is then the same
-        number, so they become what padding is: zeros. Widths are uniform from 0 to the configured one, then places are uniform. All time
-        masks together hide at most half of the frames and all mel masks leave at least one band, so that some cells are left.
+        Hidden cells take the mean of those that are left. The masked input recipe subtracts the clip's mean, which is
+        then the same number, so they become what padding is: zeros. Widths are uniform from 0 to the configured one,
+        then places are uniform. All time masks together hide at most half of the frames and all mel masks leave at
+        least one band, so that some cells are left.
         """
         frames, bands = mel.shape
         settings = self.settings

@@ -18,7 +18,8 @@ from htcl_ray.training.features import Frames
 from htcl_ray.training.song_numbers import Rows, Songs
 
 AUTOCAST = {"cuda": torch.bfloat16}
-"""Kind of device → precision of matrix products and convolutions in the towers; a device that is not named computes in the weights' own."""
+"""Kind of device → precision of matrix products and convolutions in the towers; a device that is not named computes in
+the weights' own."""
 LONG_TEXTS = 64
 """Songs with the most characters, among which the most tokens are looked for."""
 
@@ -128,7 +129,9 @@ class BatchLoader:
 
 
 def encode(model: HTCL, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Audio and text [S, dim], not normalised, at least fp32; the towers compute in the precision that `AUTOCAST` names."""
+    """Audio and text [S, dim], not normalised, at least fp32; the towers compute in the precision that `AUTOCAST`
+    names.
+    """
     device = batch.mel.device
     dtype = AUTOCAST.get(device.type)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

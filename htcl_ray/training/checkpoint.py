@@ -22,7 +22,8 @@ class TrainingState:
     """Where a run stands: with the model, all that the next step depends on."""
 
     step: int
-    """Steps done, over all epochs. The epoch and the place in it follow, as every epoch has the same number of steps."""
+    """Steps done, over all epochs. The epoch and the place in it follow, as every epoch has the same number of
+    steps."""
     micro_batch_size: int | None
     """Rows encoded at a time: dropout's random numbers are drawn in that order."""
     probed: bool
@@ -42,11 +43,14 @@ class TrainingState:
         """One worker's generators, or None when the run had another number of workers."""
         if self.workers != workers:
             return None
-        # torch reads a generator's state from the start of the storage, so a row of a matrix would be another's or end the process
+        # torch reads a generator's state from the start of the storage, so a row of a matrix would be another's or end
+        # the process
         return {name: states[rank].clone() for name, states in self.rng.items()}
 
     def sums_of(self, rank: int, workers: int) -> dict[str, Tensor]:
-        """One worker's figures of the begun epoch; the first gets everyone's when the run had another number of workers."""
+        """One worker's figures of the begun epoch; the first gets everyone's when the run had another number of
+        workers.
+        """
         if self.workers == workers:
             return {name: values[rank] for name, values in self.sums.items()}
         return {name: values.sum() if rank == 0 else torch.zeros_like(values[0]) for name, values in self.sums.items()}

@@ -1,8 +1,10 @@
-"""Random access to log-mels: one uncompressed memory-mapped file a machine, made from the feature shards for the runs that need it.
+"""Random access to log-mels: one uncompressed memory-mapped file a machine, made from the feature shards for the runs
+that need it.
 
-Shards are compressed for storage and transport; a training batch wants songs in any order. Only the valid frames are kept. The file lies
-in this user's private folder below the directory for temporary files (TMPDIR). Every process that uses it holds a shared lock, which ends
-with the process, so a file without a lock belongs to no run: the last user removes it, and the next run removes what killed ones left.
+Shards are compressed for storage and transport; a training batch wants songs in any order. Only the valid frames are
+kept. The file lies in this user's private folder below the directory for temporary files (TMPDIR). Every process that
+uses it holds a shared lock, which ends with the process, so a file without a lock belongs to no run: the last user
+removes it, and the next run removes what killed ones left.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Frames:
     """Log-mels by song number. Close it when training ends."""
 
     def __init__(self, folder: Path, n_mels: int, lock: int = -1) -> None:
-        """`lock`: descriptor of the folder's shared lock, which is kept until `close`; -1: the folder is the caller's own and stays."""
+        """`lock`: descriptor of the folder's shared lock, which is kept until `close`; -1: the folder is the caller's
+        own and stays.
+        """
         self.folder, self._lock = folder, lock
         self.offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS)
         self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, n_mels)
@@ -77,10 +81,11 @@ class Frames:
 
 
 def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], songs: Songs) -> Frames:
-    """The frames of a features artifact; `songs` are the artifact's. The first process of a machine makes the file, others wait.
+    """The frames of a features artifact; `songs` are the artifact's. The first process of a machine makes the file,
+    others wait.
 
-    What an interrupted process has copied is kept and completed. Files that no process uses are removed. Raises StepError when the disk
-    has not enough room.
+    What an interrupted process has copied is kept and completed. Files that no process uses are removed. Raises
+    StepError when the disk has not enough room.
     """
     root = private_folder()
     folder = root / f"frames-{fingerprint(workspace.uri, path, manifest['created'])}"
@@ -123,7 +128,9 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether both files are those that were finished: cleaners of temporary directories remove old files one by one, and disks fail."""
+    """Whether both files are those that were finished: cleaners of temporary directories remove old files one by one,
+    and disks fail.
+    """
     try:
         return json.loads((folder / WHOLE).read_text()) == [identity(folder / name) for name in (FRAMES, OFFSETS)]
     except (OSError, ValueError):
@@ -159,7 +166,11 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
                 if ends[stop - 1] > copied:
                     copied = _append(workspace, shard, out, rows[start:stop] >= 0, ends[start:stop], copied)
                     if copied != ends[stop - 1]:
-                        raise _changed(workspace, path, f"up to the end of {shard} there are {copied} frames instead of {ends[stop - 1]}")
+                        raise _changed(
+                            workspace,
+                            path,
+                            f"up to the end of {shard} there are {copied} frames instead of {ends[stop - 1]}",
+                        )
         np.save(folder / OFFSETS, offsets)
         identities = [identity(folder / name) for name in (FRAMES, OFFSETS)]
         (folder / f"unfinished-{WHOLE}").write_text(json.dumps(identities))

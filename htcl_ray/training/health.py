@@ -1,6 +1,8 @@
-"""Whether a run goes wrong: collapse and plateau, watched on a fixed probe batch with dropout off; and what to do about it.
+"""Whether a run goes wrong: collapse and plateau, watched on a fixed probe batch with dropout off; and what to do about
+it.
 
-The probe is of training rows: on songs that were never seen, an overfitted model's loss may exceed that of a model that learned nothing.
+The probe is of training rows: on songs that were never seen, an overfitted model's loss may exceed that of a model that
+learned nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ PROBE_ROWS = 128
 ENCODED_AT_ONCE = 16
 COMPARED_TEXTS = 64
 EQUAL = 1e-5
-"""Largest difference of unit-norm vectors that are the same but for rounding; a narrow tower that is not trained yet differs by 1e-3."""
+"""Largest difference of unit-norm vectors that are the same but for rounding; a narrow tower that is not trained yet
+differs by 1e-3."""
 
 REMEDIES = {
     "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, or check that song texts differ",
@@ -43,7 +46,8 @@ def distinct_texts(songs: Songs) -> list[str]:
 
 
 def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
-    """Raise InputError when the model embeds different song texts alike or not at all, so that no training can tell them apart.
+    """Raise InputError when the model embeds different song texts alike or not at all, so that no training can tell
+    them apart.
 
     For the start of a run: a tower that collapses later is `HealthWatch`'s affair.
     """
@@ -62,16 +66,27 @@ def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
 
 
 def probe_rows(rows: int, workers: int) -> Rows:
-    """Rows of an epoch that make up the probe, equally many for every worker and at least one; `rows` is at least `workers`."""
+    """Rows of an epoch that make up the probe, equally many for every worker and at least one; `rows` is at least
+    `workers`.
+    """
     wanted = min(max(PROBE_ROWS, workers), rows)
     return np.sort(np.random.default_rng(0).choice(rows, wanted // workers * workers, replace=False))
 
 
 class HealthWatch:
-    """The probe of one run, its figures after each epoch, and how long each fault has lasted. Every worker must use it alike."""
+    """The probe of one run, its figures after each epoch, and how long each fault has lasted. Every worker must use it
+    alike.
+    """
 
     def __init__(
-        self, task: Task, loader: BatchLoader, settings: StageSettings, device: torch.device, *, step: int, say: Callable[[str], None]
+        self,
+        task: Task,
+        loader: BatchLoader,
+        settings: StageSettings,
+        device: torch.device,
+        *,
+        step: int,
+        say: Callable[[str], None],
     ) -> None:
         self.task, self.settings, self.say = task, settings.health, say
         # A sigmoid loss of equal vectors depends on bias and temperature, so it marks no plateau.
@@ -85,17 +100,24 @@ class HealthWatch:
         self.batch = loader.load_first_windows(own.T.reshape(-1)).to(device)
 
     def measure(self, model: HTCL) -> dict[str, float]:
-        """Figures of the probe: mean cosine and effective rank of audio and text, each term's loss and that of equal vectors."""
+        """Figures of the probe: mean cosine and effective rank of audio and text, each term's loss and that of equal
+        vectors.
+        """
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            parts = [self.batch.part(start, start + ENCODED_AT_ONCE) for start in range(0, len(self.batch), ENCODED_AT_ONCE)]
+            parts = [
+                self.batch.part(start, start + ENCODED_AT_ONCE) for start in range(0, len(self.batch), ENCODED_AT_ONCE)
+            ]
             audio, text = (torch.cat(vectors) for vectors in zip(*(encode(model, part) for part in parts), strict=True))
             found = self._losses("probe_loss", model, audio, text)
             found |= self._losses("plateau_loss", model, torch.ones_like(audio), torch.ones_like(text))
         model.train(was_training)
         ids = gather_rows(self.batch.ids)
-        for name, vectors, kind in (("audio", audio, 1), ("text", text, 2)):  # equal recordings or texts have equal vectors
+        for name, vectors, kind in (
+            ("audio", audio, 1),
+            ("text", text, 2),
+        ):  # equal recordings or texts have equal vectors
             everyone = gather_rows(vectors)[_first_of_each(ids[:, kind])].double().cpu().numpy()
             if len(everyone) >= 2:
                 found[f"mean_cosine_{name}"] = mean_cosine(everyone)
@@ -108,7 +130,9 @@ class HealthWatch:
         return {f"{prefix}_{name}": sum_over_workers(value).item() for name, value in terms.items()}
 
     def check(self, figures: Mapping[str, float], step: int) -> list[str]:
-        """Faults that have lasted for `patience_steps`, as sentences: said, or raised as StepError when the action is `stop`."""
+        """Faults that have lasted for `patience_steps`, as sentences: said, or raised as StepError when the action is
+        `stop`.
+        """
         now = self._faults(figures)
         self.since = {fault: self.since.get(fault, self.healthy_at) for fault in now}
         self.healthy_at = step
@@ -126,7 +150,9 @@ class HealthWatch:
             if cosine is not None and cosine > settings.max_mean_cosine:
                 found[f"cosine {name}"] = self._advice("collapse", f"the mean cosine of {name} vectors is {cosine:.3f}")
             elif rank_now is not None and rank_now < settings.min_effective_rank:
-                found[f"rank {name}"] = self._advice("collapse", f"the effective rank of {name} vectors is {rank_now:.1f}")
+                found[f"rank {name}"] = self._advice(
+                    "collapse", f"the effective rank of {name} vectors is {rank_now:.1f}"
+                )
         for term in self.watched:
             loss, plateau = figures[f"probe_loss_{term}"], figures[f"plateau_loss_{term}"]
             if plateau > 0 and abs(loss - plateau) <= settings.plateau_margin * plateau:

@@ -47,11 +47,11 @@ def train(
 ) -> None:
     """Train `model` in place for the steps that are left.
 
-    `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every `checkpoint_every_steps` with no
-    metrics; `save(folder)` writes a checkpoint there and is for one worker to call. `say` gets lines for a person, on the first worker
-    only; those that only say how far it is are left out unless `show_progress`.
-    Raises ConfigError or MismatchError, before the first step, when the text tower embeds different texts alike; StepError when a
-    gradient is no longer a number, or when `settings.health` says to stop.
+    `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every
+    `checkpoint_every_steps` with no metrics; `save(folder)` writes a checkpoint there and is for one worker to call.
+    `say` gets lines for a person, on the first worker only; those that only say how far it is are left out unless
+    `show_progress`. Raises ConfigError or MismatchError, before the first step, when the text tower embeds different
+    texts alike; StepError when a gradient is no longer a number, or when `settings.health` says to stop.
     """
     say = say if rank() == 0 else lambda line: None
     model.to(device)
@@ -68,12 +68,16 @@ def train(
     elif resume is not None and resume.probed and resume.workers == world_size():
         micro_batch_size = resume.micro_batch_size
     else:
-        micro_batch_size = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, batch // world_size(), device)
+        micro_batch_size = probe_micro_batch_size(
+            model, loader.longest(), task.songs_per_row, batch // world_size(), device
+        )
         say(f"{task.name}  {micro_batch_size} rows of {batch // world_size()} fit a worker's memory at a time")
     if settings.compile:
         compile_towers(model, device)
     step = 0 if resume is None else resume.step
-    sums = {name: torch.zeros((), device=device) for name in [*task.weights, "gradient_norm", "seconds_waiting_for_data"]}
+    sums = {
+        name: torch.zeros((), device=device) for name in [*task.weights, "gradient_norm", "seconds_waiting_for_data"]
+    }
     if resume is not None:
         optimizer.load_state_dict(resume.optimizer)
         sums = {name: value.to(device) for name, value in resume.sums_of(rank(), world_size()).items()}
@@ -85,13 +89,17 @@ def train(
     watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings, device, step=step, say=say)
     if rng is not None:
         set_rng_state(rng, device)
-    progress = Progress(task, batch, settings.epochs, steps, start=step, say=say if show_progress else lambda line: None)
+    progress = Progress(
+        task, batch, settings.epochs, steps, start=step, say=say if show_progress else lambda line: None
+    )
     while step < settings.epochs * steps:
         epoch, position = divmod(step, steps)
         model.train()
         order = task.order(epoch)
         first = rank() * (batch // world_size())
-        own = [BatchRows(at, first, worker_rows(order, at, batch, rank(), world_size())) for at in range(position, steps)]
+        own = [
+            BatchRows(at, first, worker_rows(order, at, batch, rank(), world_size())) for at in range(position, steps)
+        ]
         for songs in _timed(loader.stream(own, epoch), sums["seconds_waiting_for_data"]):
             set_learning_rate(optimizer, learning_rate_factor(step, settings.epochs * steps, settings))
             terms = compute_gradients(model, songs.to(device), task, micro_batch_size)
@@ -105,10 +113,17 @@ def train(
                 sums[name] += value.to(sums[name].dtype)
             progress.step(epoch, step, sums, model)
             if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step % steps:
-                on_checkpoint(None, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device)))
+                on_checkpoint(
+                    None, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device))
+                )
         metrics = _epoch_metrics(task, sums, steps)
         metrics |= {f"temperature_{name}": value for name, value in model.temperatures().items()}
-        metrics |= {"epoch": epoch + 1, "step": step, "rows_seen": float(step * batch), "learning_rate": optimizer.param_groups[-1]["lr"]}
+        metrics |= {
+            "epoch": epoch + 1,
+            "step": step,
+            "rows_seen": float(step * batch),
+            "learning_rate": optimizer.param_groups[-1]["lr"],
+        }
         metrics |= validate(model, loader, gallery)
         metrics |= {
             "songs_per_second": progress.songs_per_second(step),
@@ -121,7 +136,9 @@ def train(
             metrics |= figures
             watch.check(figures, step)
         sums = {name: torch.zeros_like(value) for name, value in sums.items()}
-        on_checkpoint(metrics, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device)))
+        on_checkpoint(
+            metrics, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device))
+        )
 
 
 def _differences(resume: TrainingState, micro_batch_size: int | None) -> Iterator[str]:

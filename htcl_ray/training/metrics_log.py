@@ -1,4 +1,6 @@
-"""An epoch's figures: `metrics.jsonl`, one line an epoch, TensorBoard events, and the trackers. Written by the first worker."""
+"""An epoch's figures: `metrics.jsonl`, one line an epoch, TensorBoard events, and the trackers. Written by the first
+worker.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,21 @@ class MetricsLog:
     def write(self, metrics: Metrics) -> None:
         """Add one epoch."""
         self.lines.append(metrics)
-        self.workspace.write_bytes(f"{self.run}/{METRICS}", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.workspace.write_bytes(
+            f"{self.run}/{METRICS}", "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+        )
         for name, value in metrics.items():
             if name not in ("epoch", "step"):
                 self.events.add_scalar(name, value, int(metrics["step"]))
         self.events.flush()
         if self.remote:
             target = self.workspace.full(f"{self.run}/{TENSORBOARD}")
-            pafs.copy_files(str(self.folder), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.workspace.fs)
+            pafs.copy_files(
+                str(self.folder),
+                target,
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=self.workspace.fs,
+            )
         if self.trackers:
             self.trackers.catch_up(self.lines)
 

@@ -27,17 +27,23 @@ CGROUPS = (
 """Limit, use, and the part of the use that is given up on demand: version 2 and version 1, below /sys/fs/cgroup."""
 
 
-def probe_micro_batch_size(model: HTCL, longest: Batch, songs_per_row: int, local_rows: int, device: torch.device) -> int:
+def probe_micro_batch_size(
+    model: HTCL, longest: Batch, songs_per_row: int, local_rows: int, device: torch.device
+) -> int:
     """The most rows, a power of two or all `local_rows`, that fit the memory of every worker. All workers must call it.
 
-    `longest` is one song as large as training may meet it (`BatchLoader.longest`), on the CPU. On a GPU growing numbers of such songs
-    are encoded and differentiated until memory runs short. On a CPU, where running short would end the process, what the graph of a few
-    rows keeps is counted and extrapolated. Parameters, gradients and random numbers are left as they were. To be called before
-    compiling. Raises StepError, on every worker, when not even one row fits.
+    `longest` is one song as large as training may meet it (`BatchLoader.longest`), on the CPU. On a GPU growing numbers
+    of such songs are encoded and differentiated until memory runs short. On a CPU, where running short would end the
+    process, what the graph of a few rows keeps is counted and extrapolated. Parameters, gradients and random numbers
+    are left as they were. To be called before compiling. Raises StepError, on every worker, when not even one row fits.
     """
     with _left_untouched(model, device):
         budget = SHARE[device.type] * _available(device) - _fixed(model, longest, songs_per_row * local_rows)
-        peak = partial(_measured, model, longest, device) if device.type == "cuda" else _extrapolated(model, longest, device)
+        peak = (
+            partial(_measured, model, longest, device)
+            if device.type == "cuda"
+            else _extrapolated(model, longest, device)
+        )
         found = most_rows(local_rows, lambda rows: peak(rows * songs_per_row), budget)
     found = least_over_workers(found, device)
     if found == 0:
@@ -49,7 +55,9 @@ def probe_micro_batch_size(model: HTCL, longest: Batch, songs_per_row: int, loca
 
 
 def most_rows(local_rows: int, peak_bytes: Callable[[int], float], budget: float) -> int:
-    """The most rows within the budget among 1, 2, 4, … and `local_rows`; 0 when one is too many. Asks from below, and stops."""
+    """The most rows within the budget among 1, 2, 4, … and `local_rows`; 0 when one is too many. Asks from below, and
+    stops.
+    """
     sizes = [2**power for power in range(local_rows.bit_length()) if 2**power < local_rows]
     found = 0
     for rows in [*sizes, local_rows]:
@@ -74,7 +82,9 @@ def _measured(model: HTCL, longest: Batch, device: torch.device, songs: int) -> 
 
 
 def _extrapolated(model: HTCL, longest: Batch, device: torch.device) -> Callable[[int], float]:
-    """Songs → bytes that their graph keeps, from two small graphs. Two songs are the least that is laid out like many."""
+    """Songs → bytes that their graph keeps, from two small graphs. Two songs are the least that is laid out like
+    many.
+    """
     two, four = (_kept_bytes(model, _repeated(longest, count).to(device)) for count in (2, 4))
     return lambda songs: two + (songs - 2) * (four - two) / 2
 
@@ -88,7 +98,9 @@ def _kept_bytes(model: HTCL, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        encoded = encode(model, batch)  # named, so that the graph and the addresses that it keeps live until all are noted
+        encoded = encode(
+            model, batch
+        )  # named, so that the graph and the addresses that it keeps live until all are noted
     del encoded
     return sum(kept.values())
 
@@ -97,7 +109,12 @@ def _repeated(song: Batch, count: int) -> Batch:
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.expand(count, *tensor.shape[1:])
 
-    return Batch(repeat(song.mel), repeat(song.valid_frames), {name: repeat(t) for name, t in song.tokens.items()}, repeat(song.ids))
+    return Batch(
+        repeat(song.mel),
+        repeat(song.valid_frames),
+        {name: repeat(t) for name, t in song.tokens.items()},
+        repeat(song.ids),
+    )
 
 
 def _fixed(model: HTCL, longest: Batch, songs: int) -> int:
@@ -107,7 +124,9 @@ def _fixed(model: HTCL, longest: Batch, songs: int) -> int:
 
 
 def _available(device: torch.device) -> float:
-    """Bytes that this worker may take: what nobody uses, shared evenly by the workers of this machine where they share it."""
+    """Bytes that this worker may take: what nobody uses, shared evenly by the workers of this machine where they share
+    it.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -124,7 +143,9 @@ def _free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/p
     for limit_file, used_file, reclaimable in CGROUPS:
         limit, used = cgroup / limit_file, cgroup / used_file
         if limit.is_file() and used.is_file() and (bytes_allowed := limit.read_text(encoding="ascii").strip()) != "max":
-            statistics = dict(line.split() for line in used.with_name("memory.stat").read_text(encoding="ascii").splitlines())
+            statistics = dict(
+                line.split() for line in used.with_name("memory.stat").read_text(encoding="ascii").splitlines()
+            )
             in_use = int(used.read_text(encoding="ascii")) - int(statistics.get(reclaimable, 0))
             free = min(free, max(0, int(bytes_allowed) - in_use))
     return free

@@ -32,11 +32,19 @@ def _groups(model: HTCL, settings: StageSettings) -> Iterator[dict[str, object]]
         for decayed in (True, False):
             chosen = [parameter for parameter in trained if (parameter.ndim >= 2) == decayed]
             decay = settings.weight_decay if decayed else 0.0
-            yield {"name": f"{name}{'' if decayed else ', no decay'}", "params": chosen, "peak": rate, "lr": rate, "weight_decay": decay}
+            yield {
+                "name": f"{name}{'' if decayed else ', no decay'}",
+                "params": chosen,
+                "peak": rate,
+                "lr": rate,
+                "weight_decay": decay,
+            }
 
 
 def learning_rate_factor(step: int, total_steps: int, settings: StageSettings) -> float:
-    """Share of the peak rate at a step (from 0) of the whole run: a linear warm-up, then constant or half a cosine to 0."""
+    """Share of the peak rate at a step (from 0) of the whole run: a linear warm-up, then constant or half a cosine to
+    0.
+    """
     warmup = round(settings.warmup_share * total_steps)
     if step < warmup:
         return (step + 1) / warmup

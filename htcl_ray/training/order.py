@@ -1,4 +1,6 @@
-"""Which rows are in which batch: pure functions of seed, epoch and step, so that a resumed run sees what it would have seen."""
+"""Which rows are in which batch: pure functions of seed, epoch and step, so that a resumed run sees what it would have
+seen.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,14 @@ Rows = npt.NDArray[np.int64]
 
 
 def global_batch(rows: int, batch_size: int, workers: int) -> int:
-    """Rows of a global batch: `batch_size`, or all that divide by the workers when there are fewer rows. Raises WorkspaceError."""
+    """Rows of a global batch: `batch_size`, or all that divide by the workers when there are fewer rows. Raises
+    WorkspaceError.
+    """
     size = min(batch_size, rows - rows % workers)
     if size < 2:
-        raise WorkspaceError(f"there are {rows} training rows for {workers} workers; expected at least 2 rows and one for each worker")
+        raise WorkspaceError(
+            f"there are {rows} training rows for {workers} workers; expected at least 2 rows and one for each worker"
+        )
     return size
 
 
@@ -26,8 +32,8 @@ def steps_per_epoch(rows: int, batch: int) -> int:
 def song_order(seed: int, epoch: int, songs: Rows, length: int | None = None, *, stream: tuple[int, ...] = ()) -> Rows:
     """Stage 1: the songs of an epoch, [length, 1].
 
-    Epochs follow each other in one endless order, in which every song comes once before any comes again; null makes them that long.
-    Each `stream` has an order of its own.
+    Epochs follow each other in one endless order, in which every song comes once before any comes again; null makes
+    them that long. Each `stream` has an order of its own.
     """
     length = length or len(songs)
     rounds = range(epoch * length // len(songs), -(-(epoch + 1) * length // len(songs)))
@@ -45,7 +51,8 @@ def pair_order(seed: int, epoch: int, pairs: Rows, weights: npt.NDArray[np.float
 def with_rejected(seed: int, epoch: int, drawn: Rows, rejected: Rows, weights: npt.NDArray[np.float64]) -> Rows:
     """Drawn pairs [draws, 2] with a song rejected after each trigger, drawn by weight, [draws, 3].
 
-    `rejected` [k, 2], sorted: trigger, rejected song; `weights` [k], above 0. Where a trigger has none, the recalled song stands again.
+    `rejected` [k, 2], sorted: trigger, rejected song; `weights` [k], above 0. Where a trigger has none, the recalled
+    song stands again.
     """
     trigger, recalled = drawn.T
     first, behind = (np.searchsorted(rejected[:, 0], trigger, side=side) for side in ("left", "right"))
@@ -61,7 +68,9 @@ def with_rehearsed(seed: int, epoch: int, drawn: Rows, songs: Rows, count: int) 
 
     Over the epochs every one of `songs` comes once before any comes again, however rarely pairs draw it.
     """
-    return np.hstack([drawn, song_order(seed, epoch, songs, len(drawn) * count, stream=(2,)).reshape(len(drawn), count)])
+    return np.hstack(
+        [drawn, song_order(seed, epoch, songs, len(drawn) * count, stream=(2,)).reshape(len(drawn), count)]
+    )
 
 
 def worker_rows(order: Rows, step: int, batch: int, rank: int, workers: int) -> Rows:

@@ -18,7 +18,9 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Progress lines of one run: every few seconds, and at its end."""
 
-    def __init__(self, task: Task, batch: int, epochs: int, steps: int, *, start: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, task: Task, batch: int, epochs: int, steps: int, *, start: int, say: Callable[[str], None]
+    ) -> None:
         self.task, self.batch, self.epochs, self.steps, self.say = task, batch, epochs, steps, say
         self.start_step, self.started = start, time.monotonic()
         self.last_line = self.started
@@ -27,7 +29,9 @@ class Progress:
 
     def songs_per_second(self, step: int) -> float:
         """Songs of all workers, since this process began."""
-        return (step - self.start_step) * self.batch * self.task.songs_per_row / max(time.monotonic() - self.started, 1e-9)
+        return (
+            (step - self.start_step) * self.batch * self.task.songs_per_row / max(time.monotonic() - self.started, 1e-9)
+        )
 
     def step(self, epoch: int, step: int, sums: dict[str, Tensor], model: HTCL) -> None:
         """A line every few seconds; between epochs the terms are this worker's rows only, scaled up."""
@@ -44,7 +48,13 @@ class Progress:
         terms = {name: metrics[f"loss_{name}"] for name in self.task.weights}
         temperatures = {name: metrics[f"temperature_{name}"] for name in self.task.weights}
         recall = metrics.get("validation_recall@10")
-        self._line(int(metrics["epoch"]), int(metrics["step"]), terms, temperatures, "" if recall is None else f"  recall@10 {recall:.2f}")
+        self._line(
+            int(metrics["epoch"]),
+            int(metrics["step"]),
+            terms,
+            temperatures,
+            "" if recall is None else f"  recall@10 {recall:.2f}",
+        )
 
     def _line(self, epoch: int, step: int, terms: dict[str, float], temperatures: dict[str, float], more: str) -> None:
         self.last_line = time.monotonic()

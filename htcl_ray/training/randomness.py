@@ -11,7 +11,9 @@ RngState = dict[str, Tensor]
 
 
 def seed_worker(seed: int, rank: int, step: int = 0) -> None:
-    """Different dropout on every worker and from every step that a run is resumed at with other workers; the same in every run."""
+    """Different dropout on every worker and from every step that a run is resumed at with other workers; the same in
+    every run.
+    """
     base = seed * 1_000_003 + rank + 1
     # The CPU's generator takes the lowest 32 bits of a seed alone, so the step is mixed into them.
     torch.manual_seed(base if step == 0 else int(np.random.SeedSequence([base, step]).generate_state(1)[0]))

@@ -20,12 +20,15 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Songs:
-    """Songs of the train and validation splits, sorted by id. A song's position here is its number everywhere in training."""
+    """Songs of the train and validation splits, sorted by id. A song's position here is its number everywhere in
+    training.
+    """
 
     song_ids: list[str]
     texts: list[str]
     ids: Rows
-    """[songs, 3]: song, duplicate group, normalised text. Equal numbers in a column are never each other's negatives."""
+    """[songs, 3]: song, duplicate group, normalised text. Equal numbers in a column are never each other's
+    negatives."""
     train: Rows
     """Numbers of the training songs."""
     validation: Rows
@@ -44,11 +47,13 @@ class Pairs:
     missing: int
     """Training and validation pairs left out because a song has no features in that split."""
     rejected: Rows
-    """[k, 2]: trigger, song rejected after it; sorted, none of them a training pair in either order. Empty unless asked for."""
+    """[k, 2]: trigger, song rejected after it; sorted, none of them a training pair in either order. Empty unless asked
+    for."""
     rejected_weights: npt.NDArray[np.float64]
     """[k], above 0."""
     rejected_left_out: int
-    """Rejected songs of training triggers left out: a song has no features in the training split, or the two are a training pair."""
+    """Rejected songs of training triggers left out: a song has no features in the training split, or the two are a
+    training pair."""
 
 
 def read_songs(workspace: Workspace, path: str) -> Songs:
@@ -102,11 +107,14 @@ def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool 
 
 
 def _usable(table: pa.Table, split: Split, songs: Songs, members: Rows) -> tuple[Rows, npt.NDArray[np.float64], int]:
-    """Pairs of a split as sorted song numbers, their weights, and how many were left out because a song is not in it."""
+    """Pairs of a split as sorted song numbers, their weights, and how many were left out because a song is not in
+    it.
+    """
     part = table.filter(pc.equal(table["split"], split))
     number = {songs.song_ids[row]: row for row in members.tolist()}
     rows = np.array(
-        [[number.get(song, -1) for song in part[name].to_pylist()] for name in ("trigger_song_id", "song_id")], dtype=np.int64
+        [[number.get(song, -1) for song in part[name].to_pylist()] for name in ("trigger_song_id", "song_id")],
+        dtype=np.int64,
     ).T.reshape(-1, 2)
     weights = part["weight"].to_numpy().astype(np.float64)
     usable = (rows >= 0).all(axis=1) & (weights > 0)
@@ -124,7 +132,8 @@ def _codes(pairs: Rows) -> Rows:
 
 
 def log_draw_probability(pairs: Rows, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Log of the probability that a pair drawn by weight has a song as its trigger, and as its recalled song: [songs, 2].
+    """Log of the probability that a pair drawn by weight has a song as its trigger, and as its recalled song: [songs,
+    2].
 
     As many songs as the largest number in `pairs` asks for; −inf for a song that is never drawn.
     """

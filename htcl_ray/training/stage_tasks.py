@@ -51,12 +51,16 @@ def pretrain_task(songs: Songs, settings: PretrainSettings) -> Task:
 def finetune_task(pairs: Pairs, training_songs: Rows, settings: FinetuneSettings, device: torch.device) -> Task:
     """Stage 2: training pairs drawn by weight.
 
-    A batch holds the triggers of its pairs, then the recalled songs, then, with `explicit_negatives`, songs rejected after the triggers,
-    then `rehearsal_songs_per_pair` of all `training_songs` for each pair.
+    A batch holds the triggers of its pairs, then the recalled songs, then, with `explicit_negatives`, songs rejected
+    after the triggers, then `rehearsal_songs_per_pair` of all `training_songs` for each pair.
     """
     draws = settings.pairs_per_epoch or len(pairs.train)
     known = torch.from_numpy(known_pair_codes(pairs.train)).to(device)
-    log_q = torch.from_numpy(log_draw_probability(pairs.train, pairs.weights)).to(device) if settings.popularity_correction else None
+    log_q = (
+        torch.from_numpy(log_draw_probability(pairs.train, pairs.weights)).to(device)
+        if settings.popularity_correction
+        else None
+    )
 
     def order(epoch: int) -> Rows:
         drawn = pair_order(settings.seed, epoch, pairs.train, pairs.weights, draws)

@@ -13,10 +13,11 @@ from htcl_ray.training.stage_tasks import Task
 
 
 def compute_gradients(model: HTCL, batch: Batch, task: Task, micro_batch_size: int | None = None) -> Terms:
-    """Fill every parameter's gradient with that of the loss of the global batch; return this worker's share of each term.
+    """Fill every parameter's gradient with that of the loss of the global batch; return this worker's share of each
+    term.
 
-    `micro_batch_size`: rows encoded at a time, so memory does not grow with the batch; None encodes all at once. Gradients must be
-    empty before.
+    `micro_batch_size`: rows encoded at a time, so memory does not grow with the batch; None encodes all at once.
+    Gradients must be empty before.
     """
     songs_at_once = (micro_batch_size or len(batch)) * task.songs_per_row
     if songs_at_once >= len(batch):
@@ -32,8 +33,8 @@ def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Te
     """Cached-embedding gradients: encode, take the loss's gradient of the embeddings, encode again and hand it on.
 
     The second encoding replays the first one's random numbers, so dropout is the same in both. The scheme is GradCache
-    (arXiv 2101.06983), but the first encoding records its graph too and drops it at once: what is computed for a gradient may use
-    other kernels than what is not, above all when compiled, and those may draw or round otherwise.
+    (arXiv 2101.06983), but the first encoding records its graph too and drops it at once: what is computed for a
+    gradient may use other kernels than what is not, above all when compiled, and those may draw or round otherwise.
     """
     parts = [batch.part(start, start + songs_at_once) for start in range(0, len(batch), songs_at_once)]
     device = batch.mel.device
@@ -47,7 +48,9 @@ def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Te
     total_loss(terms, task.weights).backward()
     assert audio.grad is not None
     assert text.grad is not None
-    for part, state, *gradients in zip(parts, states, audio.grad.split(songs_at_once), text.grad.split(songs_at_once), strict=True):
+    for part, state, *gradients in zip(
+        parts, states, audio.grad.split(songs_at_once), text.grad.split(songs_at_once), strict=True
+    ):
         set_rng_state(state, device)
         torch.autograd.backward(encode(model, part), gradients)
     set_rng_state(after, device)

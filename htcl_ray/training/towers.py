@@ -14,11 +14,12 @@ from htcl_ray.models.htcl import HTCL
 
 
 def freeze(model: HTCL, settings: StageSettings) -> None:
-    """Let gradients reach exactly the parameters that `settings` do not freeze; to be called before the optimizer is built.
+    """Let gradients reach exactly the parameters that `settings` do not freeze; to be called before the optimizer is
+    built.
 
-    With the first Transformer layers go the convolutions, the projection, the position embedding, its norm and [CLS]: if what feeds a
-    frozen layer moved, the layer would no longer get what it was trained on, and the gradient would still have to pass through it.
-    Heads always learn. Dropout stays on in frozen parts, as everywhere in training.
+    With the first Transformer layers go the convolutions, the projection, the position embedding, its norm and [CLS]:
+    if what feeds a frozen layer moved, the layer would no longer get what it was trained on, and the gradient would
+    still have to pass through it. Heads always learn. Dropout stays on in frozen parts, as everywhere in training.
     """
     model.requires_grad_(True)
     model.logit_scale.requires_grad_(settings.learn_temperature)
@@ -32,15 +33,19 @@ def freeze(model: HTCL, settings: StageSettings) -> None:
 
 
 def compile_towers(model: HTCL, device: torch.device) -> None:
-    """Compile the towers in place; names of parameters stay. Shapes are dynamic: lengths of clips and texts vary from batch to batch.
+    """Compile the towers in place; names of parameters stay. Shapes are dynamic: lengths of clips and texts vary from
+    batch to batch.
 
     Raises ConfigError when the compiler of this kind of device is missing.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(f"compile needs a C++ compiler, but this machine has no '{compiler}'; install one or set compile to false")
+        raise ConfigError(
+            f"compile needs a C++ compiler, but this machine has no '{compiler}'; install one or set compile to false"
+        )
     encoder = model.audio_encoder
-    # Equal layers share one compilation. The encoder as a whole would break at the lengths, which are decided on the CPU.
+    # Equal layers share one compilation. The encoder as a whole would break at the lengths, which are decided on the
+    # CPU.
     parts: list[nn.Module] = [encoder.convolutions, encoder.position, *encoder.layers, model.text_encoder.transformer]
     for part in parts:
         part.compile(dynamic=True)

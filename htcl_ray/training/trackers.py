@@ -1,8 +1,9 @@
-"""MLflow and Weights & Biases: the lines of `metrics.jsonl`, sent on to where a team looks at its runs. Both are optional extras.
+"""MLflow and Weights & Biases: the lines of `metrics.jsonl`, sent on to where a team looks at its runs. Both are
+optional extras.
 
-`metrics.jsonl` is the truth, and a tracker follows it: beside it, `trackers.json` says which run of the tracker continues this one and up
-to which step it was sent. So a resumed run goes on in the same place, nothing is sent twice, what could not be sent is sent later, and a
-tracker that is added to an interrupted run gets the epochs before.
+`metrics.jsonl` is the truth, and a tracker follows it: beside it, `trackers.json` says which run of the tracker
+continues this one and up to which step it was sent. So a resumed run goes on in the same place, nothing is sent twice,
+what could not be sent is sent later, and a tracker that is added to an interrupted run gets the epochs before.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ class Tracker(Protocol):
 
 
 def check_tracking(settings: TrackingSettings) -> TrackingSettings:
-    """The settings as a worker in another folder understands them. Raises ConfigError when a package or MLflow's address is missing."""
+    """The settings as a worker in another folder understands them. Raises ConfigError when a package or MLflow's
+    address is missing.
+    """
     for name in settings.trackers:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"tracking.trackers names {name}, which is not installed here; run: pip install 'htcl-ray[{name}]'")
+            raise ConfigError(
+                f"tracking.trackers names {name}, which is not installed here; run: pip install 'htcl-ray[{name}]'"
+            )
     if "mlflow" not in settings.trackers:
         return settings
     uri = settings.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -62,9 +67,15 @@ def check_tracking(settings: TrackingSettings) -> TrackingSettings:
 
 
 def open_trackers(
-    settings: TrackingSettings, workspace: Workspace, run: str, parameters: Mapping[str, Any], say: Callable[[str], None]
+    settings: TrackingSettings,
+    workspace: Workspace,
+    run: str,
+    parameters: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> Trackers:
-    """The configured trackers of the run in the folder `run`, runs/<step>/<version>. `parameters`: sections of the configuration."""
+    """The configured trackers of the run in the folder `run`, runs/<step>/<version>. `parameters`: sections of the
+    configuration.
+    """
     settings = check_tracking(settings)
     step, version = run.split("/")[-2:]
     folder = Path(workspace.full(run)) if workspace.is_local else None
@@ -98,7 +109,9 @@ class Trackers:
                 self._save()
 
     def catch_up(self, lines: Sequence[Metrics]) -> None:
-        """Send what a tracker has not seen. When one fails, training goes on: a line is printed, and the next call tries again."""
+        """Send what a tracker has not seen. When one fails, training goes on: a line is printed, and the next call
+        tries again.
+        """
         for tracker in self.trackers:
             sent = self.sent[tracker.target]
             try:
@@ -129,7 +142,13 @@ class MlflowTracker:
     name = "mlflow"
 
     def __init__(self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any]) -> None:
-        self.project, self.uri, self.step, self.version, self.parameters = settings.project, settings.mlflow_uri, step, version, parameters
+        self.project, self.uri, self.step, self.version, self.parameters = (
+            settings.project,
+            settings.mlflow_uri,
+            step,
+            version,
+            parameters,
+        )
         self.target = f"mlflow {without_credentials(self.uri or '')} {self.project}"
 
     def open(self, run_id: str | None) -> str:
@@ -144,7 +163,9 @@ class MlflowTracker:
             return run_id
         experiment = self.client.get_experiment_by_name(self.project)
         experiment_id = self.client.create_experiment(self.project) if experiment is None else experiment.experiment_id
-        self.run_id = self.client.create_run(experiment_id, run_name=self.version, tags={"htcl.step": self.step}).info.run_id
+        self.run_id = self.client.create_run(
+            experiment_id, run_name=self.version, tags={"htcl.step": self.step}
+        ).info.run_id
         self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in _flat(self.parameters)])
         return self.run_id
 
@@ -153,7 +174,9 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now, step = round(time.time() * 1000), int(metrics["step"])
-        named = [Metric(name.replace("@", "_at_"), value, now, step) for name, value in metrics.items() if name != "step"]
+        named = [
+            Metric(name.replace("@", "_at_"), value, now, step) for name, value in metrics.items() if name != "step"
+        ]
         self.client.log_batch(self.run_id, metrics=named)
 
     def close(self, finished: bool) -> None:
@@ -166,9 +189,17 @@ class WandbTracker:
 
     name = "wandb"
 
-    def __init__(self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any], folder: Path | None) -> None:
+    def __init__(
+        self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any], folder: Path | None
+    ) -> None:
         """`folder`: the run's, when it is on this machine; W&B keeps its files in `wandb/` there."""
-        self.project, self.step, self.version, self.parameters, self.folder = settings.project, step, version, parameters, folder
+        self.project, self.step, self.version, self.parameters, self.folder = (
+            settings.project,
+            step,
+            version,
+            parameters,
+            folder,
+        )
         self.target = f"wandb {self.project}"
 
     def open(self, run_id: str | None) -> str:
@@ -194,7 +225,9 @@ class WandbTracker:
 
     def write(self, metrics: Metrics) -> None:
         """One row of the run's history."""
-        self.run.log({name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]), commit=True)
+        self.run.log(
+            {name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]), commit=True
+        )
 
     def close(self, finished: bool) -> None:
         """Waits until everything is sent; offline, W&B's own process may write the end a moment later."""

@@ -24,7 +24,9 @@ RECALL_AT = 10
 
 
 class Gallery(NamedTuple):
-    """What a run is validated on: the same songs and pairs after every epoch, for every worker and in every trial of a search."""
+    """What a run is validated on: the same songs and pairs after every epoch, for every worker and in every trial of a
+    search.
+    """
 
     songs: Rows
     """[songs], sorted."""
@@ -35,8 +37,9 @@ class Gallery(NamedTuple):
 def validation_gallery(validation: Rows, pairs: Rows | None = None) -> Gallery:
     """All validation songs and the pairs among them, or the same sample of them every time.
 
-    `validation`: sorted; `pairs`: [p, 2], songs of `validation`. Of a larger catalogue pairs are drawn first and the gallery is made of
-    their songs, since few pairs would lie inside songs that are drawn by themselves; what is left is filled with other songs.
+    `validation`: sorted; `pairs`: [p, 2], songs of `validation`. Of a larger catalogue pairs are drawn first and the
+    gallery is made of their songs, since few pairs would lie inside songs that are drawn by themselves; what is left is
+    filled with other songs.
     """
     random = np.random.default_rng(0)
     songs = validation
@@ -47,7 +50,9 @@ def validation_gallery(validation: Rows, pairs: Rows | None = None) -> Gallery:
             _, first = np.unique(drawn, return_index=True)
             new = np.bincount(first // 2, minlength=len(drawn))  # songs that a pair brings and no pair before it
             songs = np.unique(drawn[np.cumsum(new) <= GALLERY])
-        others = np.setdiff1d(random.choice(validation, min(len(validation), 2 * GALLERY), replace=False), songs, assume_unique=True)
+        others = np.setdiff1d(
+            random.choice(validation, min(len(validation), 2 * GALLERY), replace=False), songs, assume_unique=True
+        )
         songs = np.sort(np.concatenate([songs, random.permutation(others)[: GALLERY - len(songs)]]))
     inside = np.empty((0, 2), dtype=np.int64) if pairs is None else pairs_inside(songs, pairs)
     if len(inside) > PAIRS:
@@ -68,9 +73,9 @@ def pairs_inside(songs: Rows, pairs: Rows) -> Rows:
 def validate(model: HTCL, loader: BatchLoader, gallery: Gallery) -> dict[str, float]:
     """Metrics of the gallery; workers share the work and each gets the whole result. Empty when the gallery is.
 
-    `validation_recall@10`, `validation_ndcg@10` and `validation_median_rank`: text → audio, songs with the same text being one correct
-    set, of which the first counts. With pairs, `validation_pair_recall@10` and so on: recalled song found from the trigger's audio,
-    itself left out.
+    `validation_recall@10`, `validation_ndcg@10` and `validation_median_rank`: text → audio, songs with the same text
+    being one correct set, of which the first counts. With pairs, `validation_pair_recall@10` and so on: recalled song
+    found from the trigger's audio, itself left out.
     """
     songs, pairs = gallery
     if not len(songs):
@@ -85,7 +90,9 @@ def validate(model: HTCL, loader: BatchLoader, gallery: Gallery) -> dict[str, fl
 
 
 def pair_ranks(vectors: npt.NDArray[np.float32], pairs: Rows) -> npt.NDArray[np.float64]:
-    """Rank, from 1, of each pair's second song among all songs but the first, by similarity to the first; ties count half."""
+    """Rank, from 1, of each pair's second song among all songs but the first, by similarity to the first; ties count
+    half.
+    """
     trigger, recalled = pairs.T
     scores = vectors[trigger] @ vectors.T
     row = np.arange(len(pairs))

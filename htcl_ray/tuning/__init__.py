@@ -1,1 +1,3 @@
-"""What a search varies, how long its trials last, and what came of them. Plain functions; Ray Tune runs them in pipelines/."""
+"""What a search varies, how long its trials last, and what came of them. Plain functions; Ray Tune runs them in
+pipelines/.
+"""

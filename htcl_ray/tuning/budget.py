@@ -1,4 +1,6 @@
-"""How many rows a trial sees, and when it measures itself: the same for every batch size, so that trials can be compared."""
+"""How many rows a trial sees, and when it measures itself: the same for every batch size, so that trials can be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def stage_budget(config: Config, space: Space, stage: str, training_rows: int) -
 
 
 def trial_config(config: Config, parameters: Parameters, budgets: Mapping[str, Budget]) -> Config:
-    """The configuration that one trial runs: its values, the budget, and nothing kept that only a finished model needs."""
+    """The configuration that one trial runs: its values, the budget, and nothing kept that only a finished model
+    needs.
+    """
     changes: Parameters = {}
     for stage, budget in budgets.items():
         changes |= {

@@ -16,11 +16,13 @@ SHOWN = 30
 STYLES = {"failed": "red", "stopped early": "dim", STARTING: "dim"}
 
 
-def live_table(trials: Sequence[Trial], objectives: Sequence[str], total: int, rows: int, *, metric: str | None = None) -> Table:
+def live_table(
+    trials: Sequence[Trial], objectives: Sequence[str], total: int, rows: int, *, metric: str | None = None
+) -> Table:
     """A row a trial, by number: state, parameters, rows seen of the last stage, newest values, samples/s.
 
-    `total`: trials in all; `rows`: what a trial sees of the last stage. Of more than `SHOWN` trials those that lead, that run
-    and that are best have a row; the line below the table counts the others.
+    `total`: trials in all; `rows`: what a trial sees of the last stage. Of more than `SHOWN` trials those that lead,
+    that run and that are best have a row; the line below the table counts the others.
     """
     titles = objective_titles(objectives, metric)
     names = short_names(dict.fromkeys(key for trial in trials for key in trial.parameters))
@@ -66,13 +68,18 @@ def progress_line(
 ) -> str:
     """One sentence: trials that ended, run and start, the best of each objective, and about how long it still takes.
 
-    `seconds`: since this process took up the search; `rows_before`: rows that the trials had seen by then, so that a continued search
-    is not taken for a fast one. Time left is rows still to come ÷ (rows since then ÷ `seconds`): at most that, when more are stopped.
+    `seconds`: since this process took up the search; `rows_before`: rows that the trials had seen by then, so that a
+    continued search is not taken for a fast one. Time left is rows still to come ÷ (rows since then ÷ `seconds`): at
+    most that, when more are stopped.
     """
     states: Counter[str] = Counter(trial.state for trial in trials)
     ended = sum(trial.ended for trial in trials)
     starting = sum(state_text(trial) == STARTING for trial in trials)
-    notes = [f"{states[state]} {word}" for state, word in (("stopped", "stopped early"), ("failed", "failed")) if states[state]]
+    notes = [
+        f"{states[state]} {word}"
+        for state, word in (("stopped", "stopped early"), ("failed", "failed"))
+        if states[state]
+    ]
     head = f"{ended} of {total} trials ended" + (f" ({', '.join(notes)})" if notes else "")
     if states["running"] > starting:
         head += f", {states['running'] - starting} running"
@@ -80,7 +87,11 @@ def progress_line(
         head += f", {starting} starting"
     parts = [f"tune  {head}"]
     best = [(title, name, best_so_far(trials, name)) for name, title in objective_titles(objectives, metric).items()]
-    found = [f"best {title} {trial.last[name]:.3f} (trial {trial.number})" for title, name, trial in best if trial is not None]
+    found = [
+        f"best {title} {trial.last[name]:.3f} (trial {trial.number})"
+        for title, name, trial in best
+        if trial is not None
+    ]
     if found:
         parts.append(", ".join(found))
     left = seconds_left(trials, total, rows, seconds, rows_before)
@@ -89,8 +100,12 @@ def progress_line(
     return "; ".join(parts)
 
 
-def seconds_left(trials: Sequence[Trial], total: int, rows: int, seconds: float, rows_before: float = 0) -> float | None:
-    """Rows still to come at the pace so far, in seconds; None before anything was measured. Trials that ended have none to come."""
+def seconds_left(
+    trials: Sequence[Trial], total: int, rows: int, seconds: float, rows_before: float = 0
+) -> float | None:
+    """Rows still to come at the pace so far, in seconds; None before anything was measured. Trials that ended have none
+    to come.
+    """
     done = sum(trial.last.get("rows", 0) for trial in trials) - rows_before
     if done <= 0 or seconds <= 0:
         return None

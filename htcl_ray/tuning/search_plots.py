@@ -1,4 +1,6 @@
-"""Optuna's matplotlib plots of a search as inline SVG in the page's colours, each with what it shows or why it is not drawn."""
+"""Optuna's matplotlib plots of a search as inline SVG in the page's colours, each with what it shows or why it is not
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Plot:
     """Width."""
 
 
-def study_plots(trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution], titles: Mapping[str, str]) -> dict[str, list[Plot]]:
+def study_plots(
+    trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution], titles: Mapping[str, str]
+) -> dict[str, list[Plot]]:
     """The plots under a heading each. `titles`: objective → its name on an axis.
 
     Each objective is drawn from a study of its own: Optuna takes a `target` for something to be minimised.
@@ -59,8 +63,12 @@ def study_plots(trials: Sequence[Trial], distributions: Mapping[str, BaseDistrib
     return found
 
 
-def _study(trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution], objectives: Sequence[str]) -> optuna.Study:
-    """The study under short names, in which Optuna's numbers of the trials are ours: those without a value hold their places."""
+def _study(
+    trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution], objectives: Sequence[str]
+) -> optuna.Study:
+    """The study under short names, in which Optuna's numbers of the trials are ours: those without a value hold their
+    places.
+    """
     names = short_names(distributions)
     by_number = {trial.number: trial for trial in trials}
     places = []
@@ -68,7 +76,9 @@ def _study(trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution
         trial = by_number.get(number) or replace(trials[0], number=number, state="failed")
         parameters = {names[key]: value for key, value in trial.parameters.items()}
         counts = trial.ended and trial.history
-        places.append(replace(trial, parameters=parameters, state="finished" if counts and trial.state != "failed" else "failed"))
+        places.append(
+            replace(trial, parameters=parameters, state="finished" if counts and trial.state != "failed" else "failed")
+        )
     return optuna_study(places, {names[key]: value for key, value in distributions.items()}, objectives)
 
 
@@ -78,7 +88,11 @@ def _measured(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 def _too_few(study: optuna.Study) -> str | None:
     count = len(_measured(study))
-    return None if count >= 2 else f"Not drawn: it takes two trials that ended with a measurement, and there {_are(count)}."
+    return (
+        None
+        if count >= 2
+        else f"Not drawn: it takes two trials that ended with a measurement, and there {_are(count)}."
+    )
 
 
 def _are(count: int) -> str:
@@ -164,7 +178,9 @@ def _plot(
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
-    """Optuna draws with pyplot, in its own style: without a display, and the caller finds backend, style and figures as they were."""
+    """Optuna draws with pyplot, in its own style: without a display, and the caller finds backend, style and figures as
+    they were.
+    """
     from matplotlib import get_backend, pyplot, rc_context
 
     before, theirs = get_backend(), set(pyplot.get_fignums())

@@ -1,4 +1,6 @@
-"""The report of a search as one page that opens offline: the winner, what it beat, the plots, every trial and what it cost."""
+"""The report of a search as one page that opens offline: the winner, what it beat, the plots, every trial and what it
+cost.
+"""
 
 from __future__ import annotations
 
@@ -68,12 +70,18 @@ def report_html(report: StudyReport) -> str:
     """The page; a plot that cannot be drawn is a sentence that says why."""
     titles = _titles(report)
     trials = sorted(report.trials, key=lambda trial: trial.number)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(value=value_text, state=state_text, rows=lambda count: f"{count:,.0f}", figure=_figure)
-    template = environment.from_string(resources.files("htcl_ray.tuning").joinpath("report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        resources.files("htcl_ray.tuning").joinpath("report.html").read_text(encoding="utf-8")
+    )
     best = winners(trials, report.objectives)
     plots = {
-        heading: [(plot, None if plot.svg is None else Markup(plot.svg)) for plot in drawn]  # Texts were escaped by matplotlib.
+        heading: [
+            (plot, None if plot.svg is None else Markup(plot.svg)) for plot in drawn
+        ]  # Texts were escaped by matplotlib.
         for heading, drawn in study_plots(trials, report.distributions, titles).items()
     }
     return template.render(
@@ -97,7 +105,9 @@ def summary(report: StudyReport) -> str:
     """One paragraph: who won, by how much, against what, and how far that can be believed."""
     states = Counter(state_text(trial) for trial in report.trials)
     counts = (
-        f"{len(report.trials)} trials: {', '.join(f'{count} {state}' for state, count in states.most_common())}." if states else "No trial."
+        f"{len(report.trials)} trials: {', '.join(f'{count} {state}' for state, count in states.most_common())}."
+        if states
+        else "No trial."
     )
     best = winners(report.trials, report.objectives)
     if not best:
@@ -113,9 +123,15 @@ def summary(report: StudyReport) -> str:
         return f"{head} No trial ran the configuration as it was, so that there is nothing to compare with. {OPTIMISTIC_ALONE}"
     name = f"The configuration as it was, trial {configured.number},"
     if configured.state != "finished" or not configured.history:
-        seen = f", after {configured.last['rows']:,.0f} rows at {_values(report, configured)}" if configured.history else ""
+        seen = (
+            f", after {configured.last['rows']:,.0f} rows at {_values(report, configured)}"
+            if configured.history
+            else ""
+        )
         return f"{head} {name} did not finish ({state_text(configured)}{seen}), so that no difference is given. {OPTIMISTIC_ALONE}"
-    differences = ", ".join(f"{title} {winner.last[key] - configured.last[key]:+.4f}" for key, title in _titles(report).items())
+    differences = ", ".join(
+        f"{title} {winner.last[key] - configured.last[key]:+.4f}" for key, title in _titles(report).items()
+    )
     return f"{head} {name} has {_values(report, configured)}. Difference: {differences}. {OPTIMISTIC}"
 
 
@@ -142,7 +158,12 @@ def _beside(report: StudyReport, winner: Trial | None) -> list[dict[str, Any]]:
         )
         configured = value_text(_configured(report.config, key))
         rows.append(
-            {"key": key, "searched": searched, "configured": configured, "winner": value_text(winner.parameters[key]) if winner else "–"}
+            {
+                "key": key,
+                "searched": searched,
+                "configured": configured,
+                "winner": value_text(winner.parameters[key]) if winner else "–",
+            }
         )
     return rows
 
@@ -159,7 +180,12 @@ def _same(report: StudyReport) -> list[tuple[str, str]]:
     lines = []
     for stage, budget in report.budgets.items():
         unit = ROWS[stage]
-        lines.append((f"{stage}: rows of a trial", f"{budget.rows:,} {unit}, in {budget.reports} parts of {budget.rows_per_report:,}"))
+        lines.append(
+            (
+                f"{stage}: rows of a trial",
+                f"{budget.rows:,} {unit}, in {budget.reports} parts of {budget.rows_per_report:,}",
+            )
+        )
         lines.append((f"{stage}: seed", value_text(report.config.get(stage, {}).get("seed"))))
     gallery = report.gallery
     lines.append(("gallery", f"{gallery['songs']:,} validation songs, {gallery['pairs']:,} validation pairs"))

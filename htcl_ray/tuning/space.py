@@ -38,7 +38,9 @@ def search_space(config: Config, rows: Mapping[str, int]) -> Space:
 
 
 def default_space(config: Config, rows: Mapping[str, int]) -> Space:
-    """For each stage: initial temperature, fixed or learned, and, around the configured ones, four batch sizes and learning rates."""
+    """For each stage: initial temperature, fixed or learned, and, around the configured ones, four batch sizes and
+    learning rates.
+    """
     space: Space = {}
     for name in config.tune.stages:
         stage = getattr(config, name)
@@ -72,7 +74,9 @@ def _checked(config: Config, key: str, dimension: Dimension) -> Dimension:
     if dimension.values is None:
         return dimension
     if len(set(found)) < len(found):
-        raise ConfigError(f"tune.space.{key} is {list(dimension.values)}, of which two are the same value of {key}; expected all different")
+        raise ConfigError(
+            f"tune.space.{key} is {list(dimension.values)}, of which two are the same value of {key}; expected all different"
+        )
     return Dimension(values=tuple(found))
 
 
@@ -96,7 +100,9 @@ def _check_key(config: Config, key: str) -> None:
 
 def _check_batch_sizes(dimension: Dimension, key: str, workers: int) -> None:
     if dimension.values is None:
-        raise ConfigError(f"tune.space.{key} is a range; expected a list of values, since trials of all batch sizes see equally many rows")
+        raise ConfigError(
+            f"tune.space.{key} is a range; expected a list of values, since trials of all batch sizes see equally many rows"
+        )
     for value in dimension.values:
         if type(value) is not int:
             raise ConfigError(f"tune.space.{key} has {value!r}; expected whole numbers")
@@ -135,7 +141,11 @@ def _value_of(config: Config, key: str) -> Any:
         if f"{before}{name}" not in below:
             hint = nearest(f"{before}{name}", below) if below else f"{before[:-1]} is a value, not a section"
             raise ConfigError(f"tune.space names {key}, but there is no such configuration key; {hint}")
-        found = found.global_batch_size if name == "batch_size" and isinstance(found, StageSettings) else getattr(found, name)
+        found = (
+            found.global_batch_size
+            if name == "batch_size" and isinstance(found, StageSettings)
+            else getattr(found, name)
+        )
         before += f"{name}."
     return found
 
@@ -154,7 +164,8 @@ def _is_integer_range(config: Config, key: str, dimension: Dimension) -> bool:
 def with_parameters(config: Config, parameters: Mapping[str, Any]) -> Config:
     """The configuration with a trial's values.
 
-    A batch larger than the configured one is encoded in parts of the configured one's size, so that no batch size fails for memory.
+    A batch larger than the configured one is encoded in parts of the configured one's size, so that no batch size fails
+    for memory.
     """
     changes = dict(parameters)
     for name in config.tune.stages:
@@ -164,7 +175,9 @@ def with_parameters(config: Config, parameters: Mapping[str, Any]) -> Config:
             fits = stage.micro_batch_size or stage.global_batch_size // stage.num_workers
             local = size // stage.num_workers
             if local >= 1:
-                changes[f"{name}.micro_batch_size"] = None if local <= fits and stage.micro_batch_size is None else min(local, fits)
+                changes[f"{name}.micro_batch_size"] = (
+                    None if local <= fits and stage.micro_batch_size is None else min(local, fits)
+                )
     return config.with_overrides(changes)
 
 

@@ -1,4 +1,5 @@
-"""The trial table: what each trial tried, how far it came and what it cost. A study is rebuilt from it, so it is all that is kept.
+"""The trial table: what each trial tried, how far it came and what it cost. A study is rebuilt from it, so it is all
+that is kept.
 
 One line of JSON a trial, in the study's folder; rewritten whole, so that it works on object storage.
 """
@@ -35,7 +36,8 @@ class Trial:
     """From 0; names its folder."""
     parameters: Parameters
     state: State = "running"
-    """running: also while it waits for a node, and after a search that was killed. stopped: early, being behind. failed: see `error`."""
+    """running: also while it waits for a node, and after a search that was killed. stopped: early, being behind.
+    failed: see `error`."""
     history: list[dict[str, float]] = field(default_factory=list)
     """A measurement each: `rows` seen of the last stage, each objective, `songs_per_second`."""
     attempts: dict[str, list[float]] = field(default_factory=dict)
@@ -54,7 +56,9 @@ class Trial:
 
     @property
     def node_seconds(self) -> float:
-        """Nodes × seconds, from the start of workers to their last measurement, over stages and attempts that measured anything."""
+        """Nodes × seconds, from the start of workers to their last measurement, over stages and attempts that measured
+        anything.
+        """
         return sum(nodes * seconds for nodes, seconds in self.attempts.values())
 
     def values(self, objectives: Sequence[str]) -> tuple[float, ...] | None:
@@ -71,7 +75,9 @@ class Trial:
 
 
 def read_trials(workspace: Workspace, study: str) -> list[Trial]:
-    """The trials of the study in this folder, by number; empty when there is none. Raises WorkspaceError when the table is damaged."""
+    """The trials of the study in this folder, by number; empty when there is none. Raises WorkspaceError when the table
+    is damaged.
+    """
     path = f"{study}/{TABLE}"
     lines = workspace.read_bytes(path).splitlines() if workspace.exists(path) else []
     one, trials = TypeAdapter(Trial), []
@@ -94,8 +100,8 @@ def write_trials(workspace: Workspace, study: str, trials: Iterable[Trial]) -> N
 def sampler(seed: int, number: int, attempt: int) -> optuna.samplers.BaseSampler:
     """The sampler of one proposal: the `attempt`-th for the trial of this number.
 
-    What it proposes is a function of these and of the study, and not of earlier proposals, so a search that was killed and resumed
-    proposes what an uninterrupted one would.
+    What it proposes is a function of these and of the study, and not of earlier proposals, so a search that was killed
+    and resumed proposes what an uninterrupted one would.
     """
     (derived,) = np.random.SeedSequence([seed, number, attempt]).generate_state(1)
     with quiet_optuna():
@@ -111,8 +117,9 @@ def optuna_study(
 ) -> optuna.Study:
     """The study that these trials make up, in the order of their numbers; to be maximised.
 
-    A finished trial is complete, a stopped one pruned (with two objectives, of which Optuna prunes none: complete), and one that failed
-    has no value. One that was running is enqueued, so that it is the next to be asked for, with the same parameters.
+    A finished trial is complete, a stopped one pruned (with two objectives, of which Optuna prunes none: complete), and
+    one that failed has no value. One that was running is enqueued, so that it is the next to be asked for, with the
+    same parameters.
     """
     with quiet_optuna():
         study = optuna.create_study(directions=["maximize"] * len(objectives), storage=storage)
@@ -130,7 +137,9 @@ def optuna_study(
                     params=trial.parameters,
                     distributions=dict(space),
                     user_attrs={NUMBER: trial.number},
-                    intermediate_values={} if len(objectives) > 1 else {int(item["rows"]): item[objectives[0]] for item in trial.history},
+                    intermediate_values={}
+                    if len(objectives) > 1
+                    else {int(item["rows"]): item[objectives[0]] for item in trial.history},
                 )
             )
     return study
@@ -142,12 +151,16 @@ def told_state(stopped: bool, objectives: Sequence[str]) -> optuna.trial.TrialSt
 
 
 def winners(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """The finished trials that none beats, of equals the first: the best, or with two objectives the Pareto front, best sum first."""
+    """The finished trials that none beats, of equals the first: the best, or with two objectives the Pareto front, best
+    sum first.
+    """
     finished = [(trial, trial.values(objectives)) for trial in trials if trial.state == "finished" and trial.history]
     front = [
         (trial, values)
         for trial, values in finished
-        if not any(_beats(other, values) or (other == values and before.number < trial.number) for before, other in finished)
+        if not any(
+            _beats(other, values) or (other == values and before.number < trial.number) for before, other in finished
+        )
     ]
     return [trial for trial, values in sorted(front, key=lambda item: (-sum(item[1] or ()), item[0].number))]
 

@@ -44,7 +44,13 @@ def objective_titles(objectives: Sequence[str], metric: str | None) -> dict[str,
 
 
 def best_so_far(trials: Iterable[Trial], objective: str) -> Trial | None:
-    """The best finished trial; before any has finished, the one of highest newest value; None before any measurement."""
+    """The best finished trial; before any has finished, the one of highest newest value; None before any
+    measurement.
+    """
     measured = [trial for trial in trials if trial.history and trial.state != "failed"]
     finished = winners(measured, [objective])
-    return finished[0] if finished else max(measured, key=lambda trial: (trial.last[objective], -trial.number), default=None)
+    return (
+        finished[0]
+        if finished
+        else max(measured, key=lambda trial: (trial.last[objective], -trial.number), default=None)
+    )

@@ -49,14 +49,18 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Models:
-    """The model(s) that embed a catalogue: the semantic one and, after stage 2, the preference one that grew from it."""
+    """The model(s) that embed a catalogue: the semantic one and, after stage 2, the preference one that grew from
+    it.
+    """
 
     semantic: Artifact
     preference: Artifact | None
 
 
 def _models(workspace: Workspace, space: str) -> list[Artifact]:
-    return [Artifact(f"models/{space}/{name}", name, manifest) for name, manifest in workspace.finished(f"models/{space}")]
+    return [
+        Artifact(f"models/{space}/{name}", name, manifest) for name, manifest in workspace.finished(f"models/{space}")
+    ]
 
 
 def newest_semantic(workspace: Workspace, require: Require, *, first: str | None = None) -> Artifact:
@@ -75,18 +79,29 @@ def newest_semantic(workspace: Workspace, require: Require, *, first: str | None
 
 def asked_of_semantic(workspace: Workspace, semantic: Artifact, require: Require) -> Require:
     """`require` of a semantic model: one from which a preference model grew that passed was judged with it."""
-    judged = any(item.verdict and item.manifest["inputs"]["model"] == semantic.version for item in _models(workspace, "preference"))
+    judged = any(
+        item.verdict and item.manifest["inputs"]["model"] == semantic.version
+        for item in _models(workspace, "preference")
+    )
     return "failed" if require == "unjudged" and judged else require
 
 
-def newest_preference(workspace: Workspace, semantic: Artifact, require: Require, *, first: str | None = None) -> Artifact | None:
-    """The preference model `first`, else the newest, of those that grew from `semantic` and that the gate allows; None without any."""
-    children = [item for item in _models(workspace, "preference") if item.manifest["inputs"]["model"] == semantic.version]
+def newest_preference(
+    workspace: Workspace, semantic: Artifact, require: Require, *, first: str | None = None
+) -> Artifact | None:
+    """The preference model `first`, else the newest, of those that grew from `semantic` and that the gate allows; None
+    without any.
+    """
+    children = [
+        item for item in _models(workspace, "preference") if item.manifest["inputs"]["model"] == semantic.version
+    ]
     return _newest(children, lambda item: item.refusal(require), first)
 
 
 def named_models(workspace: Workspace, version: str) -> Models:
-    """That preference model and its parent, or that semantic model alone, whatever their gates say. Raises WorkspaceError."""
+    """That preference model and its parent, or that semantic model alone, whatever their gates say. Raises
+    WorkspaceError.
+    """
     semantic = {item.version: item for item in _models(workspace, "semantic")}
     preference = {item.version: item for item in _models(workspace, "preference")}
     if version in semantic:
@@ -142,7 +157,9 @@ def index(workspace: Workspace, version: str | None = None, *, require: Require 
     )
 
 
-def _newest(found: list[Artifact], refusal: Callable[[Artifact], str | None], first: str | None = None) -> Artifact | None:
+def _newest(
+    found: list[Artifact], refusal: Callable[[Artifact], str | None], first: str | None = None
+) -> Artifact | None:
     """The one of version `first`, else the last, of those that are not refused. Says so when that is not the last."""
     passed_over: list[str] = []
     for item in sorted(reversed(found), key=lambda item: item.version != first):
@@ -164,11 +181,15 @@ def _say(*parts: str) -> None:
 
 
 def _refusal_of_models(workspace: Workspace, made: Artifact, require: Require) -> str | None:
-    """Why the gate of a model that made this index forbids it. The model of the last stage is the one that is judged."""
+    """Why the gate of a model that made this index forbids it. The model of the last stage is the one that is
+    judged.
+    """
     stages = [stage for stage in ("preference", "semantic") if made.manifest["inputs"].get(stage)]
     for number, stage in enumerate(stages):
         path = f"models/{stage}/{made.manifest['inputs'][stage]}"
-        reason = Artifact(path, "", workspace.manifest(path) or {}).refusal(require if number == 0 or require == "off" else "failed")
+        reason = Artifact(path, "", workspace.manifest(path) or {}).refusal(
+            require if number == 0 or require == "off" else "failed"
+        )
         if reason:
             return f"of its {stage} model, {reason}"
     return None
@@ -177,7 +198,8 @@ def _refusal_of_models(workspace: Workspace, made: Artifact, require: Require) -
 def none_allowed(workspace: Workspace, kind: str, found: Iterable[Artifact], require: Require) -> GateError:
     """The error of a gate that allows none of several artifacts."""
     listed = ", ".join(
-        f"{item.version} {'passed' if item.verdict else 'failed' if item.verdict is False else 'unjudged'}" for item in found
+        f"{item.version} {'passed' if item.verdict else 'failed' if item.verdict is False else 'unjudged'}"
+        for item in found
     )
     return GateError(
         f"gate.require={require} allows no {kind} in {workspace.uri} ({listed}); improve one and run 'htcl evaluate --gate' again, "

@@ -1,6 +1,8 @@
-"""Credentials inside URIs, `s3://KEY:SECRET@bucket` or `http://host/?token=…`: used as they are, never written, printed or sent back.
+"""Credentials inside URIs, `s3://KEY:SECRET@bucket` or `http://host/?token=…`: used as they are, never written, printed
+or sent back.
 
-Settings, manifests and every error of this package go through here; the real value stays in the attributes of the configuration.
+Settings, manifests and every error of this package go through here; the real value stays in the attributes of the
+configuration.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ from typing import Any
 
 _NAMED = r"[\w.-]*(?:key|token|secret|passw|pwd|passphrase|credential|signature|auth(?!or))[\w.-]*|sig"
 CREDENTIALS = re.compile(
-    rf"(?P<user>(?<=://)(?:[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d+(?:[/?#\s]|$))\S*@))|(?P<name>[?&;#](?:{_NAMED})=)[^\s&;#'\"]+", re.IGNORECASE
+    rf"(?P<user>(?<=://)(?:[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d+(?:[/?#\s]|$))\S*@))|(?P<name>[?&;#](?:{_NAMED})=)[^\s&;#'\"]+",
+    re.IGNORECASE,
 )
-"""Userinfo of a URI, also of one whose password was not percent-encoded, and parameters whose names are those of secrets."""
+"""Userinfo of a URI, also of one whose password was not percent-encoded, and parameters whose names are those of
+secrets."""
 REMOVED = "***"
 
 
 def without_credentials(text: str) -> str:
     """A URI, or a text with URIs in it, with `***` in place of user names, passwords, keys and signatures."""
-    return CREDENTIALS.sub(lambda found: f"{found['name'] or ''}{REMOVED}{'@' if found['user'] else ''}", text) if "://" in text else text
+    return (
+        CREDENTIALS.sub(lambda found: f"{found['name'] or ''}{REMOVED}{'@' if found['user'] else ''}", text)
+        if "://" in text
+        else text
+    )
 
 
 def lacks_credentials(text: str) -> bool:

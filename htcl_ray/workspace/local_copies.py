@@ -1,7 +1,9 @@
-"""Files of this machine that processes of one user share: a private folder, locks, and verified copies of artifacts of object storage.
+"""Files of this machine that processes of one user share: a private folder, locks, and verified copies of artifacts of
+object storage.
 
-The system's directory for temporary files is open to every local user, so a name in it proves nothing. What is found in `private_folder`
-was written by this user: the folder is a real directory, owned by this user, into which no other may write.
+The system's directory for temporary files is open to every local user, so a name in it proves nothing. What is found in
+`private_folder` was written by this user: the folder is a real directory, owned by this user, into which no other may
+write.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ def private_name() -> str:
 
 
 def private_folder(parent: str | Path | None = None) -> Path:
-    """The folder of mode 0700 that is private to this user, below `parent` (default: the directory for temporary files).
+    """The folder of mode 0700 that is private to this user, below `parent` (default: the directory for temporary
+    files).
 
-    It is made when it does not exist. Where its name is taken by another user, by a link, or by a folder that others may write, a folder
-    with a random suffix is used instead, the same one by all later processes of this user. `parent` must have the sticky bit if others
-    may write it.
+    It is made when it does not exist. Where its name is taken by another user, by a link, or by a folder that others
+    may write, a folder with a random suffix is used instead, the same one by all later processes of this user. `parent`
+    must have the sticky bit if others may write it.
     """
     parent = Path(parent or tempfile.gettempdir())
     expected = parent / private_name()
@@ -56,12 +59,16 @@ def private_folder(parent: str | Path | None = None) -> Path:
         if _is_private(other):
             return other
     made = Path(tempfile.mkdtemp(prefix=f"{expected.name}-", dir=parent))
-    log.warning("%s is not a folder that only this user may write, so %s is used instead; remove the former", expected, made)
+    log.warning(
+        "%s is not a folder that only this user may write, so %s is used instead; remove the former", expected, made
+    )
     return made
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether a folder is a directory of this user that no other may write. One that others may read is closed to them."""
+    """Whether a folder is a directory of this user that no other may write. One that others may read is closed to
+    them.
+    """
     try:
         status = folder.lstat()
     except FileNotFoundError:
@@ -74,10 +81,11 @@ def _is_private(folder: Path) -> bool:
 
 
 def lock_folder(folder: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock of `folder`, or None when `operation` does not wait and another process holds it.
+    """A descriptor that holds the lock of `folder`, or None when `operation` does not wait and another process holds
+    it.
 
-    Whoever removes the folder may remove the lock's file with it, so a lock on a file that is gone is worth nothing and another one is
-    taken. The lock ends when the descriptor is closed, or with the process.
+    Whoever removes the folder may remove the lock's file with it, so a lock on a file that is gone is worth nothing and
+    another one is taken. The lock ends when the descriptor is closed, or with the process.
     """
     file = folder.with_suffix(".lock")
     while True:
@@ -105,11 +113,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def verified_copy(target: Path, download: Callable[[Path], None], expected: Mapping[str, str], source: str) -> Path:
-    """`target`, a folder that `download` fills once; later calls of any process find it, and fill it again when it was changed.
+    """`target`, a folder that `download` fills once; later calls of any process find it, and fill it again when it was
+    changed.
 
-    `expected`: file name → SHA-256, of the files of which `source` states one. The SHA-256 of every file is recorded beside the folder;
-    a file is hashed again only when its size, times or inode are not those of the record, so that a check costs one `stat` a file.
-    Processes that ask at the same time wait for one download. Raises MismatchError when the download is not what `expected` says.
+    `expected`: file name → SHA-256, of the files of which `source` states one. The SHA-256 of every file is recorded
+    beside the folder; a file is hashed again only when its size, times or inode are not those of the record, so that a
+    check costs one `stat` a file. Processes that ask at the same time wait for one download. Raises MismatchError when
+    the download is not what `expected` says.
     """
     record = target.with_suffix(".json")
     with _locked(target):
@@ -124,7 +134,9 @@ def identity(file: Path) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _copy(target: Path, record: Path, download: Callable[[Path], None], expected: Mapping[str, str], source: str) -> None:
+def _copy(
+    target: Path, record: Path, download: Callable[[Path], None], expected: Mapping[str, str], source: str
+) -> None:
     for left in target.parent.glob(f".{target.name}-*"):  # of a process that was killed while it held the lock
         shutil.rmtree(left)
     beside = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
@@ -135,7 +147,9 @@ def _copy(target: Path, record: Path, download: Callable[[Path], None], expected
         for name, sha256 in expected.items():
             if name not in made or made[name][0] != sha256:
                 found = f"has SHA-256 {made[name][0]}" if name in made else "is missing"
-                raise MismatchError(f"{source}/{name} {found}, but the manifest says {sha256}; copy the artifact again, or make it again")
+                raise MismatchError(
+                    f"{source}/{name} {found}, but the manifest says {sha256}; copy the artifact again, or make it again"
+                )
         if target.exists():
             target.rename(target.with_name(f".{target.name}-old"))
         _write_record(record, made)
@@ -175,4 +189,6 @@ def _is_file_of(file: Path, sha256: str) -> bool:
 
 def _files(folder: Path) -> list[str]:
     """Names of everything below a folder that is not a real directory."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )

@@ -18,7 +18,8 @@ def is_uri(path: str) -> bool:
 
 
 def local_path(path_or_uri: str) -> str | None:
-    """Absolute path of a local path or file:// URI (percent-decoded, RFC 8089); None for any other URI. Raises WorkspaceError.
+    """Absolute path of a local path or file:// URI (percent-decoded, RFC 8089); None for any other URI. Raises
+    WorkspaceError.
 
     Relative paths are relative to the working directory of this process, and `~` is the home directory.
     """
@@ -29,7 +30,9 @@ def local_path(path_or_uri: str) -> str | None:
         return None
     host, _, path = path_or_uri[uri.end() :].partition("/")
     if uri["scheme"] and host.lower() not in ("", "localhost"):
-        raise WorkspaceError(f"'{path_or_uri}' names the host '{host}'; expected file:///path, which is a file of this machine")
+        raise WorkspaceError(
+            f"'{path_or_uri}' names the host '{host}'; expected file:///path, which is a file of this machine"
+        )
     return os.path.abspath("/" + os.fsdecode(urllib.parse.unquote_to_bytes(path)))
 
 
@@ -40,7 +43,9 @@ def absolute(path_or_uri: str) -> str:
 
 
 def canonical(path_or_uri: str) -> str:
-    """What a path or URI resolves to: the same text for a relative path, an absolute one, a symbolic link and a file:// URI."""
+    """What a path or URI resolves to: the same text for a relative path, an absolute one, a symbolic link and a file://
+    URI.
+    """
     path = local_path(path_or_uri)
     return path_or_uri if path is None else os.path.realpath(path)
 

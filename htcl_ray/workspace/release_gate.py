@@ -1,7 +1,9 @@
-"""The verdict of a gate on a model or index: written beside it with its evidence, and checked before anything is served.
+"""The verdict of a gate on a model or index: written beside it with its evidence, and checked before anything is
+served.
 
-`gate.json` in the artifact's folder holds every bound with what was measured, and the SHA-256 of the files that were judged. The manifest
-holds the SHA-256 of `gate.json` and the verdict. A verdict is believed when all of them agree and the measured values give it.
+`gate.json` in the artifact's folder holds every bound with what was measured, and the SHA-256 of the files that were
+judged. The manifest holds the SHA-256 of `gate.json` and the verdict. A verdict is believed when all of them agree and
+the measured values give it.
 """
 
 from __future__ import annotations
@@ -22,20 +24,30 @@ BLOCK = 1 << 20
 AGAIN = "judge it again with 'htcl evaluate --gate'"
 
 
-def record_verdicts(workspace: Workspace, models: Models, index: Artifact | None, verdict: Verdict, report_run: str) -> None:
-    """Write the verdict into the model that was judged (the preference model if there is one) and into its index, if there is one."""
+def record_verdicts(
+    workspace: Workspace, models: Models, index: Artifact | None, verdict: Verdict, report_run: str
+) -> None:
+    """Write the verdict into the model that was judged (the preference model if there is one) and into its index, if
+    there is one.
+    """
     preference = models.preference.version if models.preference else None
-    together = {"semantic": models.semantic.version, "preference": preference, "index": index.version if index else None}
+    together = {
+        "semantic": models.semantic.version,
+        "preference": preference,
+        "index": index.version if index else None,
+    }
     for artifact in (models.preference or models.semantic, index):
         if artifact is not None:
             record_verdict(workspace, artifact.path, verdict, report_run, together)
 
 
-def record_verdict(workspace: Workspace, path: str, verdict: Verdict, report_run: str, others: Mapping[str, str | None]) -> None:
+def record_verdict(
+    workspace: Workspace, path: str, verdict: Verdict, report_run: str, others: Mapping[str, str | None]
+) -> None:
     """Write `gate.json` into an artifact's folder, and the verdict into its manifest, which is written last.
 
-    `report_run`: the evaluation; `others`: versions of the models and the index that were judged together. Raises WorkspaceError when
-    there is no such artifact.
+    `report_run`: the evaluation; `others`: versions of the models and the index that were judged together. Raises
+    WorkspaceError when there is no such artifact.
     """
     manifest = workspace.manifest(path)
     if manifest is None:
@@ -56,8 +68,8 @@ def record_verdict(workspace: Workspace, path: str, verdict: Verdict, report_run
 def check_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> bool | None:
     """Whether the gate let an artifact through; None when none has judged it.
 
-    Raises MismatchError when a file is not the one that the manifest names, when the evidence is missing or is of other files, and when
-    the verdict is not what the measured values give.
+    Raises MismatchError when a file is not the one that the manifest names, when the evidence is missing or is of other
+    files, and when the verdict is not what the measured values give.
     """
     verdict = read_verdict(workspace, path, manifest)
     return None if verdict is None else verdict.passed
@@ -73,7 +85,9 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
     gate = manifest["gate"]
     claimed = gate.get("passed") if isinstance(gate, dict) else gate
     if EVIDENCE not in manifest.get("files", {}) or not workspace.exists(f"{path}/{EVIDENCE}"):
-        raise MismatchError(f"the manifest of {where} says that its gate gave {_word(claimed)}, but {EVIDENCE} is missing; {AGAIN}")
+        raise MismatchError(
+            f"the manifest of {where} says that its gate gave {_word(claimed)}, but {EVIDENCE} is missing; {AGAIN}"
+        )
     for name, recorded in manifest.get("files", {}).items():
         if workspace.exists(f"{path}/{name}"):
             found = _sha256(workspace, f"{path}/{name}")
@@ -84,10 +98,14 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
         verdict = Verdict(tuple(Result.from_json(item) for item in evidence["bounds"]))
         judged = evidence["files"]
     except (KeyError, TypeError, ValueError) as error:
-        raise MismatchError(f"{where}/{EVIDENCE} is not what a gate writes ({str(error).splitlines()[0]}); {AGAIN}") from None
+        raise MismatchError(
+            f"{where}/{EVIDENCE} is not what a gate writes ({str(error).splitlines()[0]}); {AGAIN}"
+        ) from None
     for name, recorded in _judged_files(manifest).items():
         if judged.get(name) != recorded:
-            raise MismatchError(f"{where}/{EVIDENCE} judged {name} with SHA-256 {judged.get(name)}, but it is {recorded}; {AGAIN}")
+            raise MismatchError(
+                f"{where}/{EVIDENCE} judged {name} with SHA-256 {judged.get(name)}, but it is {recorded}; {AGAIN}"
+            )
     if claimed is not verdict.passed or not verdict.results:
         raise MismatchError(
             f"the manifest of {where} says that its gate gave {_word(claimed)}, but the values in {EVIDENCE} give "
@@ -99,8 +117,8 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
 def check_gates(workspace: Workspace, models: Models, index: Artifact | None, require: Require) -> None:
     """Raise GateError when `require` forbids the index, if one is given, or one of the models.
 
-    Of a semantic model behind a preference model it is asked only that it has not failed: the model of the last stage is judged.
-    A verdict that was edited raises MismatchError whatever `require` is.
+    Of a semantic model behind a preference model it is asked only that it has not failed: the model of the last stage
+    is judged. A verdict that was edited raises MismatchError whatever `require` is.
     """
     last = "unjudged" if require == "unjudged" else "failed"
     for kind, artifact, needed in (

@@ -1,7 +1,8 @@
 """Where artifacts live, and how they are written so that nothing half-written looks finished.
 
-Two rules hold for every artifact of a workspace, on a local disk and on object storage alike: each file appears whole (written beside
-and renamed, or one atomic upload), and `manifest.json` is written last, so a folder without a manifest is unfinished.
+Two rules hold for every artifact of a workspace, on a local disk and on object storage alike: each file appears whole
+(written beside and renamed, or one atomic upload), and `manifest.json` is written last, so a folder without a manifest
+is unfinished.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ LIBRARIES = ("htcl-ray", "ray", "torch", "transformers", "pyarrow", "librosa", "
 SUPPORTED = "a local path, file://, s3:// or gs://"
 OBJECT_STORES = {"s3": "s3", "gs": "gs", "gcs": "gs"}
 """Schemes of object storage, and how Arrow calls them."""
-URI_OPTIONS = re.compile(r"\?(?:(?:region|scheme|endpoint_override|retry_limit_seconds|project_id|anonymous)=[^&]*(?:&|$))+$")
+URI_OPTIONS = re.compile(
+    r"\?(?:(?:region|scheme|endpoint_override|retry_limit_seconds|project_id|anonymous)=[^&]*(?:&|$))+$"
+)
 """Options of an object store behind a URI. Any other "?" belongs to a name."""
 CONNECT_SECONDS = 3.0
 S3_ATTEMPTS = 5
@@ -60,8 +63,8 @@ def split_options(uri: str) -> tuple[str, str]:
 def open_filesystem(path_or_uri: str) -> tuple[pafs.FileSystem, str]:
     """File system and path on it of a local path or a file://, s3:// or gs:// URI; URIs are percent-decoded.
 
-    A request to an object store is retried for some seconds and then fails. Raises WorkspaceError for other schemes and malformed URIs,
-    StorageError or AccessDeniedError when the region of a bucket cannot be found out.
+    A request to an object store is retried for some seconds and then fails. Raises WorkspaceError for other schemes and
+    malformed URIs, StorageError or AccessDeniedError when the region of a bucket cannot be found out.
     """
     path = local_path(path_or_uri)
     if path is not None:
@@ -74,7 +77,9 @@ def open_filesystem(path_or_uri: str) -> tuple[pafs.FileSystem, str]:
     quoted = urllib.parse.quote_from_bytes(urllib.parse.unquote_to_bytes(name))
     try:
         with storage_errors(path_or_uri):
-            filesystem, inner = pafs.FileSystem.from_uri(f"{OBJECT_STORES[scheme.lower()]}://{bucket}{slash}{quoted}{options}")
+            filesystem, inner = pafs.FileSystem.from_uri(
+                f"{OBJECT_STORES[scheme.lower()]}://{bucket}{slash}{quoted}{options}"
+            )
     except pa.ArrowInvalid as error:
         raise WorkspaceError(f"'{path_or_uri}' cannot be opened: {_first_line(error)}; expected {SUPPORTED}") from None
     return _with_limits(filesystem), inner
@@ -99,20 +104,34 @@ NO_SPACE = re.compile(r"no space left|disk quota exceeded|errno (28|122)\b", re.
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an error is of the operating system or of an object store, and not of a file's content (Arrow raises OSError for both)."""
-    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error) or "google::cloud" in str(error))
+    """Whether an error is of the operating system or of an object store, and not of a file's content (Arrow raises
+    OSError for both).
+    """
+    return isinstance(error, OSError) and (
+        error.errno is not None or "AWS Error" in str(error) or "google::cloud" in str(error)
+    )
 
 
 def explain(error: BaseException, where: str) -> AccessDeniedError | StorageError:
     """The sentence for an operating system's or object store's error other than "not found"."""
     code, reason = getattr(error, "errno", None), _first_line(error)
     if code in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE.search(reason):
-        return StorageError(f"no space left on the device of {where}; free some, or choose another place, and run the same command again")
+        return StorageError(
+            f"no space left on the device of {where}; free some, or choose another place, and run the same command again"
+        )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS) or (code is None and DENIED.search(reason)):
-        needed = "these credentials must be allowed to list and read it" if is_uri(where) else "this user must be allowed to use it"
-        return AccessDeniedError(f"access denied to {where} ({reason}); {needed}, and to write it if it is the workspace")
+        needed = (
+            "these credentials must be allowed to list and read it"
+            if is_uri(where)
+            else "this user must be allowed to use it"
+        )
+        return AccessDeniedError(
+            f"access denied to {where} ({reason}); {needed}, and to write it if it is the workspace"
+        )
     if is_uri(where):
-        return StorageError(f"{where} cannot be reached, also after retries ({reason}); run the same command again when it can")
+        return StorageError(
+            f"{where} cannot be reached, also after retries ({reason}); run the same command again when it can"
+        )
     return StorageError(f"{where} cannot be read or written ({reason}); run the same command again when it can")
 
 
@@ -126,7 +145,9 @@ PASSED_ON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
 
 
 def storage_failure(error: BaseException, where: str) -> HtclError | None:
-    """What `explain` says of the storage error that caused an error of any library, or None when storage is not to blame."""
+    """What `explain` says of the storage error that caused an error of any library, or None when storage is not to
+    blame.
+    """
     cause: BaseException | None = error
     for _ in range(10):
         if cause is None:
@@ -135,7 +156,9 @@ def storage_failure(error: BaseException, where: str) -> HtclError | None:
         while isinstance(carried := getattr(cause, "cause", None), BaseException):
             cause = carried
         if NO_SPACE.search(f"{said}\n{cause}"):
-            return explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), str(getattr(cause, "filename", None) or where))
+            return explain(
+                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), str(getattr(cause, "filename", None) or where)
+            )
         if is_storage_error(cause) and getattr(cause, "errno", None) in (None, *PASSED_ON):
             return explain(cause, str(getattr(cause, "filename", None) or where))
         cause = cause.__cause__ or cause.__context__
@@ -144,7 +167,9 @@ def storage_failure(error: BaseException, where: str) -> HtclError | None:
 
 @contextlib.contextmanager
 def storage_errors(where: str) -> Iterator[None]:
-    """Turn errors of the operating system and of object stores into AccessDeniedError or StorageError; FileNotFoundError stays."""
+    """Turn errors of the operating system and of object stores into AccessDeniedError or StorageError;
+    FileNotFoundError stays.
+    """
     try:
         yield
     except (FileNotFoundError, AccessDeniedError, StorageError):
@@ -160,7 +185,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def build_manifest(
-    kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, Any], quality: Mapping[str, Any] | None = None, **extra: Any
+    kind: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    quality: Mapping[str, Any] | None = None,
+    **extra: Any,
 ) -> dict[str, Any]:
     """The content of a `manifest.json`: what was made, from what, with which code, and how good it measured."""
     return {
@@ -185,8 +215,8 @@ def _version(name: str) -> str | None:
 def list_folder(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
     """Entries directly in a folder; none when the folder does not exist.
 
-    pyarrow opens the folder, and on failure checks that it is missing. A folder that appears between the two is an error there, so the
-    listing is repeated once.
+    pyarrow opens the folder, and on failure checks that it is missing. A folder that appears between the two is an
+    error there, so the listing is repeated once.
     """
     selector = pafs.FileSelector(folder, allow_not_found=True)
     try:
@@ -244,7 +274,9 @@ class Workspace:
             found = explain(error, self.uri)
             if self.is_local and not NO_SPACE.search(str(found)):
                 reason = os.strerror(error.errno) if error.errno else _first_line(error)
-                raise WorkspaceError(f"the workspace {self.uri} cannot be written ({reason}); choose another with --workspace") from None
+                raise WorkspaceError(
+                    f"the workspace {self.uri} cannot be written ({reason}); choose another with --workspace"
+                ) from None
             raise found from None
 
     def exists(self, path: str) -> bool:
@@ -259,7 +291,9 @@ class Workspace:
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
     def write_bytes(self, path: str, data: bytes, *, durable: bool = False) -> None:
-        """Write one file atomically. `durable`: it is there after a power cut too (object storage always promises that)."""
+        """Write one file atomically. `durable`: it is there after a power cut too (object storage always promises
+        that).
+        """
         with storage_errors(self.uri_of(path)):
             self._write_bytes(self.full(path), data, durable)
 
@@ -301,7 +335,9 @@ class Workspace:
         try:
             return json.loads(self.read_bytes(path))
         except ValueError:
-            raise WorkspaceError(f"{self.uri_of(path)} is not JSON; it was changed or damaged, so make it again") from None
+            raise WorkspaceError(
+                f"{self.uri_of(path)} is not JSON; it was changed or damaged, so make it again"
+            ) from None
 
     def write_table(self, path: str, table: pa.Table, row_group_size: int | None = None) -> None:
         """Write one Parquet file atomically."""
@@ -318,7 +354,9 @@ class Workspace:
             return pads.dataset(files, filesystem=self.fs, format="parquet").to_table(columns=columns)
 
     def manifest(self, path: str) -> dict[str, Any] | None:
-        """The manifest of an artifact, or None when it is missing or unfinished. Raises MismatchError for another format."""
+        """The manifest of an artifact, or None when it is missing or unfinished. Raises MismatchError for another
+        format.
+        """
         if not self.exists(f"{path}/{MANIFEST}"):
             return None
         manifest = self.read_json(f"{path}/{MANIFEST}")
@@ -328,18 +366,24 @@ class Workspace:
     def finish(self, path: str, manifest: Mapping[str, Any]) -> None:
         """Mark an artifact as finished: its manifest is the last file written.
 
-        The `created` of a new artifact is later than that of every artifact in the same folder, whatever the machines' clocks say, so that
-        the newest artifact is the one that was finished last. A manifest that is written again keeps its own.
+        The `created` of a new artifact is later than that of every artifact in the same folder, whatever the machines'
+        clocks say, so that the newest artifact is the one that was finished last. A manifest that is written again
+        keeps its own.
         """
         if "created" in manifest:
             others = {name: manifest["created"] for name, manifest in self.dated(os.path.dirname(path))}
-            if others.pop(os.path.basename(path), None) != manifest["created"] and max(others.values(), default="") >= manifest["created"]:
+            if (
+                others.pop(os.path.basename(path), None) != manifest["created"]
+                and max(others.values(), default="") >= manifest["created"]
+            ):
                 later = datetime.fromisoformat(max(others.values())) + timedelta(microseconds=1)
                 manifest = {**manifest, "created": later.isoformat(timespec="microseconds")}
         self.write_json(f"{path}/{MANIFEST}", manifest)
 
     def dated(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Names and manifests of the artifacts directly below a folder that say when they were made, of whatever format."""
+        """Names and manifests of the artifacts directly below a folder that say when they were made, of whatever
+        format.
+        """
         for name in self.children(path) if path else ():
             with contextlib.suppress(WorkspaceError, ValueError, TypeError, KeyError):
                 manifest = self.read_json(f"{path}/{name}/{MANIFEST}")
@@ -360,19 +404,25 @@ class Workspace:
                 self.fs.delete_dir(self.full(path))
 
     def publish(self, folder: Path, path: str, manifest: Mapping[str, Any]) -> None:
-        """Move a finished local folder into the workspace as an artifact, manifest last; an older artifact there is replaced."""
+        """Move a finished local folder into the workspace as an artifact, manifest last; an older artifact there is
+        replaced.
+        """
         self.remove(path)
         for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
             target = self.full(f"{path}/{file.relative_to(folder).as_posix()}")
             with storage_errors(self.uri_of(path)):
                 self.fs.create_dir(os.path.dirname(target), recursive=True)
-                pafs.copy_files(str(file), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
+                pafs.copy_files(
+                    str(file), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs
+                )
         self.finish(path, manifest)
 
     def local_copy(self, path: str) -> Path:
-        """A folder of this machine with the artifact's content: the artifact itself, or a copy that is verified by hash and made once.
+        """A folder of this machine with the artifact's content: the artifact itself, or a copy that is verified by hash
+        and made once.
 
-        Raises WorkspaceError when there is no such artifact, and MismatchError when its files are not those of its manifest.
+        Raises WorkspaceError when there is no such artifact, and MismatchError when its files are not those of its
+        manifest.
         """
         if self.is_local:
             return Path(self.full(path))
@@ -382,10 +432,14 @@ class Workspace:
         expected = {name: sha256 for name, sha256 in manifest.get("files", {}).items() if name not in DESCRIPTIONS}
         with storage_errors(f"{self.uri_of(path)} or its copy in {tempfile.gettempdir()}"):
             target = private_folder() / fingerprint(self.uri, path, manifest)
-            return verified_copy(target, lambda folder: self._download(path, folder, manifest), expected, self.uri_of(path))
+            return verified_copy(
+                target, lambda folder: self._download(path, folder, manifest), expected, self.uri_of(path)
+            )
 
     def _download(self, path: str, folder: Path, manifest: Mapping[str, Any]) -> None:
-        pafs.copy_files(self.full(path), str(folder), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+        pafs.copy_files(
+            self.full(path), str(folder), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem()
+        )
         if Workspace(str(folder)).manifest("") != manifest:
             raise MismatchError(f"{self.uri_of(path)} changed while it was copied; try again")
 

@@ -26,7 +26,8 @@ def load(name: str) -> dict[str, Any]:
 
 
 def lines(name: str) -> list[str]:
-    """The file's lines without comment signs; a line that ends with a backslash is one with the next, and so is a folded entrypoint."""
+    """The file's lines without comment signs; a line that ends with a backslash is one with the next, and so is a
+    folded entrypoint."""
     source = text(name)
     if name.endswith(".yaml") and "entrypoint" in load(name).get("spec", {}):
         source += "\n" + load(name)["spec"]["entrypoint"]
@@ -52,7 +53,8 @@ def our_commands(name: str) -> list[list[str]]:
 
 
 def ray_commands(name: str) -> list[list[str]]:
-    """Arguments of every `ray …` command: those that stand at the start of a line, behind `- `, `VARIABLE=value` or `;`."""
+    """Arguments of every `ray …` command: those that stand at the start of a line, behind `- `, `VARIABLE=value` or
+    `;`."""
     found = []
     for line in lines(name):
         command = re.sub(r"^\s*(?:- )?(?:export )?(?:\w+=\S+ )*(?:export .*? && )?", "", line)

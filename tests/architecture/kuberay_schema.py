@@ -1,8 +1,9 @@
 """JSON Schemas of the parts of KubeRay's objects that our manifests use.
 
-Written by hand after ray-operator/config/crd/bases/ray.io_rayclusters.yaml, ray.io_rayjobs.yaml and ray.io_rayservices.yaml, version v1, of
-KubeRay v1.5.1 to v1.7.0. They are closed, so that a misspelt key shows: Kubernetes drops one silently. Two rules are the operator's own
-(controllers/ray/utils/validation.go): the token mode needs `rayVersion`, and start parameters are text.
+Written by hand after ray-operator/config/crd/bases/ray.io_rayclusters.yaml, ray.io_rayjobs.yaml and
+ray.io_rayservices.yaml, version v1, of KubeRay v1.5.1 to v1.7.0. They are closed, so that a misspelt key shows:
+Kubernetes drops one silently. Two rules are the operator's own (controllers/ray/utils/validation.go): the token mode
+needs `rayVersion`, and start parameters are text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 RESOURCES = {
     "type": "object",
     "required": ["requests", "limits"],
-    "additionalProperties": {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}},
+    "additionalProperties": {
+        "type": "object",
+        "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"},
+    },
 }
 CONTAINER = {
     "type": "object",
@@ -55,7 +59,10 @@ GROUP = {
                 "additionalProperties": False,
                 "properties": {
                     "containers": {"type": "array", "minItems": 1, "items": CONTAINER},
-                    "tolerations": {"type": "array", "items": {"type": "object", "required": ["key", "operator", "effect"]}},
+                    "tolerations": {
+                        "type": "array",
+                        "items": {"type": "object", "required": ["key", "operator", "effect"]},
+                    },
                 },
             }
         },

@@ -1,4 +1,5 @@
-"""The Grafana dashboard against the code that measures: every name and label it asks for exists, and every measurement is shown."""
+"""The Grafana dashboard against the code that measures: every name and label it asks for exists, and every measurement
+is shown."""
 
 from __future__ import annotations
 
@@ -29,11 +30,20 @@ def measured() -> tuple[dict[str, set[str]], set[str], set[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SUFFIXES:
             name = ast.literal_eval(node.args[0])
-            labels = {part for argument in node.args[1:] if isinstance(argument, ast.Tuple) for part in ast.literal_eval(argument)}
+            labels = {
+                part
+                for argument in node.args[1:]
+                if isinstance(argument, ast.Tuple)
+                for part in ast.literal_eval(argument)
+            }
             own.add(name)
             for suffix in SUFFIXES[node.func.id]:
                 exported[f"ray_{name}{suffix}"] = labels | ({"le"} if suffix == "_bucket" else set())
-    return exported, own, {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return (
+        exported,
+        own,
+        {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)},
+    )
 
 
 EXPORTED, OWN, TEXTS = measured()
@@ -43,7 +53,11 @@ EXPORTED |= RAYS
 TEXTS |= {"htcl"}
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 EXPRESSIONS = [(panel["title"], target["expr"]) for panel in PANELS for target in panel.get("targets", [])]
-QUERIES = [(f"${variable['name']}", variable["definition"]) for variable in DASHBOARD["templating"]["list"] if "definition" in variable]
+QUERIES = [
+    (f"${variable['name']}", variable["definition"])
+    for variable in DASHBOARD["templating"]["list"]
+    if "definition" in variable
+]
 
 
 def test_there_is_something_to_check():
@@ -61,9 +75,11 @@ def test_every_metric_and_label_exists(title: str, expression: str):
     for selector in re.findall(r"\{([^}]*)\}", expression):
         for label, value in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"([^\"]*)\"", selector):
             assert label in known, f"{title}: {label} is no label of {names}"
-            assert value.startswith("$") or value in TEXTS or (label in ("status", "status_code") and re.fullmatch(r"[1-5]\d\d", value)), (
-                value
-            )
+            assert (
+                value.startswith("$")
+                or value in TEXTS
+                or (label in ("status", "status_code") and re.fullmatch(r"[1-5]\d\d", value))
+            ), value
     for grouping in re.findall(r"\bby \(([^)]*)\)", expression):
         assert {label.strip() for label in grouping.split(",")} <= known, f"{title}: grouped by what is no label"
     assert expression.count("(") == expression.count(")")
@@ -80,13 +96,19 @@ def test_quantiles_keep_the_buckets_and_counters_are_rates(title: str, expressio
 def test_legends_name_labels_that_the_expression_keeps():
     for panel in PANELS:
         for target in panel.get("targets", []):
-            kept = {label.strip() for grouping in re.findall(r"\bby \(([^)]*)\)", target["expr"]) for label in grouping.split(",")}
+            kept = {
+                label.strip()
+                for grouping in re.findall(r"\bby \(([^)]*)\)", target["expr"])
+                for label in grouping.split(",")
+            }
             assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) == kept - {"le"}, panel["title"]
 
 
 def test_every_measurement_is_shown():
     shown = {
-        name for _, expression in EXPRESSIONS for name in re.findall(r"\bray_(htcl_\w+?)(?:_bucket|_sum|_count|_total)?\b", expression)
+        name
+        for _, expression in EXPRESSIONS
+        for name in re.findall(r"\bray_(htcl_\w+?)(?:_bucket|_sum|_count|_total)?\b", expression)
     }
     assert shown == OWN
 
@@ -140,7 +162,9 @@ def test_ray_counts_requests_under_the_name_and_labels_that_are_shown():
     from ray.serve._private import request_ingress_metrics
 
     texts = {
-        node.value for node in ast.walk(ast.parse(Path(request_ingress_metrics.__file__).read_text())) if isinstance(node, ast.Constant)
+        node.value
+        for node in ast.walk(ast.parse(Path(request_ingress_metrics.__file__).read_text()))
+        if isinstance(node, ast.Constant)
     }
     assert {"serve_num_", "_requests"} <= texts
     assert RAYS["ray_serve_num_http_requests_total"] <= texts

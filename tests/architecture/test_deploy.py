@@ -1,4 +1,5 @@
-"""The deployment files agree with the code, with each other, and with the tools that will read them. Nothing is started; no network."""
+"""The deployment files agree with the code, with each other, and with the tools that will read them. Nothing is
+started; no network."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def test_ray_takes_the_launcher_files(name: str):
 
 
 def test_the_cloud_cluster_grows_from_its_head_alone():
-    """A CPU head without work of its own, and two groups that start empty; the one with spot machines is for training."""
+    """A CPU head without work of its own, and two groups that start empty; the one with spot machines is for
+    training."""
     cluster = load("cluster.yaml")
     kinds = cluster["available_node_types"]
     head = kinds.pop(cluster["head_node_type"])
@@ -70,7 +72,8 @@ def test_the_cloud_cluster_grows_from_its_head_alone():
 
 
 def test_the_rehearsal_is_started_as_its_file_says():
-    """The head's name and size are said to the autoscaler in the file, and again to `ray start` in the commands that use it."""
+    """The head's name and size are said to the autoscaler in the file, and again to `ray start` in the commands that
+    use it."""
     cluster = load(LAUNCHER[2])
     cpus = cluster["available_node_types"][cluster["head_node_type"]]["resources"]["CPU"]
     for name in (LAUNCHER[2], GUIDE):
@@ -98,12 +101,17 @@ def test_one_ray_version_everywhere():
 
 @pytest.mark.parametrize("name", [*FILES, GUIDE])
 def test_no_secret_is_written_down(name: str):
-    """A token comes from a file or a secret of the cluster; 24 or more characters of a key's alphabet are suspected to be one."""
+    """A token comes from a file or a secret of the cluster; 24 or more characters of a key's alphabet are suspected to
+    be one."""
     content = text(name)
     assert not re.search(r"RAY_AUTH_TOKEN=(?!\$\(|\"\$\()", content)
     assert not re.search(r"(?i)(access_key|access_key_id|password|api_key)\s*[:=]\s*[\"']?[\w/+]{4,}", content)
     harmless = {"f" * 51 + "00000"}
-    random = [word for word in re.findall(r"[A-Za-z0-9+]{24,}", content) if re.search(r"\d", word) and re.search(r"[A-Za-z]", word)]
+    random = [
+        word
+        for word in re.findall(r"[A-Za-z0-9+]{24,}", content)
+        if re.search(r"\d", word) and re.search(r"[A-Za-z]", word)
+    ]
     assert not set(random) - harmless
 
 
@@ -168,14 +176,20 @@ def test_our_commands_exist_with_the_arguments_given(name: str, tmp_path: Path):
         options = _parser().parse_args(command)
         resolve(options.preset, None, options.assignments)
         if program != "htcl":
-            assert options.workspace.startswith(("s3://", "/")), f"{name}: a job's workspace is one that every node sees"
-        if options.config and not options.config.startswith(f"{options.workspace}/runs/tune/"):  # that one a search writes
+            assert options.workspace.startswith(("s3://", "/")), (
+                f"{name}: a job's workspace is one that every node sees"
+            )
+        if options.config and not options.config.startswith(
+            f"{options.workspace}/runs/tune/"
+        ):  # that one a search writes
             assert repository_file(options.config).is_file()
 
 
 def test_commands_are_found_in_the_files():
     """The tests above would pass on files whose commands they do not see."""
-    assert ["/home/ray/htcl-ray/jobs/pretrain.py", "--preset", "paper"] in [command[:3] for command in our_commands(KUBERAY[1])]
+    assert ["/home/ray/htcl-ray/jobs/pretrain.py", "--preset", "paper"] in [
+        command[:3] for command in our_commands(KUBERAY[1])
+    ]
     assert our_commands("cluster.yaml")[0][0] == "jobs/preprocess.py"
     assert {"up", "down", "dashboard", "start", "job"} <= {command[0] for command in ray_commands("cluster.yaml")}
     steps = {Path(command[0]).stem for command in our_commands(GUIDE)}
@@ -242,7 +256,11 @@ def test_served_applications_exist_and_take_their_arguments(name: str):
     ServeDeploySchema.model_validate(yaml.safe_load(content["spec"]["serveConfigV2"]) if "spec" in content else content)
     module, attribute = application["import_path"].split(":")
     assert callable(getattr(importlib.import_module(module), attribute))
-    keys = {key: value for key, value in application["args"].items() if key not in {"workspace", "preset", "config", "index"}}
+    keys = {
+        key: value
+        for key, value in application["args"].items()
+        if key not in {"workspace", "preset", "config", "index"}
+    }
     config = resolve(None, None, [f"{key}={value}" for key, value in keys.items()])
     assert json.loads(config.model_dump_json())["serve"]["max_batch_size"] == keys["serve.max_batch_size"]
 

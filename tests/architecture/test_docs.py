@@ -1,4 +1,5 @@
-"""What the documentation shows exists: commands, flags, configuration keys, requests, imports, and links; and the site can be built."""
+"""What the documentation shows exists: commands, flags, configuration keys, requests, imports, and links; and the site
+can be built."""
 
 from __future__ import annotations
 
@@ -26,11 +27,17 @@ pytestmark = pytest.mark.unit
 
 COMMANDS = [shown for page in PAGES for shown in commands(page)]
 SECTIONS = [
-    name for name, field in Config.model_fields.items() if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+    name
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
 ]
 KEY = re.compile(rf"({'|'.join(SECTIONS)})\.(\w+)(?:\.\w+)?(?:=.*)?")
 FILE_SUFFIXES = {"py", "yaml", "html", "json", "jsonl", "md", "faiss", "pth", "parquet"}
-REQUESTS: dict[str, type[BaseModel]] = {"/v1/search": SearchRequest, "/v1/recommend": RecommendRequest, "/v1/embeddings": EmbedTextRequest}
+REQUESTS: dict[str, type[BaseModel]] = {
+    "/v1/search": SearchRequest,
+    "/v1/recommend": RecommendRequest,
+    "/v1/embeddings": EmbedTextRequest,
+}
 
 
 def by_page(path: Path) -> str:
@@ -111,7 +118,9 @@ def test_the_calls_of_the_client_that_are_shown_exist():
 
 @pytest.mark.parametrize("page", generate.PAGES)
 def test_a_generated_page_is_up_to_date(page: str):
-    assert (REPOSITORY / "docs" / page).read_text(encoding="utf-8") == generate.generated(page), "run: python docs/generate.py"
+    assert (REPOSITORY / "docs" / page).read_text(encoding="utf-8") == generate.generated(page), (
+        "run: python docs/generate.py"
+    )
 
 
 def test_every_page_is_in_the_navigation():

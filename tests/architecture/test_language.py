@@ -41,7 +41,9 @@ INSTEAD = {
     "whom": "the client, the user",
 }
 """Each word that is not written, and what to write."""
-PATTERN = re.compile(r"(?<![A-Za-z])(" + "|".join(sorted(INSTEAD, key=len, reverse=True)) + r")(?![a-z])", re.IGNORECASE)
+PATTERN = re.compile(
+    r"(?<![A-Za-z])(" + "|".join(sorted(INSTEAD, key=len, reverse=True)) + r")(?![a-z])", re.IGNORECASE
+)
 """Names are read as words: `answers_of` and `Answer` hold one, `answerable` and `nothing_there` do and do not."""
 EXCEPTIONS = Path(__file__).with_name("language_exceptions.yaml")
 """How many uses each file still has, all of them right, such as HTTP's `not found` and a figure of matplotlib."""
@@ -59,14 +61,25 @@ WRITTEN = (
     "Makefile",
     "cluster.yaml",
 )
-NOT_OURS = {"tests/worlds/opensubsonic.schema.json", "tests/architecture/test_language.py", "tests/architecture/language_exceptions.yaml"}
+NOT_OURS = {
+    "tests/worlds/opensubsonic.schema.json",
+    "tests/architecture/test_language.py",
+    "tests/architecture/language_exceptions.yaml",
+}
 
 
 def uses() -> dict[str, Counter[str]]:
     """Words of `INSTEAD` in each file of the repository, results of benchmarks apart."""
-    listed = subprocess.run(["git", "ls-files", "--", *WRITTEN], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    names = [name for name in listed.stdout.split() if name not in NOT_OURS and not name.startswith("benchmarks/results/")]
-    counts = {name: Counter(word.lower() for word in PATTERN.findall((REPOSITORY / name).read_text(encoding="utf-8"))) for name in names}
+    listed = subprocess.run(
+        ["git", "ls-files", "--", *WRITTEN], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    names = [
+        name for name in listed.stdout.split() if name not in NOT_OURS and not name.startswith("benchmarks/results/")
+    ]
+    counts = {
+        name: Counter(word.lower() for word in PATTERN.findall((REPOSITORY / name).read_text(encoding="utf-8")))
+        for name in names
+    }
     return {name: words for name, words in counts.items() if words}
 
 
@@ -96,4 +109,6 @@ def test_exceptions_only_shrink():
 
 
 if __name__ == "__main__":
-    EXCEPTIONS.write_text(yaml.safe_dump({name: dict(sorted(words.items())) for name, words in uses().items()}), encoding="utf-8")
+    EXCEPTIONS.write_text(
+        yaml.safe_dump({name: dict(sorted(words.items())) for name, words in uses().items()}), encoding="utf-8"
+    )

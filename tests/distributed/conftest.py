@@ -25,4 +25,6 @@ def _process(rank: int, workers: int, store: str, work: Callable[..., Any], argu
 
 def run_workers(workers: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> None:
     """Run `work(*arguments)` in that many processes of one group; they meet at a file, so no port is needed."""
-    multiprocessing.spawn(_process, (workers, str(folder / f"store-{uuid.uuid4().hex}"), work, arguments), nprocs=workers)
+    multiprocessing.spawn(
+        _process, (workers, str(folder / f"store-{uuid.uuid4().hex}"), work, arguments), nprocs=workers
+    )

@@ -21,7 +21,10 @@ from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.towers import compile_towers
 from tests.worlds.synthetic_features import tiny_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++"),
+]
 
 CPU = torch.device("cpu")
 TEXTS = ["calm piano at night", "fast techno", "calm techno", "slow choir", "piano", "night"]
@@ -30,7 +33,9 @@ TEXTS = ["calm piano at night", "fast techno", "calm techno", "slow choir", "pia
 def batch(model: HTCL, valid: list[int]) -> Batch:
     count = len(valid)
     mel = torch.randn(count, max(valid), 16, generator=torch.Generator().manual_seed(0)) * 12 - 40
-    return Batch(mel, torch.tensor(valid), model.text_encoder.tokenize(TEXTS[:count]), torch.arange(count)[:, None].repeat(1, 3))
+    return Batch(
+        mel, torch.tensor(valid), model.text_encoder.tokenize(TEXTS[:count]), torch.arange(count)[:, None].repeat(1, 3)
+    )
 
 
 def gradients(model: HTCL) -> dict[str, Tensor]:
@@ -55,7 +60,8 @@ def test_compiled_towers():
     assert list(model.state_dict()) == names
     task = Task("pretrain", 6, 1, lambda epoch: torch.arange(6).numpy(), pretrain_terms, {"text": 1.0})
 
-    # with dropout: two passes equal one graph over the same micro-batches and random numbers, for lengths of several kinds
+    # with dropout: two passes equal one graph over the same micro-batches and random numbers, for lengths of several
+    # kinds
     for valid in ([32, 9, 20, 31, 12, 5], [17, 28, 8, 11, 30, 21]):
         torch.manual_seed(3)
         start = get_rng_state(CPU)

@@ -65,12 +65,19 @@ VARIANTS = [
 
 
 def song_rows(variant: Variant) -> np.ndarray:
-    """Song numbers [ROWS, songs per row]: a song twice, a trigger that is recalled elsewhere, repeated triggers, no rejected song."""
+    """Song numbers [ROWS, songs per row]: a song twice, a trigger that is recalled elsewhere, repeated triggers, no
+    rejected song."""
     triggers = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 10, 1])
     recalled = np.array([12, 0, 13, 14, 15, 16, 17, 18, 19, 2, 11, 9])
     rejected = np.array([9, 13, 13, 8, 5, 19, 2, 18, 4, 2, 17, 14])
     rehearsed = np.random.default_rng(3).permutation(2 * SONGS)[: 2 * ROWS].reshape(2, ROWS) % SONGS
-    columns = [triggers] if variant.stage == 1 else [triggers, recalled, rejected] if variant.rejected else [triggers, recalled]
+    columns = (
+        [triggers]
+        if variant.stage == 1
+        else [triggers, recalled, rejected]
+        if variant.rejected
+        else [triggers, recalled]
+    )
     return np.stack([*columns, *rehearsed[: variant.rehearsed]], axis=1)
 
 
@@ -150,7 +157,9 @@ class Entries:
         self.model, self.variant = model, variant
 
     def seen(self, rows: list[int], columns: list[int]) -> Tensor:
-        return torch.tensor([[i == j or not excluded(a, b, self.variant) for j, b in enumerate(columns)] for i, a in enumerate(rows)])
+        return torch.tensor(
+            [[i == j or not excluded(a, b, self.variant) for j, b in enumerate(columns)] for i, a in enumerate(rows)]
+        )
 
     def term(
         self,
@@ -179,7 +188,9 @@ class Entries:
         correct = torch.zeros(SONGS, 2) if not self.variant.corrected or name == "text" else LOG_Q
         there = torch.where(keep, logits - correct[second_songs, drawn_as[1]], -torch.inf)
         back = torch.where(keep, logits - correct[first_songs, drawn_as[0]][:, None], -torch.inf)[:, :rows]
-        return -(torch.log_softmax(there, dim=1).diagonal().mean() + torch.log_softmax(back, dim=0).diagonal().mean()) / 2
+        return (
+            -(torch.log_softmax(there, dim=1).diagonal().mean() + torch.log_softmax(back, dim=0).diagonal().mean()) / 2
+        )
 
 
 def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:
@@ -201,7 +212,9 @@ def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:
         named_songs = [songs[row] for row in named]
         terms = {
             "text": entries.term("text", audio[named], text[named], named_songs, named_songs),
-            "preference": entries.term("preference", audio[:ROWS], audio[preferred], trigger, songs[preferred], used=used),
+            "preference": entries.term(
+                "preference", audio[:ROWS], audio[preferred], trigger, songs[preferred], used=used
+            ),
             "fusion": (there + back) / 2,
         }
     sum(WEIGHTS[variant.stage][name] * term for name, term in terms.items()).backward()
@@ -214,7 +227,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: t
     largest = max(tensor.abs().max().item() for name, tensor in expected.items() if not name.startswith("loss"))
     for name, tensor in expected.items():
         difference = (found[name] - tensor).abs().max().item()
-        assert difference <= TOLERANCE[dtype] * largest, f"{name} differs by {difference:.2e}; the largest gradient entry is {largest:.2e}"
+        assert difference <= TOLERANCE[dtype] * largest, (
+            f"{name} differs by {difference:.2e}; the largest gradient entry is {largest:.2e}"
+        )
 
 
 CASES = [(variant, dtype, micro) for variant in STANDARD for dtype in TOLERANCE for micro in (None, 2)]
@@ -249,12 +264,16 @@ def test_variants_differ():
     """Each variant has another gradient than its stage's standard, so none of them can be mistaken for it."""
     for variant in VARIANTS:
         plain = expected_of(STANDARD[variant.stage - 1], torch.float64)["audio_head.0.weight"]
-        assert (expected_of(variant, torch.float64)["audio_head.0.weight"] - plain).abs().max() > 1e-3 * plain.abs().max()
+        assert (
+            expected_of(variant, torch.float64)["audio_head.0.weight"] - plain
+        ).abs().max() > 1e-3 * plain.abs().max()
 
 
 def test_without_a_process_group():
     for variant in STANDARD + VARIANTS:
-        assert_equal(compute(build(variant, torch.float64), variant), expected_of(variant, torch.float64), torch.float64)
+        assert_equal(
+            compute(build(variant, torch.float64), variant), expected_of(variant, torch.float64), torch.float64
+        )
 
 
 def talk(folder: str) -> None:
@@ -274,9 +293,20 @@ def talk(folder: str) -> None:
     collectives.wait_for_all()
     numbers = collectives.gather_rows(torch.tensor([[rank()]]))
     cpu = torch.device("cpu")
-    counted = torch.tensor([collectives.least_over_workers(7 - 3 * rank(), cpu), collectives.workers_on_this_machine(cpu)])
-    state = {"gathered": everyone.detach(), "gradient": own.grad, "weight": module.weight.detach(), "numbers": numbers, "counted": counted}
-    torch.save(state | {"big": big.grad, "odd": odd.grad, "none": torch.tensor(unused.grad is None)}, Path(folder) / f"{rank()}.pt")
+    counted = torch.tensor(
+        [collectives.least_over_workers(7 - 3 * rank(), cpu), collectives.workers_on_this_machine(cpu)]
+    )
+    state = {
+        "gathered": everyone.detach(),
+        "gradient": own.grad,
+        "weight": module.weight.detach(),
+        "numbers": numbers,
+        "counted": counted,
+    }
+    torch.save(
+        state | {"big": big.grad, "odd": odd.grad, "none": torch.tensor(unused.grad is None)},
+        Path(folder) / f"{rank()}.pt",
+    )
 
 
 def test_collectives(tmp_path: Path):

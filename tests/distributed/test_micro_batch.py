@@ -24,7 +24,9 @@ def probe(folder: str) -> None:
     model = HTCL.untrained(tiny_config("unused"), train_wordpiece(["calm piano"], 60))
     tokens = model.text_encoder.tokenize(["calm piano"])
     song = Batch(torch.zeros(1, 32, 16), torch.tensor([32]), tokens, torch.zeros(1, 3, dtype=torch.int64))
-    five_rows = micro_batch._fixed(model, song, 16) + micro_batch._kept_bytes(model.train(), micro_batch._repeated(song, 5)) + 1
+    five_rows = (
+        micro_batch._fixed(model, song, 16) + micro_batch._kept_bytes(model.train(), micro_batch._repeated(song, 5)) + 1
+    )
     found = []
     for memory in ((1e9, 1e9), (1e9, 2 * five_rows), (1e9, 1e3)):
         micro_batch._available = lambda device, memory=memory: memory[rank()]  # type: ignore[assignment]

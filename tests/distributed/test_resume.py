@@ -1,4 +1,5 @@
-"""A run that ends at any step and is resumed by new processes has the weights of one that was never ended, bit for bit."""
+"""A run that ends at any step and is resumed by new processes has the weights of one that was never ended, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ OVERRIDES = {
 }
 
 
-def train_stage(world: World, stage: int, folder: Path, resume_at: int | None = None, **more: Any) -> dict[str, torch.Tensor]:
+def train_stage(
+    world: World, stage: int, folder: Path, resume_at: int | None = None, **more: Any
+) -> dict[str, torch.Tensor]:
     """Train from the start, leaving a checkpoint of every step in `folder`, or from one of those; dropout is on."""
     config = world.config.with_overrides({**OVERRIDES, **more})
     model = world.model(stage, config) if resume_at is None else HTCL.from_pretrained(folder / f"step-{resume_at}")
@@ -97,7 +100,9 @@ def test_resumed_at_any_step_bit_for_bit(tmp_path: Path):
             for worker in range(2):
                 found = torch.load(tmp_path / f"resumed-{stage}-{step}-{worker}.pt", weights_only=True)
                 different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
-                assert not different, f"stage {stage} resumed after step {step}, worker {worker}: {different[:3]} differ"
+                assert not different, (
+                    f"stage {stage} resumed after step {step}, worker {worker}: {different[:3]} differ"
+                )
 
 
 def test_resumed_with_another_number_of_workers(tmp_path: Path):
@@ -107,4 +112,6 @@ def test_resumed_with_another_number_of_workers(tmp_path: Path):
     run_workers(1, tmp_path, resumed_alone, str(tmp_path))
     expected, found = (torch.load(tmp_path / name, weights_only=True) for name in ("two-0.pt", "one.pt"))
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

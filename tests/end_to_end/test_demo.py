@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
 def test_make_demo(tmp_path: Path):
     """Its environment is this one: a `.venv` that is up to date is not installed again."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
@@ -25,7 +27,12 @@ def test_make_demo(tmp_path: Path):
     (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (tmp_path / ".venv/.installed").touch()
     done = subprocess.run(
-        ["make", "demo"], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=3000
+        ["make", "demo"],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert "Traceback" not in done.stdout + done.stderr
@@ -35,7 +42,12 @@ def test_make_demo(tmp_path: Path):
     for index in (tmp_path / "workspace/index").glob("*/manifest.json"):
         assert "gate" in index.read_text()
     again = subprocess.run(
-        ["make", "demo"], cwd=tmp_path, env={**environment(), "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=3000
+        ["make", "demo"],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert again.returncode == 0, again.stdout[-5000:] + again.stderr[-5000:]
     assert again.stdout.count("already done") >= 5

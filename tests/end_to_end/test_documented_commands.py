@@ -1,8 +1,10 @@
-"""The commands that the README and the pages show, given to a shell exactly as they are shown, in the order of a reader.
+"""The commands that the README and the pages show, given to a shell exactly as they are shown, in the order of a
+reader.
 
-The reader's folder holds a small world with what the pages speak of: `songs.parquet`, `log.parquet`, `song.mp3`, `gate.yaml`, songs that
-are called `SONG_ID`, `a` or `b`. Nothing of a line is changed or left out. `NOT_HERE` lists what needs a cloud, Docker, Kubernetes, a
-cluster or another installation, each with the test that checks its files or runs the same under other names.
+The reader's folder holds a small world with what the pages speak of: `songs.parquet`, `log.parquet`, `song.mp3`,
+`gate.yaml`, songs that are called `SONG_ID`, `a` or `b`. Nothing of a line is changed or left out. `NOT_HERE` lists
+what needs a cloud, Docker, Kubernetes, a cluster or another installation, each with the test that checks its files or
+runs the same under other names.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Line(NamedTuple):
 
 
 def lines() -> list[Line]:
-    """Every command of the shell blocks, those of the README and of the page about one's own data first; continued lines are one."""
+    """Every command of the shell blocks, those of the README and of the page about one's own data first; continued
+    lines are one."""
     found: list[Line] = []
     for page in sorted(PAGES, key=lambda page: page.name not in ("README.md", "own-data.md")):
         data = (variables(PAGES[0]) | variables(page))["DATA"]
@@ -76,7 +79,10 @@ def lines() -> list[Line]:
             begun = ""
             for line in block.splitlines():
                 begun += f"\n{line}" if begun else line
-                if not line.endswith("\\") and subprocess.run(["bash", "-n", "-c", begun], capture_output=True).returncode == 0:
+                if (
+                    not line.endswith("\\")
+                    and subprocess.run(["bash", "-n", "-c", begun], capture_output=True).returncode == 0
+                ):
                     found.append(Line(page.name, begun.strip(), data))
                     begun = ""
             assert not begun, f"{page.name}: {begun}"
@@ -85,7 +91,11 @@ def lines() -> list[Line]:
 
 def here(pattern: str) -> list[Line]:
     """The lines that begin with one of these, each once."""
-    chosen = [line for line in lines() if not any(re.match(other, line.text) for other in NOT_HERE) and re.match(pattern, line.text)]
+    chosen = [
+        line
+        for line in lines()
+        if not any(re.match(other, line.text) for other in NOT_HERE) and re.match(pattern, line.text)
+    ]
     return list({(line.text, line.data): line for line in chosen}.values())
 
 
@@ -110,7 +120,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             paths = pa.array([str(folder / "sample" / path) for path in table["audio_path"].to_pylist()])
             table = table.set_column(table.column_names.index("audio_path"), "audio_path", paths)
             theirs = {"song_id": "track_uri", "audio_path": "file"}
-            pq.write_table(table.rename_columns([theirs.get(name, name) for name in table.column_names]), folder / "tracks.parquet")
+            pq.write_table(
+                table.rename_columns([theirs.get(name, name) for name in table.column_names]), folder / "tracks.parquet"
+            )
             waveform, rate = soundfile.read(paths[0].as_py())
             soundfile.write(folder / "song.mp3", waveform, rate)
         pq.write_table(table, folder / file)
@@ -133,7 +145,9 @@ def run(line: Line, world: Path) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def named(folder: Path, *names: str) -> Iterator[None]:
     """For as long as it lasts, the oldest artifact of a folder has the first name too, the newest the last."""
-    made = sorted((path for path in folder.glob("*/") if (path / "manifest.json").exists()), key=lambda path: path.stat().st_mtime)
+    made = sorted(
+        (path for path in folder.glob("*/") if (path / "manifest.json").exists()), key=lambda path: path.stat().st_mtime
+    )
     for name, target in zip(names, (made[0], made[-1]), strict=False):
         (folder / name).symlink_to(target)
     try:
@@ -145,7 +159,11 @@ def named(folder: Path, *names: str) -> Iterator[None]:
 
 def test_every_line_is_run_here_or_named():
     ran = {line.text for pattern in (r"htcl ", "curl ", 'DATA="', SERVERS) for line in here(pattern)}
-    unknown = [line for line in lines() if line.text not in ran and not any(re.match(pattern, line.text) for pattern in NOT_HERE)]
+    unknown = [
+        line
+        for line in lines()
+        if line.text not in ran and not any(re.match(pattern, line.text) for pattern in NOT_HERE)
+    ]
     assert not unknown
     assert not any(re.match(pattern, "htcl ") for pattern in NOT_HERE), "every command of ours is run as it is written"
     for pattern, why in NOT_HERE.items():
@@ -157,7 +175,8 @@ def test_every_line_is_run_here_or_named():
 
 @pytest.fixture(scope="module")
 def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
-    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning."""
+    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and
+    tuning."""
     done = {}
     for line in here("htcl "):
         if "RUN_A" in line.text:
@@ -171,10 +190,14 @@ def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
 def test_steps(steps: dict[Line, subprocess.CompletedProcess[str]], world: Path):
     assert len(steps) >= 14
     for line, done in steps.items():
-        failed_gate = "--gate default" in line.text and done.returncode == GATE_FAILED and "the gate failed" in done.stderr
+        failed_gate = (
+            "--gate default" in line.text and done.returncode == GATE_FAILED and "the gate failed" in done.stderr
+        )
         assert done.returncode == 0 or failed_gate, f"{line}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stdout + done.stderr, line
-    assert {path.name for path in world.iterdir() if path.is_dir()} == {"sample", "workspace", "WORKSPACE"}, "nothing was written elsewhere"
+    assert {path.name for path in world.iterdir() if path.is_dir()} == {"sample", "workspace", "WORKSPACE"}, (
+        "nothing was written elsewhere"
+    )
     (trials,) = (world / "workspace/runs/tune").glob("*/trials.jsonl")
     states = [json.loads(text)["state"] for text in trials.read_text().splitlines()]
     assert "finished" in states
@@ -227,11 +250,15 @@ def test_servers_answer_every_request_that_is_shown(world: Path, line: Line):
         for request in requests:
             done = run(request, world)
             assert done.returncode == 0, f"{request}\n{done.stdout}{done.stderr}"
-            assert not re.search(r'"error"|status="failed"|"status": ?"failed"', done.stdout), f"{request}\n{done.stdout}"
+            assert not re.search(r'"error"|status="failed"|"status": ?"failed"', done.stdout), (
+                f"{request}\n{done.stdout}"
+            )
 
 
 @pytest.mark.usefixtures("steps")
-def test_python_of_the_readme_and_of_own_data(world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_python_of_the_readme_and_of_own_data(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """What is read there is what the steps wrote."""
     monkeypatch.chdir(world)
     waveform, rate = soundfile.read("song.mp3", dtype="float32")

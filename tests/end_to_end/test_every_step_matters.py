@@ -1,6 +1,7 @@
 """Each step's output depends on the one before: spoil one input, and the answers change and the metric falls to chance.
 
-One small world, run once as it is and then with noise for audio, an untrained checkpoint, shuffled captions, and a permuted log.
+One small world, run once as it is and then with noise for audio, an untrained checkpoint, shuffled captions, and a
+permuted log.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def changed_answers(one: Outcome, other: Outcome) -> None:
 
 
 def test_the_small_world_is_learned(baseline: Outcome):
-    """So that the falls below mean something. How far stage 2 exceeds stage 1 needs more songs: benchmarks/sample_world.py."""
+    """So that the falls below mean something. How far stage 2 exceeds stage 1 needs more songs:
+    benchmarks/sample_world.py."""
     assert baseline.median_rank_share() < 0.2  # chance 0.5
     assert baseline.probe() > 0.3  # chance 0.1
     assert baseline.user_auc("preference") > 0.6  # chance 0.5
@@ -113,7 +115,9 @@ def test_initial_checkpoint(baseline: Outcome, world: SampleTables, query: tuple
     assert TEXT_FINDS_SOUND in outcome.failed_bounds
 
 
-def test_permuted_log(baseline: Outcome, baseline_workspace: Path, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
+def test_permuted_log(
+    baseline: Outcome, baseline_workspace: Path, world: SampleTables, query: tuple[bytes, str], tmp_path: Path
+):
     """Songs exchanged throughout the log: as many rows, as skewed, but nobody's taste is in the sound any more.
 
     Features and stage 1 are the baseline's own, and recognised: they do not depend on the log.
@@ -126,7 +130,9 @@ def test_permuted_log(baseline: Outcome, baseline_workspace: Path, world: Sample
         shuffled = songs.copy()
         random.Random(0).shuffle(shuffled)
         other = dict(zip(songs, shuffled, strict=True))
-        return [row | {"song_id": other[row["song_id"]], "trigger_song_id": other[row["trigger_song_id"]]} for row in rows]
+        return [
+            row | {"song_id": other[row["song_id"]], "trigger_song_id": other[row["trigger_song_id"]]} for row in rows
+        ]
 
     tables = SampleTables(world.catalog, rewrite(world.interactions, tmp_path / "log.csv", permute))
     outcome = run_every_step(configuration(tmp_path / "workspace", tables, **EPOCHS), *query)
@@ -142,7 +148,10 @@ def test_shuffled_captions(baseline: Outcome, world: SampleTables, query: tuple[
     def shuffle(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         words = [{name: row[name] for name in ("genre", "mood", "tags")} for row in rows]
         random.Random(0).shuffle(words)
-        return [row | other | {"audio_path": str(world.catalog.parent / row["audio_path"])} for row, other in zip(rows, words, strict=True)]
+        return [
+            row | other | {"audio_path": str(world.catalog.parent / row["audio_path"])}
+            for row, other in zip(rows, words, strict=True)
+        ]
 
     tables = SampleTables(rewrite(world.catalog, tmp_path / "catalog.csv", shuffle), world.interactions)
     outcome = run_every_step(configuration(tmp_path / "workspace", tables, **{**EPOCHS, "finetune__epochs": 1}), *query)

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu` on the CPU at toy size, in an environment that holds nothing but what the GPU machine has."""
+"""`python -m benchmarks.gpu` on the CPU at toy size, in an environment that holds nothing but what the GPU machine
+has."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ ABSENT = ("ray", "faiss", "librosa", "soundfile", "soxr", "optuna", "fastapi", "
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter whose site-packages link to the named distributions, and what they require, of this environment."""
+    """An interpreter whose site-packages link to the named distributions, and what they require, of this
+    environment."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     [site] = folder.glob("lib/python*/site-packages")
@@ -56,7 +58,9 @@ def test_the_environment_lacks_what_the_gpu_machine_lacks(python: Path):
     code = f"import importlib.util; print([name for name in {ABSENT} if importlib.util.find_spec(name)])"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == "[]"
-    assert all(name in sys.modules or importlib.util.find_spec(name) for name in ("ray", "faiss", "soundfile")), "here they are present"
+    assert all(name in sys.modules or importlib.util.find_spec(name) for name in ("ray", "faiss", "soundfile")), (
+        "here they are present"
+    )
 
 
 @pytest.mark.timeout(2000)
@@ -80,7 +84,9 @@ def test_every_part_runs_there(python: Path, tmp_path: Path):
     [profile] = units["profile"].values()
     assert len(profile["kernels"]) == 20
     printed = done.stdout.splitlines()
-    assert all(any(name in line for line in printed) for part in units.values() for name in part), "a line for each measurement"
+    assert all(any(name in line for line in printed) for part in units.values() for name in part), (
+        "a line for each measurement"
+    )
 
 
 def test_it_ends_within_its_time(python: Path, tmp_path: Path):

@@ -45,7 +45,9 @@ def test_bad_input_fails_the_job_with_its_sentence(head: Head, tmp_path: Path):
 
 
 def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path):
-    config = tiny_config(tmp_path / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1, "pretrain.epochs": 1})
+    config = tiny_config(
+        tmp_path / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1, "pretrain.epochs": 1}
+    )
     config = config.with_overrides(
         {"finetune.epochs": 1, "finetune.pairs_per_epoch": 64, "evaluate.resamples": 100, "finetune.num_workers": 1}
     )

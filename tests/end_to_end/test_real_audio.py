@@ -30,7 +30,9 @@ def through_to_search(catalog: Path, workspace: Path, *flags: str) -> list[dict]
     common = ["--preset", "demo", "--workspace", str(workspace), "--set", f"data.catalog={catalog}", *SHORT, *flags]
     for step in ("preprocess", "pretrain", "embed", "index", "evaluate"):
         run(step, *common)
-    first = Workspace(str(workspace)).read_tables(f"features/{Workspace(str(workspace)).children('features')[0]}", ["song_id"])
+    first = Workspace(str(workspace)).read_tables(
+        f"features/{Workspace(str(workspace)).children('features')[0]}", ["song_id"]
+    )
     song = first["song_id"][0].as_py()
     neighbours = json.loads(run("search", *common, "--song-id", song, "-k", "5", "--json"))["results"]
     assert song not in [hit["song_id"] for hit in neighbours]
@@ -48,7 +50,9 @@ def test_music_without_logs_carries_through_to_search(shared_data: Path, tmp_pat
     assert {hit["song_id"] for hit in hits} <= {row["song_id"] for row in rows}
     common = ["--preset", "demo", "--workspace", str(tmp_path), *SHORT]
     for row in rows[::30]:
-        found = json.loads(run("search", *common, "--audio", str(shared_data / row["audio_path"]), "-k", "3", "--json"))["results"]
+        found = json.loads(
+            run("search", *common, "--audio", str(shared_data / row["audio_path"]), "-k", "3", "--json")
+        )["results"]
         best = {hit["song_id"]: hit["score"] for hit in found}
         assert max(best.values()) > 0.9999
         assert best[row["song_id"]] == pytest.approx(max(best.values()), abs=1e-3)
@@ -60,7 +64,15 @@ def test_sounds_with_other_column_names(shared_data: Path, tmp_path: Path):
 
 
 def test_without_a_log_stage_two_is_refused(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    common = ["--preset", "demo", "--workspace", str(tmp_path), "--set", f"data.catalog={shared_data / 'music.csv'}", *SHORT]
+    common = [
+        "--preset",
+        "demo",
+        "--workspace",
+        str(tmp_path),
+        "--set",
+        f"data.catalog={shared_data / 'music.csv'}",
+        *SHORT,
+    ]
     for step in ("preprocess", "pretrain"):
         run(step, *common)
     assert cli.main(["finetune", *common]) == 2

@@ -1,4 +1,5 @@
-"""`htcl evaluate --ablate` on a real cluster: three of its variants, trained, embedded, evaluated and set beside each other."""
+"""`htcl evaluate --ablate` on a real cluster: three of its variants, trained, embedded, evaluated and set beside each
+other."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ CHOSEN = ("full", "without stage 1", "without stage 2", "shuffled captions")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Config:
-    made = tiny_config(tmp_path_factory.mktemp("ablated"), **{"evaluate.resamples": 100, "pretrain.epochs": 2, "finetune.epochs": 1})
+    made = tiny_config(
+        tmp_path_factory.mktemp("ablated"), **{"evaluate.resamples": 100, "pretrain.epochs": 2, "finetune.epochs": 1}
+    )
     write_features(made)
     write_pairs(made)
     generator = np.random.default_rng(0)
@@ -58,10 +61,14 @@ def test_variants_are_trained_apart_and_set_beside_each_other(config: Config, mo
     result = ablate(config)
     tree = json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8"))
     assert [variant["name"] for variant in tree["variants"]] == [*CHOSEN, "chance"]
-    assert {kind: Workspace(config.workspace).children(f"models/{kind}") for kind in models} == models, "no variant can be served"
+    assert {kind: Workspace(config.workspace).children(f"models/{kind}") for kind in models} == models, (
+        "no variant can be served"
+    )
     folders = sorted(Path(config.workspace).glob("ablations/*/*/models/*/*"))
     versions = {kind: [folder for folder in folders if folder.parent.name == kind] for kind in models}
-    assert models["semantic"][0] in [folder.name for folder in versions["semantic"]], "what is trained already is taken over"
+    assert models["semantic"][0] in [folder.name for folder in versions["semantic"]], (
+        "what is trained already is taken over"
+    )
     untrained = [folder for folder in versions["semantic"] if folder.name.startswith("untrained-")]
     assert len(untrained) == 1
     assert HTCL.from_pretrained(untrained[0]).stage == 1

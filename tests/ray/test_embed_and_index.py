@@ -50,11 +50,14 @@ def config(embedded: Config, tmp_path: Path) -> Config:
 
 def written(config: Config, path: str) -> dict[str, bytes]:
     workspace = Workspace(config.workspace)
-    return {name: workspace.read_bytes(f"{path}/{name}") for name in workspace.children(path) if name.endswith(".parquet")}
+    return {
+        name: workspace.read_bytes(f"{path}/{name}") for name in workspace.children(path) if name.endswith(".parquet")
+    }
 
 
 def test_vectors_equal_those_of_each_model_alone(embedded: Config):
-    """Batches in actors give what `embed_mel` gives for one clip, and what a query of the same audio gives, within fp16 storage."""
+    """Batches in actors give what `embed_mel` gives for one clip, and what a query of the same audio gives, within fp16
+    storage."""
     config, workspace = embedded, Workspace(embedded.workspace)
     ids, vectors = read_vectors(workspace, plan(workspace, config).path)
     assert ids == [song_id(i) for i in range(SONGS)]
@@ -73,11 +76,18 @@ def test_vectors_equal_those_of_each_model_alone(embedded: Config):
 def test_files_follow_the_schema_and_the_manifest_names_its_inputs(embedded: Config):
     workspace = Workspace(embedded.workspace)
     path = plan(workspace, embedded).path
-    assert workspace.children(path) == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet"]
+    assert workspace.children(path) == [
+        "manifest.json",
+        "shard-00000.parquet",
+        "shard-00001.parquet",
+        "shard-00002.parquet",
+    ]
     assert workspace.read_tables(path).schema.equals(embeddings_schema(12))
     manifest = workspace.manifest(path)
     assert manifest["inputs"] == {"features": "features-1", "semantic": "semantic-0", "preference": "preference-0"}
-    encoder = SongEncoder.load(*(workspace.local_copy(f"models/{stage}/{stage}-0") for stage in ("semantic", "preference")))
+    encoder = SongEncoder.load(
+        *(workspace.local_copy(f"models/{stage}/{stage}-0") for stage in ("semantic", "preference"))
+    )
     assert manifest["model_versions"] == encoder.model_versions
 
 
@@ -117,7 +127,10 @@ def replace_weights(folder: Path, change: Callable[[HTCL], object]) -> None:
             lambda model: model.audio_head[0].weight[0, 0].fill_(torch.nan),
             r"model\.safetensors holds NaN or infinity under audio_head\.0\.weight",
         ),
-        (lambda model: model.audio_head[-1].weight.mul_(1e38), r"song 'song-\d+' cannot be embedded: the stage-1 model gives input 0"),
+        (
+            lambda model: model.audio_head[-1].weight.mul_(1e38),
+            r"song 'song-\d+' cannot be embedded: the stage-1 model gives input 0",
+        ),
     ],
 )
 def test_a_model_that_gives_no_vectors_embeds_nothing(
@@ -167,7 +180,13 @@ def test_index_holds_every_song_with_its_metadata(config: Config, kind: str):
     workspace = Workspace(config.workspace)
     folder = Path(result.location)
     vectors = [] if kind == "flat" else ["vectors.npy"]
-    assert sorted(file.name for file in folder.iterdir()) == ["index.faiss", "manifest.json", "map.parquet", "songs.parquet", *vectors]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "index.faiss",
+        "manifest.json",
+        "map.parquet",
+        "songs.parquet",
+        *vectors,
+    ]
     index = SongIndex.load(folder)
     assert index.kind == kind
     assert index.songs.schema.equals(INDEX_SONGS)

@@ -41,7 +41,8 @@ LOG_ROWS = 1800
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a catalogue of short clips, two of them broken, and a feedback log, some of whose rows are broken."""
+    """A folder with a catalogue of short clips, two of them broken, and a feedback log, some of whose rows are
+    broken."""
     folder = tmp_path_factory.mktemp("world")
     random = np.random.default_rng(0)
     with open(folder / "songs.csv", "w", newline="") as file:
@@ -86,7 +87,9 @@ def read(workspace: Path, kind: str) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def preprocessed(world: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Path, Config, StepResult]:
+def preprocessed(
+    world: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> tuple[Path, Config, StepResult]:
     workspace = tmp_path_factory.mktemp("workspace")
     config = config_for(world, workspace, data__interactions=str(world / "log.csv"))
     return workspace, config, preprocess(config)
@@ -116,7 +119,10 @@ def test_features_are_those_of_the_audio_layer(preprocessed: tuple[Path, Config,
 
 def test_quarantine_names_every_rejected_row(preprocessed: tuple[Path, Config, StepResult], world: Path) -> None:
     workspace, _, _ = preprocessed
-    tables = [Workspace(str(workspace)).read_tables(f"quarantine/{folder.name}") for folder in (workspace / "quarantine").iterdir()]
+    tables = [
+        Workspace(str(workspace)).read_tables(f"quarantine/{folder.name}")
+        for folder in (workspace / "quarantine").iterdir()
+    ]
     rejected = pa.concat_tables(tables).to_pylist()
     row_of = {row["song_id"]: number for number, row in enumerate(rows_of(world / "songs.csv"))}
     audio = {(r["song_id"], r["row"], r["reason"]) for r in rejected if r["source"] == str(world / "songs.csv")}
@@ -130,7 +136,9 @@ def test_quarantine_names_every_rejected_row(preprocessed: tuple[Path, Config, S
     assert {r["reason"] for r in found} == {"missing_user_id", "unknown_song", "unknown_trigger_song"}
 
 
-def test_events_and_pairs_are_those_of_the_plain_functions(preprocessed: tuple[Path, Config, StepResult], world: Path) -> None:
+def test_events_and_pairs_are_those_of_the_plain_functions(
+    preprocessed: tuple[Path, Config, StepResult], world: Path
+) -> None:
     workspace, config, _ = preprocessed
     songs = read(workspace, "features").select(["song_id", "split"]).combine_chunks()
     log = pa.Table.from_pylist(rows_of(world / "log.csv"))
@@ -142,7 +150,9 @@ def test_events_and_pairs_are_those_of_the_plain_functions(preprocessed: tuple[P
 
     newest = events["timestamp"].to_numpy()[np.array(events["period"].to_pylist()) == "train"].max()
     partial = partial_pairs(events, songs, newest, config.pairs)
-    pairs, _ = finish_pairs(partial, songs["song_id"].combine_chunks(), positives(events, songs, config.pairs), config.pairs)
+    pairs, _ = finish_pairs(
+        partial, songs["song_id"].combine_chunks(), positives(events, songs, config.pairs), config.pairs
+    )
     assert pairs.num_rows > 100
     found = read(workspace, "pairs")
     assert found.schema.equals(PAIRS)
@@ -161,14 +171,20 @@ def test_the_number_of_buckets_and_parts_changes_nothing(
 ) -> None:
     plays = pa.Table.from_pylist(rows_of(world / "log.csv")).select(["user_id", "song_id", "feedback", "timestamp"])
     pq.write_table(plays, tmp_path / "plays.parquet")
-    preprocess(config_for(world, tmp_path / "one", data__interactions=str(tmp_path / "plays.parquet"), pairs__session_gap_minutes=120))
+    preprocess(
+        config_for(
+            world, tmp_path / "one", data__interactions=str(tmp_path / "plays.parquet"), pairs__session_gap_minutes=120
+        )
+    )
 
     (tmp_path / "plays").mkdir()
     for part in range(3):
         pq.write_table(plays.slice(part * 600, 600), tmp_path / "plays" / f"{part}.parquet", row_group_size=100)
     monkeypatch.setattr(tables, "PART_ROWS", 300)
     monkeypatch.setattr(pairs_step, "EVENTS_PER_BUCKET", 300)
-    preprocess(config_for(world, tmp_path / "many", data__interactions=str(tmp_path / "plays"), pairs__session_gap_minutes=120))
+    preprocess(
+        config_for(world, tmp_path / "many", data__interactions=str(tmp_path / "plays"), pairs__session_gap_minutes=120)
+    )
     assert len(list((tmp_path / "many" / "events").glob("*/part-*.parquet"))) > 3
     assert len(list((tmp_path / "many" / "pairs").glob("*/part-*.parquet"))) > 1
     order = [("trigger_song_id", "ascending"), ("song_id", "ascending")]
@@ -178,7 +194,9 @@ def test_the_number_of_buckets_and_parts_changes_nothing(
         assert many.equals(one), "to the last bit"
 
 
-def test_the_second_run_is_skipped_without_ray(preprocessed: tuple[Path, Config, StepResult], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_run_is_skipped_without_ray(
+    preprocessed: tuple[Path, Config, StepResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, config, first = preprocessed
 
     def started(config: Config) -> None:
@@ -190,9 +208,15 @@ def test_the_second_run_is_skipped_without_ray(preprocessed: tuple[Path, Config,
     assert (second.location, second.summary) == (first.location, first.summary)
 
 
-def test_only_pairs_are_made_again_when_only_mining_changes(preprocessed: tuple[Path, Config, StepResult], tmp_path: Path) -> None:
+def test_only_pairs_are_made_again_when_only_mining_changes(
+    preprocessed: tuple[Path, Config, StepResult], tmp_path: Path
+) -> None:
     workspace, config, _ = preprocessed
-    stamps = {path: path.stat().st_mtime_ns for kind in ("features", "events") for path in (workspace / kind).rglob("*.parquet")}
+    stamps = {
+        path: path.stat().st_mtime_ns
+        for kind in ("features", "events")
+        for path in (workspace / kind).rglob("*.parquet")
+    }
     result = preprocess(config.with_overrides({"pairs.min_support": 2}))
     assert not result.skipped
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -234,10 +258,15 @@ def test_shards_without_a_song_do_not_stay(world: Path, tmp_path: Path, ray_clus
     assert {pq.read_metadata(shard).num_rows for shard in shards} == {1}
 
 
-def test_an_artist_and_a_recording_are_in_one_split(tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_artist_and_a_recording_are_in_one_split(
+    tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Half of the songs credit a guest too; two recordings are in the catalogue under another artist's name as well."""
     random = np.random.default_rng(0)
-    artists: list[Any] = [f"Artist {i}" if i % 2 else [f"ARTIST {i - 1 if i else 0}", f"Guest {i // 4} feat. Extra {i}"] for i in range(40)]
+    artists: list[Any] = [
+        f"Artist {i}" if i % 2 else [f"ARTIST {i - 1 if i else 0}", f"Guest {i // 4} feat. Extra {i}"]
+        for i in range(40)
+    ]
     recording = [{30: 1, 35: 2}.get(i, i) for i in range(40)]
     for i in set(recording):
         soundfile.write(tmp_path / f"{i}.wav", 0.3 * random.standard_normal(16000), 16000)
@@ -259,7 +288,9 @@ def test_an_artist_and_a_recording_are_in_one_split(tmp_path: Path, ray_cluster:
 
 def test_no_song_at_all(tmp_path: Path, ray_cluster: None) -> None:
     (tmp_path / "songs.csv").write_text("song_id,audio_path,title\na,songs.csv,This is no audio\n")
-    with pytest.raises(InputError, match=r"no song of .* can be used: 1 rejected \(undecodable 1\), for instance row 0 of"):
+    with pytest.raises(
+        InputError, match=r"no song of .* can be used: 1 rejected \(undecodable 1\), for instance row 0 of"
+    ):
         preprocess(config_for(tmp_path, tmp_path / "ws", data__max_rejected_share=1))
     assert not list((tmp_path / "ws").rglob("manifest.json"))
 
@@ -273,7 +304,9 @@ def test_too_many_rejected_log_rows_leave_no_events(world: Path, tmp_path: Path,
 
 def test_plays_and_affinity_logs(world: Path, tmp_path: Path, ray_cluster: None) -> None:
     plays = "user_id,song_id,timestamp,played_ratio\n" + "".join(
-        f"u{user},song-{song:03d},2024-01-01T0{user}:{10 + n}:00,0.9\n" for user in range(3) for n, song in enumerate((10, 11, 12))
+        f"u{user},song-{song:03d},2024-01-01T0{user}:{10 + n}:00,0.9\n"
+        for user in range(3)
+        for n, song in enumerate((10, 11, 12))
     )
     (tmp_path / "plays.csv").write_text(plays)
     (tmp_path / "affinity.jsonl").write_text(
@@ -281,15 +314,27 @@ def test_plays_and_affinity_logs(world: Path, tmp_path: Path, ray_cluster: None)
     )
     (tmp_path / "ratings.csv").write_text(
         "user_id,song_id,rating\n"
-        + "".join(f"r{user},song-0{song},{rating}\n" for user in range(4) for song, rating in ((30, 5), (31, 4), (32, 1), (33, 3)))
+        + "".join(
+            f"r{user},song-0{song},{rating}\n"
+            for user in range(4)
+            for song, rating in ((30, 5), (31, 4), (32, 1), (33, 3))
+        )
     )
-    days = [{"user_id": f"d{user}", "song_id": f"song-0{song}", "timestamp": "20240101"} for user in range(4) for song in (40, 41)]
-    days += [{**day, "timestamp": "20240102", "feedback": "skip"} for day in days]  # the log begins to write feedback late
+    days = [
+        {"user_id": f"d{user}", "song_id": f"song-0{song}", "timestamp": "20240101"}
+        for user in range(4)
+        for song in (40, 41)
+    ]
+    days += [
+        {**day, "timestamp": "20240102", "feedback": "skip"} for day in days
+    ]  # the log begins to write feedback late
     (tmp_path / "days.jsonl").write_text("".join(json.dumps(day) + "\n" for day in days))
     logs = [str(tmp_path / name) for name in ("plays.csv", "affinity.jsonl", "ratings.csv", "days.jsonl")]
     one_split = {"data__split_shares": [1, 0, 0], "data__held_out_user_share": 0}
     preprocess(config_for(world, tmp_path / "ws", data__interactions=logs, **one_split))
-    pairs = [(row["trigger_song_id"], row["song_id"], row["support"]) for row in read(tmp_path / "ws", "pairs").to_pylist()]
+    pairs = [
+        (row["trigger_song_id"], row["song_id"], row["support"]) for row in read(tmp_path / "ws", "pairs").to_pylist()
+    ]
     assert pairs == [
         ("song-010", "song-011", 3),
         ("song-011", "song-012", 3),
@@ -334,9 +379,13 @@ def test_every_odd_file_ends_as_features_or_with_a_reason(shared_data: Path, tmp
         "oddaudio/flac-test-files__01 - wrong max blocksize.flac"
     } == {f"oddaudio/{name}" for name in silent}
     decodable = {
-        row["file"] for row in rows if row["soundfile_decodable"] == "yes" and float(row["frames"]) >= 0.1 * float(row["sample_rate"])
+        row["file"]
+        for row in rows
+        if row["soundfile_decodable"] == "yes" and float(row["frames"]) >= 0.1 * float(row["sample_rate"])
     }
-    assert decodable - kept - {f"oddaudio/{name}" for name in silent} <= {"oddaudio/flac-test-files__01 - wrong max blocksize.flac"}
+    assert decodable - kept - {f"oddaudio/{name}" for name in silent} <= {
+        "oddaudio/flac-test-files__01 - wrong max blocksize.flac"
+    }
     assert set(reasons.values()) <= {"undecodable", "too_short", "decoder_missing", "silent"}
     assert all(rejected["detail"].to_pylist())
 
@@ -380,8 +429,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, ray_cluster: None) ->
 def test_one_configuration_then_another_then_the_first_again(
     world: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Shared case 07. Training reads what its configuration describes, and another spelling of the tables makes nothing again."""
-    titles, genres = (config_for(world, tmp_path / "workspace", data__text_columns=[column]) for column in ("title", "genre"))
+    """Shared case 07. Training reads what its configuration describes, and another spelling of the tables makes nothing
+    again."""
+    titles, genres = (
+        config_for(world, tmp_path / "workspace", data__text_columns=[column]) for column in ("title", "genre")
+    )
     assert [preprocess(config).skipped for config in (titles, genres, titles)] == [False, False, True]
     workspace = Workspace(titles.workspace)
     for config, text in ((titles, "Title 0"), (genres, "rock, folk")):

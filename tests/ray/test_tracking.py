@@ -1,4 +1,5 @@
-"""The real MLflow and Weights & Biases: an SQLite file read with MLflow's client, and W&B's offline files read record by record."""
+"""The real MLflow and Weights & Biases: an SQLite file read with MLflow's client, and W&B's offline files read record
+by record."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def test_mlflow_holds_one_run_with_every_step_once(tmp_path: Path):
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    train_and_resume(Workspace(str(tmp_path / "workspace")), TrackingSettings(trackers=("mlflow",), project="songs", mlflow_uri=uri))
+    train_and_resume(
+        Workspace(str(tmp_path / "workspace")), TrackingSettings(trackers=("mlflow",), project="songs", mlflow_uri=uri)
+    )
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("songs")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -60,14 +63,18 @@ def test_wandb_writes_one_run_with_every_step_once(tmp_path: Path, monkeypatch: 
     records = [finished_wandb_records(file) for file in files]
     assert [[step for step, _ in part["history"]] for part in records] == [[10, 20], [30]]
     assert [values["validation_recall@10"] for part in records for _, values in part["history"]] == [0.25, 0.5, 0.75]
-    assert [(part["project"], part["name"], part["exit"]) for part in records] == [("songs", "abc", 1), ("songs", "abc", 0)]
+    assert [(part["project"], part["name"], part["exit"]) for part in records] == [
+        ("songs", "abc", 1),
+        ("songs", "abc", 0),
+    ]
     (run_id,) = {part["id"] for part in records}
     assert json.loads((tmp_path / RUN / "trackers.json").read_text()) == {"wandb songs": {"run": run_id, "step": 30}}
     assert records[0]["config"]["pretrain.batch_size"] == 32
 
 
 def finished_wandb_records(file: Path) -> dict[str, Any]:
-    """W&B writes in a process of its own, which may be a moment behind when `finish` returns; the exit is the last record."""
+    """W&B writes in a process of its own, which may be a moment behind when `finish` returns; the exit is the last
+    record."""
     deadline = time.monotonic() + 30
     while "exit" not in (found := wandb_records(file)):
         assert time.monotonic() < deadline, f"{file} has no end: {found}"
@@ -76,7 +83,8 @@ def finished_wandb_records(file: Path) -> dict[str, Any]:
 
 
 def wandb_records(file: Path) -> dict[str, Any]:
-    """What an offline run holds: blocks of 32 KiB with (checksum, length, kind) before each piece, as LevelDB's log, after 7 bytes."""
+    """What an offline run holds: blocks of 32 KiB with (checksum, length, kind) before each piece, as LevelDB's log,
+    after 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, piece = file.read_bytes(), 7, b""
@@ -98,7 +106,12 @@ def wandb_records(file: Path) -> dict[str, Any]:
             found["history"].append((items["_step"], items))
         elif record.WhichOneof("record_type") == "run":
             config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            found |= {"id": record.run.run_id, "project": record.run.project, "name": record.run.display_name, "config": config}
+            found |= {
+                "id": record.run.run_id,
+                "project": record.run.project,
+                "name": record.run.display_name,
+                "config": config,
+            }
         elif record.WhichOneof("record_type") == "exit":
             found["exit"] = record.exit.exit_code
     return found
@@ -107,7 +120,9 @@ def wandb_records(file: Path) -> dict[str, Any]:
 def test_an_address_that_does_not_answer_is_one_sentence(tmp_path: Path):
     settings = TrackingSettings(trackers=("mlflow",), mlflow_uri=f"sqlite:///{tmp_path}/absent/folder/mlflow.db")
     (tmp_path / "absent").write_text("a file where a folder should be")
-    with pytest.raises(ConfigError, match=r"^mlflow cannot be opened at mlflow sqlite:///.* \(.+\); correct the tracking section"):
+    with pytest.raises(
+        ConfigError, match=r"^mlflow cannot be opened at mlflow sqlite:///.* \(.+\); correct the tracking section"
+    ):
         open_trackers(settings, Workspace(str(tmp_path / "workspace")), RUN, PARAMETERS, print)
 
 
@@ -121,7 +136,8 @@ def test_wandb_offline_needs_a_folder_that_stays(monkeypatch: pytest.MonkeyPatch
 
 
 def test_workers_send_what_metrics_jsonl_holds(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    """Through the pipeline, with an address relative to the caller's folder; and tracking is no part of what a model is."""
+    """Through the pipeline, with an address relative to the caller's folder; and tracking is no part of what a model
+    is."""
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)
@@ -138,6 +154,9 @@ def test_workers_send_what_metrics_jsonl_holds(tmp_path: Path, ray_cluster: None
     assert found.data.params["model.dim"] == "16"
     for name in lines[0]:
         if name != "step":
-            sent = [(point.step, point.value) for point in client.get_metric_history(found.info.run_id, name.replace("@", "_at_"))]
+            sent = [
+                (point.step, point.value)
+                for point in client.get_metric_history(found.info.run_id, name.replace("@", "_at_"))
+            ]
             assert sent == [(line["step"], line[name]) for line in lines], name
     assert pretrain(config).skipped

@@ -46,12 +46,22 @@ def test_models_are_published_with_their_inputs(trained: Config):
     models = inputs.models(workspace, trained, "synthetic")
     assert models.preference is not None
     assert models.semantic.manifest["inputs"] == {"features": "synthetic"}
-    assert models.preference.manifest["inputs"] == {"features": "synthetic", "pairs": "pairs", "model": models.semantic.version}
+    assert models.preference.manifest["inputs"] == {
+        "features": "synthetic",
+        "pairs": "pairs",
+        "model": models.semantic.version,
+    }
     for stage, artifact in enumerate((models.semantic, models.preference), start=1):
         folder = Path(workspace.full(artifact.path))
         assert HTCL.from_pretrained(folder).stage == stage
-        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
-        assert set(artifact.manifest["files"]) == present >= {"model.safetensors", "config.json", "README.md", "tokenizer/tokenizer.json"}
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {
+            "manifest.json"
+        }
+        assert (
+            set(artifact.manifest["files"])
+            == present
+            >= {"model.safetensors", "config.json", "README.md", "tokenizer/tokenizer.json"}
+        )
         assert all(file_sha256(folder / name) == sha for name, sha in artifact.manifest["files"].items())
         assert artifact.manifest["config"] == trained.model_dump(mode="json")
         assert {"loss", "validation_recall@10", "validation_median_rank"} <= set(artifact.manifest["quality"])
@@ -79,7 +89,8 @@ def test_stage_2_of_another_configuration_is_refused(trained: Config):
 
 
 def test_two_ranks_see_different_songs_and_one_set_of_negatives(trained: Config, tmp_path: Path):
-    """In workers as the pipeline starts them: each encodes its own songs, both compare with the same gathered candidates."""
+    """In workers as the pipeline starts them: each encodes its own songs, both compare with the same gathered
+    candidates."""
     import ray.train
     import ray.train.torch
 
@@ -114,15 +125,23 @@ def test_two_ranks_see_different_songs_and_one_set_of_negatives(trained: Config,
 
 def test_an_error_of_a_worker_is_one_sentence(trained: Config):
     """A loss that is no number would be the same after a restart, so it ends the run at once."""
-    config = trained.with_overrides({"pretrain.learning_rate": 1e30, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None})
-    with pytest.raises(StepError, match=r"^pretrain: the gradient of step \d+ has norm .* lower pretrain\.learning_rate"):
+    config = trained.with_overrides(
+        {"pretrain.learning_rate": 1e30, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None}
+    )
+    with pytest.raises(
+        StepError, match=r"^pretrain: the gradient of step \d+ has norm .* lower pretrain\.learning_rate"
+    ):
         pretrain(config)
 
 
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"pretrain.num_workers": 16, "pretrain.batch_size": 16}, ConfigError, r"num_workers × .* is 16 CPUs, .* has 4"),
+        (
+            {"pretrain.num_workers": 16, "pretrain.batch_size": 16},
+            ConfigError,
+            r"num_workers × .* is 16 CPUs, .* has 4",
+        ),
         ({"text.name_or_path": "no/such/model"}, ConfigError, "text model 'no/such/model' cannot be loaded"),
         ({"pretrain.best_metric": "validation_pair_recall@10"}, ConfigError, "stage 1 has no pairs"),
         ({"audio.n_mels": 17}, MismatchError, r"audio\.n_mels=16, but the configuration says 17"),
@@ -159,7 +178,9 @@ def without_pairs(trained: Config, folder: Path) -> Config:
     return trained.with_overrides({"workspace": str(folder)})
 
 
-def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_best_metric_that_no_epoch_would_have_is_refused(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
     config = without_pairs(trained, tmp_path / "workspace")
     write_pairs(config, songs=18)  # training songs only
@@ -167,7 +188,9 @@ def test_a_best_metric_that_no_epoch_would_have_is_refused(trained: Config, tmp_
         finetune(config.with_overrides({"finetune.best_metric": "validation_pair_recall@10"}))
 
 
-def test_pairs_of_unknown_songs_are_counted_before_training(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_pairs_of_unknown_songs_are_counted_before_training(
+    trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = without_pairs(trained, tmp_path / "workspace")
     write_pairs(config, songs=0, extra=5)
     with pytest.raises(WorkspaceError, match=r"pairs/pairs has 0 usable training pair"):
@@ -180,7 +203,9 @@ def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, ca
     config = trained.with_overrides({"finetune.explicit_negatives": True, "finetune.loss": "sigmoid"})
     with monkeypatch.context() as patch:
         patch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
-        with pytest.raises(WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"):
+        with pytest.raises(
+            WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"
+        ):
             finetune(config)
         write_negatives(config, [(0, 3, 1.0)])
         with pytest.raises(WorkspaceError, match="give a log with skips or dislikes"):
@@ -191,7 +216,10 @@ def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, ca
     assert "1 negatives are left out" in capsys.readouterr().out
     model = HTCL.from_pretrained(result.location)
     assert model.record.loss == "sigmoid"
-    assert artifacts.newest_semantic(Workspace(trained.workspace), "failed").manifest["config"]["pretrain"]["loss"] == "softmax"
+    assert (
+        artifacts.newest_semantic(Workspace(trained.workspace), "failed").manifest["config"]["pretrain"]["loss"]
+        == "softmax"
+    )
 
 
 KILLED = """
@@ -204,10 +232,18 @@ from htcl_ray.pipelines.train import finetune, pretrain
 
 @pytest.mark.parametrize("step", ["pretrain", "finetune"])
 def test_a_killed_run_continues_after_its_last_checkpoint(step: str, trained: Config, tmp_path: Path):
-    """The driver and its private cluster are killed mid-run; the same command ends with the weights of a run that was not killed."""
+    """The driver and its private cluster are killed mid-run; the same command ends with the weights of a run that was
+    not killed."""
     epochs = 12
-    changes = {f"{step}.epochs": epochs, f"{step}.checkpoint_every_steps": 1, "finetune.pairs_per_epoch": 48, "ray.num_cpus": 4}
-    configs = {name: trained.with_overrides({**changes, "workspace": str(tmp_path / name)}) for name in ("killed", "whole")}
+    changes = {
+        f"{step}.epochs": epochs,
+        f"{step}.checkpoint_every_steps": 1,
+        "finetune.pairs_per_epoch": 48,
+        "ray.num_cpus": 4,
+    }
+    configs = {
+        name: trained.with_overrides({**changes, "workspace": str(tmp_path / name)}) for name in ("killed", "whole")
+    }
     for config in configs.values():
         for kept in ("features", "pairs", *([] if step == "pretrain" else ["models/semantic"])):
             shutil.copytree(Path(trained.workspace) / kept, Path(config.workspace) / kept)
@@ -253,12 +289,17 @@ def _stored(runs: Path) -> int:
 def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Ranks of twelve validation songs go up and down; checkpoints within epochs have none and are never chosen."""
     changes = {"pretrain.epochs": 5, "pretrain.best_metric": "validation_median_rank", "pretrain.keep_checkpoints": 2}
-    config = trained.with_overrides({**changes, "workspace": str(tmp_path / "best"), "pretrain.checkpoint_every_steps": 1})
+    config = trained.with_overrides(
+        {**changes, "workspace": str(tmp_path / "best"), "pretrain.checkpoint_every_steps": 1}
+    )
     write_features(config)
     pretrain(config)
     workspace = Workspace(config.workspace)
     model = artifacts.newest_semantic(workspace, "failed")
-    lines = [json.loads(line) for line in workspace.read_bytes(f"{model.manifest['run']}/metrics.jsonl").decode().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in workspace.read_bytes(f"{model.manifest['run']}/metrics.jsonl").decode().splitlines()
+    ]
     quality = model.manifest["quality"]
     assert quality["validation_median_rank"] == min(line["validation_median_rank"] for line in lines)
     assert quality["loss"] == next(line["loss"] for line in lines if line["epoch"] == quality["epoch"])

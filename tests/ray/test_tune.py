@@ -29,7 +29,13 @@ SPACE = {"pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretr
 
 
 def tune_config(workspace: Path, **overrides: object) -> Config:
-    settings = {"tune.space": SPACE, "tune.reports": 4, "tune.trials": 4, "pretrain.num_workers": 1, "finetune.num_workers": 1}
+    settings = {
+        "tune.space": SPACE,
+        "tune.reports": 4,
+        "tune.trials": 4,
+        "pretrain.num_workers": 1,
+        "finetune.num_workers": 1,
+    }
     config = tiny_config(workspace, **{"pretrain.epochs": 4, **settings, **overrides})
     write_features(config)
     write_pairs(config)
@@ -38,7 +44,9 @@ def tune_config(workspace: Path, **overrides: object) -> Config:
 
 def processes() -> list[str]:
     """Titles of all processes below this one."""
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     rows = [line.split(None, 2) for line in lines]
     ours = {os.getpid()}
     for _ in range(8):
@@ -62,15 +70,22 @@ def test_every_trial_sees_equally_many_rows_and_is_what_its_metrics_say(searched
     trials = table(searched)
     assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
     assert {trial["state"] for trial in trials} == {"finished"}
-    assert len({trial["parameters"]["pretrain.batch_size"] for trial in trials}) > 1, "the search must have tried several batch sizes"
+    assert len({trial["parameters"]["pretrain.batch_size"] for trial in trials}) > 1, (
+        "the search must have tried several batch sizes"
+    )
     for trial in trials:
         assert [item["rows"] for item in trial["history"]] == [32, 64, 96, 128]
-        run = Path(searched.workspace) / f"runs/tune/pretrain/trials/{trial['number']:04d}/runs/pretrain/pretrain-{trial['number']:04d}"
+        run = (
+            Path(searched.workspace)
+            / f"runs/tune/pretrain/trials/{trial['number']:04d}/runs/pretrain/pretrain-{trial['number']:04d}"
+        )
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [line["validation_recall@10"] for line in lines] == [item["semantic"] for item in trial["history"]]
         assert lines[0]["candidates"] == trial["parameters"]["pretrain.batch_size"]
         assert not list(run.glob("checkpoint_*")), "a trial that has ended keeps its metrics only"
-    assert trials[0]["parameters"] == {"pretrain.temperature": 0.074, "pretrain.batch_size": 16}, "the configuration as it is comes first"
+    assert trials[0]["parameters"] == {"pretrain.temperature": 0.074, "pretrain.batch_size": 16}, (
+        "the configuration as it is comes first"
+    )
 
 
 def test_the_winner_is_a_configuration_that_trains(searched: Config):
@@ -100,7 +115,9 @@ def test_the_same_command_is_done_and_more_trials_go_on(searched: Config):
 
 def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys):
     (tmp_path / "c.yaml").write_text(searched.as_yaml())
-    assert main(["tune", "--config", str(tmp_path / "c.yaml"), "--set", "tune.space={pretrain.batch_size: [8, 16]}"]) == 2
+    assert (
+        main(["tune", "--config", str(tmp_path / "c.yaml"), "--set", "tune.space={pretrain.batch_size: [8, 16]}"]) == 2
+    )
     said = capsys.readouterr().err
     assert "was begun with space" in said
     assert "name another study with tune.study" in said
@@ -110,7 +127,9 @@ def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys
 
 def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, ray_cluster: None, capsys):
     """And a space of two points is searched through with two trials, however many are asked for."""
-    config = tune_config(tmp_path, **{"tune.space": {"pretrain.learning_rate": [1e30, 0.001]}, "tune.early_stopping": False})
+    config = tune_config(
+        tmp_path, **{"tune.space": {"pretrain.learning_rate": [1e30, 0.001]}, "tune.early_stopping": False}
+    )
     tune(config)
     trials = {trial["parameters"]["pretrain.learning_rate"]: trial for trial in table(config)}
     assert len(table(config)) == 2
@@ -125,7 +144,13 @@ def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
     space = {"finetune.preference_loss_weight": {"low": 0.1, "high": 2.0}, "pretrain.learning_rate": [0.001, 0.002]}
     config = tune_config(
         tmp_path,
-        **{"tune.stage": "both", "tune.objectives": ["semantic", "preference"], "tune.space": space, "tune.trials": 2, "tune.samples": 64},
+        **{
+            "tune.stage": "both",
+            "tune.objectives": ["semantic", "preference"],
+            "tune.space": space,
+            "tune.trials": 2,
+            "tune.samples": 64,
+        },
     )
     tune(config)
     trials = table(config)
@@ -133,11 +158,15 @@ def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
     assert all(len(trial["attempts"]) == 2 for trial in trials), "both stages cost something"
     values = np.array([[trial["history"][-1][name] for name in ("semantic", "preference")] for trial in trials])
     front = {
-        number for number in range(2) if not any((other >= values[number]).all() and (other > values[number]).any() for other in values)
+        number
+        for number in range(2)
+        if not any((other >= values[number]).all() and (other > values[number]).any() for other in values)
     }
     written = sorted(int(file.stem) for file in (Path(config.workspace) / "runs/tune/both/pareto").glob("*.yaml"))
     assert set(written) <= front
-    assert len(np.unique(values[written], axis=0)) == len(np.unique(values[sorted(front)], axis=0)), "of equals the first"
+    assert len(np.unique(values[written], axis=0)) == len(np.unique(values[sorted(front)], axis=0)), (
+        "of equals the first"
+    )
 
 
 def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
@@ -164,7 +193,11 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     stopped = [trial for trial in trials if trial["state"] == "stopped"]
     assert stopped
     assert all(len(trial["history"]) < 4 for trial in stopped)
-    left = {key: group for key, group in ray.util.placement_group_table().items() if key not in groups and group["state"] != "REMOVED"}
+    left = {
+        key: group
+        for key, group in ray.util.placement_group_table().items()
+        if key not in groups and group["state"] != "REMOVED"
+    }
     assert not left, "a stopped trial keeps its CPUs"
     deadline = time.monotonic() + 120  # it ends by itself, after its last question to Ray's state API
     while [name for name in processes() if "PlacementGroupCleaner" in name]:
@@ -186,14 +219,19 @@ def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_def
     monkeypatch.setattr(StudyCallback, "on_step_end", watch)
     if rays_default:
         original = ray_tune.TuneConfig
-        monkeypatch.setattr(ray_tune, "TuneConfig", lambda **given: original(**{**given, "max_concurrent_trials": None}))
+        monkeypatch.setattr(
+            ray_tune, "TuneConfig", lambda **given: original(**{**given, "max_concurrent_trials": None})
+        )
     tune(config)
     return max(seen)
 
 
 def test_trials_are_asked_for_together(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    """So that an autoscaler sees the need for several nodes at once; with Ray's default for searchers it sees that for one."""
-    config = tune_config(tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2, "tune.study": "ours"})
+    """So that an autoscaler sees the need for several nodes at once; with Ray's default for searchers it sees that for
+    one."""
+    config = tune_config(
+        tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2, "tune.study": "ours"}
+    )
     assert pending_at_once(config, monkeypatch, rays_default=False) == 2
     assert pending_at_once(config.with_overrides({"tune.study": "rays"}), monkeypatch, rays_default=True) == 1
 
@@ -209,17 +247,23 @@ def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path, ray_cluster:
     assert (on_gpus.pretrain.accelerator, on_gpus.tune.max_concurrent_trials) == ("gpu", 1)
 
 
-def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(tmp_path: Path, ray_cluster: None, capsys):
+def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(
+    tmp_path: Path, ray_cluster: None, capsys
+):
     config = tune_config(tmp_path, **{"ray.num_cpus": 64, "pretrain.num_workers": 2, "pretrain.cpus_per_worker": 3.0})
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     assert main(["tune", "--config", str(tmp_path / "c.yaml")]) == 2
     said = capsys.readouterr()
-    assert "pretrain needs 2 worker(s) with 3 CPU each, but only 1 fit on the cluster, which has 1 node(s): 1 × 4 CPU" in said.err
+    assert (
+        "pretrain needs 2 worker(s) with 3 CPU each, but only 1 fit on the cluster, which has 1 node(s): 1 × 4 CPU"
+        in said.err
+    )
     assert table(config) == []
 
 
 def test_a_killed_search_goes_on(tmp_path: Path):
-    """What has ended stays, what was running resumes from its last checkpoint, and then comes what an uninterrupted search would try.
+    """What has ended stays, what was running resumes from its last checkpoint, and then comes what an uninterrupted
+    search would try.
 
     Killed twice, in the second and in the third trial.
     """
@@ -278,7 +322,9 @@ def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Con
     before = table(searched)
     config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": len(before)})
     killed = [*before[:-1], {**before[-1], "state": "running", "history": before[-1]["history"][:2]}]
-    (tmp_path / "workspace/runs/tune/pretrain/trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in killed))
+    (tmp_path / "workspace/runs/tune/pretrain/trials.jsonl").write_text(
+        "".join(json.dumps(trial) + "\n" for trial in killed)
+    )
     tune(config)
     after = table(config)
     assert {trial["state"] for trial in after} == {"finished"}
@@ -288,7 +334,10 @@ def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Con
 @pytest.mark.parametrize(
     ("trace", "said"),
     [
-        ("Traceback:\n  File x\nhtcl_ray.errors.StepError: pretrain: the gradient is nan\n\n", "pretrain: the gradient is nan"),
+        (
+            "Traceback:\n  File x\nhtcl_ray.errors.StepError: pretrain: the gradient is nan\n\n",
+            "pretrain: the gradient is nan",
+        ),
         ("ray.exceptions.RayActorError: The actor died\n", "The actor died"),
         ("KeyError: 'a'", "'a'"),
         ("", "no reason was given"),
@@ -311,7 +360,10 @@ def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
             {"tune.space": {"pretrain.temprature": [0.1, 0.2]}},
             "tune.space names pretrain.temprature, but there is no such configuration key; did you mean",
         ),
-        ({"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}}, "expected finite numbers, low less than high"),
+        (
+            {"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}},
+            "expected finite numbers, low less than high",
+        ),
         ({"tune.space": {"pretrain.temperature": []}}, "expected at least two"),
         (
             {"tune.space": {"pretrain.batch_size": [8, 9]}, "pretrain.num_workers": 2},
@@ -343,10 +395,14 @@ def test_a_relative_workspace_is_that_of_the_directory_of_the_command(tmp_path: 
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [trial["state"] for trial in table(config)] == ["finished"]
-    assert yaml.safe_load((folder / "workspace/runs/tune/pretrain/best.yaml").read_text())["workspace"] == str(folder / "workspace")
+    assert yaml.safe_load((folder / "workspace/runs/tune/pretrain/best.yaml").read_text())["workspace"] == str(
+        folder / "workspace"
+    )
 
 
-def test_trials_that_failed_are_tried_again_by_the_same_command(searched: Config, tmp_path: Path, ray_cluster: None, capsys):
+def test_trials_that_failed_are_tried_again_by_the_same_command(
+    searched: Config, tmp_path: Path, ray_cluster: None, capsys
+):
     """Also when all have failed, as with a workspace that no trial found."""
     shutil.copytree(searched.workspace, tmp_path / "workspace")
     before = table(searched)[:2]

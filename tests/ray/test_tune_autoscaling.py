@@ -1,4 +1,5 @@
-"""A search on Ray's real autoscaler, submitted as a job: nodes come when trials need them, and go when there are none."""
+"""A search on Ray's real autoscaler, submitted as a job: nodes come when trials need them, and go when there are
+none."""
 
 from __future__ import annotations
 
@@ -29,21 +30,36 @@ VARIABLES = {
 def test_the_cluster_grows_for_a_search_and_shrinks_after_it(tmp_path: Path):
     config = tune_config(
         tmp_path,
-        **{"tune.trials": 3, "tune.samples": 320, "tune.early_stopping": False, "pretrain.cpus_per_worker": 2.0},  # a node for each trial
+        **{
+            "tune.trials": 3,
+            "tune.samples": 320,
+            "tune.early_stopping": False,
+            "pretrain.cpus_per_worker": 2.0,
+        },  # a node for each trial
     )
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     (port,) = free_ports(1)
     shipped = yaml.safe_load((REPOSITORY / "deploy" / "autoscaling-local.yaml").read_text())
-    shipped["provider"]["gcs_address"] = f"{get_node_ip_address()}:{port}"  # else its nodes look for a head on Ray's usual port
+    shipped["provider"]["gcs_address"] = (
+        f"{get_node_ip_address()}:{port}"  # else its nodes look for a head on Ray's usual port
+    )
     (tmp_path / "autoscaling.yaml").write_text(yaml.safe_dump(shipped))
-    with head_node(f"--autoscaling-config={tmp_path}/autoscaling.yaml", "--num-cpus=1", variables=VARIABLES, port=port) as head:
+    with head_node(
+        f"--autoscaling-config={tmp_path}/autoscaling.yaml", "--num-cpus=1", variables=VARIABLES, port=port
+    ) as head:
         seen = (tmp_path / "nodes").open("w")
         watch = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray.watch_nodes", head.address], cwd=REPOSITORY, env=environment(), stdout=seen
+            [sys.executable, "-m", "tests.ray.watch_nodes", head.address],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=seen,
         )
         try:
-            # No upload: these nodes share one session folder, and each one that starts would replace the folder that the others work in.
-            done = submit(head, "python", f"{REPOSITORY}/jobs/tune.py", "--config", str(tmp_path / "c.yaml"), upload=False)
+            # No upload: these nodes share one session folder, and each one that starts would replace the folder that
+            # the others work in.
+            done = submit(
+                head, "python", f"{REPOSITORY}/jobs/tune.py", "--config", str(tmp_path / "c.yaml"), upload=False
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             deadline = time.monotonic() + 120
             while counts(tmp_path)[-1:] != [1] or len(counts(tmp_path)) < 3:

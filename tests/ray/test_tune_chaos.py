@@ -26,7 +26,13 @@ def cluster() -> Iterator[subprocess.Popen[str]]:
     """The program `cluster_of_nodes`; ends with its standard input."""
     command = [sys.executable, "-m", "tests.worlds.cluster_of_nodes"]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+        command,
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
     )
     try:
         yield process
@@ -51,7 +57,12 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def test_a_search_outlives_a_node(cluster: subprocess.Popen[str], tmp_path: Path):
     address = answer(cluster)["address"]
-    settings = {"tune.samples": 32 * REPORTS, "tune.reports": REPORTS, "tune.trials": TRIALS, "tune.early_stopping": False}
+    settings = {
+        "tune.samples": 32 * REPORTS,
+        "tune.reports": REPORTS,
+        "tune.trials": TRIALS,
+        "tune.early_stopping": False,
+    }
     config = tune_config(tmp_path, **settings, **{"ray.address": address})
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     log = (tmp_path / "log").open("w")
@@ -91,4 +102,7 @@ def test_a_search_outlives_a_node(cluster: subprocess.Popen[str], tmp_path: Path
 
 def _one_ended_and_two_in_the_middle(trials: list[dict[str, Any]]) -> bool:
     ended = sum(trial["state"] != "running" for trial in trials)
-    return ended >= 1 and sum(3 <= len(trial["history"]) < REPORTS - 10 for trial in trials if trial["state"] == "running") == 2
+    return (
+        ended >= 1
+        and sum(3 <= len(trial["history"]) < REPORTS - 10 for trial in trials if trial["state"] == "running") == 2
+    )

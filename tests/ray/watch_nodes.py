@@ -1,4 +1,5 @@
-"""Print how many nodes a cluster has, whenever that changes, by Ray's own list: a program, since a process has one Ray."""
+"""Print how many nodes a cluster has, whenever that changes, by Ray's own list: a program, since a process has one
+Ray."""
 
 from __future__ import annotations
 

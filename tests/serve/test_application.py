@@ -50,20 +50,32 @@ def assert_same(response: httpx.Response, expected: Answer) -> None:
     for result, hit in zip(body["results"], expected.hits, strict=True):
         assert result["semantic_score"] == pytest.approx(hit.semantic_score, abs=1e-5)
         assert result["preference_score"] == pytest.approx(hit.preference_score, abs=1e-5)
-        assert result["score"] == pytest.approx((1 - body["blend"]) * hit.semantic_score + body["blend"] * hit.preference_score, abs=1e-5)
+        assert result["score"] == pytest.approx(
+            (1 - body["blend"]) * hit.semantic_score + body["blend"] * hit.preference_score, abs=1e-5
+        )
 
 
 def test_answers_are_those_of_the_service_in_process(client: httpx.Client, service: SearchService, indexed: Config):
     clip = wav(sound(40, indexed.audio), indexed.audio)
     for blend in (0.0, 0.5, 1.0):
         options = {"k": 6, "blend": blend}
-        assert_same(client.post("/v1/search", json={"text": "jazz number 4", **options}), service.search_text("jazz number 4", **options))
+        assert_same(
+            client.post("/v1/search", json={"text": "jazz number 4", **options}),
+            service.search_text("jazz number 4", **options),
+        )
         upload = client.post(
-            "/v1/search/audio", files={"file": ("clip.wav", clip)}, data={name: str(value) for name, value in options.items()}
+            "/v1/search/audio",
+            files={"file": ("clip.wav", clip)},
+            data={name: str(value) for name, value in options.items()},
         )
         assert_same(upload, service.search_audio(clip, **options))
-        assert_same(client.post("/v1/search", json={"song_id": song_id(2), **options}), service.search_songs([song_id(2)], **options))
-        assert_same(client.get(f"/v1/songs/{song_id(2)}/similar", params=options), service.search_songs([song_id(2)], **options))
+        assert_same(
+            client.post("/v1/search", json={"song_id": song_id(2), **options}),
+            service.search_songs([song_id(2)], **options),
+        )
+        assert_same(
+            client.get(f"/v1/songs/{song_id(2)}/similar", params=options), service.search_songs([song_id(2)], **options)
+        )
 
 
 def test_a_text_of_which_nothing_is_known_is_told_also_when_it_is_remembered(client: httpx.Client):
@@ -77,20 +89,31 @@ def test_an_upload_of_a_song_finds_it_and_noise_does_not(client: httpx.Client, i
         clip = sound(i, indexed.audio)
         noise = np.random.default_rng(i).normal(scale=clip.std(), size=len(clip)).astype(np.float32)
         answers = [
-            client.post("/v1/search/audio", files={"file": ("x.wav", wav(wave, indexed.audio))}).json()["results"] for wave in (clip, noise)
+            client.post("/v1/search/audio", files={"file": ("x.wav", wav(wave, indexed.audio))}).json()["results"]
+            for wave in (clip, noise)
         ]
         assert answers[0][0]["song_id"] == song_id(i)
         assert answers[0][0]["score"] > 0.999
-        assert [result["score"] for result in answers[0]] != pytest.approx([result["score"] for result in answers[1]], abs=1e-3)
+        assert [result["score"] for result in answers[0]] != pytest.approx(
+            [result["score"] for result in answers[1]], abs=1e-3
+        )
 
 
 def test_metadata_and_index(client: httpx.Client, indexed: Config):
     song = client.get(f"/v1/songs/{song_id(3)}").json()
-    assert (song["title"], song["artist"], song["genre"], song["year"], song["lyrics"]) == ("number 3", "artist 3", ["rock"], 1993, None)
+    assert (song["title"], song["artist"], song["genre"], song["year"], song["lyrics"]) == (
+        "number 3",
+        "artist 3",
+        ["rock"],
+        1993,
+        None,
+    )
     index = client.get("/v1/index").json()
     assert (index["songs"], index["dim"], index["has_preference"]) == (SONGS, 12, True)
     written = json.loads((Path(indexed.workspace) / "index" / index["version"] / "manifest.json").read_text())
-    written["config"]["workspace"] = Path(indexed.workspace).name  # a path of the server, of which clients see the last name
+    written["config"]["workspace"] = Path(
+        indexed.workspace
+    ).name  # a path of the server, of which clients see the last name
     assert index["manifest"] == written
     assert client.get("/readyz").json() == {"status": "ready", "index": index["version"], "songs": SONGS}
     assert client.get("/healthz").status_code == 200
@@ -108,7 +131,9 @@ def test_many_at_once_get_the_same_answers(client: httpx.Client, service: Search
     with ThreadPoolExecutor(32) as pool:
         responses = list(pool.map(ask, range(32)))
     for i, response in enumerate(responses):
-        expected = service.search_text(f"folk number {i // 2}", k=4) if i % 2 else service.search_audio(clips[i // 2], k=4)
+        expected = (
+            service.search_text(f"folk number {i // 2}", k=4) if i % 2 else service.search_audio(clips[i // 2], k=4)
+        )
         assert_same(response, expected)
 
 
@@ -156,7 +181,9 @@ def test_an_upload_without_a_length_is_cut_off(client: httpx.Client):
         for _ in range(100):
             yield b"y" * 100_000
 
-    response = client.post("/v1/search/audio", content=endless(), headers={"content-type": "multipart/form-data; boundary=x"})
+    response = client.post(
+        "/v1/search/audio", content=endless(), headers={"content-type": "multipart/form-data; boundary=x"}
+    )
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
 
@@ -182,7 +209,10 @@ class TestRefusedBeforeRayStarts:
                 pass
 
     def test_a_workspace_without_an_index(self, tmp_path: Path, indexed: Config):
-        with pytest.raises(WorkspaceError, match="run 'htcl index' first"), serving(indexed.with_overrides({"workspace": str(tmp_path)})):
+        with (
+            pytest.raises(WorkspaceError, match="run 'htcl index' first"),
+            serving(indexed.with_overrides({"workspace": str(tmp_path)})),
+        ):
             pass
 
     def test_an_unknown_version(self, indexed: Config):

@@ -1,4 +1,5 @@
-"""A recording is embedded in one way, the catalogue's: by every command, by every call of the application, and in Python."""
+"""A recording is embedded in one way, the catalogue's: by every command, by every call of the application, and in
+Python."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ KEY = "writes-too-0123456789"
 
 
 def music(seed: int, seconds: float, rate: int, channels: int) -> np.ndarray:
-    """A new chord every 5 s, and other tones on other channels, so that every part and every channel of a recording differs."""
+    """A new chord every 5 s, and other tones on other channels, so that every part and every channel of a recording
+    differs."""
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     part = (time // 5).astype(int)
@@ -110,7 +112,10 @@ def test_every_way_to_ask_gives_the_same_vectors_hits_and_scores(
     config, folder = catalogue
     data = (folder / name).read_bytes()
     capsys.readouterr()
-    assert main(["search", "--config", str(folder / "config.yaml"), "--audio", str(folder / name), "-k", "14", "--json"]) == 0
+    assert (
+        main(["search", "--config", str(folder / "config.yaml"), "--audio", str(folder / name), "-k", "14", "--json"])
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)["results"]
     response = client.post("/v1/search/audio", files={"file": (name, data)}, data={"k": "14"})
     assert response.status_code == 200, response.text
@@ -126,7 +131,9 @@ def test_every_way_to_ask_gives_the_same_vectors_hits_and_scores(
 
     stored = SearchService.open(config, encoder=False).index.vectors_of([name])
     given = client.post("/v1/embeddings", files={"file": (name, data)}).json()
-    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True) if not name.endswith("m4a") else (None, 0)
+    samples, rate = (
+        soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True) if not name.endswith("m4a") else (None, 0)
+    )
     for space, vector in (("semantic", stored.semantic[0]), ("preference", stored.preference[0])):
         assert np.dot(given[space], vector) > 0.999
         if samples is not None:

@@ -53,7 +53,11 @@ def replica(indexed: Config) -> Iterator[Any]:
     models = Path(indexed.workspace) / "models"
     versions = SongEncoder.load(models / "semantic/semantic-0", models / "preference/preference-0").model_versions
     served = Served(
-        Workspace(indexed.workspace), Pointer("none", now()), "models/semantic/semantic-0", "models/preference/preference-0", versions
+        Workspace(indexed.workspace),
+        Pointer("none", now()),
+        "models/semantic/semantic-0",
+        "models/preference/preference-0",
+        versions,
     )
     settings = indexed.with_overrides({"serve.max_batch_size": 8, "serve.batch_wait_seconds": 0.5}).serve
     deployment = serve.deployment(RecordingEncoder, max_ongoing_requests=64)

@@ -117,7 +117,8 @@ def ids(response: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"k": 2, "blend": 0.2}, {"filter": {"title": "aria"}, "max_per_artist": 1, "collapse_duplicates": False}]
+    "options",
+    [{}, {"k": 2, "blend": 0.2}, {"filter": {"title": "aria"}, "max_per_artist": 1, "collapse_duplicates": False}],
 )
 def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, options: dict[str, Any]):
     service = live.active.service
@@ -130,7 +131,10 @@ def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, option
     cases = [
         (client.search("calm piano", **options), service.search(unit_vectors(1_010), **plain)),
         (client.search(song_id="a", **options), service.search_songs(["a"], **plain)),
-        (client.search(song_ids=["a", "b"], negative_song_ids=["c"], **options), service.search_songs(["a", "b"], ["c"], **plain)),
+        (
+            client.search(song_ids=["a", "b"], negative_song_ids=["c"], **options),
+            service.search_songs(["a", "b"], ["c"], **plain),
+        ),
         (client.search(vector=vector, **options), service.search_vector(vector, **plain)),
         (client.search_audio(b"12345", **options), service.search(unit_vectors(5), **plain)),
         (client.similar("b", **options), service.search_songs(["b"], **plain)),
@@ -214,7 +218,9 @@ def test_a_refusal_has_status_code_and_message(url: str, ask: Any, status: int, 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "said"), [(None, "is needed"), ("unknown-0123456789", "not one"), (READER, "lacks scope write")])
+@pytest.mark.parametrize(
+    ("key", "said"), [(None, "is needed"), ("unknown-0123456789", "not one"), (READER, "lacks scope write")]
+)
 def test_who_may_not_write_is_told_so(url: str, key: str | None, said: str):
     with Client(url, key=key) as client, pytest.raises(RequestError, match=said) as caught:
         client.delete_song("a")
@@ -238,6 +244,8 @@ def test_where_nobody_listens_there_is_no_answer():
 def test_what_the_documentation_shows_runs(url: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "clip.wav").write_bytes(b"x" * 44)
     monkeypatch.chdir(tmp_path)
-    here = block.replace(', key="an-API-key-of-yours"', "").replace('"http://127.0.0.1:8000"', f'"{url}", key="{READER}"')
+    here = block.replace(', key="an-API-key-of-yours"', "").replace(
+        '"http://127.0.0.1:8000"', f'"{url}", key="{READER}"'
+    )
     assert here.count(READER) == 1
     exec(compile(here, "docs/client.md", "exec"), {})

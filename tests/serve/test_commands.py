@@ -46,14 +46,26 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
 def test_htcl_serve(indexed: Config):
     """A request that has begun when the signal comes is answered."""
     slow = ("--set", "serve.batch_wait_seconds=3")
-    command = (str(SCRIPTS / "htcl"), "serve", "--preset", "demo", "--workspace", indexed.workspace, "--set", "serve.port=0", *slow)
+    command = (
+        str(SCRIPTS / "htcl"),
+        "serve",
+        "--preset",
+        "demo",
+        "--workspace",
+        indexed.workspace,
+        "--set",
+        "serve.port=0",
+        *slow,
+    )
     with started(*command) as process:
         lines = []
         for line in process.stdout:
             lines.append(line.rstrip())
             if line.startswith("try:"):
                 break
-        address = re.search(rf"serving index \w+ \({SONGS} songs\) at (http://127\.0\.0\.1:\d+); Ctrl-C stops", "\n".join(lines))
+        address = re.search(
+            rf"serving index \w+ \({SONGS} songs\) at (http://127\.0\.0\.1:\d+); Ctrl-C stops", "\n".join(lines)
+        )
         assert address, lines
         assert httpx.get(f"{address[1]}/readyz").status_code == 200
         with ThreadPoolExecutor(1) as pool:
@@ -99,12 +111,15 @@ def test_serve_run_with_the_shipped_config(indexed: Config, tmp_path: Path):
 
 
 def test_serve_run_on_every_address_needs_keys(indexed: Config, tmp_path: Path):
-    """What `http_options.host` of a config file, or KubeRay, opens to other machines needs keys as `serve.host` does."""
+    """What `http_options.host` of a config file, or KubeRay, opens to other machines needs keys as `serve.host`
+    does."""
     tree = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     tree["http_options"] |= {"host": "0.0.0.0", "port": 0}
     tree["applications"][0]["args"] |= {"workspace": indexed.workspace, "preset": "demo"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    with started(str(SCRIPTS / "serve"), "run", str(tmp_path / "config.yaml"), RAY_ADDRESS="local", HTCL_API_KEYS="") as process:
+    with started(
+        str(SCRIPTS / "serve"), "run", str(tmp_path / "config.yaml"), RAY_ADDRESS="local", HTCL_API_KEYS=""
+    ) as process:
         said = next((line for line in process.stdout if "there are no API keys" in line), "")
     assert "the service listens on 0.0.0.0, which other machines reach, and there are no API keys" in said
 
@@ -117,15 +132,20 @@ def _is_ready(url: str) -> bool:
 
 
 def test_the_builder_takes_configuration_keys(indexed: Config):
-    """What `serve run serve.app:build_app workspace=… preset=demo serve.max_batch_size=4` passes; `app` is ./workspace."""
+    """What `serve run serve.app:build_app workspace=… preset=demo serve.max_batch_size=4` passes; `app` is
+    ./workspace."""
     from serve import app as entry
 
-    built = entry.build_app({"workspace": indexed.workspace, "preset": "demo", "serve.max_batch_size": "4", "serve.encoder_replicas": 2})
+    built = entry.build_app(
+        {"workspace": indexed.workspace, "preset": "demo", "serve.max_batch_size": "4", "serve.encoder_replicas": 2}
+    )
     encoder, served, settings = built._bound_deployment.init_args
     assert served.workspace.uri == indexed.workspace
     assert settings.max_batch_size == 4
     assert encoder._bound_deployment.num_replicas == 2
-    scaled = entry.build_app({"workspace": indexed.workspace, "preset": "demo", "serve.max_encoder_replicas": 5, "serve.encoder_gpus": 0.5})
+    scaled = entry.build_app(
+        {"workspace": indexed.workspace, "preset": "demo", "serve.max_encoder_replicas": 5, "serve.encoder_gpus": 0.5}
+    )
     encoder = scaled._bound_deployment.init_args[0]._bound_deployment
     scaling = encoder._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.get_target_ongoing_requests()) == (1, 5, 16)

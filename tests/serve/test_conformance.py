@@ -1,4 +1,5 @@
-"""Schemathesis against the running application, with a key that may write: what `/openapi.json` says is what is answered."""
+"""Schemathesis against the running application, with a key that may write: what `/openapi.json` says is what is
+answered."""
 
 from __future__ import annotations
 

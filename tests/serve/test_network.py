@@ -1,4 +1,5 @@
-"""The service on an address that other machines reach: in a network namespace of its own, whose loopback has such an address as well."""
+"""The service on an address that other machines reach: in a network namespace of its own, whose loopback has such an
+address as well."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ IFF_UP = 1
 
 @pytest.fixture(scope="module")
 def inside() -> Iterator[Run]:
-    """Runs a function in a thread with a network of its own, which threads, processes and sockets inherit. Needs root, as CI has."""
+    """Runs a function in a thread with a network of its own, which threads, processes and sockets inherit. Needs root,
+    as CI has."""
     with ThreadPoolExecutor(1, initializer=_enter_network) as pool:
         yield lambda body: pool.submit(body).result()
 
@@ -83,7 +85,9 @@ class Server:
 
 def start(workspace: str, *settings: str, **environment: str) -> Server:
     command = [str(Path(sys.executable).parent / "htcl"), "serve", "--preset", "demo", "--workspace", workspace]
-    command += [word for setting in ("serve.port=0", "serve.poll_seconds=0.2", *settings) for word in ("--set", setting)]
+    command += [
+        word for setting in ("serve.port=0", "serve.poll_seconds=0.2", *settings) for word in ("--set", setting)
+    ]
     process = spawn(*command, **environment)
     assert process.stdout is not None
     lines = []
@@ -112,7 +116,11 @@ def exposed(inside: Run, indexed: Config, tmp_path_factory: pytest.TempPathFacto
         "serve.requests_per_second=5",
         "serve.request_burst=60",
     )
-    server = inside(lambda: start(str(workspace), *settings, http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", no_proxy=""))
+    server = inside(
+        lambda: start(
+            str(workspace), *settings, http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", no_proxy=""
+        )
+    )
     yield server
     server.stop()
 
@@ -164,7 +172,10 @@ def test_addresses_that_a_client_makes_up_do_not_evade_its_rate_limit(inside: Ru
     """The page needs no key, so its requests count by address; a burst of 60 is allowed."""
 
     def scene() -> tuple[list[int], int]:
-        page = [ask(f"{address(exposed)}/", headers={"x-forwarded-for": f"198.51.100.{number}"}).status_code for number in range(150)]
+        page = [
+            ask(f"{address(exposed)}/", headers={"x-forwarded-for": f"198.51.100.{number}"}).status_code
+            for number in range(150)
+        ]
         return page, ask(f"{address(exposed)}/v1/index", headers=KEY).status_code
 
     page, with_key = inside(scene)
@@ -182,13 +193,16 @@ def test_metrics_are_on_loopback_and_those_of_two_servers_are_apart(inside: Run,
 
 
 def test_clients_that_stall_do_not_stop_the_service(inside: Run, private: Server):
-    """Half-sent headers, bodies that never come to a probe, and uploads that stop in the middle, all from one address."""
+    """Half-sent headers, bodies that never come to a probe, and uploads that stop in the middle, all from one
+    address."""
     port = private.port
 
     def scene() -> tuple[set[int], set[bytes]]:
         heads = [b"GET / HTTP/1.1\r\nhost: localhost\r\n"] * 400
         heads += [b"POST /healthz HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n"] * 40
-        upload = b"POST /v1/search/audio HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+        upload = (
+            b"POST /v1/search/audio HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+        )
         heads += [upload + b"content-length: 1000000\r\n\r\n" + b"x" * 30_000] * 60
         connections = []
         for head in heads:
@@ -210,7 +224,11 @@ def test_clients_that_stall_do_not_stop_the_service(inside: Run, private: Server
 
 def test_an_upload_that_is_refused_gets_its_response(inside: Run, private: Server):
     """32 at a time of 1 MB each for 8 places: each is answered or told to try again, and no connection is reset."""
-    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + os.urandom(1_000_000) + b"\r\n--x--\r\n"
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        + os.urandom(1_000_000)
+        + b"\r\n--x--\r\n"
+    )
     headers = {"content-type": "multipart/form-data; boundary=x"}
 
     def scene() -> set[int]:
@@ -234,7 +252,10 @@ def test_searches_by_song_are_answered_while_no_encoder_is_alive(inside: Run, pr
     def scene() -> tuple[set[int], list[int], list[int]]:
         with httpx.Client(base_url=private.url, trust_env=False, timeout=90) as client, ThreadPoolExecutor(20) as pool:
             os.kill(killed[0], signal.SIGKILL)
-            texts = [pool.submit(client.post, "/v1/search", json={"text": f"jazz without an encoder {number}"}) for number in range(20)]
+            texts = [
+                pool.submit(client.post, "/v1/search", json={"text": f"jazz without an encoder {number}"})
+                for number in range(20)
+            ]
             time.sleep(0.5)
             waiting = [text for text in texts if not text.done()]
             songs = {client.get(f"/v1/songs/{song_id(number % 10)}/similar").status_code for number in range(30)}
@@ -248,7 +269,9 @@ def test_searches_by_song_are_answered_while_no_encoder_is_alive(inside: Run, pr
     assert sorted(texts) == [200] * 8 + [429] * 12
 
 
-def test_a_server_whose_ingress_dies_never_answers_from_the_other_s_catalogue(inside: Run, exposed: Server, private: Server):
+def test_a_server_whose_ingress_dies_never_answers_from_the_other_s_catalogue(
+    inside: Run, exposed: Server, private: Server
+):
     assert exposed.index != private.index
     killed = private.pids("ServeReplica:htcl:Ingress")
     assert len(killed) == 1
@@ -259,7 +282,9 @@ def test_a_server_whose_ingress_dies_never_answers_from_the_other_s_catalogue(in
             assert client.get(f"/v1/songs/{song_id(1)}/similar").json()["index"] == private.index
             os.kill(killed[0], signal.SIGKILL)
             deadline = time.monotonic() + 90
-            while time.monotonic() < deadline and not (len(seen) > 20 and all(status == 200 for status, _ in seen[-20:])):
+            while time.monotonic() < deadline and not (
+                len(seen) > 20 and all(status == 200 for status, _ in seen[-20:])
+            ):
                 response = client.get(f"/v1/songs/{song_id(1)}/similar")
                 seen.append((response.status_code, response.json()["index"] if response.status_code == 200 else None))
                 time.sleep(0.02)

@@ -1,4 +1,5 @@
-"""The page in a real browser: what people do with it, what it shows when something fails, and that everything it begins ends."""
+"""The page in a real browser: what people do with it, what it shows when something fails, and that everything it begins
+ends."""
 
 from __future__ import annotations
 
@@ -18,9 +19,13 @@ from tests.worlds.page_world import GENRES, SONGS, PageBackend, Running, running
 
 pytestmark = pytest.mark.serve
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 if CHROMIUM is None and "CI" not in os.environ:
-    pytest.skip("no Chromium is installed; install the system package 'chromium' to test the page", allow_module_level=True)
+    pytest.skip(
+        "no Chromium is installed; install the system package 'chromium' to test the page", allow_module_level=True
+    )
 
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
@@ -67,7 +72,10 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda said: problems.append(said.text) if re.search("Content Security|Uncaught", said.text) else None)
+        page.on(
+            "console",
+            lambda said: problems.append(said.text) if re.search("Content Security|Uncaught", said.text) else None,
+        )
         return page
 
     yield make
@@ -209,7 +217,9 @@ def test_the_dial_ranks_again_as_the_service_does_and_asks_seldom(page: Page, se
 
 def test_an_answer_that_comes_late_does_not_replace_a_newer_one(page: Page):
     held = []
-    page.route("**/v1/search", lambda route: held.append(route) if "first" in route.request.post_data else route.continue_())
+    page.route(
+        "**/v1/search", lambda route: held.append(route) if "first" in route.request.post_data else route.continue_()
+    )
     search(page, "first ambient")
     page.wait_for_timeout(100)
     search(page, "metal")
@@ -296,7 +306,9 @@ def test_a_background_that_comes_late_changes_what_is_shown(page: Page, server: 
 
 
 def test_without_a_background_the_cosines_are_shown(page: Page, server: Running):
-    page.route("**/v1/background", lambda route: route.fulfill(status=500, json={"error": {"code": "x", "message": "no"}}))
+    page.route(
+        "**/v1/background", lambda route: route.fulfill(status=500, json={"error": {"code": "x", "message": "no"}})
+    )
     page.goto(f"{server.url}/#song={song_id(8)}")
     page.reload()
     expect(cards(page)).to_have_count(12)
@@ -331,7 +343,8 @@ def test_results_light_up_on_the_map_and_a_click_opens_a_song_without_playing_it
 
 
 @pytest.mark.parametrize(
-    "viewport", [DESKTOP, PHONE, {"width": 400, "height": 620}, {"width": 1280, "height": 600}, {"width": 1000, "height": 480}]
+    "viewport",
+    [DESKTOP, PHONE, {"width": 400, "height": 620}, {"width": 1280, "height": 600}, {"width": 1000, "height": 480}],
 )
 @pytest.mark.parametrize("play_first", [False, True])
 def test_the_box_of_a_song_on_the_map_is_never_behind_the_player(
@@ -380,7 +393,9 @@ def test_a_tag_of_600_letters_does_not_widen_the_page(page: Page, server: Runnin
             expect(cards(wide)).to_have_count(12)
             assert long in wide.locator("#cards").inner_text()
             assert wide.evaluate(fits)
-            right = wide.evaluate("Math.max(...[...document.querySelectorAll('.tags li')].map(tag => tag.getBoundingClientRect().right))")
+            right = wide.evaluate(
+                "Math.max(...[...document.querySelectorAll('.tags li')].map(tag => tag.getBoundingClientRect().right))"
+            )
             assert right <= viewport["width"]
             wide.locator("#picked").get_by_role("button", name="Play").click()
             expect(wide.locator("#player")).to_be_visible()
@@ -531,7 +546,9 @@ def test_a_server_that_keeps_refusing_is_left_alone(page: Page):
 
     def refuse(route):
         asked.append(route)
-        route.fulfill(status=429, headers={"Retry-After": "30"}, json={"error": {"code": "rate_limited", "message": "too many"}})
+        route.fulfill(
+            status=429, headers={"Retry-After": "30"}, json={"error": {"code": "rate_limited", "message": "too many"}}
+        )
 
     page.route("**/v1/search", refuse)
     search(page, "jazz")
@@ -560,7 +577,10 @@ def test_a_server_that_restarts_is_asked_again_until_it_is_there(page: Page, ser
 def test_a_server_that_stays_away_is_asked_five_times(page: Page, failure: dict | str):
     asked = []
     page.clock.install()
-    page.route("**/v1/search", lambda route: (asked.append(1), route.abort() if failure == "abort" else route.fulfill(**failure)))
+    page.route(
+        "**/v1/search",
+        lambda route: (asked.append(1), route.abort() if failure == "abort" else route.fulfill(**failure)),
+    )
     search(page, "jazz")
     for _ in range(5):
         page.wait_for_timeout(60)
@@ -588,7 +608,9 @@ def test_an_error_inside_names_its_request(page: Page, server: Running):
 def test_nothing_spins_for_ever(new_page: Callable[..., Page], server: Running, hanging: str):
     page = new_page()
     page.clock.install()
-    page.route(f"**/v1/**/{hanging}" if hanging == "audio" else f"**/v1/{hanging}", lambda route: None)  # it is never answered
+    page.route(
+        f"**/v1/**/{hanging}" if hanging == "audio" else f"**/v1/{hanging}", lambda route: None
+    )  # it is never answered
     page.goto(server.url)
     if hanging == "embeddings":
         upload(page, b"tune")
@@ -607,8 +629,12 @@ def test_nothing_spins_for_ever(new_page: Callable[..., Page], server: Running, 
     if hanging == "background":
         expect(cards(page)).to_have_count(12)
         return
-    place = {"map": page.locator("#map-state"), "audio": page.locator("#player-said")}.get(hanging, page.locator("#state"))
-    expect(place).to_contain_text({"map": "could not be drawn", "audio": "does not arrive"}.get(hanging, "That took too long"))
+    place = {"map": page.locator("#map-state"), "audio": page.locator("#player-said")}.get(
+        hanging, page.locator("#state")
+    )
+    expect(place).to_contain_text(
+        {"map": "could not be drawn", "audio": "does not arrive"}.get(hanging, "That took too long")
+    )
 
 
 def test_a_song_whose_file_is_gone_says_so(page: Page, server: Running):
@@ -631,7 +657,9 @@ def guarded(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         yield started
 
 
-def test_the_page_asks_for_a_key_keeps_it_for_the_tab_and_plays_signed_addresses(guarded: Running, new_page: Callable[..., Page]):
+def test_the_page_asks_for_a_key_keeps_it_for_the_tab_and_plays_signed_addresses(
+    guarded: Running, new_page: Callable[..., Page]
+):
     page = new_page()
     addresses = []
     page.on("request", lambda request: addresses.append(request.url))
@@ -665,10 +693,14 @@ def test_the_page_asks_for_a_key_keeps_it_for_the_tab_and_plays_signed_addresses
 # ---- how it looks
 
 
-SCREENS = [(name, viewport, dark) for name, viewport in (("desktop", DESKTOP), ("phone", PHONE)) for dark in (False, True)]
+SCREENS = [
+    (name, viewport, dark) for name, viewport in (("desktop", DESKTOP), ("phone", PHONE)) for dark in (False, True)
+]
 
 
-@pytest.mark.parametrize(("name", "viewport", "dark"), SCREENS, ids=[f"{n}-{'dark' if d else 'light'}" for n, _, d in SCREENS])
+@pytest.mark.parametrize(
+    ("name", "viewport", "dark"), SCREENS, ids=[f"{n}-{'dark' if d else 'light'}" for n, _, d in SCREENS]
+)
 def test_every_state_fits_its_screen_and_is_accessible(
     new_page: Callable[..., Page], server: Running, tmp_path: Path, name: str, viewport: dict, dark: bool
 ):
@@ -710,7 +742,9 @@ def test_every_state_fits_its_screen_and_is_accessible(
     upload(page, b"bad bytes")
     expect(shown_state(page)).to_contain_text("could not be heard")
     check("error")
-    page.route("**/v1/search", lambda route: route.fulfill(status=429, headers={"Retry-After": "9"}, json={"error": {}}))
+    page.route(
+        "**/v1/search", lambda route: route.fulfill(status=429, headers={"Retry-After": "9"}, json={"error": {}})
+    )
     search(page, "folk")
     expect(shown_state(page)).to_contain_text("One moment")
     check("waiting")
@@ -741,7 +775,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, made in (("whole", {}), ("bare", {"preference": False, "log": False, "index": False})):
         result = evaluate(write_evaluated(folder / name / "workspace", folder / name, **made))
         trees[name] = json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8"))
-    bound = {"figure": "cold.preference.ndcg@10", "asked": "cold.preference.ndcg@10 over semantic: shown to be better", "note": ""}
+    bound = {
+        "figure": "cold.preference.ndcg@10",
+        "asked": "cold.preference.ndcg@10 over semantic: shown to be better",
+        "note": "",
+    }
     bound |= {"value": -0.01, "low": -0.02, "high": 0.01}
     failed, passed = ({"passed": holds, "results": [{**bound, "passed": holds}]} for holds in (False, True))
     return {
@@ -762,19 +800,27 @@ def test_a_report_opens_with_its_verdict_fits_its_screen_and_is_accessible(
         page = context.new_page()
         page.set_content(content)
         for opened in (False, True):
-            page.screenshot(path=tmp_path / f"report-{state}-{width}-{'dark' if dark else 'light'}{'-open' * opened}.png", full_page=True)
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{state} is wider than the screen"
+            page.screenshot(
+                path=tmp_path / f"report-{state}-{width}-{'dark' if dark else 'light'}{'-open' * opened}.png",
+                full_page=True,
+            )
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+                f"{state} is wider than the screen"
+            )
             if opened == (state == "gate-failed"):  # axe takes long on an open page, and one has it all
                 bad = [
                     f"{violation['id']}: {[node['target'] for node in violation['nodes']]}"
                     for violation in Axe().run(page).response["violations"]
-                    if violation["impact"] in ("serious", "critical") and violation["id"] != "scrollable-region-focusable"
+                    if violation["impact"] in ("serious", "critical")
+                    and violation["id"] != "scrollable-region-focusable"
                 ]
                 assert not bad, f"{state}: {bad}"
             if not opened:
                 verdict = page.locator(".verdict").bounding_box()
                 assert verdict["y"] < 200, "the verdict is the first thing that is seen"
-                shown = page.locator("table").evaluate_all("tables => tables.filter(table => table.checkVisibility()).length")
+                shown = page.locator("table").evaluate_all(
+                    "tables => tables.filter(table => table.checkVisibility()).length"
+                )
                 assert shown == (state == "gate-failed"), "tables are folded"
                 page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         said = page.locator(".verdict").inner_text()

@@ -1,4 +1,5 @@
-"""Several replicas with keys, changed and hurt while they serve: hot swap, live updates, isolation, metrics and logs."""
+"""Several replicas with keys, changed and hurt while they serve: hot swap, live updates, isolation, metrics and
+logs."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ KEYS = """
 
 @pytest.fixture(scope="module")
 def config(indexed: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A copy of the workspace with a second index of the same models and other vectors, so that its answers are known by their scores."""
+    """A copy of the workspace with a second index of the same models and other vectors, so that its answers are known
+    by their scores."""
     folder = tmp_path_factory.mktemp("platform")
     shutil.copytree(indexed.workspace, folder / "workspace")
     keys = folder / "keys.yaml"
@@ -115,11 +117,15 @@ class Load:
                 self.answers.append((row, response.json() | {"status": response.status_code}))
 
 
-def test_indexes_are_swapped_under_load_without_a_failed_or_mixed_answer(client: httpx.Client, url: str, config: Config):
+def test_indexes_are_swapped_under_load_without_a_failed_or_mixed_answer(
+    client: httpx.Client, url: str, config: Config
+):
     workspace, first = Workspace(config.workspace), first_version(config)
     services = {name: SearchService(SongIndex.load(workspace.local_copy(f"index/{name}"))) for name in (first, "other")}
     expected = {
-        (name, row): [(hit.song_id, pytest.approx(hit.score, abs=1e-5)) for hit in service.search_songs([song_id(row)]).hits[:5]]
+        (name, row): [
+            (hit.song_id, pytest.approx(hit.score, abs=1e-5)) for hit in service.search_songs([song_id(row)]).hits[:5]
+        ]
         for name, service in services.items()
         for row in range(SONGS)
     }
@@ -233,7 +239,10 @@ def test_metrics_are_exported(client: httpx.Client, config: Config):
     client.get("/nothing")
     wanted = [
         'ray_htcl_request_seconds_count{.*endpoint="POST /v1/search".*status="200"',
-        *(f'ray_htcl_stage_seconds_count{{.*stage="{stage}"' for stage in ("decode", "encode_audio", "encode_text", "search")),
+        *(
+            f'ray_htcl_stage_seconds_count{{.*stage="{stage}"'
+            for stage in ("decode", "encode_audio", "encode_text", "search")
+        ),
         'ray_htcl_batch_size_count{.*kind="text"',
         'ray_htcl_errors.*endpoint="other".*status="404"',
         'ray_htcl_answers.*empty="no"',

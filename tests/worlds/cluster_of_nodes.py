@@ -1,6 +1,8 @@
-"""A cluster of several nodes on one machine, for a test that removes one: run as a program, since a process has one Ray.
+"""A cluster of several nodes on one machine, for a test that removes one: run as a program, since a process has one
+Ray.
 
-Its head has no CPUs, as in the cloud. It says its address, and removes a worker node without grace for each line that it reads.
+Its head has no CPUs, as in the cloud. It says its address, and removes a worker node without grace for each line that
+it reads.
 """
 
 from __future__ import annotations

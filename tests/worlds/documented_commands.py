@@ -40,7 +40,8 @@ def spans(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[Shown]:
-    """Every `htcl …` of the page's shell blocks, and every job as its step; variables are those of the page or of the README."""
+    """Every `htcl …` of the page's shell blocks, and every job as its step; variables are those of the page or of the
+    README."""
     named = variables(PAGES[0]) | variables(page)
     found = []
     for block in blocks(page, "bash"):

@@ -1,4 +1,5 @@
-"""A workspace with short sounds, untrained models of the real kind, a log and an index: all that an evaluation reads, within seconds."""
+"""A workspace with short sounds, untrained models of the real kind, a log and an index: all that an evaluation reads,
+within seconds."""
 
 from __future__ import annotations
 
@@ -39,10 +40,14 @@ def write_evaluated(
     if log:
         workspace.write_table("events/events-1/part-0.parquet", events())
         workspace.finish(
-            "events/events-1", build_manifest("events", config=config.model_dump(mode="json"), inputs={"features": "features-1"})
+            "events/events-1",
+            build_manifest("events", config=config.model_dump(mode="json"), inputs={"features": "features-1"}),
         )
         workspace.write_table("pairs/pairs-1/part-0.parquet", pairs())
-        workspace.finish("pairs/pairs-1", build_manifest("pairs", config=config.model_dump(mode="json"), inputs={"features": "features-1"}))
+        workspace.finish(
+            "pairs/pairs-1",
+            build_manifest("pairs", config=config.model_dump(mode="json"), inputs={"features": "features-1"}),
+        )
     write_embeddings(config)
     if index:
         build_index(config)
@@ -79,14 +84,19 @@ def write_split_features(config: Config, audio: Path) -> None:
     table = pa.table(columns, schema=features_schema(recipe.max_frames, recipe.n_mels))
     for shard in range(2):
         workspace.write_table(f"features/features-1/shard-{shard:05d}.parquet", table.slice(shard * 20, 20))
-    workspace.finish("features/features-1", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
+    workspace.finish(
+        "features/features-1", build_manifest("features", config=config.model_dump(mode="json"), inputs={})
+    )
 
 
 def write_embeddings(config: Config, model: str | None = None) -> None:
     """What `htcl embed` would write, without Ray."""
     workspace = Workspace(config.workspace)
     job = plan(workspace, config, model)
-    ids, vectors = workspace.read_tables(job.features.path).sort_by("song_id")["song_id"].to_pylist(), encode_features(config, model)
+    ids, vectors = (
+        workspace.read_tables(job.features.path).sort_by("song_id")["song_id"].to_pylist(),
+        encode_features(config, model),
+    )
     order = np.random.default_rng(0).permutation(len(ids))
     columns = {
         "song_id": [ids[i] for i in order],
@@ -95,12 +105,16 @@ def write_embeddings(config: Config, model: str | None = None) -> None:
     }
     schema = embeddings_schema(config.model.dim)
     arrays = [
-        pa.nulls(len(ids), field.type) if columns[field.name] is None else pa.array(columns[field.name], field.type) for field in schema
+        pa.nulls(len(ids), field.type) if columns[field.name] is None else pa.array(columns[field.name], field.type)
+        for field in schema
     ]
     workspace.write_table(f"{job.path}/part-0.parquet", pa.Table.from_arrays(arrays, schema=schema))
     quality, dim = {"songs": len(ids)}, config.model.dim
     workspace.finish(
-        job.path, build_manifest("embeddings", config=config.model_dump(mode="json"), inputs=job.inputs, quality=quality, dim=dim)
+        job.path,
+        build_manifest(
+            "embeddings", config=config.model_dump(mode="json"), inputs=job.inputs, quality=quality, dim=dim
+        ),
     )
 
 
@@ -116,23 +130,36 @@ def encode_features(config: Config, model: str | None = None) -> Vectors:
 
 
 def grow(config: Config, songs: int = 4) -> None:
-    """A later catalogue, features-2 in place of features-1: so many test songs more, by known artists, which the log does not know."""
+    """A later catalogue, features-2 in place of features-1: so many test songs more, by known artists, which the log
+    does not know."""
     workspace = Workspace(config.workspace)
     table = workspace.read_tables("features/features-1").sort_by("song_id")
     more = table.filter(pc.equal(table["split"], "test")).slice(0, songs)
-    for column, values in (("song_id", "new-{}"), ("duplicate_group", "new group {}"), ("text", "rock number {} by nobody")):
+    for column, values in (
+        ("song_id", "new-{}"),
+        ("duplicate_group", "new group {}"),
+        ("text", "rock number {} by nobody"),
+    ):
         place = more.schema.get_field_index(column)
         more = more.set_column(place, more.schema.field(column), pa.array([values.format(i) for i in range(songs)]))
     workspace.write_table("features/features-2/shard-00000.parquet", pa.concat_tables([table, more]))
-    workspace.finish("features/features-2", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
+    workspace.finish(
+        "features/features-2", build_manifest("features", config=config.model_dump(mode="json"), inputs={})
+    )
     for kind, rows in (("events", events()), ("pairs", pairs())):
         workspace.write_table(f"{kind}/{kind}-2/part-0.parquet", rows)
-        workspace.finish(f"{kind}/{kind}-2", build_manifest(kind, config=config.model_dump(mode="json"), inputs={"features": "features-2"}))
-    workspace.remove("features/features-1")  # a configuration without a catalogue determines features only where there is one set of them
+        workspace.finish(
+            f"{kind}/{kind}-2",
+            build_manifest(kind, config=config.model_dump(mode="json"), inputs={"features": "features-2"}),
+        )
+    workspace.remove(
+        "features/features-1"
+    )  # a configuration without a catalogue determines features only where there is one set of them
 
 
 def events() -> pa.Table:
-    """Users like one genre: half of each user's events come before the evaluated period, and half of the users are held out."""
+    """Users like one genre: half of each user's events come before the evaluated period, and half of the users are held
+    out."""
     generator = np.random.default_rng(1)
     rows = []
     for user in range(USERS):

@@ -19,7 +19,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def metadata(songs: int, **columns: list) -> pa.Table:
     found = {name: columns.get(name, [None] * songs) for name in METADATA.names}
-    return pa.table({name: pa.array(values, METADATA.field(name).type) for name, values in found.items()}, schema=METADATA)
+    return pa.table(
+        {name: pa.array(values, METADATA.field(name).type) for name, values in found.items()}, schema=METADATA
+    )
 
 
 def made_up(songs: int = 240, noise: float = 0.3, preference: bool = False, seed: int = 0) -> Songs:

@@ -26,11 +26,16 @@ def songs_of(
     preference: np.ndarray | None = None,
     **columns: Sequence[object],
 ) -> Songs:
-    """Songs s0000, s0001, …; `columns` of metadata by name, `vectors` the semantic space; the log-mel statistics are noise."""
+    """Songs s0000, s0001, …; `columns` of metadata by name, `vectors` the semantic space; the log-mel statistics are
+    noise."""
     count = len(splits)
     given = {"artist": artists, **columns}
     metadata = {field.name: pa.array(given.get(field.name, [None] * count), field.type) for field in METADATA}
-    spaces = {"semantic": unit(vectors)} if preference is None else {"semantic": unit(vectors), "preference": unit(preference)}
+    spaces = (
+        {"semantic": unit(vectors)}
+        if preference is None
+        else {"semantic": unit(vectors), "preference": unit(preference)}
+    )
     return Songs(
         [f"s{i:04d}" for i in range(count)],
         list(texts or (f"text {i}" for i in range(count))),
@@ -43,7 +48,8 @@ def songs_of(
 
 
 def labelled_world(seed: int = 0, count: int = 300, signal: float = 4.0) -> tuple[Songs, dict[str, np.ndarray]]:
-    """Songs by 30 artists whose vectors hold their genre and tags as strongly as `signal`, and the direction of each label.
+    """Songs by 30 artists whose vectors hold their genre and tags as strongly as `signal`, and the direction of each
+    label.
 
     The mood is in no vector. The first 20 artists are in training.
     """

@@ -39,12 +39,18 @@ def write_index(
     if not workspace.exists("models"):
         write_models(workspace)
     parts = [unit_vectors(seed) for seed in songs.values()]
-    vectors = Vectors(np.concatenate([part.semantic for part in parts]), np.concatenate([part.preference for part in parts]))
+    vectors = Vectors(
+        np.concatenate([part.semantic for part in parts]), np.concatenate([part.preference for part in parts])
+    )
     metadata = pa.table({"title": pa.array([(titles or {}).get(song) for song in songs], pa.string())})
     index = SongIndex.build(list(songs), vectors, metadata=metadata, model_versions=model_versions or dict(VERSIONS))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
-        index.save(folder, inputs={"semantic": "model-semantic", "preference": "model-preference"}, quality={"recall_at_10": 1.0})
+        index.save(
+            folder,
+            inputs={"semantic": "model-semantic", "preference": "model-preference"},
+            quality={"recall_at_10": 1.0},
+        )
         workspace.publish(folder, f"index/{version}", index.manifest)
 
 

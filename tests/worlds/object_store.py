@@ -15,7 +15,8 @@ import pytest
 
 
 class ObjectStore:
-    """`objects`: key → bytes of the bucket `bucket`. `fail`: status of each of the next answers; "forever" repeats the last one."""
+    """`objects`: key → bytes of the bucket `bucket`. `fail`: status of each of the next answers; "forever" repeats the
+    last one."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -49,7 +50,11 @@ class ObjectStore:
                     first, last = int(begin), min(int(end or last), last)
                 if store.fail_after_bytes is not None and self.command == "GET" and first >= store.fail_after_bytes:
                     return self._answer(503, b"")
-                return self._answer(206 if wanted else 200, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+                return self._answer(
+                    206 if wanted else 200,
+                    data[first : last + 1],
+                    {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
+                )
 
             do_HEAD = do_GET
 

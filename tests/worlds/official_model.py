@@ -1,7 +1,8 @@
 """The published model in plain torch, with the authors' names as attributes: what an imported file is compared with.
 
-Written from the description of the method, apart from `htcl_ray`. Everything is as in their code: each clip padded at its maximum − 80 dB
-to 1,251 frames, normalised whole by mean and population standard deviation + 1e-8, no mask, mean over [CLS] and all tokens.
+Written from the description of the method, apart from `htcl_ray`. Everything is as in their code: each clip padded at
+its maximum − 80 dB to 1,251 frames, normalised whole by mean and population standard deviation + 1e-8, no mask, mean
+over [CLS] and all tokens.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class AudioModel(nn.Module):
-    def __init__(self, channels: int = 512, width: int = 768, layers: int = 12, feed_forward: int = 3072, kernel: int = 31) -> None:
+    def __init__(
+        self, channels: int = 512, width: int = 768, layers: int = 12, feed_forward: int = 3072, kernel: int = 31
+    ) -> None:
         super().__init__()
         inputs = (MELS, channels, channels)
         self.feature_extractor = container(
             layers=nn.ModuleList(
-                nn.Sequential(nn.Identity(), nn.Conv1d(i, channels, k, stride=2, bias=False), nn.Identity(), nn.LayerNorm(channels))
+                nn.Sequential(
+                    nn.Identity(),
+                    nn.Conv1d(i, channels, k, stride=2, bias=False),
+                    nn.Identity(),
+                    nn.LayerNorm(channels),
+                )
                 for i, k in zip(inputs, (5, 3, 3), strict=True)
             )
         )
@@ -73,7 +81,14 @@ class AudioModel(nn.Module):
 class Wrapper(nn.Module):
     """What their training scripts save, of either stage."""
 
-    def __init__(self, stage: int, audio_model: AudioModel, bert: BertConfig, hidden: tuple[int, int] = (384, 192), dim: int = 100) -> None:
+    def __init__(
+        self,
+        stage: int,
+        audio_model: AudioModel,
+        bert: BertConfig,
+        hidden: tuple[int, int] = (384, 192),
+        dim: int = 100,
+    ) -> None:
         super().__init__()
         self.audio_model = audio_model
         self.text_model = BertModel(bert)
@@ -95,6 +110,13 @@ def small_wrapper(stage: int) -> Wrapper:
     """A model of their kind that is small enough for a test, without a tokenizer of its own."""
     torch.manual_seed(stage)
     bert = BertConfig(
-        vocab_size=10, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96, max_position_embeddings=16
+        vocab_size=10,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=96,
+        max_position_embeddings=16,
     )
-    return Wrapper(stage, AudioModel(channels=24, width=128, layers=2, feed_forward=80, kernel=7), bert, hidden=(40, 30), dim=20)
+    return Wrapper(
+        stage, AudioModel(channels=24, width=128, layers=2, feed_forward=80, kernel=7), bert, hidden=(40, 30), dim=20
+    )

@@ -31,9 +31,44 @@ GENRES = ("ambient", "jazz", "folk", "techno", "soul", "metal", "classical", "bo
 MOODS = ("calm", "bright", "dark", "tender", "restless")
 SONGS = 240
 SECONDS = 4.0
-FIRST = ("Slow", "Blue", "Paper", "Northern", "Hollow", "Golden", "Second", "Quiet", "Electric", "Winter", "Open", "Borrowed")
-SECOND = ("Rivers", "Light", "Machines", "Letters", "Harbour", "Season", "Windows", "Echo", "Garden", "Distance", "Hours", "Rooms")
-ARTISTS = ("Mira Holm", "The Lanterns", "Oko & Sons", "Dunes", "Aurelia Trio", "Tape Weather", "Ines Carvalho", "Low Orbit")
+FIRST = (
+    "Slow",
+    "Blue",
+    "Paper",
+    "Northern",
+    "Hollow",
+    "Golden",
+    "Second",
+    "Quiet",
+    "Electric",
+    "Winter",
+    "Open",
+    "Borrowed",
+)
+SECOND = (
+    "Rivers",
+    "Light",
+    "Machines",
+    "Letters",
+    "Harbour",
+    "Season",
+    "Windows",
+    "Echo",
+    "Garden",
+    "Distance",
+    "Hours",
+    "Rooms",
+)
+ARTISTS = (
+    "Mira Holm",
+    "The Lanterns",
+    "Oko & Sons",
+    "Dunes",
+    "Aurelia Trio",
+    "Tape Weather",
+    "Ines Carvalho",
+    "Low Orbit",
+)
 
 
 def song_id(i: int) -> str:
@@ -49,7 +84,9 @@ def _centres(seed: int) -> np.ndarray:
 
 
 def _near(centres: np.ndarray, groups: np.ndarray, seed: int, noise: float) -> np.ndarray:
-    return unit_norm(centres[groups] + noise * np.random.default_rng(seed).normal(size=(len(groups), DIM))).astype(np.float32)
+    return unit_norm(centres[groups] + noise * np.random.default_rng(seed).normal(size=(len(groups), DIM))).astype(
+        np.float32
+    )
 
 
 def write_world(folder: Path, songs: int = SONGS, preference: bool = True) -> Workspace:
@@ -71,7 +108,8 @@ def write_world(folder: Path, songs: int = SONGS, preference: bool = True) -> Wo
             "title": [title(i) for i in range(songs)],
             "artist": [ARTISTS[(i * 7) % 8] for i in range(songs)],
             "album": [
-                "A very long album name that does not end where one would expect it to" if i % 9 == 0 else None for i in range(songs)
+                "A very long album name that does not end where one would expect it to" if i % 9 == 0 else None
+                for i in range(songs)
             ],
             "genre": pa.array([[GENRES[group]] for group in groups]),
             "mood": pa.array([[MOODS[i % 5]] for i in range(songs)]),
@@ -79,7 +117,9 @@ def write_world(folder: Path, songs: int = SONGS, preference: bool = True) -> Wo
         }
     )
     versions = VERSIONS if preference else {**VERSIONS, "preference": None}
-    index = SongIndex.build([song_id(i) for i in range(songs)], vectors, metadata=metadata, model_versions=dict(versions))
+    index = SongIndex.build(
+        [song_id(i) for i in range(songs)], vectors, metadata=metadata, model_versions=dict(versions)
+    )
     inputs = {"semantic": "model-semantic", "preference": "model-preference" if preference else None}
     made = Path(workspace.full(".scratch"))
     index.save(made, inputs=inputs, quality={"recall_at_10": 1.0})
@@ -88,7 +128,8 @@ def write_world(folder: Path, songs: int = SONGS, preference: bool = True) -> Wo
 
 
 class PageBackend:
-    """Text → the middle of the genres that it names; a recording → a place drawn from its length; bytes `bad…` are no audio.
+    """Text → the middle of the genres that it names; a recording → a place drawn from its length; bytes `bad…` are no
+    audio.
 
     Of a text the ASCII letters are known.
     """

@@ -1,4 +1,5 @@
-"""A head node of its own for a test, started as a user starts one, and jobs submitted to it. It ends with the process that was started."""
+"""A head node of its own for a test, started as a user starts one, and jobs submitted to it. It ends with the process
+that was started."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def free_ports(count: int) -> list[int]:
 
 def environment() -> dict[str, str]:
     """As a user's shell: the virtual environment active, token authentication on, no cluster address."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+    }
     return {**kept, "RAY_AUTH_MODE": "token", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
@@ -51,7 +54,15 @@ def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int
     free, dashboard, agent, client = free_ports(4)
     gcs = port or free
     folder = Path(tempfile.mkdtemp(prefix="htcl-head-"))  # short: Ray puts sockets below it
-    command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--temp-dir={folder}",
+    ]
     command += [
         f"--dashboard-agent-listen-port={agent}",
         f"--ray-client-server-port={client}",
@@ -61,7 +72,9 @@ def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int
     command += ["--object-store-memory=200000000", "--disable-usage-stats", *flags]
     log = folder / "start.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env={**environment(), **(variables or {})}, stdout=output, stderr=output, cwd=REPOSITORY)
+        process = subprocess.Popen(
+            command, env={**environment(), **(variables or {})}, stdout=output, stderr=output, cwd=REPOSITORY
+        )
     try:
         deadline = time.monotonic() + 90
         while "Ray runtime started" not in log.read_text():

@@ -1,4 +1,5 @@
-"""A workspace with a few short sounds and untrained models of the real kind: enough to embed, index and serve within seconds."""
+"""A workspace with a few short sounds and untrained models of the real kind: enough to embed, index and serve within
+seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ TINY = {
 
 
 def small_config(workspace: Path | str, **overrides: object) -> Config:
-    return resolve("demo").with_overrides({**TINY, "workspace": str(workspace), **{k.replace("__", "."): v for k, v in overrides.items()}})
+    return resolve("demo").with_overrides(
+        {**TINY, "workspace": str(workspace), **{k.replace("__", "."): v for k, v in overrides.items()}}
+    )
 
 
 def sound(seed: int, recipe: AudioRecipe, seconds: float | None = None) -> np.ndarray:
@@ -95,18 +98,25 @@ def write_features(config: Config, *, songs: int = SONGS, songs_per_shard: int =
             "genre": pa.array([[GENRES[i % 3]] for i in rows]),
             "year": pa.array([1990 + i for i in rows], pa.int32()),
         }
-        workspace.write_table(f"features/{version}/shard-{first // songs_per_shard:05d}.parquet", pa.table(columns, schema=schema))
-    workspace.finish(f"features/{version}", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
+        workspace.write_table(
+            f"features/{version}/shard-{first // songs_per_shard:05d}.parquet", pa.table(columns, schema=schema)
+        )
+    workspace.finish(
+        f"features/{version}", build_manifest("features", config=config.model_dump(mode="json"), inputs={})
+    )
     return version
 
 
 def write_models(config: Config, tmp: Path, *, preference: bool = True, seed: int = 0) -> None:
-    """Stage 1 as models/semantic/semantic-SEED and, on request, a stage 2 that differs from it, as models/preference/preference-SEED."""
+    """Stage 1 as models/semantic/semantic-SEED and, on request, a stage 2 that differs from it, as
+    models/preference/preference-SEED."""
     vocabulary = train_wordpiece([text_of(i) for i in range(60)], config.text.vocab_size)
     model = HTCL.untrained(config.with_overrides({"pretrain.seed": seed}), vocabulary)
     _publish(config, model, f"models/semantic/semantic-{seed}", {"features": "features-1"}, tmp)
     if preference:
-        other = HTCL.untrained(config.with_overrides({"pretrain.seed": seed + 100}), vocabulary).to_stage_2(0.074, seed=1)
+        other = HTCL.untrained(config.with_overrides({"pretrain.seed": seed + 100}), vocabulary).to_stage_2(
+            0.074, seed=1
+        )
         inputs = {"features": "features-1", "pairs": "pairs-1", "model": f"semantic-{seed}"}
         _publish(config, other, f"models/preference/preference-{seed}", inputs, tmp)
 

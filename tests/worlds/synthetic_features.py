@@ -1,4 +1,5 @@
-"""Feature shards with known truth, made without audio: each genre is loud in its own mel bands, and its name is the text."""
+"""Feature shards with known truth, made without audio: each genre is loud in its own mel bands, and its name is the
+text."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def tiny_config(workspace: Path | str, **overrides: object) -> Config:
 
 
 def write_features(config: Config, songs: int = 60, *, version: str = "synthetic", seed: int = 0) -> str:
-    """Features in the configuration's workspace; returns their path. Song i has genre i mod 6; about 3 in 5 songs are for training."""
+    """Features in the configuration's workspace; returns their path. Song i has genre i mod 6; about 3 in 5 songs are
+    for training."""
     workspace = Workspace(config.workspace)
     frames, mels = config.audio.max_frames, config.audio.n_mels
     random = np.random.default_rng(seed)
@@ -53,7 +55,15 @@ def write_features(config: Config, songs: int = 60, *, version: str = "synthetic
         genre = song % len(GENRES)
         mel = random.normal(-60, 4, (frames, mels))
         mel[:, genre * 2 : genre * 2 + 3] += 40
-        rows.append((f"song-{song:04d}", genre, mel.astype(np.float16), int(random.integers(9, frames + 1)), splits[(song // 6) % 5]))
+        rows.append(
+            (
+                f"song-{song:04d}",
+                genre,
+                mel.astype(np.float16),
+                int(random.integers(9, frames + 1)),
+                splits[(song // 6) % 5],
+            )
+        )
     path = f"features/{version}"
     for shard in range(0, songs, 32):
         part = rows[shard : shard + 32]
@@ -77,8 +87,11 @@ def write_features(config: Config, songs: int = 60, *, version: str = "synthetic
     return path
 
 
-def write_pairs(config: Config, songs: int = 60, *, features_version: str = "synthetic", version: str = "pairs", extra: int = 0) -> str:
-    """Pairs of training songs whose genres differ by three, so that taste is not genre; `extra` of them name unknown songs."""
+def write_pairs(
+    config: Config, songs: int = 60, *, features_version: str = "synthetic", version: str = "pairs", extra: int = 0
+) -> str:
+    """Pairs of training songs whose genres differ by three, so that taste is not genre; `extra` of them name unknown
+    songs."""
     workspace = Workspace(config.workspace)
     rows = [
         (f"song-{a:04d}", f"song-{b:04d}", split)
@@ -113,8 +126,16 @@ def write_negatives(config: Config, rows: list[tuple[int, int, float]], *, versi
     """Rejected training songs (trigger, song, weight), mined with pairs of that version."""
     workspace = Workspace(config.workspace)
     named = [
-        {"trigger_song_id": f"song-{a:04d}", "song_id": f"song-{b:04d}", "weight": weight, "support": 1, "split": "train"}
+        {
+            "trigger_song_id": f"song-{a:04d}",
+            "song_id": f"song-{b:04d}",
+            "weight": weight,
+            "support": 1,
+            "split": "train",
+        }
         for a, b, weight in rows
     ]
     workspace.write_table(f"negatives/{version}/part-00000.parquet", pa.Table.from_pylist(named, schema=schemas.PAIRS))
-    workspace.finish(f"negatives/{version}", build_manifest("negatives", config=config.model_dump(mode="json"), inputs={}))
+    workspace.finish(
+        f"negatives/{version}", build_manifest("negatives", config=config.model_dump(mode="json"), inputs={})
+    )

@@ -58,11 +58,17 @@ class Outcome:
 
 def configuration(workspace: Path, tables: SampleTables, **overrides: Any) -> Config:
     named = {key.replace("__", "."): value for key, value in overrides.items()}
-    data = {"data.catalog": str(tables.catalog), "data.interactions": str(tables.interactions), "workspace": str(workspace)}
+    data = {
+        "data.catalog": str(tables.catalog),
+        "data.interactions": str(tables.interactions),
+        "workspace": str(workspace),
+    }
     return resolve("demo").with_overrides({**SMALL, **data, **named})
 
 
-def run_every_step(config: Config, upload: bytes, song_id: str, after_training: Callable[[Config], None] | None = None) -> Outcome:
+def run_every_step(
+    config: Config, upload: bytes, song_id: str, after_training: Callable[[Config], None] | None = None
+) -> Outcome:
     """Preprocess to evaluate, then three kinds of queries over HTTP."""
     for step in (preprocess, pretrain, finetune):
         step(config)
@@ -71,7 +77,9 @@ def run_every_step(config: Config, upload: bytes, song_id: str, after_training: 
     for step in (embed, build_index):
         step(config)
     report = evaluate(config)
-    return Outcome(read_report(config, report.location), ask(config, upload, song_id), failed_bounds(config, report.location))
+    return Outcome(
+        read_report(config, report.location), ask(config, upload, song_id), failed_bounds(config, report.location)
+    )
 
 
 def failed_bounds(config: Config, location: str) -> list[str]:

@@ -4,7 +4,14 @@ from htcl_ray.config.sections.base import Names, Settings, nearest
 from htcl_ray.config.sections.data import AudioRecipe, DataSettings, PairSettings
 from htcl_ray.config.sections.model import ModelSettings, TextSettings
 from htcl_ray.config.sections.serve import ServeSettings
-from htcl_ray.config.sections.steps import EmbedSettings, EvaluateSettings, GateSettings, IndexSettings, RaySettings, Require
+from htcl_ray.config.sections.steps import (
+    EmbedSettings,
+    EvaluateSettings,
+    GateSettings,
+    IndexSettings,
+    RaySettings,
+    Require,
+)
 from htcl_ray.config.sections.training import (
     LOWER_IS_BETTER,
     NOT_IN_MODEL,

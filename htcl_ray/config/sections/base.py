@@ -37,7 +37,9 @@ class Settings(BaseModel):
     `model_dump()` have them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @model_serializer(mode="wrap")
     def _serialize(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
@@ -47,7 +49,8 @@ class Settings(BaseModel):
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """For `repr` and `str`."""
         return (
-            (name, value if isinstance(value, BaseModel) else tree_without_credentials(value)) for name, value in super().__repr_args__()
+            (name, value if isinstance(value, BaseModel) else tree_without_credentials(value))
+            for name, value in super().__repr_args__()
         )
 
 

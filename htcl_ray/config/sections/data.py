@@ -48,7 +48,9 @@ class AudioRecipe(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.f_max is not None and not self.f_min < self.f_max <= self.sample_rate / 2:
-            raise ValueError(f"f_max is {self.f_max} Hz; expected more than f_min ({self.f_min}) and at most sample_rate / 2")
+            raise ValueError(
+                f"f_max is {self.f_max} Hz; expected more than f_min ({self.f_min}) and at most sample_rate / 2"
+            )
         if self.clip_seconds < self.min_seconds:
             raise ValueError(f"clip_seconds is {self.clip_seconds}; expected at least min_seconds ({self.min_seconds})")
         return self
@@ -80,7 +82,9 @@ class DataSettings(Settings):
     @classmethod
     def _shares(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
         if min(value) < 0 or value[0] == 0 or abs(sum(value) - 1) > 1e-6:
-            raise ValueError(f"the shares are {list(value)}; expected three numbers from 0 that sum to 1, the first above 0")
+            raise ValueError(
+                f"the shares are {list(value)}; expected three numbers from 0 that sum to 1, the first above 0"
+            )
         return value
 
     @field_validator("columns")
@@ -101,8 +105,8 @@ class PairSettings(Settings):
     negative_feedback: tuple[Feedback, ...] = (Feedback.SKIP, Feedback.DISLIKE)
     """Feedback that says that the user did not; anything else is neutral exposure."""
     min_positive_rating: float | None = None
-    """A rating (a number as feedback, or in the column `rating`) from here up is positive. Null is 4, for ratings of which the largest is 4
-    to 5; a log with another scale needs this key."""
+    """A rating (a number as feedback, or in the column `rating`) from here up is positive. Null is 4, for ratings of
+    which the largest is 4 to 5; a log with another scale needs this key."""
     max_negative_rating: float = 2.0
     """A rating from here down is negative; one in between is neutral."""
     min_played_ratio: float = Field(0.5, ge=0, le=1)
@@ -112,11 +116,14 @@ class PairSettings(Settings):
     min_support: int = Field(1, ge=1)
     """Distinct users that a pair needs."""
     repetition_saturation: float = Field(1.0, ge=0)
-    """How much one user's repetitions of a pair add: s occurrences count s · (1 + this) / (s + this), as in BM25; 0 counts users only."""
+    """How much one user's repetitions of a pair add: s occurrences count s · (1 + this) / (s + this), as in BM25; 0
+    counts users only."""
     max_occurrences_per_user: int | None = Field(500, ge=1)
-    """Feedback and plays: what a user with more occurrences of pairs says counts less in proportion, in every pair; null is no cap."""
+    """Feedback and plays: what a user with more occurrences of pairs says counts less in proportion, in every pair;
+    null is no cap."""
     support_discount: float = Field(0.99, ge=0, le=1)
-    """Users whose evidence for a pair does not count: n equal users count n − this, so that one user, a coincidence, weighs little."""
+    """Users whose evidence for a pair does not count: n equal users count n − this, so that one user, a coincidence,
+    weighs little."""
     half_life_days: float | None = Field(None, gt=0)
     """Age at which an event counts half; null is no decay. The newest event of the training period has age 0."""
     max_pairs_per_song: int | None = Field(100, ge=1)
@@ -132,7 +139,9 @@ class PairSettings(Settings):
     def _check(self) -> Self:
         both = set(self.positive_feedback) & set(self.negative_feedback)
         if both:
-            raise ValueError(f"{sorted(both)} is in positive_feedback and in negative_feedback; expected each value in one of them")
+            raise ValueError(
+                f"{sorted(both)} is in positive_feedback and in negative_feedback; expected each value in one of them"
+            )
         if self.max_negative_rating >= self.positive_from:
             raise ValueError(
                 f"max_negative_rating is {self.max_negative_rating:g}; expected less than min_positive_rating ({self.positive_from:g})"

@@ -13,10 +13,11 @@ class TextSettings(Settings):
     """The text tower."""
 
     name_or_path: str | None = None
-    """A BERT-like model by hub name or local folder; null trains a small BERT and its WordPiece vocabulary from the song texts."""
+    """A BERT-like model by hub name or local folder; null trains a small BERT and its WordPiece vocabulary from the
+    song texts."""
     pooling: Literal["pooler", "cls", "mean"] = "pooler"
-    """Tokens → one vector: BERT's pooler over the first token as the authors (models made without one: the first token itself), the
-    first token, or the mean over tokens, which sentence encoders such as MiniLM were trained for."""
+    """Tokens → one vector: BERT's pooler over the first token as the authors (models made without one: the first token
+    itself), the first token, or the mean over tokens, which sentence encoders such as MiniLM were trained for."""
     max_tokens: int = Field(128, gt=2)
     """Longer song texts are cut."""
     vocab_size: int = Field(2000, gt=10)
@@ -55,7 +56,8 @@ class ModelSettings(Settings):
     dim: int = Field(100, gt=0)
     """Width of the joint space."""
     window_seconds: float | None = Field(None, gt=0)
-    """Longer clips are trained on in random crops of this length and embedded as the mean of evenly spaced windows; null: clips whole."""
+    """Longer clips are trained on in random crops of this length and embedded as the mean of evenly spaced windows;
+    null: clips whole."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,15 +16,16 @@ class ServeSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     allowed_hosts: Names = ()
-    """Names that a request's Host header may carry, in addition to localhost and serve.host; `*` allows any, for a proxy that checks. Where
-    other machines reach serve.host, addresses (such as 192.0.2.7) are allowed as well."""
+    """Names that a request's Host header may carry, in addition to localhost and serve.host; `*` allows any, for a
+    proxy that checks. Where other machines reach serve.host, addresses (such as 192.0.2.7) are allowed as well."""
     trusted_proxies: Names = ()
-    """Addresses or networks (such as 10.0.0.0/8) of proxies whose X-Forwarded-For header is believed; none. Rate limits of callers without
-    a key count the address that it names, and otherwise the address of the connection."""
+    """Addresses or networks (such as 10.0.0.0/8) of proxies whose X-Forwarded-For header is believed; none. Rate limits
+    of callers without a key count the address that it names, and otherwise the address of the connection."""
     metrics_host: str = "127.0.0.1"
     """Address of `/metrics` for Prometheus, which needs no key: keep it to machines that may read it."""
     metrics_port: int | None = Field(None, ge=0, le=65535)
-    """Port of `/metrics`. Null: 9464, or a free one where that is taken; 0: a free one. Both are printed at the start."""
+    """Port of `/metrics`. Null: 9464, or a free one where that is taken; 0: a free one. Both are printed at the
+    start."""
 
     encoder_replicas: int = Field(1, ge=1)
     """Encoder replicas, and the fewest when they scale."""
@@ -61,8 +62,8 @@ class ServeSettings(Settings):
 
     max_upload_bytes: int = Field(50_000_000, gt=0)
     max_upload_seconds: float = Field(600.0, gt=0)
-    """Length that the header of an upload may declare. Whatever its length, the first audio.clip_seconds are embedded, as those of the
-    catalogue's songs are, and nothing behind them is decoded."""
+    """Length that the header of an upload may declare. Whatever its length, the first audio.clip_seconds are embedded,
+    as those of the catalogue's songs are, and nothing behind them is decoded."""
     max_channels: int = Field(8, ge=1)
     max_sample_rate: int = Field(192_000, ge=1_000)
     decode_seconds: float = Field(20.0, gt=0)
@@ -94,7 +95,9 @@ class ServeSettings(Settings):
             try:
                 ipaddress.ip_network(network)
             except ValueError:
-                raise ValueError(f"'{network}' is not an address or network; expected one such as 10.0.0.7 or 10.0.0.0/8") from None
+                raise ValueError(
+                    f"'{network}' is not an address or network; expected one such as 10.0.0.7 or 10.0.0.0/8"
+                ) from None
         return networks
 
     @model_validator(mode="after")

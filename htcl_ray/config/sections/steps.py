@@ -44,7 +44,8 @@ class EvaluateSettings(Settings):
     ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10), min_length=1)
     """Cut-offs of recall, hit rate and NDCG."""
     probe_columns: Names = ("genre", "language", "mood", "tags")
-    """Catalogue columns that probes and zero-shot classification predict on held-out artists; one that is empty is left out."""
+    """Catalogue columns that probes and zero-shot classification predict on held-out artists; one that is empty is left
+    out."""
     folds: int = Field(5, ge=2)
     """Folds of the probes that see only held-out songs; an artist is in one fold."""
     neighbors: int = Field(10, ge=1)
@@ -58,7 +59,8 @@ class EvaluateSettings(Settings):
     min_item_users: int = Field(5, ge=1)
     """Positive users, and negative ones, that a song needs for the item AUC."""
     allowed_overlaps: Annotated[tuple[Literal["artists", "times"], ...], BeforeValidator(one_or_many)] = ()
-    """What training and evaluation may share although figures flatter the model then: `artists` when a split column was chosen so."""
+    """What training and evaluation may share although figures flatter the model then: `artists` when a split column was
+    chosen so."""
     resamples: int = Field(1000, ge=100)
     """Of the bootstrap that gives the intervals."""
     seed: Seed = 0
@@ -68,7 +70,9 @@ class EvaluateSettings(Settings):
     @classmethod
     def _check_prompt(cls, value: str) -> str:
         if "{label}" not in value:
-            raise ValueError(f"it is '{value}'; expected a text with {{label}} where the label goes, such as 'a {{label}} song'")
+            raise ValueError(
+                f"it is '{value}'; expected a text with {{label}} where the label goes, such as 'a {{label}} song'"
+            )
         return value
 
 
@@ -79,9 +83,9 @@ class GateSettings(Settings):
     """What the gate of a model or index has to say before a step uses it."""
 
     require: Require = "failed"
-    """off: any may be used. failed: those whose gate failed are refused. unjudged: those that no gate has judged as well. Asked by finetune
-    and tune of the model that they start from, by embed, index, serve and search; a model that is to be judged is embedded without
-    `unjudged`, since `htcl evaluate --gate` needs its embeddings."""
+    """off: any may be used. failed: those whose gate failed are refused. unjudged: those that no gate has judged as
+    well. Asked by finetune and tune of the model that they start from, by embed, index, serve and search; a model that
+    is to be judged is embedded without `unjudged`, since `htcl evaluate --gate` needs its embeddings."""
 
     @field_validator("require", mode="before")
     @classmethod
@@ -94,8 +98,10 @@ class RaySettings(Settings):
     """Which cluster the steps run on."""
 
     address: str | None = None
-    """Null connects to RAY_ADDRESS when it is set, as in a submitted job, and otherwise starts a private cluster on this machine."""
+    """Null connects to RAY_ADDRESS when it is set, as in a submitted job, and otherwise starts a private cluster on
+    this machine."""
     num_cpus: int | None = Field(None, ge=1)
-    """Logical CPUs of the private cluster; null is the machine's, at least 4 (training workers must leave room for data tasks)."""
+    """Logical CPUs of the private cluster; null is the machine's, at least 4 (training workers must leave room for data
+    tasks)."""
     object_store_bytes: int | None = Field(None, ge=80_000_000)
     """Shared memory of the private cluster; null is Ray's own choice, 30 % of the machine's memory."""

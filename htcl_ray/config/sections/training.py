@@ -21,7 +21,8 @@ class HealthSettings(Settings):
     max_mean_cosine: float = Field(0.95, gt=-1, le=1)
     """Collapse: mean cosine between different songs' audio, or different texts, above this."""
     min_effective_rank: float = Field(2.0, ge=1)
-    """Collapse: fewer directions in use than this, as exp of the entropy of the singular values of the centred vectors."""
+    """Collapse: fewer directions in use than this, as exp of the entropy of the singular values of the centred
+    vectors."""
     plateau_margin: float = Field(0.002, ge=0, lt=1)
     """Plateau: a softmax term within this share of the loss that equal vectors for all songs would have."""
 
@@ -55,11 +56,14 @@ class StageSettings(Settings):
     model_config = ConfigDict(allow_inf_nan=False)
 
     batch_size: int | None = Field(32, ge=2)
-    """Global: rows of one loss, over all workers (stage 2: pairs); null: `batch_size_per_worker`. Setting one of them unsets the other."""
+    """Global: rows of one loss, over all workers (stage 2: pairs); null: `batch_size_per_worker`. Setting one of them
+    unsets the other."""
     batch_size_per_worker: int | None = Field(None, ge=1)
-    """Rows of one loss that each worker brings: the global batch is this × `num_workers`, and grows with them. Null: `batch_size`."""
+    """Rows of one loss that each worker brings: the global batch is this × `num_workers`, and grows with them. Null:
+    `batch_size`."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
-    """Rows that one worker encodes at a time; null is its whole share, auto what fits its memory. The gradient does not depend on it."""
+    """Rows that one worker encodes at a time; null is its whole share, auto what fits its memory. The gradient does not
+    depend on it."""
     epochs: int = Field(20, ge=1)
     num_workers: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
@@ -75,9 +79,11 @@ class StageSettings(Settings):
     max_gradient_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; null is no clipping."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: InfoNCE, each row picks its match among the batch. sigmoid: each pair of rows is a match or not (SigLIP)."""
+    """softmax: InfoNCE, each row picks its match among the batch. sigmoid: each pair of rows is a match or not
+    (SigLIP)."""
     mask_false_negatives: bool = True
-    """Rows of one song, duplicate group, text or (stage 2) known pair are not each other's negatives; false is the published loss."""
+    """Rows of one song, duplicate group, text or (stage 2) known pair are not each other's negatives; false is the
+    published loss."""
     temperature: float = Field(0.074, ge=0.01, le=1)
     """Initial temperature of the contrastive losses; kept at or above 0.01."""
     learn_temperature: bool = True
@@ -85,7 +91,8 @@ class StageSettings(Settings):
     freeze_text: bool = False
     """The text encoder stays as it is; its head learns."""
     freeze_audio_layers: int = Field(0, ge=0)
-    """The audio encoder's first Transformer layers, and all that comes before them, stay as they are; 0 freezes nothing."""
+    """The audio encoder's first Transformer layers, and all that comes before them, stay as they are; 0 freezes
+    nothing."""
     time_masks: int = Field(0, ge=0)
     """Stretches of frames hidden from a training clip (SpecAugment, arXiv 1904.08779); 0 is none."""
     time_mask_frames: int = Field(40, ge=1)
@@ -152,7 +159,9 @@ class StageSettings(Settings):
                 "expected a number for one of them and null for the other"
             )
         if self.global_batch_size < 2:
-            raise ValueError("batch_size_per_worker × num_workers is 1; expected at least 2 rows, since each needs a negative")
+            raise ValueError(
+                "batch_size_per_worker × num_workers is 1; expected at least 2 rows, since each needs a negative"
+            )
         if self.batch_size is not None and self.batch_size % self.num_workers:
             below = self.batch_size - self.batch_size % self.num_workers
             nearest_valid = " or ".join(str(size) for size in (below, below + self.num_workers) if size)
@@ -184,15 +193,18 @@ class FinetuneSettings(StageSettings):
     text_loss_weight: float = Field(1.0, ge=0)
     """Weight of audio ↔ text over both songs of a pair and the rehearsed songs: what keeps the semantics."""
     rehearsal_songs_per_pair: int = Field(1, ge=0)
-    """Songs n of the whole training catalogue that audio ↔ text gets for each pair, n / (2 + n) of its rows; 0 sees songs of pairs only."""
+    """Songs n of the whole training catalogue that audio ↔ text gets for each pair, n / (2 + n) of its rows; 0 sees
+    songs of pairs only."""
     preference_loss_weight: float = Field(1.0, ge=0)
     """Weight of trigger audio ↔ recalled audio."""
     fusion_loss_weight: float = Field(1.0, ge=0)
     """Weight of audio ↔ the other song's fusion of audio and text."""
     popularity_correction: bool = False
-    """Subtract log q from the logits of preference and fusion, q being the probability that the song is drawn (log-Q); softmax only."""
+    """Subtract log q from the logits of preference and fusion, q being the probability that the song is drawn (log-Q);
+    softmax only."""
     explicit_negatives: bool = False
-    """Add to each pair a song rejected after its trigger (skips, dislikes), as a negative of preference; half as much again to encode."""
+    """Add to each pair a song rejected after its trigger (skips, dislikes), as a negative of preference; half as much
+    again to encode."""
 
     @model_validator(mode="after")
     def _check_correction(self) -> Self:
@@ -206,10 +218,13 @@ class FinetuneSettings(StageSettings):
 
 
 class TrackingSettings(Settings):
-    """Where training runs are seen beside `metrics.jsonl` and TensorBoard, which are always written. Changes no model."""
+    """Where training runs are seen beside `metrics.jsonl` and TensorBoard, which are always written. Changes no
+    model.
+    """
 
     trackers: Annotated[tuple[Literal["mlflow", "wandb"], ...], BeforeValidator(one_or_many)] = ()
-    """Each needs the extra of its name; W&B takes its key and its mode from its own environment variables (WANDB_API_KEY, WANDB_MODE)."""
+    """Each needs the extra of its name; W&B takes its key and its mode from its own environment variables
+    (WANDB_API_KEY, WANDB_MODE)."""
     project: str = Field("htcl-ray", min_length=1)
     """MLflow experiment and W&B project."""
     mlflow_uri: str | None = None

@@ -69,20 +69,31 @@ class TuneSettings(Settings):
     """What a trial trains; `finetune` starts every trial from one semantic model."""
     study: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the folder below runs/tune/; null is the name of the stage. The same name continues the search."""
-    space: dict[str, Annotated[Dimension, BeforeValidator(_values_or_range, json_schema_input_type=Dimension | list[Value])]] | None = None
-    """Dotted configuration keys → a list of values, or {low, high, log}; null: temperature, fixed or learned, batch size, learning rate."""
+    space: (
+        dict[
+            str, Annotated[Dimension, BeforeValidator(_values_or_range, json_schema_input_type=Dimension | list[Value])]
+        ]
+        | None
+    ) = None
+    """Dotted configuration keys → a list of values, or {low, high, log}; null: temperature, fixed or learned, batch
+    size, learning rate."""
     trials: int = Field(20, ge=1)
     """Trials in all. A finished search goes on when there are more."""
     samples: int | None = Field(None, ge=2)
-    """Rows that a trial sees in each stage, songs or pairs, whatever its batch size; null is as many as the configured run would see."""
+    """Rows that a trial sees in each stage, songs or pairs, whatever its batch size; null is as many as the configured
+    run would see."""
     reports: int = Field(10, ge=1)
     """Times that a trial measures itself, after equally many rows each."""
-    objectives: Annotated[tuple[Objective, ...], BeforeValidator(one_or_many), Field(min_length=1, max_length=2)] | None = None
-    """semantic: text → audio. preference: trigger → recalled song. Null is what the last stage is for. Two give a Pareto front."""
+    objectives: (
+        Annotated[tuple[Objective, ...], BeforeValidator(one_or_many), Field(min_length=1, max_length=2)] | None
+    ) = None
+    """semantic: text → audio. preference: trigger → recalled song. Null is what the last stage is for. Two give a
+    Pareto front."""
     metric: Literal["recall@10", "ndcg@10"] = "recall@10"
     """Of the objectives, in one fixed gallery of validation songs."""
     early_stopping: bool = True
-    """Stop trials that are behind after equally many rows (ASHA, arXiv 1810.05934); with two objectives none is stopped."""
+    """Stop trials that are behind after equally many rows (ASHA, arXiv 1810.05934); with two objectives none is
+    stopped."""
     grace_share: float = Field(0.25, gt=0, le=1)
     """Share of its rows that a trial sees before it may be stopped."""
     max_concurrent_trials: int | None = Field(None, ge=1)
@@ -97,7 +108,9 @@ class TuneSettings(Settings):
         if self.objectives is not None and len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives is {list(self.objectives)}; expected each once")
         if self.stage == "pretrain" and "preference" in (self.objectives or ()):
-            raise ValueError("objectives names preference, which stage 1 does not learn; expected stage finetune or both")
+            raise ValueError(
+                "objectives names preference, which stage 1 does not learn; expected stage finetune or both"
+            )
         return self
 
     @property

@@ -27,7 +27,8 @@ COLUMNS = (
 def ablation_tree(figures: Mapping[str, Mapping[Key, Estimate]]) -> dict[str, Any]:
     """`columns`, `variants` and `n` of the table, the last row chance.
 
-    Of each variant the figures of the last stage that it has, with their differences from the full method and from chance.
+    Of each variant the figures of the last stage that it has, with their differences from the full method and from
+    chance.
     """
     full = figures[FULL]
     last = "preference" if any(method == "preference" for _, method, _ in full) else "semantic"
@@ -44,7 +45,10 @@ def ablation_tree(figures: Mapping[str, Mapping[Key, Estimate]]) -> dict[str, An
     variants.append(
         {
             "name": CHANCE,
-            "figures": [None if item is None else _cell(figure, item) for item, (_, figure, _) in zip(chance, columns, strict=True)],
+            "figures": [
+                None if item is None else _cell(figure, item)
+                for item, (_, figure, _) in zip(chance, columns, strict=True)
+            ],
         }
     )
     return {
@@ -74,7 +78,9 @@ def _cell(figure: str, ours: Estimate, full: Estimate | None = None, chance: Est
 def ablation_table(tree: Mapping[str, Any]) -> Table:
     """The table for a terminal: each figure, and whether its difference from the full method is shown."""
     result = Table(
-        "variant", *(column["title"] for column in tree["columns"]), title="against the full method: ↓ worse, ↑ better, ° not shown"
+        "variant",
+        *(column["title"] for column in tree["columns"]),
+        title="against the full method: ↓ worse, ↑ better, ° not shown",
     )
     marks = {WORSE: " ↓", IMPROVED: " ↑", NOT_SHOWN: " °"}
     for variant in tree["variants"]:
@@ -82,7 +88,9 @@ def ablation_table(tree: Mapping[str, Any]) -> Table:
         for column, figure in zip(tree["columns"], variant["figures"], strict=True):
             against = figure and figure["against_full"]
             cells.append(
-                "–" if figure is None else number(figure["value"], column["figure"]) + (marks[against["verdict"]] if against else "")
+                "–"
+                if figure is None
+                else number(figure["value"], column["figure"]) + (marks[against["verdict"]] if against else "")
             )
         result.add_row(variant["name"], *cells)
     return result

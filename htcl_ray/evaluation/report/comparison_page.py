@@ -38,7 +38,9 @@ def comparison_html(tree: Mapping[str, Any]) -> str:
 
 
 def ablation_html(tree: Mapping[str, Any]) -> str:
-    """The table of an ablation: a row a variant, a column a figure, below each figure its difference from the full method."""
+    """The table of an ablation: a row a variant, a column a figure, below each figure its difference from the full
+    method.
+    """
     columns: Sequence[Mapping[str, str]] = tree["columns"]
     rows = []
     for variant in tree["variants"]:
@@ -67,6 +69,8 @@ def _cell(text: str, small: str = "", shade: str = "") -> dict[str, str]:
 
 
 def _page(title: str, lead: str, header: Sequence[str], rows: Sequence[Sequence[Mapping[str, str]]]) -> str:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     page = resources.files("htcl_ray.evaluation.report").joinpath("comparison.html").read_text(encoding="utf-8")
     return environment.from_string(page).render(title=title, lead=lead, header=header, rows=rows)

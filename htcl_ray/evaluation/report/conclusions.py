@@ -1,4 +1,6 @@
-"""What a report means: for each use of the model whether it is better than simple baselines, and what to do; plain sentences."""
+"""What a report means: for each use of the model whether it is better than simple baselines, and what to do; plain
+sentences.
+"""
 
 from __future__ import annotations
 
@@ -79,25 +81,35 @@ def draw_conclusions(report: Mapping[str, Any], gate: Mapping[str, Any] | None =
         rows.setdefault(row["task"], []).append(row)
     every = [_conclusion(task, report["tasks"][task], compared) for task, compared in rows.items()]
     found = sorted(every, key=lambda one: (CHANCE, NOT_BETTER, BETTER).index(one.verdict))
-    sentences = [_sentence(verdict, [one for one in found if one.verdict == verdict]) for verdict in (BETTER, NOT_BETTER, CHANCE)]
+    sentences = [
+        _sentence(verdict, [one for one in found if one.verdict == verdict]) for verdict in (BETTER, NOT_BETTER, CHANCE)
+    ]
     sentences += [_stage_2(report), _not_measured(report)]
-    return Verdict(_served(gate), None if gate is None else bool(gate["passed"]), [one for one in sentences if one], found)
+    return Verdict(
+        _served(gate), None if gate is None else bool(gate["passed"]), [one for one in sentences if one], found
+    )
 
 
 def _conclusion(task: str, described: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Conclusion:
     figure, space = rows[0]["figure"], rows[0]["method"]
     open_rows = sorted((row for row in rows if row["verdict"] != IMPROVED), key=lambda row: -row["second"])
     chance = next((row for row in rows if row["against"] == described["control"]), None)
-    where = ", ".join(dict.fromkeys([TITLES.get(space, space), *([f"blend {BLENDS[space]}"] if space in BLENDS else [])]))
+    where = ", ".join(
+        dict.fromkeys([TITLES.get(space, space), *([f"blend {BLENDS[space]}"] if space in BLENDS else [])])
+    )
     finding = f"{_upper(figure_title(figure))} {number(rows[0]['first'], figure)} ({where})"
     if chance is not None and chance["verdict"] != IMPROVED:
         against = f"; {_baseline(chance)} has {number(chance['second'], figure)}, {_significance(chance)}"
         advice = "do not rely on it for this; see whether training converged (metrics.jsonl) and whether there are enough test songs (n)"
         return Conclusion(_use(task, described), CHANCE, f"{finding}{against}.", _upper(advice), _baseline(chance))
     if open_rows:
-        against = "; ".join(f"{_baseline(row)} {number(row['second'], figure)}{_ratio(row)}, {_significance(row)}" for row in open_rows)
+        against = "; ".join(
+            f"{_baseline(row)} {number(row['second'], figure)}{_ratio(row)}, {_significance(row)}" for row in open_rows
+        )
         advice = ADVICE.get(open_rows[0]["against"], "use the baseline, or train on more data")
-        return Conclusion(_use(task, described), NOT_BETTER, f"{finding}; {against}.", _upper(advice), _baseline(open_rows[0]))
+        return Conclusion(
+            _use(task, described), NOT_BETTER, f"{finding}; {against}.", _upper(advice), _baseline(open_rows[0])
+        )
     best = max(rows, key=lambda row: row["second"])
     advice = f"use it with blend={BLENDS[space]}" if space in BLENDS else "use it"
     finding += f"; the best baseline, {_baseline(best)}, has {number(best['second'], figure)}."
@@ -105,7 +117,10 @@ def _conclusion(task: str, described: Mapping[str, Any], rows: Sequence[Mapping[
 
 
 def _use(task: str, described: Mapping[str, Any]) -> str:
-    for kind, use in (("zero_shot_", "{} from the text of its labels"), ("probe_", "{} by a classifier on the vectors")):
+    for kind, use in (
+        ("zero_shot_", "{} from the text of its labels"),
+        ("probe_", "{} by a classifier on the vectors"),
+    ):
         if task.startswith(kind):
             return use.format(task.removeprefix(kind))
     return USES.get(task, described["title"])
@@ -134,7 +149,9 @@ def _stage_2(report: Mapping[str, Any]) -> str:
         task = report["tasks"][row["task"]]
         if row["verdict"] in changes and row["figure"] == primary_figure(task["methods"]["semantic"]):
             before, after = number(row["second"], row["figure"]), number(row["first"], row["figure"])
-            changes[row["verdict"]].append(f"{_use(row['task'], task)} ({figure_title(row['figure'])} {before} → {after})")
+            changes[row["verdict"]].append(
+                f"{_use(row['task'], task)} ({figure_title(row['figure'])} {before} → {after})"
+            )
     gains, costs = ("; ".join(changes[verdict]) for verdict in (IMPROVED, WORSE))
     return f"Stage 2 alone, against stage 1, improves {gains or 'nothing significantly'}, and worsens {costs or 'nothing significantly'}."
 

@@ -1,4 +1,6 @@
-"""What the plots of a report show, as plain numbers: recall curves, agreement of genres, a map of the songs, and similarities."""
+"""What the plots of a report show, as plain numbers: recall curves, agreement of genres, a map of the songs, and
+similarities.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def pictures(songs: Songs, encode: Encode, settings: EvaluateSettings) -> dict[s
         "recall_curves": _recall_curves(held, queries, of_song) if len(held_out) > 1 else {},
         "genre_agreement": _genre_agreement(held),
         "map": _map(held, last, settings.seed),
-        "similarities": {space: _similarities(vectors, queries[space], of_song, settings.seed) for space, vectors in held.spaces.items()},
+        "similarities": {
+            space: _similarities(vectors, queries[space], of_song, settings.seed)
+            for space, vectors in held.spaces.items()
+        },
     }
 
 
@@ -65,7 +70,9 @@ def _genre_agreement(held: Songs) -> dict[str, dict[str, float]]:
             scores[artists[rows, None] == artists[None]] = -np.inf
             nearest = np.argpartition(-scores, min(NEIGHBORS, len(genres) - 1), axis=1)[:, :NEIGHBORS]
             there = np.isfinite(np.take_along_axis(scores, nearest, axis=1))
-            same[rows] = ((genres[nearest] == genres[rows, None]) & there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+            same[rows] = ((genres[nearest] == genres[rows, None]) & there).sum(axis=1) / np.maximum(
+                there.sum(axis=1), 1
+            )
         found[space] = {genre: float(same[genres == genre].mean()) for genre in named}
     found["share of songs"] = {genre: float((genres == genre).mean()) for genre in named}
     return found
@@ -81,7 +88,9 @@ def _map(held: Songs, space: str, seed: int) -> list[dict[str, Any]]:
 
     perplexity = min(30.0, (len(rows) - 1) / 3)
     # Unit vectors: squared Euclidean distance is 2 − 2·cosine.
-    places = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(held.spaces[space][rows])
+    places = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(
+        held.spaces[space][rows]
+    )
     places = (places - places.min(axis=0)) / np.maximum(np.ptp(places, axis=0), 1e-9)
     genres = held.labels("genre")
     return [
@@ -93,7 +102,10 @@ def _map(held: Songs, space: str, seed: int) -> list[dict[str, Any]]:
 def _similarities(vectors: np.ndarray, queries: np.ndarray, of_song: np.ndarray, seed: int) -> dict[str, list[float]]:
     own = (vectors * queries[of_song]).sum(axis=1)
     generator = np.random.default_rng(seed)
-    song, text = generator.integers(0, len(vectors), PAIRS_OF_SONGS), generator.integers(0, len(queries), PAIRS_OF_SONGS)
+    song, text = (
+        generator.integers(0, len(vectors), PAIRS_OF_SONGS),
+        generator.integers(0, len(queries), PAIRS_OF_SONGS),
+    )
     other = of_song[song] != text
     against = (vectors[song[other]] * queries[text[other]]).sum(axis=1)
     return {name: _shares(values) for name, values in (("own text", own), ("other texts", against))}

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 INK = "#010203"
 """Drawn in this colour, and then handed to the page: `currentColor`."""
-COLORS = {"semantic": "#3b7dd8", "preference": "#d9662c", "blend_0.5": "#6f9e3f", "random": "#8a8f98", "share of songs": "#8a8f98"}
+COLORS = {
+    "semantic": "#3b7dd8",
+    "preference": "#d9662c",
+    "blend_0.5": "#6f9e3f",
+    "random": "#8a8f98",
+    "share of songs": "#8a8f98",
+}
 GENRES = 40
 """Genres in a plot, the commonest ones."""
 PALETTE = ("#3b7dd8", "#d9662c", "#6f9e3f", "#b04fb5", "#c9a227", "#2aa198", "#d64561", "#7a6fd0", "#8c6d46", "#5b8c9e")
@@ -28,7 +34,9 @@ def recall_curves(curves: Mapping[str, Sequence[float]], titles: Mapping[str, st
     figure, axes = _figure(1)
     for space, values in curves.items():
         style = ":" if space == "random" else "-"
-        axes[0].plot(range(1, len(values) + 1), values, style, color=COLORS.get(space, INK), label=titles.get(space, space))
+        axes[0].plot(
+            range(1, len(values) + 1), values, style, color=COLORS.get(space, INK), label=titles.get(space, space)
+        )
     _finish(axes[0], "k", "text → audio recall@k")
     axes[0].set_ylim(0, 1.02)
     return inline_svg(figure, "recall")
@@ -74,10 +82,21 @@ def song_map(points: Sequence[Mapping[str, Any]]) -> str:
     common = [str(name) for name in names[np.argsort(-counts, kind="stable")][: len(PALETTE)]]
     figure, axes = _figure(1, height=5.2)
     for name in [*common, None]:
-        mine = [point for point, genre in zip(points, genres, strict=True) if genre == name or (name is None and genre not in common)]
+        mine = [
+            point
+            for point, genre in zip(points, genres, strict=True)
+            if genre == name or (name is None and genre not in common)
+        ]
         color = PALETTE[common.index(name)] if name in common else COLORS["random"]
         if mine:
-            axes[0].scatter([p["x"] for p in mine], [p["y"] for p in mine], s=14, color=color, label=_plain(name or "other"), linewidths=0)
+            axes[0].scatter(
+                [p["x"] for p in mine],
+                [p["y"] for p in mine],
+                s=14,
+                color=color,
+                label=_plain(name or "other"),
+                linewidths=0,
+            )
     axes[0].set_xticks([])
     axes[0].set_yticks([])
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK)
@@ -105,7 +124,11 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return re.sub(r'(<svg) [^>]*?(viewBox="[^"]*")[^>]*>', r'\1 \2 role="img">', text, count=1).replace(INK, "currentColor").strip()
+    return (
+        re.sub(r'(<svg) [^>]*?(viewBox="[^"]*")[^>]*>', r'\1 \2 role="img">', text, count=1)
+        .replace(INK, "currentColor")
+        .strip()
+    )
 
 
 def _plain(label: str) -> str:

@@ -1,4 +1,6 @@
-"""The report as one page that opens offline: the verdict, and folded behind it every metric, the plots, and how to repeat it."""
+"""The report as one page that opens offline: the verdict, and folded behind it every metric, the plots, and how to
+repeat it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from markupsafe import Markup
 
 from htcl_ray.evaluation.report import plots
 from htcl_ray.evaluation.report.conclusions import draw_conclusions
-from htcl_ray.evaluation.report.report_tree import IMPROVED, NOT_SHOWN, TITLES, WORSE, figure_title, heading_of, headline_figures, number
+from htcl_ray.evaluation.report.report_tree import (
+    IMPROVED,
+    NOT_SHOWN,
+    TITLES,
+    WORSE,
+    figure_title,
+    heading_of,
+    headline_figures,
+    number,
+)
 from htcl_ray.evaluation.task_result import lower_is_better
 
 DEFINITIONS = {
@@ -43,9 +54,13 @@ DEFINITIONS = {
 
 def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> str:
     """The page; `verdict`: of a gate, as `Verdict.model_dump()` gives it."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(title=lambda name: TITLES.get(name, name), figure=figure_title, plain=plain)
-    template = environment.from_string(resources.files("htcl_ray.evaluation.report").joinpath("report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        resources.files("htcl_ray.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
+    )
     return template.render(
         report=report,
         heading=heading_of(report),
@@ -75,9 +90,13 @@ def plain(value: Any) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What improved, what got worse and what is not shown from stage 1 to stage 2, a line a figure; without stage 2, against controls."""
+    """What improved, what got worse and what is not shown from stage 1 to stage 2, a line a figure; without stage 2,
+    against controls.
+    """
     lines: dict[str, list[str]] = {IMPROVED: [], WORSE: [], NOT_SHOWN: []}
-    of_task = {name: headline_figures(list(task["methods"].get("semantic", {}))) for name, task in report["tasks"].items()}
+    of_task = {
+        name: headline_figures(list(task["methods"].get("semantic", {}))) for name, task in report["tasks"].items()
+    }
     for row in report["differences"]:
         if row["figure"] in of_task[row["task"]]:
             title = f"{report['tasks'][row['task']]['title']}, {figure_title(row['figure'])}"
@@ -92,14 +111,18 @@ def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
             if control is not None and found["shown"] is not None:
                 line = f"{task['title']}, {figure_title(name)}: {number(found['value'], name)}, {task['control']} "
                 better = (found["value"] < control["value"]) == lower_is_better(name)
-                lines[NOT_SHOWN if not found["shown"] else IMPROVED if better else WORSE].append(line + number(control["value"], name))
+                lines[NOT_SHOWN if not found["shown"] else IMPROVED if better else WORSE].append(
+                    line + number(control["value"], name)
+                )
     return lines
 
 
 def _plots(pictures: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     found = []
     if pictures.get("recall_curves"):
-        found.append(("How far down the list the song of a text stands", plots.recall_curves(pictures["recall_curves"], TITLES)))
+        found.append(
+            ("How far down the list the song of a text stands", plots.recall_curves(pictures["recall_curves"], TITLES))
+        )
     if pictures.get("blend_curve"):
         names = {name: figure_title(name) for name in pictures["blend_curve"][0]["cold"]}
         found.append(("From semantic to preference", plots.blend_curve(pictures["blend_curve"], list(names), names)))
@@ -108,6 +131,8 @@ def _plots(pictures: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     if pictures.get("map"):
         found.append(("The held-out songs on a map (t-SNE of the last stage)", plots.song_map(pictures["map"])))
     if pictures.get("similarities"):
-        found.append(("Songs and texts: own against others", plots.similarity_histograms(pictures["similarities"], TITLES)))
+        found.append(
+            ("Songs and texts: own against others", plots.similarity_histograms(pictures["similarities"], TITLES))
+        )
     # Our own SVG; every text in it was escaped by matplotlib.
     return [(caption, Markup(drawn.replace("<svg ", f'<svg aria-label="{caption}" ', 1))) for caption, drawn in found]

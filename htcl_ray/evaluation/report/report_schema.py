@@ -22,7 +22,8 @@ class Figure(_Part):
     n: int
     """How many texts, songs or users it is the figure of."""
     shown: bool | None = None
-    """Whether it differs from the control of its task: the paired 95 % interval of the difference does not hold 0. Null without one."""
+    """Whether it differs from the control of its task: the paired 95 % interval of the difference does not hold 0. Null
+    without one."""
 
 
 class TaskReport(_Part):
@@ -57,7 +58,8 @@ class Difference(_Part):
     high: float | None
     n: int
     verdict: str
-    """`improved`, `worse`, `not shown`, or `not comparable` when the two were measured on other songs, users or candidates."""
+    """`improved`, `worse`, `not shown`, or `not comparable` when the two were measured on other songs, users or
+    candidates."""
 
 
 class Report(_Part):
@@ -81,8 +83,8 @@ class Report(_Part):
     differences: list[Difference]
     """Stage 2 against stage 1; empty without stage 2."""
     baselines: list[Difference]
-    """For each task with a control its first metric (NDCG, accuracy, ROC-AUC or recall): the space that is best by it against each method
-    that needs no model."""
+    """For each task with a control its first metric (NDCG, accuracy, ROC-AUC or recall): the space that is best by it
+    against each method that needs no model."""
     pictures: dict[str, Any] = Field(default_factory=dict)
     """What the plots of report.html show, as numbers."""
 

@@ -40,7 +40,8 @@ FIGURES = {
     "knn_map": "kNN mAP",
 }
 HEADLINES = ("recall", "median_rank", "accuracy", "roc_auc", "map", "ndcg", "user_auc", "item_auc")
-"""Figures of which the summary and the terminal speak, of several k the largest; all others are in the tables of the page."""
+"""Figures of which the summary and the terminal speak, of several k the largest; all others are in the tables of the
+page."""
 PRIMARY = ("ndcg", "accuracy", "roc_auc", "recall")
 """Of HEADLINES, the metrics that a task is judged by, the first that it has; more is better of each."""
 IMPROVED, WORSE, NOT_SHOWN = "improved", "worse", "not shown"
@@ -69,7 +70,9 @@ def report_tree(
     return tree, found
 
 
-def differences(first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], method: str, against: str) -> list[dict[str, Any]]:
+def differences(
+    first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], method: str, against: str
+) -> list[dict[str, Any]]:
     """Figures of `method` in `first` minus those of `against` in `second`: paired, and in the order of `first`."""
     rows = []
     for (task, of, figure), ours in first.items():
@@ -79,13 +82,21 @@ def differences(first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], m
     return rows
 
 
-def baseline_differences(found: Mapping[Key, Estimate], tasks: Sequence[Task], spaces: Sequence[str]) -> list[dict[str, Any]]:
-    """For each task with a control: the first metric of the best space minus that of each method that needs no model."""
+def baseline_differences(
+    found: Mapping[Key, Estimate], tasks: Sequence[Task], spaces: Sequence[str]
+) -> list[dict[str, Any]]:
+    """For each task with a control: the first metric of the best space minus that of each method that needs no
+    model.
+    """
     rows = []
     for task in tasks:
         ours = [space for space in spaces if space in task.methods]
         figure = primary_figure(task.methods[ours[0]]) if ours and task.control is not None else None
-        values = {space: found[task.name, space, figure].value for space in ours if figure in task.methods[space]} if figure else {}
+        values = (
+            {space: found[task.name, space, figure].value for space in ours if figure in task.methods[space]}
+            if figure
+            else {}
+        )
         known = [space for space, value in values.items() if not math.isnan(value)]
         if figure is None or not known:
             continue
@@ -97,18 +108,29 @@ def baseline_differences(found: Mapping[Key, Estimate], tasks: Sequence[Task], s
 
 
 def primary_figure(figures: Iterable[str]) -> str | None:
-    """The metric by which a task is judged: NDCG, accuracy, ROC-AUC or recall, of several k the largest; None without any of them."""
+    """The metric by which a task is judged: NDCG, accuracy, ROC-AUC or recall, of several k the largest; None without
+    any of them.
+    """
     headlines = headline_figures(list(figures))
     return next((figure for name in PRIMARY for figure in headlines if figure.partition("@")[0] == name), None)
 
 
-def _difference(task: str, figure: str, method: str, against: str, ours: Estimate, theirs: Estimate) -> list[dict[str, Any]]:
+def _difference(
+    task: str, figure: str, method: str, against: str, ours: Estimate, theirs: Estimate
+) -> list[dict[str, Any]]:
     """One row, or none when a value is missing."""
     if math.isnan(ours.value - theirs.value):
         return []
     gain = difference(ours, theirs)
     low, high = gain.interval or (None, None)
-    row = {"task": task, "figure": figure, "method": method, "against": against, "first": ours.value, "second": theirs.value}
+    row = {
+        "task": task,
+        "figure": figure,
+        "method": method,
+        "against": against,
+        "first": ours.value,
+        "second": theirs.value,
+    }
     row |= {"value": gain.value, "low": low, "high": high, "n": gain.n}
     return [{**row, "verdict": verdict(figure, gain) if comparable(ours, theirs) else NOT_COMPARABLE}]
 
@@ -124,7 +146,15 @@ def verdict(figure: str, gain: Estimate) -> str:
 def table(report: Mapping[str, Any]) -> Table:
     """The headlines for a terminal: for each task with a control the figures of every space beside it."""
     heading = heading_of(report)
-    result = Table("", box=rich.box.SIMPLE, pad_edge=False, title=heading, title_justify="left", show_edge=False, min_width=len(heading))
+    result = Table(
+        "",
+        box=rich.box.SIMPLE,
+        pad_edge=False,
+        title=heading,
+        title_justify="left",
+        show_edge=False,
+        min_width=len(heading),
+    )
     columns = [*report["data"]["spaces"], "control"]
     for name in columns:
         result.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
@@ -167,8 +197,13 @@ def phrase(report: Mapping[str, Any]) -> str:
     tasks = report["tasks"]
     last = "preference" if "preference" in report["data"]["spaces"] else "semantic"
     retrieval = tasks["text_to_audio"]["methods"]["semantic"]
-    parts = [f"text→audio median rank {number(retrieval['median_rank']['value'], 'median_rank')} of {report['data']['songs']}"]
-    for task, figure, title in (("probe_genre", "accuracy", "genre probe"), ("cold", _largest_ndcg(report), "cold {figure}")):
+    parts = [
+        f"text→audio median rank {number(retrieval['median_rank']['value'], 'median_rank')} of {report['data']['songs']}"
+    ]
+    for task, figure, title in (
+        ("probe_genre", "accuracy", "genre probe"),
+        ("cold", _largest_ndcg(report), "cold {figure}"),
+    ):
         methods = tasks.get(task, {}).get("methods", {})
         if figure in methods.get(last, {}):
             title = title.format(figure=figure_title(figure))
@@ -178,7 +213,9 @@ def phrase(report: Mapping[str, Any]) -> str:
 
 
 def number(value: float | None, figure: str = "") -> str:
-    """A figure as people read it: rates with three decimals, ranks with at most one, tiny differences as powers of ten."""
+    """A figure as people read it: rates with three decimals, ranks with at most one, tiny differences as powers of
+    ten.
+    """
     if value is None or math.isnan(value):
         return "–"
     if "rank" in figure:
@@ -214,7 +251,8 @@ def _task_tree(task: Task) -> dict[str, Any]:
         "counts": task.counts,
         "methods": {
             method: {
-                figure: _figure_tree(item, None if method == task.control else control.get(figure)) for figure, item in figures.items()
+                figure: _figure_tree(item, None if method == task.control else control.get(figure))
+                for figure, item in figures.items()
             }
             for method, figures in task.methods.items()
         },

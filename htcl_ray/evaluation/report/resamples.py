@@ -1,4 +1,6 @@
-"""Figures with their resamples as a table, so that a gate or a comparison can take paired differences from a finished report."""
+"""Figures with their resamples as a table, so that a gate or a comparison can take paired differences from a finished
+report.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,13 @@ def estimates(tasks: Iterable[Task]) -> dict[Key, Estimate]:
 def to_table(found: dict[Key, Estimate]) -> pa.Table:
     """Rows of SCHEMA."""
     rows = [
-        (*key, float(item.value), item.n, item.population, None if item.resampled is None else item.resampled.astype(np.float32))
+        (
+            *key,
+            float(item.value),
+            item.n,
+            item.population,
+            None if item.resampled is None else item.resampled.astype(np.float32),
+        )
         for key, item in found.items()
     ]
     return pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
@@ -51,5 +59,7 @@ def from_table(table: pa.Table) -> dict[Key, Estimate]:
     found = {}
     for row in table.to_pylist():
         resampled = None if row["resampled"] is None else np.array(row["resampled"], dtype=np.float32)
-        found[(row["task"], row["method"], row["figure"])] = Estimate(row["value"], row["n"], resampled, row["population"])
+        found[(row["task"], row["method"], row["figure"])] = Estimate(
+            row["value"], row["n"], resampled, row["population"]
+        )
     return found

@@ -1,14 +1,16 @@
-"""Confidence intervals: percentile intervals of a bootstrap over artists, or over users and artists, and paired differences.
+"""Confidence intervals: percentile intervals of a bootstrap over artists, or over users and artists, and paired
+differences.
 
-Songs of one artist sound alike and rankings of one user belong together, so whole artists and whole users are drawn with replacement
-(cluster bootstrap; Efron and Tibshirani 1993, chapter 13), not single songs or rankings. All figures of one task see the same draws, and
-so do two models on the same task: a difference is taken draw by draw, which is what makes it paired.
+Songs of one artist sound alike and rankings of one user belong together, so whole artists and whole users are drawn
+with replacement (cluster bootstrap; Efron and Tibshirani 1993, chapter 13), not single songs or rankings. All figures
+of one task see the same draws, and so do two models on the same task: a difference is taken draw by draw, which is what
+makes it paired.
 
-A recommendation metric varies with the users and with the songs that happen to be held out (crossed random effects), so both are resampled
-(Owen 2007, The pigeonhole bootstrap; Owen and Eckles 2012): `TwoWayDraws`. Its variance is the sum of the variances over users and over
-artists. That counts what is particular to a user and a song twice (Cameron, Gelbach and Miller 2011 subtract it once; the pigeonhole
-bootstrap, which multiplies the weights, counts it three times), so intervals are right where user or song effects dominate, and otherwise
-too wide rather than too narrow.
+A recommendation metric varies with the users and with the songs that happen to be held out (crossed random effects), so
+both are resampled (Owen 2007, The pigeonhole bootstrap; Owen and Eckles 2012): `TwoWayDraws`. Its variance is the sum
+of the variances over users and over artists. That counts what is particular to a user and a song twice (Cameron,
+Gelbach and Miller 2011 subtract it once; the pigeonhole bootstrap, which multiplies the weights, counts it three
+times), so intervals are right where user or song effects dominate, and otherwise too wide rather than too narrow.
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ class Draws:
     weights: np.ndarray
     """float32 [resamples, units], at least 0."""
     population: str
-    """Fingerprint of the clusters, the seed and the task's questions (songs, users, candidates); see `Estimate.population`."""
+    """Fingerprint of the clusters, the seed and the task's questions (songs, users, candidates); see
+    `Estimate.population`."""
 
     def merged(self, group: np.ndarray, groups: int) -> Draws:
-        """Draws of groups of units: a group weighs the mean of its units. `group`: int [units], from 0 to `groups` − 1, none empty."""
+        """Draws of groups of units: a group weighs the mean of its units. `group`: int [units], from 0 to `groups` − 1,
+        none empty.
+        """
         order = np.argsort(group, kind="stable")
         starts = np.searchsorted(group[order], np.arange(groups))
         sums = np.add.reduceat(self.weights[:, order], starts, axis=1)
@@ -60,8 +65,9 @@ class Estimate:
     resampled: np.ndarray | None = None
     """float32 [resamples]; None where resampling has no meaning, such as a model's largest difference."""
     population: str = ""
-    """Fingerprint of what was asked and how it was resampled. Only estimates of equal populations can be compared: two models on the
-    same songs, users and candidates. Empty for a property of an artifact itself, such as the recall of an index."""
+    """Fingerprint of what was asked and how it was resampled. Only estimates of equal populations can be compared: two
+    models on the same songs, users and candidates. Empty for a property of an artifact itself, such as the recall of an
+    index."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -118,14 +124,16 @@ def draw_two_way(users: Sequence[str], artists: Sequence[str], resamples: int, s
 def two_way_mean(values: np.ndarray, gain: np.ndarray, mass: np.ndarray, draws: TwoWayDraws) -> Estimate:
     """The mean over users, resampled over users and over artists.
 
-    `values`: float [users], nan where a user has none; `gain`, `mass`: float [songs], what each song adds to the sum of the users' values
-    and to their number, so that gain.sum() / mass.sum() is the mean. A resample is the mean, plus the deviations that the drawn users and
-    the drawn artists cause; it stays within the range of the users' values.
+    `values`: float [users], nan where a user has none; `gain`, `mass`: float [songs], what each song adds to the sum of
+    the users' values and to their number, so that gain.sum() / mass.sum() is the mean. A resample is the mean, plus the
+    deviations that the drawn users and the drawn artists cause; it stays within the range of the users' values.
     """
     by_user = mean(values, draws.users)
     if not by_user.n:
         return replace(by_user, population=draws.population)
-    of_artist = [np.bincount(draws.artist, weights=of_song, minlength=draws.artists.weights.shape[1]) for of_song in (gain, mass)]
+    of_artist = [
+        np.bincount(draws.artist, weights=of_song, minlength=draws.artists.weights.shape[1]) for of_song in (gain, mass)
+    ]
     drawn, count = (draws.artists.weights @ of for of in of_artist)
     by_song = np.divide(drawn, count, out=np.full(len(count), np.nan), where=count > 1e-9)
     resampled = np.clip(by_user.resampled + by_song - by_user.value, np.nanmin(values), np.nanmax(values))

@@ -1,7 +1,8 @@
-"""How well scores rank the songs that have a label above those that do not: ROC-AUC and average precision, also on each resample.
+"""How well scores rank the songs that have a label above those that do not: ROC-AUC and average precision, also on each
+resample.
 
-Definitions are those of scikit-learn's `roc_auc_score` and `average_precision_score` with the draws as sample weights; here all
-resamples are computed at once. Tied songs enter a ranking together: for the AUC each such pair counts half.
+Definitions are those of scikit-learn's `roc_auc_score` and `average_precision_score` with the draws as sample weights;
+here all resamples are computed at once. Tied songs enter a ranking together: for the AUC each such pair counts half.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ CELLS = 2**22
 def auc_and_precision(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """ROC-AUC and average precision, both float64 [resamples], in [0, 1].
 
-    `scores`: float [songs], higher is likelier; `truth`: bool [songs]; `weights`: float32 [songs, resamples], at least 0. A resample
-    without a positive or without a negative song has no AUC (nan), one without a positive no average precision.
+    `scores`: float [songs], higher is likelier; `truth`: bool [songs]; `weights`: float32 [songs, resamples], at least
+    0. A resample without a positive or without a negative song has no AUC (nan), one without a positive no average
+    precision.
     """
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
@@ -48,16 +50,22 @@ def auc_and_precision(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray
 
 
 def macro_figures(scores: np.ndarray, truth: np.ndarray, draws: Draws) -> dict[str, Estimate]:
-    """`roc_auc` and `map` (mean average precision): the means over labels; of a resample over the labels that it has a figure of.
+    """`roc_auc` and `map` (mean average precision): the means over labels; of a resample over the labels that it has a
+    figure of.
 
-    `scores`: float [songs, labels]; `truth`: bool [songs, labels], each label with a positive and a negative song; `draws` of the songs.
+    `scores`: float [songs, labels]; `truth`: bool [songs, labels], each label with a positive and a negative song;
+    `draws` of the songs.
     """
     once = np.ones((len(scores), 1), dtype=np.float32)
     both = np.concatenate([once, draws.weights.T], axis=1)
-    per_label = np.array([auc_and_precision(scores[:, label], truth[:, label], both) for label in range(truth.shape[1])])
+    per_label = np.array(
+        [auc_and_precision(scores[:, label], truth[:, label], both) for label in range(truth.shape[1])]
+    )
     there = ~np.isnan(per_label)
     count = there.sum(axis=0)
-    means = np.divide(np.where(there, per_label, 0).sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
+    means = np.divide(
+        np.where(there, per_label, 0).sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0
+    )
     return {
         name: Estimate(float(row[0]), len(scores), row[1:].astype(np.float32), draws.population)
         for name, row in zip(("roc_auc", "map"), means, strict=True)

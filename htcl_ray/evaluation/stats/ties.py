@@ -1,8 +1,9 @@
 """Ranking metrics of scores, as the exact expectation over all orders of tied candidates.
 
-A popularity count or a constant leaves many candidates tied, and any fixed order among them would be luck: the order of the table, for
-instance. Here every candidate of a tie is equally likely at each of the tie's positions. Without ties the figures equal those of
-`htcl_ray.evaluation.metrics` on the sorted list; all scores equal gives the expectation of a random order.
+A popularity count or a constant leaves many candidates tied, and any fixed order among them would be luck: the order of
+the table, for instance. Here every candidate of a tie is equally likely at each of the tie's positions. Without ties
+the figures equal those of `htcl_ray.evaluation.metrics` on the sorted list; all scores equal gives the expectation of a
+random order.
 """
 
 from __future__ import annotations
@@ -56,17 +57,19 @@ def credited_metrics(
 ) -> dict[str, Credited]:
     """`hit_rate@k`, `recall@k`, `ndcg@k` for each k, `mrr` and `auc`; in [0, 1].
 
-    A value is divided among the query's relevant candidates: recall, NDCG and AUC are sums over them; hit rate and MRR, which are not, are
-    divided in proportion to a candidate's own recall@k or reciprocal of its mean rank.
+    A value is divided among the query's relevant candidates: recall, NDCG and AUC are sums over them; hit rate and MRR,
+    which are not, are divided in proportion to a candidate's own recall@k or reciprocal of its mean rank.
 
-    `scores`: float [queries, items], higher is better; `relevant`: bool of the same shape; `candidate`: bool of the same shape, items
-    that are ranked for a query, None is all. All nan where no candidate is relevant; `auc` is nan too where all are. Raises ValueError for
-    scores of candidates that are not finite, which no order can be read from.
+    `scores`: float [queries, items], higher is better; `relevant`: bool of the same shape; `candidate`: bool of the
+    same shape, items that are ranked for a query, None is all. All nan where no candidate is relevant; `auc` is nan too
+    where all are. Raises ValueError for scores of candidates that are not finite, which no order can be read from.
     """
     placed = _place(scores, relevant, np.ones(scores.shape, dtype=bool) if candidate is None else candidate)
     total = placed.total
     asked = total > 0
-    gained = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(max(ks, default=1)) + 2))]  # the DCG of so many relevant candidates in front
+    gained = np.r_[
+        0.0, np.cumsum(1 / np.log2(np.arange(max(ks, default=1)) + 2))
+    ]  # the DCG of so many relevant candidates in front
     start, size, hits = _best_ties(placed)
 
     items, query = scores.shape[1], placed.query
@@ -75,7 +78,9 @@ def credited_metrics(
         part = np.bincount(query, weights=of_target, minlength=len(total))[query]
         given = np.divide(of_target * values[query], part, out=np.zeros(len(part)), where=part > 0)
         known = ~np.isnan(values[query])
-        given, mass = (np.bincount(placed.item[known], weights=of[known], minlength=items) for of in (given, 1 / total[query]))
+        given, mass = (
+            np.bincount(placed.item[known], weights=of[known], minlength=items) for of in (given, 1 / total[query])
+        )
         return Credited(values, given, mass)
 
     def summed(of_target: np.ndarray, by: np.ndarray) -> Credited:
@@ -86,12 +91,15 @@ def credited_metrics(
     for k in ks:
         inside = np.clip(k - placed.start, 0, placed.size)
         gain = gained[np.minimum(placed.start + inside, k)] - gained[np.minimum(placed.start, k)]
-        result[f"hit_rate@{k}"] = credited(np.where(asked, _hit_probability(start, size, hits, k), np.nan), inside / placed.size)
+        result[f"hit_rate@{k}"] = credited(
+            np.where(asked, _hit_probability(start, size, hits, k), np.nan), inside / placed.size
+        )
         result[f"recall@{k}"] = summed(inside / placed.size, total)
         result[f"ndcg@{k}"] = summed(gain / placed.size, gained[np.minimum(total, k)])
     reciprocal = np.full(len(total), np.nan)
     reciprocal[asked] = [
-        _expected_reciprocal_rank(*tie) for tie in zip(start[asked].tolist(), size[asked].tolist(), hits[asked].tolist(), strict=True)
+        _expected_reciprocal_rank(*tie)
+        for tie in zip(start[asked].tolist(), size[asked].tolist(), hits[asked].tolist(), strict=True)
     ]
     result["mrr"] = credited(reciprocal, 1 / (placed.start + (placed.size + 1) / 2))
     result["auc"] = credited(_auc(placed), _wins(placed))
@@ -99,7 +107,9 @@ def credited_metrics(
 
 
 def first_hit_distribution(size: int, hits: int) -> np.ndarray:
-    """Probability [size] that the first of `hits` relevant candidates among `size` stands at position 1, 2, … of a random order."""
+    """Probability [size] that the first of `hits` relevant candidates among `size` stands at position 1, 2, … of a
+    random order.
+    """
     position = np.arange(size)
     earlier_missed = np.cumprod(np.r_[1.0, np.maximum(size - hits - position[:-1], 0) / (size - position[:-1])])
     return earlier_missed * hits / (size - position)
@@ -123,7 +133,9 @@ def _place(scores: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> P
 
 
 def _best_ties(placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each query, the best tie with a relevant candidate: where it starts, its size and its relevant candidates, int [queries]."""
+    """Of each query, the best tie with a relevant candidate: where it starts, its size and its relevant candidates, int
+    [queries].
+    """
     queries = len(placed.total)
     start = np.full(queries, np.iinfo(np.int64).max)
     np.minimum.at(start, placed.query, placed.start)
@@ -142,7 +154,9 @@ def _auc(placed: Placed) -> np.ndarray:
 
 
 def _wins(placed: Placed) -> np.ndarray:
-    """How many candidates that are not relevant each relevant one stands above, a tie counting half; float64, in the order of `placed`."""
+    """How many candidates that are not relevant each relevant one stands above, a tie counting half; float64, in the
+    order of `placed`.
+    """
     rank = placed.candidates[placed.query] - placed.start - (placed.size - 1) / 2  # from 1, the lowest score
     place = placed.query * (placed.candidates.max(initial=0) + 1) + placed.start
     rising = np.sort(place)

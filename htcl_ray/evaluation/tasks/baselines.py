@@ -1,4 +1,6 @@
-"""What stands beside the model so that a recommendation figure can be believed: controls, and methods that need no encoder."""
+"""What stands beside the model so that a recommendation figure can be believed: controls, and methods that need no
+encoder.
+"""
 
 from __future__ import annotations
 

@@ -18,18 +18,27 @@ ROWS = 128
 
 
 def listening_matrix(songs: Songs, positives: pd.DataFrame) -> sparse.csr_matrix:
-    """float32 [training users, catalogue]: 1 where the user has a training positive. `positives`: of `periods.training_positives`."""
+    """float32 [training users, catalogue]: 1 where the user has a training positive. `positives`: of
+    `periods.training_positives`.
+    """
     pairs = positives[["user_id", "song_id"]].drop_duplicates()
     number, users = pd.factorize(pairs["user_id"], sort=True)
     columns = pd.Index(songs.ids).get_indexer(pd.Index(pairs["song_id"]))
-    return sparse.csr_matrix((np.ones(len(pairs), dtype=np.float32), (number, columns)), shape=(len(users), len(songs.ids)))
+    return sparse.csr_matrix(
+        (np.ones(len(pairs), dtype=np.float32), (number, columns)), shape=(len(users), len(songs.ids))
+    )
 
 
 def item_knn_scorer(listened: sparse.csr_matrix, neighbors: int = ITEM_NEIGHBORS) -> Scorer:
-    """Sum over a user's songs of the cosine, over training users, to the candidate; of each song its nearest `neighbors` count."""
+    """Sum over a user's songs of the cosine, over training users, to the candidate; of each song its nearest
+    `neighbors` count.
+    """
     norms = np.sqrt(listened.power(2).sum(axis=0).A1)
     scaled = (listened @ sparse.diags(1 / np.where(norms > 0, norms, 1))).astype(np.float32).tocsc()
-    parts = [_nearest(scaled[:, start : start + ROWS].T.tocsr() @ scaled, start, neighbors) for start in range(0, scaled.shape[1], ROWS)]
+    parts = [
+        _nearest(scaled[:, start : start + ROWS].T.tocsr() @ scaled, start, neighbors)
+        for start in range(0, scaled.shape[1], ROWS)
+    ]
     similar = sparse.vstack(parts).tocsr()
 
     def score(history: sparse.csr_matrix, candidates: np.ndarray) -> np.ndarray:
@@ -44,7 +53,9 @@ def als_factors(users: int) -> int:
 
 
 def als_scorer(listened: sparse.csr_matrix, seed: int) -> Scorer | None:
-    """Implicit ALS (Hu, Koren and Volinsky 2008); a user's factors are solved for from their history. None without `implicit`."""
+    """Implicit ALS (Hu, Koren and Volinsky 2008); a user's factors are solved for from their history. None without
+    `implicit`.
+    """
     try:
         from implicit.cpu.als import AlternatingLeastSquares
         from threadpoolctl import threadpool_limits
@@ -69,7 +80,9 @@ def als_scorer(listened: sparse.csr_matrix, seed: int) -> Scorer | None:
 
 
 def _nearest(cosines: sparse.csr_matrix, first: int, most: int) -> sparse.csr_matrix:
-    """Of each row, song `first` + its number, the `most` highest cosines to other songs; of equal ones those of earlier songs."""
+    """Of each row, song `first` + its number, the `most` highest cosines to other songs; of equal ones those of earlier
+    songs.
+    """
     found = cosines.tocoo()
     other = found.col != found.row + first
     rows, columns, values = found.row[other], found.col[other], found.data[other]

@@ -39,13 +39,17 @@ class ItemQuestions:
     """Fingerprint of users, histories, songs and answers, by id."""
 
 
-def item_questions(heard: Listening, candidates: np.ndarray, settings: EvaluateSettings, *, known_users: bool = False) -> ItemQuestions:
-    """The candidates, bool [catalogue], with at least `evaluate.min_item_users` positive and as many negative users in the period.
+def item_questions(
+    heard: Listening, candidates: np.ndarray, settings: EvaluateSettings, *, known_users: bool = False
+) -> ItemQuestions:
+    """The candidates, bool [catalogue], with at least `evaluate.min_item_users` positive and as many negative users in
+    the period.
 
-    Users have a history of at least `evaluate.min_history` songs and have not met the song before the period. When the log has events that
-    are not positive (feedback), negatives are users who were exposed to the song in the period and not positive; otherwise all others. Of
-    more than `evaluate.max_users` users who can say something, those who answer for songs in the order of a hash: a sample of users by
-    themselves would leave few songs of a large catalogue with enough answers.
+    Users have a history of at least `evaluate.min_history` songs and have not met the song before the period. When the
+    log has events that are not positive (feedback), negatives are users who were exposed to the song in the period and
+    not positive; otherwise all others. Of more than `evaluate.max_users` users who can say something, those who answer
+    for songs in the order of a hash: a sample of users by themselves would leave few songs of a large catalogue with
+    enough answers.
     """
     rows = np.flatnonzero(candidates)
     able = (heard.held_out != known_users) & (lengths(heard.history) >= settings.min_history)
@@ -71,9 +75,15 @@ def item_questions(heard: Listening, candidates: np.ndarray, settings: EvaluateS
 
 
 def _users_of_songs(
-    users: list[str], songs: list[str], positive: sparse.csr_matrix, negative: sparse.csr_matrix | None, settings: EvaluateSettings
+    users: list[str],
+    songs: list[str],
+    positive: sparse.csr_matrix,
+    negative: sparse.csr_matrix | None,
+    settings: EvaluateSettings,
 ) -> np.ndarray:
-    """Rows, sorted, of `evaluate.max_users` users: those that the AUC of song after song needs, then others; in the order of a hash."""
+    """Rows, sorted, of `evaluate.max_users` users: those that the AUC of song after song needs, then others; in the
+    order of a hash.
+    """
     order = np.argsort([hash_fraction(user, "evaluated user") for user in users], kind="stable")
     needed, most = settings.min_item_users, settings.max_users or len(users)
     answers = [matrix[order].tocsc().sorted_indices() for matrix in (positive, negative) if matrix is not None]
@@ -91,10 +101,12 @@ def _users_of_songs(
 
 
 def item_auc(asked: ItemQuestions, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
-    """Of each song, the probability that a positive user scores higher for it than a negative one, ties half; of each user, the influence.
+    """Of each song, the probability that a positive user scores higher for it than a negative one, ties half; of each
+    user, the influence.
 
-    Both float64, [songs] and [users]. A user's influence is the change of the sum of the songs' AUC per unit of the user's weight (the
-    first term of Hájek's projection): for a song, how far their share of won comparisons is from the song's AUC.
+    Both float64, [songs] and [users]. A user's influence is the change of the sum of the songs' AUC per unit of the
+    user's weight (the first term of Hájek's projection): for a song, how far their share of won comparisons is from the
+    song's AUC.
     """
     users = asked.history.shape[0]
     at_once = max(1, CELLS // max(1, users))
@@ -102,7 +114,11 @@ def item_auc(asked: ItemQuestions, scorer: Scorer) -> tuple[np.ndarray, np.ndarr
     for start in range(0, len(asked.songs), at_once):
         part = slice(start, start + at_once)
         positive = asked.positive[:, part].toarray()
-        negative = ~(asked.left_out[:, part].toarray() | positive) if asked.negative is None else asked.negative[:, part].toarray()
+        negative = (
+            ~(asked.left_out[:, part].toarray() | positive)
+            if asked.negative is None
+            else asked.negative[:, part].toarray()
+        )
         scores = scorer(asked.history, asked.songs[part])
         for number in range(positive.shape[1]):
             liked, others = np.flatnonzero(positive[:, number]), np.flatnonzero(negative[:, number])

@@ -11,7 +11,9 @@ from htcl_ray.evaluation.evaluated_songs import Songs
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of one column. A song without a value is unlabelled and takes no part: nothing says that none would apply."""
+    """The labels of one column. A song without a value is unlabelled and takes no part: nothing says that none would
+    apply.
+    """
 
     column: str
     values: list[tuple[str, ...]]
@@ -47,7 +49,9 @@ class Labels:
 
 
 def labels(songs: Songs, column: str, training: np.ndarray, held_out: np.ndarray) -> Labels | None:
-    """The labels of a metadata column, or None when no held-out song has one. `training`, `held_out`: catalogue rows."""
+    """The labels of a metadata column, or None when no held-out song has one. `training`, `held_out`: catalogue
+    rows.
+    """
     values = [tuple(dict.fromkeys(of_song)) for of_song in songs.values(column)]
     has = np.array([bool(of_song) for of_song in values], dtype=bool)
     if not has[held_out].any():

@@ -1,7 +1,8 @@
-"""What recommended lists are made of: how much of the catalogue they reach, how unequally, how many artists, how popular.
+"""What recommended lists are made of: how much of the catalogue they reach, how unequally, how many artists, how
+popular.
 
-A list is the set of a user's k best candidates; of those tied for its last places some are drawn, by seed and user, since any fixed order
-would list the same songs for everybody. The figures are those of one such draw.
+A list is the set of a user's k best candidates; of those tied for its last places some are drawn, by seed and user,
+since any fixed order would list the same songs for everybody. The figures are those of one such draw.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from htcl_ray.evaluation.stats.bootstrap import Estimate, TwoWayDraws
 def top(scores: np.ndarray, candidate: np.ndarray, k: int, seed: int, first_user: int = 0) -> sparse.csr_matrix:
     """Bool [users, candidates]: each user's k best, or all of theirs when they have fewer.
 
-    `scores`: float [users, candidates]; `candidate`: bool of the same shape, those that are the user's; `first_user`: number of the first
-    of these users in the task.
+    `scores`: float [users, candidates]; `candidate`: bool of the same shape, those that are the user's; `first_user`:
+    number of the first of these users in the task.
     """
     ranked = np.where(candidate, scores, -np.inf)
     place = min(k, ranked.shape[1])
@@ -34,11 +35,17 @@ def top(scores: np.ndarray, candidate: np.ndarray, k: int, seed: int, first_user
 
 
 def breadth(
-    lists: Sequence[sparse.csr_matrix], met: sparse.csr_matrix, artists: np.ndarray, popularity: np.ndarray, k: int, draws: TwoWayDraws
+    lists: Sequence[sparse.csr_matrix],
+    met: sparse.csr_matrix,
+    artists: np.ndarray,
+    popularity: np.ndarray,
+    k: int,
+    draws: TwoWayDraws,
 ) -> dict[str, Estimate]:
     """Figures of all lists together, and means over users; of several sets of lists (shuffles) the mean.
 
-    `lists` and `met`: bool [users, candidates], what is listed and what is no candidate of the user; `artists`, `popularity`: [candidates].
+    `lists` and `met`: bool [users, candidates], what is listed and what is no candidate of the user; `artists`,
+    `popularity`: [candidates].
 
     coverage@k         share of the candidates that are in any list
     gini@k             inequality of how often the candidates are listed: 0 all alike, towards 1 one of them always
@@ -53,9 +60,14 @@ def breadth(
     typical = (percentile.sum() - met @ percentile) / (n - met.sum(axis=1).A1)
     times = [listed.sum(axis=0).A1 for listed in lists]
     lengths = [np.maximum(listed.sum(axis=1).A1, 1) for listed in lists]  # a user with a target has a candidate
-    shares = [sparse.diags(1 / length) @ listed for listed, length in zip(lists, lengths, strict=True)]  # of a list, each song's share
+    shares = [
+        sparse.diags(1 / length) @ listed for listed, length in zip(lists, lengths, strict=True)
+    ]  # of a list, each song's share
     mass = np.mean([share.sum(axis=0).A1 for share in shares], axis=0)
-    different = [(listed.astype(np.int64) @ of_artist).getnnz(axis=1) / length for listed, length in zip(lists, lengths, strict=True)]
+    different = [
+        (listed.astype(np.int64) @ of_artist).getnnz(axis=1) / length
+        for listed, length in zip(lists, lengths, strict=True)
+    ]
     once = [_artist_shares(listed, codes, length) for listed, length in zip(lists, lengths, strict=True)]
     lift = [share @ percentile / typical for share in shares]
     lifted = [(sparse.diags(1 / typical) @ share).sum(axis=0).A1 * percentile for share in shares]
@@ -68,14 +80,18 @@ def breadth(
 
 
 def _artist_shares(listed: sparse.csr_matrix, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """float64 [candidates]: what each adds to the sum of artist diversities; of an artist who is listed twice, each song half."""
+    """float64 [candidates]: what each adds to the sum of artist diversities; of an artist who is listed twice, each
+    song half.
+    """
     user, song = listed.nonzero()
     _, place, counts = np.unique(user * (codes.max() + 1) + codes[song], return_inverse=True, return_counts=True)
     return np.bincount(song, weights=1 / (lengths[user] * counts[place]), minlength=listed.shape[1])
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative counts: mean absolute difference of two of them / twice their mean, in [0, 1); all zero gives 0."""
+    """Gini coefficient of non-negative counts: mean absolute difference of two of them / twice their mean, in [0, 1);
+    all zero gives 0.
+    """
     rising = np.sort(counts.astype(np.float64))
     total = rising.sum()
     if not total:

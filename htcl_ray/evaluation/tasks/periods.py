@@ -18,7 +18,9 @@ def periods_before(events: pd.DataFrame, split: str) -> list[str] | None:
 
 
 def training_positives(songs: Songs, events: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Positive events of users who are not held out, on songs of the train split, in the periods before that of `split`."""
+    """Positive events of users who are not held out, on songs of the train split, in the periods before that of
+    `split`.
+    """
     training = {song for song, of in zip(songs.ids, songs.splits, strict=True) if of == Split.TRAIN}
     counted = (events["value"] > 0) & ~events["held_out_user"].astype(bool) & events["song_id"].isin(training)
     earlier = periods_before(events, split)
@@ -28,7 +30,9 @@ def training_positives(songs: Songs, events: pd.DataFrame, split: str) -> pd.Dat
 
 
 def hot_songs(songs: Songs, events: pd.DataFrame, split: str) -> np.ndarray:
-    """Bool [songs]: songs with training positives; none of them when the log has no times, for then nothing comes later."""
+    """Bool [songs]: songs with training positives; none of them when the log has no times, for then nothing comes
+    later.
+    """
     if periods_before(events, split) is None:
         return np.zeros(len(songs.ids), dtype=bool)
     return pd.Index(songs.ids).isin(training_positives(songs, events, split)["song_id"])

@@ -1,7 +1,8 @@
 """Probes: what simple classifiers read from frozen vectors, about songs by artists that they were not trained on.
 
-A linear probe (logistic regression on standardised vectors) and the nearest neighbours by cosine. Each is asked twice: trained on the
-songs that the model trained on, and (`_folds`) within the held-out songs alone, out of fold, all songs of an artist in one fold.
+A linear probe (logistic regression on standardised vectors) and the nearest neighbours by cosine. Each is asked twice:
+trained on the songs that the model trained on, and (`_folds`) within the held-out songs alone, out of fold, all songs
+of an artist in one fold.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from htcl_ray.evaluation.tasks.zero_shot import commonest
 from htcl_ray.interactions.splits import normal_name
 
 MAX_TRAINING_SONGS = 20_000
-"""A probe learns from at most this many songs, drawn with the evaluation's seed: more do not change what it can read."""
+"""A probe learns from at most this many songs, drawn with the evaluation's seed: more do not change what it can
+read."""
 SONGS_OF_LABEL = 20
-"""Songs of each label that are drawn first, where there are as many: rare labels would vanish from a sample of the songs alone."""
+"""Songs of each label that are drawn first, where there are as many: rare labels would vanish from a sample of the
+songs alone."""
 MAX_ITERATIONS = 2000
 
 Probe = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -33,12 +36,15 @@ Folds = list[tuple[np.ndarray, np.ndarray]]
 """Positions to learn from and positions to ask about, of each fold."""
 
 
-def probe_task(labels: Labels, methods: dict[str, np.ndarray], artists: list[str], draws: Draws, settings: EvaluateSettings) -> Task | None:
-    """`accuracy`, or `roc_auc` and `map` (macro over labels) where a song may have several; also with `knn_` before and `_folds` behind.
+def probe_task(
+    labels: Labels, methods: dict[str, np.ndarray], artists: list[str], draws: Draws, settings: EvaluateSettings
+) -> Task | None:
+    """`accuracy`, or `roc_auc` and `map` (macro over labels) where a song may have several; also with `knn_` before and
+    `_folds` behind.
 
-    `methods`: vectors of the whole catalogue [songs, dim]; `artists`: of each song of the catalogue; `draws` of the labelled held-out
-    songs. Songs whose label training never saw count as errors. `_folds` figures are left out when the songs are by one artist. None when
-    fewer than two labels can be told apart.
+    `methods`: vectors of the whole catalogue [songs, dim]; `artists`: of each song of the catalogue; `draws` of the
+    labelled held-out songs. Songs whose label training never saw count as errors. `_folds` figures are left out when
+    the songs are by one artist. None when fewer than two labels can be told apart.
     """
     training = labels.training
     if len(training) > MAX_TRAINING_SONGS:
@@ -60,7 +66,9 @@ def probe_task(labels: Labels, methods: dict[str, np.ndarray], artists: list[str
 
 
 def _sample(labels: Labels, seed: int) -> np.ndarray:
-    """MAX_TRAINING_SONGS training rows, sorted: of each label the first of a random order, and then the rest of that order."""
+    """MAX_TRAINING_SONGS training rows, sorted: of each label the first of a random order, and then the rest of that
+    order.
+    """
     order = default_rng(seed).permutation(labels.training)
     seen: Counter[str] = Counter()
     first = []
@@ -123,7 +131,10 @@ def _ask_several(
     tied = macro_figures(np.zeros(truth.shape), truth, draws)
     suffixes = ("", "_folds") if folds else ("",)
     figures["random"] = {
-        f"{prefix}{figure}{suffix}": estimate for prefix in probes for suffix in suffixes for figure, estimate in tied.items()
+        f"{prefix}{figure}{suffix}": estimate
+        for prefix in probes
+        for suffix in suffixes
+        for figure, estimate in tied.items()
     }
     return "random", figures, {"labels": len(seen), "labels_left_out": len(labels.names(labels.held_out)) - len(seen)}
 
@@ -158,7 +169,8 @@ def linear_labels(vectors: np.ndarray, known: np.ndarray, asked: np.ndarray) -> 
 
 
 def linear_scores(vectors: np.ndarray, known: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Log-odds, float [asked, labels], of one logistic regression a label; 0 for a label that all known songs have, or none.
+    """Log-odds, float [asked, labels], of one logistic regression a label; 0 for a label that all known songs have, or
+    none.
 
     `known`: bool [songs, labels].
     """
@@ -167,7 +179,9 @@ def linear_scores(vectors: np.ndarray, known: np.ndarray, asked: np.ndarray) -> 
     learn, ask = _standardised(vectors, asked)
     scores = np.zeros((len(asked), known.shape[1]))
     for label in np.flatnonzero(known.any(axis=0) & ~known.all(axis=0)):
-        scores[:, label] = LogisticRegression(max_iter=MAX_ITERATIONS).fit(learn, known[:, label]).decision_function(ask)
+        scores[:, label] = (
+            LogisticRegression(max_iter=MAX_ITERATIONS).fit(learn, known[:, label]).decision_function(ask)
+        )
     return scores
 
 
@@ -192,5 +206,7 @@ def _neighbor_shares(neighbors: int) -> Probe:
     from sklearn.neighbors import KNeighborsRegressor
 
     return lambda vectors, known, asked: (
-        KNeighborsRegressor(min(neighbors, len(vectors)), metric="cosine").fit(vectors, known.astype(np.float64)).predict(asked)
+        KNeighborsRegressor(min(neighbors, len(vectors)), metric="cosine")
+        .fit(vectors, known.astype(np.float64))
+        .predict(asked)
     )

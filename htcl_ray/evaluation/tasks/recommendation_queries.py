@@ -1,6 +1,7 @@
 """Who is asked about which songs: users' histories, targets and candidates, read from a log.
 
-Lists of songs are sparse bool matrices [users, songs], so that a log of millions of events is a few passes over its columns.
+Lists of songs are sparse bool matrices [users, songs], so that a log of millions of events is a few passes over its
+columns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from htcl_ray.workspace.storage import fingerprint
 
 @dataclass(frozen=True)
 class Listening:
-    """What the users of a log met and liked before the evaluated period, and in it. Matrices: bool csr [users, catalogue]."""
+    """What the users of a log met and liked before the evaluated period, and in it. Matrices: bool csr [users,
+    catalogue].
+    """
 
     songs: np.ndarray
     """str [catalogue]: ids."""
@@ -57,14 +60,15 @@ class Questions:
     counts: dict[str, int]
     """What the task is made of, and who is left out."""
     asked: str
-    """Fingerprint of users, histories, candidates, targets and left-out candidates, by id: what two models must share to be compared."""
+    """Fingerprint of users, histories, candidates, targets and left-out candidates, by id: what two models must share
+    to be compared."""
 
 
 def listening(songs: Sequence[str], cold: np.ndarray, events: pd.DataFrame, split: str) -> Listening:
     """What a log says of the catalogue's songs.
 
-    `songs`: ids of the catalogue rows; `cold`: bool [catalogue], the held-out songs; `events`: columns of schemas.EVENTS; `split`: the
-    evaluated period. A song is positive for a user when any of their events on it is.
+    `songs`: ids of the catalogue rows; `cold`: bool [catalogue], the held-out songs; `events`: columns of
+    schemas.EVENTS; `split`: the evaluated period. A song is positive for a user when any of their events on it is.
     """
     number, users = pd.factorize(events["user_id"], sort=True)
     held_out = np.zeros(len(users), dtype=bool)
@@ -97,11 +101,13 @@ def listening(songs: Sequence[str], cold: np.ndarray, events: pd.DataFrame, spli
     )
 
 
-def questions(heard: Listening, candidates: np.ndarray, settings: EvaluateSettings, *, known_users: bool = False) -> Questions:
+def questions(
+    heard: Listening, candidates: np.ndarray, settings: EvaluateSettings, *, known_users: bool = False
+) -> Questions:
     """What to ask new users (held out) or known ones about the candidates, bool [catalogue].
 
-    Users with fewer than `evaluate.min_history` history songs or without a target are left out and counted; of more than
-    `evaluate.max_users` the rest.
+    Users with fewer than `evaluate.min_history` history songs or without a target are left out and counted; of more
+    than `evaluate.max_users` the rest.
     """
     ours = np.flatnonzero(heard.held_out != known_users)
     rows = np.flatnonzero(candidates)
@@ -123,7 +129,9 @@ def questions(heard: Listening, candidates: np.ndarray, settings: EvaluateSettin
     }
     users = heard.users[ours][drawn].tolist()
     candidates = heard.songs[rows]
-    asked = fingerprint(users, candidates.tolist(), named(history, heard.songs), named(targets, candidates), named(met, candidates))
+    asked = fingerprint(
+        users, candidates.tolist(), named(history, heard.songs), named(targets, candidates), named(met, candidates)
+    )
     return Questions(users, rows, history, targets, met, counts, asked)
 
 
@@ -143,7 +151,9 @@ def without(those: sparse.csr_matrix, left_out: sparse.csr_matrix) -> sparse.csr
 
 
 def named(marks: sparse.csr_matrix, columns: np.ndarray) -> tuple[list[int], list[str]]:
-    """A matrix by the ids of its columns, for a fingerprint that does not depend on the other songs of the catalogue."""
+    """A matrix by the ids of its columns, for a fingerprint that does not depend on the other songs of the
+    catalogue.
+    """
     ordered = marks.tocsr().sorted_indices()
     return ordered.indptr.tolist(), columns[ordered.indices].tolist()
 

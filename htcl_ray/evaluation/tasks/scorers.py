@@ -8,7 +8,8 @@ import numpy as np
 from scipy import sparse
 
 Scorer = Callable[[sparse.csr_matrix, np.ndarray], np.ndarray]
-"""Histories of some users, bool [users, catalogue], and candidates, catalogue rows → float [users, candidates]; higher is better."""
+"""Histories of some users, bool [users, catalogue], and candidates, catalogue rows → float [users, candidates]; higher
+is better."""
 
 
 def vector_scorer(vectors: np.ndarray) -> Scorer:
@@ -34,6 +35,8 @@ def shared_scorer(of_song: np.ndarray) -> Scorer:
 
 
 def shuffled_scorers(vectors: np.ndarray, times: int, seed: int) -> list[Scorer]:
-    """`vectors` [catalogue, dim] dealt out to the wrong songs, so many times: the same geometry, without its meaning."""
+    """`vectors` [catalogue, dim] dealt out to the wrong songs, so many times: the same geometry, without its
+    meaning.
+    """
     generator = np.random.default_rng(seed)
     return [vector_scorer(vectors[generator.permutation(len(vectors))]) for _ in range(times)]

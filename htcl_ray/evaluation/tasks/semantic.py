@@ -1,7 +1,9 @@
-"""Semantic tasks on held-out artists: retrieval between text and sound, zero-shot classification, probes of catalogue columns.
+"""Semantic tasks on held-out artists: retrieval between text and sound, zero-shot classification, probes of catalogue
+columns.
 
-Songs with identical text cannot be told apart by text, so they are one correct set: each unique text is asked once, and its rank is
-that of the best of its songs. Sound → text ranks the unique texts for each song. Galleries are exact: every held-out song or text.
+Songs with identical text cannot be told apart by text, so they are one correct set: each unique text is asked once, and
+its rank is that of the best of its songs. Sound → text ranks the unique texts for each song. Galleries are exact: every
+held-out song or text.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from htcl_ray.schemas import Split
 CELLS = 2**24
 """Similarities held at once: 64 MiB of fp32."""
 SHUFFLES = 10
-"""Permutations that the shuffled control of retrieval is averaged over; one alone is as noisy as a single random ranking."""
+"""Permutations that the shuffled control of retrieval is averaged over; one alone is as noisy as a single random
+ranking."""
 
 Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 """Texts → their unit-norm vectors [texts, dim] in each space of the songs."""
@@ -34,8 +37,8 @@ Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 def semantic_tasks(songs: Songs, encode: Encode, settings: EvaluateSettings) -> list[Task]:
     """`text_to_audio`, `audio_to_text`, and for each probe column with labels `zero_shot_COLUMN` and `probe_COLUMN`.
 
-    Held-out songs are those of the settings' split. Methods: each space of the songs, and the
-    controls. `shuffled` deals the vectors of the last stage to the wrong songs; `log_mel` are statistics of the sound that no model saw.
+    Held-out songs are those of the settings' split. Methods: each space of the songs, and the controls. `shuffled`
+    deals the vectors of the last stage to the wrong songs; `log_mel` are statistics of the sound that no model saw.
     `encode` is called once. No task without held-out songs.
     """
     training = np.flatnonzero(songs.splits == Split.TRAIN)
@@ -45,9 +48,13 @@ def semantic_tasks(songs: Songs, encode: Encode, settings: EvaluateSettings) -> 
     artists = songs.artists
     draws = bootstrap.draw([artists[row] for row in held_out], settings.resamples, settings.seed)
     draws = draws.about([(songs.ids[row], songs.texts[row], artists[row]) for row in held_out])
-    columns = [found for name in settings.probe_columns if (found := labels(songs, name, training, held_out)) is not None]
+    columns = [
+        found for name in settings.probe_columns if (found := labels(songs, name, training, held_out)) is not None
+    ]
     names = {of.column: asked_labels(of) for of in columns}
-    prompts = {column: [settings.label_prompt.replace("{label}", name) for name in asked] for column, asked in names.items()}
+    prompts = {
+        column: [settings.label_prompt.replace("{label}", name) for name in asked] for column, asked in names.items()
+    }
     texts = sorted({songs.texts[row] for row in held_out})
     asked = list(dict.fromkeys([*texts, *(prompt for of_column in prompts.values() for prompt in of_column)]))
     place = {text: i for i, text in enumerate(asked)}
@@ -56,11 +63,15 @@ def semantic_tasks(songs: Songs, encode: Encode, settings: EvaluateSettings) -> 
     last = songs.spaces.get("preference", songs.spaces["semantic"])
     heard = {space: of_songs[held_out] for space, of_songs in songs.spaces.items()}
     text_of_song = np.array([place[songs.texts[row]] for row in held_out])
-    tasks = retrieval_tasks(heard, {space: of[: len(texts)] for space, of in vectors.items()}, text_of_song, draws, settings)
+    tasks = retrieval_tasks(
+        heard, {space: of[: len(texts)] for space, of in vectors.items()}, text_of_song, draws, settings
+    )
     dealt = last[np.random.default_rng(settings.seed).permutation(len(last))]
     methods = {**songs.spaces, "log_mel": songs.log_mel, "shuffled": dealt}
     for of in columns:
-        of_labelled = draws.of(np.searchsorted(held_out, of.held_out)).about(of.column, _labelled(songs, of, of.held_out))
+        of_labelled = draws.of(np.searchsorted(held_out, of.held_out)).about(
+            of.column, _labelled(songs, of, of.held_out)
+        )
         if names[of.column]:
             rows = [place[prompt] for prompt in prompts[of.column]]
             words = {space: of_texts[rows] for space, of_texts in vectors.items()}
@@ -78,12 +89,17 @@ def _labelled(songs: Songs, of: Labels, rows: np.ndarray) -> list[tuple[str, tup
 
 
 def retrieval_tasks(
-    songs: dict[str, np.ndarray], texts: dict[str, np.ndarray], text_of_song: np.ndarray, draws: Draws, settings: EvaluateSettings
+    songs: dict[str, np.ndarray],
+    texts: dict[str, np.ndarray],
+    text_of_song: np.ndarray,
+    draws: Draws,
+    settings: EvaluateSettings,
 ) -> list[Task]:
-    """Both directions of retrieval: `recall@k`, `mrr`, `median_rank`; the control is the exact expectation over random orders.
+    """Both directions of retrieval: `recall@k`, `mrr`, `median_rank`; the control is the exact expectation over random
+    orders.
 
-    By space: `songs` [songs, dim] and the unique `texts` [texts, dim], unit norm. `text_of_song`: int [songs], the row of a song's text;
-    every text has a song. `draws` of the songs.
+    By space: `songs` [songs, dim] and the unique `texts` [texts, dim], unit norm. `text_of_song`: int [songs], the row
+    of a song's text; every text has a song. `draws` of the songs.
     """
     count = len(next(iter(texts.values())))
     each, songs_of_text = np.arange(count), np.bincount(text_of_song, minlength=count)
@@ -99,10 +115,21 @@ def retrieval_tasks(
 
     tasks = []
     for name, title, unit, ask, correct, gallery, of_queries in (
-        ("text_to_audio", "text → audio", "texts", to_audio, songs_of_text, len(text_of_song), draws.merged(text_of_song, count)),
+        (
+            "text_to_audio",
+            "text → audio",
+            "texts",
+            to_audio,
+            songs_of_text,
+            len(text_of_song),
+            draws.merged(text_of_song, count),
+        ),
         ("audio_to_text", "audio → text", "songs", to_text, np.ones(len(text_of_song), dtype=np.int64), count, draws),
     ):
-        methods = {space: query_figures(ask(of_songs, texts[space]), of_queries, settings.ks) for space, of_songs in songs.items()}
+        methods = {
+            space: query_figures(ask(of_songs, texts[space]), of_queries, settings.ks)
+            for space, of_songs in songs.items()
+        }
         dealt = [query_figures(ask(songs[last][order], texts[last]), of_queries, settings.ks) for order in orders]
         methods["shuffled"] = {figure: _average([of[figure] for of in dealt]) for figure in dealt[0]}
         tied = FirstCorrect(np.zeros_like(correct), np.full_like(correct, gallery), correct)
@@ -110,7 +137,9 @@ def retrieval_tasks(
         same = np.full(len(draws.weights), middle, dtype=np.float32)
         median = Estimate(middle, len(correct), same, of_queries.population)
         methods["random"] = {**query_figures(tied, of_queries, settings.ks), "median_rank": median}
-        tasks.append(Task(name, title, unit, "artists", "random", methods, {"queries": len(correct), "gallery": gallery}))
+        tasks.append(
+            Task(name, title, unit, "artists", "random", methods, {"queries": len(correct), "gallery": gallery})
+        )
     return tasks
 
 
@@ -136,8 +165,8 @@ def first_correct(
 ) -> FirstCorrect:
     """Where the first gallery item of each query's own group stands.
 
-    `queries`: [queries, dim], `gallery`: [items, dim], compared by inner product; groups: int. Every query needs an item of its group.
-    At most `cells` similarities are held at once.
+    `queries`: [queries, dim], `gallery`: [items, dim], compared by inner product; groups: int. Every query needs an
+    item of its group. At most `cells` similarities are held at once.
     """
     found = FirstCorrect(*(np.empty(len(queries), dtype=np.int64) for _ in range(3)))
     chunk = max(1, cells // max(1, len(gallery)))
@@ -156,12 +185,16 @@ def first_correct(
 def first_correct_rank(
     queries: np.ndarray, gallery: np.ndarray, query_group: np.ndarray, gallery_group: np.ndarray, cells: int = CELLS
 ) -> np.ndarray:
-    """Expected rank, from 1, of the first gallery item of each query's own group; float64 [queries]. Arguments as of `first_correct`."""
+    """Expected rank, from 1, of the first gallery item of each query's own group; float64 [queries]. Arguments as of
+    `first_correct`.
+    """
     return first_correct(queries, gallery, query_group, gallery_group, cells).rank
 
 
 def rank_summary(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """`recall@k` (share of queries with a correct item among the first k), `mrr` and `median_rank` of `first_correct_rank`."""
+    """`recall@k` (share of queries with a correct item among the first k), `mrr` and `median_rank` of
+    `first_correct_rank`.
+    """
     recall = {f"recall@{k}": float((ranks <= k).mean()) for k in ks}
     return {**recall, "mrr": float((1 / ranks).mean()), "median_rank": float(np.median(ranks))}
 
@@ -169,8 +202,8 @@ def rank_summary(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
 def query_figures(found: FirstCorrect, draws: Draws, ks: Sequence[int]) -> dict[str, Estimate]:
     """`recall@k` (a correct item is among the first k), `mrr` and `median_rank` over queries.
 
-    Tied items stand in random order and the figures are expectations over it, so that a collapsed model, to which all items are equal,
-    is at chance. The median is that of the expected ranks.
+    Tied items stand in random order and the figures are expectations over it, so that a collapsed model, to which all
+    items are equal, is at chance. The median is that of the expected ranks.
     """
     reciprocal = 1.0 / (found.above + 1)
     recall = {k: (found.above < k).astype(np.float64) for k in ks}
@@ -187,7 +220,9 @@ def query_figures(found: FirstCorrect, draws: Draws, ks: Sequence[int]) -> dict[
 
 
 def chance(gallery: int, correct: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """The figures of a random order of `gallery` items; `correct`: int [queries], how many of them answer each query."""
+    """The figures of a random order of `gallery` items; `correct`: int [queries], how many of them answer each
+    query.
+    """
     values, counts = np.unique(correct, return_counts=True)
     distribution = np.zeros(gallery)
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):

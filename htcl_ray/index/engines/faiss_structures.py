@@ -18,23 +18,24 @@ from htcl_ray.index.plan import IndexPlan
 
 CLASSES = {"flat": "IndexFlatIP", "hnsw": "IndexHNSWSQ", "ivf": "IndexIVFScalarQuantizer", "ivf_pq": "IndexIVFPQ"}
 GATHER_BELOW = 0.1
-"""Of a flat structure: below this share of allowed rows, copying them together and scoring the copy beats asking about every row."""
+"""Of a flat structure: below this share of allowed rows, copying them together and scoring the copy beats asking about
+every row."""
 GRAPH_WORK = 20
-"""What one entry of a graph's search list costs, in rows of an exact search: it is far from the last in memory, and it has neighbours.
-Measured at 30,000 and 100,000 songs (docs/decisions/0015-index-kinds.md)."""
+"""What one entry of a graph's search list costs, in rows of an exact search: it is far from the last in memory, and it
+has neighbours. Measured at 30,000 and 100,000 songs (docs/decisions/0015-index-kinds.md)."""
 BLOCK_ROWS = 65_536
 """Rows scored at a time in an exact search."""
 CODE_LANES = 16
-"""FAISS has vector instructions for one-byte codes of widths that this divides (8 without AVX-512); others take five times as long.
-Codes are padded with zeros to such a width, which changes no inner product."""
+"""FAISS has vector instructions for one-byte codes of widths that this divides (8 without AVX-512); others take five
+times as long. Codes are padded with zeros to such a width, which changes no inner product."""
 THREADS = faiss.omp_get_max_threads()
 
 
 class Structure:
     """The nearest rows to a query by inner product. Searches may run in any number of threads.
 
-    flat holds the vectors themselves. The others hold codes, one byte a number (hnsw, ivf) or less (ivf_pq), beside the exact
-    vectors: codes find candidates, and the caller scores them again. A search picks by what it would cost:
+    flat holds the vectors themselves. The others hold codes, one byte a number (hnsw, ivf) or less (ivf_pq), beside the
+    exact vectors: codes find candidates, and the caller scores them again. A search picks by what it would cost:
 
     * Few allowed rows, or almost all rows wanted: exactly the allowed rows are scored, gathered from the vectors.
     * Otherwise the structure is searched with the allowed rows as selector, wider by the inverse of their share.
@@ -69,7 +70,8 @@ class Structure:
     def changed(self, plan: IndexPlan, kept: NDArray[np.int64], more: NDArray[np.float32]) -> Self:
         """Another structure over some of these rows and then `more`, with the same lists and codes.
 
-        Rows are encoded again but nothing is learned again. A graph that loses rows is built anew: FAISS cannot unlink them.
+        Rows are encoded again but nothing is learned again. A graph that loses rows is built anew: FAISS cannot unlink
+        them.
         """
         whole = len(kept) == len(self)
         vectors = np.concatenate([self.vectors if whole else self.vectors[kept], more])
@@ -90,12 +92,18 @@ class Structure:
         """The same structure, searched with other numbers."""
         return type(self)(plan, self._faiss, self.vectors)
 
-    def nearest(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """Candidates for the `count` best rows of each of q queries, in no promised order: [q, at least min(count, allowed rows)].
+    def nearest(
+        self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int64]:
+        """Candidates for the `count` best rows of each of q queries, in no promised order: [q, at least min(count,
+        allowed rows)].
 
-        `allowed` has one entry per row. Where a kind is not exact, candidates are up to as many more as `plan.rerank` says; -1 is none.
+        `allowed` has one entry per row. Where a kind is not exact, candidates are up to as many more as `plan.rerank`
+        says; -1 is none.
         """
-        faiss.omp_set_num_threads(1 if len(queries) == 1 else THREADS)  # of this thread; a single query is not worth waking others
+        faiss.omp_set_num_threads(
+            1 if len(queries) == 1 else THREADS
+        )  # of this thread; a single query is not worth waking others
         total = len(self) if allowed is None else int(np.count_nonzero(allowed))
         wanted = min(math.ceil(count * self.plan.rerank), total)
         if not wanted:
@@ -111,7 +119,9 @@ class Structure:
         return rows
 
     def write(self, folder: Path) -> list[str]:
-        """Write the files, each whole before it gets its name, so that who has mapped an older one keeps it. Returns their names."""
+        """Write the files, each whole before it gets its name, so that who has mapped an older one keeps it. Returns
+        their names.
+        """
         _replace(folder / VECTORS_FILE, lambda path: faiss.write_index(self._faiss, path))
         if self.plan.kind == "flat":
             return [VECTORS_FILE]
@@ -120,13 +130,17 @@ class Structure:
 
     @classmethod
     def read(cls, folder: Path, plan: IndexPlan, width: int, songs: int) -> Self:
-        """Map what `write` wrote; pages are read when they are needed and shared by all processes. Raises MismatchError."""
+        """Map what `write` wrote; pages are read when they are needed and shared by all processes. Raises
+        MismatchError.
+        """
         try:
             index = faiss.read_index(str(folder / VECTORS_FILE), faiss.IO_FLAG_MMAP_IFC)
             rows = None if plan.kind == "flat" else np.asarray(np.load(folder / EXACT_FILE, mmap_mode="r"))
         except (RuntimeError, ValueError, EOFError) as error:
             reason = str(error).splitlines()[0]
-            raise MismatchError(f"{folder} holds no {plan.kind} index that can be read ({reason}); run 'htcl index' again") from None
+            raise MismatchError(
+                f"{folder} holds no {plan.kind} index that can be read ({reason}); run 'htcl index' again"
+            ) from None
         if type(index).__name__ != CLASSES[plan.kind]:
             raise MismatchError(
                 f"{folder} holds an {type(index).__name__}, but its manifest says {plan.kind}, an {CLASSES[plan.kind]}; "
@@ -134,14 +148,19 @@ class Structure:
             )
         vectors = _flat_rows(index) if rows is None else rows
         coded = (index.ntotal, index.d)
-        for what, shape, numbers in ((VECTORS_FILE, coded, _code_width(plan, width)), (EXACT_FILE, vectors.shape, width)):
+        for what, shape, numbers in (
+            (VECTORS_FILE, coded, _code_width(plan, width)),
+            (EXACT_FILE, vectors.shape, width),
+        ):
             if shape != (songs, numbers):
                 raise MismatchError(
                     f"{folder / what} holds {shape[0]} vectors of {shape[-1]} numbers, "
                     f"but its manifest and songs say {songs} of {numbers}; run 'htcl index' again"
                 )
         if vectors.dtype != np.float32 or not vectors.flags.c_contiguous:
-            raise MismatchError(f"{folder / EXACT_FILE} holds {vectors.dtype}; expected float32 in C order; run 'htcl index' again")
+            raise MismatchError(
+                f"{folder / EXACT_FILE} holds {vectors.dtype}; expected float32 in C order; run 'htcl index' again"
+            )
         return cls(plan, index, vectors)
 
     def _scored(self, wanted: int, total: int) -> float:
@@ -154,10 +173,16 @@ class Structure:
         return len(self) * self.plan.probes / self.plan.lists
 
     def _parameters(self, wanted: int, total: int, allowed: NDArray[np.bool_] | None) -> Any:
-        selector = None if allowed is None or total == len(self) else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        selector = (
+            None
+            if allowed is None or total == len(self)
+            else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        )
         wider = len(self) / total
         if self.plan.kind == "hnsw":
-            return faiss.SearchParametersHNSW(sel=selector, efSearch=math.ceil(max(self.plan.ef_search, wanted) * wider))
+            return faiss.SearchParametersHNSW(
+                sel=selector, efSearch=math.ceil(max(self.plan.ef_search, wanted) * wider)
+            )
         if self.plan.kind == "flat":
             return faiss.SearchParameters(sel=selector)
         return faiss.SearchParametersIVF(sel=selector, nprobe=min(math.ceil(self.plan.probes * wider), self.plan.lists))
@@ -170,7 +195,9 @@ class Structure:
 def best_rows(
     vectors: NDArray[np.float32], queries: NDArray[np.float32], count: int, rows: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
-    """Every one of `rows` (default: all) scored in single precision: the `count` best of each query, [q, count], best first."""
+    """Every one of `rows` (default: all) scored in single precision: the `count` best of each query, [q, count], best
+    first.
+    """
     total = len(vectors) if rows is None else len(rows)
     best: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float32]] = []
@@ -213,7 +240,9 @@ def _empty(plan: IndexPlan, width: int) -> Any:
         index.cp.min_points_per_centroid = 1  # silences a warning; the plan bounds the lists
     if plan.kind == "ivf_pq":
         index.pq.cp.min_points_per_centroid = 1
-        index.do_polysemous_training = False  # 1.5 s for each byte of the code, for a comparison by bits that nothing here uses
+        index.do_polysemous_training = (
+            False  # 1.5 s for each byte of the code, for a comparison by bits that nothing here uses
+        )
     return index
 
 
@@ -221,7 +250,9 @@ def _flat_rows(index: Any) -> NDArray[np.float32]:
     """The memory of a flat index as [n, width]; lives as long as the index."""
     if not index.ntotal:
         return np.empty((0, index.d), dtype=np.float32)
-    rows: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    rows: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(
+        index.ntotal, index.d
+    )
     return rows
 
 

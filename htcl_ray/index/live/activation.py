@@ -1,9 +1,9 @@
 """Which index is to be served, as the workspace says it, and loading one with every check.
 
-`activations/` holds one small file for each activation, which is never changed: `<20 digits: number>-<8 hex digits: writer>.json`. The
-greatest name counts. A writer gives a number greater than all that it has listed, so that of two activations of which one began after the
-other had been answered, the later counts whatever their clocks say. Two at the same time have different names, so that none overwrites the
-other, and the same one counts everywhere.
+`activations/` holds one small file for each activation, which is never changed: `<20 digits: number>-<8 hex digits:
+writer>.json`. The greatest name counts. A writer gives a number greater than all that it has listed, so that of two
+activations of which one began after the other had been answered, the later counts whatever their clocks say. Two at the
+same time have different names, so that none overwrites the other, and the same one counts everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from htcl_ray.workspace.storage import Workspace
 
 FOLDER = "activations"
 KEPT = 20
-"""Activations that stay in the log; the newest is served, and those before it are what is served while it is refused."""
+"""Activations that stay in the log; the newest is served, and those before it are what is served while it is
+refused."""
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 WARM_UP_SONGS = 8
 _FILE = re.compile(r"\d{20}-[0-9a-f]{8}\.json")
@@ -58,12 +59,16 @@ def now() -> str:
 def check_name(version: str) -> str:
     """The version, if it can be one: a plain name, never a path. Raises IndexRefusedError."""
     if not NAME.fullmatch(version) or version in (".", ".."):
-        raise IndexRefusedError(f"'{version[:100]}' is no index version; expected 1 to 64 letters, digits, '.', '_' and '-'")
+        raise IndexRefusedError(
+            f"'{version[:100]}' is no index version; expected 1 to 64 letters, digits, '.', '_' and '-'"
+        )
     return version
 
 
 class Activations:
-    """Reads and writes the activations of one workspace, from any number of threads, processes and machines at a time."""
+    """Reads and writes the activations of one workspace, from any number of threads, processes and machines at a
+    time.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -71,7 +76,9 @@ class Activations:
         self._reported: dict[str, str] = {}
 
     def latest_first(self) -> Iterator[Pointer]:
-        """All that can be read; one that cannot is reported once and passed over. Raises OSError when the storage fails."""
+        """All that can be read; one that cannot is reported once and passed over. Raises OSError when the storage
+        fails.
+        """
         for name in reversed(self._names()):
             if name not in self._read:
                 try:
@@ -87,9 +94,15 @@ class Activations:
         """Activate an index; every replica serves it from its next poll on. It is durable when this returns."""
         names = self._names()
         name = f"{_number(names) + 1:020d}-{uuid.uuid4().hex[:8]}.json"
-        content = {"version": check_name(version), "activated_at": now(), "built_through": _newest_built(self.workspace)}
+        content = {
+            "version": check_name(version),
+            "activated_at": now(),
+            "built_through": _newest_built(self.workspace),
+        }
         self.workspace.write_bytes(f"{FOLDER}/{name}", (json.dumps(content) + "\n").encode(), durable=True)
-        with contextlib.suppress(OSError):  # also of one that another writer has removed; the next activation tries again
+        with contextlib.suppress(
+            OSError
+        ):  # also of one that another writer has removed; the next activation tries again
             for old in names[: 1 - KEPT]:
                 self.workspace.fs.delete_file(self.workspace.full(f"{FOLDER}/{old}"))
         return _parse(name, content)
@@ -109,7 +122,9 @@ class Activations:
     def _report(self, name: str, reason: str) -> None:
         if self._reported.get(name) != reason:
             self._reported[name] = reason
-            log.warning("%s does not count: %s; activate an index again", self.workspace.uri_of(f"{FOLDER}/{name}"), reason)
+            log.warning(
+                "%s does not count: %s; activate an index again", self.workspace.uri_of(f"{FOLDER}/{name}"), reason
+            )
 
 
 def _number(names: list[str]) -> int:
@@ -117,7 +132,9 @@ def _number(names: list[str]) -> int:
 
 
 def _parse(name: str, content: object) -> Pointer:
-    values = [content.get(key) for key in ("version", "activated_at", "built_through")] if isinstance(content, dict) else []
+    values = (
+        [content.get(key) for key in ("version", "activated_at", "built_through")] if isinstance(content, dict) else []
+    )
     if not values or not all(isinstance(value, str) for value in values):
         raise WorkspaceError("it has no version, activated_at and built_through")
     version, activated_at, built_through = map(str, values)
@@ -130,12 +147,16 @@ def _newest_built(workspace: Workspace) -> str:
 
 
 def starting_pointer(
-    workspace: Workspace, version: str | None, *, require: Require = "failed", determined: Callable[[], str | None] = lambda: None
+    workspace: Workspace,
+    version: str | None,
+    *,
+    require: Require = "failed",
+    determined: Callable[[], str | None] = lambda: None,
 ) -> Pointer:
     """What an application that starts now serves.
 
-    That is `version`, else what was activated last and its gate allows, else the index of the configuration, which `determined` gives if
-    there is one, else the newest accepted. Raises InputError when there is none.
+    That is `version`, else what was activated last and its gate allows, else the index of the configuration, which
+    `determined` gives if there is one, else the newest accepted. Raises InputError when there is none.
     """
     activations = Activations(workspace)
     if version is not None:
@@ -153,11 +174,15 @@ def starting_pointer(
 
 
 def check_accepted(workspace: Workspace, version: str, require: Require) -> artifacts.Artifact:
-    """The index of this version. Raises IndexNotFoundError when there is none, GateError or MismatchError when its gate forbids it."""
+    """The index of this version. Raises IndexNotFoundError when there is none, GateError or MismatchError when its gate
+    forbids it.
+    """
     path = f"index/{check_name(version)}"
     manifest = workspace.manifest(path)
     if manifest is None:
-        raise IndexNotFoundError(f"there is no finished index '{version}' in {workspace.uri}/index; expected one that 'htcl index' made")
+        raise IndexNotFoundError(
+            f"there is no finished index '{version}' in {workspace.uri}/index; expected one that 'htcl index' made"
+        )
     artifact = artifacts.Artifact(path, version, manifest)
     check_gates(workspace, artifacts.models_of(workspace, artifact), artifact, require)
     return artifact
@@ -166,7 +191,8 @@ def check_accepted(workspace: Workspace, version: str, require: Require) -> arti
 def load_accepted(workspace: Workspace, version: str, model_versions: ModelVersions, *, require: Require) -> SongIndex:
     """The index of this version, for queries that the models of `model_versions` encode.
 
-    Raises IndexNotFoundError, IndexRefusedError for anything wrong with the index itself, and OSError when the storage fails.
+    Raises IndexNotFoundError, IndexRefusedError for anything wrong with the index itself, and OSError when the storage
+    fails.
     """
     try:
         artifact = check_accepted(workspace, version, require)
@@ -181,7 +207,9 @@ def load_accepted(workspace: Workspace, version: str, model_versions: ModelVersi
 
 
 def warm_up(index: SongIndex) -> None:
-    """Search for a few of its own songs at every blend's end, so that the first answers find pages and threads in place."""
+    """Search for a few of its own songs at every blend's end, so that the first answers find pages and threads in
+    place.
+    """
     songs = [song for song in index.songs["song_id"].slice(0, WARM_UP_SONGS).to_pylist() if song in index]
     if songs:
         vectors = index.vectors_of(songs)

@@ -1,4 +1,6 @@
-"""The index that a replica serves: switched whole, kept up to date from the log of updates, and the same on every replica."""
+"""The index that a replica serves: switched whole, kept up to date from the log of updates, and the same on every
+replica.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,13 @@ class SwitchUnderWay(Exception):
 
 
 class LiveIndex:
-    """What to serve is a function of the workspace, so that all replicas agree within a poll and a new one agrees with the old.
+    """What to serve is a function of the workspace, so that all replicas agree within a poll and a new one agrees with
+    the old.
 
     The latest counts of what the application was started with and what was activated since (see `activation.py`); with
-    `settings.activate_newest`, an index of the same models that was finished later still. While one is refused, the one before it is
-    served; a refusal is reported once, and the index is tried again, since models may not be copied yet or a disk may be full.
+    `settings.activate_newest`, an index of the same models that was finished later still. While one is refused, the one
+    before it is served; a refusal is reported once, and the index is tried again, since models may not be copied yet or
+    a disk may be full.
     """
 
     def __init__(
@@ -55,8 +59,9 @@ class LiveIndex:
     ) -> None:
         """Load what is to be served, with the log applied.
 
-        `model_versions`: of the encoder. `started`: what the application was started with, of `starting_pointer`; without it, the newest
-        accepted index of these models. `require`: `gate.require`. Raises IndexRefusedError when nothing can be served.
+        `model_versions`: of the encoder. `started`: what the application was started with, of `starting_pointer`;
+        without it, the newest accepted index of these models. `require`: `gate.require`. Raises IndexRefusedError when
+        nothing can be served.
         """
         self.workspace = workspace
         self._settings = settings
@@ -68,7 +73,8 @@ class LiveIndex:
         self._built: dict[str, Pointer | None] = {}
         """Every finished index seen: when it was made, or None when it is of other models."""
         self._refused: dict[Pointer, tuple[str, Retry]] = {}
-        """Indexes that could not be loaded: why, and when they are tried again, since that may take minutes and gigabytes."""
+        """Indexes that could not be loaded: why, and when they are tried again, since that may take minutes and
+        gigabytes."""
         self._changing = threading.Lock()
         """Held while the log is applied or written, and while the reference is switched."""
         self._switching = threading.Lock()
@@ -94,10 +100,11 @@ class LiveIndex:
         return dict(self._log.broken)
 
     def activate(self, version: str) -> None:
-        """Serve another index: load it beside, check it, apply the log, warm it, tell the other replicas, switch, drop the old one.
+        """Serve another index: load it beside, check it, apply the log, warm it, tell the other replicas, switch, drop
+        the old one.
 
-        Raises IndexNotFoundError or IndexRefusedError, and then the old one stays; SwitchUnderWay while another is being loaded;
-        OSError when the storage fails.
+        Raises IndexNotFoundError or IndexRefusedError, and then the old one stays; SwitchUnderWay while another is
+        being loaded; OSError when the storage fails.
         """
         check_name(version)
         if not self._switching.acquire(blocking=False):
@@ -111,9 +118,9 @@ class LiveIndex:
     def upsert(self, song_id: str, vectors: Vectors, metadata: Mapping[str, Any]) -> str:
         """Put a song in, or in place of the one of this id; gives the update's name.
 
-        `vectors`: one row of unit norm, of this index's models; `metadata`: any columns of `schemas.INDEX_SONGS` but song_id; what is
-        known of the others stays. When this returns, the update is durable and in every later answer here; the other replicas follow
-        with their next poll.
+        `vectors`: one row of unit norm, of this index's models; `metadata`: any columns of `schemas.INDEX_SONGS` but
+        song_id; what is known of the others stays. When this returns, the update is durable and in every later answer
+        here; the other replicas follow with their next poll.
         """
         index = self.service.index
         if len(vectors) != 1 or vectors.dim != index.dim or (vectors.preference is not None) != index.has_preference:
@@ -123,7 +130,9 @@ class LiveIndex:
             return self._write(Update(song_id, vectors, self._model_versions, self._known(song_id) | dict(metadata)))
 
     def describe(self, song_id: str, metadata: Mapping[str, Any]) -> str:
-        """Change what is said of a song, its vectors kept: the given columns; see `upsert`. Raises SongNotFoundError."""
+        """Change what is said of a song, its vectors kept: the given columns; see `upsert`. Raises
+        SongNotFoundError.
+        """
         with self._changing:
             self.active.replay.catch_up()
             vectors = self.service.index.vectors_of([song_id])
@@ -138,7 +147,9 @@ class LiveIndex:
             return self._write(Update(song_id, None, {}, {}))
 
     def poll(self) -> None:
-        """Apply what was added to the log, and switch when another index is to be served. Raises OSError when the storage fails."""
+        """Apply what was added to the log, and switch when another index is to be served. Raises OSError when the
+        storage fails.
+        """
         with self._changing:
             self.active.replay.catch_up()
         if self._switching.acquire(blocking=False):
@@ -202,7 +213,9 @@ class LiveIndex:
                 else:
                     self._started = self._started or pointer
                     return _active(replay, pointer)
-        raise problem or IndexRefusedError(f"{self.workspace.uri} holds no index of these models; run 'htcl index' first")
+        raise problem or IndexRefusedError(
+            f"{self.workspace.uri} holds no index of these models; run 'htcl index' first"
+        )
 
     def _follow(self) -> None:
         for pointer in self._wanted():
@@ -246,7 +259,11 @@ class LiveIndex:
                 same = manifest.get("model_versions") == self._model_versions
                 created = str(manifest.get("created"))
                 self._built[name] = Pointer(name, created, built_through=created) if same else None
-        found = [pointer for name in names if (pointer := self._built.get(name)) is not None and pointer.built_through > moment]
+        found = [
+            pointer
+            for name in names
+            if (pointer := self._built.get(name)) is not None and pointer.built_through > moment
+        ]
         return sorted(found, key=lambda pointer: pointer.built_through, reverse=True)
 
     def _manifest(self, name: str) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from htcl_ray.schemas import INDEX_SONGS
 
 
 class Replay:
-    """Applies the log of updates to `index`, whatever the order in which its files appear. Not for several threads at a time.
+    """Applies the log of updates to `index`, whatever the order in which its files appear. Not for several threads at a
+    time.
 
     Upserts with vectors of other models than the index's are skipped; removals always count.
     """
@@ -83,7 +84,9 @@ class Replay:
         self.changed = self.changed or bool(gone or upserts.num_rows)
         self.index.remove(gone)
         if upserts.num_rows:
-            self.index.upsert(upserts["song_id"].to_pylist(), vectors_of(upserts), metadata=upserts.select(INDEX_SONGS.names))
+            self.index.upsert(
+                upserts["song_id"].to_pylist(), vectors_of(upserts), metadata=upserts.select(INDEX_SONGS.names)
+            )
         self.removed |= set(gone) - self.added
         self.added -= set(gone)
         self.added |= set(new) - self.removed

@@ -1,9 +1,11 @@
-"""The log of songs that were put in or taken out since the indexes were built: a folder of the workspace that all indexes share.
+"""The log of songs that were put in or taken out since the indexes were built: a folder of the workspace that all
+indexes share.
 
-`updates/` holds Arrow files with rows of `schemas.UPDATES`. A write adds a file of one row; `merge` puts many into one. A row's `name` is
-`<20 digits: time in ns>-<8 hex digits: writer>`. Of one song, the row with the greatest name counts, in whichever order, how often and in
-whichever files rows are read, so that all readers come to the same songs. A writer gives a name greater than all that it has read, so
-that of two writes of which one began after the other had been answered, the later counts whatever their clocks say.
+`updates/` holds Arrow files with rows of `schemas.UPDATES`. A write adds a file of one row; `merge` puts many into one.
+A row's `name` is `<20 digits: time in ns>-<8 hex digits: writer>`. Of one song, the row with the greatest name counts,
+in whichever order, how often and in whichever files rows are read, so that all readers come to the same songs. A writer
+gives a name greater than all that it has read, so that of two writes of which one began after the other had been
+answered, the later counts whatever their clocks say.
 
 A file's name ends with 16 digits of the SHA-256 of its bytes, so that a damaged file is known before it is parsed.
 """
@@ -45,7 +47,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retry:
-    """When to try again what could not be read: it may have been half-copied. Each wait is twice as long as the one before."""
+    """When to try again what could not be read: it may have been half-copied. Each wait is twice as long as the one
+    before.
+    """
 
     delay: float
     until: float
@@ -81,7 +85,8 @@ class UpdateLog:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.broken: dict[str, str] = {}
-        """Files that cannot be used, each with the reason; reported once, and tried again less and less often while they are there."""
+        """Files that cannot be used, each with the reason; reported once, and tried again less and less often while
+        they are there."""
         self._retries: dict[str, Retry] = {}
         self._writer = uuid.uuid4().hex[:8]
         self._clock = 0
@@ -95,7 +100,9 @@ class UpdateLog:
                 self._report(name, "its name is not that of an update")
         self.broken = {name: reason for name, reason in self.broken.items() if name in found}
         self._retries = {name: retry for name, retry in self._retries.items() if name in found}
-        return [name for name in found if name not in self.broken or (name in self._retries and self._retries[name].due)]
+        return [
+            name for name in found if name not in self.broken or (name in self._retries and self._retries[name].due)
+        ]
 
     def append(self, update: Update) -> tuple[str, pa.Table]:
         """Write one update; it is durable when this returns. Gives the file's name and its row.
@@ -130,10 +137,11 @@ class UpdateLog:
                 return rows, there
 
     def merge(self) -> int:
-        """Put all rows that may still count into one file, and remove the files that they were in. Gives how many files went.
+        """Put all rows that may still count into one file, and remove the files that they were in. Gives how many files
+        went.
 
-        Safe to interrupt anywhere, and beside readers, writers and other merges: the new file is durable before any other is removed, and
-        rows that are read twice do no harm. Broken files stay.
+        Safe to interrupt anywhere, and beside readers, writers and other merges: the new file is durable before any
+        other is removed, and rows that are read twice do no harm. Broken files stay.
         """
         rows, files = self.read_all()
         files -= self.broken.keys()
@@ -180,7 +188,11 @@ class UpdateLog:
     def _report(self, name: str, reason: str) -> None:
         if name not in self.broken:
             self.broken[name] = reason
-            log.warning("%s is not applied: %s; remove it, or put it back whole", self.workspace.uri_of(f"{FOLDER}/{name}"), reason)
+            log.warning(
+                "%s is not applied: %s; remove it, or put it back whole",
+                self.workspace.uri_of(f"{FOLDER}/{name}"),
+                reason,
+            )
 
 
 def latest(names: Iterable[str], keys: Iterable[Key]) -> dict[Key, int]:
@@ -255,9 +267,13 @@ def _norms(vectors: pa.ChunkedArray) -> np.ndarray:
 
 
 def _still_counting(rows: pa.Table) -> pa.Table:
-    """For each song the last removal and, of each models' vectors, the last upsert, unless the removal is later; sorted by name."""
+    """For each song the last removal and, of each models' vectors, the last upsert, unless the removal is later; sorted
+    by name.
+    """
     names = rows["name"].to_pylist()
-    songs, ops, semantic, preference = (rows[name].to_pylist() for name in ("song_id", "op", "semantic_model", "preference_model"))
+    songs, ops, semantic, preference = (
+        rows[name].to_pylist() for name in ("song_id", "op", "semantic_model", "preference_model")
+    )
     kept = latest(names, zip(songs, ops, semantic, preference, strict=True)).values()
     removed = {songs[row]: names[row] for row in kept if ops[row] == REMOVE}
     chosen = [row for row in kept if ops[row] == REMOVE or names[row] > removed.get(songs[row], "")]

@@ -1,4 +1,6 @@
-"""The text tower: any BERT-like model of transformers, pretrained or from scratch. Code from a model's folder or hub page is never run."""
+"""The text tower: any BERT-like model of transformers, pretrained or from scratch. Code from a model's folder or hub
+page is never run.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ SYLLABLES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL SYLLABLE")
 
 
 class TextEncoder(nn.Module):
-    """Texts → one vector each, pooled as `settings.pooling` says. A pooler that is not used is taken off the transformer."""
+    """Texts → one vector each, pooled as `settings.pooling` says. A pooler that is not used is taken off the
+    transformer.
+    """
 
     def __init__(self, transformer: nn.Module, tokenizer: Any | None, settings: TextSettings) -> None:
         super().__init__()
@@ -66,19 +70,25 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Padded to the longest of `texts`, cut at `max_tokens`."""
-        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.settings.max_tokens, return_tensors="pt")
+        encoded = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.settings.max_tokens, return_tensors="pt"
+        )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     def coverage(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Share of the letters, digits and symbols of each text that the vocabulary knows: [n], 0 to 1, and 0 for a text without any.
+        """Share of the letters, digits and symbols of each text that the vocabulary knows: [n], 0 to 1, and 0 for a
+        text without any.
 
-        A character is unknown in an [UNK] token, and as a piece of its own inside a longer word: WordPiece spells out a word of which
-        it knows nothing. Such a piece is known where a character is a syllable or a word (Han, kana, Hangul). What `max_tokens` cuts
-        off does not count. A tokenizer without offsets (not a fast one) gives the share of tokens that are not [UNK].
+        A character is unknown in an [UNK] token, and as a piece of its own inside a longer word: WordPiece spells out a
+        word of which it knows nothing. Such a piece is known where a character is a syllable or a word (Han, kana,
+        Hangul). What `max_tokens` cuts off does not count. A tokenizer without offsets (not a fast one) gives the share
+        of tokens that are not [UNK].
         """
         tokenizer, special = self.tokenizer, set(self.tokenizer.all_special_ids)
         fast = tokenizer.is_fast
-        encoded = tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens, return_offsets_mapping=fast)
+        encoded = tokenizer(
+            list(texts), truncation=True, max_length=self.settings.max_tokens, return_offsets_mapping=fast
+        )
         if not fast:
             unknown, others = tokenizer.unk_token_id, special - {tokenizer.unk_token_id}
             read = [[number for number in ids if number not in others] for ids in encoded["input_ids"]]
@@ -86,7 +96,9 @@ class TextEncoder(nn.Module):
         return np.array(
             [
                 _known_share(text, encoded.word_ids(row), [number not in special for number in ids], offsets)
-                for row, (text, ids, offsets) in enumerate(zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True))
+                for row, (text, ids, offsets) in enumerate(
+                    zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                )
             ]
         )
 
@@ -102,7 +114,9 @@ class TextEncoder(nn.Module):
 
 
 class NoTextEncoder(TextEncoder):
-    """Stands where a text tower would in a model that is an audio encoder alone: it has no weights, and words are refused."""
+    """Stands where a text tower would in a model that is an audio encoder alone: it has no weights, and words are
+    refused.
+    """
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -110,11 +124,17 @@ class NoTextEncoder(TextEncoder):
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Raise InputError."""
-        raise InputError("this model is an audio encoder alone and has no text tower; expected sound, or a model of both to embed words")
+        raise InputError(
+            "this model is an audio encoder alone and has no text tower; expected sound, or a model of both to embed words"
+        )
 
 
-def _known_share(text: str, words: Sequence[int | None], known: Sequence[bool], offsets: Sequence[tuple[int, int]]) -> float:
-    """See `TextEncoder.coverage`. Per token: the word that it is of, whether it is no special token, and its place in the text."""
+def _known_share(
+    text: str, words: Sequence[int | None], known: Sequence[bool], offsets: Sequence[tuple[int, int]]
+) -> float:
+    """See `TextEncoder.coverage`. Per token: the word that it is of, whether it is no special token, and its place in
+    the text.
+    """
     tokens_of, tokens_at = Counter(words), Counter(offsets)
     counts = [unicodedata.category(character)[0] in "LNS" for character in text]
     covered = [False] * len(text)
@@ -128,11 +148,14 @@ def _known_share(text: str, words: Sequence[int | None], known: Sequence[bool], 
 
 
 def _is_syllable(piece: str) -> bool:
-    return unicodedata.name(piece.strip()[:1] or " ", "").startswith(SYLLABLES)  # SentencePiece adds the space before a word to it
+    return unicodedata.name(piece.strip()[:1] or " ", "").startswith(
+        SYLLABLES
+    )  # SentencePiece adds the space before a word to it
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
-    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises ConfigError or MismatchError.
+    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises
+    ConfigError or MismatchError.
 
     Every weight that is used must be there: transformers would draw missing ones at random and only log it.
     """
@@ -145,7 +168,9 @@ def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
             name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # what transformers, safetensors and tokenizers raise depends on where a file stops to make sense
+    except (
+        Exception
+    ) as error:  # what transformers, safetensors and tokenizers raise depends on where a file stops to make sense
         raise _unusable(name, error) from None
     check_tokenizer(tokenizer, transformer.config.to_dict(), f"the tokenizer of the text model '{name}'")
     encoder = TextEncoder(transformer, tokenizer, settings)
@@ -155,7 +180,9 @@ def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
             f"the text model '{name}' has no weights for its pooler, but text.pooling is pooler; set text.pooling=mean or text.pooling=cls"
         )
     if missing:
-        raise ConfigError(f"the text model '{name}' has no weights for {missing[0]} and {len(missing) - 1} others; expected all of them")
+        raise ConfigError(
+            f"the text model '{name}' has no weights for {missing[0]} and {len(missing) - 1} others; expected all of them"
+        )
     check_numbers(transformer.state_dict(), f"the text model '{name}'")
     return encoder
 
@@ -175,8 +202,8 @@ def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEn
         hidden_dropout_prob=settings.dropout,
         attention_probs_dropout_prob=settings.dropout,
         pad_token_id=tokenizer.pad_token_id,
-        # BERT's 0.02 is for 768 wide. Narrow towers started with it give nearly the same vector for every text, and contrastive
-        # training stays on that plateau for most of a short run.
+        # BERT's 0.02 is for 768 wide. Narrow towers started with it give nearly the same vector for every text, and
+        # contrastive training stays on that plateau for most of a short run.
         initializer_range=settings.width**-0.5,
     )
     return TextEncoder(transformer_from_config(config.to_dict()), tokenizer, settings)
@@ -197,7 +224,9 @@ def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
     try:
         config = AutoConfig.for_model(model_type, **tree)
     except ValueError:
-        raise ConfigError(f"the text model is of type '{model_type}', which this transformers does not know; install a newer one") from None
+        raise ConfigError(
+            f"the text model is of type '{model_type}', which this transformers does not know; install a newer one"
+        ) from None
     try:
         return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
     except Exception as error:  # sizes that contradict each other: what is raised depends on the type of model
@@ -238,7 +267,9 @@ def _check_length(settings: TextSettings) -> None:
         raise _unusable(settings.name_or_path, error) from None
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and settings.max_tokens > limit:
-        raise ConfigError(f"text.max_tokens is {settings.max_tokens}, but the text model '{settings.name_or_path}' takes at most {limit}")
+        raise ConfigError(
+            f"text.max_tokens is {settings.max_tokens}, but the text model '{settings.name_or_path}' takes at most {limit}"
+        )
 
 
 def tokenizer_from_name(name: str | None, transformer: Mapping[str, Any]) -> Any:
@@ -259,37 +290,52 @@ def tokenizer_from_name(name: str | None, transformer: Mapping[str, Any]) -> Any
 def check_tokenizer(tokenizer: Any, transformer: Mapping[str, Any], where: str) -> None:
     """Raise MismatchError unless a tokenizer can be that of a text tower with this configuration.
 
-    transformers makes a tokenizer of special tokens alone when a folder has no tokenizer files, and such a one gives every text of n
-    words the same tokens. `where` begins the message.
+    transformers makes a tokenizer of special tokens alone when a folder has no tokenizer files, and such a one gives
+    every text of n words the same tokens. `where` begins the message.
     """
-    vocabulary, special, rows = tokenizer.get_vocab(), set(tokenizer.all_special_ids), int(transformer.get("vocab_size") or 0)
+    vocabulary, special, rows = (
+        tokenizer.get_vocab(),
+        set(tokenizer.all_special_ids),
+        int(transformer.get("vocab_size") or 0),
+    )
     tokens = [token for token, number in vocabulary.items() if number not in special]
     files = "copy the tokenizer's files (tokenizer.json, vocab.txt, …) from where the text model came from"
     if not tokens:
-        raise MismatchError(f"{where} has no vocabulary, only {len(vocabulary)} special tokens, so its files are missing; {files}")
+        raise MismatchError(
+            f"{where} has no vocabulary, only {len(vocabulary)} special tokens, so its files are missing; {files}"
+        )
     if max(vocabulary.values()) >= rows or rows - len(vocabulary) > max(PADDED_ROWS, rows // 2):
         raise MismatchError(
             f"{where} has {len(vocabulary)} tokens, but the text tower knows {rows}, so they do not belong together; {files}"
         )
     if tokenizer.pad_token_id is None:
-        raise MismatchError(f"{where} has no padding token, so texts cannot be embedded together; expected that of a BERT-like model")
+        raise MismatchError(
+            f"{where} has no padding token, so texts cannot be embedded together; expected that of a BERT-like model"
+        )
     defaults = _default_config(transformer)
     for name in SPECIAL:
         stated, own = transformer.get(f"{name}_token_id"), getattr(tokenizer, f"{name}_token_id", None)
-        # Converted models keep defaults of their class, which state nothing: MiniLM's padding id is 0, and 1 in its tokenizer.
+        # Converted models keep defaults of their class, which state nothing: MiniLM's padding id is 0, and 1 in its
+        # tokenizer.
         if None not in (stated, own) and stated not in (own, defaults.get(f"{name}_token_id")):
-            raise MismatchError(f"{where} has {name}_token_id {own}, but the text tower's configuration says {stated}; {files}")
+            raise MismatchError(
+                f"{where} has {name}_token_id {own}, but the text tower's configuration says {stated}; {files}"
+            )
     probed = [tokenizer.convert_tokens_to_string([token]) for token in tokens[:: max(1, len(tokens) // PROBED_TOKENS)]]
     try:
         found = tokenizer([*probed, UNKNOWN_TEXT], add_special_tokens=False)["input_ids"][:-1]
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise MismatchError(f"{where} cannot tokenize texts ({_reason(error)}); {files}") from None
     if len({tuple(ids) for ids in found if set(ids) - special}) < min(2, len(tokens)):
-        raise MismatchError(f"{where} does not recognise its own vocabulary: every text becomes '{tokenizer.unk_token}'; {files}")
+        raise MismatchError(
+            f"{where} does not recognise its own vocabulary: every text becomes '{tokenizer.unk_token}'; {files}"
+        )
 
 
 def check_song_texts(tokenizer: Any, texts: Sequence[str], settings: TextSettings) -> None:
-    """Raise ConfigError when a tokenizer leaves too little of a catalogue's texts, of which no two are the same, to tell them apart."""
+    """Raise ConfigError when a tokenizer leaves too little of a catalogue's texts, of which no two are the same, to
+    tell them apart.
+    """
     if len(texts) < 2:
         return
     encoded = tokenizer(list(texts), truncation=True, max_length=settings.max_tokens)["input_ids"]
@@ -339,5 +385,10 @@ def fast_tokenizer(vocabulary: str) -> Any:
 
     pad, unk, cls, sep, mask = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(vocabulary), pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, mask_token=mask
+        tokenizer_object=Tokenizer.from_str(vocabulary),
+        pad_token=pad,
+        unk_token=unk,
+        cls_token=cls,
+        sep_token=sep,
+        mask_token=mask,
     )

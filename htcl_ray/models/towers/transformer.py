@@ -77,7 +77,9 @@ class TransformerLayer(nn.Module):
 class AudioEncoder(nn.Module):
     """Log-mel spectrograms of different lengths → one vector each."""
 
-    def __init__(self, settings: ModelSettings, recipe: AudioRecipe, input_recipe: InputRecipe = InputRecipe.MASKED) -> None:
+    def __init__(
+        self, settings: ModelSettings, recipe: AudioRecipe, input_recipe: InputRecipe = InputRecipe.MASKED
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.input_recipe = input_recipe
@@ -90,7 +92,8 @@ class AudioEncoder(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.cls = nn.Parameter(torch.randn(1, 1, settings.width))
         self.layers = nn.ModuleList(
-            TransformerLayer(settings.width, settings.heads, settings.feed_forward, settings.dropout) for _ in range(settings.layers)
+            TransformerLayer(settings.width, settings.heads, settings.feed_forward, settings.dropout)
+            for _ in range(settings.layers)
         )
 
     def forward(self, mel: Tensor, valid_frames: Tensor) -> Tensor:

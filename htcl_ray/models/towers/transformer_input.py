@@ -20,9 +20,10 @@ EPSILON = 1e-8
 def masked_input(mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | None]:
     """Normalise each clip by its own frames, and put zeros behind it.
 
-    mel [B, F, M] in dB; frames from `valid_frames` [B] (int64, on the CPU, 1 to F) on are never read. Returns the prepared frames
-    [B, L, M] and the valid tokens [B, T] (None when all are). L = 8·(T − 1) + 17 with T = ceil(longest / 8) whatever F is: the last
-    token of a clip always sees the same zeros behind it, so neither padding nor the rest of the batch changes an embedding.
+    mel [B, F, M] in dB; frames from `valid_frames` [B] (int64, on the CPU, 1 to F) on are never read. Returns the
+    prepared frames [B, L, M] and the valid tokens [B, T] (None when all are). L = 8·(T − 1) + 17 with T = ceil(longest
+    / 8) whatever F is: the last token of a clip always sees the same zeros behind it, so neither padding nor the rest
+    of the batch changes an embedding.
     """
     tokens = -(-valid_frames // TOKEN_STRIDE)
     count = int(tokens.max())
@@ -40,7 +41,8 @@ def masked_input(mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def official_input(mel: Tensor, valid_frames: Tensor, *, frames: int, top_db: float) -> tuple[Tensor, None]:
-    """Pad every clip to `frames` at its maximum − `top_db`, then normalise the whole padded matrix: the published recipe, no mask.
+    """Pad every clip to `frames` at its maximum − `top_db`, then normalise the whole padded matrix: the published
+    recipe, no mask.
 
     mel [B, F, M] in dB, valid_frames [B] as in `masked_input` → [B, frames, M]; longer clips are cut.
     """

@@ -13,8 +13,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> str:
     """A BERT tokenizer (lower-case, accents stripped, WordPiece) as JSON of the tokenizers library.
 
-    Give it the texts of the training split only. The same texts give the same JSON in every process, so workers agree on it. The
-    most frequent characters take at most half of the vocabulary; words with a rarer one are unknown.
+    Give it the texts of the training split only. The same texts give the same JSON in every process, so workers agree
+    on it. The most frequent characters take at most half of the vocabulary; words with a rarer one are unknown.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
@@ -28,8 +28,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> str:
     alphabet = sorted(by_frequency[: (vocab_size - len(SPECIAL_TOKENS)) // 4])
     words = [word for word in sorted(counts) if set(word) <= set(alphabet)]
 
-    # The trainer numbers characters in the order of a hash map and breaks ties between merges by number. Passed as special tokens,
-    # they get their numbers from us.
+    # The trainer numbers characters in the order of a hash map and breaks ties between merges by number. Passed as
+    # special tokens, they get their numbers from us.
     pieces = [*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in alphabet)]
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -40,5 +40,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
     return tokenizer.to_str()

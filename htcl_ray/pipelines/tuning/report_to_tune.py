@@ -1,4 +1,6 @@
-"""From Ray Train to Ray Tune: the epochs of a trial's last stage; Ray Train's controller imports this for each trial, so it is light."""
+"""From Ray Train to Ray Tune: the epochs of a trial's last stage; Ray Train's controller imports this for each trial,
+so it is light.
+"""
 
 from __future__ import annotations
 

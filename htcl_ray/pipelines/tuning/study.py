@@ -1,4 +1,6 @@
-"""A search while it runs: Optuna's suggestions get numbers, Ray Tune's results go into the trial table, and a person sees both."""
+"""A search while it runs: Optuna's suggestions get numbers, Ray Tune's results go into the trial table, and a person
+sees both.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,13 @@ class StudySearch(OptunaSearch):
     """Optuna's suggestions as `{"number": …, "parameters": …}`; a point that was tried is not tried again."""
 
     def __init__(
-        self, space: Mapping[str, BaseDistribution], objectives: Mapping[str, str], table: StudyTable, *, seed: int, rows: int
+        self,
+        space: Mapping[str, BaseDistribution],
+        objectives: Mapping[str, str],
+        table: StudyTable,
+        *,
+        seed: int,
+        rows: int,
     ) -> None:
         """`objectives`: name → metric that the workers report. `rows`: of a whole trial.
 
@@ -114,9 +122,13 @@ class StudySearch(OptunaSearch):
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A measurement. Its step is the number of rows seen, since Tune's own count begins again when a trial is resumed."""
+        """A measurement. Its step is the number of rows seen, since Tune's own count begins again when a trial is
+        resumed.
+        """
         rows = int(result["rows_seen"])
-        if len(self._objectives) == 1 and rows > self._reported.get(trial_id, 0):  # a trial may say again what it measured last
+        if len(self._objectives) == 1 and rows > self._reported.get(
+            trial_id, 0
+        ):  # a trial may say again what it measured last
             self._reported[trial_id] = rows
             self._ot_trials[trial_id].report(result[self.metric], rows)
 
@@ -148,7 +160,9 @@ class StudyScheduler(AsyncHyperBandScheduler):
                 self.add_ended(trial)
 
     def add_ended(self, ours: Trial) -> int | None:
-        """Take in a trial of an earlier session; returns the number of its measurements when it was, or had to be, stopped."""
+        """Take in a trial of an earlier session; returns the number of its measurements when it was, or had to be,
+        stopped.
+        """
         earlier = SimpleNamespace(trial_id=f"earlier-{ours.number}")
         super().on_trial_add(None, earlier)
         return self._replay(ours, earlier)
@@ -180,8 +194,8 @@ def resume(
 ) -> tuple[StudySearch, StudyScheduler | None]:
     """The search and its scheduler as they were when the trials of the table had measured what they have measured.
 
-    A running trial that the killed search would have ended next is ended. `objectives`: name → metric that the workers report.
-    `configured`: the point to suggest first in a new study. `budget`: of the last stage.
+    A running trial that the killed search would have ended next is ended. `objectives`: name → metric that the workers
+    report. `configured`: the point to suggest first in a new study. `budget`: of the last stage.
     """
     new = not table.trials
     scheduler = None
@@ -208,14 +222,18 @@ class StudyCallback(Callback):
     """Keeps the table and the terminal level with Ray Tune."""
 
     def __init__(self, table: StudyTable, objectives: Mapping[str, str], total: int, rows: int) -> None:
-        """`objectives`: name → metric that the workers report. `total`: trials of the study; `rows`: of a whole trial."""
+        """`objectives`: name → metric that the workers report. `total`: trials of the study; `rows`: of a whole
+        trial.
+        """
         self.table, self.objectives, self.total, self.rows = table, objectives, total, rows
         self.started = self.line_at = self.table_at = time.monotonic()
         self.changed = False
         self.rows_before = sum(trial.last.get("rows", 0) for trial in table.trials.values())
         self.controllers: dict[int, Any] = {}
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """A measurement."""
         ours = self._ours(trial)
         figures = {name: float(result[metric]) for name, metric in self.objectives.items()}
@@ -234,14 +252,16 @@ class StudyCallback(Callback):
             self._end(ours, "finished" if ours.last["rows"] >= self.rows else "stopped")
         controller = self.controllers.pop(ours.number, None)
         if ours.state == "stopped" and controller is not None:
-            # Tune would let go of the trial's process, or keep it for later, and leave the CPUs to an actor of Train that asks Ray's
-            # dashboard whether the controller is gone: on a private cluster, for ever.
+            # Tune would let go of the trial's process, or keep it for later, and leave the CPUs to an actor of Train
+            # that asks Ray's dashboard whether the controller is gone: on a private cluster, for ever.
             ray.wait([controller.abort.remote()], timeout=ABORT_SECONDS)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed; the search goes on."""
         file = Path(trial.error_file) if trial.error_file else None
-        self._end(self._ours(trial), "failed", sentence(file.read_text(encoding="utf-8") if file and file.exists() else ""))
+        self._end(
+            self._ours(trial), "failed", sentence(file.read_text(encoding="utf-8") if file and file.exists() else "")
+        )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Say how far the search is, every few seconds."""
@@ -250,7 +270,10 @@ class StudyCallback(Callback):
             return
         self.line_at = now
         print(
-            progress_line(ours, list(self.objectives), self.total, self.rows, now - self.started, rows_before=self.rows_before), flush=True
+            progress_line(
+                ours, list(self.objectives), self.total, self.rows, now - self.started, rows_before=self.rows_before
+            ),
+            flush=True,
         )
         if self.changed and now - self.table_at >= SECONDS_BETWEEN_TABLES:
             self.table_at, self.changed = now, False
@@ -290,7 +313,9 @@ def sentence(trace: str) -> str:
 
 
 def tidy(workspace: Workspace, study: str, trial: Trial) -> None:
-    """Remove the checkpoints and models of a trial that has ended, so that only running trials take space; its metrics stay."""
+    """Remove the checkpoints and models of a trial that has ended, so that only running trials take space; its metrics
+    stay.
+    """
     folder = trial_folder(study, trial.number)
     if workspace.exists(f"{folder}/models"):
         workspace.fs.delete_dir(workspace.full(f"{folder}/models"))

@@ -1,7 +1,8 @@
 """One trial of a search: the stages that it trains on Ray Train, inside a function of Ray Tune.
 
-The function itself only waits for Ray Train, so it reserves nothing but a crumb of the head node, where it outlives the nodes of its
-workers. A trial whose search was killed goes on after its last checkpoint when a new one gives it the same number.
+The function itself only waits for Ray Train, so it reserves nothing but a crumb of the head node, where it outlives the
+nodes of its workers. A trial whose search was killed goes on after its last checkpoint when a new one gives it the same
+number.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def trial_version(study: str, number: int) -> str:
 
 
 def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
-    """Train the stages of one point of the space: `number` and `parameters`. The last stage's epochs are reported to Ray Tune.
+    """Train the stages of one point of the space: `number` and `parameters`. The last stage's epochs are reported to
+    Ray Tune.
 
     `lines`: see `cluster.progress_lines`.
     """
@@ -99,6 +101,8 @@ def _was_stopped(workspace: Workspace, study: str, number: int) -> bool:
     return any(trial.number == number and trial.state == "stopped" for trial in read_trials(workspace, study))
 
 
-def _vocabulary(workspace: Workspace, job: TrialJob, config: Config, parameters: Parameters, stage: StageRun) -> str | None:
+def _vocabulary(
+    workspace: Workspace, job: TrialJob, config: Config, parameters: Parameters, stage: StageRun
+) -> str | None:
     same = not any(key.startswith("text.") for key in parameters)
     return job.vocabulary if same else check_data(workspace, config, stage)

@@ -1,7 +1,8 @@
 """`htcl tune`: a search with Ray Tune and Optuna, each trial a run of Ray Train, on a cluster that grows with it.
 
-A study is a folder below runs/tune/: what it is about (study.json), one line a trial (trials.jsonl), and at its end best.yaml and
-report.html. The same command continues it: trials that have ended are kept, and one that was running goes on after its last checkpoint.
+A study is a folder below runs/tune/: what it is about (study.json), one line a trial (trials.jsonl), and at its end
+best.yaml and report.html. The same command continues it: trials that have ended are kept, and one that was running goes
+on after its last checkpoint.
 """
 
 from __future__ import annotations
@@ -36,14 +37,21 @@ METRICS = {"semantic": "validation", "preference": "validation_pair"}
 
 
 def tune(config: Config, model: str | None = None) -> StepResult:
-    """Run the search, or what is left of it. Raises InputError before any trial starts, StepError when every trial failed."""
+    """Run the search, or what is left of it. Raises InputError before any trial starts, StepError when every trial
+    failed.
+    """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     study = f"runs/tune/{config.tune.name}"
     features, pairs, parent = _inputs(workspace, config, model)
     songs = read_songs(workspace, features.path)
-    mined = None if pairs is None else read_pairs(workspace, pairs.path, songs, rejected=config.finetune.explicit_negatives)
-    rows = {"pretrain": len(songs.train), "finetune": 0 if mined is None else config.finetune.pairs_per_epoch or len(mined.train)}
+    mined = (
+        None if pairs is None else read_pairs(workspace, pairs.path, songs, rejected=config.finetune.explicit_negatives)
+    )
+    rows = {
+        "pretrain": len(songs.train),
+        "finetune": 0 if mined is None else config.finetune.pairs_per_epoch or len(mined.train),
+    }
     space = search_space(config, rows)
     budgets: dict[str, Budget] = {name: stage_budget(config, space, name, rows[name]) for name in config.tune.stages}
     about = _about(config, space, budgets, _gallery(config, songs, mined), features, pairs, parent)
@@ -65,12 +73,18 @@ def tune(config: Config, model: str | None = None) -> StepResult:
         trials = _search(workspace, job, space, trials)
     if not any(trial.history for trial in trials):
         errors = [trial.error for trial in trials if trial.error]
-        raise StepError(f"all {len(trials)} trials failed; the first one: {errors[0] if errors else 'without a measurement'}")
+        raise StepError(
+            f"all {len(trials)} trials failed; the first one: {errors[0] if errors else 'without a measurement'}"
+        )
     _write_results(workspace, config, study, space, about, budgets, trials, model)
-    return StepResult("tune", workspace.uri_of(f"{study}/report.html"), _summary(trials, config), time.monotonic() - started)
+    return StepResult(
+        "tune", workspace.uri_of(f"{study}/report.html"), _summary(trials, config), time.monotonic() - started
+    )
 
 
-def _inputs(workspace: Workspace, config: Config, model: str | None) -> tuple[Artifact, Artifact | None, Artifact | None]:
+def _inputs(
+    workspace: Workspace, config: Config, model: str | None
+) -> tuple[Artifact, Artifact | None, Artifact | None]:
     features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features) if "finetune" in config.tune.stages else None
     if config.tune.stage != "finetune":
@@ -94,9 +108,16 @@ def _to_run_again(workspace: Workspace, study: str, trial: Trial) -> Trial:
 
 
 def _check_stages(
-    workspace: Workspace, config: Config, space: Space, features: Artifact, pairs: Artifact | None, parent: Artifact | None
+    workspace: Workspace,
+    config: Config,
+    space: Space,
+    features: Artifact,
+    pairs: Artifact | None,
+    parent: Artifact | None,
 ) -> str | None:
-    """Refuse what cannot be trained on. Returns the vocabulary of the configured text tower, if stage 1 makes one from scratch."""
+    """Refuse what cannot be trained on. Returns the vocabulary of the configured text tower, if stage 1 makes one from
+    scratch.
+    """
     vocabulary = None
     for name in config.tune.stages:
         settings = getattr(config, name).model_copy(update={"best_metric": None})
@@ -106,7 +127,11 @@ def _check_stages(
             for value in space["text.name_or_path"].values or () if "text.name_or_path" in space else ():
                 check_data(workspace, with_parameters(config, {"text.name_or_path": value}), stage)
         else:
-            check_data(workspace, config, StageRun(name, "preference", settings, features, pairs, parent or features, config.tune.name))
+            check_data(
+                workspace,
+                config,
+                StageRun(name, "preference", settings, features, pairs, parent or features, config.tune.name),
+            )
     return vocabulary
 
 
@@ -122,18 +147,26 @@ def _about(
     """What the study is about, which must not change while it lasts."""
     return {
         "stage": config.tune.stage,
-        "space": {key: dimension.model_dump(mode="json", exclude_defaults=True) for key, dimension in sorted(space.items())},
+        "space": {
+            key: dimension.model_dump(mode="json", exclude_defaults=True) for key, dimension in sorted(space.items())
+        },
         "objectives": list(config.tune.judged_by),
         "metric": config.tune.metric,
         "rows": {name: [budget.rows_per_report, budget.reports] for name, budget in budgets.items()},
-        "inputs": {kind: item.version for kind, item in (("features", features), ("pairs", pairs), ("model", parent)) if item is not None},
+        "inputs": {
+            kind: item.version
+            for kind, item in (("features", features), ("pairs", pairs), ("model", parent))
+            if item is not None
+        },
         "gallery": dict(gallery),
         "configuration": _compared(config, space),
     }
 
 
 def _gallery(config: Config, songs: Songs, mined: Pairs | None) -> dict[str, Any]:
-    """The validation songs, and pairs, that every trial is measured on. Raises ConfigError when an objective has none."""
+    """The validation songs, and pairs, that every trial is measured on. Raises ConfigError when an objective has
+    none.
+    """
     from htcl_ray.training.validation import validation_gallery
 
     gallery = validation_gallery(songs.validation, None if mined is None else mined.validation)
@@ -161,7 +194,8 @@ def _compared(config: Config, space: Mapping[str, Dimension]) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, values in tree.items()
         for key, value in values.items()
-        if f"{section}.{key}" not in space and not (section in config.tune.stages and key in (*NOT_IN_MODEL, "epochs", "best_metric"))
+        if f"{section}.{key}" not in space
+        and not (section in config.tune.stages and key in (*NOT_IN_MODEL, "epochs", "best_metric"))
     }
 
 
@@ -187,7 +221,9 @@ def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _on_this_cluster(config: Config) -> Config:
-    """The configuration with what depends on the cluster decided: how many trials fit, and GPUs or not, the same for every trial."""
+    """The configuration with what depends on the cluster decided: how many trials fit, and GPUs or not, the same for
+    every trial.
+    """
     found = capacity()
     chosen: dict[str, Any] = {}
     fits = []
@@ -217,7 +253,9 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune as ray_tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's trace; our line has its reason, and Ray's logs the trace
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # a failed trial's trace; our line has its reason, and Ray's logs the trace
     from htcl_ray.pipelines.tuning.study import StudyCallback, StudyTable, catch_up, resume, tidy
 
     config, settings = job.config, job.config.tune
@@ -234,7 +272,8 @@ def _search(workspace: Workspace, job: TrialJob, space: Space, trials: list[Tria
     with connection.progress_lines() as lines, tempfile.TemporaryDirectory() as scratch:
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(
-                ray_tune.with_parameters(run_trial, job=job, lines=lines), ray_tune.PlacementGroupFactory([{HEAD_RESOURCE: 0.001}])
+                ray_tune.with_parameters(run_trial, job=job, lines=lines),
+                ray_tune.PlacementGroupFactory([{HEAD_RESOURCE: 0.001}]),
             ),
             tune_config=ray_tune.TuneConfig(
                 search_alg=search,

@@ -17,8 +17,8 @@ from htcl_ray.serving.responses import failure
 class ReadToEnd:
     """ASGI middleware: a response that comes before the end of the body waits until the body was read.
 
-    Otherwise the connection is closed while the client still sends, and it sees a reset in place of the response. A body that is larger
-    than `max_bytes`, or takes longer than `ARRIVAL_SECONDS` from then on, is not read.
+    Otherwise the connection is closed while the client still sends, and it sees a reset in place of the response. A
+    body that is larger than `max_bytes`, or takes longer than `ARRIVAL_SECONDS` from then on, is not read.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -57,11 +57,13 @@ class ReadToEnd:
 
 
 class Admission:
-    """ASGI middleware: 429 beyond `most` requests in progress, 408 for a body that arrives too slowly, 503 for work that takes too long.
+    """ASGI middleware: 429 beyond `most` requests in progress, 408 for a body that arrives too slowly, 503 for work
+    that takes too long.
 
-    A request is in progress once its body has arrived, so that clients that stall take no place from others. Larger bodies in transit have
-    limits of their own: `UPLOADS_PER_REQUEST` times `most` in all, and `most` of one client. `receive_seconds` counts until a body has
-    arrived, `seconds` from then on: work that runs in a thread then runs to its end there, and a response that has begun is cut off.
+    A request is in progress once its body has arrived, so that clients that stall take no place from others. Larger
+    bodies in transit have limits of their own: `UPLOADS_PER_REQUEST` times `most` in all, and `most` of one client.
+    `receive_seconds` counts until a body has arrived, `seconds` from then on: work that runs in a thread then runs to
+    its end there, and a response that has begun is cut off.
     """
 
     def __init__(self, app: ASGIApp, most: int, seconds: float, receive_seconds: float) -> None:
@@ -101,7 +103,9 @@ class Admission:
         """The messages of the body. Raises HTTPException."""
         client = client_of(scope)
         large = _is_large(scope)
-        if large and (self._in_transit[client] >= self._most or self._in_transit.total() >= UPLOADS_PER_REQUEST * self._most):
+        if large and (
+            self._in_transit[client] >= self._most or self._in_transit.total() >= UPLOADS_PER_REQUEST * self._most
+        ):
             raise HTTPException(429, "too many uploads are in transit; try again", RETRY)
         if large:
             self._in_transit[client] += 1

@@ -13,7 +13,9 @@ from htcl_ray.serving.responses import failure
 
 
 class CrossOrigin(CORSMiddleware):
-    """ASGI middleware: lets pages of `origins` call with a key, never with cookies; a refused preflight has the one shape of failures."""
+    """ASGI middleware: lets pages of `origins` call with a key, never with cookies; a refused preflight has the one
+    shape of failures.
+    """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         super().__init__(
@@ -29,4 +31,6 @@ class CrossOrigin(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        return failure(400, "a page of this origin may not call like this; allow it with serve.allowed_origins", "unknown_origin")
+        return failure(
+            400, "a page of this origin may not call like this; allow it with serve.allowed_origins", "unknown_origin"
+        )

@@ -17,9 +17,13 @@ MAX_BUCKETS = 10_000
 
 
 class TokenBuckets:
-    """A bucket for each client: `burst` tokens, refilled with `rate` a second. Remembers the `size` clients that called last."""
+    """A bucket for each client: `burst` tokens, refilled with `rate` a second. Remembers the `size` clients that called
+    last.
+    """
 
-    def __init__(self, rate: float, burst: int, size: int = MAX_BUCKETS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, rate: float, burst: int, size: int = MAX_BUCKETS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._interval = 1 / rate
         self._burst = burst
         self._size = size
@@ -45,7 +49,9 @@ class TokenBuckets:
 
 
 class RateLimit:
-    """ASGI middleware: 429 with Retry-After to a client that calls too often. Behind `ClientAddress`, which knows the addresses."""
+    """ASGI middleware: 429 with Retry-After to a client that calls too often. Behind `ClientAddress`, which knows the
+    addresses.
+    """
 
     def __init__(self, app: ASGIApp, buckets: TokenBuckets) -> None:
         self._app = app
@@ -57,7 +63,9 @@ class RateLimit:
             wait = self._buckets.take(client_of(scope))
             if wait:
                 seconds = math.ceil(wait)
-                answer = failure(429, f"too many requests; try again in {seconds} s", "rate_limited", {"Retry-After": str(seconds)})
+                answer = failure(
+                    429, f"too many requests; try again in {seconds} s", "rate_limited", {"Retry-After": str(seconds)}
+                )
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)

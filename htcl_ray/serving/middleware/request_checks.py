@@ -1,4 +1,6 @@
-"""Checks of the request itself, before routing: whom it is for, how large its body grows and how deep its JSON is nested."""
+"""Checks of the request itself, before routing: whom it is for, how large its body grows and how deep its JSON is
+nested.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _UNMARKED = bytes(set(range(256)) - set(b'[]{}"'))
 
 
 class Guard:
-    """ASGI middleware. The Host check keeps a web page from reaching a loopback server through a name that it controls (DNS rebinding)."""
+    """ASGI middleware. The Host check keeps a web page from reaching a loopback server through a name that it controls
+    (DNS rebinding).
+    """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app = app
@@ -43,11 +47,15 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_allowed(_name(hosts[0])):
             named = ", ".join(hosts)[:200]
-            message = f"the Host header names '{named}', which this server does not go by; allow it with serve.allowed_hosts"
+            message = (
+                f"the Host header names '{named}', which this server does not go by; allow it with serve.allowed_hosts"
+            )
             await failure(400, message, "unknown_host")(scope, receive, send)
             return
         if not scope["path"].startswith("/"):  # the absolute form, which only a proxy is asked in
-            await failure(400, "the request names a whole address; expected a path that begins with /")(scope, receive, send)
+            await failure(400, "the request names a whole address; expected a path that begins with /")(
+                scope, receive, send
+            )
             return
         is_upload = headers.get("content-type", "").lower().startswith("multipart/")
         limit = self._max_upload_bytes + MULTIPART_OVERHEAD_BYTES if is_upload else MAX_JSON_BYTES
@@ -63,7 +71,9 @@ class Guard:
 
 
 def nesting(json: bytes) -> int:
-    """Depth of the arrays and objects of a JSON text, without parsing it; what brackets inside strings say does not count."""
+    """Depth of the arrays and objects of a JSON text, without parsing it; what brackets inside strings say does not
+    count.
+    """
     if json.count(b"[") + json.count(b"{") <= MAX_JSON_DEPTH:
         return 0  # shallow enough whatever it is
     plain = json.replace(b"\\\\", b"").replace(b'\\"', b"")  # without escapes, every quote begins or ends a string
@@ -75,7 +85,9 @@ def nesting(json: bytes) -> int:
 
 
 def _counting(receive: Receive, limit: int) -> Receive:
-    """`receive`, which fails with 413 as soon as more than `limit` bytes came: a body without a true length is cut off there."""
+    """`receive`, which fails with 413 as soon as more than `limit` bytes came: a body without a true length is cut off
+    there.
+    """
     received = 0
 
     async def counted() -> Message:
@@ -90,7 +102,9 @@ def _counting(receive: Receive, limit: int) -> Receive:
 
 
 def _measuring_depth(receive: Receive) -> Receive:
-    """`receive`, which fails with 400 in place of the end of a body whose JSON is nested too deep to be parsed safely."""
+    """`receive`, which fails with 400 in place of the end of a body whose JSON is nested too deep to be parsed
+    safely.
+    """
     body = bytearray()
 
     async def measured() -> Message:
@@ -105,7 +119,9 @@ def _measuring_depth(receive: Receive) -> Receive:
 
 
 def _name(host: str) -> str:
-    """The host of a Host header as the allow-list has it: in lower case, without port, brackets or the root's dot; empty if malformed."""
+    """The host of a Host header as the allow-list has it: in lower case, without port, brackets or the root's dot;
+    empty if malformed.
+    """
     match = _HOST.fullmatch(host.lower())
     return _plain(match[1]) if match else ""
 

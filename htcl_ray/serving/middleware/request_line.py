@@ -1,4 +1,6 @@
-"""The request line before routing: HEAD is answered as GET without a body, and slashes of a song's id are told from those of the path."""
+"""The request line before routing: HEAD is answered as GET without a body, and slashes of a song's id are told from
+those of the path.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class RequestLine:
 
 
 def _encoded(scope: Scope) -> str:
-    """Path of a song or of what lies below it. The last segment names that only after a slash that came as it is, not as %2F."""
+    """Path of a song or of what lies below it. The last segment names that only after a slash that came as it is, not
+    as %2F.
+    """
     raw: bytes = scope.get("raw_path") or quote(scope["path"], errors="replace").encode()
     segments = [unquote_to_bytes(segment).decode("utf-8", "replace") for segment in raw.split(b"/")]
     if segments[:3] != ["", "v1", "songs"]:

@@ -1,4 +1,6 @@
-"""What is told of every request: a line in the log with its id, which Ray Serve gives and returns, and its time in the metrics."""
+"""What is told of every request: a line in the log with its id, which Ray Serve gives and returns, and its time in the
+metrics.
+"""
 
 from __future__ import annotations
 

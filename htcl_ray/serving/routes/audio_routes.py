@@ -27,7 +27,8 @@ from htcl_ray.workspace.storage import open_filesystem
 
 PIECE_BYTES = 256 * 1024
 MOST_OPEN_BYTES = 1024 * 1024
-"""Answer to a range without an end. A minute of music in a common format, and small enough to be sent whole into a waiting player."""
+"""Answer to a range without an end. A minute of music in a common format, and small enough to be sent whole into a
+waiting player."""
 TYPES = {
     ".aac": "audio/aac",
     ".aif": "audio/aiff",
@@ -79,7 +80,9 @@ def audio_routes(backend: Backend, settings: ServeSettings, signed_urls: SignedU
             wanted = asked_for(_range_header(request, file), file.size, MOST_OPEN_BYTES)
         except NotSatisfiable:
             headers = {**_headers(file), "Content-Range": f"bytes */{file.size}"}
-            return failure(416, f"the audio has {file.size} bytes; expected a range that begins within them", headers=headers)
+            return failure(
+                416, f"the audio has {file.size} bytes; expected a range that begins within them", headers=headers
+            )
         return await _stream(file, wanted, only_headers=getattr(request.state, ONLY_HEADERS, False))
 
     @router.post("/v1/songs/{song_id:encoded}/audio-url", responses=NO_AUDIO)
@@ -99,7 +102,9 @@ async def _find(backend: Backend, settings: ServeSettings, song_id: str) -> Audi
         raise AudioNotFoundError("this server plays no audio (serve.play_audio)")
     found = await with_storage(_look_up, path) if path else None
     if found is None:
-        raise AudioNotFoundError(f"there is no audio of the song '{song_id}' where the catalogue says; the song itself is in the index")
+        raise AudioNotFoundError(
+            f"there is no audio of the song '{song_id}' where the catalogue says; the song itself is in the index"
+        )
     return found
 
 
@@ -137,7 +142,9 @@ async def _stream(file: AudioFile, wanted: range | None, only_headers: bool) -> 
 
 
 async def _pieces(source: Any, span: range) -> AsyncIterator[bytes]:
-    """The bytes of the span, read in threads; a file that has become shorter ends the answer early, which its length tells."""
+    """The bytes of the span, read in threads; a file that has become shorter ends the answer early, which its length
+    tells.
+    """
     try:
         position = span.start
         while position < span.stop:

@@ -16,9 +16,9 @@ class NotSatisfiable(Exception):
 def asked_for(header: str | None, size: int, most_open: int) -> range | None:
     """The bytes of a file of `size` bytes that a Range header asks for; None: all of it, without a range.
 
-    A header that is not valid, of another unit or of several ranges is passed over, as the standard allows. Of a range without an end at
-    most `most_open` bytes are given, which section 15.3.7 allows as well: a player that pauses then holds no connection open. Raises
-    NotSatisfiable.
+    A header that is not valid, of another unit or of several ranges is passed over, as the standard allows. Of a range
+    without an end at most `most_open` bytes are given, which section 15.3.7 allows as well: a player that pauses then
+    holds no connection open. Raises NotSatisfiable.
     """
     match = _RANGE.fullmatch(header or "")
     if match is None or match[0].strip().endswith("=-") or max(len(match[1]), len(match[2])) > _DIGITS:

@@ -27,21 +27,29 @@ def index_routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/index")
     async def index() -> ServedIndexResponse:
-        """What is served: the index's manifest, in which paths and URIs are cut to their last names, and the updates since it was built."""
+        """What is served: the index's manifest, in which paths and URIs are cut to their last names, and the updates
+        since it was built.
+        """
         served = ServedIndexResponse.of(backend.live)
         return served.model_copy(update={"manifest": _last_names(served.manifest)})
 
     @router.post(
-        "/v1/index/activate", responses={**WRITES, **NO_INDEX, **BUSY, **JSON_ONLY}, dependencies=[Depends(write_access), takes(JSON)]
+        "/v1/index/activate",
+        responses={**WRITES, **NO_INDEX, **BUSY, **JSON_ONLY},
+        dependencies=[Depends(write_access), takes(JSON)],
     )
     async def activate(request: ActivateRequest) -> Activated:
-        """Serve another index of the workspace. No request fails meanwhile; one that is refused leaves the old one in place."""
+        """Serve another index of the workspace. No request fails meanwhile; one that is refused leaves the old one in
+        place.
+        """
         try:
             await with_storage(backend.live.activate, request.version)
         except IndexRefusedError as error:
             raise type(error)(str(error).replace(backend.live.workspace.uri, "workspace")) from None
         except SwitchUnderWay:
-            raise HTTPException(429, "another index is being loaded; try again", {"Retry-After": SWITCH_SECONDS}) from None
+            raise HTTPException(
+                429, "another index is being loaded; try again", {"Retry-After": SWITCH_SECONDS}
+            ) from None
         active = backend.live.active
         return Activated(version=active.version, activated_at=active.activated_at, songs=len(active.service.index))
 

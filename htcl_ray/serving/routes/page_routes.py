@@ -68,7 +68,8 @@ def page_routes(settings: ServeSettings) -> APIRouter:
 
 
 def map_routes(backend: Backend) -> APIRouter:
-    """The map of the index, or where its build drew none, one drawn once in a thread of its own so that searches find theirs.
+    """The map of the index, or where its build drew none, one drawn once in a thread of its own so that searches find
+    theirs.
 
     And the background of its scores.
     """
@@ -79,7 +80,9 @@ def map_routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/background", response_model=BackgroundResponse)
     async def score_background() -> Response:
-        """How high scores of random pairs of songs are, so that a score can be shown as the share of pairs that are less alike."""
+        """How high scores of random pairs of songs are, so that a score can be shown as the share of pairs that are
+        less alike.
+        """
         active = backend.live.active
         body = backgrounds.get(active.version)
         if body is None:
@@ -90,7 +93,9 @@ def map_routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/map", response_model=MapResponse)
     async def song_places() -> Response:
-        """A map of the catalogue, drawn when the index was built; without one the first request waits seconds for it to be drawn."""
+        """A map of the catalogue, drawn when the index was built; without one the first request waits seconds for it to
+        be drawn.
+        """
         active = backend.live.active
         places = active.service.index.song_map
         if places is None:
@@ -102,7 +107,9 @@ def map_routes(backend: Backend) -> APIRouter:
 
 
 class Maps:
-    """The places of the songs of the index that was asked about last. Whoever asks while they are computed waits for the same."""
+    """The places of the songs of the index that was asked about last. Whoever asks while they are computed waits for
+    the same.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -123,10 +130,15 @@ def _answer(active: Active, places: pa.Table) -> MapResponse:
     """With what is said of the songs now; those taken out since are not there."""
     service = active.service
     index = service.index.snapshot()
-    there = [place for place in zip(*(column.to_pylist() for column in places.columns), strict=True) if place[0] in index]
+    there = [
+        place for place in zip(*(column.to_pylist() for column in places.columns), strict=True) if place[0] in index
+    ]
     rows = [index.row_of(song_id) for song_id, _, _ in there]
     said = service.columns(index).metadata(rows, ["title", "artist", "genre"])
-    songs = [MapSong(song_id=song_id, x=round(x, 4), y=round(y, 4), **about) for (song_id, x, y), about in zip(there, said, strict=True)]
+    songs = [
+        MapSong(song_id=song_id, x=round(x, 4), y=round(y, 4), **about)
+        for (song_id, x, y), about in zip(there, said, strict=True)
+    ]
     return MapResponse(index=active.version, songs=songs)
 
 
@@ -144,7 +156,9 @@ def _page(settings: ServeSettings) -> str:
         "little-coverage": LITTLE_COVERAGE,
     }
     return content.replace(
-        "<body>", "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in told.items()) + ">", 1
+        "<body>",
+        "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in told.items()) + ">",
+        1,
     )
 
 
@@ -158,4 +172,6 @@ def _policy(content: str) -> str:
 
 
 def _hash(contents: list[str]) -> str:
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" for content in contents)
+    return " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" for content in contents
+    )

@@ -36,18 +36,23 @@ from htcl_ray.serving.prometheus import IngressMeasurements
 
 AudioFile = Annotated[UploadFile, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")]
 SEARCH_THREADS = 4
-"""Of an ingress replica: FAISS lets others run while it searches, Python does not, so more threads only wait for each other."""
+"""Of an ingress replica: FAISS lets others run while it searches, Python does not, so more threads only wait for each
+other."""
 FILTER = "Filter as JSON."
 # The dependencies below are async so that FastAPI calls them where it is, and not in a thread.
 EMBEDDINGS_BODY = {"requestBody": {"content": {"application/json": {"schema": EmbedTextRequest.model_json_schema()}}}}
 
 
-def search_routes(backend: Backend, settings: ServeSettings, measurements: IngressMeasurements | None = None) -> APIRouter:
+def search_routes(
+    backend: Backend, settings: ServeSettings, measurements: IngressMeasurements | None = None
+) -> APIRouter:
     """Searches run in threads, so that a long one does not hold up the others."""
     router = APIRouter()
     threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="search")
 
-    async def answer(question: Callable[[SearchService], Answer], active: Active, model: type[SearchResponse] = SearchResponse) -> Response:
+    async def answer(
+        question: Callable[[SearchService], Answer], active: Active, model: type[SearchResponse] = SearchResponse
+    ) -> Response:
         def search() -> tuple[Answer, bytes]:
             with measurements.stage("search") if measurements else nullcontext():
                 found = question(active.service)
@@ -59,7 +64,11 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         return Response(body, media_type="application/json")  # validated when it was made; FastAPI would do it again
 
     @router.post(
-        "/v1/search", response_model=SearchResponse, responses={**NOT_FOUND, **JSON_ONLY}, dependencies=[takes(JSON)], tags=["search"]
+        "/v1/search",
+        response_model=SearchResponse,
+        responses={**NOT_FOUND, **JSON_ONLY},
+        dependencies=[takes(JSON)],
+        tags=["search"],
     )
     async def search(request: SearchRequest) -> Response:
         """Songs near words, near one or several songs, or near a vector."""
@@ -76,7 +85,13 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         negatives = request.negative_song_ids
         return await answer(lambda service: service.search_songs(seeds, negatives, **options), active)
 
-    @router.post("/v1/search/audio", response_model=SearchResponse, responses=UNSUPPORTED, dependencies=[takes(FORM)], tags=["search"])
+    @router.post(
+        "/v1/search/audio",
+        response_model=SearchResponse,
+        responses=UNSUPPORTED,
+        dependencies=[takes(FORM)],
+        tags=["search"],
+    )
     async def search_audio(file: AudioFile, options: Annotated[dict[str, Any], Depends(_form_options)]) -> Response:
         """Songs that sound like a recording."""
         active = backend.live.active
@@ -85,23 +100,40 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         return await answer(lambda service: service.search(query, **options), active)
 
     @router.post(
-        "/v1/recommend", response_model=RecommendResponse, responses={**NOT_FOUND, **JSON_ONLY}, dependencies=[takes(JSON)], tags=["search"]
+        "/v1/recommend",
+        response_model=RecommendResponse,
+        responses={**NOT_FOUND, **JSON_ONLY},
+        dependencies=[takes(JSON)],
+        tags=["search"],
     )
     async def recommend(request: RecommendRequest) -> Response:
-        """Songs for a listener who heard these, without them. Songs that the index does not hold are left out and named."""
+        """Songs for a listener who heard these, without them. Songs that the index does not hold are left out and
+        named.
+        """
         heard, half_life, options = request.heard, request.half_life_days, request.options
         return await answer(
-            lambda service: service.recommend(heard, half_life_days=half_life, **options), backend.live.active, RecommendResponse
+            lambda service: service.recommend(heard, half_life_days=half_life, **options),
+            backend.live.active,
+            RecommendResponse,
         )
 
-    @router.get("/v1/songs/{song_id:encoded}/similar", response_model=SearchResponse, responses=NOT_FOUND, tags=["songs"])
+    @router.get(
+        "/v1/songs/{song_id:encoded}/similar", response_model=SearchResponse, responses=NOT_FOUND, tags=["songs"]
+    )
     async def similar(song_id: str, options: Annotated[dict[str, Any], Depends(_query_options)]) -> Response:
         """Songs near a song of the index, without itself."""
         return await answer(lambda service: service.search_songs([song_id], **options), backend.live.active)
 
-    @router.post("/v1/embeddings", responses=UNSUPPORTED, dependencies=[takes(JSON, FORM)], tags=["search"], openapi_extra=EMBEDDINGS_BODY)
+    @router.post(
+        "/v1/embeddings",
+        responses=UNSUPPORTED,
+        dependencies=[takes(JSON, FORM)],
+        tags=["search"],
+        openapi_extra=EMBEDDINGS_BODY,
+    )
     async def embeddings(
-        request: Request, file: Annotated[UploadFile | None, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")] = None
+        request: Request,
+        file: Annotated[UploadFile | None, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")] = None,
     ) -> EmbeddingResponse:
         """The vectors of words (a JSON body) or of a recording (a form with a file)."""
         if file is not None:
@@ -109,7 +141,9 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
         else:
             given = None if is_form(request) else parse_part(EmbedTextRequest, await request.body(), "body")
             if given is None:
-                raise QueryError("there is neither a file nor a text; send a form with a file, or a JSON body with a text")
+                raise QueryError(
+                    "there is neither a file nor a text; send a form with a file, or a JSON body with a text"
+                )
             vectors = await backend.encode_text(check_text(given.text))
         return EmbeddingResponse.of(vectors, backend.live.active.service.index.model_versions)
 
@@ -119,7 +153,9 @@ def search_routes(backend: Backend, settings: ServeSettings, measurements: Ingre
 async def read_upload(file: UploadFile, settings: ServeSettings) -> bytes:
     """The bytes of an uploaded file. Raises HTTPException (413) for too many."""
     if file.size is None or file.size > settings.max_upload_bytes:
-        raise HTTPException(413, f"the file is larger than {settings.max_upload_bytes} bytes; send a shorter part of it")
+        raise HTTPException(
+            413, f"the file is larger than {settings.max_upload_bytes} bytes; send a shorter part of it"
+        )
     return await file.read()
 
 
@@ -143,7 +179,9 @@ async def _query_options(
     return _options(k, blend, filter, max_per_artist, collapse_duplicates, "query")
 
 
-def _options(k: int, blend: float | None, conditions: str | None, max_per_artist: int | None, collapse: bool, place: str) -> dict[str, Any]:
+def _options(
+    k: int, blend: float | None, conditions: str | None, max_per_artist: int | None, collapse: bool, place: str
+) -> dict[str, Any]:
     return {
         "k": k,
         "blend": blend,

@@ -13,7 +13,17 @@ from htcl_ray.errors import QueryError
 from htcl_ray.index.live.uploads import store_upload
 from htcl_ray.serving.api_keys import write_access
 from htcl_ray.serving.backend import Backend
-from htcl_ray.serving.json_body import FIELDS, FORM, JSON, content_type, has_body, is_json, parse_part, takes, wrong_content_type
+from htcl_ray.serving.json_body import (
+    FIELDS,
+    FORM,
+    JSON,
+    content_type,
+    has_body,
+    is_json,
+    parse_part,
+    takes,
+    wrong_content_type,
+)
 from htcl_ray.serving.openapi_errors import NOT_FOUND, UNSUPPORTED, WRITES
 from htcl_ray.serving.routes.search_routes import read_upload
 from htcl_ray.serving.storage_calls import with_storage
@@ -45,11 +55,13 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
     ) -> SongUpdated:
         """Put a song in, or change one.
 
-        With a file, its sound is that of the file. Metadata, as a part of a form or alone as a JSON body, replaces what was said of the
-        song; without metadata that stays. Without a file the song must be there, and its sound stays.
+        With a file, its sound is that of the file. Metadata, as a part of a form or alone as a JSON body, replaces what
+        was said of the song; without metadata that stays. Without a file the song must be there, and its sound stays.
         """
         sent_json = is_json(request)
-        given = parse_part(SongMetadata, await request.body() if sent_json else metadata, "body", *([] if sent_json else ["metadata"]))
+        given = parse_part(
+            SongMetadata, await request.body() if sent_json else metadata, "body", *([] if sent_json else ["metadata"])
+        )
         if file is None:
             if given is None:
                 if has_body(request) and content_type(request) != FORM:
@@ -64,9 +76,13 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
             update = await with_storage(backend.live.upsert, song_id, vectors, about)
         return SongUpdated(song_id=song_id, update=update, index=backend.live.version)
 
-    @router.delete("/v1/songs/{song_id:encoded}", responses={**WRITES, **NOT_FOUND}, dependencies=[Depends(write_access)])
+    @router.delete(
+        "/v1/songs/{song_id:encoded}", responses={**WRITES, **NOT_FOUND}, dependencies=[Depends(write_access)]
+    )
     async def delete_song(song_id: str) -> SongUpdated:
         """Take a song out of every later answer."""
-        return SongUpdated(song_id=song_id, update=await with_storage(backend.live.remove, song_id), index=backend.live.version)
+        return SongUpdated(
+            song_id=song_id, update=await with_storage(backend.live.remove, song_id), index=backend.live.version
+        )
 
     return router

@@ -1,4 +1,5 @@
-"""How music players send an API key: as the parameter `apiKey` (OpenSubsonic's extension apiKeyAuthentication), under /rest only.
+"""How music players send an API key: as the parameter `apiKey` (OpenSubsonic's extension apiKeyAuthentication), under
+/rest only.
 
 What was sent is taken out of the address, so that nothing behind it can log or repeat it.
 """
@@ -17,7 +18,9 @@ _CREDENTIALS = ("apiKey", "u", "p", "t", "s")
 
 
 class SubsonicKeys:
-    """ASGI middleware before `Authentication`: turns a valid `apiKey` into an Authorization header, or replies with the failure."""
+    """ASGI middleware before `Authentication`: turns a valid `apiKey` into an Authorization header, or replies with the
+    failure.
+    """
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
@@ -44,7 +47,10 @@ class SubsonicKeys:
         others = [name for name in _CREDENTIALS[1:] if name in sent]
         if "apiKey" in sent:
             if others or headers or len(sent["apiKey"]) > 1:
-                return Failed.of(Code.CONFLICTING, "there is more than an apiKey; send it once, and neither u, p, t, s nor Authorization")
+                return Failed.of(
+                    Code.CONFLICTING,
+                    "there is more than an apiKey; send it once, and neither u, p, t, s nor Authorization",
+                )
             key = sent["apiKey"][0]
             if not key.isascii() or self._keys.find(key) is None:
                 return Failed.of(Code.INVALID_KEY, "the apiKey is not one that this server knows")
@@ -53,12 +59,20 @@ class SubsonicKeys:
                 return Failed.of(Code.INVALID_KEY, "the API key is not one that this server knows")
         elif self._keys.reads_need_key:
             if "t" in others:
-                return Failed.of(Code.NO_TOKENS, "this server knows no tokens; send an API key as apiKey, without u, t and s")
+                return Failed.of(
+                    Code.NO_TOKENS, "this server knows no tokens; send an API key as apiKey, without u, t and s"
+                )
             if others:
-                return Failed.of(Code.NO_PASSWORDS, "this server knows no passwords; send an API key as apiKey, without u and p")
+                return Failed.of(
+                    Code.NO_PASSWORDS, "this server knows no passwords; send an API key as apiKey, without u and p"
+                )
             return Failed.of(Code.MISSING, "an API key is needed: send it as apiKey")
         return None
 
 
 def _without_credentials(query: bytes) -> bytes:
-    return b"&".join(part for part in query.split(b"&") if unquote_plus(part.partition(b"=")[0].decode("latin-1")) not in _CREDENTIALS)
+    return b"&".join(
+        part
+        for part in query.split(b"&")
+        if unquote_plus(part.partition(b"=")[0].decode("latin-1")) not in _CREDENTIALS
+    )

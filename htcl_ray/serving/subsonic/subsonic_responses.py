@@ -1,6 +1,7 @@
 """Replies of the OpenSubsonic API, as typed models, and how they are written as JSON or XML.
 
-After the specification at https://opensubsonic.netlify.app: a failure is HTTP 200 with `status` "failed" and one of its error codes.
+After the specification at https://opensubsonic.netlify.app: a failure is HTTP 200 with `status` "failed" and one of its
+error codes.
 """
 
 from __future__ import annotations
@@ -168,7 +169,9 @@ def write(body: Body, form: str | None) -> Response:
         body = Failed.of(
             Code.GENERIC, f"f is '{form[:20]}', which this server does not write; expected json or xml"
         )  # jsonp would let any web page read the reply
-    return Response(Reply(**{"subsonic-response": body}).model_dump_json(exclude_none=True), media_type="application/json")
+    return Response(
+        Reply(**{"subsonic-response": body}).model_dump_json(exclude_none=True), media_type="application/json"
+    )
 
 
 def as_xml(body: dict[str, Any]) -> bytes:

@@ -68,7 +68,9 @@ def subsonic_routes(backend: Backend, measurements: IngressMeasurements | None =
         def add(handler: Callable[..., Any]) -> Callable[..., Any]:
             model = Reply[body | Failed]  # type: ignore[valid-type]
             router.add_api_route(f"/rest/{name}", handler, methods=["GET"], response_model=model, responses=AS_XML)
-            router.add_api_route(f"/rest/{name}.view", handler, methods=["GET"], response_model=model, include_in_schema=False)
+            router.add_api_route(
+                f"/rest/{name}.view", handler, methods=["GET"], response_model=model, include_in_schema=False
+            )
             return handler
 
         return add
@@ -95,7 +97,9 @@ def subsonic_routes(backend: Backend, measurements: IngressMeasurements | None =
     async def token_info(request: Request, f: Form = None) -> Response:
         """The name of the API key that was sent."""
         key: Key | None = request.scope.get("state", {}).get("key")
-        return write(TokenInfo(tokenInfo=Token(username=key.name)) if key else Failed.of(Code.MISSING, "no apiKey was sent"), f)
+        return write(
+            TokenInfo(tokenInfo=Token(username=key.name)) if key else Failed.of(Code.MISSING, "no apiKey was sent"), f
+        )
 
     @get("getSonicSimilarTracks", SonicMatches)
     async def similar(
@@ -110,7 +114,9 @@ def subsonic_routes(backend: Backend, measurements: IngressMeasurements | None =
     async def path(
         startSongId: SongId,
         endSongId: SongId,
-        count: Annotated[int, Query(ge=1, description=f"Most songs, with both ends; more than {MAX_PATH} is {MAX_PATH}.")] = PATH_COUNT,
+        count: Annotated[
+            int, Query(ge=1, description=f"Most songs, with both ends; more than {MAX_PATH} is {MAX_PATH}.")
+        ] = PATH_COUNT,
         f: Form = None,
     ) -> Response:
         """Songs that lead from one to the other, both included; `similarity` is to the first."""

@@ -69,7 +69,8 @@ def test_only_the_first_seconds_are_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "subtype"), [("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("AIFF", None), ("AU", None)]
+    ("format", "subtype"),
+    [("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("AIFF", None), ("AU", None)],
 )
 def test_formats_of_libsndfile(format: str, subtype: str | None) -> None:
     samples = tone(1.0, 48000)
@@ -124,7 +125,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert reason_of(b"") is Reason.AUDIO_EMPTY
 
 
-@pytest.mark.parametrize("data", [b"<html>not found</html>", bytes(4096), b"version https://git-lfs.github.com/spec/v1\n", b"RIFF"])
+@pytest.mark.parametrize(
+    "data", [b"<html>not found</html>", bytes(4096), b"version https://git-lfs.github.com/spec/v1\n", b"RIFF"]
+)
 def test_what_is_no_audio_is_undecodable(data: bytes, tmp_path: Path) -> None:
     assert reason_of(data) is Reason.UNDECODABLE
     for name in ("x.mp3", "x.raw", "x.wav"):
@@ -149,7 +152,9 @@ def test_headers_that_lie_are_not_believed() -> None:
 
 def test_a_clip_is_never_longer_than_the_recipe_says() -> None:
     recipe = AudioRecipe(clip_seconds=0.33333)
-    assert decode(float_wav(tone(1, 1000), 1000), recipe).size == recipe.max_samples  # 334 whole frames of 1 ms would be 5344
+    assert (
+        decode(float_wav(tone(1, 1000), 1000), recipe).size == recipe.max_samples
+    )  # 334 whole frames of 1 ms would be 5344
 
 
 def test_a_truncated_file_keeps_what_there_is() -> None:
@@ -162,7 +167,9 @@ def test_a_truncated_file_keeps_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "kept"), [(0.05, False), (0.5, True)])
-def test_an_error_in_the_middle_keeps_what_came_before_it(seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_middle_keeps_what_came_before_it(
+    seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = importlib.import_module("htcl_ray.audio.decode")  # the package exports a function of that name
 
     def broken(file: object) -> object:
@@ -187,7 +194,9 @@ def m4a(samples: np.ndarray, rate: int, layout: str) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=rate, layout=layout)
         for start in range(0, len(samples) - 1023, 1024):
-            frame = av.AudioFrame.from_ndarray(samples[start : start + 1024].reshape(1, -1), format="flt", layout=layout)
+            frame = av.AudioFrame.from_ndarray(
+                samples[start : start + 1024].reshape(1, -1), format="flt", layout=layout
+            )
             frame.sample_rate, frame.pts = rate, start
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -217,14 +226,20 @@ def test_a_missing_decoder_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
     pytest.importorskip("av")
     (tmp_path / "secret.wav").write_bytes(encoded(tone(1, 16000), 16000))
-    for text in (f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.wav\n", f"ffconcat version 1.0\nfile '{tmp_path}/secret.wav'\n"):
+    for text in (
+        f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.wav\n",
+        f"ffconcat version 1.0\nfile '{tmp_path}/secret.wav'\n",
+    ):
         assert reason_of(text.encode()) is Reason.UNDECODABLE
 
 
 def test_damaged_files_give_audio_or_an_audio_error() -> None:
     random = np.random.default_rng(0)
     samples = tone(0.6, 22050, channels=2)
-    files = [encoded(samples, 22050, *kind) for kind in (("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("MP3", None), ("AIFF", None))]
+    files = [
+        encoded(samples, 22050, *kind)
+        for kind in (("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("MP3", None), ("AIFF", None))
+    ]
     files.append(m4a(samples, 22050, "stereo"))
     outcomes = {True: 0, False: 0}
     for trial in range(300):
@@ -280,7 +295,9 @@ class TestDecodedShare:
         assert 1 < seconds < 4
         # An Ogg file does not declare its length, so of it the share of the clip is known at most.
         assert cut.decoded_share == pytest.approx(seconds / (6 if exact else 10), abs=0.01)
-        assert decode_clip(whole[: len(whole) // 2], AudioRecipe(clip_seconds=1)).decoded_share == 1, "what is used is whole"
+        assert decode_clip(whole[: len(whole) // 2], AudioRecipe(clip_seconds=1)).decoded_share == 1, (
+            "what is used is whole"
+        )
 
     def test_aac_that_breaks_off(self) -> None:
         pytest.importorskip("av")

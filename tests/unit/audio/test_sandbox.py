@@ -29,7 +29,13 @@ from htcl_ray.schemas import Reason
 pytestmark = pytest.mark.unit
 
 RECIPE = AudioRecipe(clip_seconds=2.0)
-LIMITS = {"cpu_seconds": 30.0, "memory_bytes": 600_000_000, "max_seconds": 9.0, "max_channels": 2, "max_sample_rate": 48_000}
+LIMITS = {
+    "cpu_seconds": 30.0,
+    "memory_bytes": 600_000_000,
+    "max_seconds": 9.0,
+    "max_channels": 2,
+    "max_sample_rate": 48_000,
+}
 
 
 def noise(seconds: float, rate: int = 16_000, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -64,7 +70,9 @@ def shared() -> Iterator[Decoders]:
 @pytest.fixture
 def patient() -> Iterator[Decoders]:
     """One process and a long sound, so that there is time to interfere."""
-    decoders = Decoders(AudioRecipe(clip_seconds=1_000.0), processes=1, seconds=60.0, **{**LIMITS, "max_seconds": 4_000.0})
+    decoders = Decoders(
+        AudioRecipe(clip_seconds=1_000.0), processes=1, seconds=60.0, **{**LIMITS, "max_seconds": 4_000.0}
+    )
     yield decoders
     decoders.close()
 
@@ -74,7 +82,9 @@ LONG = encoded(np.zeros((48_000 * 500, 1), dtype=np.float32), 48_000, format="FL
 
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1.999, 2.0, 2.09, 2.11, 5.0, 9.0])
 @pytest.mark.parametrize(("rate", "format"), [(16_000, "WAV"), (44_100, "FLAC"), (48_000, "OGG"), (44_100, "MP3")])
-def test_a_file_of_any_length_gives_the_numbers_of_the_pipeline(shared: Decoders, seconds: float, rate: int, format: str):
+def test_a_file_of_any_length_gives_the_numbers_of_the_pipeline(
+    shared: Decoders, seconds: float, rate: int, format: str
+):
     data = encoded(noise(seconds, rate, 2), rate, format)
     found = shared.decode(data)
     expected = log_mel(decode(data, RECIPE), RECIPE.sample_rate, RECIPE)
@@ -108,7 +118,14 @@ def test_reasons_are_those_of_the_pipeline(shared: Decoders):
 def riff(rate: int, channels: int, data: bytes, claimed: int) -> bytes:
     head = struct.pack("<HHIIHH", 1, channels, rate, rate * channels * 2 % 2**32, channels * 2 % 2**16, 16)
     return (
-        b"RIFF" + struct.pack("<I", 0xFFFFFFFF) + b"WAVEfmt " + struct.pack("<I", 16) + head + b"data" + struct.pack("<I", claimed) + data
+        b"RIFF"
+        + struct.pack("<I", 0xFFFFFFFF)
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + head
+        + b"data"
+        + struct.pack("<I", claimed)
+        + data
     )
 
 
@@ -174,13 +191,19 @@ class TestLimits:
         assert reason_of(shared, encoded(noise(0.2, 96_000), 96_000)) is Reason.SAMPLE_RATE_TOO_HIGH
         assert reason_of(shared, riff(48_001, 1, b"\0" * 20_000, 20_000)) is Reason.SAMPLE_RATE_TOO_HIGH
         assert reason_of(shared, riff(16_000, 1_000, b"\0" * 20_000, 20_000)) is Reason.TOO_MANY_CHANNELS
-        assert reason_of(shared, riff(16_000, 60_000, b"\0" * 20_000, 20_000)) in (Reason.TOO_MANY_CHANNELS, Reason.UNDECODABLE)
+        assert reason_of(shared, riff(16_000, 60_000, b"\0" * 20_000, 20_000)) in (
+            Reason.TOO_MANY_CHANNELS,
+            Reason.UNDECODABLE,
+        )
 
     @pytest.mark.parametrize("case", ["many samples", "packets of one sample", "broken packets", "a long header"])
     def test_cpu_time_is_bounded_whatever_a_file_holds(self, case: str):
         """Its refusal costs no process. Without the bound, each of these files takes a multiple of it."""
         data = costly(case)
-        recipe, wide = AudioRecipe(), {**LIMITS, "max_seconds": 600.0, "max_channels": 8, "max_sample_rate": 192_000, "cpu_seconds": 0.2}
+        recipe, wide = (
+            AudioRecipe(),
+            {**LIMITS, "max_seconds": 600.0, "max_channels": 8, "max_sample_rate": 192_000, "cpu_seconds": 0.2},
+        )
         decoders = Decoders(recipe, processes=1, seconds=60.0, **wide)
         try:
             with pytest.raises(AudioError, match=r"decoding it took more than 0\.2 s of CPU time") as caught:
@@ -194,7 +217,9 @@ class TestLimits:
     def test_ten_minutes_cost_what_their_first_clip_costs(self):
         """A twentieth of the CPU time that decoding all of it takes is enough."""
         limits = Limits(600.0, 8, 192_000, 0.2)
-        np.testing.assert_array_equal(decode(costly("many samples"), RECIPE, limits), decode(costly("many samples"), RECIPE))
+        np.testing.assert_array_equal(
+            decode(costly("many samples"), RECIPE, limits), decode(costly("many samples"), RECIPE)
+        )
 
     def test_the_same_limits_hold_for_ffmpeg(self):
         av = pytest.importorskip("av")
@@ -204,7 +229,9 @@ class TestLimits:
             with av.open(file, "w", format="mp4") as container:
                 stream = container.add_stream("aac", rate=rate, layout=layout)
                 count = len(stream.layout.channels)
-                frame = av.AudioFrame.from_ndarray(np.zeros((count, round(seconds * rate)), dtype=np.float32), "fltp", layout)
+                frame = av.AudioFrame.from_ndarray(
+                    np.zeros((count, round(seconds * rate)), dtype=np.float32), "fltp", layout
+                )
                 frame.rate = rate
                 for packet in [*stream.encode(frame), *stream.encode(None)]:
                     container.mux(packet)
@@ -249,7 +276,9 @@ class TestProcesses:
             assert re.search(r"^Max cpu time +\d+ ", limits, re.M)
 
     def test_a_file_that_takes_too_long_is_ended_with_its_process(self):
-        decoders = Decoders(AudioRecipe(clip_seconds=1_000.0), processes=1, seconds=0.05, **{**LIMITS, "max_seconds": 4_000.0})
+        decoders = Decoders(
+            AudioRecipe(clip_seconds=1_000.0), processes=1, seconds=0.05, **{**LIMITS, "max_seconds": 4_000.0}
+        )
         try:
             before, started = decoders.pids, time.monotonic()
             assert reason_of(decoders, LONG) is Reason.DECODER_TIMED_OUT
@@ -333,7 +362,10 @@ class TestProcesses:
             "print(d.pids[0], flush=True); os.kill(os.getpid(), 9)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         pid = int(done.stdout)
         for _ in range(50):

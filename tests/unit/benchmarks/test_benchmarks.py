@@ -1,4 +1,5 @@
-"""What the benchmarks rest on: the restated published step computes what ours does, and multiplications are counted right."""
+"""What the benchmarks rest on: the restated published step computes what ours does, and multiplications are counted
+right."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def model(tmp_path: Path) -> HTCL:
 def batch_for(model: HTCL) -> Batch:
     frames = model.recipe.max_frames
     mel = torch.randn(4, frames, model.recipe.n_mels) * 10 - 40
-    return Batch(mel, torch.tensor([frames, 20, 9, 17]), model.text_encoder.tokenize(TEXTS), torch.arange(12).reshape(3, 4).T)
+    return Batch(
+        mel, torch.tensor([frames, 20, 9, 17]), model.text_encoder.tokenize(TEXTS), torch.arange(12).reshape(3, 4).T
+    )
 
 
 def their_name(name: str) -> str:
@@ -50,7 +53,9 @@ def their_name(name: str) -> str:
             name = name.replace(f"convolutions.{block}.{kind}.", f"convolutions.{3 * block + place}.")
         name = name.replace(f"position.{kind}.", f"position.{place}.")
     name = name.replace("projection_norm.", "projection.0.").replace("projection.weight", "projection.1.weight")
-    name = name.replace("projection.bias", "projection.1.bias").replace("audio_encoder.layers.", "audio_encoder.transformer.layers.")
+    name = name.replace("projection.bias", "projection.1.bias").replace(
+        "audio_encoder.layers.", "audio_encoder.transformer.layers."
+    )
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     return name.replace("audio_encoder.", "audio.")
@@ -61,14 +66,20 @@ def test_the_restated_loss_is_ours_without_masks(model: HTCL, stage: int):
     model = model if stage == 1 else model.to_stage_2(0.074, seed=0).eval()
     theirs = PublishedModel(model.record.model, model.recipe, model.text_encoder.transformer, stage).eval()
     weights = {
-        their_name(name): tensor for name, tensor in model.state_dict().items() if not name.startswith(("text_encoder", "logit_scale"))
+        their_name(name): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("text_encoder", "logit_scale"))
     }
     left = theirs.load_state_dict(weights, strict=False)
     assert not left.unexpected_keys
     assert all(name == "scales" or name.startswith("text.") for name in left.missing_keys)
     batch = batch_for(model)
     audio, text = encode(model, batch)
-    terms = pretrain_terms(model, audio, text, batch.ids) if stage == 1 else finetune_terms(model, audio, text, batch.ids, None)
+    terms = (
+        pretrain_terms(model, audio, text, batch.ids)
+        if stage == 1
+        else finetune_terms(model, audio, text, batch.ids, None)
+    )
     torch.testing.assert_close(theirs.loss(batch), sum(terms.values()), atol=1e-5, rtol=1e-5)
 
 

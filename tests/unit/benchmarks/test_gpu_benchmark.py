@@ -1,4 +1,5 @@
-"""What the GPU benchmark's numbers rest on: its records, its layer groups, its lengths, and the time in which a GPU works."""
+"""What the GPU benchmark's numbers rest on: its records, its layer groups, its lengths, and the time in which a GPU
+works."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def test_names_that_differ_keep_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Various Artists", "VARIOUS", "V.A.", "V/A", "va", "[unknown]", "Unknown Artist", "N/A", "-", "Varios Artistas"]
+    "name",
+    ["Various Artists", "VARIOUS", "V.A.", "V/A", "va", "[unknown]", "Unknown Artist", "N/A", "-", "Varios Artistas"],
 )
 def test_placeholders(name: str) -> None:
     assert is_placeholder(artist_key(name))
@@ -121,7 +122,10 @@ def naive(cells: list[set[str]]) -> list[int]:
 @pytest.mark.parametrize("seed", range(8))
 def test_groups_equal_a_flood_fill(seed: int) -> None:
     random = np.random.default_rng(seed)
-    songs = [([f"Name {n}" for n in random.choice(40, random.integers(0, 3), replace=False)], f"r{random.integers(45)}") for _ in range(40)]
+    songs = [
+        ([f"Name {n}" for n in random.choice(40, random.integers(0, 3), replace=False)], f"r{random.integers(45)}")
+        for _ in range(40)
+    ]
     found = groups(*("; ".join(names) or None for names, _ in songs), duplicates=[recording for _, recording in songs])
     expected = naive([{*names, recording} for names, recording in songs])
     assert len(set(expected)) > 3
@@ -132,7 +136,11 @@ def test_splits_of_groups() -> None:
     of_groups = pa.array([f"artist:{i}" for i in range(3000)] * 2)
     splits = group_splits(of_groups, (0.8, 0.1, 0.1)).to_pylist()
     assert splits[:3000] == splits[3000:]
-    assert [splits.count(name) / 6000 for name in ("train", "validation", "test")] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    assert [splits.count(name) / 6000 for name in ("train", "validation", "test")] == pytest.approx(
+        [0.8, 0.1, 0.1], abs=0.02
+    )
     for name in range(30):  # whatever its hash, a group of most songs is for training
-        assert set(group_splits(pa.array([f"artist:{name}"] * 3 + [None, "x"]), (0.1, 0.1, 0.8)).to_pylist()[:3]) == {"train"}
+        assert set(group_splits(pa.array([f"artist:{name}"] * 3 + [None, "x"]), (0.1, 0.1, 0.8)).to_pylist()[:3]) == {
+            "train"
+        }
     assert group_splits(pa.array([None, "a"], pa.string()), (1, 0, 0)).to_pylist() == [None, "train"]

@@ -22,7 +22,15 @@ import soundfile
 from htcl_ray.audio import decode
 from htcl_ray.catalog import tables
 from htcl_ray.catalog.audio_files import MISSING, UNSUPPORTED, sizes_and_times
-from htcl_ray.catalog.columns import TIME_FORMS, as_epoch_seconds, as_lists, as_numbers, as_strings, as_years, read_times
+from htcl_ray.catalog.columns import (
+    TIME_FORMS,
+    as_epoch_seconds,
+    as_lists,
+    as_numbers,
+    as_strings,
+    as_years,
+    read_times,
+)
 from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
 from htcl_ray.catalog.songs import read_catalog
@@ -36,7 +44,14 @@ from htcl_ray.schemas import Reason
 pytestmark = pytest.mark.unit
 
 ROWS = [
-    {"song_id": "b", "audio_path": "audio/b.wav", "title": "Blue", "artist": "Ann", "genre": "folk;  jazz", "year": "1994"},
+    {
+        "song_id": "b",
+        "audio_path": "audio/b.wav",
+        "title": "Blue",
+        "artist": "Ann",
+        "genre": "folk;  jazz",
+        "year": "1994",
+    },
     {"song_id": "007", "audio_path": "/music/a.wav", "title": "NA", "artist": None, "genre": None, "year": None},
 ]
 
@@ -47,7 +62,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     elif path.suffix == ".csv":
         pacsv.write_csv(pa.Table.from_pylist(rows), path)
     else:
-        path.write_text("".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows),
+            encoding="utf-8",
+        )
     return path
 
 
@@ -84,13 +102,17 @@ def test_a_folder_and_several_tables(tmp_path: Path) -> None:
 def test_a_relative_table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "songs.csv", ROWS)
     monkeypatch.chdir(tmp_path)
-    assert read_catalog(DataSettings(catalog="songs.csv")).songs["audio_path"][1].as_py() == str(tmp_path / "audio/b.wav")
+    assert read_catalog(DataSettings(catalog="songs.csv")).songs["audio_path"][1].as_py() == str(
+        tmp_path / "audio/b.wav"
+    )
 
 
 def test_columns_called_otherwise(tmp_path: Path) -> None:
     rows = [{"clip": 12, "audio_path": "x.wav", "label": "dog bark", "genre": "ours gives way"}]
     path = write(tmp_path / "clips.parquet", rows)
-    settings = DataSettings(catalog=str(path), columns={"song_id": "clip", "genre": "label"}, text_columns=("label", "genre"))
+    settings = DataSettings(
+        catalog=str(path), columns={"song_id": "clip", "genre": "label"}, text_columns=("label", "genre")
+    )
     (song,) = read_catalog(settings).songs.to_pylist()
     assert song["song_id"] == "12"
     assert song["genre"] == ["dog bark"]
@@ -99,9 +121,12 @@ def test_columns_called_otherwise(tmp_path: Path) -> None:
 
 def test_text_columns_choose_and_order(tmp_path: Path) -> None:
     path = write(
-        tmp_path / "songs.jsonl", [{"song_id": "1", "audio_path": "x", "title": "T", "tags": ["a", " b ", None], "key": "C# minor"}]
+        tmp_path / "songs.jsonl",
+        [{"song_id": "1", "audio_path": "x", "title": "T", "tags": ["a", " b ", None], "key": "C# minor"}],
     )
-    assert read_catalog(DataSettings(catalog=str(path), text_columns=("key", "tags"))).songs["text"].to_pylist() == ["C# minor; a, b"]
+    assert read_catalog(DataSettings(catalog=str(path), text_columns=("key", "tags"))).songs["text"].to_pylist() == [
+        "C# minor; a, b"
+    ]
 
 
 def test_rejected_rows_say_why(tmp_path: Path) -> None:
@@ -112,7 +137,9 @@ def test_rejected_rows_say_why(tmp_path: Path) -> None:
     rows[3]["title"] = ""
     rows[4]["part"] = "dev"
     rows[5]["part"] = None
-    catalog = read_catalog(DataSettings(catalog=str(write(tmp_path / "s.csv", rows)), text_columns="title", split_column="part"))
+    catalog = read_catalog(
+        DataSettings(catalog=str(write(tmp_path / "s.csv", rows)), text_columns="title", split_column="part")
+    )
     assert catalog.songs["split"].to_pylist() == ["train"]
     assert [(r["song_id"], r["row"], r["reason"]) for r in catalog.rejected.to_pylist()] == [
         (None, 1, "missing_song_id"),
@@ -144,7 +171,10 @@ UNUSABLE: list[tuple[Change, str]] = [
     (settings_for("s.csv", ""), "is empty"),
     (settings_for("s.csv", "song_id,audio_path,title\n"), "is empty"),
     (settings_for("s.jsonl", ""), "is empty"),
-    (settings_for("s.jsonl", '[{"song_id": 1}]\n'), "no row of .* can be read: line 1 is not a JSON object; expected one row a line"),
+    (
+        settings_for("s.jsonl", '[{"song_id": 1}]\n'),
+        "no row of .* can be read: line 1 is not a JSON object; expected one row a line",
+    ),
     (settings_for("s.parquet", "not parquet"), "cannot be read as parquet"),
     (settings_for("s.csv.gz", "no gzip"), "cannot be read as csv"),
     (settings_for("s.csv", "song_id,audio_path,title,title\n1,x,y,z\n"), "several columns called 'title'"),
@@ -195,15 +225,28 @@ def test_as_strings() -> None:
 def test_as_lists_and_years() -> None:
     assert as_lists(pa.array(["a; b;;", "", None, "c"])).to_pylist() == [["a", "b"], None, None, ["c"]]
     assert as_lists(pa.array([["a;b", " c "], [None], None])).to_pylist() == [["a;b", "c"], None, None]
-    assert as_years(pa.array(["1994", "1994-05-01", "ca. 1990", "19945", None])).to_pylist() == [1994, 1994, None, None, None]
+    assert as_years(pa.array(["1994", "1994-05-01", "ca. 1990", "19945", None])).to_pylist() == [
+        1994,
+        1994,
+        None,
+        None,
+        None,
+    ]
     assert as_years(pa.array([1994.0, None])).to_pylist() == [1994, None]
     assert as_years(pa.array([date(2001, 2, 3)])).to_pylist() == [2001]
 
 
 def test_as_numbers_and_times() -> None:
-    np.testing.assert_array_equal(as_numbers(pa.array(["1", " 2.5e1", "x", "", "nan", "-.5"])), [1, 25, np.nan, np.nan, np.nan, -0.5])
+    np.testing.assert_array_equal(
+        as_numbers(pa.array(["1", " 2.5e1", "x", "", "nan", "-.5"])), [1, 25, np.nan, np.nan, np.nan, -0.5]
+    )
     moment = datetime(2024, 3, 1, 12, 0, 0, 500_000, tzinfo=UTC)
-    texts = ["2024-03-01T12:00:00.5Z", "2024-03-01 12:00:00.500", "2024-03-01T13:00:00.5+01:00", str(moment.timestamp())]
+    texts = [
+        "2024-03-01T12:00:00.5Z",
+        "2024-03-01 12:00:00.500",
+        "2024-03-01T13:00:00.5+01:00",
+        str(moment.timestamp()),
+    ]
     np.testing.assert_array_equal(as_epoch_seconds(pa.array(texts)), [moment.timestamp()] * 4)
     np.testing.assert_array_equal(as_epoch_seconds(pa.array([moment])), [moment.timestamp()])
     np.testing.assert_array_equal(as_epoch_seconds(pa.array([date(2000, 1, 2)])), [946_771_200])
@@ -219,7 +262,13 @@ def test_epoch_numbers_of_every_unit(unit: int, kind: pa.DataType) -> None:
 def test_compact_dates_are_dates() -> None:
     random = np.random.default_rng(0)
     moments = [datetime.fromtimestamp(int(t), UTC) for t in random.integers(315_532_800, 1_750_000_000, 300)]
-    for form, digits in (("%Y%m%d", 86400), ("%Y%m%d%H%M", 60), ("%Y%m%d%H%M%S", 1), ("%Y%m%dT%H%M%SZ", 1), ("%Y-%m-%dT%H:%M:%SZ", 1)):
+    for form, digits in (
+        ("%Y%m%d", 86400),
+        ("%Y%m%d%H%M", 60),
+        ("%Y%m%d%H%M%S", 1),
+        ("%Y%m%dT%H%M%SZ", 1),
+        ("%Y-%m-%dT%H:%M:%SZ", 1),
+    ):
         expected = [int(moment.timestamp()) // digits * digits for moment in moments]
         texts = [moment.strftime(form) for moment in moments]
         np.testing.assert_array_equal(as_epoch_seconds(pa.array(texts)), expected)
@@ -233,7 +282,15 @@ def test_compact_dates_are_dates() -> None:
 
 def test_times_that_cannot_be_meant() -> None:
     texts = ["yesterday", "-5", "2024-13-01", "20240230", "20241301", "202401312460", None]
-    counts = ["1", "2024", "202401", "19723", "473352", "28401120", "20240131123000123"]  # a year, a month, days, hours, minutes
+    counts = [
+        "1",
+        "2024",
+        "202401",
+        "19723",
+        "473352",
+        "28401120",
+        "20240131123000123",
+    ]  # a year, a month, days, hours, minutes
     future = [str(int(time.time()) + 2 * 86400), "2099-01-01", "20990101"]
     for wrong in (texts, counts, future):
         assert np.isnan(as_epoch_seconds(pa.array(wrong))).all()
@@ -253,7 +310,12 @@ def test_every_batch_has_the_columns_of_the_file(tmp_path: Path, monkeypatch: py
     del rows[93]["audio_path"]
     path = tmp_path / f"songs{suffix}"
     if suffix == ".arrow":
-        types = {"song_id": pa.string(), "audio_path": pa.string(), "title": pa.string(), "genre": pa.list_(pa.string())}
+        types = {
+            "song_id": pa.string(),
+            "audio_path": pa.string(),
+            "title": pa.string(),
+            "genre": pa.list_(pa.string()),
+        }
         table = pa.Table.from_pylist(rows, schema=pa.schema(types))
         with pa.ipc.new_stream(path, table.schema) as file:
             file.write_table(table)
@@ -266,7 +328,9 @@ def test_every_batch_has_the_columns_of_the_file(tmp_path: Path, monkeypatch: py
         batches = list(tables.read_part(part, columns))
         assert {tuple(table.column_names) for _, table in batches} == {tuple(columns or tables.column_names(file))}
         assert [row for row, _ in batches] == list(range(0, 95, 10))
-        assert [song for _, table in batches for song in table["song_id"].to_pylist()] == [row["song_id"] for row in rows]
+        assert [song for _, table in batches for song in table["song_id"].to_pylist()] == [
+            row["song_id"] for row in rows
+        ]
     catalog = read_catalog(DataSettings(catalog=str(path)))
     assert catalog.songs["title"].to_pylist() == ["late"] * 44
     assert catalog.songs["genre"].to_pylist() == [None] * 30 + [["rock"]] * 14
@@ -276,36 +340,71 @@ def test_every_batch_has_the_columns_of_the_file(tmp_path: Path, monkeypatch: py
 def test_rows_of_json_lines_that_cannot_be_parsed(tmp_path: Path) -> None:
     good = '{"song_id": "%s", "audio_path": "x", "title": "T"}'
     deep = '{"song_id": "d", "audio_path": "x", "title": ' + "[" * 5000 + "]" * 5000 + "}"
-    lines = [good % "a", "[1]", "", '{"song_id": ', deep, (good % "b").replace('"T"', '"caf\xe9"').encode("latin-1"), good % "c"]
+    lines = [
+        good % "a",
+        "[1]",
+        "",
+        '{"song_id": ',
+        deep,
+        (good % "b").replace('"T"', '"caf\xe9"').encode("latin-1"),
+        good % "c",
+    ]
     data = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
     (tmp_path / "s.jsonl").write_bytes(codecs.BOM_UTF8 + data)
     catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.jsonl")))
     assert catalog.songs["song_id"].to_pylist() == ["a", "c"]
     assert catalog.rows == 6
     found = [(row["row"], row["reason"], row["detail"].partition(";")[0]) for row in catalog.rejected.to_pylist()]
-    assert found == [(row, "unreadable_row", f"line {line} is not a JSON object") for row, line in ((1, 2), (2, 4), (3, 5), (4, 6))]
+    assert found == [
+        (row, "unreadable_row", f"line {line} is not a JSON object") for row, line in ((1, 2), (2, 4), (3, 5), (4, 6))
+    ]
 
 
 @pytest.mark.parametrize("block", [1 << 24, 64])
 def test_rows_of_csv_that_cannot_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", block)
     random = np.random.default_rng(0)
-    for broken in ([], [0], [19], [0, 1, 2], [5, 6, 17, 18, 19], list(range(20)), sorted(random.choice(20, 8, False).tolist())):
-        lines = [f'{i},x{i}.wav,"Song\n{i}"' if i not in broken else f"{i},x{i}.wav" + ",too,many" * (i % 2) for i in range(20)]
+    for broken in (
+        [],
+        [0],
+        [19],
+        [0, 1, 2],
+        [5, 6, 17, 18, 19],
+        list(range(20)),
+        sorted(random.choice(20, 8, False).tolist()),
+    ):
+        lines = [
+            f'{i},x{i}.wav,"Song\n{i}"' if i not in broken else f"{i},x{i}.wav" + ",too,many" * (i % 2)
+            for i in range(20)
+        ]
         (tmp_path / "s.csv").write_text("song_id,audio_path,title\n" + "\n".join(lines) + "\n")
         catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.csv")))
         assert catalog.rows == 20
-        assert {row["row"]: row["song_id"] for row in catalog.songs.to_pylist()} == {i: str(i) for i in range(20) if i not in broken}
-        assert [(row["row"], row["reason"]) for row in catalog.rejected.to_pylist()] == [(i, "unreadable_row") for i in broken]
-        assert all(f"has {4 if i % 2 else 2} cells; expected 3" in catalog.rejected["detail"][n].as_py() for n, i in enumerate(broken))
+        assert {row["row"]: row["song_id"] for row in catalog.songs.to_pylist()} == {
+            i: str(i) for i in range(20) if i not in broken
+        }
+        assert [(row["row"], row["reason"]) for row in catalog.rejected.to_pylist()] == [
+            (i, "unreadable_row") for i in broken
+        ]
+        assert all(
+            f"has {4 if i % 2 else 2} cells; expected 3" in catalog.rejected["detail"][n].as_py()
+            for n, i in enumerate(broken)
+        )
 
 
 def test_csv_cells_that_are_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "s.csv").write_bytes("song_id,audio_path,title,artist\n1,x,caf\xe9,A\n2,x,B,B\n\xe9,x,C,C\n".encode("latin-1"))
+    (tmp_path / "s.csv").write_bytes(
+        "song_id,audio_path,title,artist\n1,x,caf\xe9,A\n2,x,B,B\n\xe9,x,C,C\n".encode("latin-1")
+    )
     catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.csv")))
-    assert [(song["song_id"], song["title"], song["text"]) for song in catalog.songs.to_pylist()] == [("1", None, "A"), ("2", "B", "B; B")]
+    assert [(song["song_id"], song["title"], song["text"]) for song in catalog.songs.to_pylist()] == [
+        ("1", None, "A"),
+        ("2", "B", "B; B"),
+    ]
     assert str(catalog.null_cells).endswith(rf"title 1, e.g. b'caf\xe9' in row 0 of {tmp_path}/s.csv")
-    assert [(row["row"], row["detail"]) for row in catalog.rejected.to_pylist()] == [(2, r"song_id cannot be read as text: b'\xe9'")]
+    assert [(row["row"], row["detail"]) for row in catalog.rejected.to_pylist()] == [
+        (2, r"song_id cannot be read as text: b'\xe9'")
+    ]
 
 
 def test_json_cells_of_several_types(tmp_path: Path) -> None:
@@ -386,7 +485,9 @@ def test_duplicate_groups_follow_the_sound() -> None:
 
 def test_sizes_of_local_and_remote_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
-    found = sizes_and_times([str(tmp_path / "a"), str(tmp_path / "b"), f"file://{tmp_path}/a", f"file://{tmp_path}/b", "nowhere://x/y"])
+    found = sizes_and_times(
+        [str(tmp_path / "a"), str(tmp_path / "b"), f"file://{tmp_path}/a", f"file://{tmp_path}/b", "nowhere://x/y"]
+    )
     assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, UNSUPPORTED]
     assert found[0, 1] == found[2, 1] == (tmp_path / "a").stat().st_mtime_ns
 
@@ -412,9 +513,15 @@ def test_silence_is_no_recording_and_damage_is_marked(tmp_path: Path) -> None:
     whole = (tmp_path / "5.wav").read_bytes()
     (tmp_path / "5.wav").write_bytes(whole[: 44 + 2 * 16000 * 4])
     rows = [{"song_id": str(i), "audio_path": f"{i}.wav", "title": f"t{i}"} for i in range(6)]
-    config = resolve("demo").with_overrides({"data.catalog": str(write(tmp_path / "songs.csv", rows)), "audio.clip_seconds": 8.0})
+    config = resolve("demo").with_overrides(
+        {"data.catalog": str(write(tmp_path / "songs.csv", rows)), "audio.clip_seconds": 8.0}
+    )
     features, rejected = make_shard(read_catalog(config.data).songs, config)
-    assert [(row["song_id"], row["reason"]) for row in rejected.to_pylist()] == [("0", "silent"), ("1", "silent"), ("2", "silent")]
+    assert [(row["song_id"], row["reason"]) for row in rejected.to_pylist()] == [
+        ("0", "silent"),
+        ("1", "silent"),
+        ("2", "silent"),
+    ]
     assert all("the 8.0 s that are used are silent" in detail for detail in rejected["detail"].to_pylist())
     groups = features["duplicate_group"].to_pylist()
     assert groups[0] == groups[1] != groups[2]

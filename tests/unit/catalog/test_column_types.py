@@ -38,17 +38,24 @@ def ints(kind: pa.DataType) -> pa.Array:
 
 ARRAYS: dict[str, pa.Array] = {
     **{
-        str(kind): ints(kind) for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
+        str(kind): ints(kind)
+        for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
     },
     **{str(kind): pa.array([1.5, 2001, None], kind) for kind in (pa.float32(), pa.float64())},
     "half": pa.array(np.array([1999, 4, np.nan], np.float16)),
     "infinite": pa.array([np.inf, -np.inf, 1e308]),
     "null": pa.nulls(3),
     "bool": pa.array([True, False, None]),
-    **{f"decimal{n}": pa.array([Decimal("4.00"), Decimal("2.50"), None], getattr(pa, f"decimal{n}")(7, 2)) for n in (32, 64, 128, 256)},
+    **{
+        f"decimal{n}": pa.array([Decimal("4.00"), Decimal("2.50"), None], getattr(pa, f"decimal{n}")(7, 2))
+        for n in (32, 64, 128, 256)
+    },
     **{str(kind): pa.array(["s0", " ", None], kind) for kind in (pa.string(), pa.large_string(), pa.string_view())},
     **{f"invalid {kind}": invalid_strings(kind) for kind in (pa.string(), pa.large_string())},
-    **{str(kind): pa.array([b"s0", b"caf\xe9", IDS[0].bytes], kind) for kind in (pa.binary(), pa.large_binary(), pa.binary_view())},
+    **{
+        str(kind): pa.array([b"s0", b"caf\xe9", IDS[0].bytes], kind)
+        for kind in (pa.binary(), pa.large_binary(), pa.binary_view())
+    },
     "fixed 16": pa.array([value.bytes for value in IDS], pa.binary(16)),
     "fixed 3": pa.array([b"abc", b"\xff\xff\xff", None], pa.binary(3)),
     "uuid": pa.array([value.bytes for value in IDS], pa.uuid()),
@@ -60,7 +67,10 @@ ARRAYS: dict[str, pa.Array] = {
     ),
     "date32": pa.array([MOMENT.date()] * 3),
     "date64": pa.array([MOMENT.date()] * 3, pa.date64()),
-    **{f"time {unit}": pa.array([1, 2, None], (pa.time32 if unit in ("s", "ms") else pa.time64)(unit)) for unit in ("s", "ms", "us", "ns")},
+    **{
+        f"time {unit}": pa.array([1, 2, None], (pa.time32 if unit in ("s", "ms") else pa.time64)(unit))
+        for unit in ("s", "ms", "us", "ns")
+    },
     **{f"timestamp {unit}": pa.array([MOMENT] * 3, pa.timestamp(unit)) for unit in ("s", "ms", "us", "ns")},
     "timestamp zone": pa.array([MOMENT] * 3, pa.timestamp("us", "Europe/Berlin")),
     "timestamp no such zone": pa.array([0, 1, None], pa.int64()).cast(pa.timestamp("us", "Nowhere/Atall")),
@@ -80,7 +90,9 @@ ARRAYS: dict[str, pa.Array] = {
     "dense union": pa.UnionArray.from_dense(
         pa.array([0, 1, 0], pa.int8()), pa.array([0, 0, 1], pa.int32()), [pa.array(["a", "b"]), pa.array([1])]
     ),
-    "sparse union": pa.UnionArray.from_sparse(pa.array([0, 1, 0], pa.int8()), [pa.array(["a", "b", "c"]), pa.array([1, 2, 3])]),
+    "sparse union": pa.UnionArray.from_sparse(
+        pa.array([0, 1, 0], pa.int8()), [pa.array(["a", "b", "c"]), pa.array([1, 2, 3])]
+    ),
     "dictionary": pa.array(["like", "skip", None]).dictionary_encode(),
     "dictionary of lists": pa.DictionaryArray.from_arrays(pa.array([0, None, 0], pa.int8()), pa.array([["a"], ["b"]])),
     "run ends": pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), pa.array(["a", None])),
@@ -104,7 +116,9 @@ def test_every_type_in_every_catalogue_column(array: pa.Array, tmp_path: Path) -
     for column in ("song_id", "audio_path", "part", "key", *METADATA.names):
         with pa.ipc.new_file(tmp_path / "songs.arrow", (table := pa.table({**base, column: array})).schema) as file:
             file.write_table(table)
-        settings = DataSettings(catalog=str(tmp_path / "songs.arrow"), split_column="part", text_columns=("key", "title", "year", "genre"))
+        settings = DataSettings(
+            catalog=str(tmp_path / "songs.arrow"), split_column="part", text_columns=("key", "title", "year", "genre")
+        )
         ids = as_ids(array).drop_null()
         if column == "song_id" and len(ids.unique()) < len(ids):
             with pytest.raises(TableError, match="more than once"):

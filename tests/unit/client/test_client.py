@@ -70,11 +70,15 @@ def ask(request: pytest.FixtureRequest, clock: Clock) -> Ask:
             return httpx.Response(outcome.status_code, content=outcome.content, headers=outcome.headers)
 
         async def awaited() -> Any:
-            async with AsyncClient("http://server/base", key="k" * 16, retries=patience, transport=httpx.MockTransport(answer)) as client:
+            async with AsyncClient(
+                "http://server/base", key="k" * 16, retries=patience, transport=httpx.MockTransport(answer)
+            ) as client:
                 return await getattr(client, name)(*args, **kwargs)
 
         def threaded() -> Any:
-            with Client("http://server/base", key="k" * 16, retries=patience, transport=httpx.MockTransport(answer)) as client:
+            with Client(
+                "http://server/base", key="k" * 16, retries=patience, transport=httpx.MockTransport(answer)
+            ) as client:
                 return getattr(client, name)(*args, **kwargs)
 
         try:
@@ -103,7 +107,9 @@ def test_without_a_word_from_the_server_waits_double(ask: Ask, clock: Clock):
     assert len(set(clock.waits)) == 7
 
 
-@pytest.mark.parametrize("broken", [httpx.ConnectError("no"), httpx.ReadError("reset"), httpx.RemoteProtocolError("closed")])
+@pytest.mark.parametrize(
+    "broken", [httpx.ConnectError("no"), httpx.ReadError("reset"), httpx.RemoteProtocolError("closed")]
+)
 def test_a_broken_connection_is_tried_again(ask: Ask, clock: Clock, broken: Exception):
     given, seen = ask([broken, broken, httpx.Response(200, json=FOUND)], "search", "piano")
     assert (given.index, len(seen), len(clock.waits)) == ("v1", 3, 2)
@@ -113,7 +119,9 @@ def test_a_broken_connection_is_tried_again(ask: Ask, clock: Clock, broken: Exce
 
 
 @pytest.mark.parametrize(
-    "outcome", [httpx.ReadTimeout("slow"), *(refused(status) for status in (400, 401, 404, 413, 415, 422, 500, 502))], ids=str
+    "outcome",
+    [httpx.ReadTimeout("slow"), *(refused(status) for status in (400, 401, 404, 413, 415, 422, 500, 502))],
+    ids=str,
 )
 def test_what_will_not_pass_is_not_sent_again(ask: Ask, clock: Clock, outcome: Outcome):
     given, seen = ask([outcome], "search", "piano")
@@ -136,20 +144,25 @@ def test_probes_are_sent_once(ask: Ask, clock: Clock, name: str):
     assert (given.status, len(seen), clock.waits) == (503, 1, [])
 
 
-@pytest.mark.parametrize(("name", "args"), [("put_song", ("a", b"sound")), ("delete_song", ("a",)), ("activate", ("v2",))])
+@pytest.mark.parametrize(
+    ("name", "args"), [("put_song", ("a", b"sound")), ("delete_song", ("a",)), ("activate", ("v2",))]
+)
 def test_changes_are_sent_again_whole(ask: Ask, clock: Clock, name: str, args: tuple):
     answer = {"song_id": "a", "update": "u", "index": "v1", "version": "v2", "activated_at": "now", "songs": 1}
     _, seen = ask([httpx.ConnectError("no"), refused(503), httpx.Response(200, json=answer)], name, *args)
     assert len(seen) == 3
     bodies = [
-        request.read().replace(request.headers.get("content-type", "").partition("boundary=")[2].encode() or b"-", b"") for request in seen
+        request.read().replace(request.headers.get("content-type", "").partition("boundary=")[2].encode() or b"-", b"")
+        for request in seen
     ]
     assert bodies[0] == bodies[1] == bodies[2]
     assert (b"sound" in bodies[0]) == (name == "put_song")
 
 
 def test_the_key_and_the_address_are_sent(ask: Ask):
-    _, seen = ask([httpx.Response(200, json=FOUND)], "similar", "a/b", k=3, filter={"year": 1990}, collapse_duplicates=False)
+    _, seen = ask(
+        [httpx.Response(200, json=FOUND)], "similar", "a/b", k=3, filter={"year": 1990}, collapse_duplicates=False
+    )
     assert seen[0].headers["authorization"] == "Bearer " + "k" * 16
     assert seen[0].url.raw_path.startswith(b"/base/v1/songs/a%2Fb/similar?")
     assert dict(seen[0].url.params) == {"k": "3", "filter": '{"year": 1990}', "collapse_duplicates": "false"}
@@ -187,13 +200,20 @@ def test_dates_and_nonsense_in_retry_after():
 
 
 def test_results_have_the_fields_of_the_servers_models():
-    models = {name: value for name, value in vars(results).items() if isinstance(value, type) and issubclass(value, results.Answered)}
+    models = {
+        name: value
+        for name, value in vars(results).items()
+        if isinstance(value, type) and issubclass(value, results.Answered)
+    }
     assert len(models) == 12
     for name, ours in models.items():
         if ours is results.Answered:
             continue
         theirs = getattr(search, name, None) or getattr(updates, name)
-        served, understood = theirs.model_json_schema(mode="serialization"), ours.model_json_schema(mode="serialization")
+        served, understood = (
+            theirs.model_json_schema(mode="serialization"),
+            ours.model_json_schema(mode="serialization"),
+        )
         assert set(understood["properties"]) == set(served["properties"]), name
         for field, schema in understood["properties"].items():
             shape = {part: schema.get(part) for part in ("type", "anyOf", "items")}
@@ -204,7 +224,11 @@ def test_results_have_the_fields_of_the_servers_models():
 def strip(schema: Any) -> Any:
     """Without bounds, which only the server checks."""
     if isinstance(schema, dict):
-        return {key: strip(value) for key, value in schema.items() if key not in ("minimum", "maximum", "description", "title")}
+        return {
+            key: strip(value)
+            for key, value in schema.items()
+            if key not in ("minimum", "maximum", "description", "title")
+        }
     return [strip(part) for part in schema] if isinstance(schema, list) else schema
 
 

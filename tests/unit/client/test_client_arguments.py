@@ -1,4 +1,5 @@
-"""What the clients make of their arguments: numbers of other libraries, values that cannot be sent, keys and proxies."""
+"""What the clients make of their arguments: numbers of other libraries, values that cannot be sent, keys and
+proxies."""
 
 from __future__ import annotations
 
@@ -55,11 +56,27 @@ def send(request: pytest.FixtureRequest) -> Send:
 
 def test_numbers_of_other_libraries_are_sent_as_pythons_own(send: Send):
     vector = np.array([0.5, -1.25, 3.0], np.float32)
-    for numbers in (vector, torch.tensor([0.5, -1.25, 3.0], requires_grad=True), list(vector), tuple(torch.tensor([0.5, -1.25, 3.0]))):
-        sent = send("search", vector=numbers, k=np.int64(3), blend=np.float32(0.25), collapse_duplicates=np.bool_(False))
-        assert json.loads(sent.content) == {"vector": [0.5, -1.25, 3.0], "k": 3, "blend": 0.25, "collapse_duplicates": False}
+    for numbers in (
+        vector,
+        torch.tensor([0.5, -1.25, 3.0], requires_grad=True),
+        list(vector),
+        tuple(torch.tensor([0.5, -1.25, 3.0])),
+    ):
+        sent = send(
+            "search", vector=numbers, k=np.int64(3), blend=np.float32(0.25), collapse_duplicates=np.bool_(False)
+        )
+        assert json.loads(sent.content) == {
+            "vector": [0.5, -1.25, 3.0],
+            "k": 3,
+            "blend": 0.25,
+            "collapse_duplicates": False,
+        }
     sent = send(
-        "search", "x", k=np.float64(3), max_per_artist=None, filter={"year": {"gte": np.int16(1990)}, "genre": np.array(["rock", "ü"])}
+        "search",
+        "x",
+        k=np.float64(3),
+        max_per_artist=None,
+        filter={"year": {"gte": np.int16(1990)}, "genre": np.array(["rock", "ü"])},
     )
     assert json.loads(sent.content) == {"text": "x", "k": 3, "filter": {"year": {"gte": 1990}, "genre": ["rock", "ü"]}}
     history = [Heard(np.str_("a"), np.float32(0.5), np.int64(7)), Heard("b", 2), "c"]  # type: ignore[arg-type]
@@ -69,7 +86,10 @@ def test_numbers_of_other_libraries_are_sent_as_pythons_own(send: Send):
         {"song_id": "c", "weight": 1, "timestamp": None},
     ]
     for given in (history, tuple(history), iter(history)):
-        assert json.loads(send("recommend", given, half_life_days=np.float64(2)).content) == {"history": expected, "half_life_days": 2}
+        assert json.loads(send("recommend", given, half_life_days=np.float64(2)).content) == {
+            "history": expected,
+            "half_life_days": 2,
+        }
     assert json.loads(send("search", song_ids=np.array(["a", "b"])).content) == {"song_ids": ["a", "b"]}
     sent = send("similar", "a/b", k=np.uint8(4), filter={"genre": ("rock",)})
     assert (sent.url.raw_path.partition(b"?")[0], dict(sent.url.params)) == (
@@ -133,7 +153,9 @@ CALLS: list[tuple[str, tuple, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("argument", "given", "options"), CALLS, ids=_identity)
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_a_value_that_cannot_be_sent_is_an_error_that_names_the_argument(kind: type, argument: str, given: tuple, options: dict[str, Any]):
+def test_a_value_that_cannot_be_sent_is_an_error_that_names_the_argument(
+    kind: type, argument: str, given: tuple, options: dict[str, Any]
+):
     def answer(sent: httpx.Request) -> httpx.Response:
         raise AssertionError("it was sent")
 
@@ -169,7 +191,8 @@ def test_white_space_around_a_key_is_left_out(kind: type, around: str):
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 @pytest.mark.parametrize(
-    "key", [f"{KEY}\nX-Other: 1", f"{KEY} b", f"{KEY}\0", f"{KEY}ключ", f"{KEY}é", KEY.encode(), 3, f"\ufeff{KEY}", " \n"]
+    "key",
+    [f"{KEY}\nX-Other: 1", f"{KEY} b", f"{KEY}\0", f"{KEY}ключ", f"{KEY}é", KEY.encode(), 3, f"\ufeff{KEY}", " \n"],
 )
 def test_a_key_that_no_header_carries_is_an_error_that_does_not_show_it(kind: type, key: Any):
     with pytest.raises(ArgumentError, match=r"key (holds|is)") as caught:
@@ -220,7 +243,9 @@ def proxies_of(client: Any, url: str) -> str | None:
     return None if proxy is None else f"{proxy.scheme.decode()}://{proxy.host.decode()}:{proxy.port}"
 
 
-@pytest.mark.parametrize("proxy", ["socks5://user:pass-word@127.0.0.1:9", "socks5h://127.0.0.1:9", "socks://127.0.0.1:9", "gopher://proxy"])
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:pass-word@127.0.0.1:9", "socks5h://127.0.0.1:9", "socks://127.0.0.1:9", "gopher://proxy"]
+)
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_proxy_that_is_not_needed_is_not_opened(kind: type, no_proxies: pytest.MonkeyPatch, proxy: str):
     no_proxies.setenv("ALL_PROXY", proxy)

@@ -11,7 +11,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from htcl_ray.cluster.capacity import HEAD_RESOURCE, Capacity, autoscaling_file, check_fits, from_autoscaling_config, use_gpu
+from htcl_ray.cluster.capacity import (
+    HEAD_RESOURCE,
+    Capacity,
+    autoscaling_file,
+    check_fits,
+    from_autoscaling_config,
+    use_gpu,
+)
 from htcl_ray.config import resolve
 from htcl_ray.errors import ConfigError
 
@@ -41,7 +48,10 @@ groups = some.lists(some.tuples(cpus, some.integers(0, 2), some.integers(0, 3)),
 
 @settings(deadline=None, derandomize=True)
 @given(
-    stay=some.lists(cpus, max_size=2), groups=groups, most=some.integers(0, 6), needs=some.tuples(some.integers(1, 3), some.integers(0, 1))
+    stay=some.lists(cpus, max_size=2),
+    groups=groups,
+    most=some.integers(0, 6),
+    needs=some.tuples(some.integers(1, 3), some.integers(0, 1)),
 )
 def test_workers_that_fit_by_trying_every_number_of_nodes(
     stay: list[int], groups: list[tuple[int, int, int]], most: int, needs: tuple[int, int]
@@ -55,7 +65,11 @@ def test_workers_that_fit_by_trying_every_number_of_nodes(
         grows=True,
     )
     choices = itertools.product(*(range(count + 1) for _, _, count in groups))
-    added = max(sum(n * naive_fit(each, node) for n, node in zip(choice, nodes, strict=True)) for choice in choices if sum(choice) <= most)
+    added = max(
+        sum(n * naive_fit(each, node) for n, node in zip(choice, nodes, strict=True))
+        for choice in choices
+        if sum(choice) <= most
+    )
     assert found.workers_that_fit(each) == sum(naive_fit(each, {"CPU": float(cpu)}) for cpu in stay) + added
 
 
@@ -88,7 +102,9 @@ def test_the_cluster_on_aws_once_ray_has_read_its_machines_off():
     assert found.workers_that_fit(GPU) == 4
     assert str(found) == "at most 13 node(s): 1 × no CPU, 8 × 16 CPU, 4 × 8 CPU, 1 GPU"
     config["max_workers"] = 5
-    assert from_autoscaling_config(config, [head]).workers_that_fit(CPU) == 5 * 16, "the head's place is no place for a worker"
+    assert from_autoscaling_config(config, [head]).workers_that_fit(CPU) == 5 * 16, (
+        "the head's place is no place for a worker"
+    )
 
 
 def test_machines_that_one_has_are_counted_as_they_are():
@@ -96,7 +112,9 @@ def test_machines_that_one_has_are_counted_as_they_are():
     handed_on = {
         **read("deploy/cluster-local.yaml"),
         "head_node_type": "local.cluster.node",
-        "available_node_types": {"local.cluster.node": {"node_config": {}, "resources": {}, "min_workers": 2, "max_workers": 2}},
+        "available_node_types": {
+            "local.cluster.node": {"node_config": {}, "resources": {}, "min_workers": 2, "max_workers": 2}
+        },
     }
     for config in (read("deploy/cluster-local.yaml"), handed_on, {}):
         found = from_autoscaling_config(config, [HEAD, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}])
@@ -116,7 +134,9 @@ def test_what_a_type_leaves_out_is_what_ray_takes():
     assert from_autoscaling_config(config, [HEAD]).workers_that_fit(CPU) == 1 + 1 + 2
     types["worker"]["max_workers"] = 0
     types["worker"]["resources"] = {}
-    assert from_autoscaling_config(config, [HEAD]).workers_that_fit(CPU) == 2, "a type that is never added need not be known"
+    assert from_autoscaling_config(config, [HEAD]).workers_that_fit(CPU) == 2, (
+        "a type that is never added need not be known"
+    )
 
 
 def test_a_stage_that_can_never_run_is_refused_with_the_arithmetic():
@@ -126,7 +146,8 @@ def test_a_stage_that_can_never_run_is_refused_with_the_arithmetic():
     assert check_fits("pretrain", config.with_overrides({"pretrain.num_workers": 2}).pretrain, found) == 3
     needs = config.with_overrides({"pretrain.cpus_per_worker": 2}).pretrain
     with pytest.raises(
-        ConfigError, match=r"pretrain needs 4 worker\(s\) with 2 CPU each, but only 3 fit on the cluster, which can grow to"
+        ConfigError,
+        match=r"pretrain needs 4 worker\(s\) with 2 CPU each, but only 3 fit on the cluster, which can grow to",
     ):
         check_fits("pretrain", needs, found)
     unknown = Capacity((HEAD,), (), 0, grows=None)
@@ -160,7 +181,15 @@ class Processes:
 
     def monitor(self, number: int, config: str | None, address: str = "10.0.0.1:6379") -> None:
         named = [] if config is None else [f"--autoscaling-config={config}"]
-        self.add(number, "/usr/bin/python3", "-u", "/ray/autoscaler/v2/monitor.py", "--logs-dir=/tmp", f"--gcs-address={address}", *named)
+        self.add(
+            number,
+            "/usr/bin/python3",
+            "-u",
+            "/ray/autoscaler/v2/monitor.py",
+            "--logs-dir=/tmp",
+            f"--gcs-address={address}",
+            *named,
+        )
 
 
 @pytest.fixture
@@ -173,7 +202,9 @@ def processes(tmp_path: Path) -> Processes:
 
 
 @pytest.mark.parametrize("form", ["cluster.yaml", "../work/cluster.yaml", "{folder}/cluster.yaml", "~/cluster.yaml"])
-def test_the_autoscaler_s_file_is_found_as_the_autoscaler_finds_it(processes: Processes, form: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_autoscaler_s_file_is_found_as_the_autoscaler_finds_it(
+    processes: Processes, form: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HOME", str(processes.work))
     processes.monitor(11, form.format(folder=processes.work))
     found = autoscaling_file("10.0.0.1:6379", processes.proc)

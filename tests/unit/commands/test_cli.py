@@ -29,7 +29,9 @@ pytestmark = pytest.mark.unit
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "htcl_ray.cli", *arguments], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "htcl_ray.cli", *arguments], capture_output=True, text=True, cwd=REPOSITORY, timeout=120
+    )
 
 
 def test_config_show_prints_what_will_run(capsys: pytest.CaptureFixture[str]):
@@ -37,7 +39,9 @@ def test_config_show_prints_what_will_run(capsys: pytest.CaptureFixture[str]):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["preset"], shown["pretrain"]["epochs"], shown["workspace"]) == ("demo", 3, "/w")
     assert cli.main(["config", "show"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["workspace"] == str(Path.cwd() / "workspace"), "saved, it works anywhere"
+    assert yaml.safe_load(capsys.readouterr().out)["workspace"] == str(Path.cwd() / "workspace"), (
+        "saved, it works anywhere"
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,12 +121,24 @@ def test_every_error_class_has_an_exit_code():
 def test_the_installed_command_answers():
     assert "htcl-ray" in run("--version").stdout
     listed = run("--help").stdout
-    for command in ("demo", "preprocess", "pretrain", "finetune", "embed", "index", "evaluate", "serve", "search", "config"):
+    for command in (
+        "demo",
+        "preprocess",
+        "pretrain",
+        "finetune",
+        "embed",
+        "index",
+        "evaluate",
+        "serve",
+        "search",
+        "config",
+    ):
         assert command in listed
 
 
 class TestOutput:
-    """A terminal without UTF-8, a reader that leaves, a full disk: none of them is a traceback, and none ends a step that works."""
+    """A terminal without UTF-8, a reader that leaves, a full disk: none of them is a traceback, and none ends a step
+    that works."""
 
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
     def test_every_character_on_every_terminal(self, encoding: str):
@@ -136,7 +152,9 @@ class TestOutput:
             "sys.exit(cli.main(['config', 'show']))"
         )
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, env=environment, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, env=environment, timeout=120
+        )
         assert done.returncode == 0, done.stderr.decode(encoding)
         shown = done.stdout.decode(encoding)
         assert "step: done in 1 s: 5 " in shown
@@ -151,14 +169,21 @@ class TestOutput:
             "assert cli.main(['config', 'schema']) == cli.main(['config', 'show']) == 0"
         )
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, env=environment, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, env=environment, timeout=120
+        )
         assert (done.returncode, done.stderr) == (0, b"")
 
-    @pytest.mark.parametrize(("arguments", "code"), [(["config", "schema"], 141), (["config", "show"], 141), (["--help"], 0)])
+    @pytest.mark.parametrize(
+        ("arguments", "code"), [(["config", "schema"], 141), (["config", "show"], 141), (["--help"], 0)]
+    )
     def test_a_reader_that_leaves(self, arguments: list[str], code: int):
         """`htcl search … | head -1`; 141 is what a shell says of a program that SIGPIPE ended."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "htcl_ray.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
+            [sys.executable, "-m", "htcl_ray.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=REPOSITORY,
         )
         assert process.stdout is not None
         process.stdout.close()
@@ -168,9 +193,16 @@ class TestOutput:
     def test_output_to_a_full_disk(self):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
-                [sys.executable, "-m", "htcl_ray.cli", "config", "schema"], stdout=full, stderr=subprocess.PIPE, cwd=REPOSITORY, text=True
+                [sys.executable, "-m", "htcl_ray.cli", "config", "schema"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                cwd=REPOSITORY,
+                text=True,
             )
-        assert (done.returncode, done.stderr) == (1, "htcl: failed: the output cannot be written (No space left on device)\n")
+        assert (done.returncode, done.stderr) == (
+            1,
+            "htcl: failed: the output cannot be written (No space left on device)\n",
+        )
 
 
 FULL = OSError(28, "No space left on device")
@@ -187,13 +219,27 @@ FULL = OSError(28, "No space left on device")
             1,
             "htcl: failed: no space left",
         ),
-        (Carried(OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28]")), 1, "htcl: failed: no space left"),
+        (
+            Carried(OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28]")),
+            1,
+            "htcl: failed: no space left",
+        ),
         (OSError(5, "Input/output error"), 1, "htcl: failed: /w cannot be read or written (Input/output error)"),
-        (Carried(OSError("When listing: AWS Error SLOW_DOWN during PutObject")), 1, "htcl: failed: /w cannot be read or written"),
-        (PermissionError(13, "Permission denied", "/etc/x"), 2, "htcl: error: access denied to /etc/x (Permission denied)"),
+        (
+            Carried(OSError("When listing: AWS Error SLOW_DOWN during PutObject")),
+            1,
+            "htcl: failed: /w cannot be read or written",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/etc/x"),
+            2,
+            "htcl: error: access denied to /etc/x (Permission denied)",
+        ),
     ],
 )
-def test_storage_that_fails_is_one_sentence(error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]):
+def test_storage_that_fails_is_one_sentence(
+    error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]
+):
     assert cli._report(error, "/w") == code
     said = capsys.readouterr().err
     assert said.startswith(shown)
@@ -257,7 +303,11 @@ def test_a_full_disk_at_every_kind_of_write(small_disk: Path):
     for name, write in writes.items():
         with pytest.raises(Exception) as caught:  # noqa: PT011
             write()
-        failure = storage_failure(caught.value, str(small_disk)) if not isinstance(caught.value, StorageError) else caught.value
+        failure = (
+            storage_failure(caught.value, str(small_disk))
+            if not isinstance(caught.value, StorageError)
+            else caught.value
+        )
         assert "no space left on the device of " in str(failure), name
         if name == "torch":
             assert (small_disk / "checkpoint" / TRAINING_STATE).exists()
@@ -270,7 +320,9 @@ def test_a_full_disk_at_every_kind_of_write(small_disk: Path):
 @pytest.mark.parametrize(
     "error",
     [
-        Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup."),
+        Exception(
+            "The current node timed out during startup. This could happen because some of the raylet failed to startup."
+        ),
         TimeoutError("Timed out after 60 seconds"),
         ConnectionError("no cluster"),
         ValueError("Malformed address"),

@@ -27,12 +27,26 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def test_json_is_what_the_service_answers(workspace: Path, capsys: pytest.CaptureFixture):
-    asked = ["search", "--workspace", str(workspace), "--song-id", "s1", "-k", "3", "--blend", "0.2", "--max-per-artist", "1"]
+    asked = [
+        "search",
+        "--workspace",
+        str(workspace),
+        "--song-id",
+        "s1",
+        "-k",
+        "3",
+        "--blend",
+        "0.2",
+        "--max-per-artist",
+        "1",
+    ]
     assert main([*asked, "--filter", '{"title": ["two", "three", "one"]}', "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     service = SearchService.open(small_config(workspace), encoder=False)
     answer = service.search_songs(["s1"], k=3, blend=0.2, filter=Filter(title=["two", "three"]), max_per_artist=1)
-    assert [(result["song_id"], result["score"]) for result in told["results"]] == [(hit.song_id, hit.score) for hit in answer.hits]
+    assert [(result["song_id"], result["score"]) for result in told["results"]] == [
+        (hit.song_id, hit.score) for hit in answer.hits
+    ]
     assert {result["title"] for result in told["results"]} == {"Two", "Three"}
     assert (told["k"], told["blend"], told["text_coverage"]) == (3, 0.2, None)
 
@@ -51,7 +65,11 @@ def with_models(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("\U0001f3b5\U0001f3b6", 0, "warning: the text model knows nothing of this text"),
         ("静かなピアノ", 0, "warning: the text model knows nothing of this text"),
         ("jazz \U0001f3b5\U0001f3b6", 4 / 6, ""),
-        ("jazz \U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6", 0.4, "warning: the text model knows only 40% of this text"),
+        (
+            "jazz \U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6\U0001f3b5\U0001f3b6",
+            0.4,
+            "warning: the text model knows only 40% of this text",
+        ),
     ],
 )
 def test_a_text_of_which_little_is_known_is_warned_of(

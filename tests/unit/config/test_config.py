@@ -63,12 +63,21 @@ def test_columns_accept_free_names():
         ("pairs.negative_feedback=[like]", "positive_feedback and in negative_feedback"),
         ("pairs.positive_feedback=[love]", "pairs.positive_feedback"),
         ("model.heads=5", "multiple of heads"),
-        ("model.window_seconds=9", "model.window_seconds is 9; expected at most audio.clip_seconds (8), or null for whole clips"),
+        (
+            "model.window_seconds=9",
+            "model.window_seconds is 9; expected at most audio.clip_seconds (8), or null for whole clips",
+        ),
         ("pretrain.freeze_audio_layers=3", "pretrain.freeze_audio_layers is 3; expected at most model.layers (2)"),
-        ("finetune.mel_masks=8", "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (128)"),
+        (
+            "finetune.mel_masks=8",
+            "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (128)",
+        ),
         ("pretrain.micro_batch_size=0", "'pretrain.micro_batch_size': it is 0; expected a number from 1, auto or null"),
         ("pretrain.micro_batch_size=fits", "it is 'fits'; expected a number from 1, auto or null"),
-        ("pretrain.micro_batch_size=33", "micro_batch_size is 33; expected at most batch_size / num_workers (32), or auto or null"),
+        (
+            "pretrain.micro_batch_size=33",
+            "micro_batch_size is 33; expected at most batch_size / num_workers (32), or auto or null",
+        ),
         ("finetune.num_workers=200", "expected a multiple of num_workers (200), for instance 200"),
         ("pretrain.seed=-1", "pretrain.seed"),
         ("data.catalog=[a", "not YAML"),
@@ -104,11 +113,15 @@ def test_micro_batch_sizes(value: str):
 def test_seeds_are_numbers_that_every_library_takes(section: str):
     assert getattr(resolve("demo", None, [f"{section}.seed={2**32 - 1}"]), section).seed == 2**32 - 1
     for seed in (-1, 2**32, 20_000_000_000_000):
-        with pytest.raises(ConfigError, match=rf"^configuration key '{section}\.seed': Input should be .* \(it is '{seed}'\)$"):
+        with pytest.raises(
+            ConfigError, match=rf"^configuration key '{section}\.seed': Input should be .* \(it is '{seed}'\)$"
+        ):
             resolve("demo", None, [f"{section}.seed={seed}"])
 
 
-@pytest.mark.parametrize("key", ["learning_rate", "text_learning_rate", "weight_decay", "max_gradient_norm", "cpus_per_worker"])
+@pytest.mark.parametrize(
+    "key", ["learning_rate", "text_learning_rate", "weight_decay", "max_gradient_norm", "cpus_per_worker"]
+)
 def test_numbers_of_a_stage_are_finite(key: str):
     for value in (".inf", ".nan"):
         with pytest.raises(ConfigError, match=rf"configuration key 'pretrain\.{key}': Input should be"):
@@ -157,7 +170,14 @@ def test_plain_scalars_of_a_file_are_texts(tmp_path: Path):
         "finetune:\n  <<: *stage\n  loss: softmax\n"
     )
     config = resolve("demo", file)
-    assert config.data.columns == {"song_id": "yes", "year": "2024", "title": "1:30", "album": "064", "genre": "2024-01-01", "mood": "on"}
+    assert config.data.columns == {
+        "song_id": "yes",
+        "year": "2024",
+        "title": "1:30",
+        "album": "064",
+        "genre": "2024-01-01",
+        "mood": "on",
+    }
     assert config.data.split_column == "no"
     assert (config.pretrain.batch_size, config.pretrain.learning_rate, config.pretrain.compile) == (64, 1e-4, True)
     assert config.finetune.batch_size == 64
@@ -186,7 +206,9 @@ def test_null_where_a_key_may_be_null(tmp_path: Path):
 
 def test_lists_and_sections_of_an_assignment():
     config = resolve(
-        "demo", None, ["data.catalog=[a b.csv, 'c, d.csv', yes]", "data.columns={song_id: no, year: 064}", "pretrain={epochs: 3}"]
+        "demo",
+        None,
+        ["data.catalog=[a b.csv, 'c, d.csv', yes]", "data.columns={song_id: no, year: 064}", "pretrain={epochs: 3}"],
     )
     assert config.data.catalog == ("a b.csv", "c, d.csv", "yes")
     assert config.data.columns == {"song_id": "no", "year": "064"}
@@ -230,9 +252,20 @@ def test_unknown_preset_and_unreadable_file(tmp_path: Path):
 
 def test_paper_preset_is_the_published_model():
     config = resolve("paper")
-    assert (config.audio.sample_rate, config.audio.n_fft, config.audio.hop_length, config.audio.n_mels) == (16000, 2048, 1536, 128)
+    assert (config.audio.sample_rate, config.audio.n_fft, config.audio.hop_length, config.audio.n_mels) == (
+        16000,
+        2048,
+        1536,
+        128,
+    )
     assert config.audio.max_frames == 1251
-    assert (config.model.width, config.model.layers, config.model.heads, config.model.feed_forward, config.model.dim) == (
+    assert (
+        config.model.width,
+        config.model.layers,
+        config.model.heads,
+        config.model.feed_forward,
+        config.model.dim,
+    ) == (
         768,
         12,
         12,
@@ -259,7 +292,11 @@ def test_paper_preset_is_the_published_model():
     ],
 )
 def test_a_later_batch_size_replaces_the_other_one(
-    preset: str, file: dict[str, int], assignments: list[str], expected: tuple[int | None, int | None, int], tmp_path: Path
+    preset: str,
+    file: dict[str, int],
+    assignments: list[str],
+    expected: tuple[int | None, int | None, int],
+    tmp_path: Path,
 ):
     (tmp_path / "file.yaml").write_text(yaml.safe_dump({"finetune": file}))
     config = resolve(preset, tmp_path / "file.yaml", [f"finetune.{assignment}" for assignment in assignments])
@@ -276,11 +313,17 @@ def test_a_later_batch_size_replaces_the_other_one(
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["batch_size=64", "batch_size_per_worker=32"], "is 64 and batch_size_per_worker is 32; expected a number for one of them"),
+        (
+            ["batch_size=64", "batch_size_per_worker=32"],
+            "is 64 and batch_size_per_worker is 32; expected a number for one of them",
+        ),
         (["batch_size=null"], "is None and batch_size_per_worker is None; expected a number for one of them"),
         (["batch_size_per_worker=1", "num_workers=1"], "num_workers is 1; expected at least 2 rows"),
         (["batch_size_per_worker=0"], "greater than or equal to 1"),
-        (["batch_size_per_worker=8", "num_workers=2", "micro_batch_size=9"], r"expected at most batch_size / num_workers \(8\)"),
+        (
+            ["batch_size_per_worker=8", "num_workers=2", "micro_batch_size=9"],
+            r"expected at most batch_size / num_workers \(8\)",
+        ),
     ],
 )
 def test_batch_sizes_that_contradict_each_other_are_refused(assignments: list[str], message: str):
@@ -296,7 +339,8 @@ def test_configuration_is_frozen_and_typed():
 
 
 def test_relative_paths_become_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of every key that names a file or folder, and only of those; the second time, in another directory, nothing changes."""
+    """Of every key that names a file or folder, and only of those; the second time, in another directory, nothing
+    changes."""
     (tmp_path / "bert").mkdir()
     monkeypatch.chdir(tmp_path)
     given = [
@@ -332,7 +376,13 @@ def test_every_key_that_names_a_file_is_made_absolute():
         for key in values
         if any(part in ("path", "file", "folder", "dir", "uri", "catalog", "interactions") for part in key.split("_"))
     }
-    assert keys == {"data.catalog", "data.interactions", "text.name_or_path", "serve.api_keys_file", "tracking.mlflow_uri"}
+    assert keys == {
+        "data.catalog",
+        "data.interactions",
+        "text.name_or_path",
+        "serve.api_keys_file",
+        "tracking.mlflow_uri",
+    }
 
 
 def test_a_configuration_file_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

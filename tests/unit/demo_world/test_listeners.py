@@ -1,11 +1,23 @@
-"""The simulated listeners: what they like is partly named and mostly heard, and the log is one that a service could have."""
+"""The simulated listeners: what they like is partly named and mostly heard, and the log is one that a service could
+have."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from htcl_ray.demo_world.listeners import DAYS, FIRST_DAY, POSITIVE, RECOMMENDED, VISITS, Log, Tastes, make_tastes, popularity, simulate
+from htcl_ray.demo_world.listeners import (
+    DAYS,
+    FIRST_DAY,
+    POSITIVE,
+    RECOMMENDED,
+    VISITS,
+    Log,
+    Tastes,
+    make_tastes,
+    popularity,
+    simulate,
+)
 from htcl_ray.demo_world.world import World, make_world
 from htcl_ray.evaluation.metrics import ndcg_at_k
 from htcl_ray.schemas import Feedback
@@ -89,8 +101,11 @@ def test_pairs_agree_in_hidden_traits_far_more_than_by_chance(world: World, log:
     assert (agreement > 0.72).all()
 
 
-def test_taste_ranks_better_than_what_the_text_says_and_that_better_than_popularity(world: World, tastes: Tastes, log: Log) -> None:
-    """The oracles that bound every model: true taste ≫ its named part > popularity ≈ chance, among songs that a fifth of artists made."""
+def test_taste_ranks_better_than_what_the_text_says_and_that_better_than_popularity(
+    world: World, tastes: Tastes, log: Log
+) -> None:
+    """The oracles that bound every model: true taste ≫ its named part > popularity ≈ chance, among songs that a fifth
+    of artists made."""
     cold = np.flatnonzero([world.artists.index(song.artist) % 5 == 0 for song in world.songs])
     positive = is_positive(log)
     liked = [set(log.song[positive & (log.user == user)].tolist()) & set(cold.tolist()) for user in range(USERS)]
@@ -102,7 +117,9 @@ def test_taste_ranks_better_than_what_the_text_says_and_that_better_than_popular
     genres = [song.genre for song in world.songs]
     offered = {genre: sum(genres[song] == genre for song in log.song[positive]) for genre in set(genres)}
     random = quality(np.random.default_rng(0).random((USERS, len(world.songs))))
-    of_genre = quality(np.tile([offered[genre] for genre in genres], (USERS, 1)) + 1e-6 * np.random.default_rng(1).random(len(genres)))
+    of_genre = quality(
+        np.tile([offered[genre] for genre in genres], (USERS, 1)) + 1e-6 * np.random.default_rng(1).random(len(genres))
+    )
     named, true = quality(tastes.named_utility(world)), quality(tastes.utility(world))
     assert true > 2.5 * named
     assert named > 1.3 * max(random, of_genre)

@@ -1,4 +1,5 @@
-"""The sample's sound: playable, deterministic, and saying what it should to anyone who looks at its log-mel spectrogram."""
+"""The sample's sound: playable, deterministic, and saying what it should to anyone who looks at its log-mel
+spectrogram."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ def band_levels(sound: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def middle_share(sound: np.ndarray) -> float:
     """Level around 1,600 Hz against the bands below and above it, in decibels."""
-    middle, below, above = (band_levels(sound, low, high).mean() for low, high in ((1200, 2100), (300, 600), (4000, 7000)))
+    middle, below, above = (
+        band_levels(sound, low, high).mean() for low, high in ((1200, 2100), (300, 600), (4000, 7000))
+    )
     return float(middle - (below + above) / 2)
 
 
@@ -104,19 +107,24 @@ def test_a_hidden_trait_is_heard_in_every_genre(world: World, trait: str) -> Non
     measure, position = MEASURES[trait], HIDDEN_TRAITS.index(trait)
     for song in one_of_each_genre(world):
         sides = [
-            replace(song, hidden=tuple(side * 0.75 if i == position else -0.75 for i in range(len(HIDDEN_TRAITS)))) for side in (-1, 1)
+            replace(song, hidden=tuple(side * 0.75 if i == position else -0.75 for i in range(len(HIDDEN_TRAITS))))
+            for side in (-1, 1)
         ]
         without, with_it = (measure(play(side, seconds=12.0)) for side in sides)
         assert with_it > without + 1.5, (song.genre, without, with_it)
 
 
 def test_named_and_hidden_traits_can_be_read_from_the_spectrogram_of_unknown_artists(world: World) -> None:
-    features = np.stack([summary(log_mel(play(song, take=i), SAMPLE_RATE, RECIPE)) for i, song in enumerate(world.songs)])
+    features = np.stack(
+        [summary(log_mel(play(song, take=i), SAMPLE_RATE, RECIPE)) for i, song in enumerate(world.songs)]
+    )
     known = np.array([world.artists.index(song.artist) // len(GENRES) % 4 != 0 for song in world.songs])
 
     def read(labels: list[str] | np.ndarray) -> float:
         labels = np.array(labels)
-        probe = make_pipeline(StandardScaler(), PCA(100, random_state=0), StandardScaler(), LogisticRegression(C=0.02, max_iter=500))
+        probe = make_pipeline(
+            StandardScaler(), PCA(100, random_state=0), StandardScaler(), LogisticRegression(C=0.02, max_iter=500)
+        )
         return float(probe.fit(features[known], labels[known]).score(features[~known], labels[~known]))
 
     assert read([song.genre for song in world.songs]) > 0.75  # chance 0.125
@@ -128,7 +136,8 @@ def test_named_and_hidden_traits_can_be_read_from_the_spectrogram_of_unknown_art
 
 
 def summary(mel: np.ndarray) -> np.ndarray:
-    """Statistics of a log-mel [frames, bands] that a linear classifier can use, after the per-clip normalisation that models do."""
+    """Statistics of a log-mel [frames, bands] that a linear classifier can use, after the per-clip normalisation that
+    models do."""
     z = (mel - mel.mean()) / mel.std()
     bands = z.reshape(len(z), 16, -1).mean(axis=2)
     change = np.abs(np.fft.rfft(bands - bands.mean(axis=0), n=80, axis=0))[1:41].reshape(40, 4, 4).mean(axis=2)

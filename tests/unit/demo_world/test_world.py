@@ -23,11 +23,16 @@ def world() -> World:
 
 def test_the_seed_determines_the_world(world: World) -> None:
     assert make_world(songs=1000, artists=200, seed=0) == world
-    assert {song.song_id for song in make_world(songs=1000, artists=200, seed=1).songs}.isdisjoint(song.song_id for song in world.songs)
+    assert {song.song_id for song in make_world(songs=1000, artists=200, seed=1).songs}.isdisjoint(
+        song.song_id for song in world.songs
+    )
 
 
 def test_random_streams_are_independent() -> None:
-    drawn = {tuple(random_stream(*key).integers(0, 2**62, 2)) for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "ab"))}
+    drawn = {
+        tuple(random_stream(*key).integers(0, 2**62, 2))
+        for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "ab"))
+    }
     assert len(drawn) == 5
 
 
@@ -102,7 +107,13 @@ def opaque_features(world: World) -> np.ndarray:
     rows = []
     for song in world.songs:
         letters = f"{song.title} {song.album}".lower()
-        rows.append([*bytes.fromhex(song.song_id), len(song.title), *(letters.count(letter) for letter in "abdefghiklmnoprstuvz")])
+        rows.append(
+            [
+                *bytes.fromhex(song.song_id),
+                len(song.title),
+                *(letters.count(letter) for letter in "abdefghiklmnoprstuvz"),
+            ]
+        )
     return np.array(rows, dtype=float)
 
 

@@ -34,7 +34,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_the_same_arguments_give_the_same_bytes_and_others_do_not(sample: SampleTables, tmp_path: Path) -> None:
@@ -46,7 +48,9 @@ def test_the_same_arguments_give_the_same_bytes_and_others_do_not(sample: Sample
     )
 
 
-def test_several_processes_write_what_one_writes(sample: SampleTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_write_what_one_writes(
+    sample: SampleTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(write, "SONGS_PER_PROCESS", 40)
     monkeypatch.setattr(write.os, "cpu_count", lambda: 2)
     assert digests(write_sample(tmp_path / "s", **SIZES).catalog.parent) == digests(sample.catalog.parent)
@@ -97,7 +101,12 @@ def test_the_catalogue_names_named_traits_only(sample: SampleTables) -> None:
     assert [row["song_id"] for row in catalog] == [song.song_id for song in world.songs]
     for row, song in zip(catalog, world.songs, strict=True):
         assert row["audio_path"] == f"audio/{song.song_id}.wav"
-        assert (row["title"], row["artist"], row["album"], row["year"]) == (song.title, song.artist.name, song.album, str(song.year))
+        assert (row["title"], row["artist"], row["album"], row["year"]) == (
+            song.title,
+            song.artist.name,
+            song.album,
+            str(song.year),
+        )
         assert (row["genre"], row["mood"]) == (song.genre, song.mood)
         assert row["tags"].split(";") == [song.lead, song.backing]
 
@@ -137,7 +146,9 @@ def test_a_few_files_are_damaged_in_five_ways() -> None:
     damaged = write.damaged_songs(world)
     assert len(damaged) == 6
     assert set(damaged.values()) == set(write.Damage)
-    assert all(sum(song.recording == position for song in world.songs) == 1 for position in damaged)  # never a duplicate's original
+    assert all(
+        sum(song.recording == position for song in world.songs) == 1 for position in damaged
+    )  # never a duplicate's original
 
 
 @pytest.mark.parametrize("damage", list(write.Damage))
@@ -158,7 +169,9 @@ def test_the_log_is_in_the_feedback_shape_and_a_few_rows_are_broken(sample: Samp
     log = rows(sample.interactions)
     assert list(log[0]) == ["user_id", "trigger_song_id", "song_id", "feedback", "timestamp"]
     known = {row["song_id"] for row in rows(sample.catalog)}
-    assert {row["feedback"] for row in log} == {str(feedback) for feedback in Feedback}  # any other value would stop the step
+    assert {row["feedback"] for row in log} == {
+        str(feedback) for feedback in Feedback
+    }  # any other value would stop the step
     unknown = [row for row in log if row["song_id"] not in known or row["trigger_song_id"] not in known]
     nobody = [row for row in log if not row["user_id"]]
     undated = [row for row in log if not is_time(row["timestamp"])]

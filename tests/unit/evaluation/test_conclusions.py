@@ -1,4 +1,5 @@
-"""What a report opens with: each use against simple baselines, what the gate said, and what was not measured; in plain sentences."""
+"""What a report opens with: each use against simple baselines, what the gate said, and what was not measured; in plain
+sentences."""
 
 from __future__ import annotations
 
@@ -42,15 +43,26 @@ def task(name: str, figure: str, control: str | None, **values: float) -> Task:
 
 def report_of(*tasks: Task, stage_2: bool = True) -> dict[str, Any]:
     spaces = ["semantic", "preference", "blend_0.5"] if stage_2 else ["semantic"]
-    described = {"run": "r", "format_version": 1, "created": "2026-01-01T00:00:00.000000+00:00", "command": "htcl evaluate"}
+    described = {
+        "run": "r",
+        "format_version": 1,
+        "created": "2026-01-01T00:00:00.000000+00:00",
+        "command": "htcl evaluate",
+    }
     described |= {"config": {}, "inputs": {"pairs": None}, "libraries": {}}
     data = {"split": "test", "songs": 80, "artists": 80, "unique_texts": 80, "spaces": spaces}
     return report_tree(described, Measured(data, {}, list(tasks), {}))[0]
 
 
-SEARCH = task("text_to_audio", "recall@10", "random", semantic=0.9, preference=0.8, blend=0.85, shuffled=0.1, random=0.1)
-PROBE = task("probe_genre", "accuracy", "commonest", semantic=0.8, preference=0.78, blend=0.79, log_mel=0.95, commonest=0.2)
-COLD = task("cold", "ndcg@10", "random", semantic=0.05, preference=0.3, blend=0.2, random=0.04, popularity=0.05, log_mel=0.1)
+SEARCH = task(
+    "text_to_audio", "recall@10", "random", semantic=0.9, preference=0.8, blend=0.85, shuffled=0.1, random=0.1
+)
+PROBE = task(
+    "probe_genre", "accuracy", "commonest", semantic=0.8, preference=0.78, blend=0.79, log_mel=0.95, commonest=0.2
+)
+COLD = task(
+    "cold", "ndcg@10", "random", semantic=0.05, preference=0.3, blend=0.2, random=0.04, popularity=0.05, log_mel=0.1
+)
 HOT = task("hot", "ndcg@10", "random", semantic=0.05, preference=0.1, blend=0.08, random=0.02, item_knn=0.3, als=0.1001)
 LOST = task("zero_shot_mood", "accuracy", "random", semantic=0.2, preference=0.2, blend=0.2, random=0.2001)
 
@@ -75,7 +87,10 @@ def test_each_use_is_judged_by_its_best_space_against_every_baseline():
     assert search.advice == "Use it with blend=0"
     assert conclusion(report, "new songs for new listeners").advice == "Use it with blend=1"
     probe = conclusion(report, "genre by a classifier on the vectors")
-    assert probe.finding == "Accuracy 0.800 (stage 1, blend 0); raw log-mel statistics 0.950 (1.2 times as much), significantly better."
+    assert (
+        probe.finding
+        == "Accuracy 0.800 (stage 1, blend 0); raw log-mel statistics 0.950 (1.2 times as much), significantly better."
+    )
     assert "mel bands" in probe.advice
     hot = conclusion(report, "songs with listeners, for new listeners")
     assert "item-kNN 0.300 (3.0 times as much), significantly better" in hot.finding
@@ -112,9 +127,13 @@ def test_what_is_not_there_is_said():
 
 def test_a_gate_is_told_first():
     report = report_of(SEARCH)
-    bounds = [{"figure": f"f{i}", "asked": "a", "value": 0.1, "low": None, "high": None, "passed": i > 1, "note": ""} for i in range(5)]
+    bounds = [
+        {"figure": f"f{i}", "asked": "a", "value": 0.1, "low": None, "high": None, "passed": i > 1, "note": ""}
+        for i in range(5)
+    ]
     none, failed, passed = (
-        draw_conclusions(report, gate) for gate in (None, {"passed": False, "results": bounds}, {"passed": True, "results": bounds[2:]})
+        draw_conclusions(report, gate)
+        for gate in (None, {"passed": False, "results": bounds}, {"passed": True, "results": bounds[2:]})
     )
     assert (none.good, failed.good, passed.good) == (None, False, True)
     assert none.served == "No gate has judged this model; 'htcl evaluate --gate default' does."
@@ -142,7 +161,9 @@ def test_a_space_or_baseline_without_a_value_is_left_out():
     probe = replace(
         PROBE,
         methods={
-            name: unknown if name in ("preference", "log_mel") else PROBE.methods[name] for name in PROBE.methods if name != "blend_0.5"
+            name: unknown if name in ("preference", "log_mel") else PROBE.methods[name]
+            for name in PROBE.methods
+            if name != "blend_0.5"
         },
     )
     (row,) = baseline_differences(estimates([probe]), [probe], ["preference", "semantic"])
@@ -226,7 +247,9 @@ def test_the_page_opens_with_the_verdict_and_holds_no_python(tmp_path: Path, mad
         seen = Seen()
         seen.feed(page)
         text = " ".join(" ".join(seen.text).split())
-        assert not re.search(r"\bNone\b|\bTrue\b|\bFalse\b|\bnan\b|\[\]|\{\}|\['|\{'|np\.|dict\(|array\(|<class", text), text
+        assert not re.search(
+            r"\bNone\b|\bTrue\b|\bFalse\b|\bnan\b|\[\]|\{\}|\['|\{'|np\.|dict\(|array\(|<class", text
+        ), text
         assert text.index("Verdict") < text.index("Metrics") < text.index("How it was measured")
         assert seen.order[:2] == ["h2", "details"], "the verdict comes first, and no table before it"
         assert seen.order.count("table") < seen.order.count("details")

@@ -59,7 +59,10 @@ def test_an_absolute_bound_holds_for_the_value_and_not_for_the_interval():
 def test_a_difference_is_bounded_by_the_ends_of_its_paired_interval():
     rng = np.random.default_rng(0)
     base, gain = rng.uniform(size=60), rng.normal(0.05, 0.05, size=60)
-    figures = {("cold", "semantic", "ndcg@10"): of_users(base), ("cold", "preference", "ndcg@10"): of_users(base + gain)}
+    figures = {
+        ("cold", "semantic", "ndcg@10"): of_users(base),
+        ("cold", "preference", "ndcg@10"): of_users(base + gain),
+    }
     weights = bootstrap.draw(USERS, 500, 0).weights
     paired = (weights @ gain) / weights.sum(axis=1)
     low, high = np.percentile(paired, [2.5, 97.5])
@@ -73,7 +76,12 @@ def test_a_difference_is_bounded_by_the_ends_of_its_paired_interval():
 
 def test_shown_asks_for_the_better_side():
     better = {"lower": np.full(60, 0.1), "higher": np.full(60, 0.9)}
-    figures = {(task, method, name): of_users(v) for task in "t" for method, v in better.items() for name in ("mrr", "median_rank")}
+    figures = {
+        (task, method, name): of_users(v)
+        for task in "t"
+        for method, v in better.items()
+        for name in ("mrr", "median_rank")
+    }
     assert passes({"figure": "t.higher.mrr", "over": "lower", "shown": True}, figures)
     assert not passes({"figure": "t.lower.mrr", "over": "higher", "shown": True}, figures)
     assert passes({"figure": "t.lower.median_rank", "over": "higher", "shown": True}, figures)
@@ -105,7 +113,9 @@ def test_against_the_model_being_served():
     assert (alone.passed, alone.value, alone.note) == (False, None, "no model is being served")
     assert passes({**bound, "optional": True}, {key: ours})
     worst = {("collapse", "semantic", "audio_effective_rank"): Estimate(9.0, 5)}
-    assert passes({"figure": "collapse.semantic.audio_effective_rank", "over_served": True, "at_least": -1}, worst, worst)
+    assert passes(
+        {"figure": "collapse.semantic.audio_effective_rank", "over_served": True, "at_least": -1}, worst, worst
+    )
 
 
 NDCG, MRR = ("cold", "preference", "ndcg@10"), ("text_to_audio", "semantic", "mrr")
@@ -119,8 +129,18 @@ OTHER_USERS = bootstrap.mean(np.zeros(60), bootstrap.draw(USERS, 500, 0).about("
         ({NDCG: of_users(np.ones(60))}, {("cold", "preference", "mrr"): OTHER_USERS}, None, "ndcg@10 was not measured"),
         ({MRR: OTHER_USERS}, {NDCG: of_users(np.ones(60))}, None, "ndcg@10 was not measured"),
         ({NDCG: Estimate(math.nan, 0)}, {NDCG: of_users(np.ones(60))}, None, "has no value"),
-        ({("cold", "preference", "mrr"): OTHER_USERS}, {("cold", "preference", "mrr"): OTHER_USERS}, None, "was not measured"),
-        ({NDCG: of_users(np.ones(60))}, None, "its recipe is another", "could not be evaluated on this test set: its recipe is another"),
+        (
+            {("cold", "preference", "mrr"): OTHER_USERS},
+            {("cold", "preference", "mrr"): OTHER_USERS},
+            None,
+            "was not measured",
+        ),
+        (
+            {NDCG: of_users(np.ones(60))},
+            None,
+            "its recipe is another",
+            "could not be evaluated on this test set: its recipe is another",
+        ),
         ({MRR: OTHER_USERS}, None, "its recipe is another", "was not measured"),
         ({NDCG: of_users(np.full(60, np.nan))}, {NDCG: of_users(np.ones(60))}, None, "has no value"),
     ],
@@ -132,11 +152,14 @@ def test_a_bound_never_passes_for_lack_of_a_value_once_a_model_is_served(own, se
     assert (result.passed, result.value) == (False, None)
     assert note in result.note
     assert not Result.from_json(json.loads(json.dumps(result.as_json()))).passed, "nor when the verdict is read again"
-    assert judge(Gate(bounds=(bound,)), own if NDCG not in own else {}, None).passed, "nothing is served: optional holds"
+    assert judge(Gate(bounds=(bound,)), own if NDCG not in own else {}, None).passed, (
+        "nothing is served: optional holds"
+    )
 
 
 def test_stages_that_a_model_lacks():
-    """Stage 1 alone on both sides: the bound does not apply. A first stage 2 is compared with the stage 1 that is served."""
+    """Stage 1 alone on both sides: the bound does not apply. A first stage 2 is compared with the stage 1 that is
+    served."""
     bound = {"figure": ".".join(NDCG), "over_served": True, "at_least": -0.02, "optional": True}
     stage_1 = {MRR: of_users(np.ones(60)), ("cold", "semantic", "ndcg@10"): of_users(np.full(60, 0.3))}
     assert passes(bound, stage_1, stage_1)
@@ -147,14 +170,18 @@ def test_stages_that_a_model_lacks():
         assert "no preference space" in result.note
 
 
-@pytest.mark.parametrize("figure", ["gini@10", "popularity_lift@10", "median_rank", "ndcg@10", "coverage@5", "knn_map_folds"])
+@pytest.mark.parametrize(
+    "figure", ["gini@10", "popularity_lift@10", "median_rank", "ndcg@10", "coverage@5", "knn_map_folds"]
+)
 def test_shown_is_judged_in_the_metric_s_direction_whatever_its_k(figure: str):
     figures = {("t", "low", figure): of_users(np.full(60, 0.2)), ("t", "high", figure): of_users(np.full(60, 0.6))}
     falls = figure.startswith(("gini", "popularity_lift", "median_rank"))
     better, worse = ("low", "high") if falls else ("high", "low")
     assert passes({"figure": f"t.{better}.{figure}", "over": worse, "shown": True}, figures)
     assert not passes({"figure": f"t.{worse}.{figure}", "over": better, "shown": True}, figures)
-    assert verdict(figure, bootstrap.difference(figures["t", better, figure], figures["t", worse, figure])) == "improved"
+    assert (
+        verdict(figure, bootstrap.difference(figures["t", better, figure], figures["t", worse, figure])) == "improved"
+    )
     assert verdict(figure, bootstrap.difference(figures["t", worse, figure], figures["t", better, figure])) == "worse"
 
 
@@ -181,7 +208,12 @@ def test_what_was_not_measured_fails_unless_it_is_optional(value: float | None):
 
 def test_a_result_survives_its_json_and_is_judged_anew():
     figures = {("a", "b", "c"): of_users(np.linspace(0, 1, 60)), ("a", "d", "c"): of_users(np.linspace(0, 2, 60))}
-    for bound in ({"at_least": 0.1}, {"over": "d", "shown": True}, {"over": "d", "ratio_at_least": 0.3}, {"over": "x", "at_most": 1}):
+    for bound in (
+        {"at_least": 0.1},
+        {"over": "d", "shown": True},
+        {"over": "d", "ratio_at_least": 0.3},
+        {"over": "x", "at_most": 1},
+    ):
         result = one({"figure": "a.b.c", **bound}, figures)
         tree = json.loads(json.dumps(result.as_json(), allow_nan=False))
         assert Result.from_json(tree) == result
@@ -222,14 +254,22 @@ def test_a_gate_that_is_not_there(tmp_path: Path):
 
 def test_the_shipped_gate_covers_what_the_documentation_says():
     bounds = read_gate("default").bounds
-    assert {bound.key[0] for bound in bounds} >= {"determinism", "collapse", "text_to_audio", "probe_genre", "cold", "index"}
+    assert {bound.key[0] for bound in bounds} >= {
+        "determinism",
+        "collapse",
+        "text_to_audio",
+        "probe_genre",
+        "cold",
+        "index",
+    }
     assert all(bound.optional for bound in bounds if bound.over_served or bound.key[1] == "preference")
     assert len({bound.asked for bound in bounds}) == len(bounds)
     assert "gate" not in PRESETS
 
 
 def test_a_stage_2_of_shuffled_pairs_is_caught():
-    """A vector of each user's taste; stage 1 hears none of it, a sound stage 2 most of it, one of shuffled pairs that of others."""
+    """A vector of each user's taste; stage 1 hears none of it, a sound stage 2 most of it, one of shuffled pairs that
+    of others."""
     rng = np.random.default_rng(0)
     songs, dim = 300, 8
     taste, users = rng.normal(size=(songs, dim)), rng.normal(size=(len(USERS), dim))
@@ -249,7 +289,9 @@ def test_a_stage_2_of_shuffled_pairs_is_caught():
     semantic = found(rng.normal(size=(songs, dim)))
     shuffled = found(rng.permutation(taste))
     sound = found(taste + 0.1 * rng.normal(size=(songs, dim)))
-    gate = Gate(bounds=tuple(bound for bound in read_gate("default").bounds if bound.key == key[1] and not bound.over_served))
+    gate = Gate(
+        bounds=tuple(bound for bound in read_gate("default").bounds if bound.key == key[1] and not bound.over_served)
+    )
     assert judge(gate, {key[0]: semantic, key[1]: sound}).passed
     verdict = judge(gate, {key[0]: semantic, key[1]: shuffled})
     assert [result.bound.over for result in verdict.failed] == ["semantic"]

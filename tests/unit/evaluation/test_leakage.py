@@ -1,4 +1,5 @@
-"""Every kind of overlap between training and evaluation, made on purpose: found, counted, refused unless it is allowed."""
+"""Every kind of overlap between training and evaluation, made on purpose: found, counted, refused unless it is
+allowed."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ def log(**columns: list) -> pd.DataFrame:
 
 
 def pairs(**columns: list) -> pd.DataFrame:
-    rows = {"trigger_song_id": ["s0000", "s0001"], "song_id": ["s0002", "s0003"], "split": ["train", "test"], "last_timestamp": [2.0, 9.0]}
+    rows = {
+        "trigger_song_id": ["s0000", "s0001"],
+        "song_id": ["s0002", "s0003"],
+        "split": ["train", "test"],
+        "last_timestamp": [2.0, 9.0],
+    }
     return pd.DataFrame(rows | columns)
 
 
@@ -47,7 +53,9 @@ def test_without_a_log_users_and_times_are_left_out():
 
 
 def test_a_held_out_song_in_a_training_pair_is_refused():
-    with pytest.raises(LeakageError, match=r"1 of the test songs are in training pairs \(for instance s0001\).*finetune"):
+    with pytest.raises(
+        LeakageError, match=r"1 of the test songs are in training pairs \(for instance s0001\).*finetune"
+    ):
         leakage(made_up(), log(), pairs(song_id=["s0001", "s0003"]), SETTINGS)
 
 
@@ -55,7 +63,9 @@ def test_a_shared_artist_is_refused_unless_allowed():
     songs = made_up()
     names = [("Prince ", "PRINCE")[i % 2] if i < 2 else f"artist {i % 2} {i}" for i in range(len(songs.ids))]
     songs = dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names))
-    with pytest.raises(LeakageError, match=r"1 of 120 artists of the test split are in the train split too \(for instance prince\)"):
+    with pytest.raises(
+        LeakageError, match=r"1 of 120 artists of the test split are in the train split too \(for instance prince\)"
+    ):
         leakage(songs, log(), pairs(), SETTINGS)
     found = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
     assert found["artists"]["shared"] == 1
@@ -91,7 +101,9 @@ def test_artists_are_compared_apart_from_the_grouping(training: str, held_out: s
 def test_joint_credits_are_counted_and_allowed():
     songs = made_up()
     names = ["Earth", "Earth, Wind & Fire"] + [f"artist {i % 2} {i}" for i in range(2, len(songs.ids))]
-    found = leakage(dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names)), log(), pairs(), SETTINGS)
+    found = leakage(
+        dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names)), log(), pairs(), SETTINGS
+    )
     assert (found["joint_credits"]["shared"], found["joint_credits"]["examples"]) == (1, ["earth"])
     assert found["joint_credits"]["forbidden"] is False
 
@@ -108,12 +120,16 @@ def test_a_user_on_both_sides_is_refused():
 
 
 def test_a_training_pair_from_after_the_training_period_is_refused():
-    with pytest.raises(LeakageError, match=r"1 of 1 training pairs last occurred after .* \(for instance s0000 → s0002\)"):
+    with pytest.raises(
+        LeakageError, match=r"1 of 1 training pairs last occurred after .* \(for instance s0000 → s0002\)"
+    ):
         leakage(made_up(), log(), pairs(last_timestamp=[2.5, 9.0]), SETTINGS)
 
 
 def test_a_log_without_times_has_no_late_pairs():
-    found = leakage(made_up(), log(timestamp=[np.nan] * 3, period=["train"] * 3), pairs(last_timestamp=[np.nan] * 2), SETTINGS)
+    found = leakage(
+        made_up(), log(timestamp=[np.nan] * 3, period=["train"] * 3), pairs(last_timestamp=[np.nan] * 2), SETTINGS
+    )
     assert found["times"]["shared"] == 0
 
 

@@ -42,7 +42,9 @@ def test_hand_computed():
     # the third relevant id is not listed, but the best list would have it
     third = (1 + 1 / math.log2(3)) / (1 + 1 / math.log2(3) + 1 / 2)
     np.testing.assert_allclose(metrics.ndcg_at_k(RANKED, RELEVANT, 4), [first, 0, third, nan, 0])
-    np.testing.assert_allclose(metrics.ndcg_at_k(RANKED, RELEVANT, 2), [1 / math.log2(3) / (1 + 1 / math.log2(3)), 0, 1, nan, 0])
+    np.testing.assert_allclose(
+        metrics.ndcg_at_k(RANKED, RELEVANT, 2), [1 / math.log2(3) / (1 + 1 / math.log2(3)), 0, 1, nan, 0]
+    )
     assert metrics.median_rank(RANKED[:4], RELEVANT[:4]) == 2
     assert math.isnan(metrics.median_rank([["a"]], [set()]))
 
@@ -59,11 +61,17 @@ def test_equal_to_naive_reference_and_scikit_learn():
         scores.append(-np.argsort(order).astype(float))
     for k in (1, 3, 10, 30, 99):
         expected = [naive(row.tolist(), wanted, k) for row, wanted in zip(ranked, relevant, strict=True)]
-        for name, function in (("recall", metrics.recall_at_k), ("hit", metrics.hit_rate_at_k), ("ndcg", metrics.ndcg_at_k)):
+        for name, function in (
+            ("recall", metrics.recall_at_k),
+            ("hit", metrics.hit_rate_at_k),
+            ("ndcg", metrics.ndcg_at_k),
+        ):
             np.testing.assert_allclose(function(ranked, relevant, k), [row[name] for row in expected])
         np.testing.assert_allclose(metrics.mrr(ranked, relevant), [row["mrr"] for row in expected])
         ours = metrics.ndcg_at_k(ranked, relevant, k)
-        theirs = [ndcg_score([row], [score], k=k) if any(row) else np.nan for row, score in zip(truth, scores, strict=True)]
+        theirs = [
+            ndcg_score([row], [score], k=k) if any(row) else np.nan for row, score in zip(truth, scores, strict=True)
+        ]
         np.testing.assert_allclose(ours, theirs)
 
 
@@ -79,7 +87,11 @@ def test_auc_equals_scikit_learn_with_ties():
 
 
 def test_result_is_one_float_a_query():
-    for result in (metrics.recall_at_k(RANKED, RELEVANT, 1), metrics.ndcg_at_k(RANKED, RELEVANT, 1), metrics.mrr(RANKED, RELEVANT)):
+    for result in (
+        metrics.recall_at_k(RANKED, RELEVANT, 1),
+        metrics.ndcg_at_k(RANKED, RELEVANT, 1),
+        metrics.mrr(RANKED, RELEVANT),
+    ):
         assert result.shape == (5,)
         assert result.dtype == np.float64
     assert metrics.ndcg_at_k([], [], 3).shape == (0,)

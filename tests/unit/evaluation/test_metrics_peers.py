@@ -1,4 +1,5 @@
-"""Ranking metrics beside ir-measures (trec_eval) on random rankings: ties, empty relevant sets, and k larger than the list."""
+"""Ranking metrics beside ir-measures (trec_eval) on random rankings: ties, empty relevant sets, and k larger than the
+list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The plots as SVG that a page can hold: well-formed, self-contained, escaped, in the page's colours, and the same twice."""
+"""The plots as SVG that a page can hold: well-formed, self-contained, escaped, in the page's colours, and the same
+twice."""
 
 from __future__ import annotations
 
@@ -73,7 +74,10 @@ def test_what_is_drawn_is_what_was_measured(shown: dict):
     texts = sorted(set(held.texts))
     queries = encode_genre(texts)["semantic"]
     best = [np.argsort(-(held.spaces["semantic"] @ query)) for query in queries]
-    first = [1 + min(place for place, row in enumerate(order) if held.texts[row] == text) for order, text in zip(best, texts, strict=True)]
+    first = [
+        1 + min(place for place, row in enumerate(order) if held.texts[row] == text)
+        for order, text in zip(best, texts, strict=True)
+    ]
     assert curve[4] == pytest.approx(np.mean(np.array(first) <= 5), abs=0.1)
     agreement = shown["genre_agreement"]
     assert min(agreement["semantic"].values()) > 0.8, "vectors name the genre"
@@ -87,11 +91,16 @@ def test_what_is_drawn_is_what_was_measured(shown: dict):
 
 
 def test_genre_agreement_leaves_out_the_songs_own_artist():
-    """Every artist has a genre and a corner of the space: with their own songs agreement would be 1, without them it is chance."""
+    """Every artist has a genre and a corner of the space: with their own songs agreement would be 1, without them it is
+    chance."""
     songs = made_up(noise=0.0)
     artist = np.unique(songs.artists, return_inverse=True)[1]
     vectors = np.eye(artist.max() + 1, dtype=np.float32)[artist]
     genres = [[GENRES[number % 4]] for number in artist]
-    songs = dataclasses.replace(songs, spaces={"semantic": vectors}, metadata=metadata(len(artist), artist=songs.artists, genre=genres))
-    found = pictures(songs, lambda texts: {"semantic": np.ones((len(texts), vectors.shape[1]), np.float32)}, EvaluateSettings())
+    songs = dataclasses.replace(
+        songs, spaces={"semantic": vectors}, metadata=metadata(len(artist), artist=songs.artists, genre=genres)
+    )
+    found = pictures(
+        songs, lambda texts: {"semantic": np.ones((len(texts), vectors.shape[1]), np.float32)}, EvaluateSettings()
+    )
     assert np.mean(list(found["genre_agreement"]["semantic"].values())) < 0.6

@@ -41,13 +41,16 @@ class World:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> SongEncoder:
-    """Two stages whose last layers are fitted in closed form: audio vectors lie around 0, and each text's is that of its song."""
+    """Two stages whose last layers are fitted in closed form: audio vectors lie around 0, and each text's is that of
+    its song."""
     folder = tmp_path_factory.mktemp("models")
     config = small_config(folder / "workspace")
     write_models(config, folder)
     models = folder / "workspace" / "models"
     encoder = SongEncoder.load(models / "semantic" / "semantic-0", models / "preference" / "preference-0")
-    mels = [torch.from_numpy(log_mel(sound(i, config.audio), config.audio.sample_rate, config.audio)) for i in range(SONGS)]
+    mels = [
+        torch.from_numpy(log_mel(sound(i, config.audio), config.audio.sample_rate, config.audio)) for i in range(SONGS)
+    ]
     for model in encoder._models:
         with torch.no_grad():
             audio = torch.cat([model.encode_audio(mel[None], torch.tensor([len(mel)])) for mel in mels])
@@ -69,7 +72,15 @@ def world(encoder: SongEncoder, recipe: AudioRecipe | None = None, seconds: floa
     assert vectors.preference is not None
     spaces = {"semantic": vectors.semantic, "preference": vectors.preference}
     groups = [f"group {i}" for i in range(SONGS)]
-    songs = Songs([song_id(i) for i in range(SONGS)], TEXTS, np.array(["test"] * SONGS), groups, pa.table({}), spaces, np.zeros((SONGS, 2)))
+    songs = Songs(
+        [song_id(i) for i in range(SONGS)],
+        TEXTS,
+        np.array(["test"] * SONGS),
+        groups,
+        pa.table({}),
+        spaces,
+        np.zeros((SONGS, 2)),
+    )
     return World(songs, mels, waveforms)
 
 
@@ -79,7 +90,8 @@ def figures(encoder: SongEncoder, of: World) -> dict[Key, Estimate]:
 
 
 def text_to_audio(encoder: SongEncoder, of: World) -> dict[Key, Estimate]:
-    """MRR and recall@10 of each text for its own song, equal scores at the middle of their ranks, and of a random order."""
+    """MRR and recall@10 of each text for its own song, equal scores at the middle of their ranks, and of a random
+    order."""
     draws = bootstrap.draw(TEXTS, 200, seed=0)
     words = encoder.encode_texts(TEXTS)
     found = {}
@@ -176,7 +188,11 @@ def without_mask(encoder: SongEncoder) -> SongEncoder:
 def test_padding_that_is_read_is_caught(encoder: SongEncoder):
     broken = ReadsPadding(*encoder._models, encoder.model_versions)
     found = failed(judge(GATE, figures(broken, world(broken))))
-    assert {f"determinism.{space}.{name}_difference" for space in ("semantic", "preference") for name in ("batch", "padding")} <= found
+    assert {
+        f"determinism.{space}.{name}_difference"
+        for space in ("semantic", "preference")
+        for name in ("batch", "padding")
+    } <= found
 
 
 def test_padding_that_is_read_is_caught_though_zeros_would_hide_it(encoder: SongEncoder):
@@ -188,7 +204,9 @@ def test_padding_that_is_read_is_caught_though_zeros_would_hide_it(encoder: Song
 
 
 @pytest.mark.parametrize("seconds", [None, 1.5])
-def test_attention_to_padding_is_caught_also_when_all_clips_are_equally_long(encoder: SongEncoder, seconds: float | None):
+def test_attention_to_padding_is_caught_also_when_all_clips_are_equally_long(
+    encoder: SongEncoder, seconds: float | None
+):
     sound_world = world(encoder, seconds=seconds)
     assert (len({len(mel) for mel in sound_world.mels}) == 1) == (seconds is not None)
     assert figures(encoder, sound_world)["determinism", "semantic", "padding_difference"].value < 1e-4

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.unit
 DIM = 8
 KINDS = ("auto", "flat", "hnsw", "ivf", "ivf_pq")
 EVERY_LIST = {"ivf": {"ivf_probes": 1000}, "ivf_pq": {"ivf_probes": 1000}}
-"""With few songs spread at random a nearest song may lie in any list; what fewer lists find is measured in test_index_kinds.py."""
+"""With few songs spread at random a nearest song may lie in any list; what fewer lists find is measured in
+test_index_kinds.py."""
 BLENDS = (0.0, 0.3, 1.0)
 
 
@@ -47,7 +48,9 @@ def settings_of(kind: str) -> IndexSettings:
     return IndexSettings(kind=kind, **EVERY_LIST.get(kind, {}))
 
 
-def brute_force(ids: list[str], stored: Vectors, query: Vectors, row: int, k: int, blend: float, exclude: set[str] = frozenset()):
+def brute_force(
+    ids: list[str], stored: Vectors, query: Vectors, row: int, k: int, blend: float, exclude: set[str] = frozenset()
+):
     """The definition, one song at a time: (id, score) of the k best, ties by id."""
     scored = []
     for i, song_id in enumerate(ids):
@@ -56,7 +59,9 @@ def brute_force(ids: list[str], stored: Vectors, query: Vectors, row: int, k: in
         semantic = sum(float(a) * float(b) for a, b in zip(stored.semantic[i], query.semantic[row], strict=True))
         preference = 0.0
         if stored.preference is not None:
-            preference = sum(float(a) * float(b) for a, b in zip(stored.preference[i], query.preference[row], strict=True))
+            preference = sum(
+                float(a) * float(b) for a, b in zip(stored.preference[i], query.preference[row], strict=True)
+            )
         scored.append((-((1 - blend) * semantic + blend * preference), song_id))
     return [(song_id, -score) for score, song_id in sorted(scored)[:k]]
 
@@ -114,7 +119,9 @@ class TestEveryKind:
         index, stored, queries = build(kind), vectors(0, 300), vectors(1, 2)
         left_out = {*found(index.search(queries, 40)[0]), "not-in-the-index"}
         first, second = index.search(queries, 40, exclude=[left_out, ()])
-        assert found(first) == [song_id for song_id, _ in brute_force(names(300), stored, queries, 0, 40, 0.5, left_out)]
+        assert found(first) == [
+            song_id for song_id, _ in brute_force(names(300), stored, queries, 0, 40, 0.5, left_out)
+        ]
         assert found(second) == found(index.search(queries, 40)[1])
 
     def test_excluding_all_but_a_few(self, kind: str):
@@ -125,7 +132,9 @@ class TestEveryKind:
         """30 identical vectors under ids in random order: the k best of them are the k smallest ids, whatever k."""
         one, other = vectors(2, 1), vectors(3, 10)
         rows = Vectors(np.repeat(one.semantic, 30, axis=0), np.repeat(one.preference, 30, axis=0))
-        both = Vectors(np.concatenate([rows.semantic, other.semantic]), np.concatenate([rows.preference, other.preference]))
+        both = Vectors(
+            np.concatenate([rows.semantic, other.semantic]), np.concatenate([rows.preference, other.preference])
+        )
         shuffled = [f"same-{i:02d}" for i in np.random.default_rng(0).permutation(30)]
         index = SongIndex.build([*shuffled, *names(10)], both, settings=settings_of(kind))
         for k in (1, 3, 12, 30):

@@ -49,7 +49,8 @@ def saved(folder: Path, kind: str, rows: int = 300, dim: int = 8) -> Path:
 
 
 def mapped_kb(process: int, file: Path) -> dict[str, int]:
-    """Of a file's mappings in a process: kB in memory, kB shared with other processes, kB that are the process's own copies."""
+    """Of a file's mappings in a process: kB in memory, kB shared with other processes, kB that are the process's own
+    copies."""
     found = {"Rss": 0, "Shared": 0, "Anonymous": 0}
     inside = False
     for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
@@ -93,7 +94,9 @@ def trust(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-FILES = {kind: (VECTORS_FILE, SONGS_FILE) if kind == "flat" else (VECTORS_FILE, EXACT_FILE, SONGS_FILE) for kind in KINDS}
+FILES = {
+    kind: (VECTORS_FILE, SONGS_FILE) if kind == "flat" else (VECTORS_FILE, EXACT_FILE, SONGS_FILE) for kind in KINDS
+}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in FILES[kind]])

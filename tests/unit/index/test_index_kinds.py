@@ -67,7 +67,10 @@ def index(kind: str) -> SongIndex:
 
 
 def true_scores(stored: Vectors, queries: Vectors, blend: float = 0.5) -> np.ndarray:
-    wide = [(half.astype(np.float64), query.astype(np.float64)) for half, query in zip(halves(stored), halves(queries), strict=True)]
+    wide = [
+        (half.astype(np.float64), query.astype(np.float64))
+        for half, query in zip(halves(stored), halves(queries), strict=True)
+    ]
     return (1 - blend) * wide[0][1] @ wide[0][0].T + blend * wide[1][1] @ wide[1][0].T
 
 
@@ -78,7 +81,14 @@ def halves(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
 def recall(answers, scores: np.ndarray, k: int = 10) -> float:
     """Share of the k best by `scores` [queries, songs] that are in the answers."""
     best = np.argsort(-scores, axis=1)[:, :k]
-    return float(np.mean([len({hit.song_id for hit in hits} & set(names(rows))) / k for hits, rows in zip(answers, best, strict=True)]))
+    return float(
+        np.mean(
+            [
+                len({hit.song_id for hit in hits} & set(names(rows))) / k
+                for hits, rows in zip(answers, best, strict=True)
+            ]
+        )
+    )
 
 
 def structure_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +112,9 @@ def test_the_structure_is_searched_at_this_size(index: SongIndex, monkeypatch: p
 def test_scores_are_exact_whatever_the_codes(index: SongIndex):
     scores = true_scores(STORED, QUERIES)
     for row, hits in enumerate(index.search(QUERIES, 20)):
-        assert [hit.score for hit in hits] == pytest.approx([scores[row, int(hit.song_id[-5:])] for hit in hits], abs=1e-6)
+        assert [hit.score for hit in hits] == pytest.approx(
+            [scores[row, int(hit.song_id[-5:])] for hit in hits], abs=1e-6
+        )
 
 
 def test_batch_equals_one_by_one(index: SongIndex):
@@ -131,7 +143,8 @@ class TestFilters:
         assert recall(answers, scores) >= (1.0 if kind == "flat" else 0.95)
 
     def test_a_filter_that_leaves_nothing_near_the_query(self, kind: str, monkeypatch: pytest.MonkeyPatch):
-        """Half of the songs are allowed, but none in a list that the query would read, so that the structure alone finds none."""
+        """Half of the songs are allowed, but none in a list that the query would read, so that the structure alone
+        finds none."""
         structure_only(monkeypatch)
         settings = SETTINGS[kind].model_copy(update={"ivf_probes": 1, "ef_search": 1, "rerank": 1.0})
         index = SongIndex.build(names(range(COUNT)), STORED, settings=settings)
@@ -151,7 +164,8 @@ class TestFilters:
         assert index.search(QUERIES.rows(slice(0, 1)), 10, allowed=np.zeros(COUNT, dtype=bool)) == [[]]
 
     def test_with_exclusion_removal_and_later_songs(self, index: SongIndex):
-        """A filter, an exclusion for each query, songs removed and songs that came later, against sorting all scores."""
+        """A filter, an exclusion for each query, songs removed and songs that came later, against sorting all
+        scores."""
         later = clustered(30, 7)
         gone = set(range(0, COUNT, 3))
         index.remove(names(gone))
@@ -177,7 +191,8 @@ class TestFilters:
 
 class TestTies:
     def test_equal_songs_are_in_the_order_of_their_ids(self, kind: str):
-        """300 copies of one song among others: the k best are the copies with the smallest ids, whatever k and however they came."""
+        """300 copies of one song among others: the k best are the copies with the smallest ids, whatever k and however
+        they came."""
         one = QUERIES.rows(slice(0, 1))
         copies = Vectors(*(np.repeat(half, 300, axis=0) for half in halves(one)))
         both = Vectors(*(np.concatenate(pair) for pair in zip(halves(STORED), halves(copies), strict=True)))
@@ -234,19 +249,27 @@ class TestChanges:
 
     def test_rows_and_ids_belong_to_each_other(self, index: SongIndex):
         index.remove(names([4]))
-        index.upsert(["b", "a", *names([9])], QUERIES.rows(slice(0, 3)), metadata=pa.table({"title": ["B", "A", "nine"]}))
+        index.upsert(
+            ["b", "a", *names([9])], QUERIES.rows(slice(0, 3)), metadata=pa.table({"title": ["B", "A", "nine"]})
+        )
         index.upsert(["c"], QUERIES.rows(slice(3, 4)), metadata=pa.table({"title": ["C"]}))
         index.remove(["b"])
         for song_id in ("a", "c", *names([9, 10])):
             row = index.row_of(song_id)
             assert index.ids_of([row]) == [song_id]
             assert index.songs["song_id"][row].as_py() == song_id
-        assert [index.metadata_of(song_id)["title"] for song_id in ("a", "c", *names([9, 10]))] == ["A", "C", "nine", None]
+        assert [index.metadata_of(song_id)["title"] for song_id in ("a", "c", *names([9, 10]))] == [
+            "A",
+            "C",
+            "nine",
+            None,
+        ]
         assert len(index) == COUNT + 1
         np.testing.assert_array_equal(index.vectors_of(["c", "a"]).semantic, QUERIES.semantic[[3, 1]])
 
     def test_searches_beside_changes_answer_from_one_state(self, index: SongIndex):
-        """A writer swaps the vectors of two songs in one step, again and again, and compacts; no answer holds a mixture."""
+        """A writer swaps the vectors of two songs in one step, again and again, and compacts; no answer holds a
+        mixture."""
         pair = ["left", "right"]
         near, far = QUERIES.rows(np.array([0, 1])), QUERIES.rows(np.array([1, 0]))
         index.upsert(pair, near)
@@ -306,7 +329,9 @@ class TestChanges:
 
 
 @pytest.mark.parametrize("dim", [9, 20])
-def test_codes_padded_for_vector_instructions_change_nothing(kind: str, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_codes_padded_for_vector_instructions_change_nothing(
+    kind: str, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Widths that 16 does not divide, through all that touches the codes; FAISS without padding is the reference."""
     stored, queries, later = clustered(COUNT, 0, dim), clustered(40, 1, dim), clustered(200, 8, dim)
     structure_only(monkeypatch)
@@ -327,7 +352,9 @@ def test_codes_padded_for_vector_instructions_change_nothing(kind: str, dim: int
     loaded.upsert(names(range(COUNT, COUNT + 200)), later)
     loaded.compact()
     both = Vectors(*(np.concatenate(pair) for pair in zip(halves(stored), halves(later), strict=True)))
-    assert recall(loaded.search(queries, 10), true_scores(both, queries)) >= recall(index.search(queries, 10), true) - 0.02
+    assert (
+        recall(loaded.search(queries, 10), true_scores(both, queries)) >= recall(index.search(queries, 10), true) - 0.02
+    )
     np.testing.assert_array_equal(loaded.vectors_of(names([COUNT + 3])).semantic, later.semantic[3:4])
 
 
@@ -385,7 +412,9 @@ class TestPlan:
     def test_numbers_follow_the_songs_unless_they_are_given(self):
         plan = plan_index(IndexSettings(kind="ivf_pq"), 1_000_000, 200)
         assert (plan.lists, plan.probes, plan.code_bytes) == (4000, 500, 50)
-        given = plan_index(IndexSettings(kind="ivf_pq", ivf_lists=100, ivf_probes=7, pq_bytes=25, rerank=3), 1_000_000, 200)
+        given = plan_index(
+            IndexSettings(kind="ivf_pq", ivf_lists=100, ivf_probes=7, pq_bytes=25, rerank=3), 1_000_000, 200
+        )
         assert (given.lists, given.probes, given.code_bytes, given.rerank) == (100, 7, 25, 3)
 
     def test_a_code_that_does_not_divide_the_width(self):

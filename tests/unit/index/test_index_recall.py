@@ -48,7 +48,10 @@ def test_equals_counting_by_hand():
         scores += share * queries.preference.astype(float) @ stored.preference.T.astype(float)
         best = np.argsort(-scores, axis=1)[:, :10]
         answers = index.search(queries, 10, blend=share)
-        counted = [len({hit.song_id for hit in hits} & {names(3000)[i] for i in rows}) for hits, rows in zip(answers, best, strict=True)]
+        counted = [
+            len({hit.song_id for hit in hits} & {names(3000)[i] for i in rows})
+            for hits, rows in zip(answers, best, strict=True)
+        ]
         assert value == pytest.approx(np.sum(counted) / 1000, abs=1e-12)
         assert 0.05 < value < 0.9
     assert measured.worst == min(measured.by_blend.values())
@@ -105,9 +108,13 @@ class TestPipeline:
         config = small_config(tmp_path / "workspace", **overrides)
         workspace = Workspace(config.workspace)
         write_models(config, tmp_path)
-        songs = pa.table({"song_id": names(3000), **{field.name: pa.nulls(3000, field.type) for field in list(INDEX_SONGS)[1:]}})
+        songs = pa.table(
+            {"song_id": names(3000), **{field.name: pa.nulls(3000, field.type) for field in list(INDEX_SONGS)[1:]}}
+        )
         workspace.write_table("features/features-1/shard-00000.parquet", songs)
-        workspace.finish("features/features-1", build_manifest("features", config=config.model_dump(mode="json"), inputs={}))
+        workspace.finish(
+            "features/features-1", build_manifest("features", config=config.model_dump(mode="json"), inputs={})
+        )
         job, vectors = plan(workspace, config), scattered(3000)
         columns = {"song_id": names(3000), "semantic": list(vectors.semantic), "preference": list(vectors.preference)}
         workspace.write_table(f"{job.path}/shard-00000.parquet", pa.table(columns, schema=embeddings_schema(12)))
@@ -121,7 +128,9 @@ class TestPipeline:
         assert Workspace(config.workspace).children("index") == []
 
     def test_what_was_measured_is_in_the_manifest(self, tmp_path: Path):
-        config = self.configured(tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2, index__min_recall=0.1)
+        config = self.configured(
+            tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2, index__min_recall=0.1
+        )
         result = build_index(config)
         manifest = Workspace(result.location).manifest("")
         quality = manifest["quality"]

@@ -1,4 +1,5 @@
-"""mteb runs an untrained model on local tasks made from ESC-10 clips, offline, and sees the vectors that the model gives."""
+"""mteb runs an untrained model on local tasks made from ESC-10 clips, offline, and sees the vectors that the model
+gives."""
 
 from __future__ import annotations
 
@@ -109,12 +110,17 @@ class Recorder(MtebModel):
 
 def run(task: Any, encoder: MtebModel) -> dict[str, Any]:
     task.data_loaded = True
-    result = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False, co2_tracker=False, encode_kwargs={"batch_size": 8})
+    result = mteb.evaluate(
+        encoder, task, cache=None, show_progress_bar=False, co2_tracker=False, encode_kwargs={"batch_size": 8}
+    )
     return result.task_results[0].scores["test"][0]
 
 
 def heard(model: HTCL, rows: list[dict[str, Any]]) -> np.ndarray:
-    embed = (model.embed_audio(np.array(row["audio"]["array"], dtype=np.float32), row["audio"]["sampling_rate"]) for row in rows)
+    embed = (
+        model.embed_audio(np.array(row["audio"]["array"], dtype=np.float32), row["audio"]["sampling_rate"])
+        for row in rows
+    )
     return torch.stack(list(embed)).numpy()
 
 
@@ -144,7 +150,10 @@ def test_mteb_ranks_sounds_for_words(clips: dict[str, list[dict[str, Any]]], mod
     corpus = [{"id": f"clip {i}", "audio": row["audio"]} for i, row in enumerate(clips["test"])]
     task.corpus = DatasetDict({"test": Dataset.from_list(corpus)})
     task.queries = DatasetDict({"test": Dataset.from_list([{"id": label, "text": label} for label in LABELS])})
-    relevant = {label: {f"clip {i}": 1 for i, row in enumerate(clips["test"]) if row["label"] == n} for n, label in enumerate(LABELS)}
+    relevant = {
+        label: {f"clip {i}": 1 for i, row in enumerate(clips["test"]) if row["label"] == n}
+        for n, label in enumerate(LABELS)
+    }
     task.relevant_docs = {"test": relevant}
     scores = run(task, encoder)
     best = (model.embed_text(list(LABELS)).numpy() @ heard(model, clips["test"]).T).argmax(axis=1)

@@ -28,12 +28,22 @@ NOON = 1_700_000_000
 
 
 def test_shapes_are_recognised_by_their_columns() -> None:
-    assert recognise(["user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "weight"], "log") is LogShape.FEEDBACK
+    assert (
+        recognise(["user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "weight"], "log")
+        is LogShape.FEEDBACK
+    )
     assert recognise(["user_id", "song_id", "timestamp", "feedback"], "log") is LogShape.PLAYS
     assert recognise(["user_id", "song_id", "weight", "timestamp"], "log") is LogShape.AFFINITY
     assert recognise(["user_id", "song_id", "rating", "timestamp"], "log") is LogShape.RATINGS
-    for names in (["user_id", "song_id"], ["song_id", "weight"], ["user_id", "trigger_song_id", "song_id", "timestamp"], []):
-        with pytest.raises(TableError, match=r"the log log has no column '\w+' .*feedback \(.*plays \(.*affinity \(.*data\.columns\."):
+    for names in (
+        ["user_id", "song_id"],
+        ["song_id", "weight"],
+        ["user_id", "trigger_song_id", "song_id", "timestamp"],
+        [],
+    ):
+        with pytest.raises(
+            TableError, match=r"the log log has no column '\w+' .*feedback \(.*plays \(.*affinity \(.*data\.columns\."
+        ):
             recognise(names, "log")
 
 
@@ -51,7 +61,13 @@ def run(rows: list[dict[str, object]], shape: LogShape) -> tuple[list[dict[str, 
 
 
 def test_feedback_log() -> None:
-    good = {"user_id": "u", "trigger_song_id": "a", "song_id": "b", "feedback": "like", "timestamp": "2024-01-01T00:00:00Z"}
+    good = {
+        "user_id": "u",
+        "trigger_song_id": "a",
+        "song_id": "b",
+        "feedback": "like",
+        "timestamp": "2024-01-01T00:00:00Z",
+    }
     changes: list[dict[str, object]] = [
         {},
         {"user_id": None},
@@ -99,14 +115,19 @@ def test_plays_log() -> None:
     ]
     events, rejected = run(rows, LogShape.PLAYS)
     assert [event["value"] for event in events] == [1, 1, 0, 1, 0, 1, -1, 1]
-    assert all(event["user_id"] == "1" and event["trigger_song_id"] is None and event["timestamp"] == NOON for event in events)
+    assert all(
+        event["user_id"] == "1" and event["trigger_song_id"] is None and event["timestamp"] == NOON for event in events
+    )
     assert rejected == [(108, "a", Reason.BAD_PLAYED_RATIO), (109, "a", Reason.BAD_PLAYED_RATIO)]
     bare, _ = run([{"user_id": 1, "song_id": "a", "timestamp": NOON}], LogShape.PLAYS)
     assert bare[0]["value"] == 1
 
 
 def test_affinity_log() -> None:
-    rows = [{"user_id": "u", "song_id": "a", "weight": weight} for weight in (3.5, 0.0, -1.0, float("nan"), float("inf"), None)]
+    rows = [
+        {"user_id": "u", "song_id": "a", "weight": weight}
+        for weight in (3.5, 0.0, -1.0, float("nan"), float("inf"), None)
+    ]
     events, rejected = run(rows, LogShape.AFFINITY)
     assert events == [{"user_id": "u", "song_id": "a", "trigger_song_id": None, "value": 3.5, "timestamp": None}]
     assert [row for row, _, reason in rejected if reason == Reason.BAD_WEIGHT] == [101, 102, 103, 104, 105]
@@ -114,7 +135,8 @@ def test_affinity_log() -> None:
 
 def test_weights_beyond_a_32_bit_float_are_rejected() -> None:
     rows = [
-        {"user_id": "u", "song_id": song, "weight": weight} for song, weight in zip("abcab", (3.0, 1e39, 1e-50, 1e308, 3e38), strict=True)
+        {"user_id": "u", "song_id": song, "weight": weight}
+        for song, weight in zip("abcab", (3.0, 1e39, 1e-50, 1e308, 3e38), strict=True)
     ]
     events, rejected = run(rows, LogShape.AFFINITY)
     assert [event["value"] for event in events] == pytest.approx([3.0, 3e38])
@@ -138,7 +160,9 @@ def test_only_ratings_that_reach_the_threshold_are_positive() -> None:
     found = occurrences(done, SETTINGS)
     assert {*found["song_id"].to_pylist(), *found["trigger_song_id"].to_pylist()} == {"s3", "s4", "s5"}
     assert not rejections(done, SETTINGS).num_rows
-    own = normalise(pa.table({**columns, "rating": cells}), LogShape.RATINGS, songs, PairSettings(min_positive_rating=5), "log", 0)[0]
+    own = normalise(
+        pa.table({**columns, "rating": cells}), LogShape.RATINGS, songs, PairSettings(min_positive_rating=5), "log", 0
+    )[0]
     assert own.filter(pc.greater(own["value"], 0))["song_id"].to_pylist() == ["s4"]
 
 
@@ -146,7 +170,11 @@ def test_a_low_rating_is_no_target_of_evaluation() -> None:
     songs = [f"s{i}" for i in range(8)]
     random = np.random.default_rng(0)
     ratings = random.integers(1, 6, (40, 8))
-    rows = [{"user_id": f"u{u}", "song_id": song, "rating": int(ratings[u, s])} for u in range(40) for s, song in enumerate(songs)]
+    rows = [
+        {"user_id": f"u{u}", "song_id": song, "rating": int(ratings[u, s])}
+        for u in range(40)
+        for s, song in enumerate(songs)
+    ]
     events, _ = normalise(pa.Table.from_pylist(rows), LogShape.RATINGS, pa.array(songs), SETTINGS, "log", 0)
     log = complete(events, (np.inf, np.inf), 0.5).to_pandas()
     cold = np.array([False] * 4 + [True] * 4)
@@ -168,15 +196,26 @@ def summary_of(rows: list[dict[str, object]], settings: PairSettings = SETTINGS)
 
 
 def test_the_summary_says_what_was_recognised() -> None:
-    cells = [("20240131", "like"), ("2024-02-01T12:00:00Z", "like"), ("1706875200", "skip"), ("1706875200000", "4"), ("soon", None)]
-    plays: list[dict[str, object]] = [{"user_id": "u", "song_id": "a", "timestamp": time, "feedback": word} for time, word in cells]
+    cells = [
+        ("20240131", "like"),
+        ("2024-02-01T12:00:00Z", "like"),
+        ("1706875200", "skip"),
+        ("1706875200000", "4"),
+        ("soon", None),
+    ]
+    plays: list[dict[str, object]] = [
+        {"user_id": "u", "song_id": "a", "timestamp": time, "feedback": word} for time, word in cells
+    ]
     (line,) = summary_of(plays).lines(SETTINGS)
     assert line == (
         "log log.csv: plays (user_id, song_id, timestamp); 5 rows; timestamp 2024-01-31 00:00:00 to 2024-02-02 12:00:00 UTC "
         "(unreadable 1, ISO 8601 2, epoch seconds 1, epoch milliseconds 1); feedback like 2, skip 1; "
         "ratings 4 to 4 (1 positive, from 4; 0 neutral; 0 negative, up to 2)"
     )
-    counts = [{"user_id": "u", "song_id": "a", "weight": weight, "timestamp": 1_700_000_000, "feedback": "like"} for weight in (3, 1, 9)]
+    counts = [
+        {"user_id": "u", "song_id": "a", "weight": weight, "timestamp": 1_700_000_000, "feedback": "like"}
+        for weight in (3, 1, 9)
+    ]
     assert summary_of(counts).lines(SETTINGS) == [
         "log log.csv: affinity (user_id, song_id, weight); 3 rows; weight 1 to 9 (play counts); not used: feedback, timestamp"
     ]
@@ -201,7 +240,9 @@ def test_the_summary_says_what_was_recognised() -> None:
     ((20, 60, 100), PairSettings(min_positive_rating=60), None),
 ])  # fmt: skip
 @pytest.mark.parametrize("shape", ["ratings", "feedback", "plays"])
-def test_rating_scales_that_cannot_be_meant(ratings: tuple[int, ...], settings: PairSettings, message: str | None, shape: str) -> None:
+def test_rating_scales_that_cannot_be_meant(
+    ratings: tuple[int, ...], settings: PairSettings, message: str | None, shape: str
+) -> None:
     more = {"ratings": {}, "plays": {"timestamp": NOON}, "feedback": {"timestamp": NOON, "trigger_song_id": "b"}}[shape]
     column = "rating" if shape == "ratings" else "feedback"
     summary = summary_of([{"user_id": "u", "song_id": "a", column: rating, **more} for rating in ratings], settings)
@@ -221,7 +262,12 @@ def test_a_configured_threshold_that_no_rating_reaches_is_warned_about() -> None
 
 
 def test_unknown_feedback_is_refused_only_above_the_allowed_share() -> None:
-    summary = summary_of([{"user_id": "u", "song_id": "a", "timestamp": NOON, "feedback": "liked" if i < 2 else "like"} for i in range(20)])
+    summary = summary_of(
+        [
+            {"user_id": "u", "song_id": "a", "timestamp": NOON, "feedback": "liked" if i < 2 else "like"}
+            for i in range(20)
+        ]
+    )
     summary.check(SETTINGS, 0.1)
     with pytest.raises(TableError, match="unknown feedback values: 'liked'; expected like, collect"):
         summary.check(SETTINGS, 0.09)
@@ -258,11 +304,15 @@ def test_sessions_of_nothing() -> None:
     assert triggers(session_starts(none.astype(int), none, 60.0), none, none.astype(int), none.astype(bool)).size == 0
 
 
-def naive_triggers(users: list[int], seconds: list[float], songs: list[int], positive: list[bool], gap: float) -> list[int | None]:
+def naive_triggers(
+    users: list[int], seconds: list[float], songs: list[int], positive: list[bool], gap: float
+) -> list[int | None]:
     """The trigger song of each play, found by walking back through the times of its session."""
     found: list[int | None] = []
     for i in range(len(users)):
-        times = sorted({seconds[j] for j in range(len(users)) if users[j] == users[i] and seconds[j] <= seconds[i]}, reverse=True)
+        times = sorted(
+            {seconds[j] for j in range(len(users)) if users[j] == users[i] and seconds[j] <= seconds[i]}, reverse=True
+        )
         trigger = None
         for later, time in itertools.pairwise(times):
             if later - time > gap:
@@ -280,7 +330,9 @@ def test_triggers_equal_a_search_backwards(times: int) -> None:
     random = np.random.default_rng(0)
     for _ in range(20):
         users = np.sort(random.integers(0, 5, 60))
-        seconds = np.concatenate([np.sort(random.integers(0, times, np.count_nonzero(users == user))) for user in np.unique(users)])
+        seconds = np.concatenate(
+            [np.sort(random.integers(0, times, np.count_nonzero(users == user))) for user in np.unique(users)]
+        )
         positive, songs = random.random(60) < 0.5, random.integers(0, 4, 60)
         rows = triggers(session_starts(users, seconds.astype(float), 10.0), seconds.astype(float), songs, positive)
         found = [None if row < 0 else int(songs[row]) for row in rows]
@@ -289,10 +341,17 @@ def test_triggers_equal_a_search_backwards(times: int) -> None:
 
 def test_plays_at_one_time_make_no_pair_and_their_order_in_the_file_does_not_matter() -> None:
     random = np.random.default_rng(0)
-    plays = [(f"u{u}", f"s{song:02d}", NOON + 86400.0 * day) for u in range(30) for day in range(3) for song in random.choice(12, 6, False)]
+    plays = [
+        (f"u{u}", f"s{song:02d}", NOON + 86400.0 * day)
+        for u in range(30)
+        for day in range(3)
+        for song in random.choice(12, 6, False)
+    ]
     assert not occurrences(events_of(plays), PairSettings()).num_rows
     later = [(user, song, time + 600) for user, song, time in plays[::6]]  # one more play ten minutes after each six
-    assert not occurrences(events_of([*plays, *later]), PairSettings()).num_rows  # after which of the six, the log does not say
+    assert not occurrences(
+        events_of([*plays, *later]), PairSettings()
+    ).num_rows  # after which of the six, the log does not say
     alone = [(user, "alone", time - 600) for user, _, time in plays[::6]]  # and one ten minutes before each six
     found = occurrences(events_of([*plays, *alone]), PairSettings())
     assert found.num_rows == len(plays)

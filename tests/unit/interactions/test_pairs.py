@@ -19,7 +19,10 @@ pytestmark = pytest.mark.unit
 
 DAY = 86400.0
 SONGS = pa.table(
-    {"song_id": ["a", "b", "c", "d", "v", "w", "x"], "split": ["train", "train", "train", "train", "validation", "test", "test"]}
+    {
+        "song_id": ["a", "b", "c", "d", "v", "w", "x"],
+        "split": ["train", "train", "train", "train", "validation", "test", "test"],
+    }
 )
 
 
@@ -32,7 +35,14 @@ PLAIN = plain()
 
 
 def event(
-    user: str, song: str, trigger: str | None = None, *, value: float = 1, time: float | None = 0, period: str = "train", out: bool = False
+    user: str,
+    song: str,
+    trigger: str | None = None,
+    *,
+    value: float = 1,
+    time: float | None = 0,
+    period: str = "train",
+    out: bool = False,
 ) -> dict[str, Any]:
     return {
         "user_id": user,
@@ -100,7 +110,14 @@ def test_plays_pair_with_the_last_liked_play_of_the_session() -> None:
 def test_affinity_pairs_songs_of_one_user_both_ways() -> None:
     rows = [
         event(user, song, time=None, value=value)
-        for user, song, value in [("u", "a", 4), ("u", "b", 1), ("u", "c", 4), ("w", "a", 2), ("w", "b", 2), ("x", "d", 9)]
+        for user, song, value in [
+            ("u", "a", 4),
+            ("u", "b", 1),
+            ("u", "c", 4),
+            ("w", "a", 2),
+            ("w", "b", 2),
+            ("x", "d", 9),
+        ]
     ]
     found, _ = mine(rows)
     assert {f"{a}{b}": (row["weight"], row["support"]) for (a, b), row in found.items()} == {
@@ -206,7 +223,10 @@ def test_a_user_with_many_occurrences_counts_less_in_every_pair() -> None:
     assert weights(rows, plain(max_occurrences_per_user=8, **users_only)) == {"ab": 2.0, "ac": 2.0, "ad": 2.0}
     assert weights(rows, plain(max_occurrences_per_user=4, **users_only)) == {"ab": 1.5, "ac": 1.5, "ad": 1.5}
     assert weights(rows, plain(max_occurrences_per_user=None, **users_only)) == {"ab": 2.0, "ac": 2.0, "ad": 2.0}
-    assert rejected([event("u", "b", "a", value=-1)] * 8, plain(max_occurrences_per_user=4, **users_only))[0]["ab"][0] == 0.5
+    assert (
+        rejected([event("u", "b", "a", value=-1)] * 8, plain(max_occurrences_per_user=4, **users_only))[0]["ab"][0]
+        == 0.5
+    )
 
 
 def test_a_coincidence_weighs_little() -> None:
@@ -236,8 +256,14 @@ def test_one_looping_user_does_not_take_over() -> None:
     def share_of_loop(rows: list[dict[str, Any]]) -> float:
         events, settings = pa.Table.from_pylist(rows, schema=EVENTS), PairSettings()
         popularity = positives(events, songs, settings)
-        pairs, _ = finish_pairs(partial_pairs(events, songs, 0.0, settings), songs["song_id"].combine_chunks(), popularity, settings)
-        of_loop = sum(row["weight"] for row in pairs.to_pylist() if (int(row["trigger_song_id"][1:]) + 1) % 40 == int(row["song_id"][1:]))
+        pairs, _ = finish_pairs(
+            partial_pairs(events, songs, 0.0, settings), songs["song_id"].combine_chunks(), popularity, settings
+        )
+        of_loop = sum(
+            row["weight"]
+            for row in pairs.to_pylist()
+            if (int(row["trigger_song_id"][1:]) + 1) % 40 == int(row["song_id"][1:])
+        )
         return of_loop / sum(pairs["weight"].to_pylist())
 
     without, with_it = share_of_loop(rows), share_of_loop(rows + loop)
@@ -249,7 +275,9 @@ def test_draws_by_support() -> None:
     rows = [event(f"u{i}", song, "a") for song, users in (("b", 1), ("c", 4), ("d", 12)) for i in range(users)]
     rows += [event("u0", "x", "w")]  # no training pair, so it is not drawn
     events = pa.Table.from_pylist(rows, schema=EVENTS)
-    pairs, _ = finish_pairs(partial_pairs(events, SONGS, 0.0, PLAIN), SONGS["song_id"].combine_chunks(), np.zeros(7), PLAIN)
+    pairs, _ = finish_pairs(
+        partial_pairs(events, SONGS, 0.0, PLAIN), SONGS["song_id"].combine_chunks(), np.zeros(7), PLAIN
+    )
     assert draws_by_support(pairs) == {"1": 1.0, "2": 0.0, "3-5": 4.0, "6-10": 0.0, "11+": 12.0}
 
 
@@ -265,7 +293,10 @@ def rejected(
     partial = partial_pairs(pa.Table.from_pylist(rows, schema=EVENTS), SONGS, newest, settings)
     found, dropped = finish_negatives(partial, settings)
     assert found.schema == PAIRS
-    named = {f"{row['trigger_song_id']}{row['song_id']}": (row["weight"], row["support"], row["split"]) for row in found.to_pylist()}
+    named = {
+        f"{row['trigger_song_id']}{row['song_id']}": (row["weight"], row["support"], row["split"])
+        for row in found.to_pylist()
+    }
     assert list(named) == sorted(named)
     return named, dropped
 
@@ -308,7 +339,9 @@ def test_negatives_follow_the_rules_of_pairs() -> None:
         event("u", "d", "b", value=-1, time=0),
         event("u", "a", "b", value=-1, time=5 * DAY),
     ]
-    found, dropped = rejected(rows, plain(repetition_saturation=1e9, half_life_days=10, max_pairs_per_song=2), newest=10 * DAY)
+    found, dropped = rejected(
+        rows, plain(repetition_saturation=1e9, half_life_days=10, max_pairs_per_song=2), newest=10 * DAY
+    )
     assert found == {
         "ba": (pytest.approx(0.5**0.5), 1, "train"),
         "bd": (pytest.approx(1.5), 2, "train"),
@@ -354,9 +387,20 @@ def naive_pairs(
         out = mine_[0]["held_out_user"]
         for row in mine_:
             if row["trigger_song_id"] and sign * row["value"] > 0:
-                seen.append((row["trigger_song_id"], row["song_id"], user, abs(row["value"]), row["timestamp"], row["period"], out))
+                seen.append(
+                    (
+                        row["trigger_song_id"],
+                        row["song_id"],
+                        user,
+                        abs(row["value"]),
+                        row["timestamp"],
+                        row["period"],
+                        out,
+                    )
+                )
         plays = sorted(
-            (r for r in mine_ if not r["trigger_song_id"] and r["timestamp"] is not None), key=lambda r: (r["timestamp"], r["song_id"])
+            (r for r in mine_ if not r["trigger_song_id"] and r["timestamp"] is not None),
+            key=lambda r: (r["timestamp"], r["song_id"]),
         )
         trigger, before = None, None
         for row in plays:
@@ -381,7 +425,11 @@ def naive_pairs(
     received = Counter[tuple[str, str]]()
     for row in rows:
         for song in (row["song_id"], row["trigger_song_id"]):
-            if row["value"] > 0 and song and (split[song] != "train" or (row["period"] == "train" and not row["held_out_user"])):
+            if (
+                row["value"] > 0
+                and song
+                and (split[song] != "train" or (row["period"] == "train" and not row["held_out_user"]))
+            ):
                 received[row["user_id"], song] += 1
     popularity = Counter[str]()
     for (_, song), count in received.items():
@@ -390,7 +438,11 @@ def naive_pairs(
     for a, b, user, strength, time, period, out in seen:
         if a == b or split[a] != split[b] or (split[a] == "train" and (out or period != "train")):
             continue
-        age = 0 if time is None or settings.half_life_days is None else max(0, newest - time) / DAY / settings.half_life_days
+        age = (
+            0
+            if time is None or settings.half_life_days is None
+            else max(0, newest - time) / DAY / settings.half_life_days
+        )
         strengths[a, b][user] += strength * 0.5**age
         timed[user] += time is not None
     final = {}
@@ -408,7 +460,9 @@ def naive_pairs(
         final[pair] = (weight, len(of_user))
     kept = {}
     for a in split:
-        mine_of_a = sorted((pair for pair in final if pair[0] == a), key=lambda pair: (-round(final[pair][0], 9), pair[1]))
+        mine_of_a = sorted(
+            (pair for pair in final if pair[0] == a), key=lambda pair: (-round(final[pair][0], 9), pair[1])
+        )
         kept.update({pair: final[pair] for pair in mine_of_a[: settings.max_pairs_per_song]})
     return kept
 
@@ -417,13 +471,17 @@ def naive_pairs(
     "settings",
     [
         PairSettings(),
-        PairSettings(min_support=2, half_life_days=0.5, popularity_exponent=1.0, session_gap_minutes=60, max_songs_per_user=3),
+        PairSettings(
+            min_support=2, half_life_days=0.5, popularity_exponent=1.0, session_gap_minutes=60, max_songs_per_user=3
+        ),
         PairSettings(max_pairs_per_song=2, popularity_exponent=0.3, session_gap_minutes=300),
         PairSettings(max_occurrences_per_user=5, repetition_saturation=0.4, support_discount=0.5, popularity_offset=0),
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
-def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_plain_loops_however_users_are_cut(
+    settings: PairSettings, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = random_events(np.random.default_rng(seed), 300)
     expected = [naive_pairs(rows, 50_000.0, settings, sign) for sign in (1, -1)]
     assert len(expected[0]) > 5
@@ -433,16 +491,21 @@ def test_equals_plain_loops_however_users_are_cut(settings: PairSettings, seed: 
     for pieces, at_once in ((1, 10**6), (1, 20), (4, 10**6)):
         monkeypatch.setattr(pairs_module, "OCCURRENCES_AT_ONCE", at_once)
         parts = [
-            pa.Table.from_pylist([row for row in rows if users.index(row["user_id"]) % pieces == i], schema=EVENTS) for i in range(pieces)
+            pa.Table.from_pylist([row for row in rows if users.index(row["user_id"]) % pieces == i], schema=EVENTS)
+            for i in range(pieces)
         ]
         partial = pa.concat_tables([partial_pairs(part, SONGS, 50_000.0, settings) for part in reversed(parts)])
         popularity = np.sum([positives(part, SONGS, settings) for part in parts], axis=0)
         finished = (finish_pairs(partial, ids, popularity, settings)[0], finish_negatives(partial, settings)[0])
         for found, wanted in zip(finished, expected, strict=True):
-            ours = {(row["trigger_song_id"], row["song_id"]): (row["weight"], row["support"]) for row in found.to_pylist()}
+            ours = {
+                (row["trigger_song_id"], row["song_id"]): (row["weight"], row["support"]) for row in found.to_pylist()
+            }
             assert ours.keys() == wanted.keys()
             for pair, (weight, support) in wanted.items():
                 assert ours[pair] == (pytest.approx(weight), support)
             assert list(ours) == sorted(ours)
-        assert earlier is None or all(found.equals(before) for found, before in zip(finished, earlier, strict=True)), "exactly equal"
+        assert earlier is None or all(found.equals(before) for found, before in zip(finished, earlier, strict=True)), (
+            "exactly equal"
+        )
         earlier = finished

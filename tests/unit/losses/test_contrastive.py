@@ -23,7 +23,9 @@ def naive(first: Tensor, second: Tensor, scale: Tensor, excluded: Tensor | None 
     for a, b, mask in ((first, second, excluded), (second, first, None if excluded is None else excluded.T)):
         for i in range(len(a)):
             logits = [
-                F.cosine_similarity(a[i], b[j], dim=0) * scale.exp() for j in range(len(b)) if mask is None or i == j or not mask[i, j]
+                F.cosine_similarity(a[i], b[j], dim=0) * scale.exp()
+                for j in range(len(b))
+                if mask is None or i == j or not mask[i, j]
             ]
             positive = F.cosine_similarity(a[i], b[i], dim=0) * scale.exp()
             losses.append(torch.logsumexp(torch.stack(logits), dim=0) - positive)
@@ -78,7 +80,9 @@ def test_drawing_probabilities_are_divided_out_of_every_entry(chunk_rows: int | 
     found = info_nce_rows(queries, keys, scale, excluded=lambda a, b: mask[a:b], log_q=log_q, chunk_rows=chunk_rows)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     for ours, theirs in zip(
-        torch.autograd.grad(found, [first, scale], retain_graph=True), torch.autograd.grad(expected, [first, scale]), strict=True
+        torch.autograd.grad(found, [first, scale], retain_graph=True),
+        torch.autograd.grad(expected, [first, scale]),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 

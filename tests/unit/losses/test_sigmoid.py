@@ -49,7 +49,9 @@ def test_equals_the_naive_statement(chunk_rows: int | None, masked: bool):
 
 def test_closed_forms():
     same, zero = torch.ones(7, 3), torch.tensor(0.0)
-    assert sigmoid_loss(same, same, zero, torch.tensor(-1.0)).item() == pytest.approx(7 * math.log(2), abs=1e-5)  # every logit is 0
+    assert sigmoid_loss(same, same, zero, torch.tensor(-1.0)).item() == pytest.approx(
+        7 * math.log(2), abs=1e-5
+    )  # every logit is 0
     one_hot, scale = torch.eye(4), torch.tensor(math.log(10.0))
     expected = math.log1p(math.exp(-7)) + 3 * math.log1p(math.exp(-3))
     assert sigmoid_loss(one_hot, one_hot, scale, torch.tensor(-3.0)).item() == pytest.approx(expected, abs=1e-6)
@@ -61,14 +63,18 @@ def test_the_positive_is_never_excluded():
     first, second, scale, bias = inputs()
     everything = torch.ones(ROWS, ROWS, dtype=torch.bool)
     logits = F.cosine_similarity(first, second) * scale.exp() + bias
-    torch.testing.assert_close(sigmoid_loss(first, second, scale, bias, excluded=everything), F.softplus(-logits).mean())
+    torch.testing.assert_close(
+        sigmoid_loss(first, second, scale, bias, excluded=everything), F.softplus(-logits).mean()
+    )
 
 
 def test_rows_of_a_worker_add_up():
     first, second, scale, bias = inputs()
     queries, keys = F.normalize(first, dim=1), F.normalize(second, dim=1)
     parts = [sigmoid_rows(queries[a:b], keys, scale, bias, first_positive=a) for a, b in ((0, 4), (4, 9), (9, 11))]
-    torch.testing.assert_close(torch.stack(parts).sum() / ROWS, sigmoid_loss(first, second, scale, bias), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        torch.stack(parts).sum() / ROWS, sigmoid_loss(first, second, scale, bias), atol=1e-12, rtol=0
+    )
 
 
 def test_a_fresh_bias_begins_at_the_log_odds_of_a_match():

@@ -1,4 +1,5 @@
-"""The terms of both stages where their value is known otherwise: the published loss, the softmax over all songs, rejected songs."""
+"""The terms of both stages where their value is known otherwise: the published loss, the softmax over all songs,
+rejected songs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ CATALOGUE = np.array([0, 1, 2, 3, 4, 5, 7, 8, 11, 12])
 def model(loss: str = "softmax") -> Any:
     """What the terms need of a model: temperatures, biases, and any fusion."""
     scale = {name: torch.tensor(value, dtype=torch.float64) for name, value in SCALES.items()}
-    bias = {name: torch.tensor(-value, dtype=torch.float64) for name, value in SCALES.items()} if loss == "sigmoid" else None
+    bias = (
+        {name: torch.tensor(-value, dtype=torch.float64) for name, value in SCALES.items()}
+        if loss == "sigmoid"
+        else None
+    )
     return SimpleNamespace(logit_scale=scale, logit_bias=bias, fuse=lambda audio, text: audio * 0.3 + text.flip(1))
 
 
@@ -76,22 +81,27 @@ def task(**settings: Any) -> Any:
 
 
 def test_corrected_for_popularity_it_is_the_softmax_over_all_songs():
-    """A batch that holds every pair as often as its weight says is what drawing tends to. There the gradient must be exactly that of
-    −log softmax over the songs, each of them once, however often it is in the batch."""
+    """A batch that holds every pair as often as its weight says is what drawing tends to. There the gradient must be
+    exactly that of −log softmax over the songs, each of them once, however often it is in the batch."""
     batch = torch.from_numpy(np.repeat(PAIRS, WEIGHTS.astype(int), axis=0).T.copy())
     audio, text = vectors(SONGS).requires_grad_(), vectors(SONGS, 1).requires_grad_()
     songs = batch.reshape(-1)
 
     def gradients(correct: bool) -> dict[str, tuple[Tensor, ...]]:
         terms = task(popularity_correction=correct).terms(model(), audio[songs], text[songs], same_ids(songs))
-        return {name: torch.autograd.grad(term, [audio, text], retain_graph=True, allow_unused=True) for name, term in terms.items()}
+        return {
+            name: torch.autograd.grad(term, [audio, text], retain_graph=True, allow_unused=True)
+            for name, term in terms.items()
+        }
 
     def softmax(first: Tensor, second: Tensor, pairs: np.ndarray, name: str) -> Tensor:
         """Mean over pairs of −log p(second | first), candidates being the songs that any pair has in that place."""
         candidates = sorted(set(pairs[:, 1].tolist()))
         total = torch.zeros((), dtype=torch.float64)
         for (a, b), weight in zip(pairs.tolist(), WEIGHTS.tolist(), strict=True):
-            scores = torch.stack([F.cosine_similarity(first[a], second[c], dim=0) for c in candidates]) * np.exp(SCALES[name])
+            scores = torch.stack([F.cosine_similarity(first[a], second[c], dim=0) for c in candidates]) * np.exp(
+                SCALES[name]
+            )
             total = total - weight / WEIGHTS.sum() * torch.log_softmax(scores, dim=0)[candidates.index(b)]
         return total
 
@@ -118,7 +128,10 @@ def test_corrected_for_popularity_it_is_the_softmax_over_all_songs():
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_rejected_songs_are_keys_of_every_trigger_and_of_nothing_else(loss: str):
-    pairs, rejected = torch.tensor([[0, 1], [4, 5], [3, 1]]), torch.tensor([2, 5, 0])  # the second trigger has none: its recalled song
+    pairs, rejected = (
+        torch.tensor([[0, 1], [4, 5], [3, 1]]),
+        torch.tensor([2, 5, 0]),
+    )  # the second trigger has none: its recalled song
     songs, ids = torch.cat([pairs.T.reshape(-1), rejected]), same_ids(torch.cat([pairs.T.reshape(-1), rejected]))
     audio, text = vectors(9).requires_grad_(), vectors(9, 1).requires_grad_()
     known = torch.from_numpy(known_pair_codes(PAIRS))
@@ -138,7 +151,9 @@ def test_rejected_songs_are_keys_of_every_trigger_and_of_nothing_else(loss: str)
 
 
 def test_half_precision_is_widened():
-    assert Side.of(torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int64)).own.dtype == torch.float32
+    assert (
+        Side.of(torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int64)).own.dtype == torch.float32
+    )
 
 
 def test_a_task_with_rejected_songs_has_three_songs_a_row():
@@ -157,7 +172,9 @@ def test_rehearsed_songs_are_in_the_text_term_alone(with_rejected: bool):
     rejected = 3 if with_rejected else 0
     songs = torch.tensor([0, 3, 4, 1, 2, 5, *[13, 14, 15][:rejected], 9, 8, 7, 6, 10, 11])
     audio, text = (vectors(len(songs), seed) for seed in (1, 2))
-    without = finetune_terms(model(), *(v[: 6 + rejected] for v in (audio, text, same_ids(songs))), None, with_rejected=with_rejected)
+    without = finetune_terms(
+        model(), *(v[: 6 + rejected] for v in (audio, text, same_ids(songs))), None, with_rejected=with_rejected
+    )
     found = finetune_terms(model(), audio, text, same_ids(songs), None, with_rejected=with_rejected, rehearsed=2)
     assert torch.equal(found["preference"], without["preference"])
     assert torch.equal(found["fusion"], without["fusion"])
@@ -166,7 +183,8 @@ def test_rehearsed_songs_are_in_the_text_term_alone(with_rejected: bool):
 
 
 def test_rehearsal_goes_through_the_whole_training_catalogue():
-    """Every training song comes equally often, whatever pairs draw; the pairs are those without rehearsal; an epoch can be repeated."""
+    """Every training song comes equally often, whatever pairs draw; the pairs are those without rehearsal; an epoch can
+    be repeated."""
     rehearsing = task(rehearsal_songs_per_pair=2, pairs_per_epoch=5)
     assert rehearsing.songs_per_row == 4
     assert task(rehearsal_songs_per_pair=2, explicit_negatives=True).order(0).shape[1] == 5

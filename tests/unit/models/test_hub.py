@@ -55,7 +55,11 @@ class Hub:
             def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **(headers or {})}.items():
+                for name, value in {
+                    "Content-Length": str(len(data)),
+                    "Content-Type": "application/json",
+                    **(headers or {}),
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
@@ -91,7 +95,11 @@ class Hub:
             self.branches[repo_id, rest] = dict(self.branches[repo_id, "main"])
             return 200, {}
         if action == "preupload":
-            return 200, {"files": [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]}
+            return 200, {
+                "files": [
+                    {**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+                ]
+            }
         if action == "commit":
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
@@ -103,7 +111,9 @@ class Hub:
         if files is None:
             return 404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"}
         if action == "tree":
-            return 200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+            return 200, [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()
+            ]
         if action == "resolve":
             data = files[rest.partition("/")[2]]
             return 200, data, {"ETag": f'"{len(data)}"', "X-Repo-Commit": commit_of(revision)}
@@ -122,7 +132,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", made.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield made
     made.server.shutdown()
@@ -132,8 +144,21 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def model() -> HTCL:
-    sizes = {"width": 32, "layers": 1, "heads": 2, "feed_forward": 32, "position_groups": 4, "dim": 16, "conv_channels": 16}
-    small = {**{f"model.{name}": size for name, size in sizes.items()}, "text.width": 32, "text.layers": 1, "license": "cc-by-nc-4.0"}
+    sizes = {
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "feed_forward": 32,
+        "position_groups": 4,
+        "dim": 16,
+        "conv_channels": 16,
+    }
+    small = {
+        **{f"model.{name}": size for name, size in sizes.items()},
+        "text.width": 32,
+        "text.layers": 1,
+        "license": "cc-by-nc-4.0",
+    }
     config = resolve("demo").with_overrides(small)
     return HTCL.untrained(config, train_wordpiece(["calm piano", "fast techno"], config.text.vocab_size)).eval()
 
@@ -193,7 +218,11 @@ def test_a_folder_has_no_revision(model: HTCL, tmp_path: Path):
 def test_the_card_names_license_and_pipeline_tag(hub: Hub, model: HTCL):
     model.push_to_hub("someone/model", token=TOKEN)
     card = ModelCard(hub.branches["someone/model", "main"]["README.md"].decode(), ignore_metadata_errors=False)
-    assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == ("cc-by-nc-4.0", "feature-extraction", "htcl-ray")
+    assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == (
+        "cc-by-nc-4.0",
+        "feature-extraction",
+        "htcl-ray",
+    )
     assert model.to_stage_2(0.1, 0).record.license == "cc-by-nc-4.0"
 
 

@@ -40,7 +40,9 @@ def model(config: Config) -> HTCL:
 
 def mels(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     frames = config.audio.max_frames
-    return torch.from_numpy(np.random.default_rng(0).normal(-40, 10, (3, frames, config.audio.n_mels))), torch.tensor([frames, 20, 3])
+    return torch.from_numpy(np.random.default_rng(0).normal(-40, 10, (3, frames, config.audio.n_mels))), torch.tensor(
+        [frames, 20, 3]
+    )
 
 
 def test_embeddings_are_unit_norm_and_evaluated(model: HTCL, config: Config):
@@ -75,7 +77,9 @@ def test_embed_audio_is_log_mel_then_embed_mel(model: HTCL, config: Config):
     torch.testing.assert_close(model.embed_audio(np.stack([waveform, waveform]), config.audio.sample_rate), expected)
     long = np.concatenate([waveform, waveform[: config.audio.sample_rate], waveform])
     cut = long[: config.audio.max_samples]
-    torch.testing.assert_close(model.embed_audio(long, config.audio.sample_rate), model.embed_audio(cut, config.audio.sample_rate))
+    torch.testing.assert_close(
+        model.embed_audio(long, config.audio.sample_rate), model.embed_audio(cut, config.audio.sample_rate)
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,9 +97,19 @@ def test_wrong_mels_are_refused(model: HTCL, shape: tuple[int, ...], valid: list
 
 T = np.sin(np.arange(32_000) * 0.17).astype(np.float32) * 0.3
 NOT_WAVEFORMS: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "samples, channels": (np.stack([T, T], axis=1), 16000, InputError, "32,000 channels of 2 samples; expected .*waveform.T"),
+    "samples, channels": (
+        np.stack([T, T], axis=1),
+        16000,
+        InputError,
+        "32,000 channels of 2 samples; expected .*waveform.T",
+    ),
     "one column": (T[:, None], 16000, InputError, "32,000 channels of 1 samples"),
-    "tensor, transposed": (torch.from_numpy(T)[:, None].expand(-1, 2), 16000, InputError, "32,000 channels of 2 samples"),
+    "tensor, transposed": (
+        torch.from_numpy(T)[:, None].expand(-1, 2),
+        16000,
+        InputError,
+        "32,000 channels of 2 samples",
+    ),
     "empty": (np.zeros(0, np.float32), 16000, AudioError, "no sample"),
     "no channel": (np.zeros((0, 16000), np.float32), 16000, AudioError, "no sample"),
     "an empty list": ([], 16000, AudioError, "no sample"),
@@ -132,7 +146,9 @@ def test_what_is_no_waveform_is_refused(model: HTCL, config: Config, case: str):
 
 
 def test_reasons_are_those_of_the_decoder(model: HTCL):
-    reasons = {case: caught.value.reason for case in ("empty", "too short", "1e30", "NaN") for caught in [refusal(model, case)]}
+    reasons = {
+        case: caught.value.reason for case in ("empty", "too short", "1e30", "NaN") for caught in [refusal(model, case)]
+    }
     assert reasons == {"empty": "too_short", "too short": "too_short", "1e30": "not_finite", "NaN": "not_finite"}
 
 
@@ -144,7 +160,13 @@ def refusal(model: HTCL, case: str) -> pytest.ExceptionInfo[AudioError]:
 
 def test_waveforms_of_every_float_type(model: HTCL):
     expected = model.embed_audio(T, 16000)
-    for waveform in (T.astype(np.float64), T.tolist(), torch.from_numpy(T).requires_grad_(), T[None], np.stack([T] * 6)):
+    for waveform in (
+        T.astype(np.float64),
+        T.tolist(),
+        torch.from_numpy(T).requires_grad_(),
+        T[None],
+        np.stack([T] * 6),
+    ):
         torch.testing.assert_close(model.embed_audio(waveform, np.int64(16000)), expected, atol=1e-4, rtol=0)
     for waveform in (T.astype(np.float16), torch.from_numpy(T).bfloat16()):
         assert model.embed_audio(waveform, 16000.0) @ expected > 0.9
@@ -158,7 +180,9 @@ def test_mels_that_no_audio_has_are_refused(model: HTCL):
         with pytest.raises(AudioError, match="clip 1 holds NaN") as caught:
             model.embed_mel(broken)
         assert caught.value.reason == "not_finite"
-        torch.testing.assert_close(model.embed_mel(broken, torch.tensor([20, 9])), model.embed_mel(mel, torch.tensor([20, 9])))
+        torch.testing.assert_close(
+            model.embed_mel(broken, torch.tensor([20, 9])), model.embed_mel(mel, torch.tensor([20, 9]))
+        )
     for wrong in (mel.int(), mel > 0):
         with pytest.raises(InputError, match="floats with frames"):
             model.embed_mel(wrong)
@@ -176,7 +200,12 @@ def test_a_string_is_not_a_list_of_texts(model: HTCL):
 def test_folder_round_trip(model: HTCL, config: Config, tmp_path: Path, stage: int):
     model = model if stage == 1 else model.to_stage_2(0.1, seed=3)
     model.save_pretrained(tmp_path / "model")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer",
+    ]
     loaded = HTCL.from_pretrained(tmp_path / "model")
     assert (loaded.stage, loaded.dim, loaded.recipe) == (stage, config.model.dim, config.audio)
     assert not loaded.training
@@ -214,12 +243,17 @@ def _damage(folder: Path, name: str, **change: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"audio_head__0__weight": torch.zeros(3, 4)}, r"audio_head.0.weight of shape \[3, 4\], but .*config.json says \[24, 32\]"),
+        (
+            {"audio_head__0__weight": torch.zeros(3, 4)},
+            r"audio_head.0.weight of shape \[3, 4\], but .*config.json says \[24, 32\]",
+        ),
         ({"audio_head__0__weight": None}, r"lacks audio_head.0.weight, which .*config.json says has shape \[24, 32\]"),
         ({"surplus": torch.zeros(2)}, r"has surplus of shape \[2\], which .*config.json does not know"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(model: HTCL, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str):
+def test_weights_that_do_not_fit_are_refused(
+    model: HTCL, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+):
     model.save_pretrained(tmp_path / "model")
     _damage(tmp_path / "model", "model.safetensors", **change)
     with pytest.raises(MismatchError, match=message):
@@ -245,7 +279,10 @@ def _header(folder: Path, old: bytes, new: bytes) -> None:
 
 
 DAMAGED = {
-    "one NaN": (lambda folder: _set(folder, lambda w: w["audio_head.0.weight"][0].fill_(torch.nan)), "holds NaN or infinity"),
+    "one NaN": (
+        lambda folder: _set(folder, lambda w: w["audio_head.0.weight"][0].fill_(torch.nan)),
+        "holds NaN or infinity",
+    ),
     "one infinity in a bias": (
         lambda folder: _set(folder, lambda w: w["audio_head.0.bias"][-1:].fill_(-torch.inf)),
         "holds NaN or infinity",
@@ -255,11 +292,19 @@ DAMAGED = {
         "NaN or infinity under text_encoder.transformer.pooler.dense.weight",
     ),
     "too large for float32": (
-        lambda folder: _set(folder, lambda w: w.update({"audio_head.0.bias": torch.full((24,), 1e300, dtype=torch.float64)})),
+        lambda folder: _set(
+            folder, lambda w: w.update({"audio_head.0.bias": torch.full((24,), 1e300, dtype=torch.float64)})
+        ),
         "holds NaN or infinity under audio_head.0.bias",
     ),
-    "all zeros": (lambda folder: _set(folder, lambda w: [tensor.zero_() for tensor in w.values()]), "holds nothing but zeros under"),
-    "one matrix of zeros": (lambda folder: _set(folder, lambda w: w["text_head.2.weight"].zero_()), "zeros under text_head.2.weight"),
+    "all zeros": (
+        lambda folder: _set(folder, lambda w: [tensor.zero_() for tensor in w.values()]),
+        "holds nothing but zeros under",
+    ),
+    "one matrix of zeros": (
+        lambda folder: _set(folder, lambda w: w["text_head.2.weight"].zero_()),
+        "zeros under text_head.2.weight",
+    ),
     "a norm of zeros": (
         lambda folder: _set(folder, lambda w: w["audio_encoder.layers.0.feed_norm.weight"].zero_()),
         "zeros under audio_encoder.layers.0.feed_norm.weight",
@@ -274,8 +319,14 @@ DAMAGED = {
     ),
     "truncated": (_cut, "cannot be read .* copy it again"),
     "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be read .* copy it again"),
-    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 1000), "cannot be read .* copy it again"),
-    "a type that does not exist": (lambda folder: _header(folder, b'"dtype":"F32"', b'"dtype":"Q32"'), "cannot be read"),
+    "no safetensors": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * 1000),
+        "cannot be read .* copy it again",
+    ),
+    "a type that does not exist": (
+        lambda folder: _header(folder, b'"dtype":"F32"', b'"dtype":"Q32"'),
+        "cannot be read",
+    ),
     "gone": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
 }
 
@@ -313,7 +364,8 @@ def test_what_training_may_leave_is_no_damage(model: HTCL, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/tokenizer.json"])
 def test_files_that_the_manifest_does_not_record_are_refused(model: HTCL, tmp_path: Path, name: str):
-    """One bit of a weight, which gives other vectors and is no NaN, is found by its hash; so are the other files that decide a vector."""
+    """One bit of a weight, which gives other vectors and is no NaN, is found by its hash; so are the other files that
+    decide a vector."""
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in folder.rglob("*") if file.is_file()}
@@ -329,7 +381,8 @@ def test_files_that_the_manifest_does_not_record_are_refused(model: HTCL, tmp_pa
     (folder / name).write_bytes(data)
     for load in (HTCL.from_pretrained, SongEncoder.load, weights_fingerprint):
         with pytest.raises(
-            MismatchError, match=rf"{name} was changed or damaged .*SHA-256 \w+…, but its manifest.json records SHA-256 \w+…"
+            MismatchError,
+            match=rf"{name} was changed or damaged .*SHA-256 \w+…, but its manifest.json records SHA-256 \w+…",
         ):
             load(folder)
     (folder / name).unlink()
@@ -351,7 +404,9 @@ def test_no_vector_is_given_that_has_no_direction(model: HTCL, config: Config, f
         lambda: model.embed_text(TEXTS),
         lambda: model.embed_audio(np.ones(16_000) / 2, 16_000),
     ):
-        with pytest.raises(InputError, match=f"the stage-1 model gives input 0 a vector that is ({what}); .* choose another one"):
+        with pytest.raises(
+            InputError, match=f"the stage-1 model gives input 0 a vector that is ({what}); .* choose another one"
+        ):
             embed()
 
 
@@ -402,13 +457,18 @@ def test_stage_2_starts_from_everything_that_stage_1_learned(model: HTCL):
     assert {name.split(".")[0] for name in state if name not in learned} == {"fusion", "logit_scale"}
     assert second.temperatures() == pytest.approx({"text": math.exp(-3.3), "preference": 0.2, "fusion": 0.2})
     assert second.stage == 2
-    assert [tuple(layer.weight.shape) for layer in second.fusion if hasattr(layer, "weight")] == [(32, 32), (16, 32), (16, 16)]
+    assert [tuple(layer.weight.shape) for layer in second.fusion if hasattr(layer, "weight")] == [
+        (32, 32),
+        (16, 32),
+        (16, 16),
+    ]
 
 
 @pytest.mark.parametrize("first", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("second", ["softmax", "sigmoid"])
 def test_stages_may_have_different_losses(config: Config, tmp_path: Path, first: str, second: str):
-    """Biases exist where the loss has them, are kept from stage 1 if it had one, and a folder loads strictly either way."""
+    """Biases exist where the loss has them, are kept from stage 1 if it had one, and a folder loads strictly either
+    way."""
     changed = {"pretrain.loss": first, "pretrain.batch_size": 16, "finetune.loss": second, "finetune.batch_size": 32}
     config = config.with_overrides(changed)
     model = HTCL.untrained(config, train_wordpiece(TEXTS, 60))
@@ -446,7 +506,8 @@ def test_initial_weights_follow_the_seed(config: Config):
     torch.manual_seed(123)
     before = torch.get_rng_state()
     one, two, other = (
-        HTCL.untrained(config.with_overrides({"pretrain.seed": seed}), vocabulary).state_dict()["audio_head.0.weight"] for seed in (1, 1, 2)
+        HTCL.untrained(config.with_overrides({"pretrain.seed": seed}), vocabulary).state_dict()["audio_head.0.weight"]
+        for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
@@ -471,6 +532,11 @@ def test_official_input_is_kept_in_the_folder(config: Config, tmp_path: Path):
 
 
 def test_vocabulary_does_not_depend_on_hash_order():
-    """Workers train it each on their own. The tokenizers library alone gives another vocabulary each time, also within one process."""
-    texts = [f"song {number} of {word}" for number in range(40) for word in ("jazz", "café", "techno", "音楽", "warm strings")]
+    """Workers train it each on their own. The tokenizers library alone gives another vocabulary each time, also within
+    one process."""
+    texts = [
+        f"song {number} of {word}"
+        for number in range(40)
+        for word in ("jazz", "café", "techno", "音楽", "warm strings")
+    ]
     assert len({train_wordpiece(texts, 120) for _ in range(8)}) == 1

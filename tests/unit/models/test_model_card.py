@@ -32,15 +32,33 @@ RECALL = bootstrap.mean(np.linspace(0, 1, 40), bootstrap.draw([str(i % 8) for i 
 
 def tasks() -> list[Task]:
     def methods(semantic: dict[str, Estimate], preference: dict[str, Estimate]) -> dict[str, dict[str, Estimate]]:
-        return {"semantic": semantic, "preference": preference, "random": {name: Estimate(0.01, 40) for name in semantic}}
+        return {
+            "semantic": semantic,
+            "preference": preference,
+            "random": {name: Estimate(0.01, 40) for name in semantic},
+        }
 
     retrieval = {"recall@10": RECALL, "median_rank": Estimate(3.0, 40), "recall@1": Estimate(0.1, 40)}
     probe, other = {"accuracy": Estimate(0.75, 30)}, {"accuracy": Estimate(0.7, 30)}
     return [
-        Task("text_to_audio", "text → audio", "texts", "artists", "random", methods(retrieval, {"recall@10": Estimate(0.4, 40)})),
+        Task(
+            "text_to_audio",
+            "text → audio",
+            "texts",
+            "artists",
+            "random",
+            methods(retrieval, {"recall@10": Estimate(0.4, 40)}),
+        ),
         Task("probe_genre", "genre probe", "songs", "artists", "random", methods(probe, other)),
         Task("probe_language", "language probe", "songs", "artists", "random", methods(other, probe)),
-        Task("cold", "cold songs", "users", "users", "random", methods({}, {"ndcg@10": Estimate(0.2, 9), "item_auc": Estimate(np.nan, 0)})),
+        Task(
+            "cold",
+            "cold songs",
+            "users",
+            "users",
+            "random",
+            methods({}, {"ndcg@10": Estimate(0.2, 9), "item_auc": Estimate(np.nan, 0)}),
+        ),
     ]
 
 
@@ -60,7 +78,10 @@ def read(folder: Path | str) -> dict[tuple[str, str], tuple[float, int]]:
     """Dataset configuration and metric → value and n, by the hub client."""
     results = ModelCard.load(Path(folder) / "README.md").data.eval_results or []
     assert {(result.dataset_split, result.dataset_revision) for result in results} <= {("test", "report-1")}
-    return {(result.dataset_config, result.metric_type): (result.metric_value, result.metric_args["n"]) for result in results}
+    return {
+        (result.dataset_config, result.metric_type): (result.metric_value, result.metric_args["n"])
+        for result in results
+    }
 
 
 EXPECTED = {
@@ -83,7 +104,9 @@ EXPECTED = {
 def test_the_card_names_the_headline_figures_of_its_own_space(workspace: Workspace, tmp_path: Path, path: str):
     folder = Path(workspace.full(path))
     before = weights_fingerprint(folder)
-    parameters = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| Parameters"))
+    parameters = next(
+        line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| Parameters")
+    )
     assert read(folder) == {}
     write_evaluation(workspace, path, tasks(), "report-1", DATA)
     assert read(folder) == EXPECTED[path]
@@ -96,7 +119,9 @@ def test_the_card_names_the_headline_figures_of_its_own_space(workspace: Workspa
         assert manifest["files"][name] == file_sha256(folder / name)
     assert weights_fingerprint(folder) == before
     kept = json.loads((folder / "evaluation.json").read_text())
-    assert {(item["task"], item["method"], item["figure"]) for item in kept["figures"]} >= {("text_to_audio", "random", "recall@1")}
+    assert {(item["task"], item["method"], item["figure"]) for item in kept["figures"]} >= {
+        ("text_to_audio", "random", "recall@1")
+    }
     low, high = RECALL.interval
     (recall,) = [item for item in kept["figures"] if (item["method"], item["figure"]) == ("semantic", "recall@10")]
     assert (recall["low"], recall["high"]) == pytest.approx((low, high))

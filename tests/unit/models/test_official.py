@@ -29,7 +29,12 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "calm", "piano", "techno"
 TEXTS = ["calm piano", "fast technos calm fast", "unheard"]
 LENGTHS = [1, 16, 17, 400, FRAMES - 1, FRAMES, FRAMES + 40]
 BERT = BertConfig(
-    vocab_size=10, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96, max_position_embeddings=16
+    vocab_size=10,
+    hidden_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    intermediate_size=96,
+    max_position_embeddings=16,
 )
 
 
@@ -38,14 +43,22 @@ def randomised(module: Wrapper) -> Wrapper:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.5 if name.startswith("tau") else 0.05))
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator) * (0.5 if name.startswith("tau") else 0.05)
+            )
     return module.eval()
 
 
 def wrapper(stage: int, bert: BertConfig) -> Wrapper:
     torch.manual_seed(stage)
     return randomised(
-        Wrapper(stage, AudioModel(channels=24, width=128, layers=2, feed_forward=80, kernel=7), bert, hidden=(40, 30), dim=20)
+        Wrapper(
+            stage,
+            AudioModel(channels=24, width=128, layers=2, feed_forward=80, kernel=7),
+            bert,
+            hidden=(40, 30),
+            dim=20,
+        )
     )
 
 
@@ -107,11 +120,14 @@ def test_table_is_their_full_model(stage: str):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_numbers_are_theirs_wherever_the_model_runs(stage: int, tokenizer_folder: Path, tmp_path: Path):
-    """Imported, saved and loaded, and through the encoder of batch embedding and serving; alone and beside clips of other lengths."""
+    """Imported, saved and loaded, and through the encoder of batch embedding and serving; alone and beside clips of
+    other lengths."""
     official = theirs(stage)
     with torch.no_grad():
         audio = official.audio(clips())
-        words = official.text(**BertTokenizerFast.from_pretrained(tokenizer_folder)(TEXTS, padding=True, return_tensors="pt"))
+        words = official.text(
+            **BertTokenizerFast.from_pretrained(tokenizer_folder)(TEXTS, padding=True, return_tensors="pt")
+        )
     model = HTCL.from_official(save(official.state_dict(), tmp_path), stage, tokenizer=str(tokenizer_folder))
     assert (model.stage, model.dim, model.training) == (stage, 20, False)
     assert model.record.input is InputRecipe.OFFICIAL
@@ -141,13 +157,19 @@ def test_text_config_states_what_weights_do_not_tell(tokenizer_folder: Path, tmp
     official = wrapper(1, config)
     file = save(official.state_dict(), tmp_path)
     with torch.no_grad():
-        expected = unit(official.text(**BertTokenizerFast.from_pretrained(tokenizer_folder)(TEXTS, padding=True, return_tensors="pt")))
+        expected = unit(
+            official.text(
+                **BertTokenizerFast.from_pretrained(tokenizer_folder)(TEXTS, padding=True, return_tensors="pt")
+            )
+        )
     for given in (config, config.to_dict()):
         model = HTCL.from_official(file, 1, text_config=given, tokenizer=str(tokenizer_folder))
         assert_close(model.embed_text(TEXTS), expected)
     model.save_pretrained(tmp_path / "model")
     assert_close(HTCL.from_pretrained(tmp_path / "model").embed_text(TEXTS), expected)
-    assert (HTCL.from_official(file, 1, tokenizer=str(tokenizer_folder)).embed_text(TEXTS) - expected).abs().max() > 1e-3
+    assert (
+        HTCL.from_official(file, 1, tokenizer=str(tokenizer_folder)).embed_text(TEXTS) - expected
+    ).abs().max() > 1e-3
     with pytest.raises(MismatchError, match=r"encoder.layer.1.output.dense.weight absent \(expected \[64, 96\]\)"):
         HTCL.from_official(file, 1, text_config={**BERT.to_dict(), "num_hidden_layers": 2})
     with pytest.raises(ConfigError, match="not that of a BERT"):
@@ -159,7 +181,11 @@ def test_tokenizer_is_loaded_only_for_words(tokenizer_folder: Path, tmp_path: Pa
     file = save(theirs(1).state_dict(), tmp_path)
     absent = str(tmp_path / "absent")
     HTCL.from_official(file, 1, tokenizer=absent).save_pretrained(tmp_path / "model")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     model = HTCL.from_pretrained(tmp_path / "model")
     assert model.embed_mel(torch.zeros(1, 20, MELS)).shape == (1, 20)
     with pytest.raises(ConfigError, match=f"tokenizer '{absent}' cannot be loaded"):
@@ -240,7 +266,9 @@ def test_one_wrong_tensor_does_not_change_what_is_expected_of_the_others():
     right = sizes_of(state, rows)
     assert (right["D"], right["E"], right["K"], right["i"], right["n"], right["O"]) == (128, 64, 7, 2, 1, 20)
     for name, tensor in list(state.items())[::2]:
-        if not name.endswith(("word_embeddings.weight", "position_embeddings.weight", "type_embeddings.weight", "original0", "original1")):
+        if not name.endswith(
+            ("word_embeddings.weight", "position_embeddings.weight", "type_embeddings.weight", "original0", "original1")
+        ):
             wrong = torch.empty([size + 1 for size in tensor.shape], device="meta")
             assert sizes_of({**state, name: wrong}, rows) == right, name
 
@@ -248,7 +276,9 @@ def test_one_wrong_tensor_does_not_change_what_is_expected_of_the_others():
 def test_an_audio_encoder_with_faults_is_named_as_its_file_does(tmp_path: Path):
     state = theirs(1).audio_model.state_dict()
     state["layer_norm.weight"] = torch.zeros(5)
-    with pytest.raises(MismatchError, match=r"an audio encoder alone in 1 weight\(s\): layer_norm.weight \[5\] \(expected \[128\]\)$"):
+    with pytest.raises(
+        MismatchError, match=r"an audio encoder alone in 1 weight\(s\): layer_norm.weight \[5\] \(expected \[128\]\)$"
+    ):
         HTCL.from_official(save(state, tmp_path), 1)
 
 
@@ -256,7 +286,8 @@ def test_an_audio_encoder_with_faults_is_named_as_its_file_does(tmp_path: Path):
 def test_the_other_stage_is_recognised(stage: int, tmp_path: Path):
     other = 3 - stage
     with pytest.raises(
-        MismatchError, match=rf"does not fit their stage {other}.*tau.*; it is a file of stage {stage}, so say stage {stage}$"
+        MismatchError,
+        match=rf"does not fit their stage {other}.*tau.*; it is a file of stage {stage}, so say stage {stage}$",
     ):
         HTCL.from_official(save(theirs(stage).state_dict(), tmp_path), other)
 
@@ -335,7 +366,9 @@ def imported(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
 
 def test_command_makes_a_model_folder(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]):
     file = save(theirs(1).state_dict(), tmp_path)
-    code, shown = imported(capsys, file, tmp_path / "a" / "model", "--stage", 1, "--set", f"text.name_or_path={tokenizer_folder}")
+    code, shown = imported(
+        capsys, file, tmp_path / "a" / "model", "--stage", 1, "--set", f"text.name_or_path={tokenizer_folder}"
+    )
     assert code == 0
     assert f"→ {tmp_path}/a/model" in shown
     assert "next: " in shown
@@ -379,11 +412,17 @@ def test_command_puts_both_stages_where_the_steps_look(tmp_path: Path, capsys: p
     semantic, preference = (workspace / "models" / space / "theirs" for space in ("semantic", "preference"))
     common = ("--workspace", workspace)
     assert "is for the other stage" in imported(capsys, files[1], preference, "--stage", 1, *common)[1]
-    assert "needs --parent; its stage-1 models: none yet" in imported(capsys, files[2], preference, "--stage", 2, *common)[1]
+    assert (
+        "needs --parent; its stage-1 models: none yet"
+        in imported(capsys, files[2], preference, "--stage", 2, *common)[1]
+    )
     code, shown = imported(capsys, files[1], semantic, "--stage", 1, *common)
     assert code == 0
     assert "next: htcl embed --workspace" in shown
-    assert "no stage-1 model 'other' as --parent" in imported(capsys, files[2], preference, "--stage", 2, "--parent", "other", *common)[1]
+    assert (
+        "no stage-1 model 'other' as --parent"
+        in imported(capsys, files[2], preference, "--stage", 2, "--parent", "other", *common)[1]
+    )
     assert imported(capsys, files[2], preference, "--stage", 2, "--parent", "theirs", *common)[0] == 0
     found = artifacts.newest_semantic(Workspace(str(workspace)), "failed")
     grown = artifacts.newest_preference(Workspace(str(workspace)), found, "failed")

@@ -63,7 +63,8 @@ def test_fewest_windows_that_hear_every_frame_evenly(window: int):
 
 
 def test_vector_is_the_normalised_mean_over_windows(model: HTCL, whole: HTCL, monkeypatch: pytest.MonkeyPatch):
-    """Against one call for each window; cut by hand: 32 frames at 0, 10, 21, 22 at 0, 11, 23 at 0, 6, 12, and 11 or fewer whole."""
+    """Against one call for each window; cut by hand: 32 frames at 0, 10, 21, 22 at 0, 11, 23 at 0, 6, 12, and 11 or
+    fewer whole."""
     assert (model.window_frames, whole.window_frames) == (WINDOW, None)
     mel, valid = mels([32, 4, 22, 11, 23])
     by_hand = [[0, 10, 21], [0], [0, 11], [0], [0, 6, 12]]
@@ -74,7 +75,10 @@ def test_vector_is_the_normalised_mean_over_windows(model: HTCL, whole: HTCL, mo
     found = model.embed_mel(mel, valid)
     assert encoded == [4, 4, 2]
     for clip, (starts, length) in enumerate(zip(by_hand, valid.tolist(), strict=True)):
-        windows = [whole.embed_mel(mel[clip : clip + 1, start : min(start + WINDOW, length)])[0].double().numpy() for start in starts]
+        windows = [
+            whole.embed_mel(mel[clip : clip + 1, start : min(start + WINDOW, length)])[0].double().numpy()
+            for start in starts
+        ]
         mean = np.mean(windows, axis=0)
         np.testing.assert_allclose(found[clip].numpy(), mean / np.linalg.norm(mean), atol=2e-6)
     assert torch.equal(found, model.embed_mel(mel, valid))
@@ -89,10 +93,14 @@ def test_short_clips_are_untouched(model: HTCL, whole: HTCL):
 def test_audio_is_heard_in_the_same_windows(model: HTCL, whole: HTCL, config: Config):
     from htcl_ray.audio import log_mel
 
-    waveform = np.random.default_rng(1).normal(0, 0.1, 5 * config.audio.sample_rate).astype(np.float32)  # 5 s, of which 3 are heard
+    waveform = (
+        np.random.default_rng(1).normal(0, 0.1, 5 * config.audio.sample_rate).astype(np.float32)
+    )  # 5 s, of which 3 are heard
     mel = torch.from_numpy(log_mel(waveform[: config.audio.max_samples], config.audio.sample_rate, config.audio))
     mean = sum(whole.embed_mel(mel[None, start : start + WINDOW])[0] for start in (0, 10, 21))
-    torch.testing.assert_close(model.embed_audio(waveform, config.audio.sample_rate), mean / mean.norm(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        model.embed_audio(waveform, config.audio.sample_rate), mean / mean.norm(), atol=2e-6, rtol=0
+    )
 
 
 def test_the_window_belongs_to_the_checkpoint(model: HTCL, tmp_path: Path):
@@ -114,5 +122,7 @@ def test_checkpoints_from_before_windows_hear_clips_whole(whole: HTCL, tmp_path:
 
 
 def test_official_input_refuses_windows(config: Config):
-    with pytest.raises(ConfigError, match=r"model\.window_seconds is 1, but the official input recipe takes full clips"):
+    with pytest.raises(
+        ConfigError, match=r"model\.window_seconds is 1, but the official input recipe takes full clips"
+    ):
         HTCL.untrained(config, VOCABULARY, InputRecipe.OFFICIAL)

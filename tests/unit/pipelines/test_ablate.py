@@ -28,10 +28,16 @@ def workspace(tmp_path) -> Workspace:
     def finish(path: str, **inputs: str) -> None:
         made.finish(path, build_manifest("test", config={}, inputs=inputs))
 
-    songs = [{"song_id": f"s{i:02}", "text": f"text {i // 2}", "split": SPLITS[i % 5], "log_mel": float(i)} for i in range(40)]
+    songs = [
+        {"song_id": f"s{i:02}", "text": f"text {i // 2}", "split": SPLITS[i % 5], "log_mel": float(i)}
+        for i in range(40)
+    ]
     made.write_table("features/f/shard-0.parquet", pa.Table.from_pylist(songs[:20]))
     made.write_table("features/f/shard-1.parquet", pa.Table.from_pylist(songs[20:]))
-    pairs = [{"trigger_song_id": f"s{i:02}", "song_id": f"s{(i * 7) % 40:02}", "split": SPLITS[i % 5], "weight": 1.0} for i in range(40)]
+    pairs = [
+        {"trigger_song_id": f"s{i:02}", "song_id": f"s{(i * 7) % 40:02}", "split": SPLITS[i % 5], "weight": 1.0}
+        for i in range(40)
+    ]
     made.write_table("pairs/p/part-0.parquet", pa.Table.from_pylist(pairs))
     made.write_table("negatives/p/part-0.parquet", pa.Table.from_pylist(pairs[:3]))
     made.write_table("events/e/part-0.parquet", pa.table({"user_id": ["u"]}))
@@ -57,7 +63,9 @@ def test_the_true_workspace_has_the_same_inputs_and_the_models_that_were_trained
     assert target.read_bytes("models/semantic/m/tokenizer/vocab.txt") == b"words"
     assert target.children("models/semantic") == ["m"]
     target.write_bytes("models/semantic/m/tokenizer/vocab.txt", b"changed")
-    assert workspace.read_bytes("models/semantic/m/tokenizer/vocab.txt") == b"words", "a link must not let changes through"
+    assert workspace.read_bytes("models/semantic/m/tokenizer/vocab.txt") == b"words", (
+        "a link must not let changes through"
+    )
 
 
 @pytest.mark.parametrize(

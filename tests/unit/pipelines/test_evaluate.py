@@ -1,4 +1,5 @@
-"""The evaluation step on real, tiny models: what it finds, refuses, writes and repeats; comparison and gate over its reports."""
+"""The evaluation step on real, tiny models: what it finds, refuses, writes and repeats; comparison and gate over its
+reports."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def read(result: StepResult) -> dict:
 
 
 def values(report: dict, task: str, figure: str) -> dict[str, float]:
-    return {method: found[figure]["value"] for method, found in report["tasks"][task]["methods"].items() if figure in found}
+    return {
+        method: found[figure]["value"] for method, found in report["tasks"][task]["methods"].items() if figure in found
+    }
 
 
 def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Config, StepResult]):
@@ -71,7 +74,12 @@ def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Co
     }
     assert report["data"]["songs"] == SONGS // 2
     assert report["data"]["artists"] == 4
-    assert {kind: found["shared"] for kind, found in report["leakage"].items()}.keys() >= {"songs", "artists", "users", "times"}
+    assert {kind: found["shared"] for kind, found in report["leakage"].items()}.keys() >= {
+        "songs",
+        "artists",
+        "users",
+        "times",
+    }
     assert values(report, "index", "recall@10") == {"index": 1.0}
     assert values(report, "cold", "user_auc")["random"] == 0.5
     assert values(report, "cold", "user_auc")["genre"] > 0.8, "the users of this log like genres"
@@ -95,7 +103,9 @@ def test_every_figure_has_its_n_and_those_of_samples_their_interval(evaluated: t
 def test_both_stages_answer_with_their_own_towers(evaluated: tuple[Config, StepResult]):
     config, result = evaluated
     workspace = Workspace(config.workspace)
-    texts = workspace.read_tables("features/features-1", ["song_id", "text"]).sort_by("song_id")["text"].to_pylist()[1::2]
+    texts = (
+        workspace.read_tables("features/features-1", ["song_id", "text"]).sort_by("song_id")["text"].to_pylist()[1::2]
+    )
     vectors = encode_features(config)
     assert vectors.preference is not None
     for space, songs in (("semantic", vectors.semantic), ("preference", vectors.preference)):
@@ -183,7 +193,9 @@ def test_wrong_input_is_one_sentence(tmp_path: Path):
         config.with_overrides({"evaluate.label_prompt": "a song"})
     with pytest.raises(WorkspaceError, match="run 'htcl preprocess' first"):
         step.evaluate(config.with_overrides({"workspace": str(tmp_path / "empty")}))
-    with pytest.raises(WorkspaceError, match=r"no embeddings of the features features-1 by semantic model semantic-0; run 'htcl embed'"):
+    with pytest.raises(
+        WorkspaceError, match=r"no embeddings of the features features-1 by semantic model semantic-0; run 'htcl embed'"
+    ):
         step.evaluate(config, "semantic-0")
     with pytest.raises(WorkspaceError, match="no song of the catalogue is in the validation split"):
         step.evaluate(config.with_overrides({"evaluate.split": "validation"}))
@@ -209,7 +221,9 @@ class Page(HTMLParser):
         self.fetched: list[str] = []
 
     def handle_starttag(self, tag, attrs):
-        self.fetched += [value for name, value in attrs if name in {"src", "href", "srcset", "data"} and not value.startswith("#")]
+        self.fetched += [
+            value for name, value in attrs if name in {"src", "href", "srcset", "data"} and not value.startswith("#")
+        ]
         if tag not in {"meta", "link", "br", "img"}:
             self.open.append(tag)
 
@@ -260,7 +274,11 @@ def test_two_reports_are_compared_with_paired_intervals(evaluated: tuple[Config,
     comparison = compare(config, result.location, second)
     assert comparison.location == compare(config, first, second).location
     tree = read(comparison)
-    cold = next(row for row in tree["differences"] if (row["task"], row["method"], row["figure"]) == ("text_to_audio", "semantic", "mrr"))
+    cold = next(
+        row
+        for row in tree["differences"]
+        if (row["task"], row["method"], row["figure"]) == ("text_to_audio", "semantic", "mrr")
+    )
     assert (cold["value"], cold["low"], cold["high"], cold["verdict"]) == (0, 0, 0, "not shown")
     check_page(Path(comparison.location) / "report.html")
     assert "not shown" in comparison.summary
@@ -282,7 +300,9 @@ def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
         assert workspace.manifest(path)["gate"]["passed"] is True
     assert "Gate: " in check_page(Path(result.location) / "report.html")
     gate.write_text("bounds:\n- {figure: cold.preference.ndcg@10, over: semantic, shown: true}\n")
-    with pytest.raises(StepError, match=r"the gate failed: 1 of 1 bounds do not hold, first cold.preference.ndcg@10 over semantic"):
+    with pytest.raises(
+        StepError, match=r"the gate failed: 1 of 1 bounds do not hold, first cold.preference.ndcg@10 over semantic"
+    ):
         evaluate_and_judge(config, None, str(gate))
     assert workspace.manifest("models/preference/preference-0")["gate"]["passed"] is False
     arguments = ["--workspace", config.workspace, "--preset", "demo"]
@@ -298,9 +318,13 @@ def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
     config = write_evaluated(tmp_path / "workspace", tmp_path)
     gate = tmp_path / "gate.yaml"
     gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1}\n")
-    with pytest.raises(StepError, match="the gate failed: 1 of 1"):  # nothing is served yet, and the bound is not optional
+    with pytest.raises(
+        StepError, match="the gate failed: 1 of 1"
+    ):  # nothing is served yet, and the bound is not optional
         evaluate_and_judge(config, None, str(gate))
-    gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1, optional: true}\n")
+    gate.write_text(
+        "bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1, optional: true}\n"
+    )
     first = evaluate_and_judge(config, None, str(gate))
     write_models(config, tmp_path, seed=1)
     write_embeddings(config)
@@ -322,11 +346,14 @@ def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
     gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1}\n")
     capsys.readouterr()
     evaluate_and_judge(config, None, str(gate))
-    assert f"compared with index {read(first)['inputs']['index']}" in capsys.readouterr().out, "the second failed its gate"
+    assert f"compared with index {read(first)['inputs']['index']}" in capsys.readouterr().out, (
+        "the second failed its gate"
+    )
 
 
 def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, capsys):
-    """The model being served is evaluated on the new songs: the bounds have values, paired, and fail when it cannot be."""
+    """The model being served is evaluated on the new songs: the bounds have values, paired, and fail when it cannot
+    be."""
     config = write_evaluated(tmp_path / "workspace", tmp_path)
     workspace = Workspace(config.workspace)
     gate = tmp_path / "gate.yaml"
@@ -363,17 +390,32 @@ def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, c
     compared = read(compare(config, first.location, changed.location))
     assert compared["reference"] == judged["served"]["report"]
     assert all(row["verdict"] != "not comparable" for row in compared["differences"])
-    row = next(row for row in compared["differences"] if (row["task"], row["method"], row["figure"]) == ("cold", "preference", "ndcg@10"))
+    row = next(
+        row
+        for row in compared["differences"]
+        if (row["task"], row["method"], row["figure"]) == ("cold", "preference", "ndcg@10")
+    )
     assert (row["first"], row["second"]) == (ours, theirs)
     assert row["low"] < row["value"] < row["high"]
 
-    for artifact in ("models/preference/preference-0", "models/semantic/semantic-0", f"reports/{judged['served']['report']}"):
+    for artifact in (
+        "models/preference/preference-0",
+        "models/semantic/semantic-0",
+        f"reports/{judged['served']['report']}",
+    ):
         shutil.rmtree(Path(config.workspace) / artifact)
     capsys.readouterr()
-    with pytest.raises(StepError, match=r"the gate failed: 3 of 3 bounds do not hold, .*could not be evaluated on this test set: .*lacks"):
+    with pytest.raises(
+        StepError,
+        match=r"the gate failed: 3 of 3 bounds do not hold, .*could not be evaluated on this test set: .*lacks",
+    ):
         evaluate_and_judge(config, "preference-1", str(gate))
     compared = compare(config, first.location, changed.location)
-    changed_tasks = {row["verdict"] for row in read(compared)["differences"] if row["task"] in ("text_to_audio", "cold", "probe_genre")}
+    changed_tasks = {
+        row["verdict"]
+        for row in read(compared)["differences"]
+        if row["task"] in ("text_to_audio", "cold", "probe_genre")
+    }
     assert changed_tasks == {"not comparable"}
     assert "not comparable" in compared.summary
     assert "there is no model 'preference-0'" in " ".join(read(compared)["test_set"].split())
@@ -390,7 +432,10 @@ def test_the_index_that_is_judged_is_the_configured_one(tmp_path: Path):
         assert index is not None
         assert index.version == version
     workspace.finish("index/folded", build_manifest("index", config={}, inputs={"compacted_from": made[0]}))
-    assert [index.version for one in (hnsw, flat) if (index := find_inputs(workspace, one).index)] == ["folded", made[1]]
+    assert [index.version for one in (hnsw, flat) if (index := find_inputs(workspace, one).index)] == [
+        "folded",
+        made[1],
+    ]
     assert find_inputs(workspace, config.with_overrides({"index.kind": "ivf"})).index is None
 
 

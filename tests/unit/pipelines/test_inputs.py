@@ -1,4 +1,5 @@
-"""Which artifacts a step reads: those whose fingerprints the configuration determines, however its tables are spelled."""
+"""Which artifacts a step reads: those whose fingerprints the configuration determines, however its tables are
+spelled."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def spellings(folder: Path, name: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("prepared", [lambda config: config, Config.with_absolute_paths], ids=["as given", "by the command"])
+@pytest.mark.parametrize(
+    "prepared", [lambda config: config, Config.with_absolute_paths], ids=["as given", "by the command"]
+)
 def test_a_table_is_the_same_however_its_path_is_spelled(folder: Path, prepared: Callable[[Config], Config]):
     expected = fingerprints(configured())
     logs = spellings(folder, "log.csv")
@@ -143,7 +146,8 @@ def chosen(config: Config) -> tuple[str | None, ...]:
 
 
 def test_a_step_reads_what_its_configuration_makes_whatever_is_newest(folder: Path):
-    """Configuration A, then B, then A again (shared case 07), by each section that determines features, events or pairs."""
+    """Configuration A, then B, then A again (shared case 07), by each section that determines features, events or
+    pairs."""
     first = configured()
     made = finish(first)
     others = [
@@ -156,7 +160,9 @@ def test_a_step_reads_what_its_configuration_makes_whatever_is_newest(folder: Pa
         configured(data__held_out_user_share=0.31),
     ]
     for other in others:
-        with pytest.raises(WorkspaceError, match=r"holds no (features|events|pairs) of .*run 'htcl preprocess' with this configuration"):
+        with pytest.raises(
+            WorkspaceError, match=r"holds no (features|events|pairs) of .*run 'htcl preprocess' with this configuration"
+        ):
             chosen(other)
     for other in others:
         assert finish(other) != made
@@ -197,7 +203,9 @@ def test_without_a_catalogue_there_must_be_one(folder: Path):
     assert chosen(unnamed) == made
     shutil.copy("log.csv", "other.csv")
     finish(configured(log="other.csv"))
-    with pytest.raises(ConfigError, match=r"holds several (pairs|events) .*log\.csv; .*other\.csv.*say which by data\.interactions"):
+    with pytest.raises(
+        ConfigError, match=r"holds several (pairs|events) .*log\.csv; .*other\.csv.*say which by data\.interactions"
+    ):
         chosen(unnamed)
     finish(configured(data__text_columns=["genre"]))
     with pytest.raises(ConfigError, match=r"holds several features .*say which by data\.catalog"):
@@ -205,13 +213,16 @@ def test_without_a_catalogue_there_must_be_one(folder: Path):
 
 
 def train(config: Config, *, passed: bool | None = None, finetuned: bool = True) -> tuple[str, str]:
-    """What `htcl pretrain` and `htcl finetune` leave, as manifests; `passed`: the verdict on the model of the last stage."""
+    """What `htcl pretrain` and `htcl finetune` leave, as manifests; `passed`: the verdict on the model of the last
+    stage."""
     workspace, (features, _, pairs) = Workspace(config.workspace), fingerprints(config)
     semantic = inputs.semantic_version(config, features)
     preference = inputs.preference_version(config, features, pairs, semantic)
     tree = config.model_dump(mode="json")
     if workspace.manifest(f"models/semantic/{semantic}") is None:
-        workspace.finish(f"models/semantic/{semantic}", build_manifest("semantic", config=tree, inputs={"features": features}))
+        workspace.finish(
+            f"models/semantic/{semantic}", build_manifest("semantic", config=tree, inputs={"features": features})
+        )
     if finetuned:
         made_from = {"features": features, "pairs": pairs, "model": semantic}
         workspace.finish(f"models/preference/{preference}", build_manifest("preference", config=tree, inputs=made_from))
@@ -234,9 +245,14 @@ def test_models_are_those_that_the_configuration_trains(folder: Path, capsys: py
     capsys.readouterr()
     assert [models(config) for config in (first, longer, colder)] == made
     said = capsys.readouterr().err
-    assert f"models/semantic/{made[1][0]} is newer, but models/semantic/{made[0][0]} is what this configuration makes" in said
+    assert (
+        f"models/semantic/{made[1][0]} is newer, but models/semantic/{made[0][0]} is what this configuration makes"
+        in said
+    )
     assert models(first, made[1][1]) == made[1], "a version that is named is taken"
-    where_it_runs = first.with_overrides({"pretrain.num_workers": 1, "finetune.cpus_per_worker": 0.5, "pretrain.micro_batch_size": 4})
+    where_it_runs = first.with_overrides(
+        {"pretrain.num_workers": 1, "finetune.cpus_per_worker": 0.5, "pretrain.micro_batch_size": 4}
+    )
     assert models(where_it_runs) == made[0]
 
 
@@ -246,13 +262,16 @@ def test_without_such_a_model_the_newest_accepted_is_taken_and_said(folder: Path
     newest = train(configured(pretrain__epochs=33))
     other = configured(pretrain__epochs=5)
     assert models(other) == newest
-    assert f"using semantic model {newest[0]}, the newest accepted: the workspace does not hold" in capsys.readouterr().err
+    assert (
+        f"using semantic model {newest[0]}, the newest accepted: the workspace does not hold" in capsys.readouterr().err
+    )
     workspace = Workspace(other.workspace)
     assert inputs.parent(workspace, other, fingerprints(other)[0]).version == newest[0]
 
 
 def test_a_model_that_its_gate_rejected_is_passed_over_and_named(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """What `htcl embed` says, and `htcl finetune` of its parent: also when it is the one that the configuration trains."""
+    """What `htcl embed` says, and `htcl finetune` of its parent: also when it is the one that the configuration
+    trains."""
     finish(configured())
     older, newer = configured(), configured(pretrain__epochs=33)
     made = [train(config) for config in (older, newer)]
@@ -272,9 +291,14 @@ def test_a_text_model_in_a_folder_is_its_content(folder: Path):
         Path(name).mkdir()
         Path(name, "config.json").write_text("{}" if name != "other" else "{ }")
     version = {
-        name: inputs.semantic_version(configured(text__name_or_path=name), "features") for name in ("bert", "copy", "other", "org/bert")
+        name: inputs.semantic_version(configured(text__name_or_path=name), "features")
+        for name in ("bert", "copy", "other", "org/bert")
     }
-    assert version["bert"] == version["copy"] == inputs.semantic_version(configured(text__name_or_path=f"{folder}/bert"), "features")
+    assert (
+        version["bert"]
+        == version["copy"]
+        == inputs.semantic_version(configured(text__name_or_path=f"{folder}/bert"), "features")
+    )
     assert len(set(version.values())) == 3
 
 
@@ -308,7 +332,10 @@ def test_the_index_of_the_configuration_is_taken_whatever_is_newest(folder: Path
         workspace.finish(f"index/{versions[config.index.kind]}", build_manifest("index", config={}, inputs={}))
     assert len(set(versions.values())) == 2
     assert [determined_index(workspace, config) for config in (flat, hnsw)] == list(versions.values())
-    assert determined_index(workspace, hnsw.with_overrides({"data.catalog": f"file://{folder}/songs.csv"})) == versions["hnsw"]
+    assert (
+        determined_index(workspace, hnsw.with_overrides({"data.catalog": f"file://{folder}/songs.csv"}))
+        == versions["hnsw"]
+    )
     assert determined_index(workspace, resolve("demo")) is None
     failed = build_manifest("index", config={}, inputs={}, gate={"passed": False, "report": "r"})
     workspace.finish(f"index/{versions['flat']}", failed)

@@ -40,7 +40,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         soundfile.write(tmp_path / name, np.zeros(16000), 16000)
     (tmp_path / "songs.csv").write_text(CATALOG)
     (tmp_path / "log.csv").write_text(LOG)
-    keys = {"workspace": str(tmp_path / "ws"), "data.catalog": str(tmp_path / "songs.csv"), "data.interactions": str(tmp_path / "log.csv")}
+    keys = {
+        "workspace": str(tmp_path / "ws"),
+        "data.catalog": str(tmp_path / "songs.csv"),
+        "data.interactions": str(tmp_path / "log.csv"),
+    }
     return resolve("demo").with_overrides(keys)
 
 
@@ -59,9 +63,17 @@ WRONG: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ({"songs.csv": "song_id,audio_path,title\n"}, {}, "is empty; expected at least one song"),
     ({"songs.csv": CATALOG + "a,c.wav,Three\n"}, {}, "more than once, for instance 'a'"),
     ({"songs.csv": CATALOG.replace("audio_path", "file")}, {}, "no column 'audio_path'"),
-    ({"songs.csv": CATALOG + "c,c.wav,Three\n"}, {}, r"of 3 rows of the catalogue, 1 rejected \(audio_not_found 1\) is a share of 0\.333"),
+    (
+        {"songs.csv": CATALOG + "c,c.wav,Three\n"},
+        {},
+        r"of 3 rows of the catalogue, 1 rejected \(audio_not_found 1\) is a share of 0\.333",
+    ),
     ({"songs.csv": CATALOG + "c,c.wav,\nd,,Four\n"}, {}, r"2 rejected \(missing_audio_path 1, missing_text 1\)"),
-    ({"songs.csv": "song_id,audio_path,title\nc,c.wav,Three\n"}, {"data.max_rejected_share": 1}, "no song of .* can be used: 1 rejected"),
+    (
+        {"songs.csv": "song_id,audio_path,title\nc,c.wav,Three\n"},
+        {"data.max_rejected_share": 1},
+        "no song of .* can be used: 1 rejected",
+    ),
     ({"log.csv": ""}, {}, "log.csv is empty"),
     ({"log.csv": LOG.splitlines()[0] + "\n"}, {}, "is empty; expected at least one row"),
     ({"log.csv": "user_id,song_id\nu,a\n"}, {}, "no column 'timestamp'"),
@@ -71,7 +83,11 @@ WRONG: list[tuple[dict[str, str], dict[str, Any], str]] = [
         {},
         "ratings of the log .* are from 0 to 0, and no number reaches 4; .*set pairs.min_positive",
     ),
-    ({"log.csv": "user_id,song_id,rating\nu,a,1\nu,b,0\n"}, {}, "ratings of the log .* are from 0 to 1, and no number reaches 4"),
+    (
+        {"log.csv": "user_id,song_id,rating\nu,a,1\nu,b,0\n"},
+        {},
+        "ratings of the log .* are from 0 to 1, and no number reaches 4",
+    ),
     ({"log.csv": "user_id,song_id,rating\nu,a,80\nu,b,20\n"}, {}, "ratings of the log .* are from 20 to 80; "),
     (
         {"log.csv": LOG.replace("1700000000", "19723")},
@@ -122,24 +138,40 @@ def test_the_step_says_what_it_recognised(config: Config, tmp_path: Path, capsys
     (tmp_path / "log/1.csv").write_text("user_id,song_id,timestamp\nu,a,20240131\n")
     (tmp_path / "log/2.jsonl").write_text('{"user_id": "u", "song_id": "b", "timestamp": "2024-02-01"}\n')
     (tmp_path / "log/3.csv").write_text("user_id,song_id,stars\nu,a,5\nu,b,1\n")
-    keys = {"data.interactions": [str(tmp_path / "log"), str(tmp_path / "log.csv")], "data.columns": {"rating": "stars"}}
+    keys = {
+        "data.interactions": [str(tmp_path / "log"), str(tmp_path / "log.csv")],
+        "data.columns": {"rating": "stars"},
+    }
     said = recognised(config.with_overrides(keys), capsys)
-    assert f"log {tmp_path}/log: plays (user_id, song_id, timestamp); 2 rows; timestamp 2024-01-31 to 2024-02-01 UTC (ISO 8601 2)" in said
-    assert f"log {tmp_path}/log: ratings (user_id, song_id, rating); 2 rows; ratings 1 to 5 (1 positive, from 4; 0 neutral; 1 neg" in said
+    assert (
+        f"log {tmp_path}/log: plays (user_id, song_id, timestamp); 2 rows; timestamp 2024-01-31 to 2024-02-01 UTC (ISO 8601 2)"
+        in said
+    )
+    assert (
+        f"log {tmp_path}/log: ratings (user_id, song_id, rating); 2 rows; ratings 1 to 5 (1 positive, from 4; 0 neutral; 1 neg"
+        in said
+    )
     assert f"log {tmp_path}/log.csv: affinity" in said
 
 
 @pytest.mark.parametrize("late", ["feedback", "trigger_song_id", "played_ratio"])
-def test_keys_that_a_log_begins_to_write_late(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+def test_keys_that_a_log_begins_to_write_late(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
     monkeypatch.setattr(tables, "BATCH_ROWS", 7)
     values = {"feedback": "skip", "trigger_song_id": "b", "played_ratio": 0.1}
-    rows: list[dict[str, Any]] = [{"user_id": f"u{i}", "song_id": "a", "timestamp": 1_700_000_000 + i} for i in range(90)]
+    rows: list[dict[str, Any]] = [
+        {"user_id": f"u{i}", "song_id": "a", "timestamp": 1_700_000_000 + i} for i in range(90)
+    ]
     for row in rows[70:]:
         row |= {late: values[late], "feedback": "skip"} if late != "played_ratio" else {late: values[late]}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config.with_overrides({"data.interactions": str(tmp_path / "log.jsonl")})
     (part,) = plan_log(config, "features").parts
-    read = [normalise(t, part.shape, pa.array(["a", "b"]), config.pairs, "log", row) for row, t in read_part(part.part, part.columns)]
+    read = [
+        normalise(t, part.shape, pa.array(["a", "b"]), config.pairs, "log", row)
+        for row, t in read_part(part.part, part.columns)
+    ]
     values_read = pa.concat_tables([events for events, _ in read])["value"].to_pylist()
     rejected = pa.concat_tables([bad for _, bad in read])
     if late == "feedback":
@@ -160,7 +192,9 @@ def test_planning_opens_no_log_file(config: Config, tmp_path: Path) -> None:
         assert plan.parts
 
 
-def test_hidden_and_temporary_folders_of_a_log(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hidden_and_temporary_folders_of_a_log(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ("a.csv", ".ipynb_checkpoints/a-checkpoint.csv", "_temporary/0/a.csv", "_delta_log/0.json")
     for name in names:
         (tmp_path / "log" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -178,10 +212,18 @@ def test_types_that_databases_write(config: Config, tmp_path: Path, capsys: pyte
         "genre": ["x", "y"],
     }
     pq.write_table(pa.table(songs), tmp_path / "songs.parquet")
-    log = {"user_id": binary, "song_id": [str(value) for value in ids], "timestamp": [1_700_000_000] * 2, "feedback": [["like"], ["share"]]}
+    log = {
+        "user_id": binary,
+        "song_id": [str(value) for value in ids],
+        "timestamp": [1_700_000_000] * 2,
+        "feedback": [["like"], ["share"]],
+    }
     pq.write_table(pa.table(log), tmp_path / "log.parquet")
     keys = {"data.catalog": str(tmp_path / "songs.parquet"), "data.interactions": str(tmp_path / "log.parquet")}
     said = recognised(config.with_overrides(keys), capsys)
     assert "plays (user_id, song_id, timestamp); 2 rows" in said
     assert "feedback like 1, share 1" in said
-    assert "catalogue: 2 cells cannot be read and are null (rows count from 0): title 2, e.g. {'name': 'One'} in row 0 of" in said
+    assert (
+        "catalogue: 2 cells cannot be read and are null (rows count from 0): title 2, e.g. {'name': 'One'} in row 0 of"
+        in said
+    )

@@ -1,4 +1,5 @@
-"""URIs and failing storage: what is not there, what is forbidden and what cannot be reached are three different things."""
+"""URIs and failing storage: what is not there, what is forbidden and what cannot be reached are three different
+things."""
 
 from __future__ import annotations
 
@@ -35,7 +36,17 @@ from tests.worlds.object_store import ObjectStore, running_store
 pytestmark = pytest.mark.unit
 
 RECIPE = AudioRecipe(clip_seconds=3.0)
-NAMES = ["plain.wav", "two words.wav", "né.wav", "名.wav", "100%.wav", "what?.wav", "#1.wav", "a+b&c=d;e.wav", "50%25.wav"]
+NAMES = [
+    "plain.wav",
+    "two words.wav",
+    "né.wav",
+    "名.wav",
+    "100%.wav",
+    "what?.wav",
+    "#1.wav",
+    "a+b&c=d;e.wav",
+    "50%25.wav",
+]
 
 
 def sound(seconds: float = 0.5, seed: int = 0) -> bytes:
@@ -52,7 +63,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
 
 def catalog(folder: Path, paths: list[str]) -> str:
     with open(folder / "songs.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["song_id", "audio_path", "title"], *([f"s{i}", path, f"title {i}"] for i, path in enumerate(paths))])
+        csv.writer(file).writerows(
+            [["song_id", "audio_path", "title"], *([f"s{i}", path, f"title {i}"] for i, path in enumerate(paths))]
+        )
     return str(folder / "songs.csv")
 
 
@@ -63,7 +76,12 @@ class TestUris:
         path = tmp_path / name
         path.write_bytes(sound())
         uri = path.as_uri()
-        for written in (uri, uri.replace("file:", "FILE:"), uri.replace("file://", "file:"), uri.replace("file://", "file://localhost")):
+        for written in (
+            uri,
+            uri.replace("file:", "FILE:"),
+            uri.replace("file://", "file:"),
+            uri.replace("file://", "file://localhost"),
+        ):
             assert local_path(written) == str(path)
             assert sizes_and_times([written])[0, 0] == path.stat().st_size
             np.testing.assert_array_equal(decode(written, RECIPE), decode(path, RECIPE))
@@ -86,7 +104,9 @@ class TestUris:
         assert plan.songs.num_rows == 2 * len(NAMES)
         features, rejected = make_shard(plan.songs, resolve("demo"))
         assert rejected.num_rows == 0
-        assert len(set(features["duplicate_group"].to_pylist())) == len(NAMES), "URI and relative path of a file are the same recording"
+        assert len(set(features["duplicate_group"].to_pylist())) == len(NAMES), (
+            "URI and relative path of a file are the same recording"
+        )
 
     def test_workspace_and_configuration_file(self, tmp_path: Path) -> None:
         folder = tmp_path / "a b%"
@@ -111,7 +131,9 @@ class TestUris:
 
     def test_relative_paths_of_a_table_in_an_object_store(self, store: ObjectStore) -> None:
         rows = io.StringIO()
-        csv.writer(rows).writerows([["song_id", "audio_path", "title"], *([str(i), f"audio/{name}", "t"] for i, name in enumerate(NAMES))])
+        csv.writer(rows).writerows(
+            [["song_id", "audio_path", "title"], *([str(i), f"audio/{name}", "t"] for i, name in enumerate(NAMES))]
+        )
         store.objects["my tables/songs.csv"] = rows.getvalue().encode()
         store.objects.update({f"my tables/audio/{name}": sound(seed=i) for i, name in enumerate(NAMES)})
         songs = read_catalog(DataSettings(catalog="s3://bucket/my tables/songs.csv")).songs
@@ -125,9 +147,15 @@ class TestUris:
         assert decode(uri, RECIPE).size == 8000
 
     @pytest.mark.parametrize("scheme", ["abfs", "abfss", "az", "hdfs", "http", "https", "ftp", "viewfs", "nowhere"])
-    def test_other_schemes_are_one_sentence_that_names_the_supported_ones(self, scheme: str, tmp_path: Path, capsys) -> None:
+    def test_other_schemes_are_one_sentence_that_names_the_supported_ones(
+        self, scheme: str, tmp_path: Path, capsys
+    ) -> None:
         uri = f"{scheme}://container@account/x"
-        for arguments in (["--workspace", uri], ["--workspace", str(tmp_path), "--set", f"data.catalog={uri}.csv"], ["--config", uri]):
+        for arguments in (
+            ["--workspace", uri],
+            ["--workspace", str(tmp_path), "--set", f"data.catalog={uri}.csv"],
+            ["--config", uri],
+        ):
             assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 2
             shown = capsys.readouterr().err
             assert shown.count("\n") == 1
@@ -178,7 +206,12 @@ class TestDenied:
     @pytest.mark.parametrize("status", [403, 401])
     def test_a_bucket_fails_the_step(self, status: int, store: ObjectStore, tmp_path: Path, capsys) -> None:
         store.fail, store.forever = [status], True
-        arguments = ["--workspace", str(tmp_path / "ws"), "--set", f"data.catalog={catalog(tmp_path, ['s3://bucket/music/x.mp3'])}"]
+        arguments = [
+            "--workspace",
+            str(tmp_path / "ws"),
+            "--set",
+            f"data.catalog={catalog(tmp_path, ['s3://bucket/music/x.mp3'])}",
+        ]
         assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 2
         shown = capsys.readouterr().err
         assert "access denied to s3://bucket/music (" in shown
@@ -213,7 +246,12 @@ class TestOutages:
 
     def test_an_outage_is_not_a_missing_file(self, store: ObjectStore, tmp_path: Path, capsys) -> None:
         store.fail, store.forever = [503], True
-        arguments = ["--workspace", str(tmp_path / "ws"), "--set", f"data.catalog={catalog(tmp_path, ['s3://bucket/music/x.mp3'])}"]
+        arguments = [
+            "--workspace",
+            str(tmp_path / "ws"),
+            "--set",
+            f"data.catalog={catalog(tmp_path, ['s3://bucket/music/x.mp3'])}",
+        ]
         assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 1
         shown = capsys.readouterr().err
         assert shown.startswith("htcl: failed: s3://bucket/music cannot be reached, also after retries (")
@@ -258,7 +296,11 @@ class TestOutages:
         ("error", "kind", "sentence"),
         [
             (OSError(28, "No space left on device"), StorageError, "no space left on the device of /w"),
-            (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"), StorageError, "no space left"),
+            (
+                OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"),
+                StorageError,
+                "no space left",
+            ),
             (OSError(122, "Disk quota exceeded"), StorageError, "no space left"),
             (OSError(13, "Permission denied"), AccessDeniedError, "access denied to /w (Permission denied)"),
             (OSError(30, "Read-only file system"), AccessDeniedError, "access denied to /w (Read-only file system)"),

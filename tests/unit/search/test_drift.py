@@ -33,7 +33,8 @@ def test_queries_like_the_index_do_not_drift_and_opposite_ones_do():
 
 
 def test_old_queries_count_less_by_the_exponential():
-    """After many queries along x and n along y, the weights of the two are exp(-n / RECENT) and 1 - exp(-n / RECENT)."""
+    """After many queries along x and n along y, the weights of the two are exp(-n / RECENT) and 1 - exp(-n /
+    RECENT)."""
     drift, x, y = QueryDrift(), np.array([1.0, 0.0]), np.array([0.0, 1.0])
     for _ in range(20 * RECENT):
         drift.add(x, x)

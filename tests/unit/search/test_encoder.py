@@ -53,7 +53,9 @@ def test_each_half_is_what_its_model_gives_alone(encoder: SongEncoder, folders: 
     ):
         model = HTCL.from_pretrained(folder)
         for i, clip in enumerate(clips):
-            np.testing.assert_allclose(got_audio[i], model.embed_audio(clip, config.audio.sample_rate).numpy(), atol=1e-5)
+            np.testing.assert_allclose(
+                got_audio[i], model.embed_audio(clip, config.audio.sample_rate).numpy(), atol=1e-5
+            )
         for i, text in enumerate(texts):
             np.testing.assert_allclose(got_words[i], model.embed_text([text]).numpy()[0], atol=1e-5)
     assert audio.semantic.dtype == audio.preference.dtype == np.float32
@@ -112,12 +114,16 @@ class Broken:
         return vectors
 
 
-@pytest.mark.parametrize(("value", "found"), [(np.nan, "numbers that are not finite"), (0.0, "length 0"), (1.1, "length 1.1")])
+@pytest.mark.parametrize(
+    ("value", "found"), [(np.nan, "numbers that are not finite"), (0.0, "length 0"), (1.1, "length 1.1")]
+)
 def test_no_row_is_written_that_is_not_of_unit_norm(encoder: SongEncoder, config: Config, value: float, found: str):
     write_features(config)
     features = Workspace(config.workspace).read_tables("features/features-1")
     mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
-    with pytest.raises(InputError, match=f"the preference vector of song '{song_id(6)}' has {found}; expected unit norm"):
+    with pytest.raises(
+        InputError, match=f"the preference vector of song '{song_id(6)}' has {found}; expected unit norm"
+    ):
         embed_table(features, Broken(encoder, mels[6], value), batch_size=4)
 
 
@@ -134,7 +140,9 @@ def test_a_song_that_cannot_be_embedded_is_named(encoder: SongEncoder, config: C
     model = HTCL.from_pretrained(folders[0])
     with torch.no_grad():
         model.audio_head[-1].weight.mul_(1e38)
-    with pytest.raises(InputError, match=rf"song '{song_id(0)}' cannot be embedded: the stage-1 model gives input 0 a vector that is"):
+    with pytest.raises(
+        InputError, match=rf"song '{song_id(0)}' cannot be embedded: the stage-1 model gives input 0 a vector that is"
+    ):
         embed_table(features, SongEncoder(model, None, {"semantic": "x", "preference": None}), batch_size=4)
 
 
@@ -148,7 +156,9 @@ def test_stored_vectors_that_are_not_of_unit_norm_are_not_indexed(encoder: SongE
     values[12 * 5 + 2] = np.nan
     column = pa.FixedSizeListArray.from_arrays(pa.array(values), 12)
     workspace.write_table("embeddings/e/shard.parquet", table.set_column(1, table.schema.field("semantic"), column))
-    with pytest.raises(InputError, match=f"semantic vector of song '{song_id(5)}' has numbers that are not finite.*'htcl embed' again"):
+    with pytest.raises(
+        InputError, match=f"semantic vector of song '{song_id(5)}' has numbers that are not finite.*'htcl embed' again"
+    ):
         read_vectors(workspace, "embeddings/e")
 
 
@@ -161,7 +171,10 @@ def test_noise_is_not_the_song(encoder: SongEncoder, config: Config):
 
 
 def test_versions_are_those_of_the_weights(encoder: SongEncoder, folders: tuple[Path, Path]):
-    assert encoder.model_versions == {"semantic": weights_fingerprint(folders[0]), "preference": weights_fingerprint(folders[1])}
+    assert encoder.model_versions == {
+        "semantic": weights_fingerprint(folders[0]),
+        "preference": weights_fingerprint(folders[1]),
+    }
     assert SongEncoder.load(folders[0]).model_versions["preference"] is None
     with pytest.raises(MismatchError, match=rf"semantic.*{encoder.model_versions['semantic']}.*expected other"):
         encoder.check_versions({"semantic": "other", "preference": None})
@@ -175,7 +188,9 @@ def test_versions_are_those_of_the_weights(encoder: SongEncoder, folders: tuple[
         ({"audio.f_min": 20.0}, r"audio\.f_min=0\.0.*20\.0"),
     ],
 )
-def test_two_models_that_do_not_fit_each_other(tmp_path: Path, folders: tuple[Path, Path], config: Config, change, message: str):
+def test_two_models_that_do_not_fit_each_other(
+    tmp_path: Path, folders: tuple[Path, Path], config: Config, change, message: str
+):
     other = config.with_overrides({**change, "workspace": str(tmp_path / "workspace")})
     write_models(other, tmp_path)
     with pytest.raises(MismatchError, match=message):

@@ -33,7 +33,9 @@ class Encoding:
         return Vectors(np.full((1, 2), number, dtype=np.float32))
 
 
-def ask(cache: QueryCache, content: bytes, encode: Callable[[], Awaitable[Vectors]], kind: str = "text") -> Awaitable[tuple[Vectors, bool]]:
+def ask(
+    cache: QueryCache, content: bytes, encode: Callable[[], Awaitable[Vectors]], kind: str = "text"
+) -> Awaitable[tuple[Vectors, bool]]:
     return cache.get(kind, content, encode)
 
 

@@ -22,7 +22,9 @@ def directions(rng: np.random.Generator, rows: int, dim: int = DIM) -> np.ndarra
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def catalogue(seed: int, songs: int = SONGS, *, preference: bool = True, groups: list[str | None] | None = None) -> SearchService:
+def catalogue(
+    seed: int, songs: int = SONGS, *, preference: bool = True, groups: list[str | None] | None = None
+) -> SearchService:
     rng = np.random.default_rng(seed)
     vectors = Vectors(directions(rng, songs), directions(rng, songs) if preference else None)
     metadata = pa.table({"duplicate_group": pa.array(groups or [None] * songs, pa.string())})
@@ -106,7 +108,9 @@ def test_scores_are_relative_to_the_start():
     expected = {hit.song_id: hit for hit in service.search_songs(["s005"], k=SONGS, blend=0.25).hits}
     assert answer.hits[0].score == pytest.approx(1)
     for hit in answer.hits[1:]:
-        assert (hit.score, hit.semantic_score) == pytest.approx((expected[hit.song_id].score, expected[hit.song_id].semantic_score))
+        assert (hit.score, hit.semantic_score) == pytest.approx(
+            (expected[hit.song_id].score, expected[hit.song_id].semantic_score)
+        )
     assert [song["song_id"] for song in answer.metadata] == [hit.song_id for hit in answer.hits]
 
 

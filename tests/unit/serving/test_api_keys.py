@@ -50,7 +50,10 @@ class TestReading:
     def test_a_file_and_the_environment_say_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         from_file = Keys.from_settings(ServeSettings(api_keys_file=written(tmp_path / "keys.yaml", ENTRIES)))
         assert from_file == keys_of(ENTRIES, monkeypatch)
-        assert [(key.name, key.scopes) for key in from_file.keys] == [("app", {"read"}), ("catalogue", {"read", "write"})]
+        assert [(key.name, key.scopes) for key in from_file.keys] == [
+            ("app", {"read"}),
+            ("catalogue", {"read", "write"}),
+        ]
 
     def test_the_file_goes_before_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(ENVIRONMENT, json.dumps(ENTRIES))
@@ -105,9 +108,17 @@ class TestReading:
 
     @pytest.mark.parametrize(
         ("entries", "mode", "fine"),
-        [(ENTRIES, 0o600, True), (ENTRIES, 0o640, True), (ENTRIES, 0o644, False), (ENTRIES[1:], 0o644, True), (ENTRIES[1:], 0o666, False)],
+        [
+            (ENTRIES, 0o600, True),
+            (ENTRIES, 0o640, True),
+            (ENTRIES, 0o644, False),
+            (ENTRIES[1:], 0o644, True),
+            (ENTRIES[1:], 0o666, False),
+        ],
     )
-    def test_keys_that_every_user_of_the_machine_could_read_are_refused(self, tmp_path: Path, entries: object, mode: int, fine: bool):
+    def test_keys_that_every_user_of_the_machine_could_read_are_refused(
+        self, tmp_path: Path, entries: object, mode: int, fine: bool
+    ):
         settings = ServeSettings(api_keys_file=written(tmp_path / "keys.yaml", entries, mode))
         if fine:
             assert Keys.from_settings(settings).keys
@@ -137,7 +148,10 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch):
     compared = []
     real = module.hmac.compare_digest
     monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: compared.append(a) or real(a, b))
-    keys = keys_of([{"name": str(number), "key": f"{number}-0123456789abcdef", "scopes": ["read"]} for number in range(5)], monkeypatch)
+    keys = keys_of(
+        [{"name": str(number), "key": f"{number}-0123456789abcdef", "scopes": ["read"]} for number in range(5)],
+        monkeypatch,
+    )
     for number in range(5):
         compared.clear()
         assert keys.find(f"{number}-0123456789abcdef") is keys.keys[number]
@@ -202,7 +216,9 @@ class TestRequests:
         for authorization in ((), ("Bearer wrong",)):
             assert ask(app, "GET", path, *authorization).status_code == 200
 
-    @pytest.mark.parametrize("path", ["/metrics", "/v1/index", "/healthz/", "/healthz/../v1/index", "/v1/healthz", "/docs"])
+    @pytest.mark.parametrize(
+        "path", ["/metrics", "/v1/index", "/healthz/", "/healthz/../v1/index", "/v1/healthz", "/docs"]
+    )
     def test_what_does(self, path: str, monkeypatch: pytest.MonkeyPatch):
         assert ask(application(keys_of(ENTRIES, monkeypatch, "0.0.0.0")), "GET", path).status_code == 401
 

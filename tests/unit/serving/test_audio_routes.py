@@ -34,7 +34,12 @@ class Client:
     """httpx over ASGI, before songs whose files lie in `folder`."""
 
     def __init__(self, folder: Path, settings: ServeSettings | None = None, keys: Keys | None = None) -> None:
-        for name, content in (("a.mp3", CONTENT), ("b.flac", CONTENT[:100]), ("page.html", b"<script>"), ("empty.wav", b"")):
+        for name, content in (
+            ("a.mp3", CONTENT),
+            ("b.flac", CONTENT[:100]),
+            ("page.html", b"<script>"),
+            ("empty.wav", b""),
+        ):
             (folder / name).write_bytes(content)
         self.large = np.random.default_rng(1).bytes(MOST_OPEN_BYTES + 70_000)
         (folder / "large.ogg").write_bytes(self.large)
@@ -43,14 +48,18 @@ class Client:
         whole[1] = (folder / "b.flac").as_uri()
         metadata = pa.table({"audio_path": pa.array(whole, pa.string())})
         index = SongIndex.build(IDS, unit_vectors(0, len(IDS)), metadata=metadata)
-        self.backend = SimpleNamespace(live=SimpleNamespace(active=SimpleNamespace(version="v1", service=SearchService(index))))
+        self.backend = SimpleNamespace(
+            live=SimpleNamespace(active=SimpleNamespace(version="v1", service=SearchService(index)))
+        )
         self.app = create_app(self.backend, settings or ServeSettings(), keys, signing_key=SIGNING_KEY)
 
     def __call__(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-                return await client.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+                return await client.request(
+                    method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+                )
 
         return asyncio.run(send())
 
@@ -93,7 +102,11 @@ def test_the_whole_file_is_sent_without_a_range(client: Client):
 
 def test_files_named_by_uri_and_by_ids_of_any_characters(client: Client):
     response = client(path_of("with/slash ü"))
-    assert (response.status_code, response.headers["content-type"], response.content) == (200, "audio/flac", CONTENT[:100])
+    assert (response.status_code, response.headers["content-type"], response.content) == (
+        200,
+        "audio/flac",
+        CONTENT[:100],
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +143,19 @@ def test_a_range_behind_the_end_is_416_with_the_size(client: Client, header: str
 
 @pytest.mark.parametrize(
     "header",
-    ["bytes=0-1,5-6", "bytes=9-3", "bytes=-", "bytes=", "bytes=a-b", "seconds=0-1", "0-5", "bytes=0-1-2", "bytes=1e3-", "", "x" * 99],
+    [
+        "bytes=0-1,5-6",
+        "bytes=9-3",
+        "bytes=-",
+        "bytes=",
+        "bytes=a-b",
+        "seconds=0-1",
+        "0-5",
+        "bytes=0-1-2",
+        "bytes=1e3-",
+        "",
+        "x" * 99,
+    ],
 )
 def test_several_ranges_and_what_is_no_range_get_the_whole_file(client: Client, header: str):
     response = client(path_of("a"), range=header)
@@ -171,7 +196,13 @@ def test_every_small_range_is_what_slicing_gives(size: int):
             if (first is None and last is None) or (first is not None and last is not None and last < first):
                 assert asked_for(header, size, 100) is None
             else:
-                wanted = data[first : None if last is None else last + 1] if first is not None else data[-last:] if last else b""
+                wanted = (
+                    data[first : None if last is None else last + 1]
+                    if first is not None
+                    else data[-last:]
+                    if last
+                    else b""
+                )
                 if wanted:
                     span = asked_for(header, size, 100)
                     assert data[span.start : span.stop] == wanted

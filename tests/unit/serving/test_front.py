@@ -103,7 +103,8 @@ def test_it_can_be_switched_off(config: Config, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_settings_of_an_image_are_replaced_and_put_back(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Those of deploy/Containerfile are for the nodes of a cluster; `htcl serve` in a container needs its own ports and limits."""
+    """Those of deploy/Containerfile are for the nodes of a cluster; `htcl serve` in a container needs its own ports and
+    limits."""
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/image/htcl-haproxy")
     before = dict(os.environ)

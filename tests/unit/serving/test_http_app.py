@@ -48,9 +48,13 @@ class StandIn:
     """Words and bytes → vectors drawn from their hash; raises what it is told to."""
 
     def __init__(self) -> None:
-        metadata = pa.table({"artist": ["A", "A", "B", None, None], "year": pa.array([1990, 1995, 2000, None, 1991], pa.int32())})
+        metadata = pa.table(
+            {"artist": ["A", "A", "B", None, None], "year": pa.array([1990, 1995, 2000, None, 1991], pa.int32())}
+        )
         versions = {"semantic": "s1", "preference": "p1"}
-        self.service = SearchService(SongIndex.build(IDS, vectors(0, len(IDS)), metadata=metadata, model_versions=versions))
+        self.service = SearchService(
+            SongIndex.build(IDS, vectors(0, len(IDS)), metadata=metadata, model_versions=versions)
+        )
         replay = Replay(self.service.index, UpdateLog(Workspace("nowhere")))
         active = Active("v1", self.service, "2026-01-01T00:00:00.000000+00:00", replay)
         self.live = SimpleNamespace(active=active, broken={}, failed_polls=0)
@@ -137,7 +141,10 @@ def test_the_coverage_of_a_text_is_told_and_nothing_else_has_one(client: Client)
     assert client("POST", "/v1/embeddings", json={"text": "calm"}).json()["text_coverage"] == 0.4
     files = {"file": ("a.wav", b"123")}
     others = [
-        *(client("POST", "/v1/search", json=body) for body in ({"song_id": "a"}, {"song_ids": ["a"]}, {"vector": [1, 0, 0, 1, 0, 0]})),
+        *(
+            client("POST", "/v1/search", json=body)
+            for body in ({"song_id": "a"}, {"song_ids": ["a"]}, {"vector": [1, 0, 0, 1, 0, 0]})
+        ),
         *(client("POST", path, files=files) for path in ("/v1/search/audio", "/v1/embeddings")),
         client("POST", "/v1/recommend", json={"history": [{"song_id": "a"}]}),
         client("GET", "/v1/songs/a/similar"),
@@ -154,14 +161,22 @@ def test_defaults(client: Client):
 def test_uploads(client: Client):
     data = wav(sound(0, RECIPE, seconds=0.5), RECIPE)
     response = client("POST", "/v1/search/audio", files={"file": ("a.wav", data)}, data={"k": "2", "blend": "1"})
-    assert found(response) == [hit.song_id for hit in client.backend.service.search(vectors(len(data), 1), k=2, blend=1).hits]
+    assert found(response) == [
+        hit.song_id for hit in client.backend.service.search(vectors(len(data), 1), k=2, blend=1).hits
+    ]
     assert (response.json()["k"], response.json()["blend"]) == (2, 1)
     assert client("POST", "/v1/search/audio", files={"file": ("a.wav", data)}).json()["k"] == 10
 
 
 JSON = {"content-type": "application/json"}
 NOT_A_WEIGHT = b'{"history": [{"song_id": "a", "weight": NaN}]}'
-OPTIONS = {"k": 3, "blend": 0.25, "filter": {"year": {"gte": 1990, "lte": 1999}}, "max_per_artist": 1, "collapse_duplicates": False}
+OPTIONS = {
+    "k": 3,
+    "blend": 0.25,
+    "filter": {"year": {"gte": 1990, "lte": 1999}},
+    "max_per_artist": 1,
+    "collapse_duplicates": False,
+}
 
 
 def test_options_mean_the_same_in_every_call(client: Client):
@@ -182,8 +197,14 @@ def test_options_mean_the_same_in_every_call(client: Client):
 def test_negatives_and_histories(client: Client):
     service = client.backend.service
     body = {"song_ids": ["a"], "negative_song_ids": ["b"]}
-    assert found(client("POST", "/v1/search", json=body)) == [hit.song_id for hit in service.search_songs(["a"], ["b"]).hits]
-    history = [{"song_id": "a", "weight": 2, "timestamp": 1_700_000_000}, {"song_id": "b", "weight": -0.5}, {"song_id": "zz"}]
+    assert found(client("POST", "/v1/search", json=body)) == [
+        hit.song_id for hit in service.search_songs(["a"], ["b"]).hits
+    ]
+    history = [
+        {"song_id": "a", "weight": 2, "timestamp": 1_700_000_000},
+        {"song_id": "b", "weight": -0.5},
+        {"song_id": "zz"},
+    ]
     response = client("POST", "/v1/recommend", json={"history": history, "half_life_days": 7})
     heard = [Heard("a", 2, 1_700_000_000), Heard("b", -0.5)]
     assert found(response) == [hit.song_id for hit in service.recommend(heard, half_life_days=7).hits]
@@ -221,11 +242,35 @@ def test_embeddings(client: Client):
         ("/v1/recommend", {"json": {"history": [{"song_id": "zz"}]}}, 404, "song_not_found", "none of the 1 songs"),
         ("/v1/recommend", {"json": {"history": [{"song_id": "a", "weight": 0}]}}, 422, "invalid_query", "weight"),
         ("/v1/recommend", {"content": NOT_A_WEIGHT, "headers": JSON}, 422, "invalid_request", "weight"),
-        ("/v1/recommend", {"json": {"history": [{"song_id": "a", "timestamp": 1e300}]}}, 422, "invalid_request", "timestamp"),
-        ("/v1/recommend", {"json": {"history": [{"song_id": "a"}], "half_life_days": 0}}, 422, "invalid_request", "half_life_days"),
-        ("/v1/search", {"json": {"text": "a", "negative_song_ids": ["b"]}}, 422, "invalid_request", "goes with song_id or song_ids"),
+        (
+            "/v1/recommend",
+            {"json": {"history": [{"song_id": "a", "timestamp": 1e300}]}},
+            422,
+            "invalid_request",
+            "timestamp",
+        ),
+        (
+            "/v1/recommend",
+            {"json": {"history": [{"song_id": "a"}], "half_life_days": 0}},
+            422,
+            "invalid_request",
+            "half_life_days",
+        ),
+        (
+            "/v1/search",
+            {"json": {"text": "a", "negative_song_ids": ["b"]}},
+            422,
+            "invalid_request",
+            "goes with song_id or song_ids",
+        ),
         ("/v1/search", {"json": {"song_id": "a", "negative_song_ids": ["zz"]}}, 404, "song_not_found", "zz"),
-        ("/v1/search", {"json": {"song_id": "a", "filter": {"genres": ["x"]}}}, 422, "invalid_request", "did you mean 'genre'"),
+        (
+            "/v1/search",
+            {"json": {"song_id": "a", "filter": {"genres": ["x"]}}},
+            422,
+            "invalid_request",
+            "did you mean 'genre'",
+        ),
         ("/v1/search", {"json": {"song_id": "a", "max_per_artist": 0}}, 422, "invalid_request", "max_per_artist"),
         (
             "/v1/search/audio",
@@ -234,8 +279,20 @@ def test_embeddings(client: Client):
             "malformed_json",
             "the form field filter is not JSON",
         ),
-        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": '{"yeer": 1}'}}, 422, "invalid_request", "form field filter: "),
-        ("/v1/search/audio", {"files": {"file": b"1"}, "data": {"filter": "[" * 100_000}}, 400, "malformed_json", "not JSON"),
+        (
+            "/v1/search/audio",
+            {"files": {"file": b"1"}, "data": {"filter": '{"yeer": 1}'}},
+            422,
+            "invalid_request",
+            "form field filter: ",
+        ),
+        (
+            "/v1/search/audio",
+            {"files": {"file": b"1"}, "data": {"filter": "[" * 100_000}},
+            400,
+            "malformed_json",
+            "not JSON",
+        ),
     ],
 )
 def test_bad_questions(client: Client, path: str, options: dict, status: int, code: str, message: str):
@@ -326,11 +383,20 @@ def test_bad_uploads(client: Client):
     good = wav(sound(0, RECIPE, seconds=0.2), RECIPE)
     assert_failure(client("POST", wrong, json={}), 415, "unsupported_media_type", "multipart/form-data")
     assert_failure(client("POST", wrong, data={"file": "text"}), 415, "unsupported_media_type", "multipart/form-data")
-    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"k": "0"}), 422, "invalid_request", "form field k: ")
-    assert_failure(client("POST", wrong, files={"file": ("a", good)}, data={"blend": "nan"}), 422, "invalid_request", "form field blend: ")
+    assert_failure(
+        client("POST", wrong, files={"file": ("a", good)}, data={"k": "0"}), 422, "invalid_request", "form field k: "
+    )
+    assert_failure(
+        client("POST", wrong, files={"file": ("a", good)}, data={"blend": "nan"}),
+        422,
+        "invalid_request",
+        "form field blend: ",
+    )
     broken = {"content-type": "multipart/form-data; boundary=x"}
     assert_failure(client("POST", wrong, content=b"--y\r\nnonsense", headers=broken), 400, "bad_request")
-    assert_failure(client("POST", wrong, content=b"x", headers={"content-type": "multipart/form-data"}), 400, "bad_request")
+    assert_failure(
+        client("POST", wrong, content=b"x", headers={"content-type": "multipart/form-data"}), 400, "bad_request"
+    )
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -338,7 +404,9 @@ def test_audio_that_cannot_be_used(client: Client, reason: Reason):
     client.backend.error = AudioError(reason, "what was found")
     unusable = (Reason.TOO_SHORT, Reason.NOT_FINITE, Reason.TOO_MANY_CHANNELS, Reason.SAMPLE_RATE_TOO_HIGH)
     status = 422 if reason in unusable else 413 if reason is Reason.TOO_LONG else 415
-    assert_failure(client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "what was found")
+    assert_failure(
+        client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "what was found"
+    )
 
 
 def all_errors(kind: type = HtclError) -> Iterator[type[HtclError]]:
@@ -389,7 +457,9 @@ def test_errors_from_another_replica_keep_their_meaning(client: Client):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_an_encoder_that_gives_no_finite_vector_is_500_and_never_a_score(client: Client, monkeypatch: pytest.MonkeyPatch, value: float):
+def test_an_encoder_that_gives_no_finite_vector_is_500_and_never_a_score(
+    client: Client, monkeypatch: pytest.MonkeyPatch, value: float
+):
     async def damaged(content: object) -> Vectors:
         given = vectors(1, 1)
         given.preference[0, 1:] = value
@@ -403,7 +473,9 @@ def test_an_encoder_that_gives_no_finite_vector_is_500_and_never_a_score(client:
         assert_failure(client("POST", path, files={"file": ("a", b"x")}), 500, "internal")
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"]
+)
 def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HTCL_API_KEYS", '[{"name": "a", "key": "0123456789abcdef", "scopes": ["read"]}]')
     client = Client(ServeSettings(host="192.0.2.7", allowed_hosts=("Music.example",)))
@@ -411,7 +483,8 @@ def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost:80:80"]
+    "host",
+    ["evil.example", "localhost.evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost:80:80"],
 )
 def test_hosts_that_are_not(host: str, client: Client):
     assert_failure(client("GET", "/healthz", headers={"host": host}), 400, "unknown_host", "serve.allowed_hosts")
@@ -443,18 +516,30 @@ def test_what_was_forgotten_is_named(client: Client, path: str, options: dict, s
     assert response.status_code == status
     message = response.json()["error"]["message"]
     assert said in message
-    for misleading in ("UploadFile", "class", "dictionary", "object to extract", "Filter", "instance of", "max_upload_bytes"):
+    for misleading in (
+        "UploadFile",
+        "class",
+        "dictionary",
+        "object to extract",
+        "Filter",
+        "instance of",
+        "max_upload_bytes",
+    ):
         assert misleading not in message
     if "form field" in message:
         assert "body" not in message
 
 
 def test_a_filter_in_an_address_is_named(client: Client):
-    assert_failure(client("GET", "/v1/songs/a/similar?filter={"), 400, "malformed_json", "the parameter filter is not JSON")
+    assert_failure(
+        client("GET", "/v1/songs/a/similar?filter={"), 400, "malformed_json", "the parameter filter is not JSON"
+    )
 
 
 def test_an_error_of_audio_shows_no_folder(client: Client):
-    client.backend.error = AudioError(Reason.UNDECODABLE, "/tmp/a/b/x.mp3: no audio, s3://bucket/ü/y.wav neither; 3/4 is fine")
+    client.backend.error = AudioError(
+        Reason.UNDECODABLE, "/tmp/a/b/x.mp3: no audio, s3://bucket/ü/y.wav neither; 3/4 is fine"
+    )
     response = client("POST", "/v1/search/audio", files={"file": ("a", b"1")})
     assert_failure(response, 415, "undecodable", "x.mp3: no audio, y.wav neither; 3/4 is fine")
     assert "/tmp" not in response.text
@@ -466,11 +551,16 @@ def test_too_large_an_upload_is_told_the_setting(client: Client):
 
 
 def test_any_host_on_request():
-    assert Client(ServeSettings(allowed_hosts=("*",)))("GET", "/healthz", headers={"host": "evil.example"}).status_code == 200
+    assert (
+        Client(ServeSettings(allowed_hosts=("*",)))("GET", "/healthz", headers={"host": "evil.example"}).status_code
+        == 200
+    )
 
 
 def test_a_declared_length_is_refused_unread(client: Client):
-    response = client("POST", "/v1/search", content=b" " * (MAX_JSON_BYTES + 1), headers={"content-type": "application/json"})
+    response = client(
+        "POST", "/v1/search", content=b" " * (MAX_JSON_BYTES + 1), headers={"content-type": "application/json"}
+    )
     assert_failure(response, 413, "too_large", str(MAX_JSON_BYTES))
     response = client("POST", "/v1/search/audio", files={"file": ("a", b"x" * 300_000)})
     assert_failure(response, 413, "too_large", "serve.max_upload_bytes")

@@ -110,7 +110,8 @@ def test_a_vector_that_is_not_of_unit_norm_is_not_written(
     monkeypatch.setattr(Backend, "encode_song", encode_song)
     assert_failure(client("PUT", "/v1/songs/new", files={"file": ("x.mp3", b"x" * 77)}), 500, "internal")
     with pytest.raises(
-        InputError, match=r"the preference vector of song 'new' has .*; expected unit norm: the encoder that gave it is damaged"
+        InputError,
+        match=r"the preference vector of song 'new' has .*; expected unit norm: the encoder that gave it is damaged",
     ):
         UpdateLog(workspace).append(Update("new", damaged, VERSIONS, {}))
     assert (contents(client.live.service.index), workspace.children("updates")) == before
@@ -120,7 +121,10 @@ def test_a_vector_that_is_not_of_unit_norm_is_not_written(
 def test_a_song_with_sound_and_metadata_is_there_at_once(client: Client, workspace: Workspace, song_id: str):
     metadata = {"title": "Neu", "genre": ["jazz", "folk"], "year": 1999}
     response = client(
-        "PUT", f"/v1/songs/{quote(song_id)}", files={"file": ("../../x.MP3", b"x" * 77)}, data={"metadata": json.dumps(metadata)}
+        "PUT",
+        f"/v1/songs/{quote(song_id)}",
+        files={"file": ("../../x.MP3", b"x" * 77)},
+        data={"metadata": json.dumps(metadata)},
     )
     assert response.status_code == 200, response.text
     body = response.json()
@@ -174,7 +178,9 @@ BAD_PUTS = [
 
 
 @pytest.mark.parametrize(("options", "status", "code", "message"), BAD_PUTS)
-def test_a_bad_put_changes_nothing(client: Client, workspace: Workspace, options: dict, status: int, code: str, message: str):
+def test_a_bad_put_changes_nothing(
+    client: Client, workspace: Workspace, options: dict, status: int, code: str, message: str
+):
     assert_failure(client("PUT", "/v1/songs/a", **options), status, code, message)
     assert not workspace.exists("updates")
     assert not workspace.exists("uploads")
@@ -232,7 +238,9 @@ def test_switching_and_what_is_told_of_it(client: Client, workspace: Workspace):
         ({}, 422, "invalid_request"),
     ],
 )
-def test_an_index_that_cannot_be_served_is_refused(client: Client, workspace: Workspace, body: dict, status: int, code: str):
+def test_an_index_that_cannot_be_served_is_refused(
+    client: Client, workspace: Workspace, body: dict, status: int, code: str
+):
     write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
     assert_failure(client("POST", "/v1/index/activate", json=body), status, code)
     assert client("GET", "/v1/index").json()["version"] == "v1"
@@ -253,10 +261,16 @@ def test_no_response_shows_where_the_workspace_is(tmp_path: Path, name: str):
     }
     made.finish("index/v1", {**manifest, "config": places})
     client = Client(made)
-    responses = [client("POST", "/v1/index/activate", json={"version": version}) for version in ("nothing", "damaged", "half")]
+    responses = [
+        client("POST", "/v1/index/activate", json={"version": version}) for version in ("nothing", "damaged", "half")
+    ]
     assert [response.status_code for response in responses] == [404, 422, 422]
     told = client("GET", "/v1/index")
-    assert told.json()["manifest"]["config"] == {"workspace": name, "data": {"catalog": ["songs.csv", "b.csv"]}, "audio": {"n_mels": 128}}
+    assert told.json()["manifest"]["config"] == {
+        "workspace": name,
+        "data": {"catalog": ["songs.csv", "b.csv"]},
+        "audio": {"n_mels": 128},
+    }
     for response in (*responses, told):
         assert str(tmp_path) not in response.text
         assert "secret" not in response.text

@@ -119,7 +119,9 @@ def test_the_map_holds_every_song_with_what_is_said_of_it(client: Client):
     assert client("/v1/map").json() == body
 
 
-def test_the_map_is_drawn_once_for_an_index_however_many_ask(client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_the_map_is_drawn_once_for_an_index_however_many_ask(
+    client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
     drawn = []
     monkeypatch.setattr(page_routes, "draw_map", lambda index: drawn.append(len(index)) or draw_map(index))
 
@@ -134,7 +136,9 @@ def test_the_map_is_drawn_once_for_an_index_however_many_ask(client: Client, wor
     assert drawn == [20, 2]
 
 
-def test_a_map_that_the_index_brings_is_not_drawn_again(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_map_that_the_index_brings_is_not_drawn_again(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Its places are those of the build, less the songs taken out since."""
     index = SongIndex.load(workspace.local_copy("index/v1"))
     index.song_map = draw_map(index)
@@ -185,7 +189,9 @@ def test_the_background_is_the_cosines_of_all_pairs(client: Client):
         assert quantiles == sorted(quantiles)
         assert [quantiles[0], quantiles[-1]] == pytest.approx([min(pairs), max(pairs)], abs=1e-4)
         for score in (-0.9, -0.4, 0.0, 0.3, 0.75, 0.99):
-            assert np.searchsorted(quantiles, score) / 1001 == pytest.approx(np.mean([pair < score for pair in pairs]), abs=0.01)
+            assert np.searchsorted(quantiles, score) / 1001 == pytest.approx(
+                np.mean([pair < score for pair in pairs]), abs=0.01
+            )
 
 
 def test_the_background_follows_the_index_and_leaves_out_what_was_removed(client: Client, workspace: Workspace):

@@ -1,4 +1,5 @@
-"""What a music player asks and is answered, over ASGI, against a JSON Schema written from OpenSubsonic's description."""
+"""What a music player asks and is answered, over ASGI, against a JSON Schema written from OpenSubsonic's
+description."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def backend() -> SimpleNamespace:
     index = SongIndex.build([f"s{i}" for i in range(SONGS)], Vectors(*halves.astype(np.float32)), metadata=metadata)
     service = SearchService(index)
     replay = Replay(index, UpdateLog(Workspace("nowhere")))
-    return SimpleNamespace(live=SimpleNamespace(active=Active("v1", service, "2026-01-01T00:00:00.000000+00:00", replay)))
+    return SimpleNamespace(
+        live=SimpleNamespace(active=Active("v1", service, "2026-01-01T00:00:00.000000+00:00", replay))
+    )
 
 
 class Player:
@@ -107,7 +110,10 @@ def code(reply: dict[str, Any]) -> int:
 @pytest.mark.parametrize("suffix", ["", ".view"])
 def test_a_player_asks_what_there_is_then_for_songs_then_for_a_path(guest: Player, suffix: str):
     offered = guest(f"getOpenSubsonicExtensions{suffix}")
-    assert {extension["name"] for extension in offered["openSubsonicExtensions"]} == {"sonicSimilarity", "apiKeyAuthentication"}
+    assert {extension["name"] for extension in offered["openSubsonicExtensions"]} == {
+        "sonicSimilarity",
+        "apiKeyAuthentication",
+    }
     assert guest(f"tokenInfo{suffix}", apiKey=KEY)["tokenInfo"] == {"username": "living room"}
     similar = guest(f"getSonicSimilarTracks{suffix}", id="s3", count=5, apiKey=KEY)["sonicMatch"]
     found = [match["entry"]["id"] for match in similar]
@@ -124,7 +130,9 @@ def test_similar_songs_are_those_of_the_service(player: Player):
         expected = service.search_songs(["s7"], k=count).hits
         matches = player("getSonicSimilarTracks", id="s7", count=count)["sonicMatch"]
         assert [match["entry"]["id"] for match in matches] == [hit.song_id for hit in expected]
-        assert [match["similarity"] for match in matches] == pytest.approx([(1 + hit.score) / 2 for hit in expected], abs=1e-6)
+        assert [match["similarity"] for match in matches] == pytest.approx(
+            [(1 + hit.score) / 2 for hit in expected], abs=1e-6
+        )
 
 
 def test_counts_that_are_not_given_are_those_of_the_specification(player: Player):
@@ -138,9 +146,20 @@ def test_more_than_there_may_be_is_as_many_as_there_may_be(player: Player):
 
 
 def test_an_entry_says_what_is_known_and_leaves_out_the_rest(player: Player):
-    entries = {match["entry"]["id"]: match["entry"] for match in player("getSonicSimilarTracks", id="s5", count=SONGS)["sonicMatch"]}
+    entries = {
+        match["entry"]["id"]: match["entry"]
+        for match in player("getSonicSimilarTracks", id="s5", count=SONGS)["sonicMatch"]
+    }
     assert entries["s1"] == {
-        **{"id": "s1", "title": "s1", "isDir": False, "isVideo": False, "type": "music", "mediaType": "song", "artist": "Artist 1"},
+        **{
+            "id": "s1",
+            "title": "s1",
+            "isDir": False,
+            "isVideo": False,
+            "type": "music",
+            "mediaType": "song",
+            "artist": "Artist 1",
+        },
         **{"year": 1991, "genre": "jazz", "genres": [{"name": "jazz"}, {"name": "folk"}], "moods": ["calm"]},
     }
     assert set(entries["s2"]) == {"id", "title", "isDir", "isVideo", "type", "mediaType", "artist", "year"}
@@ -165,7 +184,9 @@ def test_an_entry_says_what_is_known_and_leaves_out_the_rest(player: Player):
         ("tokenInfo", {}, 10, "apiKey"),
     ],
 )
-def test_what_cannot_be_answered_fails_with_the_specifications_code(player: Player, name: str, parameters: dict, expected: int, said: str):
+def test_what_cannot_be_answered_fails_with_the_specifications_code(
+    player: Player, name: str, parameters: dict, expected: int, said: str
+):
     reply = player(name, **parameters)
     assert code(reply) == expected
     assert said in reply["error"]["message"]
@@ -204,7 +225,9 @@ def test_a_key_in_the_address_counts_for_players_only(guest: Player):
     for path in ("/v1/index", "/v1/songs/s1", "/restful/x"):
 
         async def get(path: str = path) -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(guest.app), base_url="http://localhost") as client:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(guest.app), base_url="http://localhost"
+            ) as client:
                 return await client.get(path, params={"apiKey": KEY})
 
         assert asyncio.run(get()).status_code == 401
@@ -248,7 +271,11 @@ def plain(element: ElementTree.Element) -> dict[str, Any]:
 
 def as_texts(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: [as_texts(part)] if isinstance(part, dict) else as_texts(part) for key, part in value.items() if part != []}
+        return {
+            key: [as_texts(part)] if isinstance(part, dict) else as_texts(part)
+            for key, part in value.items()
+            if part != []
+        }
     if isinstance(value, list):
         return [as_texts(part) for part in value]
     return str(value).lower() if isinstance(value, bool) else str(value).replace("\x07", "\ufffd")

@@ -1,4 +1,5 @@
-"""Crops and masks of training clips: where they may fall, and that nothing but a clip's place in training decides them."""
+"""Crops and masks of training clips: where they may fall, and that nothing but a clip's place in training decides
+them."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_a_crop_is_a_slice_of_the_clip(plain: BatchLoader):
     assert cropped.valid_frames.tolist() == [min(frames, WINDOW) for frames in whole.valid_frames.tolist()]
     assert cropped.mel.shape[1] == WINDOW
     offsets = []
-    for clip, frames, crop, count in zip(whole.mel, whole.valid_frames.tolist(), cropped.mel, cropped.valid_frames.tolist(), strict=True):
+    for clip, frames, crop, count in zip(
+        whole.mel, whole.valid_frames.tolist(), cropped.mel, cropped.valid_frames.tolist(), strict=True
+    ):
         found = [start for start in range(frames - count + 1) if torch.equal(clip[start : start + count], crop[:count])]
         assert len(found) == 1, "the crop is no slice of the clip"
         assert not crop[count:].any()
@@ -79,7 +82,8 @@ def test_every_offset_is_equally_likely():
 
 
 def test_masks_hide_whole_rows_and_columns_within_bounds():
-    """What is hidden is found by comparing; it must be rows and columns, few enough, and hold the mean of what is left."""
+    """What is hidden is found by comparing; it must be rows and columns, few enough, and hold the mean of what is
+    left."""
     augmentation = Augmentation(MASKS, None)
     bands_hidden, frames_hidden = [], []
     for seed, frames in [(seed, frames) for seed in range(150) for frames in (1, 3, 9, 40)]:
@@ -93,7 +97,9 @@ def test_masks_hide_whole_rows_and_columns_within_bounds():
         assert columns.sum() <= 6
         assert rows.sum() <= min(2 * 5, frames // 2)
         if hidden.any():
-            np.testing.assert_allclose(masked[hidden].astype(float), clip[~hidden].astype(float).mean(), atol=0.04)  # fp16 at −50
+            np.testing.assert_allclose(
+                masked[hidden].astype(float), clip[~hidden].astype(float).mean(), atol=0.04
+            )  # fp16 at −50
         if frames == 40:
             frames_hidden.append(rows.sum())
             bands_hidden.append(columns.sum())
@@ -106,7 +112,8 @@ def test_masks_hide_whole_rows_and_columns_within_bounds():
 @pytest.mark.parametrize("masks", [1, 2, 7, 50])
 @pytest.mark.parametrize("width", [1, 8, 16, 200])
 def test_some_cells_are_left_whatever_the_settings_and_the_clip(masks: int, width: int, bands: int):
-    """Masks wider than the bands or longer than the clip, together more than all of it, and clips whose cells are equal."""
+    """Masks wider than the bands or longer than the clip, together more than all of it, and clips whose cells are
+    equal."""
     settings = PretrainSettings(time_masks=masks, time_mask_frames=width, mel_masks=masks, mel_mask_bands=width)
     for seed, frames in [(seed, frames) for seed in range(20) for frames in (1, 2, 3, 40)]:
         noise = np.random.default_rng(seed).normal(-60, 9, (frames, bands))
@@ -148,8 +155,13 @@ def test_workers_alter_clips_like_one_worker(plain: BatchLoader, songs_per_row: 
     rows = np.random.default_rng(0).permutation(48)[: 12 * songs_per_row].reshape(12, songs_per_row)
     one = loader.load_for_training(BatchRows(5, 0, rows), epoch=3)
     own = 12 // workers
-    parts = [loader.load_for_training(BatchRows(5, rank * own, rows[rank * own : (rank + 1) * own]), epoch=3) for rank in range(workers)]
-    expected = {int(song): clip[:count] for song, clip, count in zip(one.ids[:, 0], one.mel, one.valid_frames, strict=True)}
+    parts = [
+        loader.load_for_training(BatchRows(5, rank * own, rows[rank * own : (rank + 1) * own]), epoch=3)
+        for rank in range(workers)
+    ]
+    expected = {
+        int(song): clip[:count] for song, clip, count in zip(one.ids[:, 0], one.mel, one.valid_frames, strict=True)
+    }
     assert len(expected) == rows.size
     for part in parts:
         for song, clip, count in zip(part.ids[:, 0], part.mel, part.valid_frames, strict=True):
@@ -187,5 +199,9 @@ def test_stream_gives_the_parts_in_order(plain: BatchLoader):
 
 def test_without_augmentation_clips_are_whole(plain: BatchLoader):
     part = all_songs(plain)
-    for loader in (plain, augmented(plain, PretrainSettings(), window=None), augmented(plain, PretrainSettings(), window=32)):
+    for loader in (
+        plain,
+        augmented(plain, PretrainSettings(), window=None),
+        augmented(plain, PretrainSettings(), window=32),
+    ):
         assert torch.equal(loader.load_for_training(part, epoch=9).mel, plain.load(part.songs).mel)

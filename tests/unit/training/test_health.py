@@ -60,7 +60,10 @@ def test_the_plateau_is_the_mean_log_of_the_unmasked_candidates(world: World, st
     def candidates(row: int, columns: range, own: int) -> int:
         return sum(
             column == own
-            or not (any(a == b for a, b in zip(ids[row], ids[column], strict=True)) or frozenset((ids[row][0], ids[column][0])) in known)
+            or not (
+                any(a == b for a, b in zip(ids[row], ids[column], strict=True))
+                or frozenset((ids[row][0], ids[column][0])) in known
+            )
             for column in columns
         )
 
@@ -117,19 +120,27 @@ def test_a_fault_counts_when_it_lasts(world: World):
 def test_a_collapsed_run_stops_and_says_why(world: World, tmp_path: Path):
     """The audio head gives every song one vector: its weights are zero and nothing moves them."""
     config = world.config.with_overrides(
-        {"pretrain.epochs": 9, "pretrain.learning_rate": 1e-12, "pretrain.health": {"action": "stop", "patience_steps": 5}}
+        {
+            "pretrain.epochs": 9,
+            "pretrain.learning_rate": 1e-12,
+            "pretrain.health": {"action": "stop", "patience_steps": 5},
+        }
     )
     model = world.model(1, config)
     with torch.no_grad():
         model.audio_head[-1].weight.zero_()
-    with pytest.raises(StepError, match=r"^pretrain stopped at step 6: the mean cosine of audio vectors is 1\.000 \(collapse\); lower"):
+    with pytest.raises(
+        StepError, match=r"^pretrain stopped at step 6: the mean cosine of audio vectors is 1\.000 \(collapse\); lower"
+    ):
         run(world, 1, config, model=model)
     off = config.with_overrides({"pretrain.health.action": "off", "pretrain.epochs": 4})
     _, epochs = run(world, 1, off, model=world.model(1, off))
     assert not any(name.startswith(("probe", "mean_cosine")) for name in epochs[-1])
 
 
-@pytest.mark.parametrize(("rows", "workers", "expected"), [(1000, 1, 128), (1000, 3, 126), (60, 7, 56), (1000, 129, 129), (300, 250, 250)])
+@pytest.mark.parametrize(
+    ("rows", "workers", "expected"), [(1000, 1, 128), (1000, 3, 126), (60, 7, 56), (1000, 129, 129), (300, 250, 250)]
+)
 def test_the_probe_has_rows_for_every_worker(rows: int, workers: int, expected: int):
     chosen = probe_rows(rows, workers)
     assert len(chosen) == len(set(chosen.tolist())) == expected

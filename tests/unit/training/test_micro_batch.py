@@ -36,7 +36,9 @@ def model() -> HTCL:
 
 def song(model: HTCL, frames: int = 32) -> Batch:
     mel = torch.from_numpy(np.random.default_rng(0).normal(-40, 12, (1, frames, 16)).astype(np.float16))
-    return Batch(mel, torch.tensor([frames]), model.text_encoder.tokenize(TEXTS[:1]), torch.zeros(1, 3, dtype=torch.int64))
+    return Batch(
+        mel, torch.tensor([frames]), model.text_encoder.tokenize(TEXTS[:1]), torch.zeros(1, 3, dtype=torch.int64)
+    )
 
 
 def kept(model: HTCL, songs: int) -> int:
@@ -64,14 +66,19 @@ def test_cpu_finds_what_the_graph_of_so_many_songs_keeps(
     model: HTCL, monkeypatch: pytest.MonkeyPatch, songs_per_row: int, rows_that_fit: int
 ):
     """Memory is set to what that many rows keep, counted on a graph of that many, and what does not depend on them."""
-    fixed = 3 * sum(parameter.nbytes for parameter in model.parameters()) + 2 * 16 * songs_per_row * song(model).mel.nbytes
-    monkeypatch.setattr(micro_batch, "_available", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1))
+    fixed = (
+        3 * sum(parameter.nbytes for parameter in model.parameters()) + 2 * 16 * songs_per_row * song(model).mel.nbytes
+    )
+    monkeypatch.setattr(
+        micro_batch, "_available", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1)
+    )
     found = probe_micro_batch_size(model, song(model), songs_per_row, 16, CPU)
     assert found == {1: 1, 5: 4, 16: 16, 99: 16}[rows_that_fit]
 
 
 def test_kept_bytes_of_a_closed_form():
-    """(x · p)² · p keeps x, x · p (which the square needs twice), its square and p; what nobody differentiates is not kept."""
+    """(x · p)² · p keeps x, x · p (which the square needs twice), its square and p; what nobody differentiates is not
+    kept."""
 
     class Product(torch.nn.Module):
         def __init__(self) -> None:
@@ -97,13 +104,18 @@ def test_nothing_is_touched(model: HTCL):
     def state() -> list[torch.Tensor]:
         optimizer_state = [value for values in optimizer.state_dict()["state"].values() for value in values.values()]
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return [tensor.clone() for tensor in (*model.state_dict().values(), *gradients, *optimizer_state, torch.get_rng_state())]
+        return [
+            tensor.clone()
+            for tensor in (*model.state_dict().values(), *gradients, *optimizer_state, torch.get_rng_state())
+        ]
 
     before = state()
     addresses = [None if parameter.grad is None else parameter.grad.data_ptr() for parameter in model.parameters()]
     assert probe_micro_batch_size(model, song(model), 1, 8, CPU) == 8
     assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
-    assert [None if parameter.grad is None else parameter.grad.data_ptr() for parameter in model.parameters()] == addresses
+    assert [
+        None if parameter.grad is None else parameter.grad.data_ptr() for parameter in model.parameters()
+    ] == addresses
     assert not model.training
 
 
@@ -120,7 +132,8 @@ def test_frozen_parts_need_less(model: HTCL):
 
 
 def test_gpu_out_of_memory_is_an_answer(model: HTCL, monkeypatch: pytest.MonkeyPatch):
-    """The part that runs on a GPU, with the device's counters replaced: a size that fails is too large, and leaves no gradient."""
+    """The part that runs on a GPU, with the device's counters replaced: a size that fails is too large, and leaves no
+    gradient."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
@@ -144,7 +157,11 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path):
     assert free() == 4000 * 1024
     second = tmp_path / "cgroup"
     second.mkdir()
-    for name, text in (("memory.max", "max\n"), ("memory.current", "900000\n"), ("memory.stat", "anon 1\ninactive_file 100000\n")):
+    for name, text in (
+        ("memory.max", "max\n"),
+        ("memory.current", "900000\n"),
+        ("memory.stat", "anon 1\ninactive_file 100000\n"),
+    ):
         (second / name).write_text(text)
     assert free() == 4000 * 1024
     (second / "memory.max").write_text("1000000\n")
@@ -161,7 +178,9 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path):
 
 def test_the_longest_song_has_the_longest_clip_and_the_most_tokens(model: HTCL):
     songs = SimpleNamespace(
-        texts=["techno", "calm piano at night " * 2, "x" * 30], train=np.array([0, 1, 2]), ids=np.zeros((3, 3), dtype=int)
+        texts=["techno", "calm piano at night " * 2, "x" * 30],
+        train=np.array([0, 1, 2]),
+        ids=np.zeros((3, 3), dtype=int),
     )
     clips = [np.full((frames, 16), frames, dtype=np.float16) for frames in (9, 20, 31)]
 
@@ -176,6 +195,8 @@ def test_the_longest_song_has_the_longest_clip_and_the_most_tokens(model: HTCL):
     loader = BatchLoader(songs, Frames(), model.text_encoder, None)  # type: ignore[arg-type]
     longest = loader.longest()
     assert (longest.mel.shape, longest.valid_frames.tolist()) == ((1, 31, 16), [31])
-    assert longest.tokens["input_ids"].shape[1] == max(len(model.text_encoder.tokenize([text])["input_ids"][0]) for text in songs.texts)
+    assert longest.tokens["input_ids"].shape[1] == max(
+        len(model.text_encoder.tokenize([text])["input_ids"][0]) for text in songs.texts
+    )
     cropping = BatchLoader(songs, Frames(), model.text_encoder, Augmentation(CONFIG.pretrain, 11))  # type: ignore[arg-type]
     assert cropping.longest().mel.shape == (1, 11, 16)

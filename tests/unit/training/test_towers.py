@@ -62,7 +62,9 @@ def stays(name: str, changes: dict[str, object]) -> bool:
     return not name.startswith("audio_encoder.layers.") or int(name.split(".")[2]) < layers
 
 
-def gradients(changes: dict[str, object], micro_batch_size: int | None) -> tuple[HTCL, FinetuneSettings, dict[str, torch.Tensor | None]]:
+def gradients(
+    changes: dict[str, object], micro_batch_size: int | None
+) -> tuple[HTCL, FinetuneSettings, dict[str, torch.Tensor | None]]:
     settings = CONFIG.finetune.model_copy(update={"rehearsal_songs_per_pair": 0, **changes})
     model = build()
     freeze(model, settings)
@@ -83,7 +85,8 @@ def everything() -> dict[str, torch.Tensor | None]:
 def test_what_learns_has_the_gradient_that_it_had(
     everything: dict[str, torch.Tensor | None], changes: dict[str, object], micro_batch_size: int | None
 ):
-    """Freezing one part changes no other part's gradient, in one pass or two; frozen parts have none, and no optimizer state."""
+    """Freezing one part changes no other part's gradient, in one pass or two; frozen parts have none, and no optimizer
+    state."""
     model, settings, found = gradients(changes, micro_batch_size)
     largest = max(gradient.abs().max().item() for gradient in everything.values() if gradient is not None)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -121,9 +124,17 @@ FREEZE_BOTH: dict[str, object] = {"freeze_text": True, "freeze_audio_layers": 1}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A loop with everything at once: crops, masks, frozen parts, probed micro-batches, weight decay; two steps an epoch."""
+    """A loop with everything at once: crops, masks, frozen parts, probed micro-batches, weight decay; two steps an
+    epoch."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    stage = {"micro_batch_size": "auto", "weight_decay": 0.1, "epochs": 2, "time_masks": 1, "mel_masks": 1, "mel_mask_bands": 4}
+    stage = {
+        "micro_batch_size": "auto",
+        "weight_decay": 0.1,
+        "epochs": 2,
+        "time_masks": 1,
+        "mel_masks": 1,
+        "mel_mask_bands": 4,
+    }
     stage |= {"checkpoint_every_steps": 1, **FREEZE_BOTH}
     return tiny_config(tmp_path / "workspace").with_overrides(
         {"model.layers": 2, "model.window_seconds": 1.5, **{f"pretrain.{key}": value for key, value in stage.items()}}
@@ -133,7 +144,15 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 def test_frozen_parts_are_bit_identical_after_training(config: Config):
     model, loader = _world(config)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train(model, pretrain_task(loader.songs, config.pretrain), loader, config.pretrain, CPU, on_checkpoint=lambda *_: None, say=print)
+    train(
+        model,
+        pretrain_task(loader.songs, config.pretrain),
+        loader,
+        config.pretrain,
+        CPU,
+        on_checkpoint=lambda *_: None,
+        say=print,
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == stays(name, FREEZE_BOTH), name
 

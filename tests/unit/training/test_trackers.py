@@ -1,4 +1,5 @@
-"""Trackers follow metrics.jsonl: a fake one shows what is sent when. The real MLflow and W&B are in tests/ray/test_tracking.py."""
+"""Trackers follow metrics.jsonl: a fake one shows what is sent when. The real MLflow and W&B are in
+tests/ray/test_tracking.py."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ def test_a_resumed_run_goes_on_in_the_same_place_without_repeating(tmp_path: Pat
     for epoch in (1, 2, 3):
         log.write(line(epoch))
     log.close(finished=False)
-    for _ in range(2):  # the third epoch's checkpoint was never stored, and the second run ended before it wrote anything
+    for _ in range(
+        2
+    ):  # the third epoch's checkpoint was never stored, and the second run ended before it wrote anything
         log = log_of(workspace, server, epochs_done=2)
     log.write(line(3, loss=2.0))
     log.write(line(4))
@@ -92,14 +95,20 @@ def test_a_tracker_that_is_added_later_gets_the_epochs_before(tmp_path: Path):
 def test_a_tracker_that_does_not_open_is_one_sentence(tmp_path: Path):
     server = Server()
     server.down = True
-    with pytest.raises(ConfigError, match=r"^server cannot be opened at server one \(no route to host\); correct the tracking section"):
+    with pytest.raises(
+        ConfigError, match=r"^server cannot be opened at server one \(no route to host\); correct the tracking section"
+    ):
         log_of(Workspace(str(tmp_path)), server)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
     there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else there(name, *rest))
-    with pytest.raises(ConfigError, match=r"names wandb, which is not installed here; run: pip install 'htcl-ray\[wandb\]'"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else there(name, *rest)
+    )
+    with pytest.raises(
+        ConfigError, match=r"names wandb, which is not installed here; run: pip install 'htcl-ray\[wandb\]'"
+    ):
         check_tracking(TrackingSettings(trackers="wandb"))
 
 

@@ -62,7 +62,9 @@ class World:
     def task(self, stage: int, config: Config | None = None) -> Task:
         config = config or self.config
         return (
-            pretrain_task(self.songs, config.pretrain) if stage == 1 else finetune_task(self.pairs, self.songs.train, config.finetune, CPU)
+            pretrain_task(self.songs, config.pretrain)
+            if stage == 1
+            else finetune_task(self.pairs, self.songs.train, config.finetune, CPU)
         )
 
     def loader(self, model: HTCL) -> BatchLoader:
@@ -164,7 +166,8 @@ def test_pairs_inside_a_gallery():
 @pytest.mark.parametrize("validation", [3_000, 300_000])
 @pytest.mark.parametrize("pairs_per_song", [0.5, 10])
 def test_pairs_do_not_vanish_from_the_gallery_of_a_large_catalogue(validation: int, pairs_per_song: float):
-    """Songs drawn by themselves hold 42 of the 10 million pairs of a million songs; songs of pairs hold hundreds at least."""
+    """Songs drawn by themselves hold 42 of the 10 million pairs of a million songs; songs of pairs hold hundreds at
+    least."""
     random = np.random.default_rng(1)
     songs = np.sort(random.choice(2 * validation, validation, replace=False))
     drawn = np.unique(random.integers(0, validation**2, round(pairs_per_song * validation)))
@@ -177,7 +180,9 @@ def test_pairs_do_not_vanish_from_the_gallery_of_a_large_catalogue(validation: i
     codes = pairs[:, 0] * 4 * validation + pairs[:, 1]
     found = gallery.songs[gallery.pairs]
     assert np.isin(found[:, 0] * 4 * validation + found[:, 1], codes).all()
-    assert np.mean(found[:, 0]) == pytest.approx(validation, rel=0.1), "triggers come from the whole catalogue, not from its beginning"
+    assert np.mean(found[:, 0]) == pytest.approx(validation, rel=0.1), (
+        "triggers come from the whole catalogue, not from its beginning"
+    )
     again = validation_gallery(songs, pairs)
     assert (again.songs == gallery.songs).all()
     assert (again.pairs == gallery.pairs).all()
@@ -216,11 +221,15 @@ def test_validation_is_repeatable_and_complete(world: World):
     alone = validation_gallery(np.arange(5000))
     assert len(alone.songs) == len(np.unique(alone.songs)) == 2048
     assert len(alone.pairs) == 0
-    assert not any(name.startswith("validation_pair") for name in validate(model, world.loader(model), Gallery(gallery.songs, alone.pairs)))
+    assert not any(
+        name.startswith("validation_pair")
+        for name in validate(model, world.loader(model), Gallery(gallery.songs, alone.pairs))
+    )
 
 
 def test_ndcg_of_validation_is_scikit_learn_s(world: World):
-    """12 songs, each with a text of its own, so that ranks 11 and 12 count nothing; the trigger of a pair is no candidate."""
+    """12 songs, each with a text of its own, so that ranks 11 and 12 count nothing; the trigger of a pair is no
+    candidate."""
     model = world.model(2).eval()
     loader, both = world.loader(model), validation_gallery(world.songs.validation, world.pairs.validation)
     found = validate(model, loader, both)
@@ -236,7 +245,9 @@ def test_ndcg_of_validation_is_scikit_learn_s(world: World):
     assert 0 < found["validation_pair_ndcg@10"] < found["validation_pair_recall@10"] < 1
 
 
-def run(world: World, stage: int, config: Config, folder: Path | None = None, model: HTCL | None = None, **more: Any) -> tuple[HTCL, list]:
+def run(
+    world: World, stage: int, config: Config, folder: Path | None = None, model: HTCL | None = None, **more: Any
+) -> tuple[HTCL, list]:
     """Train, keeping every epoch's checkpoint in `folder`."""
     model = model or world.model(stage, config)
     epochs: list[dict[str, float]] = []
@@ -263,7 +274,9 @@ def test_stage_1_learns_what_text_names(world: World):
     assert epochs[-1]["probe_loss_text"] < 0.98 * epochs[-1]["plateau_loss_text"]
     assert not any("WARNING" in line for line in lines)
     assert lines[-1].startswith("pretrain  epoch 60/60  step 120/120  loss text ")
-    assert {"temperature_text", "learning_rate", "songs_per_second", "gradient_norm", "peak_memory_gb"} <= set(epochs[-1])
+    assert {"temperature_text", "learning_rate", "songs_per_second", "gradient_norm", "peak_memory_gb"} <= set(
+        epochs[-1]
+    )
     assert 0 <= epochs[-1]["seconds_waiting_for_data"] < 60
 
 
@@ -278,7 +291,14 @@ def test_what_another_run_cannot_repeat_is_said(world: World, tmp_path: Path):
     run(world, 1, config, tmp_path)
     lines: list[str] = []
     other = config.with_overrides({"pretrain.micro_batch_size": 2})
-    run(world, 1, other, model=HTCL.from_pretrained(tmp_path / "step-2"), resume=load_state(tmp_path / "step-2"), say=lines.append)
+    run(
+        world,
+        1,
+        other,
+        model=HTCL.from_pretrained(tmp_path / "step-2"),
+        resume=load_state(tmp_path / "step-2"),
+        say=lines.append,
+    )
     assert any("made with micro_batch_size 4, now it is 2; the run goes on" in line for line in lines)
     assert any(line.startswith("pretrain  continues after step 2/4 (epoch 2 of 2)") for line in lines)
 
@@ -291,7 +311,14 @@ def test_auto_probes_unless_the_checkpoint_was_probed(world: World, tmp_path: Pa
 
     def go_on(settings: Any, start: str, into: str) -> TrainingState:
         again = config.with_overrides({"pretrain.micro_batch_size": settings})
-        run(world, 1, again, tmp_path / into, HTCL.from_pretrained(tmp_path / start), resume=load_state(tmp_path / start))
+        run(
+            world,
+            1,
+            again,
+            tmp_path / into,
+            HTCL.from_pretrained(tmp_path / start),
+            resume=load_state(tmp_path / start),
+        )
         return load_state(tmp_path / into / "step-6")
 
     run(world, 1, config, tmp_path)
@@ -306,7 +333,9 @@ def test_each_worker_gets_its_own_random_numbers_and_figures_back():
     for seed in (1, 2):
         torch.manual_seed(seed)
         states.append(torch.get_rng_state())
-    state = TrainingState(1, None, False, optimizer={}, rng={"cpu": torch.stack(states)}, sums={"text": torch.tensor([1.5, 2.0])})
+    state = TrainingState(
+        1, None, False, optimizer={}, rng={"cpu": torch.stack(states)}, sums={"text": torch.tensor([1.5, 2.0])}
+    )
     for rank, seed in enumerate((1, 2)):
         own = state.rng_of(rank, workers=2)
         assert own is not None
@@ -322,7 +351,11 @@ def test_stage_2_moves_every_part(world: World):
     before = world.model(2).state_dict()
     after, epochs = run(world, 2, config)
     for part in ("audio_encoder", "text_encoder", "audio_head", "text_head", "fusion", "logit_scale"):
-        assert any(not torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.items() if name.startswith(part)), part
+        assert any(
+            not torch.equal(tensor, after.state_dict()[name])
+            for name, tensor in before.items()
+            if name.startswith(part)
+        ), part
     assert {"loss_text", "loss_preference", "loss_fusion"} <= set(epochs[0])
     weights = world.task(2, config).weights
     assert epochs[0]["loss"] == pytest.approx(sum(weights[name] * epochs[0][f"loss_{name}"] for name in weights))
@@ -336,20 +369,32 @@ def test_a_temperature_that_is_not_learned_stays_exactly_where_it_starts(
     world: World, stage: int, loss: str, micro_batch_size: int | None, learned: bool
 ):
     name = "pretrain" if stage == 1 else "finetune"
-    chosen = {"loss": loss, "micro_batch_size": micro_batch_size, "learn_temperature": learned, "epochs": 2, "health.action": "off"}
-    config = world.config.with_overrides({"finetune.pairs_per_epoch": 32, **{f"{name}.{key}": value for key, value in chosen.items()}})
+    chosen = {
+        "loss": loss,
+        "micro_batch_size": micro_batch_size,
+        "learn_temperature": learned,
+        "epochs": 2,
+        "health.action": "off",
+    }
+    config = world.config.with_overrides(
+        {"finetune.pairs_per_epoch": 32, **{f"{name}.{key}": value for key, value in chosen.items()}}
+    )
     before, temperatures = world.model(stage, config).state_dict(), world.model(stage, config).temperatures()
     model, epochs = run(world, stage, config)
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter, before[key]) == (key.startswith("logit_scale.") and not learned), key
     assert len(temperatures) == (1 if stage == 1 else 3)
-    assert len([key for key in before if key.startswith("logit_bias.")]) == (len(temperatures) if loss == "sigmoid" else 0)
+    assert len([key for key in before if key.startswith("logit_bias.")]) == (
+        len(temperatures) if loss == "sigmoid" else 0
+    )
     for term, value in temperatures.items():
         assert (epochs[-1][f"temperature_{term}"] == value) == (not learned)
 
 
 def test_the_lowest_temperature_stays_too(world: World):
-    config = world.config.with_overrides({"pretrain.temperature": 0.01, "pretrain.learn_temperature": False, "pretrain.epochs": 1})
+    config = world.config.with_overrides(
+        {"pretrain.temperature": 0.01, "pretrain.learn_temperature": False, "pretrain.epochs": 1}
+    )
     model, _ = run(world, 1, config)
     assert torch.equal(model.logit_scale["text"], world.model(1, config).logit_scale["text"])
 
@@ -358,7 +403,9 @@ def test_rows_seen_count_full_batches_of_all_epochs(world: World, tmp_path: Path
     """36 training songs are two batches of 16, and 48 are three; a run that goes on counts on."""
     config = world.config.with_overrides({"finetune.pairs_per_epoch": 40})
     assert [metrics["rows_seen"] for metrics in run(world, 1, config, tmp_path)[1]] == [32, 64, 96]
-    _, rest = run(world, 1, config, model=HTCL.from_pretrained(tmp_path / "step-4"), resume=load_state(tmp_path / "step-4"))
+    _, rest = run(
+        world, 1, config, model=HTCL.from_pretrained(tmp_path / "step-4"), resume=load_state(tmp_path / "step-4")
+    )
     assert [metrics["rows_seen"] for metrics in rest] == [96]
     longer = config.with_overrides({"pretrain.songs_per_epoch": 48, "pretrain.epochs": 2})
     assert [(metrics["step"], metrics["rows_seen"]) for metrics in run(world, 1, longer)[1]] == [(3, 48), (6, 96)]
@@ -370,7 +417,9 @@ def test_songs_of_an_epoch_go_on_where_the_one_before_ended(world: World):
     assert task.rows == 24
     whole = world.task(1, world.config.with_overrides({"pretrain.seed": 3}))
     assert whole.rows == 36
-    assert np.array_equal(np.concatenate([task.order(epoch) for epoch in range(3)]), np.concatenate([whole.order(0), whole.order(1)]))
+    assert np.array_equal(
+        np.concatenate([task.order(epoch) for epoch in range(3)]), np.concatenate([whole.order(0), whole.order(1)])
+    )
 
 
 def test_without_progress_only_what_a_person_must_know_is_said(world: World, tmp_path: Path):
@@ -419,7 +468,8 @@ def test_metrics_log_continues_without_repeating(world: World, tmp_path: Path):
 
 
 def test_every_seed_rank_and_step_has_dropout_of_its_own():
-    """The largest seed of the settings, and resumed runs: a CPU's generator takes the lowest 32 bits of a seed alone."""
+    """The largest seed of the settings, and resumed runs: a CPU's generator takes the lowest 32 bits of a seed
+    alone."""
     drawn = {}
     for seed, worker, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 999), (0, 1, 2**20)):
         seed_worker(seed, worker, step)
@@ -430,7 +480,8 @@ def test_every_seed_rank_and_step_has_dropout_of_its_own():
 
 
 def test_rows_per_worker_and_workers_make_the_batch(world: World, capsys: pytest.CaptureFixture[str]):
-    """The same global batch is the same run, another number of workers another one; workers with few rows are warned about."""
+    """The same global batch is the same run, another number of workers another one; workers with few rows are warned
+    about."""
     features = Artifact("features/synthetic", "synthetic", {})
 
     def checked(**sizes: int) -> tuple[StageRun, str]:
@@ -447,20 +498,33 @@ def test_rows_per_worker_and_workers_make_the_batch(world: World, capsys: pytest
     same, other = checked(batch_size=16, num_workers=2)[0], checked(batch_size_per_worker=8, num_workers=4)[0]
     assert _determining(few.settings) == _determining(same.settings) != _determining(other.settings)
     assert checked(batch_size_per_worker=32, num_workers=1)[1] == ""
-    assert checked(batch_size=64, num_workers=2)[1] == "pretrain  36 training rows are fewer than a batch of 64; batches have 36\n"
-    one = world.config.with_overrides({"pretrain.batch_size_per_worker": 9, "pretrain.num_workers": 1, "pretrain.epochs": 1})
+    assert (
+        checked(batch_size=64, num_workers=2)[1]
+        == "pretrain  36 training rows are fewer than a batch of 64; batches have 36\n"
+    )
+    one = world.config.with_overrides(
+        {"pretrain.batch_size_per_worker": 9, "pretrain.num_workers": 1, "pretrain.epochs": 1}
+    )
     _, epochs = run(world, 1, one)
     assert (epochs[0]["candidates"], epochs[0]["step"]) == (9, 4)
 
 
 @pytest.mark.parametrize(("learning_rate", "error"), [(1e-3, None), (1e30, "StepError")])
-def test_a_run_leaves_no_frames(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning_rate: float, error: str | None):
-    """Neither one that ends well nor one that fails. The pipeline's worker runs in this process, in Ray Train's local mode."""
+def test_a_run_leaves_no_frames(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning_rate: float, error: str | None
+):
+    """Neither one that ends well nor one that fails. The pipeline's worker runs in this process, in Ray Train's local
+    mode."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    changes = {"pretrain.num_workers": 1, "pretrain.epochs": 1, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None}
+    changes = {
+        "pretrain.num_workers": 1,
+        "pretrain.epochs": 1,
+        "pretrain.warmup_share": 0.0,
+        "pretrain.max_gradient_norm": None,
+    }
     config = world.config.with_overrides({**changes, "pretrain.learning_rate": learning_rate})
     features = Artifact("features/synthetic", "synthetic", world.workspace.manifest("features/synthetic") or {})
     job = TrainJob(config, world.workspace, features, f"runs/pretrain/{error}", world.vocabulary, None, None)

@@ -19,7 +19,13 @@ import pytest
 from htcl_ray.errors import StepError, WorkspaceError
 from htcl_ray.training.features import Frames, open_frames
 from htcl_ray.training.order import global_batch, pair_order, song_order, steps_per_epoch, with_rejected, worker_rows
-from htcl_ray.training.song_numbers import known_pair_codes, log_draw_probability, normalized_text, read_pairs, read_songs
+from htcl_ray.training.song_numbers import (
+    known_pair_codes,
+    log_draw_probability,
+    normalized_text,
+    read_pairs,
+    read_songs,
+)
 from htcl_ray.workspace.local_copies import identity
 from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
@@ -134,7 +140,8 @@ def test_frames_are_removed_by_their_last_user(source: Source):
 
 
 def test_what_is_left_of_a_killed_process_is_removed_and_what_is_used_is_not(source: Source, tmp_path: Path):
-    """Three other files in the temporary directory: of a process that is alive, of one that was killed, and of one killed while copying."""
+    """Three other files in the temporary directory: of a process that is alive, of one that was killed, and of one
+    killed while copying."""
     script = "\n".join(
         (
             "import sys; sys.path[:0] = sys.argv[1:2]",
@@ -162,7 +169,9 @@ def test_what_is_left_of_a_killed_process_is_removed_and_what_is_used_is_not(sou
         (halved / "frames.f16").write_bytes(b"half of it")
         assert len(list(source.root.glob("frames-*/"))) == 3
         with source.open():
-            assert len(list(source.root.glob("frames-*/offsets.npy"))) == 2, "of the process that is alive, and of this one"
+            assert len(list(source.root.glob("frames-*/offsets.npy"))) == 2, (
+                "of the process that is alive, and of this one"
+            )
             assert not halved.exists()
         assert source.left() == WHOLE
     finally:
@@ -176,7 +185,8 @@ def test_what_is_left_of_a_killed_process_is_removed_and_what_is_used_is_not(sou
 
 @pytest.mark.parametrize("cut", [0.0, 0.0001, 0.2, 0.7, 0.999, 1.0])
 def test_a_half_written_file_is_completed(source: Source, monkeypatch: pytest.MonkeyPatch, cut: float):
-    """Cut anywhere, also within a song: what is whole stays, no shard that is whole is read again, and the result is the same."""
+    """Cut anywhere, also within a song: what is whole stays, no shard that is whole is read again, and the result is
+    the same."""
     with source.open() as frames:
         expected, folder = everything(frames), frames.folder
         whole = (folder / "frames.f16").read_bytes()
@@ -199,7 +209,8 @@ def test_a_half_written_file_is_completed(source: Source, monkeypatch: pytest.Mo
 
 
 def test_frames_that_lost_a_part_are_made_again(source: Source, monkeypatch: pytest.MonkeyPatch):
-    """Cleaners of temporary directories remove old files one by one. While a run uses them, another one cannot make them again."""
+    """Cleaners of temporary directories remove old files one by one. While a run uses them, another one cannot make
+    them again."""
     monkeypatch.setattr("htcl_ray.training.features.SECONDS_TO_AGREE", 0.2)
     frames = source.open()
     expected = everything(frames)
@@ -280,7 +291,9 @@ def test_features_that_changed_are_refused(source: Source):
     songs, manifest = read_songs(source.workspace, source.path), source.workspace.manifest(source.path)
     assert manifest is not None
     Path(source.workspace.full(f"{source.path}/shard-00001.parquet")).unlink()
-    with pytest.raises(WorkspaceError, match=r"changed while it was read: \d+ songs are missing; run 'htcl preprocess' again"):
+    with pytest.raises(
+        WorkspaceError, match=r"changed while it was read: \d+ songs are missing; run 'htcl preprocess' again"
+    ):
         open_frames(source.workspace, source.path, manifest, songs)
 
 
@@ -302,7 +315,9 @@ def test_pairs_are_numbers_and_unknown_songs_are_counted(tmp_path: Path):
     assert set(pairs.validation.ravel()) <= set(songs.validation)
     assert pairs.train.tolist() == sorted(pairs.train.tolist())
     codes = known_pair_codes(pairs.train)
-    assert {(int(code) >> 32, int(code) & 0xFFFFFFFF) for code in codes} == {(min(a, b), max(a, b)) for a, b in pairs.train.tolist()}
+    assert {(int(code) >> 32, int(code) & 0xFFFFFFFF) for code in codes} == {
+        (min(a, b), max(a, b)) for a, b in pairs.train.tolist()
+    }
     assert (np.diff(codes) > 0).all()
 
 
@@ -311,9 +326,13 @@ def test_negatives_are_rejected_songs_that_are_no_pair(tmp_path: Path):
     workspace = Workspace(config.workspace)
     songs = read_songs(workspace, write_features(config))
     path = write_pairs(config)  # every two training songs whose numbers differ by 3 mod 6
-    with pytest.raises(WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"):
+    with pytest.raises(
+        WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"
+    ):
         read_pairs(workspace, path, songs, rejected=True)
-    write_negatives(config, [(0, 3, 1.0), (3, 0, 1.0), (9, 0, 1.0), (18, 19, 1.0)])  # pairs, and a song of another split
+    write_negatives(
+        config, [(0, 3, 1.0), (3, 0, 1.0), (9, 0, 1.0), (18, 19, 1.0)]
+    )  # pairs, and a song of another split
     with pytest.raises(WorkspaceError, match="has no song that was only rejected after its trigger"):
         read_pairs(workspace, path, songs, rejected=True)
     write_negatives(config, [(6, 2, 2.0), (0, 3, 1.0), (0, 2, 0.5), (18, 19, 1.0), (0, 1, 1.5)])

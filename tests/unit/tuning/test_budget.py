@@ -22,7 +22,9 @@ DEMO = resolve("demo")
 
 def searched(stage: str, sizes: list[int], **tune: Any) -> Config:
     chosen = {f"tune.{name}": value for name, value in tune.items()}
-    return DEMO.with_overrides({"tune.stage": stage, "tune.space": {f"{stage}.batch_size": sizes}, f"{stage}.num_workers": 1, **chosen})
+    return DEMO.with_overrides(
+        {"tune.stage": stage, "tune.space": {f"{stage}.batch_size": sizes}, f"{stage}.num_workers": 1, **chosen}
+    )
 
 
 def rows_seen(config: Config, stage: str, training_rows: int) -> tuple[int, int]:
@@ -40,7 +42,9 @@ def rows_seen(config: Config, stage: str, training_rows: int) -> tuple[int, int]
     samples=some.integers(2, 200_000),
     reports=some.integers(1, 40),
 )
-def test_every_batch_size_sees_equally_many_rows_near_the_wanted_number(stage: str, sizes: list[int], samples: int, reports: int):
+def test_every_batch_size_sees_equally_many_rows_near_the_wanted_number(
+    stage: str, sizes: list[int], samples: int, reports: int
+):
     unit = math.lcm(*sizes)
     assume(unit <= samples)
     config = searched(stage, sizes, samples=samples, reports=reports)
@@ -76,7 +80,9 @@ def test_without_samples_a_trial_is_as_long_as_the_configured_run():
     assert stage_budget(config, search_space(config, {"pretrain": 320}), "pretrain", 320).rows == 8 * 320
     short = config.with_overrides({"pretrain.songs_per_epoch": 160})
     assert stage_budget(short, search_space(short, {"pretrain": 320}), "pretrain", 320).rows == 8 * 160
-    pairs = searched("finetune", [32, 64], reports=4).with_overrides({"finetune.epochs": 8, "finetune.pairs_per_epoch": None})
+    pairs = searched("finetune", [32, 64], reports=4).with_overrides(
+        {"finetune.epochs": 8, "finetune.pairs_per_epoch": None}
+    )
     assert stage_budget(pairs, search_space(pairs, {"finetune": 640}), "finetune", 640).rows == 8 * 640
     drawn = pairs.with_overrides({"finetune.pairs_per_epoch": 128})
     assert stage_budget(drawn, search_space(drawn, {"finetune": 128}), "finetune", 640).rows == 8 * 128
@@ -91,7 +97,9 @@ def test_songs_of_a_trial_come_in_the_same_order_for_every_batch_size():
         stage = trial_config(config, {"pretrain.batch_size": size}, {"pretrain": budget}).pretrain
         assert stage.songs_per_epoch is not None
         assert stage.songs_per_epoch % size == 0
-        epochs = [song_order(stage.seed, epoch, np.arange(150), stage.songs_per_epoch)[:, 0] for epoch in range(stage.epochs)]
+        epochs = [
+            song_order(stage.seed, epoch, np.arange(150), stage.songs_per_epoch)[:, 0] for epoch in range(stage.epochs)
+        ]
         seen.append(np.concatenate(epochs))
     assert np.array_equal(seen[0], seen[1])
     assert np.array_equal(seen[0], seen[2])
@@ -103,14 +111,22 @@ def test_a_trial_keeps_nothing_that_only_a_finished_model_needs():
         {"pretrain.best_metric": "loss", "pretrain.keep_checkpoints": 5, "pretrain.checkpoint_every_steps": 7}
     )
     trial = trial_config(config, {"pretrain.batch_size": 64}, {"pretrain": Budget(128, 3)})
-    assert (trial.pretrain.best_metric, trial.pretrain.keep_checkpoints, trial.pretrain.checkpoint_every_steps) == (None, 1, None)
+    assert (trial.pretrain.best_metric, trial.pretrain.keep_checkpoints, trial.pretrain.checkpoint_every_steps) == (
+        None,
+        1,
+        None,
+    )
     assert (trial.pretrain.songs_per_epoch, trial.pretrain.epochs, trial.pretrain.batch_size) == (128, 3, 64)
     assert trial.finetune == config.finetune
 
 
 def test_both_stages_have_budgets_of_their_own():
-    config = DEMO.with_overrides({"tune.stage": "both", "tune.samples": 1000, "tune.reports": 2, "pretrain.batch_size": 50})
-    space = search_space(config.with_overrides({"tune.space": {"finetune.batch_size": [32, 64]}}), {"pretrain": 100, "finetune": 100})
+    config = DEMO.with_overrides(
+        {"tune.stage": "both", "tune.samples": 1000, "tune.reports": 2, "pretrain.batch_size": 50}
+    )
+    space = search_space(
+        config.with_overrides({"tune.space": {"finetune.batch_size": [32, 64]}}), {"pretrain": 100, "finetune": 100}
+    )
     budgets = {name: stage_budget(config, space, name, 100) for name in ("pretrain", "finetune")}
     assert budgets == {"pretrain": Budget(500, 2), "finetune": Budget(512, 2)}
     assert [batch_sizes(config, space, name) for name in budgets] == [(50,), (32, 64)]
@@ -129,8 +145,11 @@ def test_budgets_that_cannot_be_are_refused_in_one_sentence():
         "values of pretrain.batch_size with a smaller common multiple, such as powers of two"
     )
     with pytest.raises(
-        ConfigError, match=r"^tune\.space\.pretrain\.batch_size goes up to 34, but there are 33 training songs; expected at"
+        ConfigError,
+        match=r"^tune\.space\.pretrain\.batch_size goes up to 34, but there are 33 training songs; expected at",
     ):
         stage_budget(config, space, "pretrain", 33)
-    with pytest.raises(ConfigError, match=r"^finetune\.batch_size goes up to 64, but there are 33 training pairs; expected at"):
+    with pytest.raises(
+        ConfigError, match=r"^finetune\.batch_size goes up to 64, but there are 33 training pairs; expected at"
+    ):
         stage_budget(config, space, "finetune", 33)

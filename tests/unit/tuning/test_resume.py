@@ -1,6 +1,8 @@
-"""A search that was killed and resumed is the search that was not: the same points, results and decisions, to the last bit.
+"""A search that was killed and resumed is the search that was not: the same points, results and decisions, to the last
+bit.
 
-Ray Tune's loop of one trial at a time is played here with our own searcher, scheduler and callback, and a closed form for training.
+Ray Tune's loop of one trial at a time is played here with our own searcher, scheduler and callback, and a closed form
+for training.
 """
 
 from __future__ import annotations
@@ -42,9 +44,16 @@ OBJECTIVES = {"semantic": "validation_recall@10", "preference": "validation_pair
 
 def measured(parameters: dict[str, Any], rows: int, objective: str) -> float:
     """Best at temperature 0.1, learning rate 0.003 and batch size 128; grows with the rows."""
-    far = 0.2 * math.log(parameters["pretrain.temperature"] / 0.1) ** 2 + 0.05 * math.log(parameters["pretrain.learning_rate"] / 3e-3) ** 2
+    far = (
+        0.2 * math.log(parameters["pretrain.temperature"] / 0.1) ** 2
+        + 0.05 * math.log(parameters["pretrain.learning_rate"] / 3e-3) ** 2
+    )
     far += 0.1 * (128 - parameters["pretrain.batch_size"]) / 128
-    return math.exp(-far) * (1 - math.exp(-rows / 300)) * (1 if objective == "semantic" else 1 - parameters["pretrain.temperature"])
+    return (
+        math.exp(-far)
+        * (1 - math.exp(-rows / 300))
+        * (1 if objective == "semantic" else 1 - parameters["pretrain.temperature"])
+    )
 
 
 class Killed(Exception):
@@ -52,9 +61,15 @@ class Killed(Exception):
 
 
 def session(
-    workspace: Workspace, settings: TuneSettings, objectives: dict[str, str], ticks: Iterator[int], kill_at: int, ahead: int
+    workspace: Workspace,
+    settings: TuneSettings,
+    objectives: dict[str, str],
+    ticks: Iterator[int],
+    kill_at: int,
+    ahead: int,
 ) -> None:
-    """One run of the command, killed at a tick. `ahead`: measurements of the workers that Ray Tune has not processed yet."""
+    """One run of the command, killed at a tick. `ahead`: measurements of the workers that Ray Tune has not processed
+    yet."""
 
     def tick() -> None:
         if next(ticks) == kill_at:
@@ -77,8 +92,12 @@ def session(
         ours = SimpleNamespace(trial_id=trial_id, config=point, error_file=None)
         if scheduler is not None:
             scheduler.on_trial_add(None, ours)
-        file = f"{trial_folder(STUDY, point['number'])}/runs/{STAGE}/{trial_version(STUDY, point['number'])}/metrics.jsonl"
-        written = [json.loads(line) for line in workspace.read_bytes(file).splitlines()] if workspace.exists(file) else []
+        file = (
+            f"{trial_folder(STUDY, point['number'])}/runs/{STAGE}/{trial_version(STUDY, point['number'])}/metrics.jsonl"
+        )
+        written = (
+            [json.loads(line) for line in workspace.read_bytes(file).splitlines()] if workspace.exists(file) else []
+        )
         checkpoint = max(len(written) - 1, 0)  # it is written after the measurement, so a resumed trial repeats one
         for report in range(checkpoint, BUDGET.reports):
             for later in range(len(written), min(report + 1 + ahead, BUDGET.reports)):
@@ -101,7 +120,9 @@ def session(
         callback.on_trial_complete(0, [], ours)
 
 
-def searched(folder: Path, settings: TuneSettings, objectives: dict[str, str], kills: list[int], ahead: int = 0) -> list[Trial]:
+def searched(
+    folder: Path, settings: TuneSettings, objectives: dict[str, str], kills: list[int], ahead: int = 0
+) -> list[Trial]:
     """The trials of a search that was killed at each of these ticks, counted anew after each."""
     workspace = Workspace(str(folder))
     for kill_at in kills:
@@ -116,7 +137,9 @@ def outcome(trials: list[Trial]) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module", params=["asha", "whole", "two objectives"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSettings, dict[str, str], list[Trial]]:
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TuneSettings, dict[str, str], list[Trial]]:
     """Settings, objectives, and the trials of a search that nothing interrupts."""
     objectives = OBJECTIVES if request.param == "two objectives" else {"semantic": OBJECTIVES["semantic"]}
     settings = TuneSettings(trials=16, early_stopping=request.param == "asha", seed=3)
@@ -141,10 +164,13 @@ def test_the_uninterrupted_search_is_one_worth_comparing(whole: tuple[TuneSettin
 def test_a_killed_search_ends_as_the_uninterrupted_one(
     whole: tuple[TuneSettings, dict[str, str], list[Trial]], tmp_path: Path, seed: int, ahead: int
 ):
-    """Killed three times, first anywhere in two thirds of it: around a suggestion, a measurement, a decision, a line of the table."""
+    """Killed three times, first anywhere in two thirds of it: around a suggestion, a measurement, a decision, a line of
+    the table."""
     settings, objectives, trials = whole
     draw = random.Random(seed)
-    last = 315 if settings.early_stopping else 480  # ticks of the uninterrupted search; the sampler draws at random in the first half
+    last = (
+        315 if settings.early_stopping else 480
+    )  # ticks of the uninterrupted search; the sampler draws at random in the first half
     kills = [draw.randrange(2 * last // 3), draw.randrange(last // 8), draw.randrange(last // 8)]
     assert outcome(searched(tmp_path, settings, objectives, kills, ahead)) == outcome(trials)
 
@@ -169,6 +195,8 @@ def test_more_trials_continue_a_finished_search(tmp_path: Path):
 
 def test_another_seed_is_another_search(tmp_path: Path):
     objectives = {"semantic": OBJECTIVES["semantic"]}
-    first, other = (searched(tmp_path / str(seed), TuneSettings(trials=3, seed=seed), objectives, []) for seed in (0, 1))
+    first, other = (
+        searched(tmp_path / str(seed), TuneSettings(trials=3, seed=seed), objectives, []) for seed in (0, 1)
+    )
     assert first[0].parameters == other[0].parameters == CONFIGURED
     assert first[1].parameters != other[1].parameters

@@ -1,4 +1,5 @@
-"""What a person reads of a search, while it runs and after: every trial is there, words are words, and no figure is made up."""
+"""What a person reads of a search, while it runs and after: every trial is there, words are words, and no figure is
+made up."""
 
 from __future__ import annotations
 
@@ -39,8 +40,13 @@ CONFIG = {"pretrain": {"temperature": 0.074, "seed": 17}, "model": {"pooling": "
 
 
 def trial(number: int, value: float | None = None, state: Any = "finished", *, rows: int = ROWS, **more: Any) -> Trial:
-    parameters = {"pretrain.temperature": 0.02 + 0.002 * number, "model.pooling": ("mean", "<script>$x_1$", None)[number % 3]}
-    figures = {"semantic": value, "preference": 1 - value, "songs_per_second": 10.0 + number} if value is not None else {}
+    parameters = {
+        "pretrain.temperature": 0.02 + 0.002 * number,
+        "model.pooling": ("mean", "<script>$x_1$", None)[number % 3],
+    }
+    figures = (
+        {"semantic": value, "preference": 1 - value, "songs_per_second": 10.0 + number} if value is not None else {}
+    )
     history = [{"rows": rows, **figures}] if figures else []
     attempts = {"1.000": [2.0, 30.0]} if history else {}
     return Trial(number, parameters, state, history, **{"attempts": attempts, **more})
@@ -85,7 +91,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action", "data")]
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action", "data")
+        ]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -134,7 +142,11 @@ def test_every_trial_is_in_both_tables_with_its_error(page: Page):
 
 
 def test_cost_is_nodes_times_seconds_and_adds_up():
-    trials = [trial(0, 0.1, attempts={"1": [2, 30], "2": [1, 40]}), trial(1, 0.2, attempts={"1": [3, 1200]}), trial(2, state="failed")]
+    trials = [
+        trial(0, 0.1, attempts={"1": [2, 30], "2": [1, 40]}),
+        trial(1, 0.2, attempts={"1": [3, 1200]}),
+        trial(2, state="failed"),
+    ]
     costs = Page(report_html(report(trials))).after("trial node-seconds")
     assert costs[:3] == [["0", "100", "10.0", "2"], ["1", "3,600", "11.0", "1"], ["2", "0", "–", "0"]]
     assert costs[3] == ["all", "3,700 (1.0 h)", "", "3"]
@@ -161,11 +173,16 @@ def test_values_with_markup_and_dollars_are_drawn_as_they_are():
 def test_logarithmic_ranges_have_logarithmic_axes():
     """Equal ratios are equally far apart on the slice's axis."""
     trials = [
-        replace(item, parameters=item.parameters | {"pretrain.temperature": 0.02 * 25 ** (i / 7)}) for i, item in enumerate(several())
+        replace(item, parameters=item.parameters | {"pretrain.temperature": 0.02 * 25 ** (i / 7)})
+        for i, item in enumerate(several())
     ]
     plots = study_plots(trials, DISTRIBUTIONS, {"semantic": "s"})["Optimisation of s"]
     svg = next(plot.svg for plot in plots if plot.caption == "Slice: temperature")
-    below = [text for text in ElementTree.fromstring(svg or "").iter("text") if "text-anchor: middle" in text.get("style", "")]
+    below = [
+        text
+        for text in ElementTree.fromstring(svg or "").iter("text")
+        if "text-anchor: middle" in text.get("style", "")
+    ]
     texts = {text.text: text for text in below}
     ticks = [float(texts[word].get("x", "")) for word in ("0.02", "0.05", "0.1", "0.2", "0.5")]
     assert np.diff(ticks) == pytest.approx(np.log([2.5, 2, 2, 2.5]) * (ticks[-1] - ticks[0]) / np.log(25), rel=1e-3)
@@ -243,7 +260,13 @@ def test_importances_find_the_parameter_that_matters():
 
 def test_trials_in_the_plots_have_the_numbers_of_the_table():
     """A running and a failed trial between them do not move the others."""
-    trials = [trial(0, 0.3), trial(1, 0.1, "running", rows=300), trial(2, state="failed"), trial(5, 0.4), trial(6, state="running")]
+    trials = [
+        trial(0, 0.3),
+        trial(1, 0.1, "running", rows=300),
+        trial(2, state="failed"),
+        trial(5, 0.4),
+        trial(6, state="running"),
+    ]
     study = _study(trials, DISTRIBUTIONS, ["semantic"])
     assert {item.number: item.value for item in _measured(study)} == {0: 0.3, 5: 0.4}
 
@@ -272,7 +295,9 @@ def test_importances_of_equal_values_say_why_and_the_rest_is_drawn():
 
 
 def test_a_parameter_that_never_varied_is_drawn():
-    trials = [replace(trial(i, 0.1 * i), parameters={"pretrain.temperature": 0.1, "model.pooling": "mean"}) for i in range(3)]
+    trials = [
+        replace(trial(i, 0.1 * i), parameters={"pretrain.temperature": 0.1, "model.pooling": "mean"}) for i in range(3)
+    ]
     assert "svg" in Page(report_html(report(trials))).tags
 
 
@@ -356,7 +381,8 @@ def test_names_are_short_where_they_tell_apart():
 
 
 def test_time_left_is_rows_to_come_at_the_pace_so_far():
-    """Seen 1000 + 250 + 500 + 400 = 2150 rows in 43 s, 50 a second. To come: 600 of trial 3, 1000 of 4, and 15 whole trials."""
+    """Seen 1000 + 250 + 500 + 400 = 2150 rows in 43 s, 50 a second. To come: 600 of trial 3, 1000 of 4, and 15 whole
+    trials."""
     trials = [
         trial(0, 0.5),
         trial(1, 0.1, "stopped", rows=250),
@@ -390,4 +416,6 @@ def test_each_objective_names_its_best():
 def test_optuna_stays_silent(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder):
     report_html(report(several()))
     assert capfd.readouterr() == ("", "")
-    assert not [item for item in recwarn if issubclass(item.category, optuna.exceptions.ExperimentalWarning | UserWarning)]
+    assert not [
+        item for item in recwarn if issubclass(item.category, optuna.exceptions.ExperimentalWarning | UserWarning)
+    ]

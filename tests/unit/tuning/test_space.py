@@ -33,34 +33,79 @@ def configured(space: str | None = None, *assignments: str) -> Config:
             "{pretrain.temprature: [0.1, 0.2]}",
             "pretrain.temprature, but there is no such configuration key; did you mean 'pretrain.temperature'",
         ),
-        ("{pretrian.temperature: [0.1, 0.2]}", "pretrian.temperature, but there is no such configuration key; did you mean 'pretrain'"),
-        ("{pretrain.temperature.x: [0.1, 0.2]}", "there is no such configuration key; pretrain.temperature is a value, not a section"),
+        (
+            "{pretrian.temperature: [0.1, 0.2]}",
+            "pretrian.temperature, but there is no such configuration key; did you mean 'pretrain'",
+        ),
+        (
+            "{pretrain.temperature.x: [0.1, 0.2]}",
+            "there is no such configuration key; pretrain.temperature is a value, not a section",
+        ),
         ("{data.columns.song_id: [a, b]}", "tune.space names data.columns.song_id"),
-        ("{pretrain: [1, 2]}", "tune.space names pretrain, which is a section; expected its keys, such as pretrain.batch_size"),
-        ("{pretrain.temperature: []}", "'tune.space.pretrain.temperature': values is []; expected at least two, all different"),
-        ("{pretrain.temperature: [0.1]}", "'tune.space.pretrain.temperature': values is [0.1]; expected at least two, all different"),
+        (
+            "{pretrain: [1, 2]}",
+            "tune.space names pretrain, which is a section; expected its keys, such as pretrain.batch_size",
+        ),
+        (
+            "{pretrain.temperature: []}",
+            "'tune.space.pretrain.temperature': values is []; expected at least two, all different",
+        ),
+        (
+            "{pretrain.temperature: [0.1]}",
+            "'tune.space.pretrain.temperature': values is [0.1]; expected at least two, all different",
+        ),
         ("{pretrain.temperature: [0.1, 0.1]}", "expected at least two, all different"),
-        ("{pretrain.temperature: [0.1, [0.2]]}", "[0.2] is among its values; expected finite numbers, strings, true, false or null"),
+        (
+            "{pretrain.temperature: [0.1, [0.2]]}",
+            "[0.2] is among its values; expected finite numbers, strings, true, false or null",
+        ),
         ("{pretrain.temperature: [0.1, .nan]}", "nan is among its values"),
-        ("{pretrain.temperature: {low: 0.5, high: 0.02}}", "its range is 0.5 to 0.02; expected finite numbers, low less than high"),
-        ("{pretrain.temperature: {low: 0.5, high: 0.5}}", "its range is 0.5 to 0.5; expected finite numbers, low less than high"),
-        ("{pretrain.learning_rate: {low: 0.5, high: .inf}}", "tune.space.pretrain.learning_rate.high': Input should be a finite number"),
-        ("{pretrain.learning_rate: {low: 0, high: 1, log: true}}", "low is 0; expected more than 0 in a range with log"),
+        (
+            "{pretrain.temperature: {low: 0.5, high: 0.02}}",
+            "its range is 0.5 to 0.02; expected finite numbers, low less than high",
+        ),
+        (
+            "{pretrain.temperature: {low: 0.5, high: 0.5}}",
+            "its range is 0.5 to 0.5; expected finite numbers, low less than high",
+        ),
+        (
+            "{pretrain.learning_rate: {low: 0.5, high: .inf}}",
+            "tune.space.pretrain.learning_rate.high': Input should be a finite number",
+        ),
+        (
+            "{pretrain.learning_rate: {low: 0, high: 1, log: true}}",
+            "low is 0; expected more than 0 in a range with log",
+        ),
         ("{pretrain.temperature: {low: 0.1}}", "it is neither a list nor a range"),
-        ("{pretrain.temperature: {lo: 0.1, high: 0.2}}", "'tune.space.pretrain.temperature': a range has no 'lo'; did you mean 'low'?"),
+        (
+            "{pretrain.temperature: {lo: 0.1, high: 0.2}}",
+            "'tune.space.pretrain.temperature': a range has no 'lo'; did you mean 'low'?",
+        ),
         ("{pretrain.temperature: {values: [0.1, 0.2], high: 0.2}}", "it has values and a range; expected either"),
         (
             "{pretrain.temperature: 0.5}",
             "'tune.space.pretrain.temperature': it is 0.5; expected a list of values, or a range with low and high",
         ),
         ("{pretrain: {temperature: [0.1, 0.2]}}", "'tune.space.pretrain': a range has no 'temperature'"),
-        ("{pretrain.temperature: {low: 0.001, high: 0.2}}", "tune.space cannot give pretrain.temperature the value 0.001"),
+        (
+            "{pretrain.temperature: {low: 0.001, high: 0.2}}",
+            "tune.space cannot give pretrain.temperature the value 0.001",
+        ),
         ("{pretrain.warmup_share: {low: 0, high: 1}}", "tune.space cannot give pretrain.warmup_share the value 1.0"),
         ("{pretrain.mel_masks: {low: 0, high: 2.5}}", "tune.space cannot give pretrain.mel_masks the value 2.5"),
         ("{pretrain.loss: [softmax, hinge]}", "tune.space cannot give pretrain.loss the value hinge"),
-        ("{pretrain.compile: {low: 0, high: 1}}", "tune.space.pretrain.compile is a range, but pretrain.compile is true or false"),
-        ("{pretrain.learn_temperature: [1, true]}", "tune.space.pretrain.learn_temperature is [1, True], of which two are the same value"),
-        ("{pretrain.batch_size: {low: 8, high: 32}}", "tune.space.pretrain.batch_size is a range; expected a list of values"),
+        (
+            "{pretrain.compile: {low: 0, high: 1}}",
+            "tune.space.pretrain.compile is a range, but pretrain.compile is true or false",
+        ),
+        (
+            "{pretrain.learn_temperature: [1, true]}",
+            "tune.space.pretrain.learn_temperature is [1, True], of which two are the same value",
+        ),
+        (
+            "{pretrain.batch_size: {low: 8, high: 32}}",
+            "tune.space.pretrain.batch_size is a range; expected a list of values",
+        ),
         (
             "{pretrain.batch_size: [8, 9]}",
             "tune.space.pretrain.batch_size has 9, which pretrain.num_workers (2) does not divide; expected multiples of 2",
@@ -68,7 +113,10 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{pretrain.batch_size: [8, 16.0]}", "tune.space.pretrain.batch_size has 16.0; expected whole numbers"),
         ("{pretrain.batch_size: [8, true]}", "tune.space.pretrain.batch_size has True; expected whole numbers"),
         ("{pretrain.batch_size: [8, '16']}", "tune.space.pretrain.batch_size has '16'; expected whole numbers"),
-        ("{pretrain.batch_size_per_worker: [8, 16]}", "but batches are searched by their global size, batch_size; take it out"),
+        (
+            "{pretrain.batch_size_per_worker: [8, 16]}",
+            "but batches are searched by their global size, batch_size; take it out",
+        ),
         ("{pretrain.batch_size: [8, 0]}", "tune.space cannot give pretrain.batch_size the value 0"),
         (
             "{data.catalog: [a, b]}",
@@ -79,17 +127,32 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{tune.samples: [100, 200]}", "tune.space names tune.samples, which no trial"),
         ("{tune.space.x: [1, 2]}", "tune.space names tune.space.x"),
         ("{workspace: [a, b]}", "tune.space names workspace, which no trial"),
-        ("{finetune.temperature: [0.1, 0.2]}", "tune.space names finetune.temperature, which no trial of tune.stage=pretrain reads anew"),
+        (
+            "{finetune.temperature: [0.1, 0.2]}",
+            "tune.space names finetune.temperature, which no trial of tune.stage=pretrain reads anew",
+        ),
         (
             "{pretrain.num_workers: [1, 2]}",
             "pretrain.num_workers, but it changes where and how a stage runs, not what it learns; take it out",
         ),
         ("{pretrain.micro_batch_size: [1, 2]}", "pretrain.micro_batch_size, but it changes where and how"),
         ("{pretrain.health.action: [warn, stop]}", "pretrain.health.action, but it changes where and how"),
-        ("{pretrain.seed: [1, 2]}", "tune.space names pretrain.seed, but trials are compared with the same seed; take it out of the space"),
-        ("{pretrain.epochs: [1, 2]}", "tune.space names pretrain.epochs, but every trial sees tune.samples rows; take it out of the space"),
-        ("{pretrain.songs_per_epoch: [64, 128]}", "tune.space names pretrain.songs_per_epoch, but every trial sees tune.samples rows"),
-        ("{pretrain.best_metric: [loss, null]}", "tune.space names pretrain.best_metric, but trials are compared by tune.objectives"),
+        (
+            "{pretrain.seed: [1, 2]}",
+            "tune.space names pretrain.seed, but trials are compared with the same seed; take it out of the space",
+        ),
+        (
+            "{pretrain.epochs: [1, 2]}",
+            "tune.space names pretrain.epochs, but every trial sees tune.samples rows; take it out of the space",
+        ),
+        (
+            "{pretrain.songs_per_epoch: [64, 128]}",
+            "tune.space names pretrain.songs_per_epoch, but every trial sees tune.samples rows",
+        ),
+        (
+            "{pretrain.best_metric: [loss, null]}",
+            "tune.space names pretrain.best_metric, but trials are compared by tune.objectives",
+        ),
         (
             "{pretrain.freeze_audio_layers: [0, 2], model.layers: [1, 2]}",
             "pretrain.freeze_audio_layers the value 2 and model.layers the value 1, which",
@@ -109,7 +172,10 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(space: str, message:
 
 
 def test_stage_2_reads_the_model_that_it_starts_from():
-    with pytest.raises(ConfigError, match=r"model\.layers, which no trial of tune\.stage=finetune reads anew; expected keys of finetune"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.layers, which no trial of tune\.stage=finetune reads anew; expected keys of finetune",
+    ):
         search_space(configured("{model.layers: [1, 2]}", "tune.stage=finetune"), ROWS)
     with pytest.raises(ConfigError, match=r"finetune\.pairs_per_epoch, but every trial sees tune\.samples rows"):
         search_space(configured("{finetune.pairs_per_epoch: [64, 128]}", "tune.stage=finetune"), ROWS)
@@ -117,9 +183,14 @@ def test_stage_2_reads_the_model_that_it_starts_from():
 
 def test_values_are_of_the_type_of_their_key():
     space = search_space(
-        configured("{pretrain.learning_rate: ['1e-4', 1], pretrain.learn_temperature: [1, 0], pretrain.max_gradient_norm: [null, 2]}"), ROWS
+        configured(
+            "{pretrain.learning_rate: ['1e-4', 1], pretrain.learn_temperature: [1, 0], pretrain.max_gradient_norm: [null, 2]}"
+        ),
+        ROWS,
     )
-    found = [repr(space[f"pretrain.{name}"].values) for name in ("learning_rate", "learn_temperature", "max_gradient_norm")]
+    found = [
+        repr(space[f"pretrain.{name}"].values) for name in ("learning_rate", "learn_temperature", "max_gradient_norm")
+    ]
     assert found == ["(0.0001, 1.0)", "(True, False)", "(None, 2.0)"]
 
 
@@ -135,9 +206,13 @@ def test_ranges_of_whole_numbers_give_whole_numbers():
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "both"])
-@pytest.mark.parametrize("assignments", [[], ["num_workers=3", "batch_size=9"], ["micro_batch_size=8"], ["micro_batch_size=auto"]])
+@pytest.mark.parametrize(
+    "assignments", [[], ["num_workers=3", "batch_size=9"], ["micro_batch_size=8"], ["micro_batch_size=auto"]]
+)
 def test_every_point_is_a_configuration_that_fits_the_memory_of_the_configured_one(stage: str, assignments: list[str]):
-    config = configured(None, f"tune.stage={stage}", *[f"{name}.{item}" for name in ("pretrain", "finetune") for item in assignments])
+    config = configured(
+        None, f"tune.stage={stage}", *[f"{name}.{item}" for name in ("pretrain", "finetune") for item in assignments]
+    )
     found = distributions(config, search_space(config, ROWS))
     study = optuna_study([], found, ["semantic"])
     study.sampler = optuna.samplers.RandomSampler(seed=0)
@@ -166,10 +241,16 @@ def rows_at_a_time(stage: Any) -> float:
 
 def test_a_larger_batch_is_encoded_in_parts_and_a_smaller_one_whole():
     config = configured(None)  # 64 rows, 2 workers
-    parts = {size: with_parameters(config, {"pretrain.batch_size": size}).pretrain.micro_batch_size for size in (2, 32, 64, 66, 256)}
+    parts = {
+        size: with_parameters(config, {"pretrain.batch_size": size}).pretrain.micro_batch_size
+        for size in (2, 32, 64, 66, 256)
+    }
     assert parts == {2: None, 32: None, 64: None, 66: 32, 256: 32}
     split = config.with_overrides({"pretrain.micro_batch_size": 8})
-    parts = {size: with_parameters(split, {"pretrain.batch_size": size}).pretrain.micro_batch_size for size in (2, 16, 64, 256)}
+    parts = {
+        size: with_parameters(split, {"pretrain.batch_size": size}).pretrain.micro_batch_size
+        for size in (2, 16, 64, 256)
+    }
     assert parts == {2: 1, 16: 8, 64: 8, 256: 8}
     assert with_parameters(config, {"pretrain.temperature": 0.1}).pretrain.micro_batch_size is None
 
@@ -200,7 +281,10 @@ def test_a_configuration_outside_the_space_is_no_point_of_it():
         config = configured(space)
         assert configured_point(config, search_space(config, ROWS)) is None
     config = configured("{pretrain.temperature: {low: 0.074, high: 0.3}, pretrain.batch_size: [64, 128]}")
-    assert configured_point(config, search_space(config, ROWS)) == {"pretrain.temperature": 0.074, "pretrain.batch_size": 64}
+    assert configured_point(config, search_space(config, ROWS)) == {
+        "pretrain.temperature": 0.074,
+        "pretrain.batch_size": 64,
+    }
 
 
 MIXED = "{a: [1, true, 1.0, '1', null], b: {low: 1, high: 2}, c: [true, yes, 'null', null, 1.0e-05], d: {low: 0.5, high: 1, log: true}}"
@@ -219,7 +303,10 @@ def test_a_printed_space_is_read_back_with_the_types_of_its_values(tmp_path: Pat
 
 
 def test_the_schema_of_a_file_takes_lists_and_ranges():
-    space: dict[str, Any] = {"pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.loss": ["softmax", "sigmoid"]}
+    space: dict[str, Any] = {
+        "pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True},
+        "pretrain.loss": ["softmax", "sigmoid"],
+    }
     jsonschema.validate({"tune": {"space": space}}, json_schema())
     jsonschema.validate(yaml.safe_load(configured(MIXED).as_yaml()), json_schema())
     with pytest.raises(jsonschema.ValidationError):
@@ -232,28 +319,41 @@ def test_a_space_is_set_whole_or_by_key(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("tune:\n  space:\n    pretrain.temperature: [0.1, 0.2]\n")
     config = resolve("demo", tmp_path / "run.yaml")
     assert config.tune.space == {"pretrain.temperature": listed}
-    by_set = resolve("demo", tmp_path / "run.yaml", ["tune.space={pretrain.temperature: {low: 0.02, high: 0.5, log: true}}"])
+    by_set = resolve(
+        "demo", tmp_path / "run.yaml", ["tune.space={pretrain.temperature: {low: 0.02, high: 0.5, log: true}}"]
+    )
     assert by_set.tune.space == {"pretrain.temperature": ranged}
     assert resolve("demo", tmp_path / "run.yaml", ["tune.space={model.dim: [8, 16]}"]).tune.space == {
         "model.dim": Dimension(values=(8, 16))
     }
-    assert resolve("demo", None, ["tune.space.pretrain.temperature=[0.1, 0.2]"]) == configured("{pretrain.temperature: [0.1, 0.2]}")
+    assert resolve("demo", None, ["tune.space.pretrain.temperature=[0.1, 0.2]"]) == configured(
+        "{pretrain.temperature: [0.1, 0.2]}"
+    )
     more = config.with_overrides({"tune.space.model.dim": [8, 16]})
     assert more.tune.space == {"pretrain.temperature": listed, "model.dim": Dimension(values=(8, 16))}
-    again = more.with_overrides({"tune.space.pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.epochs": 3})
+    again = more.with_overrides(
+        {"tune.space.pretrain.temperature": {"low": 0.02, "high": 0.5, "log": True}, "pretrain.epochs": 3}
+    )
     assert again.tune.space == {"pretrain.temperature": ranged, "model.dim": Dimension(values=(8, 16))}
     assert more.with_overrides({"tune.space": None}).tune.space is None
-    assert more.with_overrides({"tune.space": {"model.dim": [4, 8]}}).tune.space == {"model.dim": Dimension(values=(4, 8))}
+    assert more.with_overrides({"tune.space": {"model.dim": [4, 8]}}).tune.space == {
+        "model.dim": Dimension(values=(4, 8))
+    }
 
 
 def test_objectives_are_those_that_the_stages_learn():
     assert resolve("demo", None, ["tune.objectives=semantic"]).tune.judged_by == ("semantic",)
-    assert [resolve("demo", None, [f"tune.stage={stage}"]).tune.judged_by for stage in ("pretrain", "finetune", "both")] == [
+    assert [
+        resolve("demo", None, [f"tune.stage={stage}"]).tune.judged_by for stage in ("pretrain", "finetune", "both")
+    ] == [
         ("semantic",),
         ("preference",),
         ("preference",),
     ]
-    for bad, message in (("preference", "which stage 1 does not learn"), ("[semantic, semantic]", "expected each once")):
+    for bad, message in (
+        ("preference", "which stage 1 does not learn"),
+        ("[semantic, semantic]", "expected each once"),
+    ):
         with pytest.raises(ConfigError, match=message):
             resolve("demo", None, [f"tune.objectives={bad}"])
 

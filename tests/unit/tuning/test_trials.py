@@ -36,7 +36,12 @@ def table(number: int, objectives: list[str]) -> list[Trial]:
         trial = Trial(index, dict(source.ask(SPACE).params))
         state = STATES[index % len(STATES)]
         for report in range(0 if index % len(STATES) == 2 else 1 + index % 4):
-            trial.measure({"rows": 640.0 * (report + 1), **{name: (index * 7 + report + len(name)) % 10 / 10 for name in objectives}})
+            trial.measure(
+                {
+                    "rows": 640.0 * (report + 1),
+                    **{name: (index * 7 + report + len(name)) % 10 / 10 for name in objectives},
+                }
+            )
         trial.worked(1e9 + index, 2, 10.5 + index)
         trial.state = state  # type: ignore[assignment]
         trial.error = "a sentence,\u2028with  every ‘sign’\n" if state == "failed" else None
@@ -158,7 +163,11 @@ def test_a_rebuilt_study_is_the_one_that_was_told(workspace: Workspace, objectiv
 def test_a_rebuilt_study_proposes_what_the_one_that_was_told_would(objectives: list[str]):
     trials = table(24, objectives)  # more than the sampler's first ten, which are drawn at random
     running = [trial.parameters for trial in trials if trial.state == "running"]
-    rebuilt, direct, other = optuna_study(trials, SPACE, objectives), told(trials, objectives), optuna_study(trials, SPACE, objectives)
+    rebuilt, direct, other = (
+        optuna_study(trials, SPACE, objectives),
+        told(trials, objectives),
+        optuna_study(trials, SPACE, objectives),
+    )
     for study in (rebuilt, other):
         assert [study.ask(SPACE).params for _ in running] == running, "those that were running come first"
     proposals: list[list[dict[str, Any]]] = []
@@ -189,7 +198,9 @@ def test_a_finished_trial_without_a_measurement_is_no_part_of_the_study():
 
 
 figures = some.sampled_from([0.0, 0.1, 0.2, 0.3])
-candidates = some.lists(some.tuples(some.sampled_from(["finished", "stopped", "failed", "running"]), figures, figures), max_size=12)
+candidates = some.lists(
+    some.tuples(some.sampled_from(["finished", "stopped", "failed", "running"]), figures, figures), max_size=12
+)
 
 
 @settings(deadline=None, derandomize=True)
@@ -199,7 +210,11 @@ def test_winners_are_those_of_brute_force_of_equals_the_first(candidates: list[t
         Trial(number, {}, state, [{"rows": 64, "semantic": first, "preference": second}])
         for number, (state, first, second) in enumerate(candidates)
     ]
-    points = {trial.number: (trial.last["semantic"], trial.last["preference"]) for trial in trials if trial.state == "finished"}
+    points = {
+        trial.number: (trial.last["semantic"], trial.last["preference"])
+        for trial in trials
+        if trial.state == "finished"
+    }
     front = [
         number
         for number, (first, second) in points.items()
@@ -217,7 +232,9 @@ def test_winners_are_optuna_s_front():
     objectives = ["semantic", "preference"]
     trials = [trial for trial in table(80, objectives) if trial.state == "finished"]
     study = optuna_study(trials, SPACE, objectives)
-    assert {trial.values(objectives) for trial in winners(trials, objectives)} == {tuple(trial.values) for trial in study.best_trials}
+    assert {trial.values(objectives) for trial in winners(trials, objectives)} == {
+        tuple(trial.values) for trial in study.best_trials
+    }
 
 
 def test_error_messages_of_trials_stay_on_their_line(workspace: Workspace):

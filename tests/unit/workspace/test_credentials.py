@@ -103,7 +103,12 @@ def test_a_configuration_is_written_without_and_used_with_them(config: Config):
         assert SECRET not in text
         assert USER not in text
     assert "https://***@mlflow:5000" in config.as_yaml()
-    for found in (config, config.with_overrides({"pretrain.epochs": 3}), config.with_absolute_paths(), pickle.loads(pickle.dumps(config))):
+    for found in (
+        config,
+        config.with_overrides({"pretrain.epochs": 3}),
+        config.with_absolute_paths(),
+        pickle.loads(pickle.dumps(config)),
+    ):
         assert found.tracking.mlflow_uri == f"https://{USER}:{SECRET}@mlflow:5000"
         assert found.workspace == f"s3://{USER}:{SECRET}@bucket/ws"
         assert found.data.catalog == (f"s3://{USER}:{SECRET}@bucket/songs.csv", "/local/songs.csv")

@@ -103,7 +103,9 @@ class TestPrivateFolder:
         (temporary / f"{name.name}-aaaa").chmod(0o777)
         assert private_folder() == folder
 
-    def test_frames_copies_and_ray_s_sessions_lie_in_it(self, temporary: Path, monkeypatch: pytest.MonkeyPatch, store: ObjectStore):
+    def test_frames_copies_and_ray_s_sessions_lie_in_it(
+        self, temporary: Path, monkeypatch: pytest.MonkeyPatch, store: ObjectStore
+    ):
         from htcl_ray.cluster.connection import ray_folder
 
         (temporary / f"htcl-{os.geteuid()}").symlink_to(temporary)
@@ -140,7 +142,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 class TestCopies:
-    def test_a_copy_is_made_once_and_hashed_once(self, temporary: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+    def test_a_copy_is_made_once_and_hashed_once(
+        self, temporary: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    ):
         hashed: list[Path] = []
         sha256 = local_copies.file_sha256
         monkeypatch.setattr(local_copies, "file_sha256", lambda path: hashed.append(path) or sha256(path))
@@ -172,9 +176,14 @@ class TestCopies:
         folder = Workspace(URI).local_copy(PATH)
         (folder / "weights.bin").write_bytes(b"planted")
         record = folder.with_suffix(".json")
-        made = {name: [local_copies.file_sha256(folder / name), local_copies.identity(folder / name)] for name in (*FILES, "manifest.json")}
+        made = {
+            name: [local_copies.file_sha256(folder / name), local_copies.identity(folder / name)]
+            for name in (*FILES, "manifest.json")
+        }
         record.write_text(json.dumps(made))
-        assert contents(Workspace(URI).local_copy(PATH))["weights.bin"] == b"planted", "as far as the record goes, it is right"
+        assert contents(Workspace(URI).local_copy(PATH))["weights.bin"] == b"planted", (
+            "as far as the record goes, it is right"
+        )
         planted = folder.parent.rename(temporary / "planted")
         folder.parent.symlink_to(planted)
         assert contents(Workspace(URI).local_copy(PATH)) == FILES
@@ -182,14 +191,18 @@ class TestCopies:
         planted.rename(folder.parent).chmod(0o777)
         assert contents(Workspace(URI).local_copy(PATH)) == FILES
 
-    def test_an_artifact_that_is_half_there_is_refused_and_copied_when_it_is_whole(self, temporary: Path, store: ObjectStore):
+    def test_an_artifact_that_is_half_there_is_refused_and_copied_when_it_is_whole(
+        self, temporary: Path, store: ObjectStore
+    ):
         key = f"workspace/{PATH}/weights.bin"
         for wrong in (b"w" * 999, None):
             if wrong is None:
                 del store.objects[key]
             else:
                 store.objects[key] = wrong
-            with pytest.raises(MismatchError, match=r"^s3://bucket/workspace/models/semantic/m1/weights\.bin .*manifest says .* again$"):
+            with pytest.raises(
+                MismatchError, match=r"^s3://bucket/workspace/models/semantic/m1/weights\.bin .*manifest says .* again$"
+            ):
                 Workspace(URI).local_copy(PATH)
         assert not [found for found in private_folder().iterdir() if found.is_dir()]
         store.objects[key] = FILES["weights.bin"]
@@ -199,7 +212,9 @@ class TestCopies:
         store.objects[f"workspace/{PATH}/README.md"] = b"# Written by an evaluation that was killed\n"
         assert contents(Workspace(URI).local_copy(PATH))["weights.bin"] == FILES["weights.bin"]
 
-    def test_a_download_that_fails_leaves_nothing(self, temporary: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+    def test_a_download_that_fails_leaves_nothing(
+        self, temporary: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    ):
         monkeypatch.setattr("htcl_ray.workspace.storage.S3_ATTEMPTS", 1)
         workspace = Workspace(URI)
         manifest = workspace.manifest(PATH)
@@ -222,7 +237,10 @@ class TestCopies:
         script = "import sys; from htcl_ray.workspace.storage import Workspace; print(Workspace(sys.argv[1]).local_copy(sys.argv[2]))"
         command = [sys.executable, "-c", script, URI, PATH]
         environment = {**os.environ, "TMPDIR": str(temporary)}
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) for _ in range(4)]
+        running = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
+            for _ in range(4)
+        ]
         found = {process.communicate(timeout=120)[0] for process in running}
         assert len(found) == 1
         assert contents(Path(found.pop().strip())) == FILES

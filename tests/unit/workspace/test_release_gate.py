@@ -34,7 +34,10 @@ SEMANTIC, PREFERENCE, INDEX = "models/semantic/semantic-0", "models/preference/p
 
 def verdict(value: float) -> Verdict:
     """Passed from 0.5 up."""
-    bounds = Bound(figure="cold.preference.ndcg@10", at_least=0.5), Bound(figure="cold.preference.item_auc", at_least=0, optional=True)
+    bounds = (
+        Bound(figure="cold.preference.ndcg@10", at_least=0.5),
+        Bound(figure="cold.preference.item_auc", at_least=0, optional=True),
+    )
     return judge(Gate(bounds=bounds), {("cold", "preference", "ndcg@10"): Estimate(value, 9)})
 
 
@@ -99,7 +102,11 @@ def test_a_verdict_is_kept_with_its_evidence(workspace: Workspace, value: float,
         assert manifest["files"]["gate.json"] == file_sha256(workspace.full(f"{path}/gate.json"))
         evidence = workspace.read_json(f"{path}/gate.json")
         assert (evidence["passed"], evidence["report"]) == (passed, "report-1")
-        assert evidence["judged_together"] == {"semantic": "semantic-0", "preference": "preference-0", "index": "index-0"}
+        assert evidence["judged_together"] == {
+            "semantic": "semantic-0",
+            "preference": "preference-0",
+            "index": "index-0",
+        }
         assert [bound["passed"] for bound in evidence["bounds"]] == [passed, True]
         assert evidence["bounds"][0]["asked"] == "cold.preference.ndcg@10: at least 0.5"
         assert evidence["bounds"][0]["value"] == value
@@ -150,7 +157,11 @@ def edit_value_and_hash(workspace: Workspace) -> None:
 
 
 def flip_everywhere_but_the_value(workspace: Workspace) -> None:
-    edit(workspace, "gate.json", lambda evidence: (evidence.update(passed=True), evidence["bounds"][0].update(passed=True)))
+    edit(
+        workspace,
+        "gate.json",
+        lambda evidence: (evidence.update(passed=True), evidence["bounds"][0].update(passed=True)),
+    )
     rehash(workspace, "gate.json")
     flip_manifest(workspace)
 
@@ -263,7 +274,9 @@ def test_search_says_why_it_does_not_answer(config: Config, workspace: Workspace
     assert main([*command, "--set", "gate.require=off"]) == 0
 
 
-def test_the_newest_accepted_is_the_default(config: Config, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_newest_accepted_is_the_default(
+    config: Config, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     write_models(config, tmp_path, seed=1)
     write_index(config, tmp_path, "index-1", models="1")
     assert artifacts.index(workspace).version == "index-1"
@@ -282,18 +295,25 @@ def test_the_newest_accepted_is_the_default(config: Config, workspace: Workspace
     assert artifacts.index(workspace, require="off").version == "index-1"
     assert artifacts.named_models(workspace, "preference-1").preference is not None, "who names one gets it"
     record_verdict(workspace, SEMANTIC, verdict(0.4), "report-1", {})
-    with pytest.raises(GateError, match=r"gate.require=failed allows no semantic model .*\(semantic-0 failed, semantic-1 failed\)"):
+    with pytest.raises(
+        GateError, match=r"gate.require=failed allows no semantic model .*\(semantic-0 failed, semantic-1 failed\)"
+    ):
         chosen(workspace)
 
 
-def test_unjudged_asks_for_a_verdict(config: Config, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unjudged_asks_for_a_verdict(
+    config: Config, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Of the index and of the model of the last stage; the semantic model behind it was judged with it."""
     index, models = artifacts.index(workspace, "index-0"), chosen(workspace)
     check_gates(workspace, models, index, "failed")
     for asked, made in ((models, index), (models, None), (Models(models.semantic, None), None)):
         with pytest.raises(GateError, match=r"no gate has judged .* and gate.require is unjudged"):
             check_gates(workspace, asked, made, "unjudged")
-    for choose in (lambda: artifacts.newest_semantic(workspace, "unjudged"), lambda: artifacts.index(workspace, require="unjudged")):
+    for choose in (
+        lambda: artifacts.newest_semantic(workspace, "unjudged"),
+        lambda: artifacts.index(workspace, require="unjudged"),
+    ):
         with pytest.raises(GateError, match=r"gate\.require=unjudged allows no .*-0 unjudged"):
             choose()
     judged(workspace, 0.6)
@@ -305,7 +325,9 @@ def test_unjudged_asks_for_a_verdict(config: Config, workspace: Workspace, tmp_p
         "models/semantic/semantic-1, the newest, is passed over: no gate has judged it; using models/"
     )
     check_gates(workspace, found, artifacts.index(workspace, require="unjudged"), "unjudged")
-    assert len(SearchService.open(config.with_overrides({"gate.require": "unjudged"})).search_text("rock", k=3).hits) == 3
+    assert (
+        len(SearchService.open(config.with_overrides({"gate.require": "unjudged"})).search_text("rock", k=3).hits) == 3
+    )
 
 
 def test_a_later_index_of_unjudged_models_is_passed_over(config: Config, workspace: Workspace, tmp_path: Path):

@@ -124,7 +124,9 @@ def test_models_follow_their_parents(tmp_path: Path):
     assert (semantic.version, preference.version) == ("s1", "p1")
     workspace.finish("models/semantic/s2", manifest())
     newest = artifacts.newest_semantic(workspace, "failed")
-    assert artifacts.newest_preference(workspace, newest, "failed") is None, "a preference model of an older parent must not be mixed in"
+    assert artifacts.newest_preference(workspace, newest, "failed") is None, (
+        "a preference model of an older parent must not be mixed in"
+    )
     older = artifacts.named_models(workspace, "p1")
     assert older.semantic.version == "s1"
     assert artifacts.named_models(workspace, "s1").preference is None
@@ -133,7 +135,8 @@ def test_models_follow_their_parents(tmp_path: Path):
 
 
 def test_a_folder_that_appears_while_it_is_listed_is_listed(tmp_path: Path):
-    """pyarrow raises FileNotFoundError when a folder is made between its attempt to open it and its check that it is missing."""
+    """pyarrow raises FileNotFoundError when a folder is made between its attempt to open it and its check that it is
+    missing."""
     folder = tmp_path / "new"
 
     class Appearing:

@@ -1,4 +1,5 @@
-"""Intervals against scipy's bootstrap, closed forms and resamples written out; paired differences; the table they are saved in."""
+"""Intervals against scipy's bootstrap, closed forms and resamples written out; paired differences; the table they are
+saved in."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def test_clusters_widen_the_interval_by_the_square_root_of_their_size():
     """Ten copies of each value are no more evidence than one."""
     values = np.random.default_rng(0).normal(size=200)
     alone = bootstrap.mean(values, bootstrap.draw([str(i) for i in range(200)], 4000, seed=0)).interval
-    copies = bootstrap.mean(np.repeat(values, 10), bootstrap.draw([str(i) for i in np.repeat(range(200), 10)], 4000, seed=0)).interval
+    copies = bootstrap.mean(
+        np.repeat(values, 10), bootstrap.draw([str(i) for i in np.repeat(range(200), 10)], 4000, seed=0)
+    ).interval
     naive = bootstrap.mean(np.repeat(values, 10), bootstrap.draw([str(i) for i in range(2000)], 4000, seed=0)).interval
     assert copies == pytest.approx(alone, abs=1e-6)
     assert (alone[1] - alone[0]) / (naive[1] - naive[0]) == pytest.approx(np.sqrt(10), rel=0.1)
@@ -62,7 +65,8 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 
 
 class Crossed:
-    """A recommendation metric with known truth: hits of users × their songs, with effects of the user, the artist, the song and of both."""
+    """A recommendation metric with known truth: hits of users × their songs, with effects of the user, the artist, the
+    song and of both."""
 
     def __init__(self, seed: int, users: int = 150, artists: int = 30, per_artist: int = 4, targets: int = 5) -> None:
         generator = np.random.default_rng(seed)
@@ -84,7 +88,8 @@ class Crossed:
 
 
 def test_users_and_songs_resampled_cover_the_truth_and_users_alone_do_not():
-    """The true mean of new users and new songs is 0.5. Of 300 worlds, the interval of users alone holds it in far less than 95 %."""
+    """The true mean of new users and new songs is 0.5. Of 300 worlds, the interval of users alone holds it in far less
+    than 95 %."""
     inside = np.zeros(2)
     widths = np.zeros(2)
     means = []
@@ -102,7 +107,8 @@ def test_users_and_songs_resampled_cover_the_truth_and_users_alone_do_not():
 
 
 def test_a_paired_difference_of_two_models_covers_its_truth():
-    """The second model is better by 0.1 on songs of some artists: which artists are held out decides how much is seen."""
+    """The second model is better by 0.1 on songs of some artists: which artists are held out decides how much is
+    seen."""
     inside = np.zeros(2)
     for seed in range(300):
         world = Crossed(seed)
@@ -123,15 +129,20 @@ def test_each_way_is_the_mean_of_the_repeated_units():
     for row in range(50):
         of_song = world.draws.artists.weights[row][world.artist][song]
         by_song = (of_song * hits).sum() / of_song.sum()
-        expected = np.clip(of_users.resampled[row] + by_song - hits.mean(), hits.mean(axis=1).min(), hits.mean(axis=1).max())
+        expected = np.clip(
+            of_users.resampled[row] + by_song - hits.mean(), hits.mean(axis=1).min(), hits.mean(axis=1).max()
+        )
         assert both.resampled[row] == pytest.approx(expected, abs=1e-6)
     assert both.value == of_users.value == pytest.approx(hits.mean())
-    correlation = np.corrcoef(world.draws.users.weights[:, :6].ravel(), world.draws.artists.weights[:, :6].ravel())[0, 1]
+    correlation = np.corrcoef(world.draws.users.weights[:, :6].ravel(), world.draws.artists.weights[:, :6].ravel())[
+        0, 1
+    ]
     assert abs(correlation) < 0.1, "users and artists are drawn independently"
 
 
 def test_a_metric_that_compares_users_is_resampled_over_both():
-    """Item AUC: with one song, all that is uncertain is who was asked; the width is that of a bootstrap of the users, written out."""
+    """Item AUC: with one song, all that is uncertain is who was asked; the width is that of a bootstrap of the users,
+    written out."""
     generator = np.random.default_rng(0)
     positive = np.arange(40) < 15
     scores = generator.normal(size=40) + positive
@@ -142,7 +153,11 @@ def test_a_metric_that_compares_users_is_resampled_over_both():
     draws = bootstrap.draw_two_way([str(i) for i in range(40)], ["one"], 4000, 0)
     found = bootstrap.two_way_mean_of_songs(aucs, influence, draws)
     assert found.value == pytest.approx(roc_auc_score(positive, scores))
-    naive = [roc_auc_score(positive, scores, sample_weight=weights) for weights in draws.users.weights[:1000] if weights[positive].sum()]
+    naive = [
+        roc_auc_score(positive, scores, sample_weight=weights)
+        for weights in draws.users.weights[:1000]
+        if weights[positive].sum()
+    ]
     assert found.resampled.std() == pytest.approx(np.std(naive), rel=0.15)
 
 
@@ -188,7 +203,10 @@ def test_without_values_there_is_no_figure():
 
 def test_figures_survive_the_table():
     draws = bootstrap.draw(["a", "b", "c"], 100, seed=0)
-    methods = {"semantic": {"ndcg@10": bootstrap.mean(np.array([0.0, 0.5, 1.0]), draws)}, "random": {"worst": Estimate(0.25, 3)}}
+    methods = {
+        "semantic": {"ndcg@10": bootstrap.mean(np.array([0.0, 0.5, 1.0]), draws)},
+        "random": {"worst": Estimate(0.25, 3)},
+    }
     found = estimates([Task("cold", "cold songs", "users", "users", "random", methods)])
     again = from_table(to_table(found))
     assert again.keys() == found.keys()

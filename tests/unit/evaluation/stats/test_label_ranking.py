@@ -44,7 +44,9 @@ def test_macro_figures_are_means_over_labels_and_resamples_repeat_songs():
     assert figures["map"].n == 80
     for row in (0, 50):
         drawn = np.repeat(np.arange(80), draws.weights[row].astype(int))
-        assert figures["roc_auc"].resampled[row] == pytest.approx(roc_auc_score(truth[drawn], scores[drawn], average="macro"), abs=1e-6)
+        assert figures["roc_auc"].resampled[row] == pytest.approx(
+            roc_auc_score(truth[drawn], scores[drawn], average="macro"), abs=1e-6
+        )
         assert figures["map"].resampled[row] == pytest.approx(
             average_precision_score(truth[drawn], scores[drawn], average="macro"), abs=1e-6
         )

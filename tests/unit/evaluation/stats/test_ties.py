@@ -1,4 +1,5 @@
-"""Expectations over the orders of tied candidates, against all orders written out and against scikit-learn's tie averaging."""
+"""Expectations over the orders of tied candidates, against all orders written out and against scikit-learn's tie
+averaging."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ def one_query(scores: np.ndarray, relevant: np.ndarray, ks: tuple[int, ...]) -> 
 def all_orders(scores: np.ndarray) -> list[list[int]]:
     """Every order that sorts the scores."""
     groups = [np.flatnonzero(scores == value).tolist() for value in sorted(set(scores.tolist()), reverse=True)]
-    return [list(itertools.chain(*parts)) for parts in itertools.product(*(itertools.permutations(group) for group in groups))]
+    return [
+        list(itertools.chain(*parts))
+        for parts in itertools.product(*(itertools.permutations(group) for group in groups))
+    ]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -74,7 +78,9 @@ def test_no_relevant_candidate_is_nan_and_no_order_is_refused():
 def test_first_hit_distribution(size: int, hits: int):
     distribution = first_hit_distribution(size, hits)
     assert distribution.sum() == pytest.approx(1)
-    assert (distribution * np.arange(1, size + 1)).sum() == pytest.approx((size + 1) / (hits + 1))  # mean of the first order statistic
+    assert (distribution * np.arange(1, size + 1)).sum() == pytest.approx(
+        (size + 1) / (hits + 1)
+    )  # mean of the first order statistic
     assert (distribution >= 0).all()
 
 

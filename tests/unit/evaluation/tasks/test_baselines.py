@@ -34,10 +34,14 @@ def test_item_knn_equals_the_dense_cosine():
     for neighbors in (100, 3):
         pruned = np.zeros_like(dense)
         for song in range(12):
-            nearest = sorted(range(12), key=lambda other, song=song: (-np.float32(dense[song, other]), other))[:neighbors]
+            nearest = sorted(range(12), key=lambda other, song=song: (-np.float32(dense[song, other]), other))[
+                :neighbors
+            ]
             pruned[song, nearest] = dense[song, nearest]
         expected = np.stack([pruned[rows][:, candidates].sum(axis=0) for rows in ([0, 3], [7])])
-        np.testing.assert_allclose(collaborative.item_knn_scorer(listened, neighbors)(users, candidates), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            collaborative.item_knn_scorer(listened, neighbors)(users, candidates), expected, atol=1e-6
+        )
 
 
 def test_als_folds_a_user_in_by_the_closed_form():
@@ -45,7 +49,10 @@ def test_als_folds_a_user_in_by_the_closed_form():
     generator = np.random.default_rng(0)
     listened = sparse.csr_matrix((generator.random((40, 20)) < 0.3).astype(np.float32))
     history = np.array([2, 5, 11])
-    first, second = (collaborative.als_scorer(listened, seed=1)(histories(history.tolist(), songs=20), np.arange(20)) for _ in range(2))
+    first, second = (
+        collaborative.als_scorer(listened, seed=1)(histories(history.tolist(), songs=20), np.arange(20))
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)
     from implicit.cpu.als import AlternatingLeastSquares
 
@@ -60,7 +67,11 @@ def test_als_folds_a_user_in_by_the_closed_form():
     model.fit(listened, show_progress=False)
     items = model.item_factors.astype(np.float64)
     liked = items[history]
-    left = items.T @ items + (collaborative.ALS_ALPHA - 1) * liked.T @ liked + collaborative.ALS_REGULARIZATION * np.eye(items.shape[1])
+    left = (
+        items.T @ items
+        + (collaborative.ALS_ALPHA - 1) * liked.T @ liked
+        + collaborative.ALS_REGULARIZATION * np.eye(items.shape[1])
+    )
     user = np.linalg.solve(left, collaborative.ALS_ALPHA * liked.sum(axis=0))
     np.testing.assert_allclose(first[0], items @ user, atol=2e-3)
 
@@ -75,7 +86,10 @@ def test_training_positives_leave_out_the_future_held_out_users_and_held_out_son
         ("u", "d", 1, "train"),
         ("HELD", "a", 1, "train"),
     )
-    assert training_positives(songs, events, "test")[["song_id", "period"]].to_numpy().tolist() == [["a", "train"], ["b", "validation"]]
+    assert training_positives(songs, events, "test")[["song_id", "period"]].to_numpy().tolist() == [
+        ["a", "train"],
+        ["b", "validation"],
+    ]
     assert training_positives(songs, events, "validation")["song_id"].tolist() == ["a"]
 
 
@@ -100,7 +114,9 @@ def test_item_auc_equals_scikit_learn_song_by_song():
     positive = [generator.choice(30, 8, replace=False) for _ in range(6)]
     negative = [np.setdiff1d(np.arange(30), users)[:12] for users in positive]
     marks = [histories(*(users.tolist() for users in which), songs=30).T.tocsr() for which in (positive, negative)]
-    asked = ItemQuestions(np.arange(6), histories(*[[0]] * 30, songs=6), marks[0], sparse.csr_matrix((30, 6), dtype=bool), marks[1])
+    asked = ItemQuestions(
+        np.arange(6), histories(*[[0]] * 30, songs=6), marks[0], sparse.csr_matrix((30, 6), dtype=bool), marks[1]
+    )
     found, _ = item_auc(asked, lambda history, songs: scores[:, songs])
     for song in range(6):
         users = np.r_[positive[song], negative[song]]
@@ -113,7 +129,12 @@ def item_log(feedback: bool) -> pd.DataFrame:
     rows = [(f"U{i}", "a", 1, "train") for i in range(8)]
     rows += [(f"U{i}", "d", 1, "test") for i in range(3)]
     rows += [(f"U{i}", "d", -1, "test") for i in range(3, 5)] if feedback else []
-    rows += [("U7", "d", 1, "train"), ("U7", "d", 1, "test"), ("NO_HISTORY", "d", 1, "test"), ("known", "a", 1, "train")]
+    rows += [
+        ("U7", "d", 1, "train"),
+        ("U7", "d", 1, "test"),
+        ("NO_HISTORY", "d", 1, "test"),
+        ("known", "a", 1, "train"),
+    ]
     return log(*rows)
 
 
@@ -124,7 +145,9 @@ def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: lis
     heard = listening(SONGS, cold, item_log(feedback), "test")
     asked = item_questions(heard, cold, EvaluateSettings(min_item_users=2))
     assert asked.songs.tolist() == [3]
-    users = range(asked.history.shape[0])  # U0 …; of feedback logs only those who were exposed to a cold song in the period
+    users = range(
+        asked.history.shape[0]
+    )  # U0 …; of feedback logs only those who were exposed to a cold song in the period
     assert len(users) == (6 if feedback else 8)
     positive = marked(asked.positive.T)[0]
     assert positive == [0, 1, 2]
@@ -135,7 +158,9 @@ def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: lis
         left_out = marked(asked.left_out.T)[0]
         assert [user for user in users if user not in positive and user not in left_out] == negatives
         scores = np.array([[5.0], [1], [2], [2], [1], [0], [0], [99]])  # U7 does not count
-        assert item_auc(asked, lambda history, songs: scores)[0][0] == pytest.approx(roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0]))
+        assert item_auc(asked, lambda history, songs: scores)[0][0] == pytest.approx(
+            roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0])
+        )
     assert not len(item_questions(heard, cold, EvaluateSettings()).songs), "five of each are needed by default"
 
 
@@ -150,14 +175,23 @@ def test_breadth_of_lists_written_out():
     lists, met = histories([0, 1], [0, 2], [0], songs=4), histories([], [3], [], songs=4)
     popularity = np.array([4.0, 3.0, 2.0, 1.0])
     draws = bootstrap.draw_two_way(list("abc"), ["x", "x", "y", "z"], 100, 0)
-    found = {name: item.value for name, item in breadth([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()}
+    found = {
+        name: item.value
+        for name, item in breadth([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()
+    }
     assert found["coverage@2"] == 3 / 4
     assert found["gini@2"] == pytest.approx(gini(np.array([3, 1, 1, 0])))
     assert found["artist_diversity@2"] == pytest.approx((0.5 + 1 + 1) / 3)
     percentiles = np.array([0.875, 0.625, 0.375, 0.125])
-    lifts = [percentiles[[0, 1]].mean() / 0.5, percentiles[[0, 2]].mean() / percentiles[:3].mean(), percentiles[0] / 0.5]
+    lifts = [
+        percentiles[[0, 1]].mean() / 0.5,
+        percentiles[[0, 2]].mean() / percentiles[:3].mean(),
+        percentiles[0] / 0.5,
+    ]
     assert found["popularity_lift@2"] == pytest.approx(np.mean(lifts))
-    twice = breadth([lists, histories([0, 1], [0, 1], [0, 1], songs=4)], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws)
+    twice = breadth(
+        [lists, histories([0, 1], [0, 1], [0, 1], songs=4)], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws
+    )
     assert twice["coverage@2"].value == pytest.approx((3 / 4 + 2 / 4) / 2)
 
 
@@ -165,7 +199,9 @@ def test_the_best_are_listed_and_ties_at_the_end_drawn():
     scores, candidate = np.array([[5.0, 1.0, 1.0, 1.0, 9.0]] * 60), np.array([[True, True, True, True, False]] * 60)
     listed = marked(top(scores, candidate, 2, seed=0))
     assert {tuple(row) for row in listed} == {(0, 1), (0, 2), (0, 3)}, "the best of theirs, and one of three equals"
-    assert marked(top(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], "whatever block a user is in"
+    assert marked(top(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], (
+        "whatever block a user is in"
+    )
     assert marked(top(scores, candidate, 9, seed=0))[0] == [0, 1, 2, 3]
     generator = np.random.default_rng(0)
     drawn = generator.normal(size=(20, 50))

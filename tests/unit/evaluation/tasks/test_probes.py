@@ -1,4 +1,5 @@
-"""Probes of catalogue columns against scikit-learn's own pipelines, and what they do where labels or artists are too few."""
+"""Probes of catalogue columns against scikit-learn's own pipelines, and what they do where labels or artists are too
+few."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ def test_the_probes_of_several_labels_are_scikit_learns(songs: Songs):
     found = {figure: estimate.value for figure, estimate in task.methods["semantic"].items()}
     for prefix, suffix, of in (("", "", scores), ("knn_", "", shares), ("", "_folds", out_of_fold)):
         assert found[f"{prefix}roc_auc{suffix}"] == pytest.approx(roc_auc_score(y[test], of, average="macro"), abs=1e-4)
-        assert found[f"{prefix}map{suffix}"] == pytest.approx(average_precision_score(y[test], of, average="macro"), abs=1e-3)
+        assert found[f"{prefix}map{suffix}"] == pytest.approx(
+            average_precision_score(y[test], of, average="macro"), abs=1e-3
+        )
     assert task.methods["random"].keys() == task.methods["semantic"].keys()
     assert task.methods["random"]["knn_roc_auc_folds"].value == 0.5
     assert task.methods["random"]["map_folds"].value == pytest.approx(y[test].mean())
@@ -109,7 +112,9 @@ def test_songs_without_a_label_take_no_part_and_unseen_labels_are_errors():
 
 @pytest.mark.parametrize("genre", [["a"] * 4 + ["a", "b"] * 2, [None] * 4 + ["a", "b"] * 2])
 def test_without_two_training_labels_there_is_no_probe(genre: list[str | None]):
-    songs = songs_of(["train"] * 4 + ["test"] * 4, list("abcdefgh"), np.eye(8), genre=[value and [value] for value in genre])
+    songs = songs_of(
+        ["train"] * 4 + ["test"] * 4, list("abcdefgh"), np.eye(8), genre=[value and [value] for value in genre]
+    )
     assert probe(songs, "genre") is None
 
 
@@ -117,17 +122,37 @@ def test_a_label_of_several_that_training_lacks_is_left_out():
     generator = np.random.default_rng(0)
     tags = [["x", "y"] if i % 2 else ["x"] for i in range(20)]
     tags[15] = ["y", "new"]
-    songs = songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], generator.normal(size=(20, 4)), tags=tags)
-    assert probe(songs, "tags").counts == {"labels": 1, "labels_left_out": 2, "train_songs": 10, "test_songs": 10, "folds": 5}
-    assert probe(songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], np.eye(20), tags=[["x", "z"]] * 20), "tags") is None
+    songs = songs_of(
+        ["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], generator.normal(size=(20, 4)), tags=tags
+    )
+    assert probe(songs, "tags").counts == {
+        "labels": 1,
+        "labels_left_out": 2,
+        "train_songs": 10,
+        "test_songs": 10,
+        "folds": 5,
+    }
+    assert (
+        probe(
+            songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], np.eye(20), tags=[["x", "z"]] * 20),
+            "tags",
+        )
+        is None
+    )
 
 
 def test_an_artist_is_in_one_fold_however_it_is_written():
-    """Every artist has its own label and direction: who sees the artist in training names every label, who does not none."""
+    """Every artist has its own label and direction: who sees the artist in training names every label, who does not
+    none."""
     artists = ["Ann", "ann ", "Bob", "BOB; Guest", "cy", "Cÿ feat. Other"]
     vectors = np.repeat(np.eye(3), 2, axis=0)
     genre = [[name[:2].lower()] for name in ("ann", "ann", "bob", "bob", "cy", "cy")]
-    songs = songs_of(["train"] * 6 + ["test"] * 6, [f"other {a}" for a in artists] + artists, np.vstack([vectors] * 2), genre=genre * 2)
+    songs = songs_of(
+        ["train"] * 6 + ["test"] * 6,
+        [f"other {a}" for a in artists] + artists,
+        np.vstack([vectors] * 2),
+        genre=genre * 2,
+    )
     task = probe(songs, "genre", EvaluateSettings(resamples=100, neighbors=1))
     assert task.counts["folds"] == 3
     assert task.methods["semantic"]["accuracy"].value == 1
@@ -150,10 +175,18 @@ def test_a_big_catalogue_trains_on_a_sample(songs: Songs, monkeypatch: pytest.Mo
 
 
 def test_a_label_that_all_held_out_songs_have_cannot_be_ranked():
-    tags = [["x", "y"] if i % 2 else ["z"] for i in range(10)] + [["x", "y"] if i % 2 else ["x", "z"] for i in range(10)]
+    tags = [["x", "y"] if i % 2 else ["z"] for i in range(10)] + [
+        ["x", "y"] if i % 2 else ["x", "z"] for i in range(10)
+    ]
     vectors = np.random.default_rng(0).normal(size=(20, 4))
     songs = songs_of(["train"] * 10 + ["test"] * 10, [str(i) for i in range(20)], vectors, tags=tags)
-    assert probe(songs, "tags").counts == {"labels": 2, "labels_left_out": 1, "train_songs": 10, "test_songs": 10, "folds": 5}
+    assert probe(songs, "tags").counts == {
+        "labels": 2,
+        "labels_left_out": 1,
+        "train_songs": 10,
+        "test_songs": 10,
+        "folds": 5,
+    }
 
 
 def test_a_fold_that_learns_one_label_answers_with_it():

@@ -1,4 +1,5 @@
-"""Who is asked about which songs, and how worlds with known taste score, on logs of a few rows and on made-up listeners."""
+"""Who is asked about which songs, and how worlds with known taste score, on logs of a few rows and on made-up
+listeners."""
 
 from __future__ import annotations
 
@@ -26,13 +27,22 @@ SETTINGS = EvaluateSettings(resamples=200)
 
 def log(*rows: tuple) -> pd.DataFrame:
     """Rows of user, song, value, period and, optionally, trigger; users in capitals are held out."""
-    table = pd.DataFrame([(*row, None)[:5] for row in rows], columns=["user_id", "song_id", "value", "period", "trigger_song_id"])
+    table = pd.DataFrame(
+        [(*row, None)[:5] for row in rows], columns=["user_id", "song_id", "value", "period", "trigger_song_id"]
+    )
     table["timestamp"] = table["period"].map({"train": 1.0, "validation": 2.0, "test": 3.0})
     table["held_out_user"] = table["user_id"].str.isupper()
     return table
 
 
-def ask(events: pd.DataFrame, *, splits: np.ndarray = SPLITS, songs: list[str] = SONGS, known_users: bool = False, **settings) -> Questions:
+def ask(
+    events: pd.DataFrame,
+    *,
+    splits: np.ndarray = SPLITS,
+    songs: list[str] = SONGS,
+    known_users: bool = False,
+    **settings,
+) -> Questions:
     made = EvaluateSettings(**settings)
     cold = splits == made.split
     return questions(listening(songs, cold, events, made.split), cold, made, known_users=known_users)
@@ -105,7 +115,11 @@ def test_who_is_left_out_is_counted():
 def test_the_validation_period_ends_and_uses_only_what_came_before_it():
     songs, splits = [*SONGS, "g"], np.array([*SPLITS, "validation"])
     events = log(
-        ("U", "a", 1, "train"), ("U", "b", 1, "validation"), ("U", "c", 1, "validation"), ("U", "d", 1, "test"), ("U", "g", 1, "test")
+        ("U", "a", 1, "train"),
+        ("U", "b", 1, "validation"),
+        ("U", "c", 1, "validation"),
+        ("U", "d", 1, "test"),
+        ("U", "g", 1, "test"),
     )
     asked = ask(events, songs=songs, splits=splits, split="validation")
     assert marked(asked.history) == [[0]]
@@ -141,7 +155,9 @@ def test_the_blended_vectors_inner_product_is_the_weighted_sum_of_both_cosines()
     spaces = made_up(20, preference=True).spaces
     for blend in (0, 0.3, 0.5, 1):
         vectors = blended(spaces, blend)
-        expected = (1 - blend) * spaces["semantic"] @ spaces["semantic"].T + blend * spaces["preference"] @ spaces["preference"].T
+        expected = (1 - blend) * spaces["semantic"] @ spaces["semantic"].T + blend * spaces["preference"] @ spaces[
+            "preference"
+        ].T
         np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-6)
 
 
@@ -154,13 +170,17 @@ def test_blending_is_the_weighted_sum_of_both_cosines():
 
 
 class Listeners:
-    """Users who like songs of one hidden taste; `preference` vectors know it, `semantic` ones do not. A third is popular with all."""
+    """Users who like songs of one hidden taste; `preference` vectors know it, `semantic` ones do not. A third is
+    popular with all."""
 
     def __init__(self, users: int = 160, feedback: bool = True) -> None:
         generator = np.random.default_rng(7)
         songs = made_up(preference=True)
         self.taste = generator.integers(0, 4, len(songs.ids))
-        spaces = {**songs.spaces, "preference": unit(np.eye(8)[4 + self.taste] + 0.2 * generator.normal(size=(len(songs.ids), 8)))}
+        spaces = {
+            **songs.spaces,
+            "preference": unit(np.eye(8)[4 + self.taste] + 0.2 * generator.normal(size=(len(songs.ids), 8))),
+        }
         spaces.pop("blend_0.5")
         self.songs = dataclasses.replace(songs, spaces=with_blend(spaces))
         rows = []
@@ -169,7 +189,14 @@ class Listeners:
                 late = number >= 40
                 likes = self.taste[song] == user // 2 % 4
                 if likes or feedback:
-                    rows.append((f"{'U' if user % 2 else 'u'}{user}", songs.ids[song], 1.0 if likes else -1.0, "test" if late else "train"))
+                    rows.append(
+                        (
+                            f"{'U' if user % 2 else 'u'}{user}",
+                            songs.ids[song],
+                            1.0 if likes else -1.0,
+                            "test" if late else "train",
+                        )
+                    )
         self.log = log(*rows)
 
 
@@ -198,7 +225,8 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
 
 
 def test_every_interval_holds_the_uncertainty_of_the_songs_too(listeners: Listeners):
-    """Twelve artists are held out: with the artists of all songs resampled, intervals are wider than those of users alone."""
+    """Twelve artists are held out: with the artists of all songs resampled, intervals are wider than those of users
+    alone."""
     asked = ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits)
     task = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
     assert task.over == "users and artists"
@@ -210,11 +238,16 @@ def test_every_interval_holds_the_uncertainty_of_the_songs_too(listeners: Listen
         (low, high), (before, after) = ours.interval, alone.interval
         assert high - low > 1.05 * (after - before), name
         assert low <= ours.value <= high
-    assert {estimate.population for estimate in task.methods["preference"].values() if estimate.resampled is not None} != {""}
+    assert {
+        estimate.population for estimate in task.methods["preference"].values() if estimate.resampled is not None
+    } != {""}
 
 
 def test_new_and_known_users_are_different_people(listeners: Listeners):
-    new, known = (ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits, known_users=flag) for flag in (False, True))
+    new, known = (
+        ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits, known_users=flag)
+        for flag in (False, True)
+    )
     assert new.users
     assert known.users
     assert all(user[0] == "U" for user in new.users)

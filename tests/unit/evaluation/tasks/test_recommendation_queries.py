@@ -1,4 +1,5 @@
-"""Filters, variety, negatives, histories and shared tags against a naive reference that looks at every song, one at a time."""
+"""Filters, variety, negatives, histories and shared tags against a naive reference that looks at every song, one at a
+time."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def catalogue(seed: int = 0) -> list[dict[str, Any]]:
             {
                 "song_id": f"s{row:03d}",
                 "title": f"Title {row % 50}",
-                "artist": None if row % 11 == 0 else f"Artist {row % 12}" + (f"; artist {row % 5}" if row % 7 == 0 else ""),
+                "artist": None
+                if row % 11 == 0
+                else f"Artist {row % 12}" + (f"; artist {row % 5}" if row % 7 == 0 else ""),
                 "album": None,
                 "licence": ["CC0", "CC-BY", None][row % 3],
                 "genre": None if row % 13 == 0 else [GENRES[i] for i in rng.permutation(4)[: 1 + row % 2]],
@@ -58,9 +61,13 @@ def service() -> SearchService:
     halves = np.random.default_rng(1).normal(size=(2, SONGS, DIM))
     halves /= np.linalg.norm(halves, axis=2, keepdims=True)
     names = [name for name in INDEX_SONGS.names if name != "song_id"]
-    metadata = pa.table({name: pa.array([song.get(name) for song in CATALOGUE], INDEX_SONGS.field(name).type) for name in names})
+    metadata = pa.table(
+        {name: pa.array([song.get(name) for song in CATALOGUE], INDEX_SONGS.field(name).type) for name in names}
+    )
     vectors = Vectors(*halves.astype(np.float32))
-    index = SongIndex.build([song["song_id"] for song in CATALOGUE], vectors, metadata=metadata, settings=IndexSettings(kind="flat"))
+    index = SongIndex.build(
+        [song["song_id"] for song in CATALOGUE], vectors, metadata=metadata, settings=IndexSettings(kind="flat")
+    )
     return SearchService(index)
 
 
@@ -96,9 +103,13 @@ def naive(
     ids = [song["song_id"] for song in CATALOGUE]
     own = service.index.vectors_of(ids)
     semantic, preference = (half.astype(np.float64) / np.linalg.norm(half) for half in query)
-    scores = (1 - blend) * (own.semantic.astype(np.float64) @ semantic) + blend * (own.preference.astype(np.float64) @ preference)
+    scores = (1 - blend) * (own.semantic.astype(np.float64) @ semantic) + blend * (
+        own.preference.astype(np.float64) @ preference
+    )
     artists: dict[str, int] = {}
-    groups = {song["duplicate_group"] for song in CATALOGUE if song["song_id"] in exclude} - {None} if collapse else set()
+    groups = (
+        {song["duplicate_group"] for song in CATALOGUE if song["song_id"] in exclude} - {None} if collapse else set()
+    )
     taken: list[str] = []
     for row in sorted(range(SONGS), key=lambda row: (-scores[row], ids[row])):
         song = CATALOGUE[row]
@@ -140,23 +151,43 @@ CONDITIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("conditions", CONDITIONS)
-@pytest.mark.parametrize(("most", "collapse", "k"), [(None, False, 10), (None, True, 10), (1, True, 40), (2, False, 300), (3, True, 300)])
+@pytest.mark.parametrize(
+    ("most", "collapse", "k"), [(None, False, 10), (None, True, 10), (1, True, 40), (2, False, 300), (3, True, 300)]
+)
 def test_every_option_at_once(service: SearchService, conditions: dict, most: int | None, collapse: bool, k: int):
     options = {"filter": Filter.model_validate(conditions), "max_per_artist": most, "collapse_duplicates": collapse}
     for seed, blend in (("s000", 0.0), ("s010", 0.5), ("s123", 1.0)):
         own = service.index.vectors_of([seed])
         expected = naive(
-            service, (own.semantic[0], own.preference[0]), blend, k, exclude=[seed], conditions=conditions, most=most, collapse=collapse
+            service,
+            (own.semantic[0], own.preference[0]),
+            blend,
+            k,
+            exclude=[seed],
+            conditions=conditions,
+            most=most,
+            collapse=collapse,
         )
         assert found(service.search_songs([seed], k=k, blend=blend, **options)) == expected
 
 
-CREDITS = ["Queen", "Queen; David Bowie", "David Bowie feat. Guest", None, "Earth, Wind & Fire", "QUEEN (feat. Guest)", ";"]
+CREDITS = [
+    "Queen",
+    "Queen; David Bowie",
+    "David Bowie feat. Guest",
+    None,
+    "Earth, Wind & Fire",
+    "QUEEN (feat. Guest)",
+    ";",
+]
 
 
 def test_every_credited_artist_is_found_and_counted():
     songs = pa.table(
-        {name: pa.array(CREDITS if name == "artist" else [None] * len(CREDITS), INDEX_SONGS.field(name).type) for name in INDEX_SONGS.names}
+        {
+            name: pa.array(CREDITS if name == "artist" else [None] * len(CREDITS), INDEX_SONGS.field(name).type)
+            for name in INDEX_SONGS.names
+        }
     )
     columns = SongColumns(songs)
 
@@ -212,7 +243,10 @@ def test_filters_that_cannot_be_used(conditions: dict, said: str):
 def test_negatives_push_away(service: SearchService):
     seeds, negatives = ["s001", "s002"], ["s050", "s051", "s052"]
     liked, disliked = service.index.vectors_of(seeds), service.index.vectors_of(negatives)
-    query = [liked_half.mean(0) - 0.5 * away.mean(0) for liked_half, away in zip(halves(liked), halves(disliked), strict=True)]
+    query = [
+        liked_half.mean(0) - 0.5 * away.mean(0)
+        for liked_half, away in zip(halves(liked), halves(disliked), strict=True)
+    ]
     expected = naive(service, (query[0], query[1]), 0.3, 20, exclude=[*seeds, *negatives])
     assert found(service.search_songs(seeds, negatives, k=20, blend=0.3)) == expected
     assert found(service.search_songs(seeds, [], k=20, blend=0.3)) != expected

@@ -58,7 +58,9 @@ class Read:
                     self.liked.add(event.song_id)
 
 
-CASES = [(feedback, timeless, known) for feedback in (False, True) for timeless in (False, True) for known in (False, True)]
+CASES = [
+    (feedback, timeless, known) for feedback in (False, True) for timeless in (False, True) for known in (False, True)
+]
 
 
 @pytest.mark.parametrize(("feedback", "timeless", "known"), CASES)
@@ -77,7 +79,9 @@ def test_questions_are_those_of_a_loop_over_the_events(feedback: bool, timeless:
     assert asked.users == list(expected)
     assert asked.users
     for part, names_of, marks in ((0, SONGS, asked.history), (1, names, asked.targets), (2, names, asked.met)):
-        assert [{names_of[place] for place in row} for row in marked(marks)] == [sets[part] for sets in expected.values()]
+        assert [{names_of[place] for place in row} for row in marked(marks)] == [
+            sets[part] for sets in expected.values()
+        ]
 
 
 @pytest.mark.parametrize(("feedback", "timeless", "known"), CASES)
@@ -85,7 +89,10 @@ def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless
     events = random_log(1, feedback, timeless)
     vectors = unit(np.random.default_rng(2).normal(size=(24, 4)))
     asked = item_questions(
-        listening(SONGS, COLD, events, "test"), COLD, EvaluateSettings(min_item_users=2, min_history=2), known_users=known
+        listening(SONGS, COLD, events, "test"),
+        COLD,
+        EvaluateSettings(min_item_users=2, min_history=2),
+        known_users=known,
     )
     found = dict(zip(asked.songs.tolist(), item_auc(asked, vector_scorer(vectors))[0], strict=True))
     read = {user: Read(events, user, timeless) for user in sorted(set(events["user_id"])) if user.isupper() != known}
@@ -105,7 +112,8 @@ def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless
 
 
 def test_users_who_met_a_song_before_are_no_negatives_to_be_counted():
-    """Without feedback all others are negatives: here everybody else knew the song, so there is nobody to compare with."""
+    """Without feedback all others are negatives: here everybody else knew the song, so there is nobody to compare
+    with."""
     events = log(
         *((f"U{i}", "s00", 1, "train") for i in range(6)),
         *((f"U{i}", "s01", 1, "test") for i in range(3)),
@@ -125,7 +133,9 @@ def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(lis
     )
     assert before.methods.keys() == after.methods.keys()
     for method, figures in before.methods.items():
-        assert {name: item.value for name, item in figures.items()} == {name: item.value for name, item in after.methods[method].items()}
+        assert {name: item.value for name, item in figures.items()} == {
+            name: item.value for name, item in after.methods[method].items()
+        }
 
 
 def test_no_more_users_than_allowed_are_asked_and_the_rest_is_counted(listeners: Listeners):  # noqa: F811
@@ -151,7 +161,10 @@ def test_methods_come_in_one_order_and_every_figure_has_its_n(listeners: Listene
     assert list(tasks["cold"].methods) == cold
     assert list(tasks["hot"].methods) == [*cold, "item_knn", "als"]
     for name, task in tasks.items():
-        per_user = [f"{figure}@{k}" for k in SETTINGS.ks for figure in ("hit_rate", "recall", "ndcg")] + ["mrr", "user_auc"]
+        per_user = [f"{figure}@{k}" for k in SETTINGS.ks for figure in ("hit_rate", "recall", "ndcg")] + [
+            "mrr",
+            "user_auc",
+        ]
         breadth = [f"{figure}@10" for figure in ("coverage", "gini", "artist_diversity", "popularity_lift")]
         for figures in task.methods.values():
             assert list(figures) == per_user + breadth + (["item_auc"] if name.startswith("cold") else [])
@@ -171,7 +184,10 @@ def test_songs_keep_their_answers_when_there_are_more_users_than_are_asked(feedb
     rows = [(f"U{user}", "past", 1.0, "train") for user in range(40_000)]
     for user in range(40_000):
         first, second = generator.integers(2_000, size=2)
-        rows += [(f"U{user}", songs[first], 1.0, "test"), (f"U{user}", songs[second], -1.0 if feedback else 1.0, "test")]
+        rows += [
+            (f"U{user}", songs[first], 1.0, "test"),
+            (f"U{user}", songs[second], -1.0 if feedback else 1.0, "test"),
+        ]
     heard = listening(songs, cold, log(*rows), "test")
     asked = item_questions(heard, cold, EvaluateSettings(max_users=200))
     assert asked.history.shape[0] == len(set(asked.users)) == 200

@@ -29,7 +29,8 @@ def tasks_of(songs: Songs, words: dict[str, np.ndarray], settings: EvaluateSetti
         known = [next((vector for word, vector in words.items() if word in text), None) for text in texts]
         vectors = unit(np.array([noise[i] if vector is None else vector for i, vector in enumerate(known)]))
         return {
-            space: vectors if of.shape[1] == vectors.shape[1] else np.hstack([vectors] * 2) / 2**0.5 for space, of in songs.spaces.items()
+            space: vectors if of.shape[1] == vectors.shape[1] else np.hstack([vectors] * 2) / 2**0.5
+            for space, of in songs.spaces.items()
         }
 
     return {task.name: task for task in semantic.semantic_tasks(songs, encode, settings)}
@@ -55,7 +56,9 @@ def test_rank_equals_naive_reference_in_any_chunk():
         order = np.argsort(-row)
         expected.append(1 + min(place for place, item in enumerate(order) if gallery_group[item] == group))
     for cells in (1, 150, 10_000):
-        assert semantic.first_correct_rank(queries, gallery, query_group, gallery_group, cells=cells).tolist() == expected
+        assert (
+            semantic.first_correct_rank(queries, gallery, query_group, gallery_group, cells=cells).tolist() == expected
+        )
 
 
 def test_tied_rank_is_its_mean_over_random_orders():
@@ -93,7 +96,9 @@ def test_a_collapsed_model_is_the_random_control():
 def test_identical_texts_are_one_correct_set():
     vectors = np.array([[0.5, 1.0], [1.0, 0.1], [0.1, 1.0]])  # the first is nearer to the other text
     songs = songs_of(["test"] * 3, list("abc"), vectors, texts=["x", "x", "y"])
-    tasks = tasks_of(songs, {"x": np.array([1.0, 0.0]), "y": np.array([0.0, 1.0])}, EvaluateSettings(resamples=100, ks=(1, 2)))
+    tasks = tasks_of(
+        songs, {"x": np.array([1.0, 0.0]), "y": np.array([0.0, 1.0])}, EvaluateSettings(resamples=100, ks=(1, 2))
+    )
     to_audio, to_text = tasks["text_to_audio"], tasks["audio_to_text"]
     assert (to_audio.counts, to_text.counts) == ({"queries": 2, "gallery": 3}, {"queries": 3, "gallery": 2})
     assert to_audio.methods["semantic"]["recall@1"].value == 1
@@ -116,14 +121,21 @@ def test_chance_equals_random_orders():
 
 def test_rank_summary():
     summary = semantic.rank_summary(np.array([1.0, 2.0, 4.0]), (1, 3))
-    assert summary == {"recall@1": pytest.approx(1 / 3), "recall@3": pytest.approx(2 / 3), "mrr": pytest.approx(1.75 / 3), "median_rank": 2}
+    assert summary == {
+        "recall@1": pytest.approx(1 / 3),
+        "recall@3": pytest.approx(2 / 3),
+        "mrr": pytest.approx(1.75 / 3),
+        "median_rank": 2,
+    }
 
 
 def test_the_random_control_of_retrieval_is_chance(tasks: dict[str, Task], world: tuple[Songs, dict[str, np.ndarray]]):
     held_out = int((world[0].splits == "test").sum())
     for name in ("text_to_audio", "audio_to_text"):
         expected = semantic.chance(held_out, np.ones(held_out, dtype=int), SETTINGS.ks)
-        assert {figure: estimate.value for figure, estimate in tasks[name].methods["random"].items()} == pytest.approx(expected)
+        assert {figure: estimate.value for figure, estimate in tasks[name].methods["random"].items()} == pytest.approx(
+            expected
+        )
 
 
 def test_shuffled_vectors_are_at_chance_and_real_ones_are_not(tasks: dict[str, Task]):
@@ -133,20 +145,32 @@ def test_shuffled_vectors_are_at_chance_and_real_ones_are_not(tasks: dict[str, T
         assert list(methods) == ["semantic", "preference", "blend_0.5", "shuffled", "random"]
         assert methods["semantic"]["median_rank"].value < methods["random"]["median_rank"].value * 0.6
         assert bootstrap.is_shown(bootstrap.difference(methods["semantic"]["mrr"], methods["random"]["mrr"]))
-        assert methods["shuffled"]["median_rank"].value == pytest.approx(methods["random"]["median_rank"].value, rel=0.15)
+        assert methods["shuffled"]["median_rank"].value == pytest.approx(
+            methods["random"]["median_rank"].value, rel=0.15
+        )
         assert methods["shuffled"]["mrr"].value == pytest.approx(methods["random"]["mrr"].value, rel=0.3)
 
 
 def test_tasks_come_in_order_and_empty_columns_have_none(tasks: dict[str, Task]):
     columns = ("genre", "mood", "tags")
-    assert list(tasks) == ["text_to_audio", "audio_to_text", *(f"{kind}_{name}" for name in columns for kind in ("zero_shot", "probe"))]
+    assert list(tasks) == [
+        "text_to_audio",
+        "audio_to_text",
+        *(f"{kind}_{name}" for name in columns for kind in ("zero_shot", "probe")),
+    ]
 
 
 def test_copies_of_training_recordings_are_not_asked_about():
     vectors = np.random.default_rng(0).normal(size=(4, 8))
     songs = songs_of(["train", "test", "test", "test"], list("abcd"), vectors, groups=["r", "r", "s", "t"])
     texts = {"semantic": np.eye(8, dtype=np.float32)}
-    measured = measure(songs, lambda asked: {"semantic": texts["semantic"][: len(asked)]}, None, None, EvaluateSettings(probe_columns=()))
+    measured = measure(
+        songs,
+        lambda asked: {"semantic": texts["semantic"][: len(asked)]},
+        None,
+        None,
+        EvaluateSettings(probe_columns=()),
+    )
     assert measured.tasks[0].counts == {"queries": 2, "gallery": 2}
     assert measured.data["copies_left_out"] == 1
     assert semantic.semantic_tasks(songs, lambda texts: {}, EvaluateSettings(split="validation")) == []
@@ -158,19 +182,26 @@ def test_zero_shot_names_the_genre_and_not_the_mood(tasks: dict[str, Task], worl
     genre, mood = tasks["zero_shot_genre"], tasks["zero_shot_mood"]
     names = sorted(set(songs.labels("genre")))
     scores = songs.spaces["semantic"][held_out] @ np.array([words[name] for name in names]).T
-    right = [names[best] == label for best, label in zip(scores.argmax(axis=1), np.array(songs.labels("genre"))[held_out], strict=True)]
+    right = [
+        names[best] == label
+        for best, label in zip(scores.argmax(axis=1), np.array(songs.labels("genre"))[held_out], strict=True)
+    ]
     assert genre.methods["semantic"]["accuracy"].value == pytest.approx(np.mean(right))
     assert np.mean(right) > 0.9
     assert genre.methods["random"]["accuracy"].value == pytest.approx(1 / 3)
     assert mood.methods["random"]["accuracy"].value == 1 / 2
-    assert not bootstrap.is_shown(bootstrap.difference(mood.methods["semantic"]["accuracy"], mood.methods["random"]["accuracy"]))
+    assert not bootstrap.is_shown(
+        bootstrap.difference(mood.methods["semantic"]["accuracy"], mood.methods["random"]["accuracy"])
+    )
     training = np.array(songs.labels("genre"))[songs.splits == "train"]
     commonest = max(names, key=lambda name: (training == name).sum())
     share = (np.array(songs.labels("genre"))[held_out] == commonest).mean()
     assert genre.methods["commonest"]["accuracy"].value == pytest.approx(share)
 
 
-def test_zero_shot_of_several_labels_is_scikit_learns(tasks: dict[str, Task], world: tuple[Songs, dict[str, np.ndarray]]):
+def test_zero_shot_of_several_labels_is_scikit_learns(
+    tasks: dict[str, Task], world: tuple[Songs, dict[str, np.ndarray]]
+):
     songs, words = world
     tagged = np.array([bool(tags) for tags in songs.values("tags")])
     rows = np.flatnonzero((songs.splits == "test") & tagged)
@@ -178,8 +209,12 @@ def test_zero_shot_of_several_labels_is_scikit_learns(tasks: dict[str, Task], wo
     truth = np.array([[name in songs.values("tags")[row] for name in names] for row in rows])
     scores = songs.spaces["semantic"][rows] @ np.array([words[name] for name in names]).T
     task = tasks["zero_shot_tags"]
-    assert task.methods["semantic"]["roc_auc"].value == pytest.approx(roc_auc_score(truth, scores, average="macro"), abs=1e-6)
-    assert task.methods["semantic"]["map"].value == pytest.approx(average_precision_score(truth, scores, average="macro"), abs=1e-6)
+    assert task.methods["semantic"]["roc_auc"].value == pytest.approx(
+        roc_auc_score(truth, scores, average="macro"), abs=1e-6
+    )
+    assert task.methods["semantic"]["map"].value == pytest.approx(
+        average_precision_score(truth, scores, average="macro"), abs=1e-6
+    )
     assert task.methods["random"]["roc_auc"].value == 0.5
     assert task.methods["random"]["map"].value == pytest.approx(truth.mean())
     assert task.counts == {"labels": 4, "test_songs": len(rows)}
@@ -193,6 +228,8 @@ def test_prompts_are_made_of_labels_and_texts_are_encoded_once():
         calls.append(list(texts))
         return {space: unit(np.ones((len(texts), of.shape[1]))) for space, of in songs.spaces.items()}
 
-    semantic.semantic_tasks(songs, encode, EvaluateSettings(resamples=100, probe_columns=("genre",), label_prompt="a {label} song"))
+    semantic.semantic_tasks(
+        songs, encode, EvaluateSettings(resamples=100, probe_columns=("genre",), label_prompt="a {label} song")
+    )
     assert len(calls) == 1
     assert calls[0][-3:] == ["a folk song", "a jazz song", "a rock song"]

@@ -1,4 +1,5 @@
-"""Which index counts: the order of activations, whatever the clocks say and however many activate, and refusals that pass or stay."""
+"""Which index counts: the order of activations, whatever the clocks say and however many activate, and refusals that
+pass or stay."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.unit
 
 
 class Clocks:
-    """The wall clock of this process, as one that is wrong by some time, and the steady clock, which stands still unless told."""
+    """The wall clock of this process, as one that is wrong by some time, and the steady clock, which stands still
+    unless told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wrong_by = timedelta()
@@ -79,7 +81,9 @@ def live(workspace: Workspace, version: str | None = None, **settings: object) -
 
 class TestOrder:
     @pytest.mark.parametrize("hours", [-24_000, -1, 1, 240_000])
-    def test_the_later_activation_counts_whatever_the_clocks_say(self, workspace: Workspace, clocks: Clocks, hours: int):
+    def test_the_later_activation_counts_whatever_the_clocks_say(
+        self, workspace: Workspace, clocks: Clocks, hours: int
+    ):
         one, other = live(workspace, "v1"), live(workspace, "v1")
         one.activate("v2")
         clocks.wrong_by = timedelta(hours=hours)
@@ -94,7 +98,9 @@ class TestOrder:
         assert [replica.version for replica in (one, other, live(workspace))] == ["v2"] * 3
 
     @pytest.mark.parametrize("hours", [-24_000, 240_000])
-    def test_what_a_command_names_counts_until_a_later_activation(self, workspace: Workspace, clocks: Clocks, hours: int):
+    def test_what_a_command_names_counts_until_a_later_activation(
+        self, workspace: Workspace, clocks: Clocks, hours: int
+    ):
         other = live(workspace, "v1")
         clocks.wrong_by = timedelta(hours=hours)
         other.activate("v2")
@@ -109,10 +115,14 @@ class TestOrder:
         for replica in (named, restarted):
             replica.poll()
             assert replica.version == "v1"
-        assert LiveIndex(workspace, ServeSettings(), VERSIONS, named._started).version == "v1", "a replica that starts later"
+        assert LiveIndex(workspace, ServeSettings(), VERSIONS, named._started).version == "v1", (
+            "a replica that starts later"
+        )
 
     @pytest.mark.parametrize("hours", [-24_000, 240_000])
-    def test_an_index_that_was_built_later_is_followed_whatever_the_clocks_say(self, tmp_path: Path, clocks: Clocks, hours: int):
+    def test_an_index_that_was_built_later_is_followed_whatever_the_clocks_say(
+        self, tmp_path: Path, clocks: Clocks, hours: int
+    ):
         workspace = Workspace(str(tmp_path / "workspace"))
         write_index(workspace, "v1", {"a": 1})
         clocks.wrong_by = timedelta(hours=-hours)
@@ -134,7 +144,11 @@ class TestOrder:
         workspace = Workspace(str(tmp_path))
         made = build_manifest("thing", config={}, inputs={})
         workspace.write_json("things/odd/manifest.json", [1])
-        for name, created in (("c", "2100-01-01T00:00:00.000000+00:00"), ("a", made["created"]), ("b", made["created"])):
+        for name, created in (
+            ("c", "2100-01-01T00:00:00.000000+00:00"),
+            ("a", made["created"]),
+            ("b", made["created"]),
+        ):
             workspace.finish(f"things/{name}", {**made, "created": created})
         workspace.fs.delete_dir(workspace.full("things/odd"))
         assert [name for name, _ in workspace.finished("things")] == ["c", "a", "b"]
@@ -149,7 +163,9 @@ class TestOrder:
         kept = workspace.children(FOLDER)
         assert len(kept) == KEPT
         assert [name[:20] for name in (kept[0], kept[-1])] == ["0" * 19 + "6", "0" * 18 + str(KEPT + 5)]
-        assert [pointer.version for pointer in activations.latest_first()] == [f"v{turn}" for turn in range(KEPT + 4, 4, -1)]
+        assert [pointer.version for pointer in activations.latest_first()] == [
+            f"v{turn}" for turn in range(KEPT + 4, 4, -1)
+        ]
 
 
 APPEND = """
@@ -242,7 +258,9 @@ class TestAtTheSameTime:
         expected = next(Activations(workspace).latest_first()).version
         assert {replica.version for replica in (*replicas, live(workspace))} == {expected}
 
-    def test_a_replica_that_dies_between_writing_and_switching(self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    def test_a_replica_that_dies_between_writing_and_switching(
+        self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    ):
         one, other = live(workspace, "v1"), live(workspace, "v1")
         with monkeypatch.context() as killed:
             killed.setattr(LiveIndex, "_switch", lambda *_: 1 / 0)
@@ -352,7 +370,9 @@ class TestRefusals:
         replica.poll()
         assert len(tries) == 1, "activated again: tried again at once"
 
-    def test_the_activation_before_one_that_is_refused_counts(self, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch):
+    def test_the_activation_before_one_that_is_refused_counts(
+        self, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+    ):
         replica = live(workspace, "v1")
         replica.activate("v3")
         Activations(workspace).append("v2")
@@ -389,7 +409,11 @@ class TestRefusals:
     def test_an_activation_that_cannot_be_read(self, workspace: Workspace, caplog: pytest.LogCaptureFixture):
         replica = live(workspace, "v1")
         replica.activate("v2")
-        files = {"00000000000000000009-0123abcd.json": "{", "00000000000000000008-0123abcd.json": '{"version": "v3"}', "notes.txt": "hello"}
+        files = {
+            "00000000000000000009-0123abcd.json": "{",
+            "00000000000000000008-0123abcd.json": '{"version": "v3"}',
+            "notes.txt": "hello",
+        }
         for name, content in files.items():
             Path(workspace.full(f"{FOLDER}/{name}")).write_text(content)
         with caplog.at_level(logging.WARNING):

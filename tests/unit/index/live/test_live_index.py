@@ -70,7 +70,9 @@ def test_unknown_songs_are_refused_after_the_log_was_read(workspace: Workspace):
     assert "late" not in one.service.index
 
 
-def test_writes_that_follow_one_another_count_in_that_order_though_a_clock_is_slow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_writes_that_follow_one_another_count_in_that_order_though_a_clock_is_slow(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
     fast, slow = live(workspace), live(workspace)
     monkeypatch.setattr(time, "time_ns", lambda: 2_000_000_000_000_000_000)
     fast.upsert("x", unit_vectors(5), {})
@@ -94,7 +96,9 @@ def test_upserts_of_other_models_are_skipped_and_removals_count(workspace: Works
     assert (one.active.replay.skipped, one.active.replay.applied) == (2, 1)
 
 
-def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(workspace: Workspace, caplog: pytest.LogCaptureFixture):
+def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+):
     one = live(workspace)
     name, _ = UpdateLog(workspace).append(Update("cut", unit_vectors(7), VERSIONS, {}))
     path = Path(workspace.full(f"{FOLDER}/{name}"))
@@ -110,7 +114,9 @@ def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(work
     assert len(caplog.records) == 2
 
 
-def test_a_file_of_the_log_that_was_half_copied_is_applied_when_it_is_whole(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_the_log_that_was_half_copied_is_applied_when_it_is_whole(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
     """It is read less and less often while it is not."""
     clock, reads = [1000.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -173,7 +179,9 @@ def refused_indexes(workspace: Workspace) -> dict[str, str]:
     (folder / "unfinished" / "manifest.json").unlink()
     (folder / "damaged" / "manifest.json").write_text("{")
     manifest = json.loads((folder / "odd" / "manifest.json").read_text())
-    (folder / "odd" / "manifest.json").write_text(json.dumps({key: manifest[key] for key in ("format_version", "kind", "created")}))
+    (folder / "odd" / "manifest.json").write_text(
+        json.dumps({key: manifest[key] for key in ("format_version", "kind", "created")})
+    )
     gate = {"passed": False, "report": "r"}
     evidence = {
         "bounds": [{"measure": "recall", "value": 0.1}],
@@ -272,7 +280,11 @@ def test_searches_beside_updates_and_switches_see_one_state(workspace: Workspace
             active = one.active
             answer = active.service.search_songs(["a"], k=10)
             ids = [hit.song_id for hit in answer.hits]
-            if len(ids) != len(set(ids)) or not {"b", "c"} <= set(ids) or [song["song_id"] for song in answer.metadata] != ids:
+            if (
+                len(ids) != len(set(ids))
+                or not {"b", "c"} <= set(ids)
+                or [song["song_id"] for song in answer.metadata] != ids
+            ):
                 problems.append(ids)
 
     threads = [threading.Thread(target=search) for _ in range(3)]

@@ -1,4 +1,5 @@
-"""Pretrained text towers, through a small BERT that transformers itself saves: real weights in, every one of them, and trained on."""
+"""Pretrained text towers, through a small BERT that transformers itself saves: real weights in, every one of them, and
+trained on."""
 
 from __future__ import annotations
 
@@ -51,7 +52,12 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     bert = BertConfig(
-        vocab_size=10, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=16
+        vocab_size=10,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
     )
     BertModel(bert).save_pretrained(folder)
     return folder
@@ -65,7 +71,9 @@ def config(bert_folder: Path, tmp_path: Path) -> Config:
 def without(folder: Path, to: Path, part: str) -> Path:
     """A copy of a model folder that lacks the weights whose names start with `part`."""
     shutil.copytree(folder, to)
-    weights = {name: tensor for name, tensor in load_file(to / "model.safetensors").items() if not name.startswith(part)}
+    weights = {
+        name: tensor for name, tensor in load_file(to / "model.safetensors").items() if not name.startswith(part)
+    }
     save_file(weights, to / "model.safetensors", {"format": "pt"})
     return to
 
@@ -82,7 +90,9 @@ def test_pretrained_tower_gives_berts_own_numbers(config: Config, bert_folder: P
             "cls": [output.last_hidden_state[0, 0] for output in outputs],
             "mean": [output.last_hidden_state[0].mean(dim=0) for output in outputs],
         }
-        torch.testing.assert_close(ours.eval().text_encoder(ours.text_encoder.tokenize(TEXTS)), torch.stack(pooled[pooling]))
+        torch.testing.assert_close(
+            ours.eval().text_encoder(ours.text_encoder.tokenize(TEXTS)), torch.stack(pooled[pooling])
+        )
     ours.save_pretrained(tmp_path / "model")
     assert torch.equal(HTCL.from_pretrained(tmp_path / "model").embed_text(TEXTS), ours.embed_text(TEXTS))
 
@@ -103,7 +113,9 @@ def test_every_weight_is_the_files_and_training_moves_it(config: Config, bert_fo
     tokens = model.text_encoder.tokenize(["calm piano", "fast techno", "piano", "fast technos calm"])
     batch = Batch(mel, torch.full((4,), 24), tokens, torch.arange(12).reshape(4, 3))
     optimizer = build_optimizer(model.train(), config.pretrain)
-    task = Task("pretrain", 4, 1, order=lambda epoch: torch.arange(4).numpy(), terms=pretrain_terms, weights={"text": 1.0})
+    task = Task(
+        "pretrain", 4, 1, order=lambda epoch: torch.arange(4).numpy(), terms=pretrain_terms, weights={"text": 1.0}
+    )
     compute_gradients(model, batch, task)
     optimizer.step()
     moved = model.text_encoder.transformer.state_dict()
@@ -118,7 +130,9 @@ def test_every_weight_is_the_files_and_training_moves_it(config: Config, bert_fo
 
 def test_weights_are_never_drawn_in_silence(bert_folder: Path, tmp_path: Path):
     headless = without(bert_folder, tmp_path / "headless", "pooler.")
-    with pytest.raises(ConfigError, match=r"no weights for its pooler, but text\.pooling is pooler; set text\.pooling=mean"):
+    with pytest.raises(
+        ConfigError, match=r"no weights for its pooler, but text\.pooling is pooler; set text\.pooling=mean"
+    ):
         check_text_settings(TextSettings(name_or_path=str(headless), max_tokens=16))
     tower = text_encoder_from_name(TextSettings(name_or_path=str(headless), max_tokens=16, pooling="mean"))
     assert set(tower.transformer.state_dict()) == set(load_file(headless / "model.safetensors"))
@@ -133,12 +147,18 @@ def test_text_models_with_damaged_weights_are_refused(bert_folder: Path, tmp_pat
     weights = load_file(folder / "model.safetensors")
     weights["encoder.layer.0.output.dense.weight"].fill_(value)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MismatchError, match=rf"the text model '{folder}' holds {message} under encoder\.layer\.0\.output\.dense\.weight"):
+    with pytest.raises(
+        MismatchError,
+        match=rf"the text model '{folder}' holds {message} under encoder\.layer\.0\.output\.dense\.weight",
+    ):
         check_text_settings(TextSettings(name_or_path=str(folder), max_tokens=16))
 
 
 def test_unusable_text_models_are_refused(bert_folder: Path, tmp_path: Path):
-    for name, message in ((str(tmp_path), "cannot be loaded"), (str(bert_folder), "max_tokens is 99, .* takes at most 16")):
+    for name, message in (
+        (str(tmp_path), "cannot be loaded"),
+        (str(bert_folder), "max_tokens is 99, .* takes at most 16"),
+    ):
         with pytest.raises(ConfigError, match=message):
             check_text_settings(TextSettings(name_or_path=name, max_tokens=99))
 
@@ -179,7 +199,10 @@ DAMAGES = {
     "only its settings": (only_its_settings, "has no vocabulary, only 5 special tokens"),
     "an empty vocabulary": (vocabulary(), "has no vocabulary, only 5 special tokens"),
     "special tokens alone": (vocabulary(*SPECIALS), "has no vocabulary, only 5 special tokens"),
-    "no [UNK] in the vocabulary": (vocabulary("calm", "piano"), r"cannot tokenize texts \(WordPiece error: Missing \[UNK\] token"),
+    "no [UNK] in the vocabulary": (
+        vocabulary("calm", "piano"),
+        r"cannot tokenize texts \(WordPiece error: Missing \[UNK\] token",
+    ),
     "capital words, lower-cased texts": (
         vocabulary(*SPECIALS, "CALM", "PIANO", "FAST"),
         r"does not recognise its own vocabulary: every text becomes '\[UNK\]'",
@@ -189,7 +212,10 @@ DAMAGES = {
         "has 11 tokens, but the text tower knows 10, so they do not belong together",
     ),
     "another model's vocabulary": (changed("config.json", vocab_size=400), "cannot be loaded"),
-    "another padding id": (changed("config.json", pad_token_id=3), "has pad_token_id 0, but the text tower's configuration says 3"),
+    "another padding id": (
+        changed("config.json", pad_token_id=3),
+        "has pad_token_id 0, but the text tower's configuration says 3",
+    ),
     "no padding token": (changed("tokenizer_config.json", pad_token=None), "no padding token"),
     "a damaged tokenizer": (garbage("tokenizer.json"), "cannot be loaded"),
     "damaged weights": (garbage("model.safetensors"), "cannot be loaded"),
@@ -206,7 +232,9 @@ def test_a_text_model_without_a_usable_tokenizer_is_refused(bert_folder: Path, t
         check_text_settings(TextSettings(name_or_path=str(folder), max_tokens=16))
 
 
-@pytest.mark.parametrize("damage", ["no tokenizer", "capital words, lower-cased texts", "too large a vocabulary", "a damaged tokenizer"])
+@pytest.mark.parametrize(
+    "damage", ["no tokenizer", "capital words, lower-cased texts", "too large a vocabulary", "a damaged tokenizer"]
+)
 def test_a_model_folder_with_a_damaged_tokenizer_is_refused(config: Config, tmp_path: Path, damage: str):
     HTCL.untrained(config).save_pretrained(tmp_path / "model")
     assert len(HTCL.from_pretrained(tmp_path / "model").embed_text(TEXTS)) == 2
@@ -221,22 +249,26 @@ def test_pretrain_is_refused_before_ray_starts(config: Config, bert_folder: Path
     no_tokenizer(folder)
     write_features(config)
     with pytest.raises(
-        MismatchError, match="has no vocabulary, only 5 special tokens, so its files are missing; copy the tokenizer's files"
+        MismatchError,
+        match="has no vocabulary, only 5 special tokens, so its files are missing; copy the tokenizer's files",
     ):
         pretrain(config.with_overrides({"text.name_or_path": str(folder)}))
     with pytest.raises(
-        ConfigError, match=r"of the tokens of the song texts are unknown to the tokenizer, for instance in 'jazz song number 0'"
+        ConfigError,
+        match=r"of the tokens of the song texts are unknown to the tokenizer, for instance in 'jazz song number 0'",
     ):
         pretrain(config)
     with pytest.raises(
-        ConfigError, match=r"36 different song texts become only \d different .*: raise text\.max_tokens \(3\), .*vocab_size"
+        ConfigError,
+        match=r"36 different song texts become only \d different .*: raise text\.max_tokens \(3\), .*vocab_size",
     ):
         pretrain(config.with_overrides({"text.name_or_path": None, "text.max_tokens": 3}))
     assert not ray.is_initialized()
 
 
 def test_ids_that_a_configuration_does_not_state_are_the_tokenizers(bert_folder: Path, tmp_path: Path):
-    """As paraphrase-multilingual-MiniLM-L12-v2: a BertConfig with its default padding id, and a tokenizer with another."""
+    """As paraphrase-multilingual-MiniLM-L12-v2: a BertConfig with its default padding id, and a tokenizer with
+    another."""
     folder = shutil.copytree(bert_folder, tmp_path / "bert")
     vocabulary("[CLS]", "[PAD]", "[SEP]", "[UNK]", "calm", "piano", "techno", "fast", "##s", "[MASK]")(folder)
     assert AutoTokenizer.from_pretrained(folder).pad_token_id == 1
@@ -251,7 +283,11 @@ def test_texts_that_a_tokenizer_cannot_tell_apart_are_refused(bert_folder: Path)
         check_song_texts(tokenizer, ["angry drums", "loud drums calm"], settings)
     check_song_texts(tokenizer, ["calm piano calm", "calm piano fast"], settings)
     with pytest.raises(ConfigError, match=r"^3 different song texts become only 1 .* raise text\.max_tokens \(4\)"):
-        check_song_texts(tokenizer, ["calm piano", "calm piano fast", "calm piano techno"], settings.model_copy(update={"max_tokens": 4}))
+        check_song_texts(
+            tokenizer,
+            ["calm piano", "calm piano fast", "calm piano techno"],
+            settings.model_copy(update={"max_tokens": 4}),
+        )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +310,27 @@ def test_training_does_not_begin_when_every_text_is_one_vector(config: Config, f
     refuse_equal_texts(model, Songs(["a", "b"], ["calm", "calm"], ids * 0, train=np.arange(2), validation=np.arange(0)))
 
 
-PIECES = ("calm", "piano", "wave", "##s", "##wave", "syn", "##th", "a", "&", "r", "b", "z", "##z", "q", "##q", "静", "か", "##な", "##ヒ")
+PIECES = (
+    "calm",
+    "piano",
+    "wave",
+    "##s",
+    "##wave",
+    "syn",
+    "##th",
+    "a",
+    "&",
+    "r",
+    "b",
+    "z",
+    "##z",
+    "q",
+    "##q",
+    "静",
+    "か",
+    "##な",
+    "##ヒ",
+)
 
 
 def knowing(tokenizer: object, max_tokens: int = 16) -> TextEncoder:
@@ -283,7 +339,9 @@ def knowing(tokenizer: object, max_tokens: int = 16) -> TextEncoder:
 
 
 def word_pieces(folder: Path) -> str:
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES]), encoding="utf-8")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES]), encoding="utf-8"
+    )
     return str(folder / "vocab.txt")
 
 
@@ -326,11 +384,16 @@ def test_coverage_by_bytes_knows_no_part_of_a_character(tmp_path: Path):
     from transformers import PreTrainedTokenizerFast
 
     alphabet = {
-        letter: number for number, letter in enumerate(["<pad>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ca", "lm", "calm"])
+        letter: number
+        for number, letter in enumerate(
+            ["<pad>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ca", "lm", "calm"]
+        )
     }
     tokenizer = Tokenizer(models.BPE(alphabet, [("c", "a"), ("l", "m"), ("ca", "lm")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder = knowing(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"), max_tokens=64)
+    encoder = knowing(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"), max_tokens=64
+    )
     assert encoder.coverage(["calm", "\U0001f3b5", "かな", "calmzz"]) == pytest.approx([1, 0, 0, 4 / 6])
 
 
@@ -343,7 +406,10 @@ def test_coverage_of_a_tokenizer_without_offsets_is_the_share_of_its_tokens(tmp_
 def test_a_vocabulary_from_scratch_knows_its_catalogue_and_no_other_script():
     """Texts of shared/faults/37-unknown-script, against a vocabulary that knows every letter of them that is Latin."""
     catalogue = [
-        f"{mood} {genre} with {instrument}" for mood in ("calm", "quick") for genre in ("jazz", "folk") for instrument in ("piano", "harp")
+        f"{mood} {genre} with {instrument}"
+        for mood in ("calm", "quick")
+        for genre in ("jazz", "folk")
+        for instrument in ("piano", "harp")
     ]
     encoder = knowing(fast_tokenizer(train_wordpiece(catalogue * 3, 200)))
     assert encoder.coverage(catalogue).tolist() == [1.0] * len(catalogue)

@@ -12,7 +12,9 @@ from htcl_ray.models.towers.transformer_input import masked_input, official_inpu
 
 pytestmark = pytest.mark.unit
 
-SMALL = ModelSettings(conv_channels=16, width=32, layers=2, heads=4, feed_forward=64, position_kernel=5, position_groups=4)
+SMALL = ModelSettings(
+    conv_channels=16, width=32, layers=2, heads=4, feed_forward=64, position_kernel=5, position_groups=4
+)
 RECIPE = AudioRecipe(n_mels=8)
 
 
@@ -119,7 +121,9 @@ def test_layer_equals_torch():
         "attention_norm": theirs.norm1.bias,
         "feed_norm": theirs.norm2.bias,
     }
-    state = {f"{name}.weight": tensor for name, tensor in names.items()} | {f"{name}.bias": tensor for name, tensor in biases.items()}
+    state = {f"{name}.weight": tensor for name, tensor in names.items()} | {
+        f"{name}.bias": tensor for name, tensor in biases.items()
+    }
     ours.load_state_dict(state)
     x, valid = torch.randn(2, 9, 32), torch.tensor([[True] * 9, [True] * 5 + [False] * 4])
     torch.testing.assert_close(ours(x, None), theirs(x), atol=1e-5, rtol=1e-5)

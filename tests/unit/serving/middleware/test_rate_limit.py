@@ -258,7 +258,14 @@ class Upload:
         self.status: int | None = None
         self.parts_left_at_response: int | None = None
         headers = [(b"host", b"localhost"), (b"content-length", str(size).encode())]
-        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": headers,
+        }
         self.task = asyncio.ensure_future(
             app({**scope, "client": (client, 1), "http_version": "1.1", "scheme": "http"}, self.receive, self.send)
         )
@@ -363,7 +370,9 @@ def test_a_rejection_waits_for_the_body_unless_that_is_too_large(size: int):
         (["198.51.100.9", "2001:db8::1"], ["2001:db8::/32"], "198.51.100.9"),
     ],
 )
-def test_the_client_is_the_last_address_that_no_trusted_proxy_vouches_for(hops: list[str], trusted: list[str], client: str):
+def test_the_client_is_the_last_address_that_no_trusted_proxy_vouches_for(
+    hops: list[str], trusted: list[str], client: str
+):
     assert client_of_hops(hops, [ipaddress.ip_network(network) for network in trusted]) == client
 
 
@@ -372,7 +381,9 @@ class TestClientAddress:
     def seen(self) -> dict[str, Any]:
         return {}
 
-    def ask(self, seen: dict[str, Any], headers: dict[str, str], token: str = "", trusted: tuple[str, ...] = ()) -> httpx.Response:
+    def ask(
+        self, seen: dict[str, Any], headers: dict[str, str], token: str = "", trusted: tuple[str, ...] = ()
+    ) -> httpx.Response:
         app = FastAPI()
 
         @app.get("/")
@@ -411,7 +422,12 @@ def test_the_server_of_a_replica_reports_the_connection(monkeypatch: pytest.Monk
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["client"])
 
-    scope = {"type": "http", "scheme": "http", "client": ("127.0.0.1", 5), "headers": [(b"x-forwarded-for", b"1.2.3.4")]}
+    scope = {
+        "type": "http",
+        "scheme": "http",
+        "client": ("127.0.0.1", 5),
+        "headers": [(b"x-forwarded-for", b"1.2.3.4")],
+    }
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
     for prepare in (lambda: None, use_peer_addresses):
         prepare()

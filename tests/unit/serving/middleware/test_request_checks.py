@@ -1,4 +1,5 @@
-"""What is checked of every request before routing, and what every answer carries; odd requests as a server hands them over."""
+"""What is checked of every request before routing, and what every answer carries; odd requests as a server hands them
+over."""
 
 from __future__ import annotations
 
@@ -171,7 +172,9 @@ def test_hostile_json_is_400_quickly_and_in_bounded_memory(client: Client, body:
 
 def test_the_limit_of_nesting(client: Client):
     def search(levels: int) -> Any:
-        return client("POST", "/v1/search", content=b'{"text": ' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}", headers=JSON)
+        return client(
+            "POST", "/v1/search", content=b'{"text": ' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}", headers=JSON
+        )
 
     assert_failure(search(MAX_JSON_DEPTH), 422, "invalid_request")
     assert_failure(search(MAX_JSON_DEPTH + 1), 400, "bad_request", "nested deeper")
@@ -183,7 +186,14 @@ def test_brackets_that_are_not_nested_pass(client: Client):
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"k": NaN, "text": "a"}', b'{"k": Infinity, "text": "a"}', b'{"vector": [-Infinity]}', b'{"vector": [1e999]}', b"NaN"]
+    "content",
+    [
+        b'{"k": NaN, "text": "a"}',
+        b'{"k": Infinity, "text": "a"}',
+        b'{"vector": [-Infinity]}',
+        b'{"vector": [1e999]}',
+        b"NaN",
+    ],
 )
 def test_numbers_that_are_none(client: Client, content: bytes):
     assert_failure(client("POST", "/v1/search", content=content, headers=JSON), 422, "invalid_request")
@@ -232,7 +242,9 @@ class TestMultipart:
         response = client("POST", "/v1/search/audio", **request_)
         assert_failure(response, status, response.json()["error"]["code"])
 
-    @pytest.mark.parametrize("name", [b"../../etc/passwd", b"/etc/passwd", b"C:\\x", b"\x00", b"", b"%00", b"\xff\xfe", b"a" * 3_000])
+    @pytest.mark.parametrize(
+        "name", [b"../../etc/passwd", b"/etc/passwd", b"C:\\x", b"\x00", b"", b"%00", b"\xff\xfe", b"a" * 3_000]
+    )
     def test_names_of_files_mean_nothing(self, client: Client, name: bytes):
         response = client("POST", "/v1/search/audio", **multipart(FILE % name))
         assert response.status_code in (200, 400, 422)
@@ -294,7 +306,10 @@ class TestOtherOrigins:
     def test_are_not_allowed_by_default(self, client: Client):
         response = client("GET", "/healthz", headers={"origin": "https://page.example"})
         assert not [name for name in response.headers if name.startswith("access-control")]
-        assert client("OPTIONS", "/v1/search", headers={"origin": "https://page.example", **self.PREFLIGHT}).status_code == 405
+        assert (
+            client("OPTIONS", "/v1/search", headers={"origin": "https://page.example", **self.PREFLIGHT}).status_code
+            == 405
+        )
 
     def test_are_allowed_by_name(self):
         client = Client(ServeSettings(allowed_origins=("https://page.example",)))
@@ -310,4 +325,7 @@ class TestOtherOrigins:
         assert refused.headers["access-control-allow-origin"] == page["origin"]
         other = client("OPTIONS", "/v1/search", headers={"origin": "https://evil.example", **self.PREFLIGHT})
         assert_failure(other, 400, "unknown_origin")
-        assert "access-control-allow-origin" not in client("GET", "/healthz", headers={"origin": "https://evil.example"}).headers
+        assert (
+            "access-control-allow-origin"
+            not in client("GET", "/healthz", headers={"origin": "https://evil.example"}).headers
+        )

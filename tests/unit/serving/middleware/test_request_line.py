@@ -59,7 +59,9 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("audio")
     (folder / "a.mp3").write_bytes(AUDIO)
     metadata = pa.table({"title": IDS, "audio_path": pa.array([str(folder / "a.mp3")] * len(IDS), pa.string())})
-    service = SearchService(SongIndex.build(IDS, unit_vectors(0, len(IDS)), metadata=metadata, model_versions={"semantic": "s"}))
+    service = SearchService(
+        SongIndex.build(IDS, unit_vectors(0, len(IDS)), metadata=metadata, model_versions={"semantic": "s"})
+    )
     replay = Replay(service.index, UpdateLog(Workspace(str(folder / "nowhere"))))
     active = Active("v1", service, "2026-01-01T00:00:00.000000+00:00", replay)
     return SimpleNamespace(live=SimpleNamespace(active=active, broken={}, failed_polls=0), check_ready=_ready)
@@ -122,7 +124,9 @@ def test_head_is_get_without_the_body(app: FastAPI, path: str):
 def test_every_route_that_takes_get_is_above(app: FastAPI):
     templates = {route.path_format for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods}
     asked = {
-        path.partition("?")[0].replace("/v1/songs/a", "/v1/songs/{song_id}").replace("/v1/songs/nobody", "/v1/songs/{song_id}")
+        path.partition("?")[0]
+        .replace("/v1/songs/a", "/v1/songs/{song_id}")
+        .replace("/v1/songs/nobody", "/v1/songs/{song_id}")
         for path in GETS
     }
     missing = templates - asked
@@ -150,7 +154,9 @@ def test_a_signed_address_may_be_probed(monkeypatch: pytest.MonkeyPatch, backend
     assert path == "/v1/songs/a%2Fb/audio"
     assert ask(guarded, "HEAD", path, query)[0] == ask(guarded, "GET", path, query)[0] == 200
     assert ask(guarded, "HEAD", path)[0] == 401
-    assert ask(guarded, "HEAD", "/v1/songs/a%2Fb%2Faudio", query)[0] == 401, "a song of another id is not what was signed"
+    assert ask(guarded, "HEAD", "/v1/songs/a%2Fb%2Faudio", query)[0] == 401, (
+        "a song of another id is not what was signed"
+    )
 
 
 def test_head_is_only_where_get_is(app: FastAPI):
@@ -174,7 +180,11 @@ def test_the_log_sees_head_and_the_route():
         scopes.append(scope)
 
     assert ask(outer, "HEAD", "/v1/songs/a%2Fb/similar") == (200, {}, b"")
-    assert (scopes[0]["method"], scopes[0]["route"].path, scopes[0]["path"]) == ("HEAD", "GET", "/v1/songs/a%2Fb/similar")
+    assert (scopes[0]["method"], scopes[0]["route"].path, scopes[0]["path"]) == (
+        "HEAD",
+        "GET",
+        "/v1/songs/a%2Fb/similar",
+    )
 
 
 @pytest.mark.parametrize("song_id", IDS)
@@ -233,7 +243,9 @@ def test_players_and_the_python_client_name_every_song(app: FastAPI, song_id: st
     assert {match["entry"]["id"] for match in matches} == {*IDS} - {song_id}
 
     def handle(request: httpx.Request) -> httpx.Response:
-        status, headers, body = ask(app, request.method, request.url.raw_path.partition(b"?")[0].decode(), request.url.query.decode())
+        status, headers, body = ask(
+            app, request.method, request.url.raw_path.partition(b"?")[0].decode(), request.url.query.decode()
+        )
         return httpx.Response(status, headers=headers, content=body)
 
     with HttpClient("http://localhost", transport=httpx.MockTransport(handle)) as client:

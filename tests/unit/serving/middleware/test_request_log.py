@@ -63,7 +63,12 @@ def get(app: Observed, path: str, **headers: str) -> httpx.Response:
 def test_metrics_name_the_route_and_not_what_a_visitor_typed(app: Observed, recorded: Recorded):
     for path in ("/songs/a", "/songs/b", "/nothing/secret", "/fails"):
         get(app, path)
-    assert recorded.requests == [("GET /songs/{name}", 200), ("GET /songs/{name}", 200), ("other", 404), ("GET /fails", 500)]
+    assert recorded.requests == [
+        ("GET /songs/{name}", 200),
+        ("GET /songs/{name}", 200),
+        ("other", 404),
+        ("GET /fails", 500),
+    ]
 
 
 def test_requests_under_way_return_to_none_also_after_a_failure(app: Observed, recorded: Recorded):
@@ -73,7 +78,9 @@ def test_requests_under_way_return_to_none_also_after_a_failure(app: Observed, r
     assert get(app, "/waiting").text == "1"
 
 
-def test_the_log_line_says_who_asked_what(app: Observed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_the_log_line_says_who_asked_what(
+    app: Observed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="ray.serve.htcl"):
         get(app, "/songs/secret-name", x_request_id="abc")
