@@ -278,7 +278,7 @@ def _commands() -> list[str]:
 
     lines = ["## Command line", ""]
     lines += [
-        "All commands take `--preset`, `--config`, `--set` and `--workspace`; `htcl COMMAND --help` prints them.",
+        "All commands take `--preset`, `--config`, `--set` and `--workspace`; `--help` after a command prints its flags.",
         "",
     ]
     for name, command in cli.COMMANDS.items():
