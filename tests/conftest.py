@@ -14,6 +14,38 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LONGEST_FIRST = (
+    "tests/end_to_end/test_documented_commands.py",
+    "tests/end_to_end/test_jobs.py",
+    "tests/end_to_end/test_demo.py",
+    "tests/end_to_end/test_every_step_matters.py",
+    "tests/ray/test_tune.py",
+    "tests/ray/test_train.py",
+    "tests/ray/test_tune_autoscaling.py",
+    "tests/ray/test_tune_chaos.py",
+    "tests/ray/test_ablate.py",
+    "tests/end_to_end/",
+    "tests/ray/",
+    "tests/serve/",
+    "tests/distributed/",
+    "tests/unit/audio/test_sandbox.py",
+)
+"""Order in which the processes of pytest-xdist take files, so that none is left with a long one at the end."""
+ONE_PROCESS = {"tests/end_to_end/test_jobs.py": "tests/end_to_end/test_documented_commands.py"}
+"""Files that share a fixture of the session with another file, which is then built once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every file to one process of pytest-xdist, as its fixtures are of module scope, and the longest ones first."""
+    for item in items:
+        file = item.path.relative_to(REPOSITORY).as_posix()
+        item.add_marker(pytest.mark.xdist_group(ONE_PROCESS.get(file, file)))
+    items.sort(key=_position)
+
+
+def _position(item: pytest.Item) -> int:
+    file = item.path.relative_to(REPOSITORY).as_posix()
+    return next((place for place, prefix in enumerate(LONGEST_FIRST) if file.startswith(prefix)), len(LONGEST_FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from htcl_ray.demo_world import write_sample
 from tests.conftest import REPOSITORY
 from tests.worlds.documented_commands import PAGES, blocks, variables
 from tests.worlds.official_model import small_wrapper
-from tests.worlds.ray_head import environment
+from tests.worlds.ray_head import Head, environment
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
@@ -89,14 +89,19 @@ def lines() -> list[Line]:
     return [line for line in found if line.text]
 
 
+def without_comment(line: Line) -> str:
+    """The text of a line up to its comment."""
+    return re.sub(r"\s+#.*", "", line.text)
+
+
 def here(pattern: str) -> list[Line]:
-    """The lines that begin with one of these, each once."""
+    """The lines that begin with one of these, each once whatever its comment says."""
     chosen = [
         line
         for line in lines()
         if not any(re.match(other, line.text) for other in NOT_HERE) and re.match(pattern, line.text)
     ]
-    return list({(line.text, line.data): line for line in chosen}.values())
+    return list({(without_comment(line), line.data): line for line in chosen}.values())
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +137,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(line: Line, world: Path) -> dict[str, object]:
-    """How a line is given to bash: in the reader's folder, with the page's `DATA`."""
-    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": str(REPOSITORY)}
+def shell(line: Line, world: Path, **more: str) -> dict[str, object]:
+    """Arguments of subprocess for a line: bash in the reader's folder, with the page's `DATA`."""
+    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": str(REPOSITORY), **more}
     return {"args": ["bash", "-euo", "pipefail", "-c", line.text], "cwd": world, "env": variables}
 
 
-def run(line: Line, world: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(**shell(line, world), capture_output=True, text=True, timeout=3000, check=False)
+def run(line: Line, world: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a line to its end, and print how long it took: the durations of pytest show the sum only."""
+    started = time.monotonic()
+    done = subprocess.run(**shell(line, world, **more), capture_output=True, text=True, timeout=3000, check=False)
+    print(f"{time.monotonic() - started:6.1f} s  {line.page}: {line.text}", flush=True)
+    return done
 
 
 @contextmanager
@@ -158,11 +167,11 @@ def named(folder: Path, *names: str) -> Iterator[None]:
 
 
 def test_every_line_is_run_here_or_named():
-    ran = {line.text for pattern in (r"htcl ", "curl ", 'DATA="', SERVERS) for line in here(pattern)}
+    ran = {without_comment(line) for pattern in (r"htcl ", "curl ", 'DATA="', SERVERS) for line in here(pattern)}
     unknown = [
         line
         for line in lines()
-        if line.text not in ran and not any(re.match(pattern, line.text) for pattern in NOT_HERE)
+        if without_comment(line) not in ran and not any(re.match(pattern, line.text) for pattern in NOT_HERE)
     ]
     assert not unknown
     assert not any(re.match(pattern, "htcl ") for pattern in NOT_HERE), "every command of ours is run as it is written"
@@ -174,16 +183,18 @@ def test_every_line_is_run_here_or_named():
 
 
 @pytest.fixture(scope="module")
-def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
-    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and
-    tuning."""
+def steps(world: Path, head: Head) -> dict[Line, subprocess.CompletedProcess[str]]:
+    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning.
+
+    On the head node that the jobs use. Commands with a private cluster of their own: test_demo.py and the servers.
+    """
     done = {}
     for line in here("htcl "):
         if "RUN_A" in line.text:
             with named(world / "workspace/reports", "RUN_A", "RUN_B"):
-                done[line] = run(line, world)
+                done[line] = run(line, world, RAY_ADDRESS=head.address)
         elif not re.match(SERVERS, line.text):
-            done[line] = run(line, world)
+            done[line] = run(line, world, RAY_ADDRESS=head.address)
     return done
 
 

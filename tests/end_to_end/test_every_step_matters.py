@@ -107,9 +107,14 @@ def spoil_checkpoint(config: Config) -> None:
         workspace.write_json(f"{artifact.path}/manifest.json", manifest)
 
 
-def test_initial_checkpoint(baseline: Outcome, world: SampleTables, query: tuple[bytes, str], tmp_path: Path):
-    short = {"pretrain__epochs": 1, "finetune__epochs": 1}
-    outcome = run_every_step(configuration(tmp_path, world, **short), *query, after_training=spoil_checkpoint)
+def test_initial_checkpoint(
+    baseline: Outcome, baseline_workspace: Path, world: SampleTables, query: tuple[bytes, str], tmp_path: Path
+):
+    """The baseline's models with initial weights."""
+    for made in ("features", "events", "pairs", "negatives", "models"):
+        shutil.copytree(baseline_workspace / made, tmp_path / made)
+    config = configuration(tmp_path, world, **EPOCHS)
+    outcome = run_every_step(config, *query, after_training=spoil_checkpoint)
     changed_answers(baseline, outcome)
     assert 0.3 < outcome.median_rank_share() < 0.7
     assert TEXT_FINDS_SOUND in outcome.failed_bounds

@@ -1,8 +1,9 @@
-"""Jobs, as on a cluster: `ray start --head`, then `ray job submit` with the working directory."""
+"""Jobs as on a cluster: `ray start --head`, then `ray job submit` with the working directory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,10 @@ import pytest
 from htcl_ray.demo_world import write_sample
 from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
-from tests.worlds.ray_head import Head, head_node, submit
+from tests.worlds.ray_head import Head, environment, submit
 from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with head_node("--num-cpus=4") as started:
-        yield started
 
 
 def test_preprocess_as_a_job(head: Head, tmp_path: Path):
@@ -63,19 +58,22 @@ def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path
         "evaluate": "reports",
     }
     assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__", "preprocess"} == set(made)
+    scripts = " && ".join(f"python jobs/{job}.py --config {tmp_path}/c.yaml" for job in made)
+    done = submit(head, "bash", "-c", f"'{scripts}'")  # one job: each submission packs the working directory again
+    assert done.returncode == 0, done.stdout + done.stderr
     for job, folder in made.items():
-        done = submit(head, "python", f"jobs/{job}.py", "--config", str(tmp_path / "c.yaml"))
-        assert done.returncode == 0, f"{job}: {done.stdout}{done.stderr}"
         assert len(Workspace(config.workspace).finished(folder)) == 1, job
 
 
 @pytest.mark.parametrize("job", ["tune", "evaluate"])
 def test_a_job_that_lacks_its_input_fails_with_the_step_to_run(head: Head, tmp_path: Path, job: str):
-    done = submit(head, "python", f"jobs/{job}.py", "--preset", "demo", "--workspace", str(tmp_path))
-    assert done.returncode == 1
-    assert "failed with exit code 2" in done.stdout + done.stderr
-    assert "htcl: error: the workspace" in done.stdout
-    assert "first" in done.stdout
+    """As the head node runs a job's entry point: before it connects to Ray."""
+    command = [sys.executable, f"jobs/{job}.py", "--preset", "demo", "--workspace", str(tmp_path)]
+    variables = {**environment(), "RAY_ADDRESS": head.address, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "htcl: error: the workspace" in done.stderr
+    assert "first" in done.stderr
 
 
 def test_a_relative_workspace_is_refused(head: Head):

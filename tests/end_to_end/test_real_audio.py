@@ -40,15 +40,22 @@ def through_to_search(catalog: Path, workspace: Path, *flags: str) -> list[dict]
     return [*neighbours, *by_text]
 
 
-def test_music_without_logs_carries_through_to_search(shared_data: Path, tmp_path: Path):
-    """Stage 1 alone; a song's own file finds the song."""
-    hits = through_to_search(shared_data / "music.csv", tmp_path)
+@pytest.fixture(scope="module")
+def music(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """A workspace of stage 1 over real music, and the results of two searches in it."""
+    workspace = tmp_path_factory.mktemp("music")
+    return workspace, through_to_search(shared_data / "music.csv", workspace)
+
+
+def test_music_without_logs_carries_through_to_search(shared_data: Path, music: tuple[Path, list[dict]]):
+    """Stage 1 alone; a song's own file retrieves the song."""
+    workspace, hits = music
     assert len(hits) == 10
     assert all(hit["preference_score"] is None for hit in hits)
     with (shared_data / "music.csv").open(newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
     assert {hit["song_id"] for hit in hits} <= {row["song_id"] for row in rows}
-    common = ["--preset", "demo", "--workspace", str(tmp_path), *SHORT]
+    common = ["--preset", "demo", "--workspace", str(workspace), *SHORT]
     for row in rows[::30]:
         found = json.loads(
             run("search", *common, "--audio", str(shared_data / row["audio_path"]), "-k", "3", "--json")
@@ -63,17 +70,9 @@ def test_sounds_with_other_column_names(shared_data: Path, tmp_path: Path):
     assert len(through_to_search(shared_data / "esc10.csv", tmp_path, *flags)) == 10
 
 
-def test_without_a_log_stage_two_is_refused(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    common = [
-        "--preset",
-        "demo",
-        "--workspace",
-        str(tmp_path),
-        "--set",
-        f"data.catalog={shared_data / 'music.csv'}",
-        *SHORT,
-    ]
-    for step in ("preprocess", "pretrain"):
-        run(step, *common)
-    assert cli.main(["finetune", *common]) == 2
+def test_without_a_log_stage_two_is_refused(
+    shared_data: Path, music: tuple[Path, list[dict]], capsys: pytest.CaptureFixture[str]
+):
+    common = ["--preset", "demo", "--workspace", str(music[0]), "--set", f"data.catalog={shared_data / 'music.csv'}"]
+    assert cli.main(["finetune", *common, *SHORT]) == 2
     assert "data.interactions" in capsys.readouterr().err

@@ -22,7 +22,8 @@ from tests.worlds.synthetic_features import tiny_config, write_features, write_p
 
 pytestmark = pytest.mark.ray
 
-CHOSEN = ("full", "without stage 1", "without stage 2", "shuffled captions")
+CHOSEN = ("full", "without stage 1", "shuffled captions")
+"""Every variant is trained by the command that docs/evaluation.md shows: tests/end_to_end/test_documented_commands.py."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_variants_are_trained_apart_and_set_beside_each_other(config: Config, mo
     cells = {variant["name"]: variant["figures"][0] for variant in tree["variants"]}
     assert cells["full"]["against_full"] is None
     assert {name for name, cell in cells.items() if cell["against_full"]} == set(CHOSEN[1:])
-    assert "ablation 4 of 4: shuffled captions" in capsys.readouterr().out
+    assert "ablation 3 of 3: shuffled captions" in capsys.readouterr().out
     page = (Path(result.location) / "report.html").read_text(encoding="utf-8")
     assert all(name in page for name in CHOSEN)
     again = ablate(config)

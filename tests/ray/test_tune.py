@@ -174,12 +174,12 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
     import ray
 
     groups = set(ray.util.placement_group_table())
-    space = {"pretrain.learning_rate": [0.003, 1e-12, 1.1e-12]}
+    space = {"pretrain.learning_rate": [0.003, 1e-12]}
     config = tune_config(
         tmp_path,
         **{
             "tune.space": space,
-            "tune.trials": 3,
+            "tune.trials": 2,
             "tune.max_concurrent_trials": 1,
             "tune.samples": 320,
             "tune.metric": "ndcg@10",
@@ -205,35 +205,18 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
         time.sleep(0.5)
 
 
-def pending_at_once(config: Config, monkeypatch: pytest.MonkeyPatch, *, rays_default: bool) -> int:
-    """The most trials that Ray Tune had pending at a time."""
-    from ray import tune as ray_tune
-
+def test_trials_are_requested_together(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+    """An autoscaler then adds several nodes at once. Ray's default for a searcher is one pending trial at a time."""
     from htcl_ray.pipelines.tuning.study import StudyCallback
 
-    seen = []
+    pending = []
 
-    def watch(self: StudyCallback, iteration: int, trials: list[Any], **info: Any) -> None:
-        seen.append(sum(trial.status == "PENDING" for trial in trials))
+    def record_pending(self: StudyCallback, iteration: int, trials: list[Any], **info: Any) -> None:
+        pending.append(sum(trial.status == "PENDING" for trial in trials))
 
-    monkeypatch.setattr(StudyCallback, "on_step_end", watch)
-    if rays_default:
-        original = ray_tune.TuneConfig
-        monkeypatch.setattr(
-            ray_tune, "TuneConfig", lambda **given: original(**{**given, "max_concurrent_trials": None})
-        )
-    tune(config)
-    return max(seen)
-
-
-def test_trials_are_asked_for_together(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    """So that an autoscaler sees the need for several nodes at once; with Ray's default for searchers it sees that for
-    one."""
-    config = tune_config(
-        tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2, "tune.study": "ours"}
-    )
-    assert pending_at_once(config, monkeypatch, rays_default=False) == 2
-    assert pending_at_once(config.with_overrides({"tune.study": "rays"}), monkeypatch, rays_default=True) == 1
+    monkeypatch.setattr(StudyCallback, "on_step_end", record_pending)
+    tune(tune_config(tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2}))
+    assert max(pending) == 2
 
 
 def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
@@ -261,60 +244,54 @@ def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(
     assert table(config) == []
 
 
-def test_a_killed_search_goes_on(tmp_path: Path):
-    """What has ended stays, what was running resumes from its last checkpoint, and then comes what an uninterrupted
-    search would try.
+def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
+    """Ended trials stay, the interrupted one resumes from its last checkpoint, and the next trial gets the point that
+    an uninterrupted search gives it: that of `searched`, since the first ten points do not depend on results.
 
-    Killed twice, in the second and in the third trial.
+    Points after an interruption at each trial: tests/unit/tuning/test_resume.py.
     """
-    rows_per_report = 32 * 10  # long enough that no worker sees all its rows between the kill and its own end
+    rows_per_report = 32 * 10  # long enough that the worker does not see all rows between the kill and its own end
+    num_reports, num_trials = 25, 3
     settings = {
-        "tune.samples": rows_per_report * 40,
-        "tune.reports": 40,
-        "tune.trials": 4,
+        "tune.samples": rows_per_report * num_reports,
+        "tune.reports": num_reports,
+        "tune.trials": num_trials,
         "tune.max_concurrent_trials": 1,
         "tune.early_stopping": False,
     }
     config = tune_config(tmp_path / "killed", **settings)
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", str(tmp_path / "c.yaml")]
-    before: list[dict[str, Any]] = []
-    for killed_in in (1, 2):
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            deadline = time.monotonic() + 240
-            try:
-                while not _in_the_middle_of(table(config), killed_in):
-                    assert process.poll() is None, (tmp_path / "log").read_text()
-                    assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                    time.sleep(0.05)
-            finally:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        assert table(config)[: len(before[:-1])] == before[:-1]
-        before = table(config)
-        assert [trial["state"] for trial in before] == ["finished"] * killed_in + ["running"]
-        folder = Path(config.workspace) / f"runs/tune/pretrain/trials/{killed_in:04d}/runs/pretrain"
-        assert list(folder.glob("*/checkpoint_*"))
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        deadline = time.monotonic() + 300
+        try:
+            while not _in_the_middle_of(table(config), 1):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    before = table(config)
+    assert [trial["state"] for trial in before] == ["finished", "running"]
+    assert list((Path(config.workspace) / "runs/tune/pretrain/trials/0001/runs/pretrain").glob("*/checkpoint_*"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     after = table(config)
-    assert after[:2] == before[:2]
-    assert [trial["state"] for trial in after] == ["finished"] * 4
-    assert [len(trial["attempts"]) for trial in after] == [1, 2, 2, 1]
-    seen = len(before[2]["history"])
-    assert after[2]["history"][:seen] == before[2]["history"]
+    assert after[0] == before[0]
+    assert [trial["state"] for trial in after] == ["finished"] * num_trials
+    assert [len(trial["attempts"]) for trial in after] == [1, 2, 1]
+    num_seen = len(before[1]["history"])
+    assert after[1]["history"][:num_seen] == before[1]["history"]
     for trial in after:
         rows = [item["rows"] for item in trial["history"]]
-        assert rows == list(range(rows_per_report, rows_per_report * 41, rows_per_report)), (
+        assert rows == [rows_per_report * number for number in range(1, num_reports + 1)], (
             "also what was measured between the last line of the table and the kill"
         )
-    quick = {**settings, "tune.samples": 128, "tune.reports": 4}  # the first ten points do not depend on results
-    whole = tune_config(tmp_path / "whole", **quick)
-    (tmp_path / "c.yaml").write_text(whole.as_yaml())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in table(whole)]
+    uninterrupted = [trial["parameters"] for trial in table(searched)[:num_trials]]
+    assert [trial["parameters"] for trial in after] == uninterrupted
 
 
 def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Config, tmp_path: Path, ray_cluster: None):
@@ -385,13 +362,12 @@ def test_bad_input_is_one_sentence_before_anything_starts(tmp_path: Path, capsys
     assert not (Workspace(config.workspace).exists("runs"))
 
 
-@pytest.mark.parametrize("flags", [[], ["--workspace", "./workspace"], ["--workspace", "../given/workspace"]])
-def test_a_relative_workspace_is_that_of_the_directory_of_the_command(tmp_path: Path, flags: list[str]):
-    """Trials run in folders of their own; each used to look for the workspace there."""
+def test_relative_workspace_is_relative_to_the_directory_of_the_command(tmp_path: Path):
+    """Trials run in folders of their own. `--workspace ./x` and `../x`: tests/unit/config/test_config.py."""
     folder = tmp_path / "given"
     config = tune_config(folder / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1})
     (folder / "c.yaml").write_text(config.with_overrides({"workspace": "./workspace"}).as_yaml())
-    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", "c.yaml", *flags]
+    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", "c.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [trial["state"] for trial in table(config)] == ["finished"]

@@ -73,7 +73,11 @@ def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int
     log = folder / "start.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env={**environment(), **(variables or {})}, stdout=output, stderr=output, cwd=REPOSITORY
+            command,
+            env={**environment(), "PYTHONPATH": str(REPOSITORY), **(variables or {})},
+            stdout=output,
+            stderr=output,
+            cwd=REPOSITORY,
         )
     try:
         deadline = time.monotonic() + 90

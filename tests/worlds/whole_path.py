@@ -1,4 +1,4 @@
-"""Running every step on a small world, and asking the application over HTTP: what the end-to-end tests share."""
+"""Run every step on a small world, and search it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from htcl_ray.config import Config, resolve
 from htcl_ray.demo_world import TEXT_COLUMNS, SampleTables
 from htcl_ray.evaluation.gate import judge, read_gate
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate, read_figures
-from htcl_ray.pipelines.index import build_index
+from htcl_ray.pipelines.index import build_index, determined_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
-from htcl_ray.serving.application import serving
+from htcl_ray.search.service import SearchService
 from htcl_ray.workspace.storage import Workspace
 
 QUERIES = ("calm piano", "energetic rock guitar", "baroque organ", "dark synthesizer")
@@ -69,7 +67,7 @@ def configuration(workspace: Path, tables: SampleTables, **overrides: Any) -> Co
 def run_every_step(
     config: Config, upload: bytes, song_id: str, after_training: Callable[[Config], None] | None = None
 ) -> Outcome:
-    """Preprocess to evaluate, then three kinds of queries over HTTP."""
+    """Preprocess to evaluate, then three kinds of queries."""
     for step in (preprocess, pretrain, finetune):
         step(config)
     if after_training:
@@ -92,13 +90,12 @@ def read_report(config: Config, location: str) -> dict[str, Any]:
 
 
 def ask(config: Config, upload: bytes, song_id: str) -> dict[str, list[str]]:
-    with serving(config.with_overrides({"serve.port": 0})) as url, httpx.Client(base_url=url, timeout=60) as client:
-        responses = {text: client.post("/v1/search", json={"text": text, "k": 10}) for text in QUERIES}
-        responses["upload"] = client.post("/v1/search/audio", files={"file": ("song.wav", upload)}, data={"k": "10"})
-        responses["similar"] = client.get(f"/v1/songs/{song_id}/similar", params={"k": 10})
-    for query, response in responses.items():
-        assert response.status_code == 200, f"{query}: {response.text}"
-    return {query: [hit["song_id"] for hit in response.json()["results"]] for query, response in responses.items()}
+    """Song ids in order for three kinds of queries, by the service that `htcl search` and the application share."""
+    service = SearchService.open(config, determined_index(Workspace(config.workspace), config))
+    responses = {text: service.search_text(text, k=10) for text in QUERIES}
+    responses["upload"] = service.search_audio(upload, k=10)
+    responses["similar"] = service.search_songs([song_id], k=10)
+    return {query: [hit.song_id for hit in response.hits] for query, response in responses.items()}
 
 
 def rewrite(path: Path, target: Path, change: Callable[[list[dict[str, str]]], list[dict[str, str]]]) -> Path:
