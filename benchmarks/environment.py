@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from htcl_ray.workspace.storage import build_manifest
+from htcl_ray.workspace.manifest import build_manifest
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -28,7 +28,7 @@ from htcl_ray.demo_world import SampleTables, write_sample
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.workspace.storage import file_sha256
+from htcl_ray.workspace.manifest import file_sha256
 
 MINILM = Path(__file__).resolve().parents[1] / ".models" / "all-minilm-l6-v2"
 PRETRAINED = {

@@ -23,7 +23,8 @@ from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.towers.vocabulary import train_wordpiece
-from htcl_ray.workspace.storage import Workspace, build_manifest, file_sha256
+from htcl_ray.workspace.manifest import build_manifest, file_sha256
+from htcl_ray.workspace.storage import Workspace
 
 GENRES = ("rock", "jazz", "folk", "soul", "techno")
 CLIP_SECONDS = 3.0

@@ -115,7 +115,7 @@ def run_step(step: str) -> int:
 
 
 def _report(error: BaseException, where: str = "the workspace") -> int:
-    from htcl_ray.workspace.storage import storage_failure
+    from htcl_ray.workspace.filesystem import storage_failure
 
     ours = _ours(error) or storage_failure(error, where)
     if isinstance(ours, InputError):

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from htcl_ray.errors import AccessDeniedError, AudioError, StorageError, WorkspaceError
 from htcl_ray.schemas import Reason
+from htcl_ray.workspace.filesystem import explain, open_filesystem, storage_errors
 from htcl_ray.workspace.paths import local_path
-from htcl_ray.workspace.storage import explain, open_filesystem, storage_errors
 
 REMOTE_READ_BYTES = 1 << 20
 

@@ -14,8 +14,15 @@ import pyarrow.fs as pafs
 
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.schemas import Reason
+from htcl_ray.workspace.filesystem import (
+    SUPPORTED,
+    explain,
+    list_folder,
+    open_filesystem,
+    split_options,
+    storage_errors,
+)
 from htcl_ray.workspace.paths import is_uri, local_path
-from htcl_ray.workspace.storage import SUPPORTED, explain, list_folder, open_filesystem, split_options, storage_errors
 
 MISSING, DENIED, UNSUPPORTED = -1, -2, -3
 UNUSABLE = {

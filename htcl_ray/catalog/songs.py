@@ -28,8 +28,8 @@ from htcl_ray.catalog.text import song_text
 from htcl_ray.config.sections import DataSettings, nearest
 from htcl_ray.errors import TableError
 from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
+from htcl_ray.workspace.filesystem import split_options
 from htcl_ray.workspace.paths import is_uri
-from htcl_ray.workspace.storage import split_options
 
 SONGS = pa.schema(
     [

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 
 from htcl_ray.config.sections import nearest
 from htcl_ray.errors import TableError
+from htcl_ray.workspace.filesystem import explain, is_storage_error, open_filesystem, split_options, storage_errors
 from htcl_ray.workspace.paths import is_uri, local_path
-from htcl_ray.workspace.storage import explain, is_storage_error, open_filesystem, split_options, storage_errors
 
 FORMATS = {
     ".parquet": "parquet",

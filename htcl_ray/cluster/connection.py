@@ -19,9 +19,9 @@ from typing import Any
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.workspace.credentials import without_credentials
+from htcl_ray.workspace.filesystem import storage_errors, storage_failure
 from htcl_ray.workspace.local_copies import private_folder, private_name
 from htcl_ray.workspace.paths import absolute_sqlite, is_relative
-from htcl_ray.workspace.storage import storage_errors, storage_failure
 
 
 def connect(config: Config, metrics_port: int | None = None) -> None:

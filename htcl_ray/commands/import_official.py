@@ -12,7 +12,8 @@ from pathlib import Path
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, WorkspaceError
 from htcl_ray.workspace.credentials import without_credentials
-from htcl_ray.workspace.storage import MANIFEST, Workspace, build_manifest, file_sha256
+from htcl_ray.workspace.manifest import MANIFEST, build_manifest, file_sha256
+from htcl_ray.workspace.storage import Workspace
 
 SPACES = {1: "semantic", 2: "preference"}
 

@@ -291,7 +291,7 @@ def _read_text(path: str) -> str:
     path = absolute(path)
     if "://" not in path:
         return Path(path).read_text(encoding="utf-8")
-    from htcl_ray.workspace.storage import open_filesystem, storage_errors
+    from htcl_ray.workspace.filesystem import open_filesystem, storage_errors
 
     filesystem, name = open_filesystem(path)
     with storage_errors(path), filesystem.open_input_stream(name) as stream:

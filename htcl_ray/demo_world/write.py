@@ -23,7 +23,7 @@ from htcl_ray.demo_world.listeners import make_tastes, simulate
 from htcl_ray.demo_world.synthesis import SAMPLE_RATE, render
 from htcl_ray.demo_world.world import World, make_world, random_stream
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.workspace.storage import file_sha256, fingerprint
+from htcl_ray.workspace.manifest import file_sha256, fingerprint
 
 MARKER = "sample.json"
 DAMAGED_SHARE = 0.006

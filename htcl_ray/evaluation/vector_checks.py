@@ -17,7 +17,7 @@ from htcl_ray.evaluation.evaluated_songs import Songs
 from htcl_ray.evaluation.stats.bootstrap import Estimate
 from htcl_ray.evaluation.stats.collapse import effective_rank, mean_cosine
 from htcl_ray.evaluation.task_result import Task
-from htcl_ray.workspace.storage import fingerprint
+from htcl_ray.workspace.manifest import fingerprint
 
 if TYPE_CHECKING:
     from htcl_ray.index.vectors import Vectors

@@ -8,7 +8,8 @@ from typing import Any
 
 from htcl_ray.errors import MismatchError, WorkspaceError
 from htcl_ray.index.vectors import ModelVersions
-from htcl_ray.workspace.storage import Workspace, file_sha256
+from htcl_ray.workspace.manifest import file_sha256
+from htcl_ray.workspace.storage import Workspace
 
 VECTORS_FILE = "index.faiss"
 EXACT_FILE = "vectors.npy"

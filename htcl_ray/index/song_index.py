@@ -28,7 +28,8 @@ from htcl_ray.index.segments import IndexState
 from htcl_ray.index.vectors import ModelVersions, Vectors
 from htcl_ray.schemas import INDEX_SONGS, SONG_MAP
 from htcl_ray.search.ranking import Hit, rank
-from htcl_ray.workspace.storage import MANIFEST, Workspace, build_manifest, file_sha256
+from htcl_ray.workspace.manifest import MANIFEST, build_manifest, file_sha256
+from htcl_ray.workspace.storage import Workspace
 
 SPARE_CANDIDATES = 8
 """Candidates fetched beyond what is asked for, so that ties at the k-th place are seen without a second search."""

@@ -24,7 +24,8 @@ from htcl_ray.models.card import Evaluation, evaluation_of, model_card
 from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
 from htcl_ray.models.towers.text import check_tokenizer
 from htcl_ray.models.weights import read_weights
-from htcl_ray.workspace.storage import MANIFEST, Workspace, file_sha256, fingerprint
+from htcl_ray.workspace.manifest import MANIFEST, file_sha256, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer", "README.md"
 EVALUATION = "evaluation.json"

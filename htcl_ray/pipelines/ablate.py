@@ -32,7 +32,8 @@ from htcl_ray.pipelines.evaluate import evaluate, read_figures
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.schemas import FORMAT_VERSION, Split
 from htcl_ray.workspace.artifacts import Artifact, StepResult
-from htcl_ray.workspace.storage import MANIFEST, Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.manifest import MANIFEST, build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 
 @dataclass(frozen=True)

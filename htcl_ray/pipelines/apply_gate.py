@@ -13,6 +13,7 @@ from rich.table import Table
 from htcl_ray.config import Config
 from htcl_ray.errors import InputError, StepError
 from htcl_ray.evaluation.gate import DEFAULT, Verdict, judge, read_gate
+from htcl_ray.evaluation.release_gate import record_verdicts
 from htcl_ray.evaluation.report.report_page import html
 from htcl_ray.evaluation.report.report_tree import number
 from htcl_ray.evaluation.report.resamples import Key, estimates
@@ -22,7 +23,6 @@ from htcl_ray.pipelines.evaluate import Inputs, evaluate, evaluate_reference, fi
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.paths import absolute
-from htcl_ray.workspace.release_gate import record_verdicts
 from htcl_ray.workspace.storage import Workspace
 
 Figures = dict[Key, Estimate]

@@ -17,7 +17,8 @@ from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.search.song_map import draw_map
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, StepResult
-from htcl_ray.workspace.storage import Workspace, fingerprint
+from htcl_ray.workspace.manifest import fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 
 def compact(config: Config, version: str | None = None) -> StepResult:

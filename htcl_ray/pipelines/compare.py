@@ -27,7 +27,8 @@ from htcl_ray.evaluation.stats.bootstrap import comparable
 from htcl_ray.pipelines.evaluate import evaluate_reference, inputs_of, read_figures
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import StepResult
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 
 def compare(config: Config, first: str, second: str) -> StepResult:

@@ -19,7 +19,8 @@ from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, conc
 from htcl_ray.pipelines import inputs
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
 from htcl_ray.workspace.artifacts import Artifact, Models, StepResult
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 if TYPE_CHECKING:
     from htcl_ray.search.encoder import SongEncoder

@@ -35,7 +35,8 @@ from htcl_ray.schemas import FORMAT_VERSION, METADATA
 from htcl_ray.search.encoder import SongEncoder
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, Models, StepResult
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 TEXTS_AT_ONCE = 256
 FIGURES = "figures.parquet"

@@ -35,8 +35,9 @@ from htcl_ray.interactions.log_summary import LogSummary
 from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
 from htcl_ray.workspace.paths import canonical
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 EVENTS_PER_FILE = 1 << 20
 EVENTS_PER_BUCKET = 1 << 20

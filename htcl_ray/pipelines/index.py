@@ -17,7 +17,8 @@ from htcl_ray.pipelines.embed import EmbedJob, embeddings, plan, read_vectors
 from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
 from htcl_ray.search.song_map import draw_map
 from htcl_ray.workspace.artifacts import Artifact, StepResult
-from htcl_ray.workspace.storage import Workspace, fingerprint
+from htcl_ray.workspace.manifest import fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 MORE_RECALL = {
     "flat": "which is exact, so this is a defect",

@@ -14,13 +14,14 @@ from typing import Any
 from htcl_ray.config import Config
 from htcl_ray.config.sections import NOT_IN_MODEL, Require, StageSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
+from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.pipelines.events import plan_log
 from htcl_ray.pipelines.preprocess import plan_features
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, Models
-from htcl_ray.workspace.release_gate import check_gates
-from htcl_ray.workspace.storage import Workspace, file_sha256, fingerprint
+from htcl_ray.workspace.manifest import file_sha256, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 PREPROCESS = "run 'htcl preprocess' with this configuration first"
 

@@ -10,7 +10,8 @@ import pyarrow.dataset as pads
 
 from htcl_ray.schemas import FORMAT_VERSION, Split
 from htcl_ray.workspace.artifacts import Artifact
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 
 SONGS_AT_ONCE = 64
 SAY_EVERY_SECONDS = 10.0

@@ -23,7 +23,8 @@ from htcl_ray.interactions.pairs import draws_by_support, finish_negatives, fini
 from htcl_ray.interactions.splits import hash_fraction
 from htcl_ray.pipelines.events import LogPlan, read_songs
 from htcl_ray.schemas import PAIRS, Split
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 
 EVENTS_PER_BUCKET = 1 << 20
 

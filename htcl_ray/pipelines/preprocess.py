@@ -37,8 +37,10 @@ from htcl_ray.pipelines.mine_pairs import make_pairs
 from htcl_ray.schemas import FORMAT_VERSION, METADATA, QUARANTINE, Reason, features_schema
 from htcl_ray.workspace.artifacts import StepResult
 from htcl_ray.workspace.credentials import without_credentials
+from htcl_ray.workspace.filesystem import storage_errors
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
 from htcl_ray.workspace.paths import canonical
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint, storage_errors
+from htcl_ray.workspace.storage import Workspace
 
 SECONDS_BETWEEN_LINES = 2.0
 

@@ -30,8 +30,9 @@ from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceErro
 from htcl_ray.pipelines import inputs
 from htcl_ray.training.trackers import check_tracking
 from htcl_ray.workspace.artifacts import Artifact, StepResult
+from htcl_ray.workspace.manifest import build_manifest, file_sha256
 from htcl_ray.workspace.paths import canonical
-from htcl_ray.workspace.storage import Workspace, build_manifest, file_sha256
+from htcl_ray.workspace.storage import Workspace
 
 if TYPE_CHECKING:
     from htcl_ray.training.song_numbers import Pairs, Songs

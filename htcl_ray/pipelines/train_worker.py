@@ -32,8 +32,9 @@ from htcl_ray.training.song_numbers import read_pairs, read_songs
 from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
 from htcl_ray.training.trackers import open_trackers
 from htcl_ray.workspace.artifacts import Artifact
+from htcl_ray.workspace.filesystem import storage_failure
 from htcl_ray.workspace.local_copies import private_folder
-from htcl_ray.workspace.storage import Workspace, storage_failure
+from htcl_ray.workspace.storage import Workspace
 
 
 @dataclass(frozen=True)

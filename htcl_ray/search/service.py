@@ -11,6 +11,7 @@ import numpy as np
 from htcl_ray.audio import decode
 from htcl_ray.config import Config
 from htcl_ray.errors import QueryError, SongNotFoundError
+from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.index.folder import check_fits
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import ENCODER_DAMAGED, Vectors, check_unit_norm, unit_norm
@@ -23,7 +24,6 @@ from htcl_ray.search.shared_tags import TAG_COLUMNS, shared_with_songs, shared_w
 from htcl_ray.search.song_columns import LatestColumns, SongColumns
 from htcl_ray.search.sonic_path import sonic_path
 from htcl_ray.workspace import artifacts
-from htcl_ray.workspace.release_gate import check_gates
 from htcl_ray.workspace.storage import Workspace
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from htcl_ray.errors import StepError, WorkspaceError
 from htcl_ray.training.song_numbers import Rows, Songs
 from htcl_ray.workspace.local_copies import identity, lock_folder, private_folder
-from htcl_ray.workspace.storage import Workspace, fingerprint
+from htcl_ray.workspace.manifest import fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 FRAMES, OFFSETS, WHOLE = "frames.f16", "offsets.npy", "whole.json"
 """WHOLE, the identity of the other two when they were finished, is written last: a folder without it is unfinished."""

@@ -1,16 +1,13 @@
-"""Files of this machine that processes of one user share: a private folder, locks, and verified copies of artifacts of
-object storage.
+"""Local files that the processes of one user share: atomic writes, a private folder, locks, verified copies of artifacts.
 
-The system's directory for temporary files is open to every local user, so a name in it proves nothing. What is found in
-`private_folder` was written by this user: the folder is a real directory, owned by this user, into which no other may
-write.
+The system's directory for temporary files is writable by every local user, so a file name in it proves nothing. Files
+in `private_folder` were written by this user: it is a real directory, owned by this user, and not writable by others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from htcl_ray.errors import MismatchError
+from htcl_ray.workspace.manifest import file_sha256
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OWNER_ONLY = stat.S_IRWXU
@@ -30,24 +28,45 @@ OWNER_ONLY = stat.S_IRWXU
 log = logging.getLogger(__name__)
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a local file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_atomically(target: Path, data: bytes, *, durable: bool = False) -> None:
+    """Write a file of an existing folder under a temporary name and rename it, so that no reader sees part of it.
+
+    `durable`: flush the file and its folders to the disk, so that it survives a power cut.
+    """
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        for folder in (target.parent, target.parent.parent):  # the file's name, and the folder's, which may be new
+            _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def private_name() -> str:
-    """Name of this user's private folder."""
+    """The name of this user's private folder."""
     return f"htcl-{os.geteuid()}"
 
 
 def private_folder(parent: str | Path | None = None) -> Path:
-    """The folder of mode 0700 that is private to this user, below `parent` (default: the directory for temporary
-    files).
+    """Return this user's private folder (mode 0700) below `parent`, by default the directory for temporary files.
 
-    It is made when it does not exist. Where its name is taken by another user, by a link, or by a folder that others
-    may write, a folder with a random suffix is used instead, the same one by all later processes of this user. `parent`
-    must have the sticky bit if others may write it.
+    It is created when it does not exist. When its name is taken by another user, by a link, or by a folder that others
+    may write, a folder with a random suffix is used instead, the same one in all later processes of this user. `parent`
+    must have the sticky bit if others may write to it.
     """
     parent = Path(parent or tempfile.gettempdir())
     expected = parent / private_name()
@@ -66,9 +85,7 @@ def private_folder(parent: str | Path | None = None) -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether a folder is a directory of this user that no other may write. One that others may read is closed to
-    them.
-    """
+    """Whether a folder is a directory of this user that others may not write to; read access of others is removed."""
     try:
         status = folder.lstat()
     except FileNotFoundError:
@@ -81,11 +98,11 @@ def _is_private(folder: Path) -> bool:
 
 
 def lock_folder(folder: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock of `folder`, or None when `operation` does not wait and another process holds
-    it.
+    """Lock `folder` and return the descriptor that holds the lock, until it is closed or the process ends.
 
-    Whoever removes the folder may remove the lock's file with it, so a lock on a file that is gone is worth nothing and
-    another one is taken. The lock ends when the descriptor is closed, or with the process.
+    `operation`: one of fcntl's, such as LOCK_EX. Returns None when it includes LOCK_NB and another process holds the
+    lock. A process that removes the folder may remove the lock file with it, and a lock on a removed file excludes no
+    other process; the lock is then taken again on a new file.
     """
     file = folder.with_suffix(".lock")
     while True:
@@ -113,13 +130,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def verified_copy(target: Path, download: Callable[[Path], None], expected: Mapping[str, str], source: str) -> Path:
-    """`target`, a folder that `download` fills once; later calls of any process find it, and fill it again when it was
-    changed.
+    """Fill the folder `target` by `download` unless it holds an unchanged earlier download, and return it.
 
-    `expected`: file name → SHA-256, of the files of which `source` states one. The SHA-256 of every file is recorded
-    beside the folder; a file is hashed again only when its size, times or inode are not those of the record, so that a
-    check costs one `stat` a file. Processes that ask at the same time wait for one download. Raises MismatchError when
-    the download is not what `expected` says.
+    `expected`: SHA-256 by file name, for the files whose hash `source` states. The hash of every file is recorded next
+    to the folder, and a file is hashed again only when its size, times or inode differ from the record, so a check
+    costs one `stat` per file. Concurrent processes wait for one download. Raises MismatchError when a downloaded file
+    does not have its expected hash.
     """
     record = target.with_suffix(".json")
     with _locked(target):
@@ -129,7 +145,7 @@ def verified_copy(target: Path, download: Callable[[Path], None], expected: Mapp
 
 
 def identity(file: Path) -> list[int]:
-    """Numbers that change whenever a file's content is written or the file is replaced."""
+    """Inode, size and times of a file: numbers that change whenever the file is written or replaced."""
     status = file.lstat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
@@ -137,45 +153,43 @@ def identity(file: Path) -> list[int]:
 def _copy(
     target: Path, record: Path, download: Callable[[Path], None], expected: Mapping[str, str], source: str
 ) -> None:
-    for left in target.parent.glob(f".{target.name}-*"):  # of a process that was killed while it held the lock
-        shutil.rmtree(left)
-    beside = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    beside.mkdir(mode=OWNER_ONLY)
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of a process that was killed while it held the lock
+        shutil.rmtree(leftover)
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(mode=OWNER_ONLY)
     try:
-        download(beside)
-        made = {name: [file_sha256(beside / name), identity(beside / name)] for name in _files(beside)}
+        download(temporary)
+        made = {name: [file_sha256(temporary / name), identity(temporary / name)] for name in _files(temporary)}
         for name, sha256 in expected.items():
             if name not in made or made[name][0] != sha256:
-                found = f"has SHA-256 {made[name][0]}" if name in made else "is missing"
+                actual = f"has SHA-256 {made[name][0]}" if name in made else "is missing"
                 raise MismatchError(
-                    f"{source}/{name} {found}, but the manifest says {sha256}; copy the artifact again, or make it again"
+                    f"{source}/{name} {actual}, but the manifest says {sha256}; copy the artifact again, or make it again"
                 )
         if target.exists():
             target.rename(target.with_name(f".{target.name}-old"))
         _write_record(record, made)
-        beside.rename(target)
+        temporary.rename(target)
     finally:
-        for left in target.parent.glob(f".{target.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in target.parent.glob(f".{target.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_record(record: Path, made: Mapping[str, Any]) -> None:
-    beside = record.with_name(f".{record.name}-{uuid.uuid4().hex[:8]}")
-    beside.write_text(json.dumps(made))
-    os.replace(beside, record)
+    write_atomically(record, json.dumps(made).encode())
 
 
 def _is_unchanged(target: Path, record: Path) -> bool:
-    """Whether a copy holds the files of its record and nothing else."""
+    """Whether a copy holds exactly the files of its record, with their hashes."""
     if not target.is_dir():
         return False
     try:
         made: dict[str, Any] = json.loads(record.read_text())
-        found = {name: identity(target / name) for name in _files(target)}
-        touched = [name for name in made if found.get(name) != made[name][1]]
-        same = found.keys() == made.keys() and all(_is_file_of(target / name, made[name][0]) for name in touched)
+        present = {name: identity(target / name) for name in _files(target)}
+        touched = [name for name in made if present.get(name) != made[name][1]]
+        same = present.keys() == made.keys() and all(_has_sha256(target / name, made[name][0]) for name in touched)
         if same and touched:
-            _write_record(record, {name: [sha256, found[name]] for name, (sha256, _) in made.items()})
+            _write_record(record, {name: [sha256, present[name]] for name, (sha256, _) in made.items()})
     except (OSError, ValueError, AttributeError, TypeError, LookupError):
         same = False
     if not same:
@@ -183,12 +197,12 @@ def _is_unchanged(target: Path, record: Path) -> bool:
     return same
 
 
-def _is_file_of(file: Path, sha256: str) -> bool:
+def _has_sha256(file: Path, sha256: str) -> bool:
     return stat.S_ISREG(file.lstat().st_mode) and file_sha256(file) == sha256
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of everything below a folder that is not a real directory."""
+    """The relative paths of everything below a folder but real directories, sorted."""
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     )

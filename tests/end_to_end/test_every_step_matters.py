@@ -19,7 +19,8 @@ from htcl_ray.config import Config
 from htcl_ray.demo_world import SampleTables, write_sample
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
-from htcl_ray.workspace.storage import Workspace, file_sha256
+from htcl_ray.workspace.manifest import file_sha256
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.whole_path import Outcome, configuration, rewrite, run_every_step
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]

@@ -17,7 +17,8 @@ from htcl_ray.pipelines import ablate as step
 from htcl_ray.pipelines.ablate import VARIANTS, ablate
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.schemas import EVENTS
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.ray

@@ -24,7 +24,8 @@ from htcl_ray.pipelines.index import build_index
 from htcl_ray.schemas import INDEX_SONGS, embeddings_schema
 from htcl_ray.search.encoder import SongEncoder
 from htcl_ray.search.service import SearchService
-from htcl_ray.workspace.storage import Workspace, file_sha256
+from htcl_ray.workspace.manifest import file_sha256
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import SONGS, small_config, song_id, sound, write_features, write_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -21,7 +21,8 @@ from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.train import _best, _forget_unusable_checkpoints, finetune, pretrain
 from htcl_ray.workspace import artifacts
-from htcl_ray.workspace.storage import Workspace, file_sha256
+from htcl_ray.workspace.manifest import file_sha256
+from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 from tests.worlds.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 

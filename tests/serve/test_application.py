@@ -17,7 +17,7 @@ from htcl_ray.errors import ConfigError, IndexNotFoundError, MismatchError, Work
 from htcl_ray.search.service import Answer, SearchService
 from htcl_ray.serving import application
 from htcl_ray.serving.application import serving
-from htcl_ray.workspace.storage import file_sha256
+from htcl_ray.workspace.manifest import file_sha256
 from tests.worlds.processes import replicas
 from tests.worlds.small_workspace import SONGS, song_id, sound, wav
 

@@ -17,7 +17,8 @@ from htcl_ray.pipelines.embed import plan
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.schemas import EVENTS, METADATA, PAIRS, embeddings_schema, features_schema
 from htcl_ray.search.encoder import SongEncoder
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import GENRES, small_config, song_id, sound, text_of, write_models
 
 SONGS = 40

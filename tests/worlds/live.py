@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 
 DIM = 4
 VERSIONS = {"semantic": "weights-s", "preference": "weights-p"}

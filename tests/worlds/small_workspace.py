@@ -19,7 +19,8 @@ from htcl_ray.index.vectors import Vectors
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.schemas import METADATA, features_schema
-from htcl_ray.workspace.storage import Workspace, build_manifest, file_sha256
+from htcl_ray.workspace.manifest import build_manifest, file_sha256
+from htcl_ray.workspace.storage import Workspace
 
 SONGS = 14
 GENRES = ("rock", "jazz", "folk")

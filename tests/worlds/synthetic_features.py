@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from htcl_ray import schemas
 from htcl_ray.config import Config, resolve
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 
 GENRES = ("jazz", "techno", "folk", "metal", "choir", "dub")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from htcl_ray.workspace.storage import fingerprint
+from htcl_ray.workspace.manifest import fingerprint
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-6

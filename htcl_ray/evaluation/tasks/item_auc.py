@@ -14,7 +14,7 @@ from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.evaluation.tasks.baselines import Scorer
 from htcl_ray.evaluation.tasks.recommendation_queries import Listening, lengths, named, without
 from htcl_ray.interactions.splits import hash_fraction
-from htcl_ray.workspace.storage import fingerprint
+from htcl_ray.workspace.manifest import fingerprint
 
 CELLS = 2**22
 """Scores held at once: 16 MiB of fp32."""

@@ -16,7 +16,7 @@ from scipy import sparse
 from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.evaluation.tasks.periods import periods_before
 from htcl_ray.interactions.splits import hash_fraction
-from htcl_ray.workspace.storage import fingerprint
+from htcl_ray.workspace.manifest import fingerprint
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import pyarrow as pa
 
 from htcl_ray.config.sections import Require
 from htcl_ray.errors import AccessDeniedError, IndexNotFoundError, IndexRefusedError, InputError, WorkspaceError
+from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import ModelVersions
 from htcl_ray.workspace import artifacts
-from htcl_ray.workspace.release_gate import check_gates
 from htcl_ray.workspace.storage import Workspace
 
 FOLDER = "activations"

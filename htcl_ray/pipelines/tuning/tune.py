@@ -29,7 +29,8 @@ from htcl_ray.tuning.search_report import StudyReport, report_html
 from htcl_ray.tuning.space import Space, configured_point, distributions, search_space, with_parameters
 from htcl_ray.tuning.trials import Trial, read_trials, winners
 from htcl_ray.workspace.artifacts import Artifact, StepResult
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 ABOUT = "study.json"
 BEST = "best.yaml"

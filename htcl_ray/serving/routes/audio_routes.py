@@ -23,7 +23,7 @@ from htcl_ray.serving.responses import failure
 from htcl_ray.serving.routes.byte_ranges import NotSatisfiable, asked_for
 from htcl_ray.serving.signed_urls import SignedUrls
 from htcl_ray.serving.storage_calls import with_storage
-from htcl_ray.workspace.storage import open_filesystem
+from htcl_ray.workspace.filesystem import open_filesystem
 
 PIECE_BYTES = 256 * 1024
 MOST_OPEN_BYTES = 1024 * 1024

@@ -22,7 +22,8 @@ from htcl_ray import cli
 from htcl_ray.cluster.connection import RAY_SOCKET, connect, ray_folder
 from htcl_ray.config import resolve
 from htcl_ray.errors import AccessDeniedError, HtclError, InputError, MismatchError, StepError, StorageError
-from htcl_ray.workspace.storage import Workspace, storage_failure
+from htcl_ray.workspace.filesystem import storage_failure
+from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.unit

@@ -318,7 +318,7 @@ class TestLoadRefuses:
         other = faiss.IndexFlatIP(4)
         other.add(np.ones((5, 4), np.float32))
         faiss.write_index(other, str(folder / VECTORS_FILE))
-        from htcl_ray.workspace.storage import file_sha256
+        from htcl_ray.workspace.manifest import file_sha256
 
         files = {name: file_sha256(folder / name) for name in (VECTORS_FILE, SONGS_FILE)}
         self.change_manifest(folder, files=files)

@@ -17,7 +17,7 @@ from htcl_ray.errors import MismatchError
 from htcl_ray.index.folder import EXACT_FILE, SONGS_FILE, VECTORS_FILE
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
-from htcl_ray.workspace.storage import file_sha256
+from htcl_ray.workspace.manifest import file_sha256
 
 pytestmark = pytest.mark.unit
 

@@ -17,7 +17,8 @@ from htcl_ray.index.vectors import Vectors
 from htcl_ray.pipelines.embed import plan
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.schemas import INDEX_SONGS, embeddings_schema
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import small_config, write_models
 
 pytestmark = pytest.mark.unit

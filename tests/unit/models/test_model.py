@@ -20,7 +20,8 @@ from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.record import InputRecipe
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.search.encoder import SongEncoder
-from htcl_ray.workspace.storage import Workspace, build_manifest, file_sha256
+from htcl_ray.workspace.manifest import build_manifest, file_sha256
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.synthetic_features import tiny_config
 
 pytestmark = pytest.mark.unit

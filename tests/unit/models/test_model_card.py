@@ -13,14 +13,15 @@ from huggingface_hub import ModelCard
 from htcl_ray.config import Config
 from htcl_ray.errors import MismatchError, WorkspaceError
 from htcl_ray.evaluation.gate import Bound, Gate, judge
+from htcl_ray.evaluation.release_gate import check_verdict, record_verdict
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.stats.bootstrap import Estimate
 from htcl_ray.evaluation.task_result import Task
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.folder import HUB_FILES, write_evaluation
 from htcl_ray.workspace import artifacts
-from htcl_ray.workspace.release_gate import check_verdict, record_verdict
-from htcl_ray.workspace.storage import Workspace, file_sha256
+from htcl_ray.workspace.manifest import file_sha256
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import small_config, write_models
 
 pytestmark = pytest.mark.unit

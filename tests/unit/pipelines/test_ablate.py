@@ -14,7 +14,8 @@ from htcl_ray.evaluation.report.comparison_page import ablation_html
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.pipelines.ablate import VARIANTS, prepare
 from htcl_ray.workspace.artifacts import Artifact
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 
 pytestmark = pytest.mark.unit
 

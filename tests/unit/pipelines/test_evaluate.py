@@ -28,7 +28,8 @@ from htcl_ray.pipelines.evaluate import find_inputs
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.workspace.artifacts import Artifact, StepResult
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.evaluated_workspace import SONGS, encode_features, grow, write_embeddings, write_evaluated
 from tests.worlds.small_workspace import write_models
 

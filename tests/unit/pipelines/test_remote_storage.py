@@ -30,7 +30,9 @@ from htcl_ray.config.sections import AudioRecipe, DataSettings
 from htcl_ray.errors import AccessDeniedError, AudioError, InputError, StorageError, WorkspaceError
 from htcl_ray.pipelines.preprocess import make_shard, plan_features, preprocess
 from htcl_ray.schemas import Reason
-from htcl_ray.workspace.storage import Workspace, explain, local_path, open_filesystem
+from htcl_ray.workspace.filesystem import explain, open_filesystem
+from htcl_ray.workspace.paths import local_path
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.object_store import ObjectStore, running_store
 
 pytestmark = pytest.mark.unit

@@ -22,7 +22,8 @@ from htcl_ray.index.song_index import SongIndex
 from htcl_ray.schemas import Reason
 from htcl_ray.training.trackers import MlflowTracker, Trackers, check_tracking
 from htcl_ray.workspace.credentials import lacks_credentials, tree_without_credentials, without_credentials
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.live import unit_vectors
 
 pytestmark = pytest.mark.unit

@@ -17,7 +17,8 @@ import pytest
 from htcl_ray.errors import MismatchError, StorageError
 from htcl_ray.workspace import local_copies
 from htcl_ray.workspace.local_copies import private_folder
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 from tests.worlds.object_store import ObjectStore, running_store
 
@@ -215,7 +216,7 @@ class TestCopies:
     def test_a_download_that_fails_leaves_nothing(
         self, temporary: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr("htcl_ray.workspace.storage.S3_ATTEMPTS", 1)
+        monkeypatch.setattr("htcl_ray.workspace.filesystem.S3_ATTEMPTS", 1)
         workspace = Workspace(URI)
         manifest = workspace.manifest(PATH)
         monkeypatch.setattr(workspace, "manifest", lambda path: manifest)

@@ -17,7 +17,9 @@ import pytest
 
 from htcl_ray.errors import MismatchError, WorkspaceError
 from htcl_ray.workspace import artifacts
-from htcl_ray.workspace.storage import Workspace, build_manifest, fingerprint, list_folder
+from htcl_ray.workspace.filesystem import list_folder
+from htcl_ray.workspace.manifest import build_manifest, fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 pytestmark = pytest.mark.unit
 

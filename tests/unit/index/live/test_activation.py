@@ -20,7 +20,8 @@ from htcl_ray.errors import IndexRefusedError
 from htcl_ray.index.live import live_index
 from htcl_ray.index.live.activation import FOLDER, KEPT, Activations, starting_pointer
 from htcl_ray.index.live.live_index import LiveIndex
-from htcl_ray.workspace.storage import Workspace, build_manifest
+from htcl_ray.workspace.manifest import build_manifest
+from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 from tests.worlds.live import VERSIONS, write_index
 from tests.worlds.object_store import ObjectStore, running_store
@@ -42,7 +43,7 @@ class Clocks:
             def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
                 return datetime.now(UTC) + clocks.wrong_by
 
-        monkeypatch.setattr("htcl_ray.workspace.storage.datetime", Wrong)
+        monkeypatch.setattr("htcl_ray.workspace.manifest.datetime", Wrong)
         monkeypatch.setattr("htcl_ray.index.live.activation.datetime", Wrong)
         monkeypatch.setattr(time, "monotonic", lambda: clocks.steady)
 
@@ -274,7 +275,7 @@ class TestAtTheSameTime:
     def test_one_that_dies_before_writing_changed_nothing(self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
         one, other = live(workspace, "v1"), live(workspace, "v1")
         with monkeypatch.context() as killed:
-            killed.setattr("htcl_ray.workspace.storage.os.replace", lambda *_: 1 / 0)
+            killed.setattr("htcl_ray.workspace.local_copies.os.replace", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 one.activate("v2")
         for replica in (one, other):

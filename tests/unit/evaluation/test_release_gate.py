@@ -15,6 +15,7 @@ from htcl_ray.config import Config
 from htcl_ray.config.sections import Require
 from htcl_ray.errors import GateError, MismatchError, WorkspaceError
 from htcl_ray.evaluation.gate import Bound, Gate, Verdict, judge
+from htcl_ray.evaluation.release_gate import check_gates, check_verdict, record_verdict, record_verdicts
 from htcl_ray.evaluation.stats.bootstrap import Estimate
 from htcl_ray.index.folder import read_manifest
 from htcl_ray.index.song_index import SongIndex
@@ -23,8 +24,8 @@ from htcl_ray.models import weights_fingerprint
 from htcl_ray.search.service import SearchService
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Models
-from htcl_ray.workspace.release_gate import check_gates, check_verdict, record_verdict, record_verdicts
-from htcl_ray.workspace.storage import Workspace, file_sha256
+from htcl_ray.workspace.manifest import file_sha256
+from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import small_config, song_id, write_models
 
 pytestmark = pytest.mark.unit

@@ -17,7 +17,8 @@ from htcl_ray.errors import GateError, MismatchError, WorkspaceError
 from htcl_ray.evaluation.gate import Result, Verdict
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.workspace.artifacts import Artifact, Models
-from htcl_ray.workspace.storage import DESCRIPTIONS, Workspace
+from htcl_ray.workspace.manifest import DESCRIPTIONS
+from htcl_ray.workspace.storage import Workspace
 
 EVIDENCE = "gate.json"
 BLOCK = 1 << 20
