@@ -38,7 +38,7 @@ from rich.table import Table
 from benchmarks.environment import write_result
 from benchmarks.load import Outcome, drive, request_bytes
 from benchmarks.served_world import config_of, make_world, recording, song_id
-from htcl_ray.serving.front import FEWER_HOPS, SWITCH
+from htcl_ray.cluster.ray_internals import HAPROXY_SWITCH, SINGLE_EVENT_LOOP
 
 FRONTS = ("haproxy", "ray", "bare")
 ANSWERED = 0.95
@@ -85,7 +85,7 @@ def main() -> None:
 @contextmanager
 def running(front: str, workspace: Path) -> Iterator[dict[str, str]]:
     """The application in a process of its own, with what it says of itself: url, metrics."""
-    environment = {**os.environ, **({**FEWER_HOPS, SWITCH: "0"} if front == "ray" else {})}
+    environment = {**os.environ, **({**SINGLE_EVENT_LOOP, HAPROXY_SWITCH: "0"} if front == "ray" else {})}
     command = [sys.executable, "-m", "benchmarks.serve", "--serve", front, "--workspace", str(workspace)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:

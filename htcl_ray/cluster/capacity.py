@@ -6,16 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from htcl_ray.cluster.ray_internals import HEAD_RESOURCE, autoscaling_file
 from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import ConfigError
 
-HEAD_RESOURCE = "node:__internal_head__"
-"""Every head node has 1 of it, whatever its CPUs."""
 Resources = Mapping[str, float]
 
 
@@ -123,21 +121,6 @@ def check_fits(step: str, settings: StageSettings, found: Capacity) -> int:
             f"{'can grow to' if found.grows else 'has'} {found}; lower {step}.num_workers or {step}.cpus_per_worker, or give it more nodes"
         )
     return workers // settings.num_workers
-
-
-def autoscaling_file(gcs_address: str, processes: Path = Path("/proc")) -> Path | None:
-    """The file that this cluster's autoscaler was started with, when it runs on this machine."""
-    for process in processes.glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-        except OSError:  # it has ended
-            continue
-        if any(word.endswith("monitor.py") for word in command) and f"--gcs-address={gcs_address}" in command:
-            named = [word.partition("=")[2] for word in command if word.startswith("--autoscaling-config=")]
-            file = (process / "cwd").resolve() / os.path.expanduser(named[0]) if named else None
-            if file is not None and file.is_file():
-                return file
-    return None
 
 
 def _times(each: Resources, node: Resources) -> int:

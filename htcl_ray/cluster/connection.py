@@ -16,6 +16,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from htcl_ray.cluster.ray_internals import (
+    in_task_or_actor,
+    loopback_node,
+    mute_data_errors,
+    private_cluster_options,
+    session_folder,
+)
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.workspace.credentials import without_credentials
@@ -51,15 +58,14 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
             "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
             "object_store_memory": config.ray.object_store_bytes,
             "include_dashboard": False,
-            "_temp_dir": ray_folder(),
-            **({} if metrics_port is None else {"_metrics_export_port": metrics_port}),
+            **private_cluster_options(ray_folder(), metrics_port),
         }
     else:
         _check_reachable(address)
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with _loopback_only() if address == "local" else contextlib.nullcontext():
+        with loopback_node() if address == "local" else contextlib.nullcontext():
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only
             )
@@ -77,36 +83,11 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
             ) from error
         raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
     _quiet_ray_data()
-    session = (
-        ray._private.worker.global_worker.node.get_session_dir_path()
-        if address == "local"
-        else "the cluster's head node"
-    )
+    session = session_folder() if address == "local" else "the cluster's head node"
     print(
         f"Ray: {'private cluster on this machine' if address == 'local' else without_credentials(address)}; its logs are in {session}",
         flush=True,
     )
-
-
-@contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Let a cluster that starts here have the address 127.0.0.1, as on macOS: other machines reach none of its ports
-    then.
-
-    Ray reads the variable in every process of the cluster, and has read it here when it was imported.
-    """
-    import ray
-
-    variable, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
-    before, read = os.environ.get(variable), constants.ENABLE_RAY_CLUSTER
-    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = read
-        del os.environ[variable]
-        if before is not None:
-            os.environ[variable] = before
 
 
 CONNECT_SECONDS = 10.0
@@ -179,7 +160,7 @@ def _in_task() -> bool:
         return False
     import ray
 
-    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return bool(ray.is_initialized()) and in_task_or_actor()
 
 
 def _quiet_ray_data() -> None:
@@ -187,9 +168,7 @@ def _quiet_ray_data() -> None:
     from ray.data import DataContext
 
     DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__name__ == "PlainRayHandler":
-            handler.setLevel(logging.CRITICAL)  # it prints errors of tasks, which are raised here too
+    mute_data_errors()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from htcl_ray.cluster.connection import connect, refuse_relative_paths
-from htcl_ray.cluster.ray_internals import exposed_host, mute_shutdown, use_peer_addresses
+from htcl_ray.cluster.ray_internals import mute_serve_shutdown, use_peer_addresses
 from htcl_ray.config import Config, resolve
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, StepError
@@ -29,7 +29,7 @@ from htcl_ray.index.live.activation import check_accepted, starting_pointer
 from htcl_ray.index.vectors import ModelVersions
 from htcl_ray.pipelines.index import determined_index
 from htcl_ray.serving.api_keys import Keys, is_loopback
-from htcl_ray.serving.deployments import Encoder, Ingress, Served
+from htcl_ray.serving.deployments import Encoder, Ingress, Served, with_exposed_host
 from htcl_ray.serving.front import active_front, check_port
 from htcl_ray.serving.haproxy import Front
 from htcl_ray.workspace import artifacts
@@ -76,7 +76,7 @@ def create(config: Config, index: str | None = None) -> Application:
     served = _served(config, index)
     # Refuses what cannot be served before anything starts; a replica looks again, since `serve run` builds before Ray
     # Serve runs.
-    Keys.from_settings(settings.model_copy(update={"host": exposed_host(settings.host)}))
+    Keys.from_settings(with_exposed_host(settings))
     at_a_time = ONGOING_BATCHES * settings.max_batch_size
     drain = settings.request_seconds + 1
     encoder = serve.deployment(
@@ -152,7 +152,7 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
             Path(front.stop_file).touch()
         serve.delete(APPLICATION)  # replicas end what they have begun, while the front still carries their answers
     finally:
-        mute_shutdown()
+        mute_serve_shutdown()
         serve.shutdown()
         logging.getLogger("ray.serve").removeFilter(_errors_only)
 

@@ -18,13 +18,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from htcl_ray.audio.sandbox import Decoders
-from htcl_ray.cluster.ray_internals import exposed_host, keep_internal_port_private, use_peer_addresses
+from htcl_ray.cluster.ray_internals import bind_grpc_to_loopback, serve_host, use_peer_addresses
 from htcl_ray.config.sections import Require, ServeSettings
 from htcl_ray.index.live.activation import Pointer
 from htcl_ray.index.live.live_index import LiveIndex
 from htcl_ray.index.vectors import ModelVersions, Vectors
 from htcl_ray.search.drift import QueryDrift, mean_of
 from htcl_ray.search.query_cache import QueryCache
+from htcl_ray.serving.api_keys import is_loopback
 from htcl_ray.serving.haproxy import RETRY
 from htcl_ray.serving.http_app import create_app
 from htcl_ray.serving.prometheus import EncoderMeasurements, IngressMeasurements
@@ -64,7 +65,7 @@ class Encoder:
 
         from htcl_ray.search.encoder import SongEncoder
 
-        keep_internal_port_private()
+        bind_grpc_to_loopback()
         torch.set_num_threads(max(1, int(settings.encoder_cpus)))
         workspace = served.workspace
         preference = workspace.local_copy(served.preference) if served.preference else None
@@ -131,13 +132,11 @@ class Ingress:
 
     def __init__(self, encoder: DeploymentHandle, served: Served, settings: ServeSettings) -> None:
         use_peer_addresses()
-        keep_internal_port_private()
+        bind_grpc_to_loopback()
         self._encoder = encoder
         # Behind HAProxy of ours it is serve.host that other machines reach; without it, the address that Ray Serve was
         # given.
-        self._settings = (
-            settings if served.front_token else settings.model_copy(update={"host": exposed_host(settings.host)})
-        )
+        self._settings = settings if served.front_token else with_exposed_host(settings)
         self._tokens = served.signing_key, served.front_token
         self._most_encoding = settings.max_waiting_requests
         self._encoding = 0
@@ -214,6 +213,12 @@ class Ingress:
         live = getattr(self, "live", None)
         if live is not None:
             live.stop()
+
+
+def with_exposed_host(settings: ServeSettings) -> ServeSettings:
+    """The settings, with the address on which Ray Serve accepts requests as `host` where other machines reach it."""
+    host = serve_host()
+    return settings if host is None or is_loopback(host) else settings.model_copy(update={"host": host})
 
 
 async def _encoded(encode: Callable[..., Awaitable[Vectors]], *arguments: object) -> Vectors:

@@ -22,36 +22,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from htcl_ray.cluster.connection import address_of, socket_folder
+from htcl_ray.cluster.ray_internals import HAPROXY_SWITCH, haproxy_variables
 from htcl_ray.config import Config
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.serving import haproxy
 from htcl_ray.serving.haproxy import Front
 
-SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 IDLE_CLIENT_SECONDS = 30
 """After which HAProxy closes a connection on which nothing arrives and nothing is read."""
-FEWER_HOPS = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-}
-"""A replica's requests stay in one event loop, which ours never block, and its log lines are written once."""
-PATIENT_START = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""Ray kills a HAProxy that is not ready in time, which ends the service; its default, 5 s, is too short on a busy
-machine."""
-QUICK_RECOVERY = {
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-    "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
-    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_HAPROXY_RETRIES": "6",
-}
-"""Ray's defaults notice the death of HAProxy after 30 s. A request whose replica died before it responded goes to
-another one, or waits for its successor; each retry may meet another connection that the dead one left."""
-DRAIN_SECONDS = 1
-"""That a replica waits for HAProxy to forget it before it stops taking requests."""
 REPLICA_PORTS = 100
 """Ports of the replicas of one application; ranges of several on one machine rarely overlap, and tokens tell them apart
 if they do."""
@@ -67,10 +46,10 @@ def haproxy_front(config: Config) -> Iterator[None]:
     for a metrics port that is taken.
     """
     binary = haproxy.find_binary()
-    if os.environ.get(SWITCH, "1") != "1" or binary is None or address_of(config) != "local":
+    if os.environ.get(HAPROXY_SWITCH, "1") != "1" or binary is None or address_of(config) != "local":
         yield
         return
-    if _serve_imported():
+    if "ray.serve" in sys.modules:
         raise StepError(
             "the front was chosen after Ray Serve was imported, which reads the choice once; choose it first"
         )
@@ -91,29 +70,18 @@ def haproxy_front(config: Config) -> Iterator[None]:
         stop_file=str(folder / "stop"),
     )
     variables = {
-        SWITCH: "1",
-        **FEWER_HOPS,
-        **PATIENT_START,
-        **QUICK_RECOVERY,
+        **haproxy_variables(
+            folder,
+            metrics_port=haproxy_metrics,
+            statistics_port=statistics,
+            fallback_port=fallback,
+            fallback_grpc_port=fallback_grpc,
+            replica_ports=range(first_port, first_port + REPLICA_PORTS),
+            idle_client_seconds=IDLE_CLIENT_SECONDS,
+            response_seconds=config.serve.receive_seconds + config.serve.request_seconds + 5,
+        ),
         haproxy.OPTIONS: front.to_json(),
         haproxy.BINARY_PATH: str(_program(folder)),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(haproxy_metrics),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(IDLE_CLIENT_SECONDS),
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(
-            round(config.serve.receive_seconds + config.serve.request_seconds + 5)
-        ),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + REPLICA_PORTS),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
     }
     before = {
         name: os.environ[name] for name in variables if name in os.environ
@@ -178,7 +146,3 @@ def _program(folder: Path) -> Path:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _serve_imported() -> bool:
-    return "ray.serve" in sys.modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,34 @@ def test_only_the_edges_import(library: str):
     assert not offenders, (
         f"{library} may be imported in {MAY_IMPORT[library] or 'no file'}, but is imported in {offenders}"
     )
+
+
+INTERNALS = {
+    r"\b(ray|serve|tune|optuna)(\.\w+)*\.(_private|_internal|_common)\b": {"htcl_ray/cluster/ray_internals.py"},
+    r"\._ot_\w+|PlainRayHandler": {"htcl_ray/cluster/ray_internals.py"},
+    r"RAY_SERVE_\w+": {"htcl_ray/cluster/ray_internals.py", "htcl_ray/serving/haproxy.py"},
+    r"/proc\b": {
+        "htcl_ray/cluster/ray_internals.py",
+        "htcl_ray/audio/sandbox_worker.py",
+        "htcl_ray/training/micro_batch.py",
+    },
+}
+"""Uses of interfaces that are private to Ray, Optuna and the kernel's processes, and the files that hold them.
+
+`haproxy.py` is a program that Ray starts before the package can be imported. `sandbox_worker.py` is a confined process
+that limits itself, and `micro_batch.py`, in a layer below Ray, reads the free memory of the machine: both use files of
+`/proc` that Linux documents, and no process of Ray's.
+"""
+
+
+@pytest.mark.parametrize("pattern", INTERNALS)
+def test_internals_are_used_in_one_file(pattern: str):
+    uses = {
+        relative(path): match[0] for path in SOURCES if (match := re.search(pattern, path.read_text(encoding="utf-8")))
+    }
+    elsewhere = {name: text for name, text in uses.items() if name not in INTERNALS[pattern]}
+    assert not elsewhere, f"move these uses to htcl_ray/cluster/ray_internals.py: {elsewhere}"
+    assert uses, f"{pattern} matches no file; remove it from the rule"
 
 
 def test_pure_layers_import_no_torch():

@@ -22,6 +22,8 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from htcl_ray.cluster.ray_internals import optuna_study as optuna_study_of
+from htcl_ray.cluster.ray_internals import optuna_trials as optuna_trials_of
 from htcl_ray.config.sections import TuneSettings
 from htcl_ray.pipelines.train import CHECKPOINT_LIST
 from htcl_ray.pipelines.tuning.report_to_tune import CONTROLLER
@@ -103,14 +105,14 @@ class StudySearch(OptunaSearch):
 
     def enqueue(self, parameters: Parameters) -> None:
         """Suggest these parameters before any others."""
-        self._ot_study.enqueue_trial(parameters)
+        optuna_study_of(self).enqueue_trial(parameters)
 
     def suggest(self, trial_id: str) -> Any:
         """The next point, or FINISHED when the space has no other."""
         for attempt in range(DUPLICATES_IN_A_ROW):
-            self._ot_study.sampler = sampler(self._search_seed, self._table.next_number, attempt)
+            optuna_study_of(self).sampler = sampler(self._search_seed, self._table.next_number, attempt)
             parameters = super().suggest(trial_id)
-            asked = self._ot_trials[trial_id]
+            asked = optuna_trials_of(self)[trial_id]
             number = asked.user_attrs.get(NUMBER)
             before = self._table.same_as(parameters) if number is None else None
             if before is None:
@@ -118,7 +120,7 @@ class StudySearch(OptunaSearch):
                     number = self._table.begin(parameters).number
                     asked.set_user_attr(NUMBER, number)
                 return {"number": number, "parameters": parameters}
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+            optuna_study_of(self).tell(optuna_trials_of(self).pop(trial_id), state=optuna.trial.TrialState.FAIL)
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -130,13 +132,13 @@ class StudySearch(OptunaSearch):
             trial_id, 0
         ):  # a trial may say again what it measured last
             self._reported[trial_id] = rows
-            self._ot_trials[trial_id].report(result[self.metric], rows)
+            optuna_trials_of(self)[trial_id].report(result[self.metric], rows)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial has ended; one that was stopped early is pruned."""
         stopped = bool(result) and not error and result["rows_seen"] < self._rows  # type: ignore[index]
         if stopped and told_state(True, list(self._objectives)) == optuna.trial.TrialState.PRUNED:
-            self._ot_study.tell(self._ot_trials[trial_id], state=optuna.trial.TrialState.PRUNED)
+            optuna_study_of(self).tell(optuna_trials_of(self)[trial_id], state=optuna.trial.TrialState.PRUNED)
         else:
             super().on_trial_complete(trial_id, result, error)
 

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from htcl_ray.cluster.capacity import (
-    HEAD_RESOURCE,
     Capacity,
-    autoscaling_file,
     check_fits,
     from_autoscaling_config,
     use_gpu,
 )
+from htcl_ray.cluster.ray_internals import HEAD_RESOURCE
 from htcl_ray.config import resolve
 from htcl_ray.errors import ConfigError
 
@@ -159,65 +158,3 @@ def test_gpus_are_taken_when_every_worker_can_get_one():
     one, two = (Capacity((HEAD,), (({"CPU": 8.0, "GPU": 1.0}, count),), count, grows=True) for count in (1, 2))
     assert [use_gpu(stage, found) for found in (one, two)] == [False, True]
     assert [use_gpu(stage.model_copy(update={"accelerator": name}), two) for name in ("cpu", "gpu")] == [False, True]
-
-
-class Processes:
-    """A folder like /proc."""
-
-    def __init__(self, folder: Path) -> None:
-        self.proc = folder / "proc"
-        self.work = folder / "work"
-        self.work.mkdir()
-        self.config = self.work / "cluster.yaml"
-        self.config.write_text("max_workers: 1\n")
-        (self.proc / "self").mkdir(parents=True)
-        (self.proc / "7").mkdir()  # has ended: nothing to read
-
-    def add(self, number: int, *command: str) -> None:
-        process = self.proc / str(number)
-        process.mkdir()
-        (process / "cmdline").write_bytes("\0".join([*command, ""]).encode())
-        (process / "cwd").symlink_to(self.work)
-
-    def monitor(self, number: int, config: str | None, address: str = "10.0.0.1:6379") -> None:
-        named = [] if config is None else [f"--autoscaling-config={config}"]
-        self.add(
-            number,
-            "/usr/bin/python3",
-            "-u",
-            "/ray/autoscaler/v2/monitor.py",
-            "--logs-dir=/tmp",
-            f"--gcs-address={address}",
-            *named,
-        )
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Processes:
-    found = Processes(tmp_path)
-    found.add(8, "/usr/bin/python3", "/ray/_private/log_monitor.py", "--gcs-address=10.0.0.1:6379")
-    found.add(9, "grep", "--autoscaling-config=cluster.yaml", "--gcs-address=10.0.0.1:6379")
-    found.add(10)
-    return found
-
-
-@pytest.mark.parametrize("form", ["cluster.yaml", "../work/cluster.yaml", "{folder}/cluster.yaml", "~/cluster.yaml"])
-def test_the_autoscaler_s_file_is_found_as_the_autoscaler_finds_it(
-    processes: Processes, form: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("HOME", str(processes.work))
-    processes.monitor(11, form.format(folder=processes.work))
-    found = autoscaling_file("10.0.0.1:6379", processes.proc)
-    assert found is not None
-    assert found.samefile(processes.config)
-
-
-def test_another_cluster_s_file_is_not_ours(processes: Processes):
-    processes.monitor(11, "cluster.yaml", "10.0.0.2:6379")
-    processes.monitor(12, None)
-    assert autoscaling_file("10.0.0.1:6379", processes.proc) is None
-    processes.monitor(13, "gone.yaml")
-    assert autoscaling_file("10.0.0.1:6379", processes.proc) is None
-    processes.monitor(14, "cluster.yaml")
-    assert autoscaling_file("10.0.0.1:6379", processes.proc) is not None
-    assert autoscaling_file("10.0.0.1:6379", processes.proc / "absent") is None

@@ -6,14 +6,16 @@ import os
 import re
 import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
+from htcl_ray.cluster.ray_internals import HAPROXY_SWITCH
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.serving import front
-from htcl_ray.serving.front import SWITCH, active_front, haproxy_front
+from htcl_ray.serving.front import active_front, haproxy_front
 
 pytestmark = pytest.mark.unit
 
@@ -21,9 +23,9 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(autouse=True)
 def no_choice_yet(monkeypatch: pytest.MonkeyPatch):
     """As in a fresh process: nothing set, Ray Serve not imported, no cluster."""
-    for name in (SWITCH, "RAY_ADDRESS"):
+    for name in (HAPROXY_SWITCH, "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(front, "_serve_imported", lambda: False)
+    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def config() -> Config:
 def test_ray_is_told_and_afterwards_nothing_is_left(config: Config):
     before = dict(os.environ)
     with haproxy_front(config):
-        assert os.environ[SWITCH] == "1"
+        assert os.environ[HAPROXY_SWITCH] == "1"
         folder = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         places = ("CONFIG_FILE_LOC", "SERVER_STATE_FILE", "BINARY_PATH")
@@ -90,13 +92,13 @@ def test_a_metrics_port_that_is_taken_is_said_or_avoided(config: Config, monkeyp
 
 
 def test_a_choice_that_comes_too_late_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(front, "_serve_imported", lambda: True)
+    monkeypatch.setitem(sys.modules, "ray.serve", sys)
     with pytest.raises(StepError, match="after Ray Serve was imported"), haproxy_front(config):
         pass
 
 
 def test_it_can_be_switched_off(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(HAPROXY_SWITCH, "0")
     before = dict(os.environ)
     with haproxy_front(config):
         assert dict(os.environ) == before
@@ -105,7 +107,7 @@ def test_it_can_be_switched_off(config: Config, monkeypatch: pytest.MonkeyPatch)
 def test_the_settings_of_an_image_are_replaced_and_put_back(config: Config, monkeypatch: pytest.MonkeyPatch):
     """Those of deploy/Containerfile are for the nodes of a cluster; `htcl serve` in a container needs its own ports and
     limits."""
-    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv(HAPROXY_SWITCH, "1")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/image/htcl-haproxy")
     before = dict(os.environ)
     with haproxy_front(config):
@@ -116,10 +118,10 @@ def test_the_settings_of_an_image_are_replaced_and_put_back(config: Config, monk
 
 def test_a_cluster_that_is_there_is_left_alone(config: Config):
     with haproxy_front(config.with_overrides({"ray.address": "auto"})):
-        assert SWITCH not in os.environ
+        assert HAPROXY_SWITCH not in os.environ
 
 
 def test_without_its_program_ray_s_own_proxy_is_used(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(front.haproxy, "find_binary", lambda: None)
     with haproxy_front(config):
-        assert SWITCH not in os.environ
+        assert HAPROXY_SWITCH not in os.environ

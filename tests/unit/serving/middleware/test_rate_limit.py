@@ -11,14 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from htcl_ray.cluster.ray_internals import use_peer_addresses
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.serving.api_keys import Key
 from htcl_ray.serving.middleware.admission import Admission, ReadToEnd
@@ -413,28 +411,6 @@ class TestClientAddress:
         response = self.ask(seen, {"x-forwarded-for": "1.2.3.4", "x-htcl-front": "other"}, token="token")
         assert_refused(response, 503, "unavailable")
         assert seen == {}
-
-
-def test_the_server_of_a_replica_reports_the_connection(monkeypatch: pytest.MonkeyPatch):
-    """uvicorn replaces it by X-Forwarded-For of any connection from loopback, unless the environment says otherwise."""
-    seen = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope["client"])
-
-    scope = {
-        "type": "http",
-        "scheme": "http",
-        "client": ("127.0.0.1", 5),
-        "headers": [(b"x-forwarded-for", b"1.2.3.4")],
-    }
-    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    for prepare in (lambda: None, use_peer_addresses):
-        prepare()
-        config = uvicorn.Config(app, lifespan="off", log_config=None)
-        config.load()
-        asyncio.run(config.loaded_app(dict(scope), None, None))  # type: ignore[arg-type]
-    assert seen == [("1.2.3.4", 0), ("127.0.0.1", 5)]
 
 
 @pytest.mark.parametrize("network", ["10.0.0.1/8", "proxy.example", ""])
