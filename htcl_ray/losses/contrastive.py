@@ -1,75 +1,101 @@
-"""InfoNCE on embeddings that are already here: pure functions of tensors, no communication.
-
-Shapes: n rows of this process, m rows of everyone (n = m in one process), d dimensions. `logit_scale` is a scalar s:
-logits are cosine · exp(s), so the temperature is exp(−s).
-"""
+"""InfoNCE and the pairwise sigmoid loss. Pure functions of tensors, without communication between workers."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htcl_ray.losses.false_negatives import Excluded, without_positives
-from htcl_ray.losses.row_chunks import sum_row_chunks
+from htcl_ray.losses.base import ContrastiveLoss
+
+
+@dataclass(frozen=True)
+class InfoNCE(ContrastiveLoss):
+    """−log softmax(cosine · exp(s)) at the positive key, in both directions (van den Oord et al., arXiv 1807.03748)."""
+
+    directions: ClassVar[int] = 2
+
+    @classmethod
+    def initial_parameters(cls, temperature: float, batch_size: int) -> dict[str, float]:
+        """The given temperature."""
+        return {"logit_scale": -math.log(temperature)}
+
+    @classmethod
+    def chance_level(cls, num_candidates: int) -> float | None:
+        """The log of the number of candidates."""
+        return math.log(num_candidates)
+
+    def rows(
+        self, queries: Tensor, keys: Tensor, positives: Tensor, excluded: Tensor | None, log_q: Tensor | None
+    ) -> Tensor:
+        """Cross entropy over the keys that are not excluded."""
+        logits = queries @ keys.T * self.logit_scale.exp()
+        if log_q is not None:
+            logits = logits - log_q.to(logits.dtype)
+        if excluded is not None:
+            logits = logits.masked_fill(excluded, -torch.inf)
+        return F.cross_entropy(logits, positives, reduction="sum")
+
+
+@dataclass(frozen=True)
+class SigmoidLoss(ContrastiveLoss):
+    """−log σ(z · (cosine · exp(s) + b)) of every pair of rows; z = 1 where they match, else −1 (SigLIP, arXiv 2303.15343)."""
+
+    logit_bias: Tensor
+    """b."""
+    directions: ClassVar[int] = 1
+
+    @classmethod
+    def initial_parameters(cls, temperature: float, batch_size: int) -> dict[str, float]:
+        """The given temperature, and the log odds that two rows of a batch match as bias.
+
+        The paper's bias of −10 is about this number for its batches of 32,768; for small batches it would be far below.
+        """
+        return {"logit_scale": -math.log(temperature), "logit_bias": -math.log(batch_size - 1)}
+
+    @classmethod
+    def chance_level(cls, num_candidates: int) -> float | None:
+        """None: the loss of equal embeddings depends on temperature and bias."""
+        return None
+
+    def rows(
+        self, queries: Tensor, keys: Tensor, positives: Tensor, excluded: Tensor | None, log_q: Tensor | None
+    ) -> Tensor:
+        """Each pair of a query and a key that is not excluded is a binary decision; `log_q` must be None."""
+        assert log_q is None, "the sigmoid loss has no correction for popularity"
+        logits = queries @ keys.T * self.logit_scale.exp() + self.logit_bias
+        matches = torch.zeros_like(logits, dtype=torch.bool).scatter(1, positives[:, None], True)
+        losses = -F.logsigmoid(torch.where(matches, logits, -logits))
+        return losses.sum() if excluded is None else losses.masked_fill(excluded, 0).sum()
 
 
 def info_nce(
     first: Tensor, second: Tensor, logit_scale: Tensor, *, excluded: Tensor | None = None, chunk_rows: int | None = None
 ) -> Tensor:
-    """Symmetric InfoNCE of matching rows, averaged: ½·(first → second + second → first). Scalar.
+    """Compute the symmetric InfoNCE of matching rows, averaged over rows and both directions. Scalar.
 
-    first, second [n, d]: row i of both belong together; lengths do not matter, cosines are taken. `excluded` [n, n]
-    bool: where true, (i, j) is not a negative; the diagonal never is excluded. `chunk_rows` bounds memory: n·chunk_rows
-    logits at a time, same result.
+    first, second [n, d]: row i of both belong together; lengths do not matter, cosines are taken. `logit_scale`: a
+    scalar s, logits are cosine · exp(s). `excluded` [n, n] bool: where true, (i, j) is not a negative; the diagonal is
+    never excluded. `chunk_rows` bounds memory: n·chunk_rows logits at a time, same result.
     """
-    first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    there = info_nce_rows(
-        first,
-        second,
-        logit_scale,
-        excluded=None if excluded is None else lambda a, b: excluded[a:b],
-        chunk_rows=chunk_rows,
-    )
-    back = info_nce_rows(
-        second,
-        first,
-        logit_scale,
-        excluded=None if excluded is None else lambda a, b: excluded[:, a:b].T,
-        chunk_rows=chunk_rows,
-    )
-    return (there + back) / (2 * len(first))
+    return InfoNCE(logit_scale)(first, second, excluded=excluded, chunk_rows=chunk_rows)
 
 
-def info_nce_rows(
-    queries: Tensor,
-    keys: Tensor,
+def sigmoid_loss(
+    first: Tensor,
+    second: Tensor,
     logit_scale: Tensor,
+    logit_bias: Tensor,
     *,
-    first_positive: int = 0,
-    excluded: Excluded | None = None,
-    log_q: Tensor | None = None,
+    excluded: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Sum over queries of −log softmax(cosine · exp(s)) at the positive key. One direction. Scalar.
+    """Compute the pairwise sigmoid loss, summed over pairs and averaged over rows. Scalar.
 
-    queries [n, d] and keys [m, d], unit norm. The positive of query i is key `first_positive` + i; it is always a
-    candidate. Keys that `excluded` names are left out of the denominator. Memory grows with (n + m)·d, not with n·m.
-
-    `log_q` [m]: log of the probability with which each key was drawn into the batch. It is subtracted from every logit,
-    the positive's included (Bengio & Senécal 2008; Yi et al., RecSys 2019): the more keys, the closer the gradient is
-    to that of the softmax over all songs, each counted once, however unevenly the keys are drawn.
+    Arguments as in `info_nce`; `logit_bias`: a scalar b, added to the logits.
     """
-
-    def loss(start: int, queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
-        stop = start + len(queries)
-        positives = first_positive + torch.arange(start, stop, device=queries.device)
-        logits = queries @ keys.T * logit_scale.exp()
-        if log_q is not None:
-            logits = logits - log_q.to(logits.dtype)
-        mask = without_positives(excluded, start, stop, positives)
-        if mask is not None:
-            logits = logits.masked_fill(mask, -torch.inf)
-        return F.cross_entropy(logits, positives, reduction="sum")
-
-    return sum_row_chunks(loss, queries, (keys, logit_scale), columns=len(keys), chunk_rows=chunk_rows)
+    return SigmoidLoss(logit_scale, logit_bias)(first, second, excluded=excluded, chunk_rows=chunk_rows)

@@ -1,4 +1,4 @@
-"""Which entries of a matrix of logits are no negatives."""
+"""False negatives: entries of a matrix of logits that must not be pushed apart."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 Excluded = Callable[[int, int], Tensor]
-"""`excluded(start, stop)` → bool [stop − start, m]: which keys are no negatives of these query rows."""
+"""`excluded(start, stop)` → bool [stop − start, m]: keys that are no negatives of these query rows."""
 
 
-def without_positives(excluded: Excluded | None, start: int, stop: int, positives: Tensor) -> Tensor | None:
-    """What is left out for query rows `start` to `stop`; their positive keys, `positives` [stop − start], never are."""
+def exclude_negatives(excluded: Excluded | None, start: int, stop: int, positives: Tensor) -> Tensor | None:
+    """Mask of the keys excluded for query rows `start` to `stop`, without their positives [stop − start]."""
     return None if excluded is None else excluded(start, stop).scatter(1, positives[:, None], False)
 
 
 def false_negatives(row_ids: Tensor, column_ids: Tensor, known_pairs: Tensor | None = None) -> Tensor:
-    """Which (row, column) must not be pushed apart: bool [n, m].
+    """Mask of the (row, column) entries that must not be pushed apart: bool [n, m].
 
     row_ids [n, k] and column_ids [m, k], int64: true where any kind of id is equal (song, duplicate group, normalised
     text). The first kind is the song; `known_pairs` are sorted `pair_codes` of songs that belong together, true in
@@ -29,8 +29,8 @@ def false_negatives(row_ids: Tensor, column_ids: Tensor, known_pairs: Tensor | N
     if known_pairs is not None and len(known_pairs):
         low = torch.minimum(row_ids[:, None, 0], column_ids[None, :, 0])
         codes = pair_codes(low, torch.maximum(row_ids[:, None, 0], column_ids[None, :, 0]))
-        found = torch.searchsorted(known_pairs, codes).clamp(max=len(known_pairs) - 1)
-        related |= known_pairs[found] == codes
+        position = torch.searchsorted(known_pairs, codes).clamp(max=len(known_pairs) - 1)
+        related |= known_pairs[position] == codes
     return related
 
 

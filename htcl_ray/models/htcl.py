@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from htcl_ray.config import Config
 from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import AudioError, ConfigError, InputError
+from htcl_ray.losses.base import ContrastiveLoss, parameters_of
+from htcl_ray.losses.registry import LossName, loss_class
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.card import Evaluation, read_evaluation
 from htcl_ray.models.official import TOKENIZER, read_official
@@ -52,8 +54,9 @@ class HTCL(nn.Module):
     """
 
     def __init__(
-        self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074, bias: float = 0.0
+        self, record: ModelRecord, text_encoder: TextEncoder, temperature: float = 0.074, batch_size: int = 32
     ) -> None:
+        """Draw the weights at random; `temperature` and `batch_size` (global) give the loss's initial parameters."""
         super().__init__()
         settings = record.model
         if record.input is InputRecipe.OFFICIAL and settings.window_seconds is not None:
@@ -75,13 +78,20 @@ class HTCL(nn.Module):
             if both and record.stage == 2
             else None
         )
-        scale = -math.log(temperature)
+        self.loss_class = loss_class(record.loss)
         terms = TERMS[record.stage] if both else ()
-        self.logit_scale = nn.ParameterDict({term: nn.Parameter(torch.tensor(scale)) for term in terms})
-        sigmoid = record.loss == "sigmoid"
-        self.logit_bias = (
-            nn.ParameterDict({term: nn.Parameter(torch.tensor(bias)) for term in terms}) if sigmoid else None
-        )
+        for name, value in self.loss_class.initial_parameters(temperature, batch_size).items():
+            self.register_module(name, nn.ParameterDict({term: nn.Parameter(torch.tensor(value)) for term in terms}))
+
+    def loss_parameters(self, name: str) -> nn.ParameterDict:
+        """A learned parameter of the loss, such as `logit_scale`, by loss term."""
+        parameters = self.get_submodule(name)
+        assert isinstance(parameters, nn.ParameterDict)
+        return parameters
+
+    def loss(self, term: str) -> ContrastiveLoss:
+        """The loss of a term with the term's learned parameters."""
+        return self.loss_class(*(self.loss_parameters(name)[term] for name in parameters_of(self.loss_class)))
 
     @property
     def dim(self) -> int:
@@ -130,31 +140,26 @@ class HTCL(nn.Module):
                 text=text_encoder.record,
                 license=config.license,
             )
-            return cls(record, text_encoder, stage.temperature, stage.initial_bias or 0.0)
+            return cls(record, text_encoder, stage.temperature, stage.global_batch_size)
 
-    def to_stage_2(self, temperature: float, seed: int, bias: float | None = None) -> HTCL:
-        """A stage-2 model that starts from everything this one learned: towers, heads, and the temperature of audio ↔
-        text.
+    def to_stage_2(self, temperature: float, seed: int, *, loss: LossName = "softmax", batch_size: int = 32) -> HTCL:
+        """Build a stage-2 model that starts from this one: towers, heads, and the loss parameters of audio ↔ text.
 
-        Only the fusion network and the two new temperatures, which begin at `temperature`, are new. `bias`: where new
-        biases of the sigmoid loss begin; None is the softmax loss. Stage 1's bias goes on if both stages have one.
-        Shares the text tower with this model, which should not be used afterwards. Raises InputError for an audio
-        encoder alone.
+        The fusion network and the loss parameters of the new terms are new: temperatures begin at `temperature`, a bias
+        where `loss` puts it for a global batch of `batch_size` rows. Loss parameters that the new loss does not have
+        are dropped. Shares the text tower with this model, which should not be used
+        afterwards. Raises InputError for an audio encoder alone.
         """
         if self.record.text is None:
             raise InputError(
                 "this model is an audio encoder alone; expected a stage-1 model with heads and a text tower"
             )
-        record = self.record.model_copy(update={"stage": 2, "loss": "softmax" if bias is None else "sigmoid"})
+        record = self.record.model_copy(update={"stage": 2, "loss": loss})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = HTCL(record, self.text_encoder, temperature, bias or 0.0)
-        kept = {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if bias is not None or not name.startswith("logit_bias.")
-        }
-        model.load_state_dict({**model.state_dict(), **kept})
+            model = HTCL(record, self.text_encoder, temperature, batch_size)
+        new = model.state_dict()
+        model.load_state_dict({**new, **{name: value for name, value in self.state_dict().items() if name in new}})
         return model
 
     @classmethod
@@ -242,14 +247,13 @@ class HTCL(nn.Module):
 
     def temperatures(self) -> dict[str, float]:
         """Temperature of each loss term."""
-        return {
-            term: math.exp(-self.logit_scale[term].item()) for term in TERMS[self.stage] if term in self.logit_scale
-        }
+        scales = self.loss_parameters("logit_scale")
+        return {term: math.exp(-scales[term].item()) for term in TERMS[self.stage] if term in scales}
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
         """Keep every temperature at or above 0.01."""
-        for scale in self.logit_scale.values():
+        for scale in self.loss_parameters("logit_scale").values():
             scale.clamp_(max=-math.log(MIN_TEMPERATURE))
 
     def embed_audio(self, waveform: Any, sample_rate: float) -> Tensor:

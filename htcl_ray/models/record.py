@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from htcl_ray.config.sections import AudioRecipe, ModelSettings, Settings, TextSettings
 from htcl_ray.errors import MismatchError
+from htcl_ray.losses.registry import LossName
 from htcl_ray.schemas import FORMAT_VERSION
 
 
@@ -40,8 +41,8 @@ class ModelRecord(Settings):
     stage: Literal[1, 2]
     """1: semantic space (audio ↔ text); 2: preference space, with a fusion network and three temperatures."""
     input: InputRecipe = InputRecipe.MASKED
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    """What it was trained with; sigmoid has a learned bias beside each temperature."""
+    loss: LossName = "softmax"
+    """Contrastive loss that it was trained with, a key of `htcl_ray.losses.registry.LOSSES`."""
     audio: AudioRecipe
     model: ModelSettings
     text: TextRecord | None

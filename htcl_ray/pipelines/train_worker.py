@@ -161,6 +161,8 @@ def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
         return HTCL.untrained(job.config, job.vocabulary), None
     parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))
     settings = job.config.finetune
-    model = parent.to_stage_2(settings.temperature, settings.seed, settings.initial_bias)
+    model = parent.to_stage_2(
+        settings.temperature, settings.seed, loss=settings.loss, batch_size=settings.global_batch_size
+    )
     model.record = model.record.model_copy(update={"license": job.config.license})
     return model, None

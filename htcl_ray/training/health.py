@@ -17,6 +17,7 @@ from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import MismatchError, StepError
 from htcl_ray.evaluation.stats.collapse import effective_rank, mean_cosine
 from htcl_ray.losses.collectives import gather_rows, rank, sum_over_workers, world_size
+from htcl_ray.losses.registry import loss_class
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.models.towers.text import check_song_texts
 from htcl_ray.training.batches import BatchLoader, encode
@@ -89,8 +90,8 @@ class HealthWatch:
         say: Callable[[str], None],
     ) -> None:
         self.task, self.settings, self.say = task, settings.health, say
-        # A sigmoid loss of equal vectors depends on bias and temperature, so it marks no plateau.
-        self.watched = [name for name, weight in task.weights.items() if weight] if settings.loss == "softmax" else []
+        has_plateau = loss_class(settings.loss).chance_level(PROBE_ROWS) is not None
+        self.watched = [name for name, weight in task.weights.items() if weight] if has_plateau else []
         self.since: dict[str, int] = {}
         """Fault → the last step at which all was well."""
         self.healthy_at = step

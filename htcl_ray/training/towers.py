@@ -22,7 +22,7 @@ def freeze(model: HTCL, settings: StageSettings) -> None:
     still have to pass through it. Heads always learn. Dropout stays on in frozen parts, as everywhere in training.
     """
     model.requires_grad_(True)
-    model.logit_scale.requires_grad_(settings.learn_temperature)
+    model.loss_parameters("logit_scale").requires_grad_(settings.learn_temperature)
     if settings.freeze_text:
         model.text_encoder.requires_grad_(False)
     if settings.freeze_audio_layers:

@@ -94,7 +94,10 @@ def build(variant: Variant, dtype: torch.dtype) -> HTCL:
     fixed = {"model.dropout": 0.0, "text.dropout": 0.0, "model.layers": 2, "pretrain.loss": variant.loss}
     model = HTCL.untrained(tiny_config("unused").with_overrides(fixed), train_wordpiece(TEXTS, 60))
     if variant.stage == 2:
-        model = model.to_stage_2(0.1, seed=1, bias=-1.5 if variant.loss == "sigmoid" else None)
+        model = model.to_stage_2(0.1, seed=1, loss=variant.loss)
+        if variant.loss == "sigmoid":
+            for name in ("preference", "fusion"):
+                model.logit_bias[name].data.fill_(-1.5)
         model.logit_scale["fusion"].data.fill_(1.5)
     return model.to(dtype).train()
 
@@ -181,7 +184,7 @@ class Entries:
         keep = self.seen(first_songs, second_songs)
         if used is not None:
             keep &= torch.tensor([True] * rows + used)
-        if self.model.logit_bias is not None:
+        if self.variant.loss == "sigmoid":
             z = 2 * torch.eye(rows, len(second), dtype=logits.dtype) - 1
             entries = torch.log(1 + torch.exp(-z * (logits + self.model.logit_bias[name])))
             return torch.where(keep, entries, 0).sum() / rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from htcl_ray.config.sections.base import Seed, Settings, one_or_many
+from htcl_ray.losses.registry import LOSSES, LossName
 
 
 class HealthSettings(Settings):
@@ -78,7 +78,7 @@ class StageSettings(Settings):
     """After the warm-up: half a cosine to 0, or the peak rate to the end."""
     max_gradient_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; null is no clipping."""
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss: LossName = "softmax"
     """softmax: InfoNCE, each row picks its match among the batch. sigmoid: each pair of rows is a match or not
     (SigLIP)."""
     mask_false_negatives: bool = True
@@ -127,14 +127,6 @@ class StageSettings(Settings):
     def resolved(self) -> Self:
         """These settings with the global batch size as a number: equal for runs that have equal batches."""
         return self.model_copy(update={"batch_size": self.global_batch_size, "batch_size_per_worker": None})
-
-    @property
-    def initial_bias(self) -> float | None:
-        """Sigmoid loss: where its bias starts, at the log odds that two rows of a batch match; None for softmax.
-
-        The −10 of the paper is about this number for its batches of 32,768; for small ones it would be far below.
-        """
-        return -math.log(self.global_batch_size - 1) if self.loss == "sigmoid" else None
 
     @field_validator("micro_batch_size", mode="before")
     @classmethod
@@ -208,7 +200,7 @@ class FinetuneSettings(StageSettings):
 
     @model_validator(mode="after")
     def _check_correction(self) -> Self:
-        if self.popularity_correction and self.loss != "softmax":
+        if self.popularity_correction and not LOSSES[self.loss].corrects_popularity:
             raise ValueError(f"popularity_correction corrects a softmax, and loss is {self.loss}; set one of them back")
         if self.popularity_correction and self.explicit_negatives:
             raise ValueError(

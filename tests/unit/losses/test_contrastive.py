@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htcl_ray.losses import info_nce
-from htcl_ray.losses.contrastive import info_nce_rows
+from htcl_ray.losses.contrastive import InfoNCE
 from htcl_ray.losses.false_negatives import false_negatives, pair_codes
 
 pytestmark = pytest.mark.unit
@@ -77,7 +77,7 @@ def test_drawing_probabilities_are_divided_out_of_every_entry(chunk_rows: int | 
     for i in range(13):
         weights = [torch.exp(queries[i] @ keys[j] * scale.exp()) / log_q[j].exp() for j in range(13)]
         expected = expected - torch.log(weights[i] / sum(weights[j] for j in range(13) if j == i or not mask[i, j]))
-    found = info_nce_rows(queries, keys, scale, excluded=lambda a, b: mask[a:b], log_q=log_q, chunk_rows=chunk_rows)
+    found = InfoNCE(scale).sum_rows(queries, keys, excluded=lambda a, b: mask[a:b], log_q=log_q, chunk_rows=chunk_rows)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     for ours, theirs in zip(
         torch.autograd.grad(found, [first, scale], retain_graph=True),
@@ -90,8 +90,8 @@ def test_drawing_probabilities_are_divided_out_of_every_entry(chunk_rows: int | 
 def test_rows_of_a_worker_add_up():
     first, second, scale = inputs()
     queries, keys = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    whole = info_nce_rows(queries, keys, scale)
-    parts = [info_nce_rows(queries[a:b], keys, scale, first_positive=a) for a, b in ((0, 4), (4, 9), (9, 13))]
+    whole = InfoNCE(scale).sum_rows(queries, keys)
+    parts = [InfoNCE(scale).sum_rows(queries[a:b], keys, first_positive=a) for a, b in ((0, 4), (4, 9), (9, 13))]
     torch.testing.assert_close(torch.stack(parts).sum(), whole, atol=1e-12, rtol=0)
 
 

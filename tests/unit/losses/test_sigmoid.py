@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htcl_ray.losses import sigmoid_loss
-from htcl_ray.losses.sigmoid import sigmoid_rows
+from htcl_ray.losses.contrastive import SigmoidLoss
 
 pytestmark = pytest.mark.unit
 ROWS = 11
@@ -71,19 +71,19 @@ def test_the_positive_is_never_excluded():
 def test_rows_of_a_worker_add_up():
     first, second, scale, bias = inputs()
     queries, keys = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    parts = [sigmoid_rows(queries[a:b], keys, scale, bias, first_positive=a) for a, b in ((0, 4), (4, 9), (9, 11))]
+    loss = SigmoidLoss(scale, bias)
+    parts = [loss.sum_rows(queries[a:b], keys, first_positive=a) for a, b in ((0, 4), (4, 9), (9, 11))]
     torch.testing.assert_close(
         torch.stack(parts).sum() / ROWS, sigmoid_loss(first, second, scale, bias), atol=1e-12, rtol=0
     )
 
 
-def test_a_fresh_bias_begins_at_the_log_odds_of_a_match():
-    """With nothing learned, cosines are about 0, and no constant bias would have a lower loss."""
-    from htcl_ray.config.sections import PretrainSettings
-
-    bias = torch.tensor(PretrainSettings(loss="sigmoid", batch_size=ROWS).initial_bias, requires_grad=True)
-    apart = torch.eye(2 * ROWS)
-    sigmoid_loss(apart[:ROWS], apart[ROWS:], torch.tensor(2.6), bias).backward()
+def test_the_initial_bias_is_the_log_odds_of_a_match():
+    """Where nothing is learned, cosines are about 0, and no constant bias has a lower loss."""
+    initial = SigmoidLoss.initial_parameters(temperature=0.074, batch_size=ROWS)
+    assert initial == {"logit_scale": -math.log(0.074), "logit_bias": -math.log(ROWS - 1)}
+    bias = torch.tensor(initial["logit_bias"], requires_grad=True)
+    orthogonal = torch.eye(2 * ROWS)
+    sigmoid_loss(orthogonal[:ROWS], orthogonal[ROWS:], torch.tensor(2.6), bias).backward()
     assert bias.grad is not None
     assert abs(bias.grad.item()) < 1e-5
-    assert PretrainSettings(batch_size=ROWS).initial_bias is None

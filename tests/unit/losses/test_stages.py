@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htcl_ray.config.sections import FinetuneSettings
+from htcl_ray.losses.base import ContrastiveLoss
+from htcl_ray.losses.contrastive import InfoNCE, SigmoidLoss
 from htcl_ray.losses.stages import Side, finetune_terms, pretrain_terms
 from htcl_ray.training.song_numbers import Pairs, known_pair_codes
 from htcl_ray.training.stage_tasks import finetune_task
@@ -28,14 +30,13 @@ CATALOGUE = np.array([0, 1, 2, 3, 4, 5, 7, 8, 11, 12])
 
 
 def model(loss: str = "softmax") -> Any:
-    """What the terms need of a model: temperatures, biases, and any fusion."""
-    scale = {name: torch.tensor(value, dtype=torch.float64) for name, value in SCALES.items()}
-    bias = (
-        {name: torch.tensor(-value, dtype=torch.float64) for name, value in SCALES.items()}
-        if loss == "sigmoid"
-        else None
-    )
-    return SimpleNamespace(logit_scale=scale, logit_bias=bias, fuse=lambda audio, text: audio * 0.3 + text.flip(1))
+    """The part of a model that the terms use: losses with known parameters, and any fusion."""
+
+    def loss_of(term: str) -> ContrastiveLoss:
+        scale = torch.tensor(SCALES[term], dtype=torch.float64)
+        return SigmoidLoss(scale, -scale) if loss == "sigmoid" else InfoNCE(scale)
+
+    return SimpleNamespace(loss=loss_of, fuse=lambda audio, text: audio * 0.3 + text.flip(1))
 
 
 def vectors(rows: int, seed: int = 0) -> Tensor:

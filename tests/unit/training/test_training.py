@@ -57,7 +57,11 @@ class World:
     def model(self, stage: int, config: Config | None = None) -> HTCL:
         config = config or self.config
         model = HTCL.untrained(config, self.vocabulary)
-        return model if stage == 1 else model.to_stage_2(0.074, 0, config.finetune.initial_bias)
+        return (
+            model
+            if stage == 1
+            else model.to_stage_2(0.074, 0, loss=config.finetune.loss, batch_size=config.finetune.global_batch_size)
+        )
 
     def task(self, stage: int, config: Config | None = None) -> Task:
         config = config or self.config
