@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,8 +120,7 @@ def sum_row_chunks(
         return torch.stack(
             [loss(start, queries[start : start + size], *shared) for start in range(0, len(queries), size)]
         ).sum()
-    total: Tensor = _SumRowChunks.apply(loss, size, queries, *shared)  # type: ignore[no-untyped-call] # torch's
-    return total
+    return cast("Callable[..., Tensor]", _SumRowChunks.apply)(loss, size, queries, *shared)
 
 
 class _SumRowChunks(torch.autograd.Function):
