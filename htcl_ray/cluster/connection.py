@@ -25,6 +25,7 @@ from htcl_ray.cluster.ray_internals import (
 )
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.progress import print_line
 from htcl_ray.workspace.credentials import without_credentials
 from htcl_ray.workspace.filesystem import storage_errors, storage_failure
 from htcl_ray.workspace.local_copies import private_folder, private_name
@@ -182,7 +183,7 @@ def progress_lines() -> Iterator[Any]:
     def print_waiting() -> None:
         with contextlib.suppress(Empty):
             while True:
-                print(queue.get_nowait(), flush=True)
+                print_line(queue.get_nowait())
 
     def print_until_stopped() -> None:
         with contextlib.suppress(BrokenPipeError):  # nobody reads; the next line of the main thread ends the command

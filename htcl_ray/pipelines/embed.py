@@ -17,6 +17,7 @@ from htcl_ray.config.sections import Require
 from htcl_ray.errors import InputError, MismatchError, WorkspaceError
 from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate
 from htcl_ray.pipelines import inputs
+from htcl_ray.progress import Progress
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
 from htcl_ray.workspace.artifacts import Artifact, Models, StepResult
 from htcl_ray.workspace.manifest import build_manifest, fingerprint
@@ -227,14 +228,10 @@ def _embed_shards(
             num_gpus=1 if use_gpu else 0,
             **restarts,
         )
-    total, started = sum(songs.values()), time.monotonic()
-    kept = done = total - sum(songs[name] for name in missing)
-    if kept:
-        print(f"embed  {kept}/{total} songs were done before", flush=True)
-    for row in rows.iter_rows():
-        done += songs[row["shard"]]
-        rate = (done - kept) / (time.monotonic() - started)
-        print(f"embed  {done}/{total} songs  {rate:.0f}/s  {(total - done) / rate:.0f} s left", flush=True)
+    total = sum(songs.values())
+    with Progress("embed", total, "songs", done=total - sum(songs[name] for name in missing)) as progress:
+        for row in rows.iter_rows():
+            progress.advance(songs[row["shard"]])
 
 
 def _check_recipe(features: Artifact, model: Artifact) -> None:

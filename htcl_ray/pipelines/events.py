@@ -34,6 +34,7 @@ from htcl_ray.errors import TableError
 from htcl_ray.interactions.log_summary import LogSummary
 from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
 from htcl_ray.interactions.splits import period_ends, thin_out
+from htcl_ray.progress import Progress
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
 from htcl_ray.workspace.manifest import build_manifest, fingerprint
 from htcl_ray.workspace.paths import canonical
@@ -169,13 +170,13 @@ def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_ve
     write = functools.partial(_write_events, plan=plan, ends=ends, songs=songs, workspace=workspace, config=config)
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for done, batch in enumerate(_run_parts(plan, write), start=1):
-        for text in batch["counts"].tolist():
-            counts.update(json.loads(text))
-        for text in batch["examples"].tolist():
-            examples = {**json.loads(text), **examples}
-        if done % 100 == 0:
-            print(f"preprocess  {done:,}/{len(plan.parts):,} parts of the log", flush=True)
+    with Progress("preprocess", len(plan.parts), "parts of the log") as progress:
+        for batch in _run_parts(plan, write):
+            for text in batch["counts"].tolist():
+                counts.update(json.loads(text))
+            for text in batch["examples"].tolist():
+                examples = {**json.loads(text), **examples}
+            progress.advance(len(batch["counts"]))
     rows, accepted = counts.pop("rows"), counts.pop("accepted", 0)
     rejected = dict(counts.most_common())
     print(f"preprocess  {rows:,} log rows: {accepted:,} accepted, {describe(rejected)}", flush=True)

@@ -16,7 +16,7 @@ from htcl_ray.config.sections import NOT_IN_MODEL, Require, StageSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
 from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.pipelines.events import plan_log
-from htcl_ray.pipelines.preprocess import plan_features
+from htcl_ray.pipelines.make_features import plan_features
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, Models

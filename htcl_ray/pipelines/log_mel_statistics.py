@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from htcl_ray.progress import Progress
 from htcl_ray.schemas import FORMAT_VERSION, Split
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
 
 SONGS_AT_ONCE = 64
-SAY_EVERY_SECONDS = 10.0
 
 
 def log_mel_statistics(workspace: Workspace, features: Artifact) -> np.ndarray:
@@ -48,23 +46,17 @@ def _measure(workspace: Workspace, features: Artifact) -> pa.Table:
         if name.endswith(".parquet")
     ]
     dataset = pads.dataset(files, filesystem=workspace.fs, format="parquet")
-    songs, parts = dataset.count_rows(), []
-    started = said = time.monotonic()
-    done = 0
-    for batch in dataset.to_batches(columns=["song_id", "split", "log_mel", "valid_frames"], batch_size=SONGS_AT_ONCE):
-        mels = batch["log_mel"].to_numpy_ndarray()
-        rows = [
-            np.concatenate([mel[:frames].mean(axis=0, dtype=np.float32), mel[:frames].astype(np.float32).std(axis=0)])
-            for mel, frames in zip(mels, batch["valid_frames"].to_pylist(), strict=True)
-        ]
-        parts.append(
-            pa.table(
-                {"song_id": batch["song_id"], "split": batch["split"], "statistics": [row.tolist() for row in rows]}
-            )
-        )
-        done += len(rows)
-        if time.monotonic() - said > SAY_EVERY_SECONDS:
-            said = time.monotonic()
-            left = (said - started) / done * (songs - done)
-            print(f"evaluate  log-mel statistics of {done:,}/{songs:,} songs  {left:.0f} s left", flush=True)
+    columns, parts = ["song_id", "split", "log_mel", "valid_frames"], []
+    with Progress("evaluate", dataset.count_rows(), "log-mels") as progress:
+        for batch in dataset.to_batches(columns=columns, batch_size=SONGS_AT_ONCE):
+            mels = batch["log_mel"].to_numpy_ndarray()
+            rows = [
+                np.concatenate(
+                    [mel[:frames].mean(axis=0, dtype=np.float32), mel[:frames].astype(np.float32).std(axis=0)]
+                )
+                for mel, frames in zip(mels, batch["valid_frames"].to_pylist(), strict=True)
+            ]
+            statistics = [row.tolist() for row in rows]
+            parts.append(pa.table({"song_id": batch["song_id"], "split": batch["split"], "statistics": statistics}))
+            progress.advance(len(rows))
     return pa.concat_tables(parts)

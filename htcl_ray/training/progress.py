@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from torch import Tensor
 
 from htcl_ray.losses.collectives import world_size
 from htcl_ray.models.htcl import HTCL
+from htcl_ray.progress import Pace, Throttle
 from htcl_ray.training.stage_tasks import Task
 
 Metrics = dict[str, float]
@@ -22,20 +22,17 @@ class Progress:
         self, task: Task, batch: int, epochs: int, steps: int, *, start: int, say: Callable[[str], None]
     ) -> None:
         self.task, self.batch, self.epochs, self.steps, self.say = task, batch, epochs, steps, say
-        self.start_step, self.started = start, time.monotonic()
-        self.last_line = self.started
+        self.pace, self.throttle = Pace(epochs * steps, done=start), Throttle(SECONDS_BETWEEN_LINES)
         if start:
             say(f"{task.name}  continues after step {start}/{epochs * steps} (epoch {start // steps + 1} of {epochs})")
 
     def songs_per_second(self, step: int) -> float:
         """Songs of all workers, since this process began."""
-        return (
-            (step - self.start_step) * self.batch * self.task.songs_per_row / max(time.monotonic() - self.started, 1e-9)
-        )
+        return self.pace.rate(step) * self.batch * self.task.songs_per_row
 
     def step(self, epoch: int, step: int, sums: dict[str, Tensor], model: HTCL) -> None:
         """A line every few seconds; between epochs the terms are this worker's rows only, scaled up."""
-        if time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES:
+        if not self.throttle.is_due():
             return
         done = step - epoch * self.steps
         terms = {name: sums[name].item() * world_size() / done for name in self.task.weights}
@@ -43,7 +40,7 @@ class Progress:
 
     def epoch(self, metrics: Metrics) -> None:
         """A line at the end of an epoch, when the last one is some time ago or training ends."""
-        if metrics["epoch"] < self.epochs and time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES / 2:
+        if metrics["epoch"] < self.epochs and not self.throttle.is_due(0.5):
             return
         terms = {name: metrics[f"loss_{name}"] for name in self.task.weights}
         temperatures = {name: metrics[f"temperature_{name}"] for name in self.task.weights}
@@ -57,8 +54,8 @@ class Progress:
         )
 
     def _line(self, epoch: int, step: int, terms: dict[str, float], temperatures: dict[str, float], more: str) -> None:
-        self.last_line = time.monotonic()
-        left = (self.epochs * self.steps - step) * (self.last_line - self.started) / max(step - self.start_step, 1)
+        self.throttle.restart()
+        left = self.pace.seconds_left(step) or 0.0
         losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
         heat = "/".join(f"{value:.3f}" for value in temperatures.values())
         self.say(

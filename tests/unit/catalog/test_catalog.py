@@ -38,7 +38,7 @@ from htcl_ray.catalog.text import song_text
 from htcl_ray.config import resolve
 from htcl_ray.config.sections import AudioRecipe, DataSettings
 from htcl_ray.errors import InputError, TableError
-from htcl_ray.pipelines.preprocess import make_shard
+from htcl_ray.pipelines.make_features import make_shard
 from htcl_ray.schemas import Reason
 
 pytestmark = pytest.mark.unit

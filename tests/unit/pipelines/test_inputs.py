@@ -23,7 +23,7 @@ from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.embed import plan
 from htcl_ray.pipelines.events import plan_log
 from htcl_ray.pipelines.index import determined_index, index_version
-from htcl_ray.pipelines.preprocess import plan_features
+from htcl_ray.pipelines.make_features import plan_features
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import TINY, write_models

@@ -28,7 +28,8 @@ from htcl_ray.cluster import connection
 from htcl_ray.config import resolve
 from htcl_ray.config.sections import AudioRecipe, DataSettings
 from htcl_ray.errors import AccessDeniedError, AudioError, InputError, StorageError, WorkspaceError
-from htcl_ray.pipelines.preprocess import make_shard, plan_features, preprocess
+from htcl_ray.pipelines.make_features import make_shard, plan_features
+from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.schemas import Reason
 from htcl_ray.workspace.filesystem import explain, open_filesystem
 from htcl_ray.workspace.paths import local_path
