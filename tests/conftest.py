@@ -31,15 +31,13 @@ LONGEST_FIRST = (
     "tests/unit/audio/test_sandbox.py",
 )
 """Order in which the processes of pytest-xdist take files, so that none is left with a long one at the end."""
-ONE_PROCESS = {"tests/end_to_end/test_jobs.py": "tests/end_to_end/test_documented_commands.py"}
-"""Files that share a fixture of the session with another file, which is then built once."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give every file to one process of pytest-xdist, as its fixtures are of module scope, and the longest ones first."""
     for item in items:
         file = item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group(ONE_PROCESS.get(file, file)))
+        item.add_marker(pytest.mark.xdist_group(file))
     items.sort(key=_position)
 
 

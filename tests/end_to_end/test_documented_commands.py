@@ -33,7 +33,7 @@ from htcl_ray.demo_world import write_sample
 from tests.conftest import REPOSITORY
 from tests.worlds.documented_commands import PAGES, blocks, variables
 from tests.worlds.official_model import small_wrapper
-from tests.worlds.ray_head import Head, environment
+from tests.worlds.ray_head import environment
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
@@ -137,16 +137,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(line: Line, world: Path, **more: str) -> dict[str, object]:
+def shell(line: Line, world: Path) -> dict[str, object]:
     """Arguments of subprocess for a line: bash in the reader's folder, with the page's `DATA`."""
-    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": str(REPOSITORY), **more}
+    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": str(REPOSITORY)}
     return {"args": ["bash", "-euo", "pipefail", "-c", line.text], "cwd": world, "env": variables}
 
 
-def run(line: Line, world: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def run(line: Line, world: Path) -> subprocess.CompletedProcess[str]:
     """Run a line to its end, and print how long it took: the durations of pytest show the sum only."""
     started = time.monotonic()
-    done = subprocess.run(**shell(line, world, **more), capture_output=True, text=True, timeout=3000, check=False)
+    done = subprocess.run(**shell(line, world), capture_output=True, text=True, timeout=3000, check=False)
     print(f"{time.monotonic() - started:6.1f} s  {line.page}: {line.text}", flush=True)
     return done
 
@@ -183,18 +183,18 @@ def test_every_line_is_run_here_or_named():
 
 
 @pytest.fixture(scope="module")
-def steps(world: Path, head: Head) -> dict[Line, subprocess.CompletedProcess[str]]:
+def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
     """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning.
 
-    On the head node that the jobs use. Commands with a private cluster of their own: test_demo.py and the servers.
+    Each starts a private cluster: on a running one, the relative workspace that the pages show is refused.
     """
     done = {}
     for line in here("htcl "):
         if "RUN_A" in line.text:
             with named(world / "workspace/reports", "RUN_A", "RUN_B"):
-                done[line] = run(line, world, RAY_ADDRESS=head.address)
+                done[line] = run(line, world)
         elif not re.match(SERVERS, line.text):
-            done[line] = run(line, world, RAY_ADDRESS=head.address)
+            done[line] = run(line, world)
     return done
 
 

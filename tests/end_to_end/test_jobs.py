@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,16 @@ import pytest
 from htcl_ray.demo_world import write_sample
 from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
-from tests.worlds.ray_head import Head, environment, submit
+from tests.worlds.ray_head import Head, environment, head_node, submit
 from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with head_node("--num-cpus=4") as started:
+        yield started
 
 
 def test_preprocess_as_a_job(head: Head, tmp_path: Path):
@@ -59,7 +66,7 @@ def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path
     }
     assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__", "preprocess"} == set(made)
     scripts = " && ".join(f"python jobs/{job}.py --config {tmp_path}/c.yaml" for job in made)
-    done = submit(head, "bash", "-c", f"'{scripts}'")  # one job: each submission packs the working directory again
+    done = submit(head, "bash", "-c", scripts)  # one job: each submission packs the working directory again
     assert done.returncode == 0, done.stdout + done.stderr
     for job, folder in made.items():
         assert len(Workspace(config.workspace).finished(folder)) == 1, job
