@@ -156,7 +156,7 @@ def api() -> str:
 
 
 def _members(owner: type | ModuleType, chosen: Callable[[Any], bool]) -> list[str]:
-    """Public functions, properties and class methods of a class, or functions of a module, in the order of the source."""
+    """Public functions, properties and class methods of a class, or functions of a module, in source order."""
     lines = []
     prefix = owner.__name__.rpartition(".")[2]
     for name, member in _public(owner):
@@ -278,7 +278,7 @@ def _commands() -> list[str]:
 
     lines = ["## Command line", ""]
     lines += [
-        "All commands take `--preset`, `--config`, `--set` and `--workspace`; `--help` after a command prints its flags.",
+        "All commands take `--preset`, `--config`, `--set` and `--workspace`; `--help` prints the flags of a command.",
         "",
     ]
     for name, command in cli.COMMANDS.items():

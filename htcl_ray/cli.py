@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     where = "the workspace"
     try:
-        options = _parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         config = _config(options)
         where = f"the workspace {config.workspace}"
         COMMANDS[options.command].run(config, options)
@@ -151,7 +151,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; '{self.prog} --help' lists what there is")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `htcl` with all subcommands; errors are raised as ConfigError."""
     parser = _Parser(prog="htcl", description="Music representations learned from sound, words and taste, on Ray.")
     parser.add_argument("--version", action="version", version=f"htcl-ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)

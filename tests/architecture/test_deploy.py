@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from htcl_ray.cli import COMMANDS, _parser
+from htcl_ray.cli import COMMANDS, build_parser
 from htcl_ray.config import resolve
 from tests.architecture.deployment_files import (
     FILES,
@@ -173,7 +173,7 @@ def test_our_commands_exist_with_the_arguments_given(name: str, tmp_path: Path):
             assert job.is_file(), f"{name}: there is no {program}"
             command = [*re.findall(r'run_step\("([\w-]+)"\)', job.read_text(encoding="utf-8")), *arguments]
         assert command[0] in COMMANDS, f"{name}: there is no {command[0]}"
-        options = _parser().parse_args(command)
+        options = build_parser().parse_args(command)
         resolve(options.preset, None, options.assignments)
         if program != "htcl":
             assert options.workspace.startswith(("s3://", "/")), (

@@ -1,5 +1,4 @@
-"""What the documentation shows exists: commands, flags, configuration keys, requests, imports, and links; and the site
-can be built."""
+"""Check the documentation: commands, flags, configuration keys, requests, imports and links exist, and the site builds."""
 
 from __future__ import annotations
 
@@ -44,36 +43,36 @@ def by_page(path: Path) -> str:
     return path.name
 
 
-def test_there_are_commands_to_check():
+def test_pages_contain_commands():
     assert len(COMMANDS) > 40
     shown = {shown.words[0] for shown in COMMANDS}
-    assert shown >= set(cli.COMMANDS) - {"demo"}  # it is shown as `make demo`
+    assert shown >= set(cli.COMMANDS) - {"demo"}  # documented as `make demo`
 
 
 @pytest.mark.parametrize("shown", sorted(set(COMMANDS), key=str), ids=str)
-def test_a_command_that_is_shown_is_one(shown: Shown):
-    """Subcommand and flags are those of the parser, and every --set is a key with a value that it may have."""
-    options = cli._parser().parse_args(shown.words)
+def test_a_documented_command_parses(shown: Shown):
+    """Subcommand and flags exist, and every --set has a valid key and value."""
+    options = cli.build_parser().parse_args(shown.words)
     resolve(options.preset or "paper", None, options.assignments)
 
 
+COMMON_FLAGS = {"--preset", "--config", "--set", "--workspace", "--help"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=by_page)
-def test_flags_within_sentences_are_there(page: Path):
-    parser = cli._parser()
-    subcommands = next(action for action in parser._actions if action.dest == "command").choices
-    assert isinstance(subcommands, dict)
+def test_flags_in_prose_exist(page: Path):
     for span in spans(page):
         words = span.split()
         if words[:1] != ["htcl"] or len(words) < 2 or words[1].startswith("-"):
             continue
-        assert words[1] in subcommands, f"{page.name}: `{span}`"
-        flags = subcommands[words[1]]._option_string_actions
+        assert words[1] in cli.COMMANDS, f"{page.name}: `{span}`"
+        flags = COMMON_FLAGS | {flag.split()[0] for flag, _ in generate.flags_of(words[1])}
         for word in words[2:]:
             assert not word.startswith("-") or word.partition("=")[0] in flags, f"{page.name}: `{span}`: {word}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_page)
-def test_configuration_keys_within_sentences_are_there(page: Path):
+def test_configuration_keys_in_prose_exist(page: Path):
     for span in spans(page):
         for word in span.replace("'", " ").split():
             match = KEY.fullmatch(word)
@@ -83,14 +82,14 @@ def test_configuration_keys_within_sentences_are_there(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_page)
-def test_requests_are_valid(page: Path):
+def test_documented_requests_are_valid(page: Path):
     for block in blocks(page, "bash"):
         for path, body in re.findall(r"localhost:8000(/v1/\w+) [^\n]*?-d '(\{.*?\})'", block, re.DOTALL):
             REQUESTS[path].model_validate(json.loads(body))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_page)
-def test_python_is_python_and_imports_what_there_is(page: Path):
+def test_documented_python_parses_and_its_imports_exist(page: Path):
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("htcl_ray"):
@@ -99,14 +98,14 @@ def test_python_is_python_and_imports_what_there_is(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_page)
-def test_yaml_of_our_configuration_is_valid(page: Path):
+def test_documented_configuration_is_valid(page: Path):
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block)
         if isinstance(content, dict) and set(content) <= set(SECTIONS):
             Config.model_validate(content)
 
 
-def test_the_calls_of_the_client_that_are_shown_exist():
+def test_documented_client_methods_exist():
     from htcl_ray.client import AsyncClient, Client
 
     page = REPOSITORY / "docs" / "client.md"
@@ -117,10 +116,20 @@ def test_the_calls_of_the_client_that_are_shown_exist():
 
 
 @pytest.mark.parametrize("page", generate.PAGES)
-def test_a_generated_page_is_up_to_date(page: str):
+def test_generated_pages_are_up_to_date(page: str):
     assert (REPOSITORY / "docs" / page).read_text(encoding="utf-8") == generate.generated(page), (
         "run: python docs/generate.py"
     )
+
+
+def test_the_readme_is_short_and_its_screenshot_small():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 160
+    assert (REPOSITORY / "docs" / "page.png").stat().st_size <= 300_000
+
+
+def test_the_merge_of_generated_pages_is_configured():
+    attributes = (REPOSITORY / ".gitattributes").read_text(encoding="utf-8")
+    assert all(f"docs/{page} merge=union" in attributes for page in generate.PAGES)
 
 
 def test_every_page_is_in_the_navigation():
@@ -129,7 +138,7 @@ def test_every_page_is_in_the_navigation():
     assert shown == {page.name for page in PAGES[1:]}
 
 
-def test_the_site_is_built_without_a_warning(tmp_path: Path):
+def test_the_site_builds_without_warnings(tmp_path: Path):
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
     command = [
         sys.executable,
@@ -149,4 +158,4 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path):
     for page in (tmp_path / "site").glob("*.html"):
         loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)"', page.read_text())
         loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(https?:[^"]+)"', page.read_text())
-        assert not loaded, f"{page.name} loads from elsewhere: {loaded}"
+        assert not loaded, f"{page.name} loads external resources: {loaded}"
