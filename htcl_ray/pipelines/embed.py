@@ -60,13 +60,12 @@ def plan(workspace: Workspace, config: Config, model: str | None = None, *, requ
 
 def job_of(workspace: Workspace, features: Artifact, models: Models) -> EmbedJob:
     """The embeddings of these features by these models, made or not. Raises MismatchError when they do not fit."""
-    from htcl_ray.models import weights_fingerprint  # loads torch
+    from htcl_ray.search.encoder import model_versions  # loads torch
 
-    versions: ModelVersions = {"semantic": None, "preference": None}
-    for stage, artifact in (("semantic", models.semantic), ("preference", models.preference)):
+    for artifact in (models.semantic, models.preference):
         if artifact is not None:
             _check_recipe(features, artifact)
-            versions[stage] = weights_fingerprint(workspace.local_copy(artifact.path))
+    versions = model_versions(workspace, *models.paths)
     version = fingerprint("embeddings", FORMAT_VERSION, features.version, versions)
     return EmbedJob(features, models, versions, version)
 
@@ -130,9 +129,7 @@ class ShardEmbedder:
         from htcl_ray.search.encoder import SongEncoder
 
         self._workspace, self._job, self._batch_size = workspace, job, batch_size
-        models = job.models
-        preference = workspace.local_copy(models.preference.path) if models.preference else None
-        self._encoder = SongEncoder.load(workspace.local_copy(models.semantic.path), preference, device)
+        self._encoder = SongEncoder.from_workspace(workspace, *job.models.paths, device=device)
         self._encoder.check_versions(job.model_versions)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

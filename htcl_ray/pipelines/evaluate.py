@@ -179,8 +179,7 @@ def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str, *,
             f"no song of the catalogue is in the {settings.split} split; choose the other with evaluate.split, or give this one songs "
             "with data.split_shares or data.split_column and run 'htcl preprocess' again"
         )
-    preference = workspace.local_copy(inputs.models.preference.path) if inputs.models.preference else None
-    encoder = SongEncoder.load(workspace.local_copy(inputs.models.semantic.path), preference)
+    encoder = SongEncoder.from_workspace(workspace, *inputs.models.paths)
     log = workspace.read_tables(inputs.events.path).to_pandas() if inputs.events else None
     pairs = workspace.read_tables(inputs.pairs.path).to_pandas() if inputs.pairs else None
     encode = _Encode(encoder)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import MismatchError
 from htcl_ray.index.vectors import ModelVersions, Vectors
-from htcl_ray.models import HTCL
+from htcl_ray.models import HTCL, weights_fingerprint
+from htcl_ray.workspace.storage import Workspace
 
 
 class SongEncoder:
@@ -44,6 +45,18 @@ class SongEncoder:
             models[0],
             models[1] if both else None,
             {"semantic": versions[0], "preference": versions[1] if both else None},
+        )
+
+    @classmethod
+    def from_workspace(
+        cls, workspace: Workspace, semantic: str, preference: str | None = None, *, device: str = "cpu"
+    ) -> Self:
+        """Load the models in one or two folders of a workspace, which are first copied to this machine if it is remote.
+
+        `semantic` and `preference`: see `Models.paths`. Raises WorkspaceError or MismatchError.
+        """
+        return cls.load(
+            workspace.local_copy(semantic), None if preference is None else workspace.local_copy(preference), device
         )
 
     def check_versions(self, expected: ModelVersions) -> None:
@@ -87,6 +100,14 @@ class SongEncoder:
         """Texts, with their coverage by the semantic model's vocabulary, which stage 2 keeps."""
         vectors = _vectors([model.embed_text(list(texts)) for model in self._models])
         return replace(vectors, text_coverage=self._models[0].text_encoder.coverage(texts))
+
+
+def model_versions(workspace: Workspace, semantic: str, preference: str | None = None) -> ModelVersions:
+    """Fingerprints of the weights in one or two folders of a workspace; see `SongEncoder.from_workspace`."""
+    return {
+        "semantic": weights_fingerprint(workspace.local_copy(semantic)),
+        "preference": None if preference is None else weights_fingerprint(workspace.local_copy(preference)),
+    }
 
 
 def _vectors(per_model: list[torch.Tensor]) -> Vectors:

@@ -282,5 +282,4 @@ def _like_songs(service: SearchService, index: SongIndex, song_ids: Sequence[str
 def _load_encoder(workspace: Workspace, models: artifacts.Models) -> SongEncoder:
     from htcl_ray.search.encoder import SongEncoder  # loads torch
 
-    preference = workspace.local_copy(models.preference.path) if models.preference else None
-    return SongEncoder.load(workspace.local_copy(models.semantic.path), preference)
+    return SongEncoder.from_workspace(workspace, *models.paths)

@@ -26,7 +26,6 @@ from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.index.folder import read_manifest
 from htcl_ray.index.live.activation import check_accepted, starting_pointer
-from htcl_ray.index.vectors import ModelVersions
 from htcl_ray.pipelines.index import determined_index
 from htcl_ray.serving.api_keys import Keys, is_loopback
 from htcl_ray.serving.deployments import Encoder, Ingress, Served, with_exposed_host
@@ -198,7 +197,7 @@ def _metrics(settings: ServeSettings, front: Front | None) -> tuple[str, int | N
 
 
 def _served(config: Config, index: str | None) -> Served:
-    from htcl_ray.models import weights_fingerprint  # loads torch
+    from htcl_ray.search.encoder import model_versions  # loads torch
 
     workspace, require = Workspace(config.workspace), config.gate.require
     pointer = starting_pointer(
@@ -206,18 +205,13 @@ def _served(config: Config, index: str | None) -> Served:
     )
     artifact = check_accepted(workspace, pointer.version, require)
     models = artifacts.models_of(workspace, artifact)
-    preference = models.preference
-    versions: ModelVersions = {
-        "semantic": weights_fingerprint(workspace.local_copy(models.semantic.path)),
-        "preference": weights_fingerprint(workspace.local_copy(preference.path)) if preference else None,
-    }
+    versions = model_versions(workspace, *models.paths)
     read_manifest(workspace.local_copy(artifact.path), model_versions=versions)
     front = active_front()
     return Served(
         workspace,
         pointer,
-        models.semantic.path,
-        preference.path if preference else None,
+        *models.paths,
         versions,
         require,
         front_token=front.token if front else "",

@@ -68,9 +68,8 @@ class Encoder:
         bind_grpc_to_loopback()
         torch.set_num_threads(max(1, int(settings.encoder_cpus)))
         workspace = served.workspace
-        preference = workspace.local_copy(served.preference) if served.preference else None
         device = "cuda" if settings.encoder_gpus else "cpu"
-        self._encoder = SongEncoder.load(workspace.local_copy(served.semantic), preference, device)
+        self._encoder = SongEncoder.from_workspace(workspace, served.semantic, served.preference, device=device)
         self._encoder.check_versions(served.model_versions)
         self._measurements = EncoderMeasurements()
         self._decoders = Decoders(

@@ -56,6 +56,11 @@ class Models:
     semantic: Artifact
     preference: Artifact | None
 
+    @property
+    def paths(self) -> tuple[str, str | None]:
+        """Folders of the semantic and the preference model, below the workspace's root."""
+        return self.semantic.path, None if self.preference is None else self.preference.path
+
 
 def _models(workspace: Workspace, space: str) -> list[Artifact]:
     return [

@@ -124,8 +124,7 @@ def encode_features(config: Config, model: str | None = None) -> Vectors:
     workspace = Workspace(config.workspace)
     job = plan(workspace, config, model)
     table = workspace.read_tables(job.features.path).sort_by("song_id")
-    preference = workspace.full(job.models.preference.path) if job.models.preference else None
-    encoder = SongEncoder.load(workspace.full(job.models.semantic.path), preference)
+    encoder = SongEncoder.from_workspace(workspace, *job.models.paths)
     mels = table["log_mel"].combine_chunks().to_numpy_ndarray()
     return encoder.encode_mel(mels, np.array(table["valid_frames"].to_pylist()))
 
