@@ -1,12 +1,12 @@
-"""What clients see while parts of the running application are killed.
+"""Measure failed requests while parts of the running application are killed.
 
-    python -m benchmarks.chaos [--replicas 1,2] [--kill encoder,ingress,haproxy,controller,decoder,sigterm] [--repeats 1]
+    python -m benchmarks.chaos [--replicas 1,2] [--kill encoder,ingress,…] [--repeats 1]
 
-Starts `htcl serve` once for each part and number of replicas (of the encoder and of the ingress) and sends 900
-requests, 20 a second and without retries: by song, a song's neighbours, text and upload in turn. Kills the part with
-SIGKILL after 15 s; at SIGTERM of the whole, 400 requests of which 100 come before it. No text and no recording is sent
-twice, so that none is remembered. For each run: requests by outcome, those that were not answered with 200, how many of
-these need no encoder, and the time between the first and the last of them.
+Starts `htcl serve` for each combination of part and number of replicas (of encoder and ingress) and sends 900 requests
+at 20 per second without retries, alternating between song, similar songs, text and upload. After 15 s the part is
+killed with SIGKILL; for SIGTERM of the whole application, 400 requests are sent, 100 of them before the signal. Every
+text and every clip is sent once, so that no response is cached. Each run reports the requests by outcome, the responses
+other than 200, how many of those need no encoder, and the time between the first and the last of them.
 
 Prints a table and writes benchmarks/results/chaos.json.
 """
@@ -49,25 +49,25 @@ NAMES = {
     "haproxy": b"haproxy.cfg",
     "decoder": DECODER,
 }
-"""In the command lines of the processes."""
+"""Part of the command line of each part's processes."""
 
 
 @dataclass
 class Sent:
-    """One request and what came of it."""
+    """One request and its outcome."""
 
     at: float
     """Seconds since the first request."""
     kind: str
     outcome: str
-    """Status, or the name of the exception."""
+    """HTTP status, or the name of the exception."""
     took: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill parts of the running application, and count what clients see.")
+    parser = argparse.ArgumentParser(description="Kill parts of the running application and count failed requests.")
     parser.add_argument("--replicas", default="1,2")
-    parser.add_argument("--kill", default=",".join(PARTS))
+    parser.add_argument("--kill", default=",".join(PARTS), help="parts to kill (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     rows = []
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
-    """Start, send, kill, stop; the figures of one row."""
+    """Start the application, send requests, kill the part, stop, and return the metrics of one row."""
     settings = {
         "workspace": str(workspace),
         "serve.port": 0,
@@ -99,7 +99,7 @@ def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
-        url = next(found[1] for line in process.stdout if (found := re.search(r"at (http://\S+);", line)))
+        url = next(match[1] for line in process.stdout if (match := re.search(r"at (http://\S+);", line)))
         whole = part == "sigterm"
         sent = asyncio.run(
             send(url, process, part, SIGTERM_REQUESTS if whole else REQUESTS, SIGTERM_AFTER if whole else KILL_AFTER)
@@ -124,7 +124,7 @@ def run(workspace: Path, part: str, replicas: int) -> dict[str, Any]:
 
 
 async def send(url: str, process: subprocess.Popen[str], part: str, requests: int, kill_after: int) -> list[Sent]:
-    """Open loop: each request leaves when it is due, whether or not earlier ones were answered."""
+    """Send requests at fixed times, independently of earlier responses (open loop)."""
     sent: list[Sent] = []
     begun = time.perf_counter()
     limits = httpx.Limits(max_connections=500, max_keepalive_connections=50)
@@ -136,7 +136,7 @@ async def send(url: str, process: subprocess.Popen[str], part: str, requests: in
             kind = ("song", "similar", "text", "upload")[number % 4]
             started = time.perf_counter()
             try:
-                outcome = str((await ask(client, kind, number)).status_code)
+                outcome = str((await request(client, kind, number)).status_code)
             except httpx.HTTPError as error:
                 outcome = type(error).__name__
             sent.append(Sent(at, kind, outcome, time.perf_counter() - started))
@@ -150,8 +150,8 @@ async def send(url: str, process: subprocess.Popen[str], part: str, requests: in
     return sorted(sent, key=lambda one: one.at)
 
 
-async def ask(client: httpx.AsyncClient, kind: str, number: int) -> httpx.Response:
-    """The request of this number."""
+async def request(client: httpx.AsyncClient, kind: str, number: int) -> httpx.Response:
+    """Send request `number`."""
     if kind == "song":
         return await client.get(f"/v1/songs/{song_id(number)}")
     if kind == "similar":
@@ -162,9 +162,9 @@ async def ask(client: httpx.AsyncClient, kind: str, number: int) -> httpx.Respon
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table."""
+    """Print the results as a table."""
     table = Table(
-        "killed", "replicas", "failed", "of them need no encoder", "s without service", "slowest, s", "outcomes"
+        "killed", "replicas", "failed", "failed, no encoder needed", "s without service", "slowest, s", "outcomes"
     )
     for row in rows:
         cells = (

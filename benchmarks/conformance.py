@@ -1,11 +1,10 @@
-"""Schemathesis against a running application: thousands of requests made from `/openapi.json`, and what the answers
-break.
+"""Test a running application with Schemathesis: thousands of requests generated from `/openapi.json`.
 
     python -m benchmarks.conformance --url http://127.0.0.1:8000 [--key KEY] [--seed 0] [--examples 300]
 
-Fails on a 5xx, on a status, a content type, a header or a body that `/openapi.json` does not tell of. Writes songs when
-the key may: use an application of its own for it. Prints what Schemathesis prints and writes
-benchmarks/results/conformance.json.
+Fails on a 5xx and on statuses, content types, headers and bodies that `/openapi.json` does not document. With a key of
+scope write it also writes songs, so run it against a separate application. Prints the output of Schemathesis and
+writes benchmarks/results/conformance.json.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CHECKS = (
 
 
 def schemathesis(url: str, key: str | None, seed: int, examples: int) -> tuple[int, str]:
-    """Exit status and output."""
+    """Run Schemathesis and return its exit status and output."""
     command = [
         sys.executable,
         "-c",
@@ -44,7 +43,7 @@ def schemathesis(url: str, key: str | None, seed: int, examples: int) -> tuple[i
 
 
 def summary(output: str) -> dict[str, Any]:
-    """The counts that Schemathesis prints."""
+    """Parse the counts in the output of Schemathesis."""
     generated, operations = re.search(r"([\d,]+) generated", output), re.search(r"Tested: (\d+)", output)
     if generated is None or operations is None:
         raise SystemExit("Schemathesis did not run to its end")
@@ -56,16 +55,16 @@ def summary(output: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Schemathesis against a running application.")
+    parser = argparse.ArgumentParser(description="Test a running application with Schemathesis.")
     parser.add_argument("--url", required=True)
     parser.add_argument("--key", help="API key with scope write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--examples", type=int, default=300, help="of each operation in each phase, at most")
+    parser.add_argument("--examples", type=int, default=300, help="maximum for each operation and phase")
     options = parser.parse_args()
     status, output = schemathesis(options.url, options.key, options.seed, options.examples)
     print(output)
-    found = summary(output)
-    print(write_result("conformance", {"seed": options.seed, "examples": options.examples, "checks": CHECKS, **found}))
+    counts = summary(output)
+    print(write_result("conformance", {"seed": options.seed, "examples": options.examples, "checks": CHECKS, **counts}))
     if status:
         raise SystemExit(1)
 

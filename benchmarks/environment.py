@@ -1,4 +1,4 @@
-"""What a benchmark's result must say of the machine and the code that it was measured with."""
+"""Write results of benchmarks with the machine, the code and the versions that produced them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write NAME.json in benchmarks/results/ or another folder: the command, the machine and the versions, then the
-    result.
-    """
+    """Write NAME.json, with `environment` and then the result, to benchmarks/results/ or another folder."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**environment(), **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 def environment() -> dict[str, Any]:
-    """Command, date, commit, hardware and library versions."""
+    """Collect command, date, commit, hardware and library versions."""
     return {
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -39,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def _module() -> str:
-    """The module that python -m was given."""
+    """Name of the module that was started with python -m."""
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec is not None else f"benchmarks.{Path(sys.argv[0]).stem}"
 

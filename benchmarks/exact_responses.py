@@ -1,11 +1,11 @@
-"""Responses of the running application against brute-force NumPy over the vectors of its index.
+"""Compare responses of the running application with brute-force NumPy over the vectors of its index.
 
     python -m benchmarks.exact_responses [--songs 20000] [--requests 1000] [--seed 0]
 
 Serves an index of random unit vectors with `htcl serve` and sends random requests: by song, songs with negatives,
-vector, text, recording and history, each with a random k, blend, filter and `max_per_artist`. For each, NumPy scores
-all songs, leaves out the seeds, applies the filter and the cap, and sorts. Counts the requests whose songs or scores
-(by more than 1e-5) differ. Texts and recordings are encoded in this process. Writes
+vector, text, audio clip and history, each with a random k, blend, filter and `max_per_artist`. For each request, NumPy
+scores all songs, excludes the seeds, applies the filter and the cap, and sorts. Counts the responses whose songs
+differ, or whose scores differ by more than 1e-5. Texts and clips are encoded in this process. Writes
 benchmarks/results/exact_responses.json and fails when a response differs.
 """
 
@@ -34,7 +34,7 @@ from htcl_ray.search.service import SearchService
 KINDS = ("song", "songs", "vector", "text", "recording", "history")
 TOLERANCE = 1e-5
 ARTISTS = 1999
-"""Of `served_world.make_world`."""
+"""Number of artists in `served_world.make_world`."""
 
 
 def main() -> None:
@@ -63,19 +63,19 @@ def main() -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             assert process.stdout is not None
-            url = next(found[1] for line in process.stdout if (found := re.search(r"at (http://\S+);", line)))
-            found = compare(url, service, halves, options.requests, options.seed)
+            url = next(match[1] for line in process.stdout if (match := re.search(r"at (http://\S+);", line)))
+            result = compare(url, service, halves, options.requests, options.seed)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(90)
-    print(found)
-    print(write_result("exact_responses", {"songs": options.songs, "seed": options.seed, **found}))
-    if found["different"]:
-        raise SystemExit(f"{found['different']} responses are not those of brute force")
+    print(result)
+    print(write_result("exact_responses", {"songs": options.songs, "seed": options.seed, **result}))
+    if result["different"]:
+        raise SystemExit(f"{result['different']} responses differ from brute force")
 
 
 def compare(url: str, service: SearchService, halves: NDArray[np.float64], requests: int, seed: int) -> dict[str, Any]:
-    """Send the requests; counts by kind, how many differ, and the largest difference of a score."""
+    """Send the requests; return their counts by kind, the number of differences and the largest score difference."""
     rng, different, largest = np.random.default_rng(seed), 0, 0.0
     kinds: Counter[str] = Counter()
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
@@ -83,7 +83,7 @@ def compare(url: str, service: SearchService, halves: NDArray[np.float64], reque
             kind = KINDS[int(rng.integers(len(KINDS)))]
             kinds[kind] += 1
             options = random_options(rng)
-            query, seeds, response = ask(client, service, halves, kind, rng, options, number)
+            query, seeds, response = send(client, service, halves, kind, rng, options, number)
             response.raise_for_status()
             results = response.json()["results"]
             rows, scores = brute_force(halves, query, seeds, options)
@@ -97,7 +97,7 @@ def compare(url: str, service: SearchService, halves: NDArray[np.float64], reque
 
 
 def random_options(rng: np.random.Generator) -> dict[str, Any]:
-    """k, blend, and sometimes a filter and a cap."""
+    """Draw k and blend, and sometimes a filter and a cap per artist."""
     options: dict[str, Any] = {"k": int(rng.integers(1, 60)), "blend": round(float(rng.random()), 3)}
     if rng.random() < 0.5:
         first = int(rng.integers(1960, 2010))
@@ -110,7 +110,7 @@ def random_options(rng: np.random.Generator) -> dict[str, Any]:
     return options
 
 
-def ask(
+def send(
     client: httpx.Client,
     service: SearchService,
     halves: NDArray[np.float64],
@@ -119,7 +119,7 @@ def ask(
     options: dict[str, Any],
     number: int,
 ) -> tuple[NDArray[np.float64], list[int], httpx.Response]:
-    """The query's vectors [2, dim], of any length; the rows that are left out; and the response."""
+    """Send one request; return the query's vectors [2, dim] of any norm, the excluded rows and the response."""
     chosen = [int(row) for row in rng.choice(halves.shape[1], 5, replace=False)]
     ids = [song_id(row) for row in chosen]
     encoder = service.encoder
@@ -154,7 +154,7 @@ def ask(
 def brute_force(
     halves: NDArray[np.float64], query: NDArray[np.float64], seeds: list[int], options: dict[str, Any]
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Rows and scores of the best songs, best first."""
+    """Return rows and scores of the best songs, best first."""
     blend = options["blend"]
     scores = (1 - blend) * halves[0] @ query[0] + blend * halves[1] @ query[1]
     conditions = options.get("filter")

@@ -1,6 +1,4 @@
-"""Requests that nobody should send: damaged and lying audio files, malformed forms, JSON that is deep, large or not
-finite.
-"""
+"""Hostile requests: damaged audio files, files with false headers, malformed forms, and deep, large or invalid JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ import soundfile
 
 BOUNDARY = "boundary-of-the-form"
 AUDIO, SEARCH, ACTIVATE, SONG = "/v1/search/audio", "/v1/search", "/v1/index/activate", "/v1/songs/{song_id}"
-"""Routes as `/openapi.json` names them."""
+"""Routes as named in `/openapi.json`."""
 HEADER_BYTES = 64
 NAMES = (
     "a.wav",
@@ -36,7 +34,7 @@ NAMES = (
 
 
 class Request(NamedTuple):
-    """One request. `route` is its template, `kind` what is wrong with it."""
+    """One request. `route` is its template, `kind` its defect."""
 
     kind: str
     method: str
@@ -44,11 +42,11 @@ class Request(NamedTuple):
     content: bytes
     content_type: str = "application/json"
     path: str | None = None
-    """Where it differs from the route."""
+    """None for a route without parameters."""
 
 
 def requests(files: Sequence[bytes], count: int, seed: int) -> Iterator[Request]:
-    """`count` requests, drawn from `seed` alone: those made by hand first, then uploads of damaged `files`."""
+    """Generate `count` requests from `seed`: the handwritten ones first, then uploads of damaged `files`."""
     made = list(handmade())[:count]
     yield from made
     rng = np.random.default_rng(seed)
@@ -60,30 +58,30 @@ def requests(files: Sequence[bytes], count: int, seed: int) -> Iterator[Request]
 
 
 def read_files(folder: Path) -> list[bytes]:
-    """The files of a folder by name, without empty ones."""
+    """Read the files of a folder, sorted by name, without empty ones."""
     return [data for path in sorted(folder.iterdir()) if path.is_file() and (data := path.read_bytes())]
 
 
 def upload(kind: str, data: bytes, name: str = "a.wav", fields: Sequence[tuple[str, str]] = ()) -> Request:
-    """A well-formed form with a file."""
+    """Build a well-formed form with a file."""
     parts = [part("file", data, name), *(part(key, value.encode()) for key, value in fields)]
     return form(kind, b"".join(parts) + closing())
 
 
 def form(kind: str, content: bytes, content_type: str = f"multipart/form-data; boundary={BOUNDARY}") -> Request:
-    """A body for the audio search."""
+    """Build a request with this body for the audio search."""
     return Request(kind, "POST", AUDIO, content, content_type)
 
 
 def part(name: str, data: bytes, filename: str | None = None, headers: bytes = b"") -> bytes:
-    """One part of a form."""
+    """Encode one part of a form."""
     file = b"" if filename is None else b'; filename="' + filename.encode() + b'"'
     head = b'Content-Disposition: form-data; name="' + name.encode() + b'"' + file + b"\r\n" + headers
     return b"--" + BOUNDARY.encode() + b"\r\n" + head + b"\r\n" + data + b"\r\n"
 
 
 def closing() -> bytes:
-    """What ends a form."""
+    """Encode the end of a form."""
     return b"--" + BOUNDARY.encode() + b"--\r\n"
 
 
@@ -102,7 +100,7 @@ def _flip_bits(rng: np.random.Generator, files: Files) -> bytes:
 
 
 def _edit_header(rng: np.random.Generator, files: Files) -> bytes:
-    """Sizes, rates and channels lie in the first bytes of most formats: extreme numbers over some of them."""
+    """Overwrite some of the first bytes, which hold sizes, rates and channels in most formats, with extreme numbers."""
     data = _pick(rng, files)
     for _ in range(rng.integers(1, 4)):
         extreme = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\x01\0\0\0", rng.bytes(4))[
@@ -139,7 +137,7 @@ def _repeat(rng: np.random.Generator, files: Files) -> bytes:
 
 
 def _disguise(rng: np.random.Generator, files: Files) -> bytes:
-    """One format's first bytes on another's body."""
+    """Join the first bytes of one file with the body of another."""
     first, second = _pick(rng, files), _pick(rng, files)
     length = int(rng.integers(4, 40))
     return bytes(first[:length] + second[length:])
@@ -158,7 +156,7 @@ DAMAGES: dict[str, Callable[[np.random.Generator, Files], bytes]] = {
 
 
 def handmade() -> Iterator[Request]:
-    """What a fuzzer would hardly find."""
+    """Generate requests that a fuzzer would hardly reach."""
     for kind, data in hostile_files():
         yield upload(kind, data)
     yield from _forms()
@@ -166,7 +164,7 @@ def handmade() -> Iterator[Request]:
 
 
 def hostile_files() -> Iterator[tuple[str, bytes]]:
-    """Audio that swells or lies."""
+    """Generate small audio files that decode to much audio or have false headers."""
     silence = _hour_of_silence()
     yield "an hour of silence in little FLAC", silence
     yield "FLAC of an hour that leaves its length open", with_declared_samples(silence, 0)
@@ -192,8 +190,8 @@ def hostile_files() -> Iterator[tuple[str, bytes]]:
 
 
 def _forms() -> Iterator[Request]:
-    sound = _encoded(np.random.default_rng(0).uniform(-0.1, 0.1, 16_000).astype(np.float32), "WAV")
-    good = part("file", sound, "a.wav")
+    audio = _encoded(np.random.default_rng(0).uniform(-0.1, 0.1, 16_000).astype(np.float32), "WAV")
+    good = part("file", audio, "a.wav")
     yield form("form without boundary", good + closing(), "multipart/form-data")
     yield form("form of another boundary", good + closing(), "multipart/form-data; boundary=other")
     yield form("form with an empty boundary", good + closing(), "multipart/form-data; boundary=")
@@ -203,11 +201,11 @@ def _forms() -> Iterator[Request]:
     yield form("form of 10,000 fields", good + part("k", b"1") * 10_000 + closing())
     yield form("form of 10,000 files", part("file", b"x", "a") * 10_000 + closing())
     yield form(
-        "part with headers of 1 MB", part("file", sound, "a.wav", b"X-Long: " + b"y" * 1_000_000 + b"\r\n") + closing()
+        "part with headers of 1 MB", part("file", audio, "a.wav", b"X-Long: " + b"y" * 1_000_000 + b"\r\n") + closing()
     )
-    yield form("part with 10,000 headers", part("file", sound, "a.wav", b"X: y\r\n" * 10_000) + closing())
-    yield form("file name of 1 MB", part("file", sound, "a" * 1_000_000) + closing())
-    yield form("audio without a form", sound, "audio/wav")
+    yield form("part with 10,000 headers", part("file", audio, "a.wav", b"X: y\r\n" * 10_000) + closing())
+    yield form("file name of 1 MB", part("file", audio, "a" * 1_000_000) + closing())
+    yield form("audio without a form", audio, "audio/wav")
     yield form("JSON in place of a form", b"{}", "application/json")
     yield form("text in place of a file", part("file", b"text") + closing())
     for key, value in (
@@ -218,9 +216,9 @@ def _forms() -> Iterator[Request]:
         ("blend", "1e400"),
         ("filter", "[" * 100_000),
     ):
-        yield upload(f"option {key}={value[:10]}", sound, fields=[(key, value)])
+        yield upload(f"option {key}={value[:10]}", audio, fields=[(key, value)])
     for name in NAMES:
-        yield upload(f"named {name[:20]!r}", sound, name)
+        yield upload(f"named {name[:20]!r}", audio, name)
 
 
 def _searches() -> Iterator[Request]:
@@ -254,7 +252,7 @@ def _searches() -> Iterator[Request]:
 
 
 def wav(rate: int, channels: int, data: bytes, claimed: int | None = None, bits: int = 16, code: int = 1) -> bytes:
-    """A RIFF file whose header says what it is told to. `code`: 1 integers, 3 floats."""
+    """Build a RIFF file with the given values in its header. `code`: 1 for integers, 3 for floats."""
     width = channels * bits // 8
     head = struct.pack("<HHIIHH", code, channels, rate, rate * width % 2**32, width % 2**16, bits)
     size = struct.pack("<I", len(data) if claimed is None else claimed)
@@ -262,7 +260,7 @@ def wav(rate: int, channels: int, data: bytes, claimed: int | None = None, bits:
 
 
 def with_declared_samples(flac: bytes, samples: int) -> bytes:
-    """The file with another number of samples (36 bits, 0 is open) in its STREAMINFO."""
+    """Replace the number of samples (36 bits, 0 for unknown) in the STREAMINFO of a FLAC file."""
     info = bytearray(flac)
     info[21] = info[21] & 0xF0 | samples >> 32
     info[22:26] = struct.pack(">I", samples & 0xFFFFFFFF)

@@ -1,13 +1,12 @@
-"""A running application under mutated and hostile requests: what it answers, how slowly, and what becomes of its
-processes.
+"""Send mutated and hostile requests to a running application, and check responses, latencies and processes.
 
-    python -m benchmarks.hostile_uploads --url http://127.0.0.1:8000 [--files ../shared/data/oddaudio] [--count 1000] [--seed 0]
+    python -m benchmarks.hostile_uploads --url http://127.0.0.1:8000 [--files FOLDER] [--count 1000] [--seed 0]
 
-Sends requests of `benchmarks/hostile_requests.py`, several at a time, and fails when an answer's status is not
-documented in `/openapi.json` (404 for routes that it does not have), an answer is missing or not in the one shape of
-failures, or a replica's process is another one afterwards. Memory: resident bytes of every replica before, at each
-quarter, and after; replicas and decoders are found by the name of their process, below --parent or on the whole
-machine. Writes benchmarks/results/hostile_uploads.json.
+Sends the requests of `benchmarks/hostile_requests.py`, several at a time. Fails when a status is not documented in
+`/openapi.json` (404 for unknown routes), a response is missing or an error has an unexpected shape, or a replica's
+process was replaced. Reports the resident memory of every replica before the run, at each quarter and after it.
+Replicas and decoders are identified by their process names, below --parent or on the whole machine. Writes
+benchmarks/results/hostile_uploads.json.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from benchmarks.hostile_requests import Request, read_files, requests
 
 REPLICA, DECODER = b"ServeReplica:htcl:", b"htcl_ray.audio.sandbox_worker"
 QUARTERS = 4
-ANSWER_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 
 
-class Answer(NamedTuple):
-    """What came back; status 0 when nothing did."""
+class Exchange(NamedTuple):
+    """One request and its response; status 0 without a response."""
 
     kind: str
     route: str
@@ -44,55 +43,55 @@ class Answer(NamedTuple):
     problem: str | None
 
 
-def ask(client: httpx.Client, request: Request) -> Answer:
-    """Send one request."""
+def send(client: httpx.Client, request: Request) -> Exchange:
+    """Send one request and check the shape of the response."""
     started, status = time.perf_counter(), 0
     try:
         headers = {"content-type": request.content_type}
         response = client.request(
             request.method, request.path or request.route, content=request.content, headers=headers
         )
-        status, problem = response.status_code, misshapen(response)
+        status, problem = response.status_code, shape_problem(response)
     except httpx.HTTPError as error:
-        problem = f"no answer: {type(error).__name__}: {error}"
-    return Answer(request.kind, request.route, request.method, status, time.perf_counter() - started, problem)
+        problem = f"no response: {type(error).__name__}: {error}"
+    return Exchange(request.kind, request.route, request.method, status, time.perf_counter() - started, problem)
 
 
-def misshapen(response: httpx.Response) -> str | None:
-    """What is wrong with the shape of an answer."""
+def shape_problem(response: httpx.Response) -> str | None:
+    """Describe the defect in the shape of a response; None for a valid one."""
     try:
         body = response.json()
     except ValueError:
-        return "the answer is not JSON"
+        return "the response is not JSON"
     if response.status_code < 400 or (
         isinstance(body, dict) and set(body) == {"error"} and set(body["error"]) == {"code", "message"}
     ):
         return None
-    return "the failure is not in the one shape"
+    return "the error does not have the shape of errors"
 
 
-def undocumented(answers: Sequence[Answer], openapi: dict[str, Any]) -> Counter[str]:
-    """Statuses that `/openapi.json` does not tell of, by route and status."""
-    found: Counter[str] = Counter()
-    for answer in answers:
-        methods = openapi["paths"].get(answer.route, {})
-        told = methods.get(answer.method.lower(), {}).get("responses", {"404": {}, "405": {}})
-        if answer.status and str(answer.status) not in told:
-            found[f"{answer.method} {answer.route} {answer.status}"] += 1
-    return found
+def undocumented(exchanges: Sequence[Exchange], openapi: dict[str, Any]) -> Counter[str]:
+    """Count statuses that `/openapi.json` does not document, by route and status."""
+    counts: Counter[str] = Counter()
+    for exchange in exchanges:
+        methods = openapi["paths"].get(exchange.route, {})
+        documented = methods.get(exchange.method.lower(), {}).get("responses", {"404": {}, "405": {}})
+        if exchange.status and str(exchange.status) not in documented:
+            counts[f"{exchange.method} {exchange.route} {exchange.status}"] += 1
+    return counts
 
 
 def processes(name: bytes, parent: int | None) -> dict[int, int]:
-    """Resident bytes of the processes of this name, by id: those below `parent`, or all."""
-    found = {}
+    """Map the ids of processes of this name, below `parent` or on the whole machine, to their resident bytes."""
+    resident = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             pid = int(process.name)
             if name in (process / "cmdline").read_bytes() and (parent is None or _is_below(pid, parent)):
-                found[pid] = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                resident[pid] = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except OSError:  # ended meanwhile
             continue
-    return found
+    return resident
 
 
 def _is_below(pid: int, parent: int) -> bool:
@@ -104,19 +103,23 @@ def _is_below(pid: int, parent: int) -> bool:
 
 
 def summary(
-    answers: Sequence[Answer], openapi: dict[str, Any], memory: Sequence[dict[int, int]], decoders: Sequence[set[int]]
+    exchanges: Sequence[Exchange],
+    openapi: dict[str, Any],
+    memory: Sequence[dict[int, int]],
+    decoders: Sequence[set[int]],
 ) -> dict[str, Any]:
-    """What the run showed."""
-    slowest = sorted(answers, key=lambda answer: -answer.seconds)[:5]
-    problems = [f"{answer.kind}: {answer.problem}" for answer in answers if answer.problem]
+    """Summarise a run for the report."""
+    slowest = sorted(exchanges, key=lambda exchange: -exchange.seconds)[:5]
+    problems = [f"{exchange.kind}: {exchange.problem}" for exchange in exchanges if exchange.problem]
     replaced = sum(len(later - earlier) for earlier, later in itertools.pairwise(decoders))
     return {
-        "requests": len(answers),
-        "statuses": dict(sorted(Counter(str(answer.status) for answer in answers).items())),
-        "undocumented": dict(undocumented(answers, openapi)),
+        "requests": len(exchanges),
+        "statuses": dict(sorted(Counter(str(exchange.status) for exchange in exchanges).items())),
+        "undocumented": dict(undocumented(exchanges, openapi)),
         "problems": problems[:20],
         "slowest": [
-            {"kind": answer.kind, "status": answer.status, "seconds": round(answer.seconds, 3)} for answer in slowest
+            {"kind": exchange.kind, "status": exchange.status, "seconds": round(exchange.seconds, 3)}
+            for exchange in slowest
         ],
         "replicas_restarted": len({frozenset(moment) for moment in memory}) > 1,
         "replica_megabytes": {
@@ -127,26 +130,26 @@ def summary(
 
 
 def run(url: str, sent: Sequence[Request], *, parallel: int, parent: int | None, key: str | None) -> dict[str, Any]:
-    """Send everything and say what happened."""
+    """Send all requests and return the report."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     with (
-        httpx.Client(base_url=url, timeout=ANSWER_SECONDS, headers=headers) as client,
+        httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, headers=headers) as client,
         ThreadPoolExecutor(parallel) as threads,
     ):
         openapi = client.get("/openapi.json").raise_for_status().json()
-        answers: list[Answer] = []
+        exchanges: list[Exchange] = []
         memory, decoders = [processes(REPLICA, parent)], [set(processes(DECODER, parent))]
         size = -(-len(sent) // QUARTERS)
         for start in range(0, len(sent), size):
-            answers += threads.map(lambda request: ask(client, request), sent[start : start + size])
+            exchanges += threads.map(lambda request: send(client, request), sent[start : start + size])
             memory.append(processes(REPLICA, parent))
             decoders.append(set(processes(DECODER, parent)))
         client.get("/readyz").raise_for_status()
-    return summary(answers, openapi, memory, decoders)
+    return summary(exchanges, openapi, memory, decoders)
 
 
 def main() -> None:
-    """Read the arguments, run, write, print, and exit 1 when something is not as it must be."""
+    """Run the benchmark from the command line; exit status 1 when a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
     parser.add_argument("--files", type=Path, default=Path("../shared/data/oddaudio"))
@@ -154,7 +157,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--parent", type=int, help="count only processes below this one")
-    parser.add_argument("--key", help="API key, where reading needs one")
+    parser.add_argument("--key", help="API key, if reading requires one")
     arguments = parser.parse_args()
     sent = list(requests(read_files(arguments.files), arguments.count, arguments.seed))
     result = run(arguments.url, sent, parallel=arguments.parallel, parent=arguments.parent, key=arguments.key)

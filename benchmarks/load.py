@@ -1,9 +1,8 @@
-"""An open-loop load generator for HTTP on loopback: requests leave when they are due, whether or not earlier ones were
-answered.
+"""An open-loop load generator for HTTP on loopback: requests are sent at fixed times, independently of responses.
 
-A closed loop waits for answers and so slows down with the server, which hides its queue. Here a latency counts from the
-moment when a request was due, so that waiting for a free connection, or for the generator itself, is part of it. `late`
-tells how far behind the generator was: figures count only where it stays small.
+A closed loop waits for responses, so it slows down with the server and hides the server's queue. Here latency counts
+from the time at which a request was due, which includes waiting for a free connection and for the generator itself.
+`late` measures the delay of the generator; results are valid only while it stays small.
 """
 
 from __future__ import annotations
@@ -18,34 +17,36 @@ from urllib.parse import urlsplit
 import numpy as np
 
 CONNECTIONS = 256
-ANSWER_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
 @dataclass
 class Outcome:
-    """What came of the requests that were due within the measured time."""
+    """Responses to the requests that were due within the measured time."""
 
     rate: float
-    """Asked for, requests a second."""
+    """Target rate, requests per second."""
     seconds: float
     statuses: Counter[int] = field(default_factory=Counter)
-    """0: no answer."""
+    """Requests by HTTP status; 0 for no response."""
     accepted: list[float] = field(default_factory=list)
-    """Seconds to each answer with status 200."""
+    """Latency in seconds of each response with status 200."""
     rejected: list[float] = field(default_factory=list)
+    """Latency in seconds of each other request."""
     late: list[float] = field(default_factory=list)
+    """Delay in seconds between due time and sending."""
 
     @property
     def throughput(self) -> float:
-        """Answers with status 200 a second."""
+        """Responses with status 200 per second."""
         return len(self.accepted) / self.seconds
 
     def percentile(self, percent: float) -> float | None:
-        """Milliseconds to an accepted answer."""
+        """Percentile of the latency of accepted requests in milliseconds; None without any."""
         return float(np.percentile(self.accepted, percent) * 1000) if self.accepted else None
 
     def as_json(self) -> dict[str, object]:
-        """For a table and a file."""
+        """Convert to the row of a table or a JSON file."""
         return {
             "asked_per_second": round(self.rate, 1),
             "answered_per_second": round(self.throughput, 1),
@@ -59,7 +60,7 @@ class Outcome:
 
 
 def request_bytes(url: str, method: str, path: str, body: bytes = b"", content_type: str = "application/json") -> bytes:
-    """One HTTP/1.1 request as it goes over the wire."""
+    """Encode an HTTP/1.1 request."""
     head = f"{method} {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n"
     if body:
         head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -69,8 +70,9 @@ def request_bytes(url: str, method: str, path: str, body: bytes = b"", content_t
 async def drive(
     url: str, requests: Iterator[bytes], rate: float, seconds: float, seed: int = 0, warm_seconds: float = 1.0
 ) -> Outcome:
-    """Send the next `requests` at `rate` a second with exponential gaps, for `warm_seconds` unmeasured and `seconds`
-    measured.
+    """Send `requests` at `rate` per second with exponential gaps.
+
+    The first `warm_seconds` are not measured; the next `seconds` are.
     """
     address = urlsplit(url)
     pool: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
@@ -96,7 +98,7 @@ async def drive(
         running.add(task)
         task.add_done_callback(running.discard)
     if running:
-        await asyncio.wait(running, timeout=ANSWER_SECONDS)
+        await asyncio.wait(running, timeout=TIMEOUT_SECONDS)
     while not pool.empty():
         pool.get_nowait().close()
     return outcome
@@ -105,7 +107,7 @@ async def drive(
 async def _send(pool: asyncio.LifoQueue[_Connection], request: bytes, due: float, outcome: Outcome | None) -> None:
     connection = await pool.get()
     try:
-        status = await asyncio.wait_for(connection.ask(request), ANSWER_SECONDS)
+        status = await asyncio.wait_for(connection.send(request), TIMEOUT_SECONDS)
     except (OSError, EOFError, ValueError, TimeoutError, asyncio.IncompleteReadError):
         connection.close()
         status = 0
@@ -118,17 +120,17 @@ async def _send(pool: asyncio.LifoQueue[_Connection], request: bytes, due: float
 
 
 class _Connection:
-    """One kept-alive connection, opened when it is first needed."""
+    """A keep-alive connection that opens on first use."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._place = host, port
+        self._address = host, port
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    async def ask(self, request: bytes) -> int:
-        """Send a request and read its answer whole; its status."""
+    async def send(self, request: bytes) -> int:
+        """Send a request, read the whole response and return its status."""
         if self._writer is None or self._writer.is_closing():
-            self._reader, self._writer = await asyncio.open_connection(*self._place, limit=1 << 20)
+            self._reader, self._writer = await asyncio.open_connection(*self._address, limit=1 << 20)
         assert self._reader is not None
         self._writer.write(request)
         head = await self._reader.readuntil(b"\r\n\r\n")
@@ -145,7 +147,7 @@ class _Connection:
         return int(head[9:12])
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Close the connection."""
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None

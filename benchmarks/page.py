@@ -1,10 +1,9 @@
-"""How long people wait for the page: from loading it to the first result in a browser, and the server's time of a turn
-of the dial.
+"""Measure the latency of the page: from loading to the first result in a browser, and searches while the dial moves.
 
     python -m benchmarks.page [--workspace FOLDER] [--songs 10000] [--repetitions 10]
 
-Model and index are in this process, without Ray, so that the page is measured and not the cluster; benchmarks/serve.py
-measures that. Without a workspace, an index of random vectors is made.
+Model and index run in this process without Ray, so that the page is measured and not the cluster, which
+benchmarks/serve.py measures. Without a workspace, an index of random vectors is generated.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 def measure(workspace: Path, repetitions: int) -> dict[str, Any]:
-    """Medians and greatest values in milliseconds."""
+    """Return medians and maxima in milliseconds."""
     backend = Bare(config_of(workspace))
     server_times: list[float] = []
     with _serving(backend, server_times) as url, sync_playwright() as playwright:
@@ -70,7 +69,7 @@ def measure(workspace: Path, repetitions: int) -> dict[str, Any]:
 
 
 def _load(browser: Browser, url: str, number: int) -> float:
-    """In a browser profile that knows nothing, with words that were not asked before."""
+    """Load the page in a fresh browser profile with a new query; return milliseconds to the first result."""
     context = browser.new_context()
     page = context.new_page()
     page.add_init_script(MARK_FIRST_RESULT)
@@ -82,7 +81,7 @@ def _load(browser: Browser, url: str, number: int) -> float:
 
 
 def _turn(browser: Browser, url: str, server_times: list[float]) -> list[float]:
-    """Server times of the searches as the dial goes from end to end, slowly enough that each place is asked for."""
+    """Move the dial from end to end, one search for each position; return the server's times in milliseconds."""
     page = browser.new_page()
     page.goto(f"{url}/#words=calm+jazz")
     page.wait_for_function("() => document.querySelector('#cards .card:not(.skeleton)')")
@@ -96,9 +95,7 @@ def _turn(browser: Browser, url: str, server_times: list[float]) -> list[float]:
 
 @contextmanager
 def _serving(backend: Bare, server_times: list[float]) -> Iterator[str]:
-    """The application in a thread; the time of each search, from the request to the whole answer, is added to
-    `server_times` (ms).
-    """
+    """Run the application in a thread; append each search's time from request to complete response in milliseconds."""
     app = create_app(backend, config_of(Path("unused")).serve)
 
     async def timed(scope: Any, receive: Any, send: Any) -> None:

@@ -1,17 +1,18 @@
-"""Which pairs stage 2 would draw, before and after pair weights count users, saturate repetitions and shrink small
-support.
+"""Compare the pairs that stage 2 samples under two weightings: sums of occurrences, and users with shrinkage.
 
     python -m benchmarks.pair_mining [--grid]
 
-Two worlds whose true neighbours are known, so that no audio and no training are needed:
+Uses two worlds with known true neighbours, which need neither audio nor training:
 
-* long-tailed: plays of 20,000 songs with Zipf popularity (exponent 0.9) by 4,000 users, 30 % of the plays without regard to taste, and
-  one account that plays the same 40 songs 20,000 times. A song's taste vector is hidden; sessions follow one of a user's three tastes.
-* sample: the feedback log of the sample world, of three seeds. A song's vector is the true utility that each user has of it.
+* long-tailed: plays of 20,000 songs with Zipf popularity (exponent 0.9) by 4,000 users, 30 % of them independent of
+  taste, and one account that plays the same 40 songs 20,000 times. A song's taste vector is hidden; each session
+  follows one of the user's three tastes.
+* sample: the feedback log of the sample world for three seeds. A song's vector is its true utility to each user.
 
-Two songs are true neighbours when their cosine is among the highest percent of random pairs. "Before" is the earlier
-formula, restated here: sum of the occurrences / sqrt(positives of trigger · positives of song). Prints tables and
-writes benchmarks/results/pair_mining.json; `--grid` prints the same metrics for other settings and writes nothing.
+Two songs are true neighbours if their cosine is in the top percent of random pairs. "Before" is the earlier formula:
+sum of the occurrences / sqrt(positives of trigger · positives of song). "After" counts users, saturates repetitions and
+shrinks small support. Prints tables and writes benchmarks/results/pair_mining.json; `--grid` prints the same metrics
+for other settings and writes nothing.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class World:
-    """A log and the truth behind it."""
+    """A log and its ground truth."""
 
     events: pa.Table
     vectors: Floats
     """[songs, d], unit norm."""
     looped: int
-    """Songs 0 to this, exclusive, are played in a loop by one account; 0 without such an account."""
+    """Number of songs, from song 0, that one account plays in a loop; 0 without such an account."""
 
     @property
     def songs(self) -> pa.Table:
@@ -121,8 +122,9 @@ def mine(world: World, settings: PairSettings) -> pa.Table:
 
 
 def mine_as_before(world: World) -> pa.Table:
-    """Sum of occurrences / sqrt(positives · positives), each repetition of a user counting in full; the heaviest 100 of
-    a trigger.
+    """Weight pairs by sum of occurrences / sqrt(positives · positives), and keep the heaviest 100 of each trigger.
+
+    Each repetition of a user counts in full.
     """
     songs, most = len(world.vectors), 100
     sums = PairSettings(
@@ -157,13 +159,13 @@ def measure(world: World, pairs: pa.Table) -> dict[str, float]:
     cosine = (world.vectors[trigger] * world.vectors[song]).sum(axis=1)
     drawn = np.bincount(np.concatenate([trigger, song]), np.tile(share / 2, 2))
     by_support = draws_by_support(pairs)
-    found = {f"draws of support {band}": weight / sum(by_support.values()) for band, weight in by_support.items()}
+    draws = {f"draws of support {band}": weight / sum(by_support.values()) for band, weight in by_support.items()}
     if world.looped:
         in_loop = (trigger < world.looped) & (song == (trigger + 1) % world.looped)
-        found["draws of the looping account's pairs"] = float(share[in_loop].sum())
+        draws["draws of the looping account's pairs"] = float(share[in_loop].sum())
     return {
         "pairs": float(len(share)),
-        **found,
+        **draws,
         "drawn pairs that are true neighbours": float(share[cosine >= threshold].sum()),
         "mean cosine of drawn pairs": float((share * cosine).sum()),
         "effective pairs": effective(share),
@@ -172,13 +174,13 @@ def measure(world: World, pairs: pa.Table) -> dict[str, float]:
 
 
 def effective(shares: Floats) -> float:
-    """Perplexity: exp of the entropy of the shares."""
+    """Compute the perplexity of shares, exp of their entropy."""
     positive = shares[shares > 0]
     return float(np.exp(-(positive * np.log(positive)).sum()))
 
 
-def mean_of(found: list[dict[str, float]]) -> dict[str, float]:
-    return {metric: float(np.mean([one[metric] for one in found])) for metric in found[0]}
+def mean_of(results: list[dict[str, float]]) -> dict[str, float]:
+    return {metric: float(np.mean([one[metric] for one in results])) for metric in results[0]}
 
 
 def main() -> None:
@@ -193,10 +195,10 @@ def main() -> None:
     for kind, of_kind in worlds.items():
         before = mean_of([measure(world, mine_as_before(world)) for world in of_kind])
         after = mean_of([measure(world, mine(world, PairSettings())) for world in of_kind])
-        shown = Table(f"{kind} world", "before", "after")
+        table = Table(f"{kind} world", "before", "after")
         for metric in before:
-            shown.add_row(metric, f"{before[metric]:,.3f}", f"{after[metric]:,.3f}")
-        Console().print(shown)
+            table.add_row(metric, f"{before[metric]:,.3f}", f"{after[metric]:,.3f}")
+        Console().print(table)
         result[kind] = {"before": before, "after": after}
     print(
         f"written: {write_result('pair_mining', {'settings': PairSettings().model_dump(mode='json'), 'worlds': result})}"
@@ -215,10 +217,11 @@ def grid(worlds: dict[str, list[World]]) -> None:
                     mean_of([measure(world, mine(world, settings)) for world in of_kind]),
                 )
             )
-        shown = Table(kind, *(metric.removeprefix("draws of ") for metric in rows[0][1]))
-        for label, found in rows:
-            shown.add_row(label, *(f"{value:,.3f}" if value < 100 else f"{value:,.0f}" for value in found.values()))
-        console.print(shown)
+        table = Table(kind, *(metric.removeprefix("draws of ") for metric in rows[0][1]))
+        for label, metrics in rows:
+            cells = (f"{value:,.3f}" if value < 100 else f"{value:,.0f}" for value in metrics.values())
+            table.add_row(label, *cells)
+        console.print(table)
 
 
 if __name__ == "__main__":

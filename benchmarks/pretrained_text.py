@@ -1,12 +1,12 @@
-"""Real pretrained BERT weights as the text tower, beside a BERT trained from scratch: stage 1 on the sample world.
+"""Compare pretrained BERT weights as the text tower with a BERT trained from scratch: stage 1 on the sample world.
 
     make pretrained-text          # once: the weights, into .models/all-minilm-l6-v2
     python -m benchmarks.pretrained_text [--seeds 0 1 2] [--text FOLDER] [--out FOLDER]
 
-For each seed: a sample world of that seed, then preprocess, pretrain, embed and evaluate with the demo preset, once
-with `text.name_or_path` at the folder and once without. Everything else is the same but for two settings, below in
-PRETRAINED. Prints one table and writes benchmarks/results/pretrained_text.json. Done steps are skipped when --out is
-given again.
+For each seed, generates a sample world, then runs preprocess, pretrain, embed and evaluate with the demo preset, once
+with `text.name_or_path` set to the folder and once without. Apart from the settings in PRETRAINED, both runs are the
+same. Prints a table and writes benchmarks/results/pretrained_text.json. Completed steps are skipped when --out is
+reused.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ PRETRAINED = {
     "text.pooling": "mean",
     "pretrain.text_learning_rate": 5e-5,
 }
-"""Over the demo preset. MiniLM's sentence vector is the mean over its tokens: its pooler is left over from before it
-was trained for sentences. The rate is the upper end of what BERT is fine-tuned with (2e-5 to 5e-5, arXiv 1810.04805):
-the preset's 1e-3 is for weights drawn at random and would wash pretrained ones out, and 440 steps are too few for the
-lower end."""
+"""Changes to the demo preset. MiniLM's sentence vector is the mean over its tokens; its pooler was not trained for
+sentences. The learning rate is the upper end of the usual range for fine-tuning BERT (2e-5 to 5e-5, arXiv 1810.04805):
+the preset's 1e-3 suits random weights and would destroy pretrained ones, and 440 steps are too few for the lower
+end."""
 
 
 def one(folder: Path, features: Path | None, config: Config) -> dict[str, Any]:
-    """One run in a workspace of its own; `features`: made already, with the same settings."""
+    """Run the steps in a separate workspace; `features` of an earlier run with the same audio settings are copied."""
     workspace = folder / "workspace"
     if features is not None and not (workspace / "features").exists():
         workspace.mkdir(parents=True, exist_ok=True)
@@ -88,17 +88,17 @@ def main() -> None:
     if not (text / "model.safetensors").is_file():
         parser.error(f"{text} holds no model.safetensors; run 'make pretrained-text' first, or give --text FOLDER")
     out = (options.out or Path(tempfile.mkdtemp(prefix="pretrained-text-"))).absolute()
-    found = {seed: both(out / f"seed-{seed}", text, seed) for seed in options.seeds}
-    sides = list(found[options.seeds[0]])
-    names = list(found[options.seeds[0]][sides[0]])
+    results = {seed: both(out / f"seed-{seed}", text, seed) for seed in options.seeds}
+    sides = list(results[options.seeds[0]])
+    names = list(results[options.seeds[0]][sides[0]])
     mean = {
-        side: {name: statistics.mean(found[seed][side][name] for seed in found) for name in names} for side in sides
+        side: {name: statistics.mean(results[seed][side][name] for seed in results) for name in names} for side in sides
     }
     table = Table(
-        "figure", *(f"{side}, seed {seed}" for side in sides for seed in found), *(f"{side}, mean" for side in sides)
+        "metric", *(f"{side}, seed {seed}" for side in sides for seed in results), *(f"{side}, mean" for side in sides)
     )
     for name in names:
-        each = [found[seed][side][name] for side in sides for seed in found]
+        each = [results[seed][side][name] for side in sides for seed in results]
         table.add_row(name, *(f"{value:.4g}" for value in [*each, *(mean[side][name] for side in sides)]))
     Console(width=140).print(table)
     weights = {"folder": text.name, "model.safetensors": file_sha256(text / "model.safetensors")}
@@ -107,7 +107,7 @@ def main() -> None:
         "text": weights,
         "settings": PRETRAINED,
         "mean": mean,
-        "seeds": found,
+        "seeds": results,
     }
     print(f"written: {write_result('pretrained_text', result)}; workspaces are in {out}")
 

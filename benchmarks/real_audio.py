@@ -1,11 +1,11 @@
-"""Real audio through every step that needs no log: ESC-10 as zero-shot classification, and music as a smoke test.
+"""Run real audio through every step that needs no log: ESC-10 zero-shot classification and a smoke test on music.
 
     python -m benchmarks.real_audio [--data ../shared/data] [--folds 1 2 3 4 5] [--out FOLDER]
 
-ESC-10 (Piczak 2015; 10 classes of environmental sound, 5 folds): for each asked fold, stage 1 trains on the other folds
-with the class name as caption; the clips of the fold then choose among the 10 names by cosine, no classifier is
-trained. Chance is 10 %. The clips of one recording are in one fold, so nothing of a held-out recording is heard in
-training. Music: 88 pieces; every one is asked for by its own file and must be its own nearest neighbour. Writes
+ESC-10 (Piczak 2015; environmental audio, 10 classes, 5 folds): for each fold, stage 1 trains on the other folds with
+the class name as caption; each clip of the fold is then classified as the nearest of the 10 names by cosine, without a
+trained classifier. Chance is 10 %. All clips of a recording are in the same fold, so no part of a held-out recording
+occurs in training. Music: 88 pieces; a search with a piece's own file must return the piece first. Writes
 benchmarks/results/real_audio.json.
 """
 
@@ -42,7 +42,7 @@ ESC10 = {
     "pretrain.learning_rate": 5e-4,
     "pretrain.batch_size": 32,
 }
-"""Over the demo preset. The class name goes by our column `genre`, so that the linear probe asks for it too."""
+"""Changes to the demo preset. The class name is in the column `genre`, so that the linear probe predicts it."""
 PUBLISHED = {
     "source": "Piczak 2015, ESC-10, 400 clips, five folds, MFCC and zero-crossing features",
     "knn": 0.667,
@@ -54,7 +54,7 @@ MUSIC = {"audio.clip_seconds": 15.0, "pretrain.epochs": 10, "pretrain.batch_size
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Preprocess to evaluate: the report, with the seconds of each step."""
+    """Run all steps and return the report, with the seconds of each step."""
     seconds = {}
     for step in (preprocess, pretrain, embed, build_index, evaluate):
         result = step(config)
@@ -114,15 +114,18 @@ def main() -> None:
     folds = {fold: esc10(options.data, out, fold) for fold in options.folds}
     songs = music(options.data, out)
     rates = [name for name in folds[options.folds[0]] if name.endswith(("accuracy", "chance"))]
-    clips = {fold: found["test_clips"] for fold, found in folds.items()}
+    clips = {fold: result["test_clips"] for fold, result in folds.items()}
     mean = {
-        name: sum(found[name] * clips[fold] for fold, found in folds.items()) / sum(clips.values()) for name in rates
+        name: sum(result[name] * clips[fold] for fold, result in folds.items()) / sum(clips.values()) for name in rates
     }
     table = Table("ESC-10", *(f"fold {fold}" for fold in folds), "all clips")
     for name in rates:
-        table.add_row(name.replace("_", " "), *(f"{found[name]:.3f}" for found in folds.values()), f"{mean[name]:.3f}")
+        values = [f"{result[name]:.3f}" for result in folds.values()]
+        table.add_row(name.replace("_", " "), *values, f"{mean[name]:.3f}")
     Console().print(table)
-    print(f"music: {songs['found_by_their_own_file']} of {songs['songs']} songs are found by their own file")
+    print(
+        f"music: a search with its own file returns {songs['found_by_their_own_file']} of {songs['songs']} songs first"
+    )
     result = {
         "esc10": {"over_all_clips": mean, "published": PUBLISHED, "folds": folds, "preset": "demo", "settings": ESC10},
         "music": {**songs, "preset": "demo", "settings": MUSIC},

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, and that process's memory."""
+"""Run a measurement in a separate process, and measure resident memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def resident_mb() -> dict[str, float]:
-    """Resident memory of this process in MB (10⁶ bytes), now and at its peak.
+    """Measure the resident memory of this process in MB (10⁶ bytes), now and at its peak.
 
-    VmHWM rather than ru_maxrss: the latter begins with the memory of the process that started this one.
+    Uses VmHWM, because ru_maxrss includes the memory of the parent process.
     """
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return {"now": _mb(fields["VmRSS"]), "peak": _mb(fields["VmHWM"])}
@@ -23,7 +23,7 @@ def _mb(field: str) -> float:
 
 
 def in_own_process(module: str, case: dict[str, Any]) -> dict[str, Any]:
-    """`python -m module --measure CASE`: the JSON of its last line, or {"error": why it ended}."""
+    """Run `python -m module --measure CASE`; return the JSON of its last line, or {"error": reason}."""
     done = subprocess.run([sys.executable, "-m", module, "--measure", json.dumps(case)], capture_output=True, text=True)
     if done.returncode < 0:
         return {

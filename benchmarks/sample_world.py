@@ -1,13 +1,14 @@
-"""What the demo preset learns on the sample world, over seeds, and what each part of the method is worth.
+"""Evaluate the demo preset on the sample world over several seeds, with an ablation of each part of the method.
 
     python -m benchmarks.sample_world [--seeds 0 1 2] [--out FOLDER] [--no-ablations]
 
-For each seed: a sample world of that seed, every step with the demo preset and that seed, the evaluation's figures, and
-`htcl evaluate --ablate`: the method without each of its parts, and two controls, shuffled captions and shuffled pairs.
-Their table over all seeds holds means over seeds; its intervals resample artists or users within each seed's world.
+For each seed, generates a sample world, runs every step with the demo preset and that seed, collects the metrics, and
+runs `htcl evaluate --ablate`: the method without each of its parts, and two controls, shuffled captions and shuffled
+pairs. The table over all seeds shows means over seeds; its confidence intervals resample artists or users within each
+seed's world.
 
-Prints both tables and writes benchmarks/results/sample_world.json; with --no-ablations only the figures of the full
-method, to sample_world_full.json. Done steps are skipped when --out is given again.
+Prints both tables and writes benchmarks/results/sample_world.json; with --no-ablations only the metrics of the full
+method, to sample_world_full.json. Completed steps are skipped when --out is reused.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def configuration(workspace: Path, tables: SampleTables, seed: int) -> Config:
 
 
 def run(config: Config, *steps: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    """The steps in order, the evaluation last: its report, and the seconds of each step."""
+    """Run the steps and then the evaluation; return its report and the seconds of each step."""
     seconds = {}
     for step in (*steps, evaluate):
         result = step(config)
@@ -62,12 +63,12 @@ def run(config: Config, *steps: Any) -> tuple[dict[str, Any], dict[str, float]]:
     return json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8")), seconds
 
 
-def value(report: dict[str, Any], task: str, method: str, figure: str) -> float:
-    return report["tasks"][task]["methods"][method][figure]["value"]
+def value(report: dict[str, Any], task: str, method: str, metric: str) -> float:
+    return report["tasks"][task]["methods"][method][metric]["value"]
 
 
-def figures(report: dict[str, Any]) -> dict[str, float]:
-    """The figures that the table shows, of one seed."""
+def metrics(report: dict[str, Any]) -> dict[str, float]:
+    """Collect the metrics of one seed for the table."""
     songs = report["data"]["songs"]
     stage_one, stage_two = (value(report, "cold", space, "ndcg@10") for space in ("semantic", "preference"))
     probe = {
@@ -82,7 +83,7 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
         "text→audio recall@10, stage 1": value(report, "text_to_audio", "semantic", "recall@10"),
         "text→audio recall@10, stage 2": value(report, "text_to_audio", "preference", "recall@10"),
         "text→audio recall@10, chance": value(report, "text_to_audio", "random", "recall@10"),
-        **{f"genre probe, {method}": found for method, found in probe.items()},
+        **{f"genre probe, {method}": accuracy for method, accuracy in probe.items()},
         "genre probe, stage 2 − stage 1": probe["preference"] - probe["semantic"],
         **{f"cold NDCG@10, {method}": value(report, "cold", method, "ndcg@10") for method in cold},
         "cold NDCG@10, stage 2 / stage 1": stage_two / stage_one,
@@ -101,19 +102,20 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def average(found: list[Estimate]) -> Estimate:
-    """The mean over seeds; worlds are independent, so resample r of each gives resample r of the mean."""
-    resampled = [item.resampled for item in found]
+def average(estimates: list[Estimate]) -> Estimate:
+    """Average over seeds; worlds are independent, so resample r of each gives resample r of the mean."""
+    resampled = [item.resampled for item in estimates]
     mean = (
         None
         if any(item is None for item in resampled)
         else np.mean(np.stack([item for item in resampled if item is not None]), axis=0)
     )
-    return Estimate(statistics.mean(item.value for item in found), sum(item.n for item in found), mean, "all seeds")
+    value = statistics.mean(item.value for item in estimates)
+    return Estimate(value, sum(item.n for item in estimates), mean, "all seeds")
 
 
-def ablation_figures(folder: Path, reports: dict[str, str]) -> dict[str, dict[Key, Estimate]]:
-    """Of each variant, from the reports below the workspace's `ablations/`."""
+def ablation_estimates(folder: Path, reports: dict[str, str]) -> dict[str, dict[Key, Estimate]]:
+    """Read the estimates of each variant from the reports below the workspace's `ablations/`."""
     places = {path.parent.name: path.parent for path in folder.glob("ablations/*/*/reports/*/figures.parquet")}
     return {
         variant: from_table(Workspace(str(places[name].parent)).read_tables(name)) for variant, name in reports.items()
@@ -129,7 +131,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp(prefix="sample-world-"))
-    found: dict[int, dict[str, float]] = {}
+    results: dict[int, dict[str, float]] = {}
     sizes: dict[int, dict[str, Any]] = {}
     ablations: dict[int, dict[str, dict[Key, Estimate]]] = {}
     for seed in options.seeds:
@@ -137,10 +139,10 @@ def main() -> None:
         started = time.monotonic()
         config = configuration(folder / "true", write_sample(folder / "sample", seed=seed), seed)
         report, seconds = run(config, preprocess, pretrain, finetune, embed, build_index)
-        found[seed] = figures(report)
+        results[seed] = metrics(report)
         if not options.no_ablations:
             tree = json.loads((Path(ablate(config).location) / "report.json").read_text(encoding="utf-8"))
-            ablations[seed] = ablation_figures(folder / "true", tree["reports"])
+            ablations[seed] = ablation_estimates(folder / "true", tree["reports"])
         minutes = round((time.monotonic() - started) / 60, 1)
         sizes[seed] = {
             "seconds": seconds,
@@ -148,15 +150,15 @@ def main() -> None:
             **report["data"],
             **report["tasks"]["cold"]["counts"],
         }
-    mean = {name: statistics.mean(found[seed][name] for seed in found) for name in found[options.seeds[0]]}
-    show = Table("figure", *(f"seed {seed}" for seed in found), "mean")
+    mean = {name: statistics.mean(results[seed][name] for seed in results) for name in results[options.seeds[0]]}
+    table = Table("metric", *(f"seed {seed}" for seed in results), "mean")
     for name, of_all in mean.items():
-        show.add_row(name, *(f"{found[seed][name]:.3f}" for seed in found), f"{of_all:.3f}")
-    Console().print(show)
+        table.add_row(name, *(f"{results[seed][name]:.3f}" for seed in results), f"{of_all:.3f}")
+    Console().print(table)
     result: dict[str, Any] = {
         "config": resolve("demo").model_dump(mode="json"),
         "mean": mean,
-        "seeds": found,
+        "seeds": results,
         "sizes": sizes,
     }
     if options.no_ablations:

@@ -1,12 +1,12 @@
-"""Throughput and latency of the running application, beside the same service without Ray and without HTTP.
+"""Measure throughput and latency of the running application, of the same service without Ray, and without HTTP.
 
     python -m benchmarks.serve [--songs 20000] [--seconds 10] [--only haproxy,ray,bare]
 
-Serves an index of random unit vectors and an untrained model of the demo preset's size (time does not depend on what a
-model learned) three ways, one after the other: `htcl serve` with Ray's HAProxy in front, the same with Ray's own proxy,
-and a bare FastAPI + uvicorn process that holds model and index. An open-loop generator (benchmarks/load.py) in this
-process shares the machine with all of them. For each kind of query: the highest rate that is still answered
-(saturation), the latency at half of it, and, by song, what happens at three times of it.
+Serves an index of random unit vectors and an untrained model of the demo preset's size (training does not change the
+speed) in three ways, one after the other: `htcl serve` behind Ray's HAProxy, the same behind Ray's own proxy, and a
+bare FastAPI + uvicorn process with model and index. An open-loop generator (benchmarks/load.py) in this process shares
+the machine with them. Reports for each kind of query the highest sustained rate (saturation), the latency at half of
+it, and, for queries by song, throughput and latency at three times of it.
 
 Prints a table and writes benchmarks/results/serve.json.
 """
@@ -41,10 +41,10 @@ from benchmarks.served_world import config_of, make_world, recording, song_id
 from htcl_ray.cluster.ray_internals import HAPROXY_SWITCH, SINGLE_EVENT_LOOP
 
 FRONTS = ("haproxy", "ray", "bare")
-ANSWERED = 0.95
-"""Share of the requests that were due that must be answered for their rate to count as sustained."""
+MIN_ACCEPTED_SHARE = 0.95
+"""Smallest share of requests with status 200 at a sustained rate."""
 SLOW_SECONDS = 1.0
-"""A rate at whose end answers take longer is not sustained either: its queue only has not been full yet."""
+"""Largest latency at the end of a run at a sustained rate; a larger one means that the queue is still filling."""
 STEP = 1.2
 FIRST_RATE = {"by song": 150.0, "by text": 40.0, "by remembered text": 150.0, "by recording": 8.0}
 
@@ -52,12 +52,12 @@ FIRST_RATE = {"by song": 150.0, "by text": 40.0, "by remembered text": 150.0, "b
 def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput and latency of the application.")
     parser.add_argument("--songs", type=int, default=20_000)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each measurement")
     parser.add_argument("--only", default=",".join(FRONTS), help="fronts to measure")
     parser.add_argument(
         "--queries",
         default=",".join(FIRST_RATE),
-        help="kinds of query to measure; a part of them is written to a file of its own",
+        help="kinds of query to measure; the result of a subset is written to serve_part.json",
     )
     parser.add_argument("--serve", choices=FRONTS, help=argparse.SUPPRESS)
     parser.add_argument("--workspace", type=Path, help=argparse.SUPPRESS)
@@ -67,24 +67,24 @@ def main() -> None:
 
         serve_here(options.serve, options.workspace)
         return
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder) / "workspace"
         make_world(workspace, options.songs)
-        found["in process"] = in_process(workspace, options.songs)
+        results["in process"] = in_process(workspace, options.songs)
         for front in options.only.split(","):
-            with running(front, workspace) as told:
-                found[front] = measure(told["url"], options.songs, options.seconds, options.queries.split(","))
-                found[front]["stages"] = stages(told.get("metrics"))
-    show(found)
+            with running(front, workspace) as urls:
+                results[front] = measure(urls["url"], options.songs, options.seconds, options.queries.split(","))
+                results[front]["stages"] = stages(urls.get("metrics"))
+    show(results)
     whole = options.queries == parser.get_default("queries")
     name = "serve" if whole else "serve_part"
-    write_result(name, {"songs": options.songs, "seconds": options.seconds, "fronts": found})
+    write_result(name, {"songs": options.songs, "seconds": options.seconds, "fronts": results})
 
 
 @contextmanager
 def running(front: str, workspace: Path) -> Iterator[dict[str, str]]:
-    """The application in a process of its own, with what it says of itself: url, metrics."""
+    """Run the application in a separate process; yields its URLs `url` and, with Ray, `metrics`."""
     environment = {**os.environ, **({**SINGLE_EVENT_LOOP, HAPROXY_SWITCH: "0"} if front == "ray" else {})}
     command = [sys.executable, "-m", "benchmarks.serve", "--serve", front, "--workspace", str(workspace)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -101,7 +101,7 @@ def running(front: str, workspace: Path) -> Iterator[dict[str, str]]:
 
 
 def measure(url: str, songs: int, seconds: float, kinds: Sequence[str]) -> dict[str, Any]:
-    """Saturation and latencies of these kinds of query."""
+    """Measure saturation and latencies of the given kinds of query."""
     rng = np.random.default_rng(0)
     chosen = [song_id(int(row)) for row in rng.integers(songs, size=2000)]
     queries = {
@@ -110,37 +110,35 @@ def measure(url: str, songs: int, seconds: float, kinds: Sequence[str]) -> dict[
         "by remembered text": [search(url, {"text": "calm piano"})],
         "by recording": [upload(url, number) for number in range(4_000)],
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for kind in kinds:
-        requests = cycle(
-            queries[kind]
-        )  # goes on from run to run, so that what one has asked is not remembered in the next
+        requests = cycle(queries[kind])  # shared by all runs, so that a run does not repeat cached requests
         saturation = saturate(url, requests, FIRST_RATE[kind], seconds / 2)
         half = uvloop.run(drive(url, requests, saturation / 2, seconds))
-        found[kind] = {"saturation_per_second": round(saturation, 1), "at_half": half.as_json()}
+        results[kind] = {"saturation_per_second": round(saturation, 1), "at_half": half.as_json()}
         if kind == "by song":
-            found[kind]["at_saturation"] = uvloop.run(drive(url, requests, saturation, seconds)).as_json()
-            found[kind]["at_three_times"] = uvloop.run(drive(url, requests, 3 * saturation, seconds)).as_json()
-        print(kind, json.dumps(found[kind]), flush=True)
-    return found
+            results[kind]["at_saturation"] = uvloop.run(drive(url, requests, saturation, seconds)).as_json()
+            results[kind]["at_three_times"] = uvloop.run(drive(url, requests, 3 * saturation, seconds)).as_json()
+        print(kind, json.dumps(results[kind]), flush=True)
+    return results
 
 
 def saturate(url: str, requests: Iterator[bytes], first: float, seconds: float) -> float:
-    """The most answers a second that the application gave, with rates raised until it no longer keeps up."""
+    """Raise the rate until the application no longer keeps up; return the highest throughput per second."""
     rate, best = first, 0.0
     while True:
         outcome: Outcome = uvloop.run(drive(url, requests, rate, seconds))
         best = max(best, outcome.throughput)
         if (
-            len(outcome.accepted) < ANSWERED * len(outcome.late)
+            len(outcome.accepted) < MIN_ACCEPTED_SHARE * len(outcome.late)
             or max(outcome.accepted[-20:], default=1.0) > SLOW_SECONDS
         ):
             return best
         rate *= STEP
 
 
-def search(url: str, question: dict[str, Any]) -> bytes:
-    return request_bytes(url, "POST", "/v1/search", json.dumps(question).encode())
+def search(url: str, query: dict[str, Any]) -> bytes:
+    return request_bytes(url, "POST", "/v1/search", json.dumps(query).encode())
 
 
 @cache
@@ -149,7 +147,7 @@ def clip(seed: int) -> bytes:
 
 
 def upload(url: str, number: int) -> bytes:
-    """One of twenty recordings, whose last samples tell it from all others, so that nobody remembers it."""
+    """Build an upload of one of twenty clips, with unique last samples, so that no response is cached."""
     part = (
         b'--edge\r\nContent-Disposition: form-data; name="file"; filename="clip.wav"\r\nContent-Type: audio/wav\r\n\r\n'
     )
@@ -163,7 +161,7 @@ def upload(url: str, number: int) -> bytes:
 
 
 def in_process(workspace: Path, songs: int) -> dict[str, Any]:
-    """Questions a second of the service itself, one after the other in one thread."""
+    """Measure queries per second of the service itself, sequentially in one thread."""
     from htcl_ray.search.service import SearchService
 
     service = SearchService.open(config_of(workspace))
@@ -176,19 +174,17 @@ def in_process(workspace: Path, songs: int) -> dict[str, Any]:
     }
 
 
-def per_second(ask: Callable[[int], Any], seconds: float = 3.0) -> float:
-    ask(0)
+def per_second(query: Callable[[int], Any], seconds: float = 3.0) -> float:
+    query(0)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        ask(count)
+        query(count)
         count += 1
     return round(count / (time.perf_counter() - started), 1)
 
 
 def stages(metrics: str | None) -> dict[str, Any]:
-    """Milliseconds of each stage, as Prometheus would scrape them: mean, and percentiles within buckets; empty without
-    Ray.
-    """
+    """Read the milliseconds of each stage from the Prometheus metrics: mean and percentiles; empty without Ray."""
     if metrics is None:
         return {}
     sums: Counter[tuple[str, str]] = Counter()
@@ -211,8 +207,9 @@ def stages(metrics: str | None) -> dict[str, Any]:
 
 
 def percentile(cumulative: Counter[float], share: float) -> float:
-    """Seconds below which that share of a histogram's entries lie: upper bound → entries up to it; evenly spread within
-    a bucket.
+    """Estimate a quantile in seconds from a histogram, by linear interpolation within a bucket.
+
+    `cumulative` maps the upper bound of each bucket to the number of entries up to it.
     """
     wanted, lower, below = share * cumulative[math.inf], 0.0, 0.0
     for bound, count in sorted(cumulative.items()):
@@ -222,23 +219,24 @@ def percentile(cumulative: Counter[float], share: float) -> float:
     return lower
 
 
-def show(found: dict[str, Any]) -> None:
-    table = Table(title="Answers a second, and milliseconds at half of saturation")
-    for column in ("", "query", "saturation", "of bare", "p50", "p95", "p99", "3×: answered", "3×: p99", "3×: 429"):
+def show(results: dict[str, Any]) -> None:
+    """Print the results as tables."""
+    table = Table(title="Responses per second, and latency in milliseconds at half of saturation")
+    for column in ("", "query", "saturation", "of bare", "p50", "p95", "p99", "3×: accepted", "3×: p99", "3×: 429"):
         table.add_column(column, justify="left" if column in ("", "query") else "right")
-    for kind, rate in found["in process"].items():
+    for kind, rate in results["in process"].items():
         table.add_row("in process", kind, f"{rate:.0f}")
-    for front, kinds in found.items():
-        for kind, figures in kinds.items() if front in FRONTS else ():
+    for front, kinds in results.items():
+        for kind, metrics in kinds.items() if front in FRONTS else ():
             if kind == "stages":
                 continue
-            bare = found.get("bare", {}).get(kind, {}).get("saturation_per_second")
-            half, flood = figures["at_half"], figures.get("at_three_times")
+            bare = results.get("bare", {}).get(kind, {}).get("saturation_per_second")
+            half, flood = metrics["at_half"], metrics.get("at_three_times")
             row = [
                 front,
                 kind,
-                f"{figures['saturation_per_second']:.0f}",
-                f"{figures['saturation_per_second'] / bare:.0%}" if bare else "",
+                f"{metrics['saturation_per_second']:.0f}",
+                f"{metrics['saturation_per_second'] / bare:.0%}" if bare else "",
             ]
             row += [f"{half[name]:.1f}" if half[name] is not None else "–" for name in ("p50_ms", "p95_ms", "p99_ms")]
             if flood:
@@ -250,9 +248,9 @@ def show(found: dict[str, Any]) -> None:
             table.add_row(*row)
     Console().print(table)
     parts = Table("", "stage", "mean", "p50", "p95", "p99", title="Milliseconds of each stage, over the whole run")
-    for front in found:
-        for stage, figures in (found[front].get("stages") or {}).items():
-            parts.add_row(front, stage, *(f"{figures[f'{name}_ms']:.1f}" for name in ("mean", "p50", "p95", "p99")))
+    for front in results:
+        for stage, times in (results[front].get("stages") or {}).items():
+            parts.add_row(front, stage, *(f"{times[f'{name}_ms']:.1f}" for name in ("mean", "p50", "p95", "p99")))
     Console().print(parts)
 
 

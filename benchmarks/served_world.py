@@ -1,6 +1,4 @@
-"""A workspace of any number of songs whose vectors are random, and the application over it behind each front: for
-benchmarks/serve.py.
-"""
+"""A workspace of songs with random vectors, and the application that serves it, for benchmarks of serving."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ CLIP_SECONDS = 3.0
 
 
 def config_of(workspace: Path) -> Config:
-    """The demo preset; a port of its own."""
+    """Return the demo preset with a free port."""
     return resolve("demo").with_overrides({"workspace": str(workspace), "serve.port": 0})
 
 
@@ -40,7 +38,7 @@ def song_id(row: int) -> str:
 
 
 def recording(seed: int) -> bytes:
-    """A WAV file of a few seconds of tones."""
+    """Generate a WAV file with three seconds of tones."""
     rng, rate = np.random.default_rng(seed), 16_000
     time = np.arange(int(CLIP_SECONDS * rate)) / rate
     wave = sum(np.sin(2 * np.pi * frequency * time) for frequency in rng.uniform(80, 4000, size=3))
@@ -50,7 +48,7 @@ def recording(seed: int) -> bytes:
 
 
 def make_world(workspace: Path, songs: int) -> None:
-    """Two untrained stages and an index of `songs` random unit vectors."""
+    """Publish two untrained stages and an index of `songs` random unit vectors."""
     config, rng = config_of(workspace), np.random.default_rng(0)
     vocabulary = train_wordpiece(
         [f"{genre} calm piano number {i}" for i, genre in enumerate(GENRES * 20)], config.text.vocab_size
@@ -101,7 +99,7 @@ def _publish(config: Config, model: HTCL, path: str, inputs: dict[str, str]) -> 
 
 
 def serve_here(front: str, workspace: Path) -> None:
-    """Serve until a line comes on standard input; says where as one line of JSON."""
+    """Print the URL as a line of JSON, and serve until a line arrives on standard input."""
     config = config_of(workspace)
     if front == "bare":
         _serve_bare(config)
@@ -120,7 +118,7 @@ def serve_here(front: str, workspace: Path) -> None:
 
 
 class Bare:
-    """The routes' backend with model and index in this process: no Ray, no batches, no second process."""
+    """A backend of the routes with model and index in this process, without Ray and without batching."""
 
     def __init__(self, config: Config) -> None:
         from htcl_ray.audio import decode, log_mel
@@ -154,7 +152,7 @@ def _serve_bare(config: Config) -> None:
     from htcl_ray.serving.http_app import create_app
 
     torch.set_num_threads(1)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which Ray Serve would send to a file
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray Serve sends these records to a file
     server = uvicorn.Server(
         uvicorn.Config(create_app(Bare(config), config.serve), port=0, log_level="error", access_log=False)
     )

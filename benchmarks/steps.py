@@ -1,4 +1,4 @@
-"""One training step of either side, ours and the published one, as a function of a batch; and how long it takes."""
+"""Training steps of this package and of the published code as functions of a batch, and their timing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def our_step(
     *,
     compiled: bool = False,
 ) -> Step:
-    """A step as the training loop takes it. `compiled` compiles the towers of `model` in place."""
+    """Build the step of the training loop. `compiled` compiles the towers of `model` in place."""
     settings = world.config.pretrain if stage == 1 else world.config.finetune
     task = synthetic_songs.make_task(world, stage, device)
     optimizer = build_optimizer(model.train(), settings)
@@ -46,9 +46,7 @@ def our_step(
 
 
 def published_step(world: World, text: torch.nn.Module, stage: int, device: torch.device) -> Callable[..., None]:
-    """The restated published step. `text`: a BERT like ours, which it takes over. `step(batch, bf16=True)` computes
-    under autocast.
-    """
+    """Build the reimplemented published step, which trains the BERT `text`; `step(batch, bf16=True)` uses autocast."""
     published = PublishedModel(world.config.model, world.config.audio, text, stage).to(device).train()
     optimizer = published.optimizer()
 
@@ -63,7 +61,7 @@ def published_step(world: World, text: torch.nn.Module, stage: int, device: torc
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done all that it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -71,7 +69,7 @@ def wait(device: torch.device) -> None:
 def timed(
     step: Callable[[], None], device: torch.device, *, at_least: float, warmup: int, steps: int = 3
 ) -> list[float]:
-    """Seconds of each step after `warmup` others, for at least `at_least` seconds and `steps` steps."""
+    """Time each step in seconds, after `warmup` steps, for at least `at_least` seconds and `steps` steps."""
     for _ in range(warmup):
         step()
     wait(device)

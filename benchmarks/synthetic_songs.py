@@ -1,6 +1,4 @@
-"""Songs of a given size without audio: random log-mels in a memory-mapped file, and texts of a given length, as
-training reads them.
-"""
+"""Synthetic songs for benchmarks of training: random log-mels in a memory-mapped file, and texts of a given length."""
 
 from __future__ import annotations
 
@@ -23,17 +21,17 @@ from htcl_ray.training.song_numbers import Pairs, Songs
 from htcl_ray.training.stage_tasks import Task, finetune_task, pretrain_task
 
 STORED = 1024
-"""Log-mels that are really there; song i has the log-mel of song i mod this, but its own text and ids."""
+"""Number of stored log-mels; song i has the log-mel of song i mod this, but its own text and ids."""
 WORDS = {"demo": 8, "paper": 48}
-"""Of a text; the sample world's texts have 5 to 8."""
+"""Number of words of a text; the sample world's texts have 5 to 8."""
 MULTILINGUAL_VOCABULARY = 105_879
 PREVIEW_SHARE, PREVIEW_SECONDS = 1 / 3, 30.0
 MEDIAN_SECONDS, DEVIATION = 210.0, 0.5
 MIXED_LENGTHS = (
-    f"{PREVIEW_SHARE:.0%} previews of {PREVIEW_SECONDS:g} s; other songs log-normal (median {MEDIAN_SECONDS:g} s, sigma {DEVIATION:g}), "
-    "cut at the clip length; lengths scale with the clip length where it is not 120 s"
+    f"{PREVIEW_SHARE:.0%} previews of {PREVIEW_SECONDS:g} s; other songs log-normal (median {MEDIAN_SECONDS:g} s, "
+    f"sigma {DEVIATION:g}), cut at the clip length; lengths scale with the clip length where it is not 120 s"
 )
-"""Lengths of `mixed` clips: a catalogue of full songs in which a third is known by a preview only."""
+"""Distribution of `mixed` clips: a catalogue of full songs, a third of which are available only as previews."""
 
 
 Clips = Literal["full", "mixed", "sample"]
@@ -41,7 +39,7 @@ Clips = Literal["full", "mixed", "sample"]
 
 @dataclass(frozen=True)
 class World:
-    """What training reads."""
+    """The inputs of training."""
 
     config: Config
     songs: Songs
@@ -50,10 +48,10 @@ class World:
 
 
 def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) -> World:
-    """`size` demo or paper: the preset of that name, with clips of 8 s or 120 s.
+    """Generate a world in `folder` for the preset `size`, demo (clips of 8 s) or paper (120 s).
 
-    `clips` full: every clip as long as the preset takes; mixed: MIXED_LENGTHS; sample: full ± 3 %, as in the sample
-    world. None is sample at demo size and full at paper size.
+    `clips`: full for the preset's length, mixed for MIXED_LENGTHS, sample for full ± 3 % as in the sample world. None
+    is sample at demo size and full at paper size.
     """
     config = resolve(size)
     longest, bands, rng = config.audio.max_frames, config.audio.n_mels, np.random.default_rng(0)
@@ -72,14 +70,14 @@ def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) 
     )
     texts = [" ".join(rng.choice(words, WORDS[size])) + f" {song}" for song in range(songs)]
     numbers = np.arange(songs)
-    found = Songs(
+    table = Songs(
         [f"{song:06d}" for song in range(songs)], texts, np.stack([numbers] * 3, axis=1), numbers, numbers[:0]
     )
-    return World(config, found, Frames(folder, bands), train_wordpiece(texts[:500], config.text.vocab_size))
+    return World(config, table, Frames(folder, bands), train_wordpiece(texts[:500], config.text.vocab_size))
 
 
 def clip_lengths(clips: Clips, longest: int, songs: int, rng: np.random.Generator) -> np.ndarray:
-    """Frames of each clip, int [songs], from 1 to `longest`."""
+    """Draw the number of frames of each clip, int [songs], from 1 to `longest`."""
     if clips == "full":
         return np.full(songs, longest)
     if clips == "sample":
@@ -90,9 +88,9 @@ def clip_lengths(clips: Clips, longest: int, songs: int, rng: np.random.Generato
 
 
 def make_model(world: World, stage: int, device: torch.device, layers: int | None = None) -> HTCL:
-    """Ours, with random weights: at paper size the text tower has the sizes of bert-base-multilingual-uncased.
+    """Create a model with random weights; at paper size its text tower has the sizes of bert-base-multilingual-uncased.
 
-    `layers`: Transformer layers of both towers, instead of those of the preset.
+    `layers` replaces the preset's number of Transformer layers in both towers.
     """
     config = (
         world.config if layers is None else world.config.with_overrides({"model.layers": layers, "text.layers": layers})
@@ -108,7 +106,7 @@ def make_model(world: World, stage: int, device: torch.device, layers: int | Non
 
 
 def make_task(world: World, stage: int, device: torch.device) -> Task:
-    """Stage 2: song 2i and song 2i + 1 are a pair; the text term sees the songs of pairs alone, as published."""
+    """Create the task of a stage. In stage 2, songs 2i and 2i + 1 are a pair, without rehearsal songs, as published."""
     if stage == 1:
         return pretrain_task(world.songs, world.config.pretrain)
     pairs = world.songs.train[: len(world.songs.train) // 2 * 2].reshape(-1, 2)
@@ -119,6 +117,6 @@ def make_task(world: World, stage: int, device: torch.device) -> Task:
 
 
 def first_batch(world: World, model: HTCL, stage: int, rows: int, device: torch.device) -> Batch:
-    """`rows` songs, or in stage 2 `rows` pairs: the triggers, then the recalled songs."""
+    """Load `rows` songs, or in stage 2 `rows` pairs: first the trigger songs, then the paired songs."""
     songs = np.arange(rows) if stage == 1 else np.arange(2 * rows).reshape(-1, 2).T.reshape(-1)
     return BatchLoader(world.songs, world.frames, model.text_encoder, None).load(songs).to(device)

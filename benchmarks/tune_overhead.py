@@ -1,12 +1,12 @@
-"""What a trial of a search costs beyond training, with Ray's defaults and as `htcl tune` runs it.
+"""Measure the overhead of a trial in a hyperparameter search, with Ray's defaults and as `htcl tune` runs it.
 
     python -m benchmarks.tune_overhead [--trials 6]
 
-Searches of trials one after the other, on features that are made for it, with a model that trains in seconds. Training
-is what the loop says of itself: rows seen over rows a second, measurements included. The rest of the time between the
-ends of two trials is overhead: the trial's process, Ray Train's controller, the workers' processes and their imports,
-reading the songs, the end of the run. The first trial of a search starts everything and is left out. "Ray's defaults":
-a process of its own for every trial, and results polled every 2 s.
+Runs searches with sequential trials on generated features, with a model that trains in seconds. The training time is
+the loop's own: rows divided by rows per second, validation included. The remaining time between the ends of two trials
+is overhead: the trial's process, Ray Train's controller, the worker processes and their imports, reading the songs, and
+the end of the run. The first trial of a search starts everything and is excluded. "Ray's defaults" are a new process
+for every trial, and results polled every 2 s.
 
 Prints a table and writes benchmarks/results/tune_overhead.json.
 """
@@ -36,7 +36,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a trial costs beyond training.")
+    parser = argparse.ArgumentParser(description="Measure the overhead of a trial in a search.")
     parser.add_argument(
         "--trials", type=int, default=6, help="trials of each search, the first of which is not counted"
     )
@@ -46,27 +46,26 @@ def main() -> None:
     if options.variant:
         search(options.variant, options.workspace, options.trials)
         return
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(VARIANTS):
             workspace = Path(folder) / str(number)
             command = [sys.executable, "-m", "benchmarks.tune_overhead", "--trials", str(options.trials)]
-            subprocess.run(
-                [*command, "--variant", variant, "--workspace", str(workspace)], check=True
-            )  # a Ray of its own for each
-            found[variant] = summary(workspace)
+            # Each variant needs a separate Ray.
+            subprocess.run([*command, "--variant", variant, "--workspace", str(workspace)], check=True)
+            results[variant] = summary(workspace)
     table = Table(title="A trial of a search, seconds (median)")
     for column in ("", "until training", "training", "after training", "not training", "share of a trial"):
         table.add_column(column, justify="left" if not column else "right")
-    for variant, figures in found.items():
-        cells = [f"{figures[name]:.1f}" for name in ("before", "training", "after", "overhead")]
-        table.add_row(variant, *cells, f"{figures['share']:.0%}")
+    for variant, seconds in results.items():
+        cells = [f"{seconds[name]:.1f}" for name in ("before", "training", "after", "overhead")]
+        table.add_row(variant, *cells, f"{seconds['share']:.0%}")
     Console().print(table)
-    write_result("tune_overhead", {"trials": options.trials, "variants": found})
+    write_result("tune_overhead", {"trials": options.trials, "variants": results})
 
 
 def search(variant: str, workspace: Path, trials: int) -> None:
-    """One search in this process; the time of each trial's end goes into `ends` beside the study."""
+    """Run one search in this process, and write the end time of each trial to `ends` in the workspace."""
     chosen = VARIANTS[variant]
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = chosen["poll_seconds"]
     from htcl_ray.cluster import connection
@@ -97,19 +96,19 @@ def search(variant: str, workspace: Path, trials: int) -> None:
     original = ray_tune.TuneConfig
     ray_tune.TuneConfig = lambda **given: original(**{**given, "reuse_actors": chosen["reuse_actors"]})
     ends: list[float] = []
-    end = StudyCallback._end
+    complete = StudyCallback.on_trial_complete
 
-    def timed(self: Any, *arguments: Any) -> None:
+    def timed(self: StudyCallback, *arguments: Any, **info: Any) -> None:
         ends.append(time.time())
-        end(self, *arguments)
+        complete(self, *arguments, **info)
 
-    StudyCallback._end = timed  # type: ignore[method-assign]
+    StudyCallback.on_trial_complete = timed  # type: ignore[method-assign]
     tune(config)
     (workspace / "ends").write_text(" ".join(map(str, ends)))
 
 
 def summary(workspace: Path) -> dict[str, float]:
-    """Medians over all trials but the first."""
+    """Return medians over all trials but the first."""
     from htcl_ray.tuning.trials import read_trials
     from htcl_ray.workspace.storage import Workspace
 

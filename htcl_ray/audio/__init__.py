@@ -1,6 +1,4 @@
-"""Bytes → waveform → log-mel spectrogram. Plain functions on arrays: no Ray, no torch, nothing that makes a data worker
-large.
-"""
+"""Decode audio files and compute log-mel spectrograms. Functions on arrays, without Ray and torch."""
 
 from htcl_ray.audio.decode import check_audible, decode, decode_clip
 from htcl_ray.audio.log_mel import as_waveform, log_mel

@@ -1,8 +1,7 @@
-"""Waveform → log-mel spectrogram: the numbers of librosa, in less than half its time.
+"""Log-mel spectrograms with librosa's values, in less than half its time.
 
-Power spectrogram of centred Hann windows, Slaney mel bands, 10·log10 with reference 1.0, floor at max − top_db. What
-makes it fast: the filters are 98 % zeros, so they are applied as a sparse matrix, and frames go through the transform
-in pieces that stay in the cache.
+Power spectrogram of centred Hann windows, Slaney mel bands, 10·log10 with reference 1.0, floor at max − top_db. The mel
+filters, 98 % zeros, are applied as a sparse matrix, and frames are transformed in blocks that fit the CPU cache.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ FRAMES_AT_ONCE = 64
 
 
 def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) -> FloatArray:
-    """Log-mel spectrogram in dB of a waveform, float32 [frames, recipe.n_mels].
+    """Compute the log-mel spectrogram of a waveform in dB, float32 [frames, recipe.n_mels].
 
     `waveform`: floats with full scale ±1, [samples] or [channels, samples]; channels are averaged, then resampled to
-    the recipe's rate. All of it is used: cutting to `recipe.clip_seconds` is the caller's. Frames: 1 + samples //
-    hop_length. Values lie in [max − top_db, max]. Raises InputError and AudioError as `as_waveform` does, and
-    AudioError when a value is not finite.
+    the recipe's rate. The whole waveform is used; callers cut it to `recipe.clip_seconds`. The number of frames is
+    1 + samples // hop_length, and values lie in [max − top_db, max]. Raises InputError and AudioError like
+    `as_waveform`, and AudioError when a sample is not finite.
     """
     mono = _as_mono(as_waveform(waveform, sample_rate))
     if sample_rate != recipe.sample_rate:
@@ -43,14 +42,15 @@ def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) ->
     np.maximum(mel, SMALLEST_POWER, out=mel)
     np.log10(mel, out=mel)
     mel *= 10
-    return np.maximum(mel, mel.max() - recipe.top_db, out=mel)
+    np.maximum(mel, mel.max() - recipe.top_db, out=mel)
+    return mel
 
 
 def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
-    """An array or tensor of floats [samples] or [channels, samples] as an array, unchanged.
+    """Check an array or tensor of floats, [samples] or [channels, samples], and return it as an array.
 
-    Raises InputError for other types and shapes, for more channels than samples ([samples, channels], as soundfile
-    reads) and for a sample rate that no audio file may have; AudioError (too_short) when there is no sample.
+    Raises InputError for other types and shapes, for more channels than samples (soundfile's [samples, channels]) and
+    for a sample rate outside the range of audio files; AudioError (too_short) for an empty waveform.
     """
     is_number = isinstance(sample_rate, numbers.Real) and not isinstance(sample_rate, bool)
     if not is_number or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
@@ -62,11 +62,13 @@ def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
         array = np.asarray(waveform)
     except ValueError as error:
         raise InputError(
-            f"the waveform is no array ({str(error).splitlines()[0]}); expected floats, [samples] or [channels, samples]"
+            f"the waveform is no array ({str(error).splitlines()[0]}); "
+            "expected floats, [samples] or [channels, samples]"
         ) from None
     if array.ndim not in (1, 2) or not (np.issubdtype(array.dtype, np.floating) or array.size == 0):
         raise InputError(
-            f"the waveform is {array.dtype} {list(array.shape)}; expected floats in [-1, 1], [samples] or [channels, samples]"
+            f"the waveform is {array.dtype} {list(array.shape)}; "
+            "expected floats in [-1, 1], [samples] or [channels, samples]"
         )
     if not array.size:
         raise AudioError(Reason.TOO_SHORT, f"the waveform is {list(array.shape)} and holds no sample")
@@ -80,9 +82,7 @@ def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:
 
 
 def _as_mono(waveform: npt.NDArray[np.floating]) -> FloatArray:
-    if not (
-        float(waveform.min()) >= -LARGEST_SAMPLE and float(waveform.max()) <= LARGEST_SAMPLE
-    ):  # false when there is a NaN
+    if not (float(waveform.min()) >= -LARGEST_SAMPLE and float(waveform.max()) <= LARGEST_SAMPLE):  # also for a NaN
         raise AudioError(
             Reason.NOT_FINITE, f"the waveform holds NaN, or samples beyond ±{LARGEST_SAMPLE:,.0f}; full scale is ±1"
         )
@@ -90,7 +90,7 @@ def _as_mono(waveform: npt.NDArray[np.floating]) -> FloatArray:
 
 
 def _mel_power(mono: FloatArray, recipe: AudioRecipe) -> FloatArray:
-    """Mel power spectrogram, [frames, n_mels]."""
+    """Compute the mel power spectrogram, [frames, n_mels]."""
     window = _hann(recipe.n_fft)
     filters = _sparse_filters(recipe.sample_rate, recipe.n_fft, recipe.n_mels, recipe.f_min, recipe.f_max)
     padded = np.pad(mono, recipe.n_fft // 2)
@@ -114,6 +114,6 @@ def _hann(size: int) -> FloatArray:
 def _sparse_filters(
     sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float | None
 ) -> scipy.sparse.csr_array:
-    from librosa.filters import mel  # a second and 100 MB that only who computes a spectrogram pays
+    from librosa.filters import mel  # imported late: a second and 100 MB
 
     return scipy.sparse.csr_array(mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max))

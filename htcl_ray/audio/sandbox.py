@@ -1,9 +1,8 @@
-"""Decoding in child processes, so that an upload that crashes, stalls or swells a decoder costs that process and
-nothing else.
+"""Sandboxed decoder processes for uploads that may crash the decoder, hang it or exceed its memory limit.
 
-A process is warm when it gets a file, is used for many, and is replaced when a file ended it. What it answers is
-checked like any other input, because a file may have taken it over. It is given no environment but the paths of
-libraries, and no open file but its pipes.
+The processes are started and warmed up in advance, decode many files each, and are replaced after a failure. Their
+responses are validated like any other input, because a hostile file may have taken the process over. They inherit only
+the environment variables that libraries need, and no open files except their pipes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from htcl_ray.schemas import Reason
 
 START_SECONDS = 60.0
 FILES_PER_PROCESS = 2_000
-"""Then it is replaced: whatever a decoding library leaks goes with it."""
+"""A process is replaced after this many files, which frees what decoding libraries leak."""
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT")
 SINGLE_THREADED = {
     "OMP_NUM_THREADS": "1",
@@ -44,7 +43,7 @@ MAX_DETAIL_BYTES = 100_000
 
 
 class Decoders:
-    """A fixed number of decoding processes that serve callers of any thread in the order of their coming."""
+    """A pool of sandboxed decoder processes; waiting callers of any thread are served first come, first served."""
 
     def __init__(
         self,
@@ -58,15 +57,15 @@ class Decoders:
         max_channels: int,
         max_sample_rate: int,
     ) -> None:
-        """Start the processes side by side and wait until they are warm. Raises StepError when one does not start.
+        """Start all processes concurrently and wait until they are warm. Raises StepError when one does not start.
 
-        `seconds`: wall-clock time of one file, and of waiting for a free process. `cpu_seconds`: CPU time of one file.
-        `memory_bytes`: what a process may hold in memory. `max_seconds`, `max_channels`, `max_sample_rate` (Hz): what a
-        file may declare.
+        `seconds`: wall-clock limit for one file, and for waiting for a free process. `cpu_seconds`: CPU limit for one
+        file. `memory_bytes`: memory limit of a process. `max_seconds`, `max_channels`, `max_sample_rate` (Hz): limits
+        for the values in a file's header.
         """
         limits = Limits(max_seconds, max_channels, max_sample_rate, cpu_seconds)
-        told = {"recipe": recipe.model_dump(), "limits": limits._asdict(), "memory_bytes": memory_bytes}
-        self._told = json.dumps(told).encode()
+        settings = {"recipe": recipe.model_dump(), "limits": limits._asdict(), "memory_bytes": memory_bytes}
+        self._settings = json.dumps(settings).encode()
         self._recipe = recipe
         self._seconds = seconds
         self._lock = threading.Lock()
@@ -75,7 +74,7 @@ class Decoders:
         self._processes: set[_Process] = set()
         self._closed = False
         self.restarts = 0
-        """Processes that a file ended, or that ended by themselves, since the start."""
+        """Number of processes replaced since the start because they crashed, hung or exceeded a limit."""
         for _ in range(processes):
             self._add()
         try:
@@ -87,48 +86,54 @@ class Decoders:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that run now."""
+        """Ids of the running processes."""
         with self._lock:
             return sorted(process.pid for process in self._processes)
 
-    def decode(self, data: bytes) -> FloatArray:
-        """Log-mel [frames, n_mels] in dB of the first `recipe.clip_seconds` of an audio file's bytes, as the catalogue
-        is embedded.
+    @property
+    def waiting(self) -> int:
+        """Number of callers that wait for a free process."""
+        with self._lock:
+            return len(self._waiting)
 
-        Equal to `log_mel(decode(data, recipe), …)`. Blocks; may be called from any thread. Raises AudioError: the
-        reasons of `decode` with limits, and decoder_timed_out and decoder_crashed for a file that stalled or ended its
-        process; TimeoutError when no process was free in time, StepError when closed.
+    def decode(self, data: bytes) -> FloatArray:
+        """Compute the log-mel [frames, n_mels] in dB of the first `recipe.clip_seconds` of an audio file's bytes.
+
+        Equal to `log_mel(decode(data, recipe), …)`, which embeds the catalogue. Blocks; thread-safe. Raises AudioError
+        for the reasons of `decode` with limits, and with decoder_timed_out or decoder_crashed for a file that hung or
+        crashed its process; TimeoutError when no process was free in time; StepError after `close`.
         """
-        while (process := self._take()).is_dead:  # something outside ended it, and no file is to blame
+        while (process := self._take()).is_dead:  # killed from outside: no fault of the file
             self._give_back(process, False)
         intact = False
         try:
-            answer = self._ask(process, data)
+            response = self._request(process, data)
             intact = True
         finally:
             self._give_back(process, intact)
-        if isinstance(answer, AudioError):
-            raise answer
-        return answer
+        if isinstance(response, AudioError):
+            raise response
+        return response
 
     def close(self) -> None:
-        """End the processes. Who waits for one, or is being served, gets an error."""
+        """End the processes. Waiting and running calls of `decode` raise an error."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
             free, self._free = self._free, deque()
             busy, self._processes = self._processes - set(free), set()
         for future in waiting:
-            with contextlib.suppress(Exception):  # it may have given up at this moment
+            with contextlib.suppress(InvalidStateError):  # its caller gave up at this moment
                 future.set_exception(StepError("the decoders were closed"))
         for process in free:
             process.end()
-        for process in busy:  # whoever uses its pipes closes them
+        for process in busy:  # the thread that uses its pipes closes them
             process.kill()
 
-    def _ask(self, process: _Process, data: bytes) -> FloatArray | AudioError:
-        """What the process answers: a log-mel, or why it refuses the file. Raises AudioError when the file ended or
-        stalled it.
+    def _request(self, process: _Process, data: bytes) -> FloatArray | AudioError:
+        """Send a file and return the log-mel, or the process's own AudioError for the file.
+
+        Raises AudioError when the process crashed, hung or sent an invalid response.
         """
         try:
             process.wait_until_warm()
@@ -137,12 +142,12 @@ class Decoders:
         deadline, mels = time.monotonic() + self._seconds, self._recipe.n_mels
         try:
             process.send(data, deadline)
-            answer = json.loads(process.receive(MAX_DETAIL_BYTES, deadline))
-            if "reason" in answer:
-                return AudioError(Reason(answer["reason"]), str(answer["detail"])[:1_000])
-            frames = int(answer["frames"])
+            response = json.loads(process.receive(MAX_DETAIL_BYTES, deadline))
+            if "reason" in response:
+                return AudioError(Reason(response["reason"]), str(response["detail"])[:1_000])
+            frames = int(response["frames"])
             if not 1 <= frames <= self._recipe.max_frames:
-                raise ValueError(f"it answered a log-mel of {frames} frames")
+                raise ValueError(f"the process returned a log-mel of {frames} frames")
             floats = np.frombuffer(process.receive(4 * mels * frames, deadline), dtype="<f4")
             return floats.astype(np.float32).reshape(frames, mels)
         except TimeoutError:
@@ -150,13 +155,13 @@ class Decoders:
             raise AudioError(Reason.DECODER_TIMED_OUT, detail) from None
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             detail = (
-                "it ended the process that decoded it; the file is damaged, or decoding it takes more than serve.decode_bytes of memory or "
-                "serve.decode_cpu_seconds of CPU time"
+                "it ended the process that decoded it; the file is damaged, or decoding it takes more than "
+                "serve.decode_bytes of memory or serve.decode_cpu_seconds of CPU time"
             )
             raise AudioError(Reason.DECODER_CRASHED, detail) from None
 
     def _take(self) -> _Process:
-        """A free process; who came first gets one first."""
+        """Wait for a free process, in order of arrival. Raises TimeoutError or, after `close`, StepError."""
         with self._lock:
             if self._closed:
                 raise StepError("the decoders were closed")
@@ -167,7 +172,7 @@ class Decoders:
         try:
             return future.result(self._seconds)
         except TimeoutError:
-            if not future.cancel():  # one came at this very moment
+            if not future.cancel():  # a process became free at this moment
                 return future.result()
             with self._lock, contextlib.suppress(ValueError):
                 self._waiting.remove(future)
@@ -189,14 +194,14 @@ class Decoders:
         self._add()
 
     def _add(self) -> None:
-        process = _Process(self._told)
+        process = _Process(self._settings)
         with self._lock:
             if not self._closed:
                 self._processes.add(process)
         self._offer(process)
 
     def _offer(self, process: _Process) -> None:
-        """To who waits longest, or to who comes next."""
+        """Hand a process to the caller that has waited longest, or keep it for the next one."""
         with self._lock:
             if not self._closed:
                 while self._waiting:
@@ -210,9 +215,9 @@ class Decoders:
 
 
 class _Process:
-    """One child and the pipes to it. Used by one thread at a time."""
+    """A child process and the pipes to it. Used by one thread at a time."""
 
-    def __init__(self, told: bytes) -> None:
+    def __init__(self, settings: bytes) -> None:
         package = str(Path(__file__).resolve().parents[2])
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([package, *filter(None, sys.path)]))
@@ -223,11 +228,12 @@ class _Process:
             bufsize=0,
             env={**environment, **SINGLE_THREADED},
             cwd="/",
-            start_new_session=True,  # Ctrl-C is for the parent, which drains first
+            start_new_session=True,  # Ctrl-C reaches only the parent, which drains first
         )
         self.pid = self._child.pid
         self.files = 0
-        self._told: bytes | None = told
+        self._settings: bytes | None = settings
+        """Sent by `wait_until_warm`, then None."""
         self._warm_by = time.monotonic() + START_SECONDS
         for pipe in self._pipes:
             os.set_blocking(pipe.fileno(), False)
@@ -237,20 +243,20 @@ class _Process:
         return self._child.stdin, self._child.stdout
 
     def wait_until_warm(self) -> None:
-        """Raise StepError when it does not get there."""
-        if self._told is None:
+        """Send the settings and wait for the confirmation. Raises StepError when the process does not start."""
+        if self._settings is None:
             return
         try:
-            self.send(self._told, self._warm_by)
+            self.send(self._settings, self._warm_by)
             self.receive(0, self._warm_by)
         except (OSError, EOFError, ValueError) as error:
             raise StepError(
                 f"the decoding process does not start ({error or type(error).__name__}); its standard error says why"
             ) from None
-        self._told = None
+        self._settings = None
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Raises TimeoutError, or OSError when the child is gone."""
+        """Send one message. Raises TimeoutError, or OSError when the child has ended."""
         pipe = self._pipes[0]
         for part in (len(message).to_bytes(LENGTH_BYTES, "big"), message):
             rest = memoryview(part)
@@ -259,8 +265,9 @@ class _Process:
                 rest = rest[os.write(pipe.fileno(), rest[:PIPE_BYTES]) :]
 
     def receive(self, most: int, deadline: float) -> bytes:
-        """One message. Raises TimeoutError, EOFError when the child is gone, ValueError when the message is longer than
-        `most` bytes.
+        """Receive one message.
+
+        Raises TimeoutError, EOFError when the child has ended, and ValueError for a message of more than `most` bytes.
         """
         length = int.from_bytes(self._read(LENGTH_BYTES, deadline), "big")
         if length > most:
@@ -279,15 +286,15 @@ class _Process:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it was warm and has ended since."""
-        return self._told is None and self._child.poll() is not None
+        """Whether the process was warm and has ended since."""
+        return self._settings is None and self._child.poll() is not None
 
     def kill(self) -> None:
-        """By its id, without waiting."""
+        """Kill the process without waiting for its end."""
         self._child.kill()
 
     def end(self) -> None:
-        """Kill it, if it has not ended, and close the pipes."""
+        """Kill the process, wait for its end and close the pipes."""
         self._child.kill()
         self._child.wait()
         for pipe in self._pipes:
@@ -296,8 +303,8 @@ class _Process:
 
 
 def _wait(deadline: float, *, reading: Any = None, writing: Any = None) -> None:
-    """Until the pipe can be used. Raises TimeoutError at the deadline."""
-    poll = select.poll()  # not select, which takes no descriptor above 1,023
+    """Wait until the pipe is readable or writable. Raises TimeoutError at the deadline."""
+    poll = select.poll()  # select.select takes no descriptor above 1,023
     poll.register(reading or writing, select.POLLIN if reading else select.POLLOUT)
     left = deadline - time.monotonic()
     if left <= 0 or not poll.poll(left * 1_000):

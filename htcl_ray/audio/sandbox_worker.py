@@ -1,9 +1,9 @@
-"""The process that decodes one upload after another: bytes on its standard input, log-mels on its standard output.
+"""Program of a sandboxed decoder process: audio files on standard input, log-mels on standard output.
 
-Started by `htcl_ray.audio.sandbox`; ends when its standard input does. Messages are a length (8 bytes, big endian) and
-that many bytes. First comes the configuration as JSON, answered by an empty message once everything is loaded. Then
-each file is answered by a JSON message, {"frames": of its log-mel} or {"reason", "detail"}, and, for the former, the
-log-mel as one message of float32.
+Started by `htcl_ray.audio.sandbox`; ends when its standard input ends. A message is its length (8 bytes, big endian)
+followed by its bytes. The first message is the configuration as JSON; the response is an empty message once all
+libraries are loaded. The response to each file is a JSON message, {"frames": number of frames} followed by the log-mel
+as one message of float32, or {"reason", "detail"}.
 """
 
 from __future__ import annotations
@@ -32,25 +32,24 @@ LENGTH_BYTES = 8
 
 
 def main() -> None:
-    """Answer files until the input ends."""
+    """Decode files until the input ends."""
     source = os.fdopen(os.dup(0), "rb", buffering=0)
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(0, 1)  # the decoders print there
+    os.dup2(0, 1)  # decoding libraries print to standard output
     message = _read(source)
     if message is None:
         return
-    told = json.loads(message)
-    recipe, limits = AudioRecipe(**told["recipe"]), Limits(**told["limits"])
+    settings = json.loads(message)
+    recipe, limits = AudioRecipe(**settings["recipe"]), Limits(**settings["limits"])
     _warm_up(recipe)
     os.dup2(0, 2)
-    _confine(told["memory_bytes"])
+    _confine(settings["memory_bytes"])
     _write(sink, b"")
     while (data := _read(source)) is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_seconds = (
-            math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
-        )  # for what takes long within one call of a library
+        # The deadline of `decode` is not checked within one call of a library.
+        cpu_seconds = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
         try:
             mel = log_mel(decode(data, recipe, limits), recipe.sample_rate, recipe)
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def _warm_up(recipe: AudioRecipe) -> None:
-    """Load everything that decoding needs, because no file can be opened afterwards."""
+    """Load every library that decoding needs, because no file can be opened after `_confine`."""
     file, rate = io.BytesIO(), 16_000
     soundfile.write(file, np.zeros(rate, dtype=np.float32), rate, format="FLAC")
     file.seek(0)
@@ -75,7 +74,7 @@ def _warm_up(recipe: AudioRecipe) -> None:
     with contextlib.suppress(ImportError):
         import av
 
-        for module in pkgutil.walk_packages(av.__path__, "av."):  # PyAV imports its parts when a file first needs them
+        for module in pkgutil.walk_packages(av.__path__, "av."):  # PyAV imports them lazily
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
         file.seek(0)
@@ -86,14 +85,12 @@ def _warm_up(recipe: AudioRecipe) -> None:
 
 
 def _confine(memory_bytes: int) -> None:
-    """Bound what a file can make of this process: no new file or socket, nothing written to disk, no core dump, so much
-    memory.
-    """
+    """Restrict this process: no new file or socket, no writes to disk, no core dump, limited memory."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
     with open("/proc/self/statm", encoding="ascii") as file:
         reserved, resident = (int(pages) * resource.getpagesize() for pages in file.read().split()[:2])
-    address_space = reserved + max(0, memory_bytes - resident)  # libraries reserve more than they ever use
+    address_space = reserved + max(0, memory_bytes - resident)  # libraries reserve more than they use
     for limit, value in (
         (resource.RLIMIT_AS, address_space),
         (resource.RLIMIT_CORE, 0),
@@ -104,7 +101,7 @@ def _confine(memory_bytes: int) -> None:
 
 
 def _read(source: IO[bytes]) -> bytes | None:
-    """One message; None at the end of the input."""
+    """Read one message; None at the end of the input."""
     length = _read_exactly(source, LENGTH_BYTES)
     return _read_exactly(source, int.from_bytes(length, "big")) if length is not None else None
 

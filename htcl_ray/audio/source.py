@@ -1,4 +1,4 @@
-"""Opening audio files: on a disk, in an object store, or in memory."""
+"""Open audio files on disk, in an object store or in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ REMOTE_READ_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[bytes]]:
-    """The source as a seekable file at its start; the caller's own file object is left open."""
+    """Open a path, URI, bytes or file object as a seekable file at its start.
+
+    A file object of the caller stays open. Raises AudioError for a missing, inaccessible or unsupported source, and
+    AccessDeniedError or StorageError when the object store fails, also during the caller's reads.
+    """
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
@@ -28,16 +32,27 @@ def opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[by
         yield source
         return
     path = os.fspath(source)
-    remote: _RemoteFile | None = None
+    file, remote = _open_path(path)
+    with file:
+        try:
+            yield file
+        except Exception:
+            if remote is None or remote.error is None:
+                raise
+        if remote is not None and remote.error is not None:
+            raise explain(remote.error, path) from remote.error
+
+
+def _open_path(path: str) -> tuple[IO[bytes], _RemoteFile | None]:
+    """Open a path or URI; the second value is the unbuffered file of an object store."""
     try:
         on_disk = local_path(path)
         if on_disk is None:
             remote = _RemoteFile(path)
-            file: IO[bytes] = io.BufferedReader(remote, REMOTE_READ_BYTES)
-        elif not stat.S_ISREG(os.stat(on_disk).st_mode):  # opening a named pipe would wait for ever
+            return io.BufferedReader(remote, REMOTE_READ_BYTES), remote
+        if not stat.S_ISREG(os.stat(on_disk).st_mode):  # opening a named pipe would block
             raise AudioError(Reason.AUDIO_NOT_FOUND, f"{on_disk} is not a regular file")
-        else:
-            file = open(on_disk, "rb")  # noqa: SIM115
+        return open(on_disk, "rb"), None
     except WorkspaceError as error:
         raise AudioError(Reason.UNSUPPORTED_URI, str(error)) from None
     except (FileNotFoundError, NotADirectoryError):
@@ -50,19 +65,12 @@ def opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[by
         raise
     except OSError as error:
         raise explain(error, path) from error
-    with file:
-        try:
-            yield file
-        except Exception:
-            if remote is None or remote.error is None:
-                raise
-        if remote is not None and remote.error is not None:
-            raise explain(remote.error, path) from remote.error
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of an object store that ends at the first read error and remembers it: decoders take errors for the end of
-    the audio.
+    """A file of an object store that ends at the first read error and keeps it in `error`.
+
+    Decoders would take a read error for the end of the audio.
     """
 
     def __init__(self, uri: str) -> None:
@@ -71,7 +79,7 @@ class _RemoteFile(io.RawIOBase):
         with storage_errors(uri):
             filesystem, inner = open_filesystem(uri)
             self._file = filesystem.open_input_file(inner)
-            self._size = self._file.size()
+            self._size: int = self._file.size()
 
     def readable(self) -> bool:
         return True
@@ -80,12 +88,12 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._file.tell()
+        return int(self._file.tell())
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}[whence]
         self._file.seek(min(max(start + offset, 0), self._size))
-        return self._file.tell()
+        return self.tell()
 
     def readinto(self, buffer: Any) -> int:
         if self.error is not None:
@@ -104,7 +112,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def one_line(error: Exception) -> str:
-    """What an error of any library says, in at most 200 characters."""
+    """Return the first line of a library's error message, at most 200 characters."""
     text = (
         getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
     )

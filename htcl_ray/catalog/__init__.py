@@ -1,1 +1,1 @@
-"""The catalogue: the user's tables → checked songs with their text."""
+"""Read the catalogue: the user's tables of songs, checked, with the text of each song."""

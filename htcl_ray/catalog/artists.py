@@ -1,10 +1,9 @@
-"""Artist credits → groups of songs that share an artist, directly or through others: the unit that splits keep
-together.
+"""Group songs that share an artist, directly or through other songs, so that a split keeps them together.
 
-A credit is split at ';' and at feat., ft. and featuring. '&', 'and', ',', '+', 'x', 'vs.' and 'with' are also part of
-names (Simon & Garfunkel; Earth, Wind & Fire), so a credit is split at them only when the catalogue credits every part
-on its own elsewhere. '/' is never split. Names are compared by `artist_key`; placeholders such as Various Artists are
-no artist.
+A credit is split at ';' and at feat., ft. and featuring. '&', 'and', ',', '+', 'x', 'vs.' and 'with' also occur in
+names (Simon & Garfunkel; Earth, Wind & Fire), so a credit is split at them only if the catalogue credits every part on
+its own elsewhere. A credit is never split at '/'. Names are compared by `artist_key`; placeholders such as Various
+Artists count as no artist.
 """
 
 from __future__ import annotations
@@ -57,10 +56,10 @@ _PLACEHOLDERS = frozenset(
 
 
 def artist_key(name: str) -> str:
-    """Equal for spellings of one name: case, white space, punctuation, Unicode form and Latin, Greek or Cyrillic
-    diacritics do not count.
+    """Normalise an artist's name to a key that is equal for all its spellings.
 
-    A name of nothing but punctuation is its own key.
+    Case, white space, punctuation, Unicode form and diacritics of Latin, Greek and Cyrillic are ignored. A name that
+    consists of punctuation only is its own key.
     """
     folded = unicodedata.normalize("NFKC", name).casefold().translate(_LETTERS)
     letters = [letter for letter in unicodedata.normalize("NFKD", folded) if not "\u0300" <= letter <= "\u036f"]
@@ -69,14 +68,12 @@ def artist_key(name: str) -> str:
 
 
 def is_placeholder(key: str) -> bool:
-    """Whether an artist key stands for no artist in particular: Various Artists, V.A., Unknown, '-' and the like."""
+    """Whether an artist key names no artist, such as Various Artists, V.A., Unknown and '-'."""
     return key in _PLACEHOLDERS or not key or set(key) == {"-"}
 
 
 def credits_of(cell: str | None) -> list[str]:
-    """Names of one artist cell as it writes them, split at ';' and featured guests: at least the parts that are
-    certain.
-    """
+    """Split an artist cell at ';' and at featured guests, which are certain separators; spelling stays."""
     names = []
     for entry in (cell or "").split(";"):
         first, *guests = _FEATURED.split(entry)
@@ -85,14 +82,14 @@ def credits_of(cell: str | None) -> list[str]:
 
 
 def credits_of_cells(cells: pa.Array) -> list[list[str]]:
-    """`credits_of` of each cell, in lower case; quick where most cells credit one artist."""
+    """Apply `credits_of` to each cell, in lower case; fast when most cells credit a single artist."""
     several = pc.fill_null(pc.match_substring_regex(cells, r"(?i);|\b(feat|ft|featuring)\b"), False).to_pylist()
     lower = pc.utf8_lower(cells).to_pylist()
     return [credits_of(cell) if many else [cell] if cell else [] for cell, many in zip(lower, several, strict=True)]
 
 
 def credited_keys(cells: Sequence[str | None]) -> list[list[str]]:
-    """Keys of the artists that each cell credits; empty for placeholders. See the module for what is split."""
+    """Return the keys of the artists that each cell credits, without placeholders, split as the module describes."""
     names = [credits_of(cell) for cell in cells]
     known = {artist_key(name) for of_cell in names for name in of_cell}
     keys = [[key for name in of_cell for key in (artist_key(name), *_joined_parts(name, known))] for of_cell in names]
@@ -100,17 +97,16 @@ def credited_keys(cells: Sequence[str | None]) -> list[list[str]]:
 
 
 def _joined_parts(name: str, known: set[str]) -> list[str]:
-    """Keys of the parts of a joint credit, where each of them is credited on its own too."""
+    """Return the keys of the parts of a joint credit if every part is also credited on its own, else nothing."""
     parts = [artist_key(part) for part in _JOINED.split(name) if part]
     return parts if len(parts) > 1 and known.issuperset(parts) else []
 
 
 def artist_groups(artists: pa.ChunkedArray, duplicate_groups: pa.ChunkedArray | None = None) -> pa.Array:
-    """Group of each song: songs that share a credited artist or a duplicate group, and all that these connect, have
-    one.
+    """Assign songs to groups: connected components over shared artists and shared duplicate groups.
 
-    A group is named after the first of its artists, `artist:<key>`, or without any after the first of its duplicate
-    groups, `recording:<group>`; null for a song that has neither. Connected components on integer arrays.
+    A group is named after the first of its artists, `artist:<key>`, or without artists after the first of its duplicate
+    groups, `recording:<group>`; null for a song that has neither.
     """
     coded = artists.combine_chunks().dictionary_encode()
     keys = credited_keys(coded.dictionary.to_pylist())

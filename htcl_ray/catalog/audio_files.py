@@ -1,4 +1,4 @@
-"""Sizes and times of audio files, from listings, before any file is opened."""
+"""Sizes and modification times of audio files, from file systems and bucket listings, without opening the files."""
 
 from __future__ import annotations
 
@@ -31,46 +31,45 @@ UNUSABLE = {
     UNSUPPORTED: (Reason.UNSUPPORTED_URI, f"{{}} cannot be opened; expected {SUPPORTED}"),
     0: (Reason.AUDIO_EMPTY, "{} is empty (0 bytes)"),
 }
-"""Sizes that no usable file has: the reason for the quarantine table, and its detail for a path."""
+"""Size that marks an unusable file → its reason and its detail, with {} for the path, in the quarantine table."""
 NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 THREADS = 16
 
 
 def sizes_and_times(paths: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Size in bytes (or MISSING, DENIED, UNSUPPORTED) and modification time in ns of each path or URI, int64 [paths,
-    2].
+    """Look up size in bytes and modification time in ns of each path or URI, int64 [paths, 2].
 
-    Local files are read one by one; of an object store each folder is listed once. Raises AccessDeniedError for a
-    folder of an object store that may not be listed, StorageError when storage fails otherwise: neither is a property
-    of the songs.
+    MISSING, DENIED or UNSUPPORTED stand in place of the size. Local files are looked up one by one; each folder of an
+    object store is listed once. Raises AccessDeniedError when listing a folder is denied and StorageError when storage
+    fails otherwise, which are no properties of a song.
     """
-    found = np.full((len(paths), 2), MISSING, dtype=np.int64)
+    sizes = np.full((len(paths), 2), MISSING, dtype=np.int64)
     local: list[tuple[int, str]] = []
     by_folder: dict[str, dict[int, str]] = {}
     for i, path in enumerate(paths):
         try:
             on_disk = local_path(path)
         except WorkspaceError:
-            found[i, 0] = UNSUPPORTED
+            sizes[i, 0] = UNSUPPORTED
             continue
         if on_disk is not None:
             local.append((i, on_disk))
             continue
         bare, options = split_options(path)
         folder, _, name = bare.rpartition("/")
-        if is_uri(folder):  # otherwise it is a bucket alone
+        if is_uri(folder):  # otherwise the URI is a bucket without a key
             by_folder.setdefault(folder + options, {})[i] = urllib.parse.unquote(name)
     pieces = [local[start : start + 1000] for start in range(0, len(local), 1000)]
     pool = ThreadPoolExecutor(THREADS)
     try:
         for piece, rows in zip(pieces, pool.map(lambda piece: [_stat(path) for _, path in piece], pieces), strict=True):
-            found[[i for i, _ in piece]] = rows
+            sizes[[i for i, _ in piece]] = rows
         for songs, listing in zip(by_folder.values(), pool.map(_list, by_folder), strict=True):
             for i, name in songs.items():
-                found[i] = (UNSUPPORTED, MISSING) if listing is None else listing.get(name, (MISSING, MISSING))
+                sizes[i] = (UNSUPPORTED, MISSING) if listing is None else listing.get(name, (MISSING, MISSING))
     finally:
         pool.shutdown(cancel_futures=True)
-    return found
+    return sizes
 
 
 def _stat(path: str) -> tuple[int, int]:
@@ -89,9 +88,7 @@ def _stat(path: str) -> tuple[int, int]:
 
 
 def _list(folder: str) -> dict[str, tuple[int, int]] | None:
-    """Size and time by name of the files directly in a folder of an object store; None when its URI is of no supported
-    kind.
-    """
+    """List (size, time) by name of the files directly in a folder of an object store; None for an unsupported URI."""
     try:
         filesystem, inner = open_filesystem(folder)
     except WorkspaceError:

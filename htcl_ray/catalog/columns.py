@@ -1,8 +1,7 @@
-"""Convert columns of any Arrow type to the types that the package works with.
+"""Convert columns of any Arrow type to strings, ids, lists, years, numbers and times.
 
-A blank cell (null, white space, NaN, an empty list) becomes null, and so does a cell that cannot be read: an object
-where a text is expected, bytes that are not UTF-8, `ca. 1990` as a year. `unreadable` tells the two apart, so that the
-second kind can be counted.
+A blank cell (null, white space, NaN, an empty list) becomes null, and so does an unreadable one: an object in place of
+text, bytes that are not UTF-8, `ca. 1990` as a year. `unreadable` marks the second kind, so that it can be counted.
 """
 
 from __future__ import annotations
@@ -26,39 +25,38 @@ import pyarrow.compute as pc
 
 _CONVERSION_ERRORS = (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError)
 _UNREADABLE = object()
-"""Stands for a value that Arrow cannot convert to Python."""
+"""Placeholder for a value that Arrow cannot convert to Python."""
 
 
 def as_strings(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Strings without surrounding white space, e.g. titles and feedback; lists are joined with "; ".
+    """Convert to strings without surrounding white space, for titles, feedback and the like; lists join with "; ".
 
-    Whole floats lose their ".0": pandas writes integers so when some are missing. UUIDs are written 8-4-4-4-12.
+    Whole floats lose their ".0", because pandas stores integers with missing values as floats. UUIDs are written
+    8-4-4-4-12.
     """
     return _as_strings(column, _text)
 
 
 def as_ids(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Ids of songs and users: as `as_strings`, but a list is no id, and 16 bytes that are not UTF-8 are a UUID."""
+    """Convert to ids of songs or users: as `as_strings`, but lists are unreadable and 16 non-UTF-8 bytes are a UUID."""
     return _as_strings(column, _id)
 
 
 def as_lists(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Lists of strings: lists as they are, anything else split at ';'. A list with an object or a list in it is
-    unreadable.
-    """
+    """Convert to lists of strings: other types are split at ';', and lists of lists or objects are unreadable."""
     array = _one_array(column)
     cells = _values(array) if _is_nested(array.type) or _is_json(array.type) else as_strings(array).to_pylist()
     return pa.array([_parts(cell) or None for cell in cells], pa.list_(pa.string()))
 
 
 def as_years(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """int32 years, 1000 to 2099, from integers, floats, dates and strings that begin with a year."""
-    found = [re.match(r"(1\d|20)\d\d(?!\d)", value) if value else None for value in as_strings(column).to_pylist()]
-    return pa.array([int(match.group()) if match else None for match in found], pa.int32())
+    """Convert integers, floats, dates and strings that begin with a year to int32 years, 1000 to 2099."""
+    matches = [re.match(r"(1\d|20)\d\d(?!\d)", value) if value else None for value in as_strings(column).to_pylist()]
+    return pa.array([int(match.group()) if match else None for match in matches], pa.int32())
 
 
 def unreadable(column: pa.Array | pa.ChunkedArray, converted: pa.Array) -> npt.NDArray[np.bool_]:
-    """Cells of `column` that hold something and are null in `converted`, one of the results of the functions above."""
+    """Mark unreadable cells, bool [rows]: not blank in `column`, null in `converted`, a result of `as_strings` etc."""
     array = _one_array(column)
     lost = np.asarray(pc.and_(pc.is_valid(array), pc.is_null(converted)))
     for i in np.flatnonzero(lost):
@@ -67,47 +65,48 @@ def unreadable(column: pa.Array | pa.ChunkedArray, converted: pa.Array) -> npt.N
 
 
 def example(column: pa.Array | pa.ChunkedArray, row: int) -> str:
-    """The cell of a row for an error message, at most 60 characters."""
+    """Format the cell of a row for an error message, in at most 60 characters."""
     value = _value(_one_array(column.slice(row, 1)), 0)
     text = "a value that cannot be converted" if value is _UNREADABLE else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def as_numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    """float64; NaN where there is no number."""
+    """Convert to float64; NaN for cells that are no number."""
     array = _one_array(column)
     if not _is_number(array.type):
         text = as_strings(array)
         array = pc.if_else(pc.match_substring_regex(text, _NUMBER), text, pa.scalar(None, pa.string()))
-    return array.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
+    numbers: npt.NDArray[np.float64] = (
+        array.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
+    )
+    return numbers
 
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 EARLIEST_SECONDS = 315_532_800
-"""1980-01-01. Smaller numbers are no times of a music service: days, minutes or years since some date, or positions in
-a file."""
+"""1980-01-01. Smaller numbers are no event times, but days, minutes or years since some date, or row numbers."""
 LATEST_SECONDS = 4_102_444_800
-"""2100-01-01. Numbers of seconds, milliseconds, microseconds and nanoseconds between both do not overlap, nor do
-compact dates."""
+"""2100-01-01. Between both bounds, the numbers of EPOCH_UNITS and compact dates do not overlap."""
 TOLERANCE_SECONDS = 86_400
-"""How far in the future a time may be: clocks are wrong, and times without a zone are taken as UTC."""
+"""Largest distance of a time into the future: clocks are inexact, and times without a zone are read as UTC."""
 EPOCH_UNITS = {"epoch seconds": 1, "epoch milliseconds": 10**3, "epoch microseconds": 10**6, "epoch nanoseconds": 10**9}
 TIME_FORMS = ("unreadable", "date or time type", "ISO 8601", *EPOCH_UNITS)
-"""What a timestamp may be written as; the index is the code of `read_times`."""
+"""Forms of timestamps; `read_times` returns indexes into this tuple."""
 
 
 def as_epoch_seconds(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    """The times of `read_times`."""
+    """Convert to epoch seconds, float64 [rows]; see `read_times`."""
     return read_times(column)[0]
 
 
 def read_times(column: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Epoch seconds, float64 [rows], and how each was written, an index of TIME_FORMS.
+    """Convert to epoch seconds, float64 [rows], and return the form of each cell as an index into TIME_FORMS.
 
-    Read are dates and times of Arrow, ISO 8601 (extended, or basic such as 20240131 and 20240131T120000), and epoch
-    seconds, milliseconds, microseconds or nanoseconds; without a zone they are UTC. NaN where there is no time between
-    1980 and tomorrow.
+    Accepts Arrow's dates and timestamps, ISO 8601 (extended, or basic such as 20240131 and 20240131T120000), and epoch
+    seconds, milliseconds, microseconds or nanoseconds. Times without a zone are UTC. NaN for cells without a time
+    between 1980 and tomorrow.
     """
     array = _one_array(column)
     kind = array.type
@@ -138,9 +137,7 @@ _ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?)?Z?$"
 
 
 def _compact_seconds(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Epoch seconds of the basic form of ISO 8601 without "T", 20240131, 202401311200 or 20240131120000; NaN for other
-    numbers.
-    """
+    """Read numbers such as 20240131, 202401311200 and 20240131120000 (ISO 8601 basic, without "T"); others are NaN."""
     seconds = np.full(numbers.size, np.nan)
     for digits in (8, 12, 14):
         scale = 10 ** (digits - 4)
@@ -166,12 +163,13 @@ def _compact_seconds(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
 
 
 def _iso_seconds(texts: pa.Array) -> npt.NDArray[np.float64]:
-    """Epoch seconds of ISO 8601 texts; NaN where a text is none."""
+    """Convert ISO 8601 texts to epoch seconds; NaN for other texts."""
     common = pc.match_substring_regex(texts, _ISO).fill_null(False)
     with contextlib.suppress(pa.ArrowInvalid):  # 2024-13-01
         if pc.all(common).as_py():
             moments = pc.utf8_rtrim(texts, characters="Z").cast(pa.timestamp("us"))
-            return moments.cast(pa.int64()).to_numpy(zero_copy_only=False) / 1e6
+            microseconds: npt.NDArray[np.int64] = moments.cast(pa.int64()).to_numpy(zero_copy_only=False)
+            return microseconds / 1e6
     return np.array([_one_iso(text) for text in texts.to_pylist()], dtype=np.float64)
 
 
@@ -198,8 +196,9 @@ def _as_strings(column: pa.Array | pa.ChunkedArray, text_of: Callable[[Any], str
 
 
 def _cast(array: pa.Array) -> pa.Array | None:
-    """Strings by a cast of Arrow, or None for types whose cells are converted one by one. Raises ArrowException for
-    invalid UTF-8.
+    """Cast to strings with Arrow; None for types whose cells are converted one by one.
+
+    Raises ArrowException for invalid UTF-8.
     """
     kind = array.type
     if pa.types.is_floating(kind):
@@ -212,13 +211,13 @@ def _cast(array: pa.Array) -> pa.Array | None:
     is_plain = pa.types.is_null(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind)
     if is_text or is_bytes or is_plain or pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         texts = array.cast(pa.string())
-        texts.validate(full=True)  # Parquet files with invalid strings exist
+        texts.validate(full=True)  # Parquet files may hold invalid UTF-8
         return texts
     return None
 
 
 def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """One array without dictionaries, and without extension types other than JSON."""
+    """Combine to one array, without dictionaries and without extension types other than JSON."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of more than 2 GB, or of none
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.nulls(0)
@@ -230,7 +229,7 @@ def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def _is_nested(kind: pa.DataType) -> bool:
-    return pa.types.is_nested(kind)
+    return bool(pa.types.is_nested(kind))
 
 
 def _is_json(kind: pa.DataType) -> bool:
@@ -238,7 +237,7 @@ def _is_json(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _values(array: pa.Array) -> list[Any]:
@@ -259,7 +258,7 @@ def _value(array: pa.Array, row: int) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """A cell as text; None for a blank or unreadable one."""
+    """Convert a cell to text; None for a blank or unreadable one."""
     if isinstance(value, list):
         return "; ".join(_parts(value)) or None
     if isinstance(value, bool):
@@ -267,13 +266,9 @@ def _text(value: Any) -> str | None:
     if isinstance(value, Decimal):
         return format(value.to_integral_value() if value == value.to_integral_value() else value, "f")
     if isinstance(value, float):
-        return (
-            None
-            if not math.isfinite(value)
-            else str(int(value))
-            if value.is_integer() and abs(value) < 2**53
-            else str(value)
-        )
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
     if isinstance(value, str | bytes):
         try:  # bytes may be in another encoding, strings of JSON may have lone surrogates
             return value.decode() if isinstance(value, bytes) else value.encode().decode()
@@ -288,7 +283,7 @@ def _id(value: Any) -> str | None:
 
 
 def _parts(value: Any) -> list[str]:
-    """The texts of a list, or of a string with ';'; none when one of them is unreadable."""
+    """Convert the items of a list, or of a string with ';', to texts; empty when one of them is unreadable."""
     cells = value if isinstance(value, list) else (_text(value) or "").split(";")
     texts = [None if isinstance(cell, list) else _text(cell) for cell in cells if not _is_blank(cell)]
     return [] if None in texts else [text.strip() for text in texts if text is not None]

@@ -1,7 +1,8 @@
-"""Catalogue tables → one checked table of songs, and the rows that cannot be used with their reasons."""
+"""Read and check catalogue tables: one table of songs, and the rejected rows with their reasons."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,7 +26,6 @@ from htcl_ray.catalog.tables import (
     table_files,
     table_parts,
 )
-from htcl_ray.catalog.text import song_text
 from htcl_ray.config.sections import DataSettings, nearest
 from htcl_ray.errors import TableError
 from htcl_ray.schemas import CATALOG_COLUMNS, LIST_METADATA, METADATA, QUARANTINE, TEXT_METADATA, Reason, Split
@@ -42,35 +43,35 @@ SONGS = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
-"""`audio_path` is absolute or a URI; `split` is null unless the catalogue says it; `source` and `row` are where the
-song came from."""
+"""`audio_path` is absolute or a URI; `split` is null unless the catalogue has a split column; `source` and `row` locate
+the song in its table."""
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """A catalogue whose rows were checked; nobody has opened the audio yet."""
+    """A catalogue with checked rows; its audio files have not been opened yet."""
 
     songs: pa.Table
     """Schema SONGS, sorted by song_id."""
     rejected: pa.Table
     """Schema QUARANTINE."""
     rows: int
-    """Rows of the tables, rejected ones included."""
+    """Number of rows of the tables, including rejected ones."""
     null_cells: NullCells
-    """Optional cells that could not be read."""
+    """Optional cells that could not be read and became null."""
 
 
 def read_catalog(settings: DataSettings) -> Catalog:
     """Read and check the tables of `data.catalog`.
 
-    Rejected are rows that cannot be parsed, and rows without song id, without audio path, with an unknown value in the
-    split column, or without any text, because such a song can neither be learned from nor found by text. Raises
-    TableError when a table cannot be used at all: missing, empty, without a song_id or audio_path column, without any
-    text column, or with one song_id twice.
+    Rows are rejected when they cannot be parsed, have no song id, no audio path or an unknown value in the split
+    column, or have no text, because such a song can be neither trained on nor retrieved by text. Raises TableError for
+    tables that are missing or empty, lack the song_id, the audio_path or every text column, or repeat a song_id.
     """
     if not settings.catalog:
         raise TableError(
-            "no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and audio_path"
+            "no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and "
+            "audio_path"
         )
     files = table_files(settings.catalog)
     for file in files:
@@ -100,7 +101,8 @@ def _check_columns(file: TableFile, settings: DataSettings) -> None:
     for name in settings.text_columns:
         if name not in names and name not in CATALOG_COLUMNS:
             raise TableError(
-                f"data.text_columns names '{name}', but the catalogue {file.path} has no such column; {nearest(name, names)}"
+                f"data.text_columns names '{name}', but the catalogue {file.path} has no such column; "
+                f"{nearest(name, names)}"
             )
     if not set(settings.text_columns) & set(names):
         raise TableError(
@@ -117,7 +119,7 @@ def _check_columns(file: TableFile, settings: DataSettings) -> None:
 def _check_rows(
     table: pa.Table, file: TableFile, first_row: int, settings: DataSettings, null_cells: NullCells
 ) -> tuple[pa.Table, list[pa.Table]]:
-    """Songs and rejected rows of one batch."""
+    """Split one batch into songs and rejected rows."""
     columns: dict[str, pa.Array] = {"song_id": as_ids(table["song_id"]), "audio_path": as_strings(table["audio_path"])}
     columns["text"] = _texts(table, settings.text_columns)
     columns["split"] = (
@@ -187,13 +189,13 @@ def _metadata(table: pa.Table, name: str) -> pa.Array:
 
 
 def _resolve(path: str | None, folder: str) -> str | None:
-    """Absolute path or URI of an audio path that may be relative to its table's folder."""
+    """Resolve an audio path that may be relative to its table's folder to an absolute path or URI."""
     if path is None or is_uri(path):
         return path
     if is_uri(folder) and not path.startswith("/"):
         bare, options = split_options(folder)
         scheme, _, rest = bare.partition("://")
-        escaped = path.replace("%", "%25")  # it is a path, and becomes part of a URI
+        escaped = path.replace("%", "%25")  # a path, to be part of a URI
         return f"{scheme}://{posixpath.normpath(f'{rest}/{escaped}')}{options}"
     return os.path.abspath(os.path.join(os.path.expanduser(folder), path))
 
@@ -207,6 +209,29 @@ def _check_unique(songs: pa.Table) -> None:
     places = songs.filter(pc.equal(songs["song_id"], example)).select(["row", "source"]).slice(0, 2).to_pylist()
     where = " and ".join(f"row {place['row']} of {place['source']}" for place in places)
     raise TableError(
-        f"{len(several):,} song ids of the catalogue occur more than once, for instance '{example}' in {where} (rows count from 0); "
-        "expected one row for each song_id"
+        f"{len(several):,} song ids of the catalogue occur more than once, for instance '{example}' in {where} "
+        "(rows count from 0); expected one row for each song_id"
     )
+
+
+def song_text(values: Sequence[Any]) -> str:
+    """Join the values of a song's text columns, in their order, to one line; empty without any value.
+
+    Columns are separated by "; ", the values of a list column by ", ". Runs of white space become one space.
+    """
+    cells = (
+        ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        for value in values
+        if value is not None
+    )
+    return "; ".join(text for text in (" ".join(cell.split()) for cell in cells) if text)
+
+
+def duplicate_group(waveform: npt.NDArray[np.float32]) -> str:
+    """Hash the decoded, clipped and resampled audio at 16 bits: 16 hex digits that are equal for duplicate recordings.
+
+    Copies of a file and lossless encodings of one recording share a group; another lossy encoding has its own. The hash
+    needs one song at a time, no pass over the catalogue.
+    """
+    samples = np.rint(np.clip(waveform, -1, 1) * 32767).astype("<i2")
+    return hashlib.blake2b(samples.tobytes(), digest_size=8).hexdigest()

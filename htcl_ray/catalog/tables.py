@@ -1,9 +1,8 @@
-"""Read the user's tables: Parquet, CSV, JSON Lines or Arrow IPC, one file or a folder of them, from a disk or object
-storage.
+"""Read the user's tables in batches: Parquet, CSV, JSON Lines or Arrow IPC, files or folders, local or remote.
 
-CSV cells are read as strings, so the id "007" keeps its zeros; `columns` converts them. Every batch of a file has the
-same columns, also where a row or a batch of JSON Lines lacks some of the keys. Tables are read a batch at a time, and a
-large Parquet file in several parts, so that no process needs to hold a log.
+CSV cells are read as strings, so the id "007" keeps its zeros; `htcl_ray.catalog.columns` converts them. Every batch of
+a file has the same columns, also if rows of JSON Lines lack keys. Large Parquet files are read in several parts, so
+that no process holds a whole log.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ COMPRESSIONS = (".gz", ".bz2", ".zst")
 BATCH_ROWS = 1 << 16
 PART_ROWS = 1 << 20
 CSV_BLOCK_BYTES = 1 << 24
-"""A row must fit in one block; lyrics are long."""
+"""A row must fit in one block, and lyrics are long."""
 UNREADABLE_ROW = "(unreadable row)"
-"""Extra column of a batch in which some rows cannot be parsed: the reason, null for the other rows. All cells of such a
-row are null."""
+"""Extra column of batches with rows that cannot be parsed: the reason, or null for other rows. All other cells of an
+unreadable row are null."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,14 @@ class TableFile:
 
     @property
     def folder(self) -> str:
-        """What relative paths in the table are relative to."""
+        """The base of relative paths in the table."""
         bare, options = split_options(self.path) if is_uri(self.path) else (self.path, "")
         return posixpath.dirname(bare) + options
 
 
 @dataclass(frozen=True)
 class TablePart:
-    """A piece of a file that one task reads: some row groups of a Parquet file, or a whole file of another format."""
+    """A part of a file for one task: row groups of a Parquet file, or a whole file of another format."""
 
     file: TableFile
     first_row: int = 0
@@ -77,10 +76,10 @@ class TablePart:
 
 
 def table_files(paths: Sequence[str]) -> list[TableFile]:
-    """The files of tables, in a stable order; a folder stands for every table file below it. Raises TableError.
+    """List the files of tables in a stable order; a folder stands for every table file below it. Raises TableError.
 
-    Below a folder, files and folders whose names begin with "." or "_" are skipped: checkpoints of Jupyter, uncommitted
-    output of Spark, the log of a Delta table.
+    Below a folder, files and folders whose names begin with "." or "_" are skipped, such as Jupyter's checkpoints,
+    Spark's uncommitted output and the log of a Delta table.
     """
     return [file for path in paths for file in _files_of(path)]
 
@@ -111,10 +110,10 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _table_file(path: str, info: pafs.FileInfo) -> TableFile:
-    found = _format_of(path)
-    if found is None:
+    format = _format_of(path)
+    if format is None:
         raise TableError(f"the table {path} has an unknown format; expected a name that ends in {', '.join(FORMATS)}")
-    return TableFile(path, found, info.size or 0, info.mtime_ns or 0)
+    return TableFile(path, format, info.size or 0, info.mtime_ns or 0)
 
 
 def _format_of(path: str) -> str | None:
@@ -151,7 +150,10 @@ def table_parts(files: Sequence[TableFile]) -> list[TablePart]:
 
 @functools.lru_cache(maxsize=4096)
 def column_names(file: TableFile) -> tuple[str, ...]:
-    """Column names of a file; of JSON Lines, every key of any row. Raises TableError when it has none, or one twice."""
+    """Return the column names of a file; for JSON Lines, all keys of all rows.
+
+    Raises TableError for a file without columns or with a repeated name.
+    """
     with _named_errors(file):
         names = _column_names(file) if file.size else []
     if not names:
@@ -185,10 +187,10 @@ def _column_names(file: TableFile) -> list[str]:
 
 
 def read_part(part: TablePart, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
-    """Batches of a part, each with the number of its first row in the file. Raises TableError.
+    """Yield the batches of a part, each with the number of its first row in the file. Raises TableError.
 
-    Every batch has the same columns, those of `column_names` or of them `columns`, and UNREADABLE_ROW where rows cannot
-    be parsed.
+    Every batch has the columns of `column_names`, or the selection `columns`, and UNREADABLE_ROW if some of its rows
+    cannot be parsed.
     """
     row = part.first_row
     with _named_errors(part.file):
@@ -198,31 +200,31 @@ def read_part(part: TablePart, columns: Sequence[str] | None = None) -> Iterator
 
 
 def rename(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-    """Give columns our names: `columns` maps ours to theirs. Theirs stay too, and a column that already had our name
-    gives way.
+    """Copy source columns to the package's names, as `columns` maps names to source names.
+
+    Source columns stay; a column that already has the package's name is replaced.
     """
-    for ours, theirs in columns.items():
-        if theirs in table.column_names and ours != theirs:
-            data = table[theirs]
-            if ours in table.column_names:
-                table = table.drop_columns([ours])
-            table = table.append_column(ours, data)
+    for name, source in columns.items():
+        if source in table.column_names and name != source:
+            data = table[source]
+            if name in table.column_names:
+                table = table.drop_columns([name])
+            table = table.append_column(name, data)
     return table
 
 
 def renamed(names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
-    """The column names that `rename` leads to."""
-    return list(dict.fromkeys([*names, *(ours for ours, theirs in columns.items() if theirs in names)]))
+    """Return the column names after `rename`."""
+    return list(dict.fromkeys([*names, *(name for name, source in columns.items() if source in names)]))
 
 
 def check_renames(names: Sequence[str], columns: Mapping[str, str]) -> None:
-    """Raise TableError when `data.columns` points to a column that none of the tables has; `names` are those of all
-    tables.
-    """
-    for ours, theirs in columns.items():
-        if theirs not in names:
+    """Raise TableError when `data.columns` names a source column that is not in `names`, the columns of all tables."""
+    for name, source in columns.items():
+        if source not in names:
             raise TableError(
-                f"data.columns.{ours} is '{theirs}', but no table has a column of that name; {nearest(theirs, sorted(set(names)))}"
+                f"data.columns.{name} is '{source}', but no table has a column of that name; "
+                f"{nearest(source, sorted(set(names)))}"
             )
 
 
@@ -242,7 +244,7 @@ def _read(part: TablePart, columns: list[str] | None) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def _open_ipc(file: TableFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader]:
-    """Reader of an Arrow IPC file or stream."""
+    """Open an Arrow IPC file or stream."""
     filesystem, inner = open_filesystem(file.path)
     with filesystem.open_input_file(inner) as source:
         is_file = source.read(6) == b"ARROW1"
@@ -268,20 +270,17 @@ def _open_parquet(file: TableFile) -> pq.ParquetFile:
 
 def _open_stream(file: TableFile) -> pa.NativeFile:
     filesystem, inner = open_filesystem(file.path)
-    return filesystem.open_input_stream(inner)  # decompresses by the name
+    return filesystem.open_input_stream(inner)  # decompresses by extension
 
 
 def _open_csv(
     stream: pa.NativeFile, bad: dict[int, str], convert: pacsv.ConvertOptions | None = None
 ) -> pacsv.CSVStreamingReader:
-    """A reader that leaves out rows with another number of cells than the header, and notes them in `bad`: row →
-    reason.
-    """
+    """Open a reader that skips rows whose number of cells differs from the header's, and adds row → reason to `bad`."""
 
     def skip(row: pacsv.InvalidRow) -> str:
-        bad[row.number - 2] = (
-            f"the row has {row.actual_columns} cells; expected {row.expected_columns}, as the header has"  # the header is 1
-        )
+        reason = f"the row has {row.actual_columns} cells; expected {row.expected_columns}, as the header has"
+        bad[row.number - 2] = reason  # the header is row 1
         return "skip"
 
     parse = pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip)
@@ -301,7 +300,7 @@ def _read_csv(file: TableFile, columns: list[str] | None) -> Iterator[pa.Table]:
         include_columns=columns,
         strings_can_be_null=True,
         null_values=[""],  # "NA", "null" and "None" are names of songs and artists
-        check_utf8=False,  # a cell that is not UTF-8 is unreadable, which `columns` finds; the others are not
+        check_utf8=False,  # only cells that are not UTF-8 become null, see `columns`, not their whole row
     )
     bad: dict[int, str] = {}
     with _open_stream(file) as stream, _open_csv(stream, bad, convert) as reader:
@@ -315,9 +314,7 @@ def _read_csv(file: TableFile, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def _with_bad_rows(table: pa.Table, bad: Mapping[int, str], start: int) -> pa.Table:
-    """Put the rows that the reader left out back in their places, as rows of nulls, in a table that begins at row
-    `start` of the file.
-    """
+    """Insert skipped rows as rows of nulls into a table that begins at row `start` of the file."""
     end, inside = start + table.num_rows, list[int]()
     for row in sorted(row for row in bad if row >= start):
         if row <= end:
@@ -343,7 +340,7 @@ def _read_jsonl(file: TableFile, names: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _json_rows(file: TableFile) -> Iterator[dict[str, Any] | str]:
-    """The object of each line that is not blank, or the reason why the line is none."""
+    """Yield the object of each line that is not blank, or the reason why a line is not an object."""
     with _open_stream(file) as stream:
         for number, line in enumerate(io.BufferedReader(stream), start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -361,8 +358,8 @@ def _json_rows(file: TableFile) -> Iterator[dict[str, Any] | str]:
 
 
 def _json_column(values: list[Any]) -> pa.Array:
-    """Arrow's own type where all values share one that is flat, else the cells as JSON."""
-    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeError):  # strings among numbers; a lone surrogate
+    """Convert values to a flat Arrow type if they share one, else to JSON texts."""
+    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeError):  # mixed types, or a lone surrogate
         array = pa.array(values)
         if not pa.types.is_nested(array.type) or (
             pa.types.is_list(array.type) and not pa.types.is_nested(array.type.value_type)

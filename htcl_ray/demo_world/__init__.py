@@ -1,15 +1,15 @@
-"""The sample world of `htcl demo`: procedurally made music and simulated listeners, with known truth.
+"""The sample world of `htcl demo`: procedurally generated music and simulated listeners with a known ground truth.
 
-world.py       artists and songs: traits that the text names, and traits that only the sound has
-score.py       traits → notes and drum hits
-synthesis.py   notes → waveform
-listeners.py   users' tastes → interaction log
-write.py       all of it → catalog.csv, interactions.csv, audio/*.wav
+world.py       generates artists and songs: traits that the text names, and hidden traits that only the audio has
+score.py       composes a song's traits into notes and drum hits
+synthesis.py   renders notes to a waveform
+listeners.py   simulates users' tastes and their interaction log
+write.py       writes catalog.csv, interactions.csv and audio/*.wav
 """
 
 from htcl_ray.demo_world.write import SampleTables, write_sample
 
 TEXT_COLUMNS = ("genre", "mood", "tags")
-"""What a song's text should be made of: titles and names are invented and say nothing about the sound."""
+"""Columns for a song's text. Titles and names are generated and carry no information about the audio."""
 
 __all__ = ["TEXT_COLUMNS", "SampleTables", "write_sample"]

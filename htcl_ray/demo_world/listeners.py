@@ -1,9 +1,8 @@
-"""Who listens: users with tastes over what the text names and over what it does not, and the log that an imperfect
-recommender leaves.
+"""Simulate users with tastes for named and hidden traits, and the feedback log of an imperfect recommender.
 
-A visit starts with a song that the user picks (the trigger); the service recommends a few songs from it: by chance, but
-more of what is popular, more of the trigger's genre, and a little more of what suits the user, as other users' choices
-would tell it. The user answers each.
+A visit starts with a song that the user picks, the trigger. The recommender then offers a few songs at random,
+weighted towards popular songs, songs of the trigger's genre and, slightly, songs that match the user's taste. The user
+gives feedback to each.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ FIRST_DAY = datetime(2025, 1, 6, tzinfo=UTC)
 DAYS = 180
 VISITS = 40
 RECOMMENDED = 5
-"""Songs recommended from one trigger."""
+"""Number of songs recommended after one trigger."""
 
 POPULARITY_EXPONENT = 0.6
-"""The song of popularity rank r is recommended proportionally to r to the power of minus this."""
+"""Recommendations of the song of popularity rank r are proportional to r to the power of minus this."""
 SAME_GENRE_LIFT = 1.5
-"""How many times more often than by chance a recommended song shares the trigger's genre (before normalisation)."""
+"""Factor on the probability of songs that share the trigger's genre, before normalisation."""
 HINT = 0.6
-"""How much the recommender knows of a user's taste; 0 is nothing, 1 is as much as the user."""
+"""Weight of a user's true utility in the recommender, from 0 (unknown) to 1."""
 HIDDEN_WEIGHT, GENRE_WEIGHT, MOOD_WEIGHT, LEAD_WEIGHT = 2.2, 1.1, 0.7, 0.4
 PICKINESS = 4.0
-"""Utility above which a user rather likes a song than not."""
+"""Utility at which positive feedback has probability 0.5."""
 CARELESS_SHARE = 0.08
-"""Share of answers that say nothing about taste."""
+"""Share of feedback that is independent of taste."""
 
 POSITIVE = (Feedback.COMPLETE, Feedback.LIKE, Feedback.COLLECT, Feedback.SHARE)
 POSITIVE_SHARES = (0.5, 0.3, 0.15, 0.05)
@@ -42,7 +41,7 @@ OTHER_SHARES = (0.5, 0.38, 0.12)
 
 @dataclass(frozen=True)
 class Tastes:
-    """What each user likes: weights, float64 [users, options]."""
+    """Tastes of all users: weights, float64 [users, options]."""
 
     hidden: np.ndarray
     genre: np.ndarray
@@ -50,20 +49,20 @@ class Tastes:
     lead: np.ndarray
 
     def named_utility(self, world: World) -> np.ndarray:
-        """How much each user likes what the text says: [users, songs]."""
+        """Utility of the traits that the text names: [users, songs]."""
         genre = _one_hot([song.genre for song in world.songs], GENRES)
         mood = _one_hot([song.mood for song in world.songs], MOODS)
         lead = _one_hot([song.lead for song in world.songs], LEADS)
-        return self.genre @ genre.T + self.mood @ mood.T + self.lead @ lead.T
+        return np.asarray(self.genre @ genre.T + self.mood @ mood.T + self.lead @ lead.T)
 
     def utility(self, world: World) -> np.ndarray:
-        """How much each user likes each song: [users, songs]; what a listener's answer depends on."""
-        return self.named_utility(world) + self.hidden @ world.hidden.T
+        """Utility of each song to each user, on which feedback depends: [users, songs]."""
+        return np.asarray(self.named_utility(world) + self.hidden @ world.hidden.T)
 
 
 @dataclass(frozen=True)
 class Log:
-    """One row for each recommended song, in the order of users and visits. Songs are positions in `World.songs`."""
+    """The feedback log: one row for each recommendation, by user and visit. Songs are indexes into `World.songs`."""
 
     user: np.ndarray
     trigger: np.ndarray
@@ -73,7 +72,7 @@ class Log:
 
 
 def make_tastes(world: World, users: int) -> Tastes:
-    """The world's users; pure function of the world's seed and their number."""
+    """Draw the users of a world; a pure function of the world's seed and their number."""
     rng = random_stream(world.seed, "tastes")
     sides = rng.choice((-1.0, 1.0), (users, len(HIDDEN_TRAITS)))
     return Tastes(
@@ -85,14 +84,14 @@ def make_tastes(world: World, users: int) -> Tastes:
 
 
 def popularity(world: World) -> np.ndarray:
-    """Share of recommendations that each song would get from popularity alone: [songs], independent of every trait."""
+    """Return the share of recommendations of each song by popularity alone, [songs], independent of every trait."""
     rank = 1 + random_stream(world.seed, "popularity").permutation(len(world.songs))
     weight = rank**-POPULARITY_EXPONENT
-    return weight / weight.sum()
+    return np.asarray(weight / weight.sum())
 
 
 def simulate(world: World, tastes: Tastes) -> Log:
-    """The log of all users. No song is recommended twice to a user, nor in the visit that it triggers."""
+    """Simulate the log of all users. No song is recommended twice to a user, nor after itself as the trigger."""
     rng = random_stream(world.seed, "log")
     utility = tastes.utility(world)
     users, songs = utility.shape
@@ -124,9 +123,7 @@ def simulate(world: World, tastes: Tastes) -> Log:
 
 
 def _draw(log_weight: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """For each row, `count` columns without replacement, with these log weights (Gumbel top-k): [rows, count], in drawn
-    order.
-    """
+    """Sample `count` columns of each row without replacement (Gumbel top-k): int64 [rows, count], in drawn order."""
     noisy = log_weight + rng.gumbel(size=log_weight.shape)
     top = np.argpartition(-noisy, count - 1, axis=1)[:, :count]
     order = np.argsort(-np.take_along_axis(noisy, top, axis=1), axis=1)

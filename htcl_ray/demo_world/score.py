@@ -1,8 +1,8 @@
-"""What the players play: a song's traits as notes and drum hits.
+"""Compose a song's traits into notes and drum hits.
 
-The genre sets drums, bass line, how chords are broken up and which progressions are used; the mood sets scale,
-register, articulation, how many notes the melody has, how hard the drums are hit, tempo and a part of its own. The lead
-instrument plays the melody, the backing instrument accompanies in its own way. Everything is around C, so that a small
+The genre determines drums, bass line, the style of the chords and their progressions; the mood determines scale,
+register, articulation, density of the melody, loudness of the drums, tempo and a part of its own. The lead instrument
+plays the melody, the backing instrument accompanies with its own pattern. Every song is in a key on C, so that a small
 model can learn from few songs.
 """
 
@@ -13,83 +13,88 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from htcl_ray.demo_world.world import Artist, Song
+from htcl_ray.demo_world.world import Artist, SampleSong
 
 STEPS_PER_BEAT = 4
 
 Pitch = Callable[[int, int], float]
-"""Scale degree and base MIDI pitch → MIDI pitch."""
+"""Function of a scale degree and a base MIDI pitch that returns a MIDI pitch."""
 
 
 @dataclass(frozen=True)
-class Genre:
-    """Patterns over one bar of sixteenths: `x` is a hit, `o` a soft one, `.` none."""
+class GenreStyle:
+    """The style of a genre. Patterns span one bar of sixteenths: `x` is a hit, `o` a soft hit, `.` a rest."""
 
     drums: dict[str, str]
     kit: str
     bass: str
-    bass_sound: str
+    bass_timbre: str
     bass_line: str
-    """root (of the chord), walking (scale steps from root to root) or octaves."""
+    """`root` (of the chord), `walking` (scale steps from root to root) or `octaves`."""
     rhythm: str
-    """Pattern of the part that makes the genre's groove out of the chords."""
-    rhythm_sound: str
+    """Pattern of the chords."""
+    rhythm_timbre: str
     rhythm_style: str
-    """block (all notes at once), broken (one after the other) or power (root, fifth, octave)."""
+    """`block` (all notes at once), `broken` (one after the other) or `power` (root, fifth, octave)."""
     rhythm_steps: float
-    """Length of a note of it, in sixteenths."""
+    """Length of a chord note, in sixteenths."""
     rhythm_base: int
-    """MIDI pitch around which it lies."""
+    """Base MIDI pitch of the chords."""
     swing: float
-    """How late every second eighth comes, in sixteenths."""
+    """Delay of every second eighth, in sixteenths."""
     progressions: tuple[tuple[int, ...], ...]
-    """Scale degrees of the chords, one a bar."""
+    """Scale degrees of the chords, one per bar."""
 
 
-GENRES = {
-    "ambient": Genre(
-        drums={"wind": "x.............................."}, kit="none", bass="x...............", bass_sound="drone", bass_line="root",
-        rhythm="x...............", rhythm_sound="glass", rhythm_style="block", rhythm_steps=17, rhythm_base=76,
+GENRE_STYLES = {
+    "ambient": GenreStyle(
+        drums={"wind": "x.............................."}, kit="none", bass="x...............", bass_timbre="drone",
+        bass_line="root",
+        rhythm="x...............", rhythm_timbre="glass", rhythm_style="block", rhythm_steps=17, rhythm_base=76,
         swing=0, progressions=((0, 3), (0, 5), (3, 0)),
     ),
-    "house": Genre(
-        drums={"kick": "x...x...x...x...", "clap": "....x.......x...", "open_hat": "..x...x...x...x."}, kit="electronic",
-        bass="..x...x...x...x.", bass_sound="saw bass", bass_line="octaves",
-        rhythm="x..x..x...x..x..", rhythm_sound="stab", rhythm_style="block", rhythm_steps=1.2, rhythm_base=60,
+    "house": GenreStyle(
+        drums={"kick": "x...x...x...x...", "clap": "....x.......x...", "open_hat": "..x...x...x...x."},
+        kit="electronic",
+        bass="..x...x...x...x.", bass_timbre="saw bass", bass_line="octaves",
+        rhythm="x..x..x...x..x..", rhythm_timbre="stab", rhythm_style="block", rhythm_steps=1.2, rhythm_base=60,
         swing=0, progressions=((0, 5, 3, 4), (0, 3), (5, 3, 0, 4)),
     ),
-    "rock": Genre(
+    "rock": GenreStyle(
         drums={"kick": "x.....x.x.x.....", "snare": "....x.......x...", "crash": "x.x.x.x.x.x.x.x."}, kit="acoustic",
-        bass="x.x.x.x.x.x.x.x.", bass_sound="picked bass", bass_line="root",
-        rhythm="x.x.x.x.x.x.x.x.", rhythm_sound="distorted guitar", rhythm_style="power", rhythm_steps=1.9, rhythm_base=45,
+        bass="x.x.x.x.x.x.x.x.", bass_timbre="picked bass", bass_line="root",
+        rhythm="x.x.x.x.x.x.x.x.", rhythm_timbre="distorted guitar", rhythm_style="power", rhythm_steps=1.9,
+        rhythm_base=45,
         swing=0, progressions=((0, 3, 4, 4), (0, 6, 3, 0), (0, 4, 5, 3)),
     ),
-    "jazz": Genre(
+    "jazz": GenreStyle(
         drums={"ride": "x...x.x.x...x.x.", "brush": "....x.......x...", "foot_hat": "....x.......x..."}, kit="brushes",
-        bass="x...x...x...x...", bass_sound="upright bass", bass_line="walking",
-        rhythm="..x....x..x.....", rhythm_sound="comping piano", rhythm_style="block", rhythm_steps=1.5, rhythm_base=57,
+        bass="x...x...x...x...", bass_timbre="upright bass", bass_line="walking",
+        rhythm="..x....x..x.....", rhythm_timbre="comping piano", rhythm_style="block", rhythm_steps=1.5,
+        rhythm_base=57,
         swing=0.66, progressions=((1, 4, 0, 5), (0, 5, 1, 4), (3, 6, 2, 5)),
     ),
-    "reggae": Genre(
+    "reggae": GenreStyle(
         drums={"kick": "........x.......", "rim": "........x.......", "hat": "o.o.o.o.o.o.o.o."}, kit="acoustic",
-        bass="x..x..x.....x.x.", bass_sound="dub bass", bass_line="root",
-        rhythm="....x.......x...", rhythm_sound="muted guitar", rhythm_style="block", rhythm_steps=0.8, rhythm_base=64,
+        bass="x..x..x.....x.x.", bass_timbre="dub bass", bass_line="root",
+        rhythm="....x.......x...", rhythm_timbre="muted guitar", rhythm_style="block", rhythm_steps=0.8, rhythm_base=64,
         swing=0.2, progressions=((0, 3), (0, 4), (0, 1)),
     ),
-    "folk": Genre(
-        drums={"tambourine": "....o...o..."}, kit="hand", bass="x...........", bass_sound="upright bass", bass_line="root",
-        rhythm="x.x.x.x.x.x.", rhythm_sound="banjo", rhythm_style="broken", rhythm_steps=2, rhythm_base=64,
+    "folk": GenreStyle(
+        drums={"tambourine": "....o...o..."}, kit="hand", bass="x...........", bass_timbre="upright bass",
+        bass_line="root",
+        rhythm="x.x.x.x.x.x.", rhythm_timbre="banjo", rhythm_style="broken", rhythm_steps=2, rhythm_base=64,
         swing=0, progressions=((0, 3, 4, 0), (0, 4, 0, 4), (0, 5, 3, 4)),
     ),
-    "hip hop": Genre(
+    "hip hop": GenreStyle(
         drums={"kick": "x......x..x.....", "snare": "....x.......x...", "hat": "xoxoxoxoxoxoxoxo"}, kit="electronic",
-        bass="x......x..x.....", bass_sound="sub bass", bass_line="root",
-        rhythm="x...x.....x.....", rhythm_sound="muffled keys", rhythm_style="block", rhythm_steps=3, rhythm_base=52,
+        bass="x......x..x.....", bass_timbre="sub bass", bass_line="root",
+        rhythm="x...x.....x.....", rhythm_timbre="muffled keys", rhythm_style="block", rhythm_steps=3, rhythm_base=52,
         swing=0.25, progressions=((0, 0, 5, 5), (0, 3), (0, 0, 6, 5)),
     ),
-    "baroque": Genre(
-        drums={}, kit="none", bass="x...x...x...x...", bass_sound="cello", bass_line="walking",
-        rhythm="xxxxxxxxxxxxxxxx", rhythm_sound="harpsichord", rhythm_style="broken", rhythm_steps=1.2, rhythm_base=60,
+    "baroque": GenreStyle(
+        drums={}, kit="none", bass="x...x...x...x...", bass_timbre="cello", bass_line="walking",
+        rhythm="xxxxxxxxxxxxxxxx", rhythm_timbre="harpsichord", rhythm_style="broken", rhythm_steps=1.2, rhythm_base=60,
         swing=0, progressions=((0, 4, 5, 3), (0, 5, 1, 4), (0, 3, 6, 2)),
     ),
 }  # fmt: skip
@@ -102,38 +107,37 @@ BACKINGS = {
     "harp": ("xxxxxxxx", 2.0, 72, "broken"),
     "accordion": ("..x...x.", 1.8, 64, "block"),
 }
-"""How each backing instrument accompanies, whatever the genre: pattern, note length in sixteenths, MIDI pitch,
-style."""
+"""Backing instrument → pattern, note length in sixteenths, base MIDI pitch, style. Independent of the genre."""
 
 
 @dataclass(frozen=True)
-class Mood:
-    """How a piece is played, and the part that sets the mood."""
+class MoodStyle:
+    """The style of a mood, and the part that only this mood has."""
 
     beats_per_minute: tuple[float, float]
     scale: tuple[int, ...]
-    """Semitones of the seven degrees."""
+    """Semitones of the seven scale degrees."""
     register: int
-    """Semitones that the melody lies higher or lower."""
+    """Transposition of the melody in semitones."""
     note_steps: tuple[int, ...]
-    """Lengths of melody notes to draw from, in sixteenths."""
+    """Lengths of melody notes to sample from, in sixteenths."""
     rest_share: float
     articulation: float
-    """Share of a melody note's length that sounds."""
+    """Share of a melody note's length that is held."""
     leap: int
     """Largest step between melody notes, in scale degrees."""
     drum_gain: float
     colour: str
     """Pattern of the mood's own part."""
-    colour_sound: str
+    colour_timbre: str
     colour_steps: float
     colour_base: int
     colour_degrees: tuple[int, ...]
-    """Scale degrees above the root that it goes through."""
+    """Scale degrees above the root, in order."""
 
 
-MOODS = {
-    "happy": Mood(
+MOOD_STYLES = {
+    "happy": MoodStyle(
         (112, 124),
         (0, 2, 4, 5, 7, 9, 11),
         5,
@@ -148,10 +152,10 @@ MOODS = {
         88,
         (0, 2, 4, 2),
     ),
-    "sad": Mood(
+    "sad": MoodStyle(
         (64, 74), (0, 2, 3, 5, 7, 8, 10), -3, (6, 8, 8), 0.0, 1.0, 1, 0.7, "x.......", "cello", 8.5, 52, (4, 3, 2, 1)
     ),
-    "calm": Mood(
+    "calm": MoodStyle(
         (74, 84),
         (0, 2, 4, 6, 7, 9, 11),
         0,
@@ -166,10 +170,10 @@ MOODS = {
         67,
         (0,),
     ),
-    "dark": Mood(
+    "dark": MoodStyle(
         (88, 100), (0, 1, 3, 5, 7, 8, 10), -7, (3, 3, 6), 0.1, 0.9, 2, 0.9, "x...............", "growl", 16, 33, (0, 1)
     ),
-    "energetic": Mood(
+    "energetic": MoodStyle(
         (136, 150),
         (0, 2, 3, 5, 7, 9, 10),
         7,
@@ -189,7 +193,7 @@ MOODS = {
 
 @dataclass(frozen=True)
 class Note:
-    """One tone: seconds from the start, seconds that it is held, MIDI pitch, loudness in [0, 1]."""
+    """A note: start and held length in seconds, MIDI pitch, and loudness."""
 
     start: float
     length: float
@@ -199,7 +203,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Score:
-    """Everything that is played in a clip. Drum hits are (seconds, loudness)."""
+    """All parts of a clip. Drum hits are (seconds, loudness)."""
 
     drums: dict[str, list[tuple[float, float]]]
     bass: list[Note]
@@ -209,9 +213,9 @@ class Score:
     colour: list[Note]
 
 
-def compose(song: Song, seconds: float, rng: np.random.Generator) -> Score:
-    """A score that lasts at least `seconds`."""
-    genre, mood, artist = GENRES[song.genre], MOODS[song.mood], song.artist
+def compose(song: SampleSong, seconds: float, rng: np.random.Generator) -> Score:
+    """Compose a score of at least `seconds`."""
+    genre, mood, artist = GENRE_STYLES[song.genre], MOOD_STYLES[song.mood], song.artist
     bar_steps = len(genre.bass)
     step = 60 / float(rng.uniform(*mood.beats_per_minute)) / STEPS_PER_BEAT
     steps = int(np.ceil(seconds / step))
@@ -235,7 +239,7 @@ def compose(song: Song, seconds: float, rng: np.random.Generator) -> Score:
 
 
 class _Clock:
-    """Seconds of a sixteenth: swung, and as loose as the artist plays."""
+    """Time of a sixteenth in seconds, with the genre's swing and the artist's random deviation."""
 
     def __init__(self, step: float, swing: float, looseness: float, rng: np.random.Generator) -> None:
         self.step, self._swing, self._looseness, self._rng = step, swing, looseness, rng
@@ -246,7 +250,7 @@ class _Clock:
 
 
 def _habit(pattern: str, artist: Artist, salt: int) -> str:
-    """The genre's pattern with one soft hit added or none, the same in all songs of an artist."""
+    """Vary the genre's pattern by at most one added soft hit, the same in all songs of an artist."""
     rng = np.random.default_rng([artist.habit, salt])
     position = int(rng.integers(len(pattern)))
     if pattern[position] == "." and rng.random() < 0.6:
@@ -260,7 +264,9 @@ def _hits(pattern: str, steps: int) -> list[tuple[int, float]]:
     ]
 
 
-def _drums(genre: Genre, mood: Mood, artist: Artist, steps: int, clock: _Clock) -> dict[str, list[tuple[float, float]]]:
+def _drums(
+    genre: GenreStyle, mood: MoodStyle, artist: Artist, steps: int, clock: _Clock
+) -> dict[str, list[tuple[float, float]]]:
     gain = mood.drum_gain * artist.drum_gain
     played = {}
     for salt, (name, pattern) in enumerate(genre.drums.items()):
@@ -268,7 +274,7 @@ def _drums(genre: Genre, mood: Mood, artist: Artist, steps: int, clock: _Clock) 
     return played
 
 
-def _bass(genre: Genre, artist: Artist, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
+def _bass(genre: GenreStyle, artist: Artist, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
     hits = _hits(_habit(genre.bass, artist, 99), steps)
     ends = [i for i, _ in hits[1:]] + [steps]
     notes = []
@@ -297,7 +303,7 @@ def _chords(
     return notes
 
 
-def _colour(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
+def _colour(mood: MoodStyle, steps: int, roots: list[int], clock: _Clock, pitch: Pitch) -> list[Note]:
     held = mood.colour_steps * clock.step
     degrees = mood.colour_degrees
     return [
@@ -307,7 +313,7 @@ def _colour(mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitc
 
 
 def _melody(
-    mood: Mood, steps: int, roots: list[int], clock: _Clock, pitch: Pitch, rng: np.random.Generator
+    mood: MoodStyle, steps: int, roots: list[int], clock: _Clock, pitch: Pitch, rng: np.random.Generator
 ) -> list[Note]:
     notes, i, degree = [], 0, int(rng.integers(0, 5))
     while i < steps:

@@ -1,4 +1,4 @@
-"""How it sounds: a song as a waveform, from a few wavetables, drum sounds and studio effects."""
+"""Render a song to a waveform with wavetable instruments, synthetic drums and studio effects."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 import scipy.fft
 
-from htcl_ray.demo_world.score import GENRES, MOODS, Note, Score, compose
-from htcl_ray.demo_world.world import HIDDEN_TRAITS, Song
+from htcl_ray.demo_world.score import GENRE_STYLES, MOOD_STYLES, Note, Score, compose
+from htcl_ray.demo_world.world import HIDDEN_TRAITS, SampleSong
 
 SAMPLE_RATE = 16000
 _TABLE = 4096
@@ -21,23 +21,24 @@ class Timbre:
     """An instrument: the spectrum of one period and how it changes over a note."""
 
     partials: tuple[float, ...]
-    """Amplitudes of the first partials; beyond them, `slope` continues."""
+    """Amplitudes of the first partials; `slope` determines the others."""
     slope: float
-    """Partial k beyond the given ones has amplitude last · (last index / k) ** slope; 0 ends the spectrum there."""
+    """Partial k beyond the given ones has amplitude last · (last index / k) ** slope; 0 means no further partials."""
     attack: float
     """Seconds."""
     decay: float
-    """Seconds to 1/e; infinite for a sustained sound."""
+    """Seconds to 1/e; infinite for a sustained note."""
     release: float = 0.06
+    """Seconds."""
     dulling: float = 0.0
-    """How much faster the upper partials fade than the lower ones; 0 is equally."""
+    """Additional decay of the upper partials, in units of 1 / `decay`."""
     vibrato: float = 0.0
     """Semitones."""
     breath: float = 0.0
-    """Level of noise in the tone."""
+    """Level of added noise."""
     octave: int = 0
     ratios: tuple[float, ...] = ()
-    """Partials' multiples of the pitch, quarters allowed, when they are not harmonic."""
+    """Frequencies of inharmonic partials as multiples of the pitch, in steps of 0.25."""
     gain: float = 1.0
 
 
@@ -81,46 +82,43 @@ TIMBRES = {
 }
 
 
-def render(song: Song, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """A song's recording: float32 [samples] in (-1, 1) at SAMPLE_RATE. Deterministic from the song, the length and the
-    generator.
-    """
+def render(song: SampleSong, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Render a recording of a song: float32 [samples] in (-1, 1) at SAMPLE_RATE, determined by the arguments."""
     samples = round(seconds * SAMPLE_RATE)
     score = compose(song, seconds, rng)
     return produce(perform(song, score, samples, rng), dict(zip(HIDDEN_TRAITS, song.hidden, strict=True)), rng)
 
 
-def perform(song: Song, score: Score, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """The dry mix of all parts: float32 [samples]."""
-    genre = GENRES[song.genre]
+def perform(song: SampleSong, score: Score, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Mix all parts without effects: float32 [samples]."""
+    genre = GENRE_STYLES[song.genre]
     mix = np.zeros(samples, np.float32)
     for instrument, notes, gain in (
-        (genre.bass_sound, score.bass, 0.8),
-        (genre.rhythm_sound, score.rhythm, 0.75),
+        (genre.bass_timbre, score.bass, 0.8),
+        (genre.rhythm_timbre, score.rhythm, 0.75),
         (song.backing, score.backing, 0.6),
         (song.lead, score.melody, 1.6 * song.artist.lead_gain),
-        (MOODS[song.mood].colour_sound, score.colour, 0.45),
+        (MOOD_STYLES[song.mood].colour_timbre, score.colour, 0.45),
     ):
         for note in notes:
             _add(mix, note.start, _tone(TIMBRES[instrument], instrument, note, rng), gain * note.velocity)
     for name, hits in score.drums.items():
-        sound = _drum(genre.kit, name)
+        drum = _drum(genre.kit, name)
         for start, loudness in hits:
-            _add(mix, start, sound, loudness)
+            _add(mix, start, drum, loudness)
     return mix
 
 
 def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """The studio: room, equaliser, sweep and swell, as the hidden traits say, then a soft limiter and short fades."""
+    """Apply room, equaliser, sweep and pulse as the hidden traits determine, then a soft limiter and short fades."""
     samples = len(mix)
     amount = {name: (value + 1) / 2 for name, value in hidden.items()}
     size = scipy.fft.next_fast_len(samples + len(_room()), real=True)
     spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
     spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
-    spectrum *= 10 ** (
-        np.float32(8 / 20 * hidden["presence"]) * np.exp(-2 * (octaves - np.float32(1.2)) ** 2)
-    )  # around 1600 Hz
+    bell = np.exp(-2 * (octaves - np.float32(1.2)) ** 2)  # around 1600 Hz
+    spectrum *= 10 ** (np.float32(8 / 20 * hidden["presence"]) * bell)
     closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
     bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
     time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
@@ -130,26 +128,25 @@ def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator)
     mix *= 10 ** (np.float32(-14 / 20 * amount["pulse"]) * _wave(time, rng.uniform(1.1, 1.5), rng))
     mix = np.tanh(np.float32(0.4) * mix / (np.sqrt(np.mean(mix**2)) + np.float32(1e-9)))
     fade = np.minimum(1, np.minimum(time, time[::-1]) / np.float32(0.03))
-    return np.float32(0.9) * mix * fade
+    return np.asarray(np.float32(0.9) * mix * fade)
 
 
 def _wave(time: np.ndarray, hertz: float, rng: np.random.Generator) -> np.ndarray:
-    """A raised cosine between 0 and 1, of any phase."""
-    return np.float32(0.5) - np.float32(0.5) * np.cos(
-        np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform()))
-    )
+    """Compute a raised cosine between 0 and 1 with a random phase."""
+    cosine = np.cos(np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform())))
+    return np.asarray(np.float32(0.5) - np.float32(0.5) * cosine)
 
 
-def _add(mix: np.ndarray, start: float, sound: np.ndarray, gain: float) -> None:
+def _add(mix: np.ndarray, start: float, samples: np.ndarray, gain: float) -> None:
     first = round(start * SAMPLE_RATE)
     if first < len(mix):
-        part = mix[first : first + len(sound)]
-        part += np.float32(gain) * sound[: len(part)]
+        part = mix[first : first + len(samples)]
+        part += np.float32(gain) * samples[: len(part)]
 
 
 @lru_cache(maxsize=1024)
 def _tables(instrument: str, semitone: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Lower and upper partials over one period (of four, when not harmonic), and pitch periods in the table."""
+    """Wavetables of lower and upper partials, and the number of periods in a table (4 for inharmonic partials)."""
     timbre = TIMBRES[instrument]
     hertz = _hertz(semitone)
     amplitudes = list(timbre.partials)
@@ -163,7 +160,7 @@ def _tables(instrument: str, semitone: int) -> tuple[np.ndarray, np.ndarray, flo
     for ratio, amplitude in zip(ratios, amplitudes, strict=True):
         if ratio * hertz < _TOP_HERTZ:
             upper = 1 - 1 / ratio
-            phase = np.exp(2j * np.pi * 0.618 * ratio**2)  # spread, so that periods have no sharp peak
+            phase = np.exp(2j * np.pi * 0.618 * ratio**2)  # spread phases avoid a sharp peak
             spectra[:, round(ratio * periods)] += amplitude * phase * np.array([1 - upper, upper])
     low, high = (np.fft.irfft(spectra, _TABLE) * _TABLE / 2).astype(np.float32)
     norm = np.float32(np.sqrt(np.mean((low + high) ** 2)) + 1e-9)
@@ -191,37 +188,37 @@ def _tone(timbre: Timbre, instrument: str, note: Note, rng: np.random.Generator)
     if np.isfinite(timbre.decay):
         envelope *= np.exp(-time / np.float32(timbre.decay))
     fading = np.exp(-time * np.float32(timbre.dulling / timbre.decay)) if timbre.dulling else np.float32(1)
-    sound = low[place] + high[place] * fading
+    samples = low[place] + high[place] * fading
     if timbre.breath:
-        sound += np.float32(timbre.breath) * rng.standard_normal(len(time), np.float32)
-    return (np.float32(0.3 * timbre.gain) * envelope * sound).astype(np.float32)
+        samples += np.float32(timbre.breath) * rng.standard_normal(len(time), np.float32)
+    return np.asarray(np.float32(0.3 * timbre.gain) * envelope * samples, dtype=np.float32)
 
 
 @lru_cache(maxsize=64)
 def _drum(kit: str, name: str) -> np.ndarray:
-    """One hit: float32 [samples]."""
+    """Synthesise one hit: float32 [samples]."""
     rng = np.random.default_rng([11, *name.encode()])
 
     def noise(length: float, decay: float, low: float, high: float) -> np.ndarray:
-        """Decaying noise between two frequencies, in Hz; lengths in seconds."""
-        samples = round(length * SAMPLE_RATE)
-        spectrum = np.fft.rfft(rng.standard_normal(samples))
-        frequency = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
-        band = np.fft.irfft(spectrum / (1 + (low / (frequency + 1)) ** 4 + (frequency / high) ** 6), samples)
-        return band / np.std(band) * np.exp(-np.arange(samples) / SAMPLE_RATE / decay)
+        """Decaying noise between two frequencies in Hz; length and decay in seconds."""
+        count = round(length * SAMPLE_RATE)
+        spectrum = np.fft.rfft(rng.standard_normal(count))
+        frequency = np.fft.rfftfreq(count, 1 / SAMPLE_RATE)
+        band = np.fft.irfft(spectrum / (1 + (low / (frequency + 1)) ** 4 + (frequency / high) ** 6), count)
+        return np.asarray(band / np.std(band) * np.exp(-np.arange(count) / SAMPLE_RATE / decay))
 
     def thump(length: float, start: float, end: float, decay: float) -> np.ndarray:
-        """A sine that falls from one frequency to another, in Hz."""
+        """Decaying sine that falls from one frequency to another, in Hz."""
         time = np.arange(round(length * SAMPLE_RATE)) / SAMPLE_RATE
         phase = 2 * np.pi * (end * time + (start - end) * 0.03 * (1 - np.exp(-time / 0.03)))
-        return np.sin(phase) * np.exp(-time / decay)
+        return np.asarray(np.sin(phase) * np.exp(-time / decay))
 
     electronic = kit == "electronic"
     if name == "kick":
-        sound = 1.1 * thump(0.35, 220, 48, 0.14) if electronic else 0.9 * thump(0.25, 150, 60, 0.08)
+        hit = 1.1 * thump(0.35, 220, 48, 0.14) if electronic else 0.9 * thump(0.25, 150, 60, 0.08)
     elif name == "snare":
-        sound = 0.28 * noise(0.25, 0.07, 900, 7000)
-        sound[: round(0.15 * SAMPLE_RATE)] += 0.4 * thump(0.15, 240, 185, 0.05)
+        hit = 0.28 * noise(0.25, 0.07, 900, 7000)
+        hit[: round(0.15 * SAMPLE_RATE)] += 0.4 * thump(0.15, 240, 185, 0.05)
     else:
         level, length, decay, low, high = {
             "clap": (0.33, 0.22, 0.06, 1100, 3500),
@@ -235,13 +232,13 @@ def _drum(kit: str, name: str) -> np.ndarray:
             "wind": (0.05, 4.0, 3.0, 300, 900),
             "tambourine": (0.16, 0.18, 0.06, 5000, 9000),
         }[name]
-        sound = level * noise(length, decay, low, high)
-    return sound.astype(np.float32)
+        hit = level * noise(length, decay, low, high)
+    return hit.astype(np.float32)
 
 
 @lru_cache(maxsize=1)
 def _room() -> np.ndarray:
-    """Impulse response of a small room, the same for all: float32 [samples]."""
+    """Impulse response of a small room, shared by all songs: float32 [samples]."""
     time = np.arange(round(0.5 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
     tail = np.random.default_rng(5).standard_normal(len(time), np.float32) * np.exp(np.float32(-6.9 / 0.45) * time)
     tail *= np.float32(0.35) / np.sqrt(np.sum(tail**2))

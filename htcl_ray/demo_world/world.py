@@ -1,7 +1,7 @@
-"""The truth of the sample world: artists and songs with traits that their text names and traits that it does not.
+"""Ground truth of the sample world: artists and songs, with traits that the text names and hidden traits.
 
-`make_world` is a pure function of its arguments. Only sound, names and named traits ever reach the disk; hidden traits
-can be known by making the same world again, and by nothing that lies in the written folder but the sound itself.
+`make_world` is a pure function of its arguments. Only audio, names and named traits are written to disk; hidden traits
+are available by generating the same world again, and can be learned from the audio.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ LEADS = ("flute", "violin", "piano", "trumpet", "vibraphone", "organ", "guitar",
 BACKINGS = ("strings", "electric piano", "choir", "harp", "accordion")
 
 HIDDEN_TRAITS = ("brightness", "sweep", "pulse", "presence")
-"""Audible, and in no text: tilt of the spectrum, a slow filter sweep, a faster swelling of the level, strength of the
-middle.
+"""Traits of the audio that no text names, each in [-1, 1] and independent of other traits and of the artist.
 
-Each is a number in [-1, 1], independent of every other trait and of the artist.
+Spectral tilt, depth of a slow filter sweep, depth of a faster level modulation, and level of the middle frequencies.
 """
 
 DUPLICATE_SHARE = 0.01
-"""Share of songs that are the recording of another song of the same artist, published again on a compilation."""
+"""Share of songs that are duplicate recordings: a recording of the same artist, published again on a compilation."""
 
 
 @dataclass(frozen=True)
 class Artist:
-    """A variation within a genre: what an artist's songs share beyond the genre's rules."""
+    """An artist: the variation within a genre that the artist's songs share."""
 
     name: str
     genre: str
     progression: int
-    """Which of the genre's chord progressions."""
+    """Index of one of the genre's chord progressions."""
     habit: int
-    """Seed of small changes to the genre's drum and bass patterns."""
+    """Seed of variations of the genre's drum and bass patterns."""
     detune: float
     """Semitones."""
     looseness: float
@@ -47,8 +46,8 @@ class Artist:
 
 
 @dataclass(frozen=True)
-class Song:
-    """A song: what its text says (all but the last two fields), and what only its sound does."""
+class SampleSong:
+    """A song of the sample world. The catalogue names all fields except `hidden` and `recording`."""
 
     song_id: str
     title: str
@@ -62,16 +61,16 @@ class Song:
     hidden: tuple[float, ...]
     """One value in [-1, 1] for each of HIDDEN_TRAITS."""
     recording: int
-    """Position in `World.songs` of the song whose recording this is: its own, except for duplicates."""
+    """Index in `World.songs` of the song with the original recording: its own, except for duplicate recordings."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Songs in random order, and the seed that everything else about them is drawn from."""
+    """Artists, songs in random order, and the seed from which everything else is drawn."""
 
     seed: int
     artists: tuple[Artist, ...]
-    songs: tuple[Song, ...]
+    songs: tuple[SampleSong, ...]
 
     @property
     def hidden(self) -> np.ndarray:
@@ -80,7 +79,7 @@ class World:
 
 
 def make_world(*, songs: int, artists: int, seed: int) -> World:
-    """The world with this seed. Raises ValueError unless there is a song for every artist."""
+    """Generate the world of a seed. Raises ValueError for fewer songs than artists."""
     if not 1 <= artists <= songs:
         raise ValueError(f"{artists} artists for {songs} songs; expected at least one artist and a song for each")
     traits, names = random_stream(seed, "traits"), random_stream(seed, "names")
@@ -88,7 +87,7 @@ def make_world(*, songs: int, artists: int, seed: int) -> World:
     roster = tuple(_make_artist(name, GENRES[i % len(GENRES)], traits) for i, name in enumerate(invented))
     owners = traits.permutation(np.resize(np.arange(artists), songs))
     ids = _song_ids(names, songs)
-    made: list[Song] = []
+    made: list[SampleSong] = []
     first_of_artist: dict[int, int] = {}
     duplicates = set(traits.permutation(songs)[: round(DUPLICATE_SHARE * songs)].tolist())
     for position, owner in enumerate(owners.tolist()):
@@ -102,8 +101,9 @@ def make_world(*, songs: int, artists: int, seed: int) -> World:
 
 
 def random_stream(seed: int, purpose: str, position: int = 0) -> np.random.Generator:
-    """Independent random numbers for each purpose and position, so that a change to one part of the world leaves the
-    others alone.
+    """Create an independent generator for each purpose and position.
+
+    A change to one part of the world then leaves the others unchanged.
     """
     return np.random.default_rng([seed, position, *purpose.encode()])
 
@@ -124,8 +124,8 @@ def _make_artist(name: str, genre: str, rng: np.random.Generator) -> Artist:
 
 def _make_song(
     song_id: str, artist: Artist, position: int, traits: np.random.Generator, names: np.random.Generator
-) -> Song:
-    return Song(
+) -> SampleSong:
+    return SampleSong(
         song_id=song_id,
         title=" ".join(_invent_word(names) for _ in range(names.integers(1, 4))),
         artist=artist,
@@ -135,7 +135,7 @@ def _make_song(
         mood=_choice(traits, MOODS),
         lead=_choice(traits, LEADS),
         backing=_choice(traits, BACKINGS),
-        # Two modes, away from the middle: people can hear on which side a song lies.
+        # Two modes away from 0: the side of a song is audible.
         hidden=tuple(
             (traits.choice((-1.0, 1.0), len(HIDDEN_TRAITS)) * traits.uniform(0.5, 1.0, len(HIDDEN_TRAITS))).tolist()
         ),
@@ -143,8 +143,8 @@ def _make_song(
     )
 
 
-def _published_again(original: Song, compilation: Song) -> Song:
-    return Song(
+def _published_again(original: SampleSong, compilation: SampleSong) -> SampleSong:
+    return SampleSong(
         song_id=compilation.song_id,
         title=original.title,
         artist=original.artist,

@@ -1,6 +1,4 @@
-"""The sample world on disk, as a music service would have it: a catalogue, a log, and audio files; some of them
-broken.
-"""
+"""Write the sample world to disk: catalogue, interaction log and audio files, some of them damaged on purpose."""
 
 from __future__ import annotations
 
@@ -27,18 +25,18 @@ from htcl_ray.workspace.manifest import file_sha256, fingerprint
 
 MARKER = "sample.json"
 DAMAGED_SHARE = 0.006
-"""Of the audio files."""
+"""Share of damaged audio files."""
 BROKEN_ROW_SHARE = 0.004
-"""Of the log."""
+"""Share of damaged rows of the log."""
 SONGS_PER_PROCESS = 100
-"""Rendering fewer is not worth another process."""
+"""Smallest number of songs for which another rendering process is started."""
 CATALOG_COLUMNS = ("song_id", "audio_path", "title", "artist", "album", "genre", "mood", "tags", "year")
 LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp")
 
 
 @dataclass(frozen=True)
 class SampleTables:
-    """Where the two tables of a written sample lie."""
+    """Paths of the tables of a written sample."""
 
     catalog: Path
     interactions: Path
@@ -47,12 +45,11 @@ class SampleTables:
 def write_sample(
     folder: Path | str, *, songs: int = 1000, artists: int = 200, users: int = 600, seed: int = 0, seconds: float = 8.0
 ) -> SampleTables:
-    """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) below `folder`; the same arguments
-    give the same bytes.
+    """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) to `folder`, deterministically.
 
-    A folder that already holds this sample is left alone, one that holds another sample is replaced; the folder appears
-    whole or not at all. Clips last `seconds` ± 3 %, drawn independently of every trait. Raises WorkspaceError when the
-    folder holds something else or cannot be written, ValueError for impossible sizes.
+    A folder that already holds this sample is kept, and a folder that holds another sample is replaced, atomically.
+    Clips last `seconds` ± 3 %, drawn independently of every trait. Raises WorkspaceError when the folder holds
+    other files or cannot be written, ValueError for impossible sizes.
     """
     folder = Path(folder).absolute()
     identity = fingerprint(
@@ -112,7 +109,7 @@ def _write_recordings(world: World, positions: list[int], folder: Path, seconds:
 
 
 class Damage(StrEnum):
-    """What is wrong with a file that a real catalogue would also have."""
+    """Kinds of damage to an audio file that occur in real catalogues."""
 
     EMPTY = "empty"
     WEB_PAGE = "web page"
@@ -122,7 +119,7 @@ class Damage(StrEnum):
 
 
 def damaged_songs(world: World) -> dict[int, Damage]:
-    """Which songs' files are damaged, by position, and how. None of them is a duplicate or has one."""
+    """Select the songs with damaged files: index in `World.songs` → damage. No duplicate recordings are among them."""
     copies = Counter(song.recording for song in world.songs)
     single = [position for position in range(len(world.songs)) if copies[position] == 1]
     count = int(np.ceil(DAMAGED_SHARE * len(world.songs)))
@@ -131,7 +128,7 @@ def damaged_songs(world: World) -> dict[int, Damage]:
 
 
 def damage_file(path: Path, damage: Damage) -> None:
-    """Damage a WAV file."""
+    """Damage a WAV file in place."""
     if damage is Damage.EMPTY:
         path.write_bytes(b"")
     elif damage is Damage.WEB_PAGE:
@@ -164,7 +161,7 @@ def _catalog_rows(world: World) -> list[tuple[str, ...]]:
 
 
 def _log_rows(world: World, users: int) -> list[tuple[str, ...]]:
-    """The listeners' log in random order, with a few rows that no reader can use."""
+    """Build the log's rows in random order, with a few unusable rows."""
     rng = random_stream(world.seed, "rows")
     log = simulate(world, make_tastes(world, users))
     names: dict[str, None] = {}

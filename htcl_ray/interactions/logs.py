@@ -1,7 +1,7 @@
-"""Log tables of several shapes → one shape, `schemas.EVENTS`, and the rows that cannot be used with their reasons.
+"""Normalise interaction logs of several shapes to events (`schemas.EVENTS`), and reject unusable rows with reasons.
 
-The shape is recognised by the columns: a log with `trigger_song_id` is feedback, else with `weight` affinity, else with
-`rating` ratings, else with `timestamp` plays.
+The columns determine the shape of a log: `trigger_song_id` means feedback, otherwise `weight` means affinity,
+otherwise `rating` means ratings, otherwise `timestamp` means plays.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from htcl_ray.schemas import EVENTS, QUARANTINE, Feedback, Reason
 
 
 class LogShape(StrEnum):
-    """What one row of a log says."""
+    """The kind of rows in a log."""
 
     FEEDBACK = "feedback"
-    """What a user did with a song that was recommended from a trigger song."""
+    """A user's feedback to a song that was recommended after a trigger song."""
     PLAYS = "plays"
-    """A user played a song at a time."""
+    """A play of a song by a user at a time."""
     AFFINITY = "affinity"
-    """How often a user played a song; no order."""
+    """A user's play count of a song, without order."""
     RATINGS = "ratings"
-    """How a user rated a song; no order."""
+    """A user's rating of a song, without order."""
 
 
 COLUMNS = {
@@ -42,7 +42,7 @@ COLUMNS = {
     LogShape.AFFINITY: ("user_id", "song_id", "weight"),
     LogShape.RATINGS: ("user_id", "song_id", "rating"),
 }
-"""Columns that each shape needs."""
+"""Required columns of each shape."""
 OPTIONAL_COLUMNS = {
     LogShape.FEEDBACK: (),
     LogShape.PLAYS: ("feedback", "played_ratio"),
@@ -50,25 +50,29 @@ OPTIONAL_COLUMNS = {
     LogShape.RATINGS: (),
 }
 TIMED = (LogShape.FEEDBACK, LogShape.PLAYS)
-"""Shapes whose rows have a time."""
+"""Shapes whose rows have a timestamp."""
 
 
-def recognise(names: Sequence[str], path: str) -> LogShape:
-    """Shape of a log by its column names (ours). Raises TableError when columns of the shape are missing."""
+def detect_shape(names: Sequence[str], path: str) -> LogShape:
+    """Determine the shape of a log by its column names, after renaming by `data.columns`.
+
+    Raises TableError when a required column of the shape is missing.
+    """
     by = {"trigger_song_id": LogShape.FEEDBACK, "weight": LogShape.AFFINITY, "rating": LogShape.RATINGS}
     shape = next((shape for column, shape in by.items() if column in names), LogShape.PLAYS)
     missing = [name for name in COLUMNS[shape] if name not in names]
     if missing:
         shapes = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in COLUMNS.items())
         raise TableError(
-            f"the log {path} has no column '{missing[0]}' (it has {', '.join(names) or 'none'}); expected one of the shapes {shapes}; "
+            f"the log {path} has no column '{missing[0]}' (it has {', '.join(names) or 'none'}); "
+            f"expected one of the shapes {shapes}; "
             f"if a column is called otherwise, set data.columns.{missing[0]}=<its name>"
         )
     return shape
 
 
 def feedback_value(feedback: str, settings: PairSettings) -> float | None:
-    """1 for positive, −1 for negative, 0 for neutral feedback; a number is a rating. None when it is neither."""
+    """Map feedback to 1 (positive), −1 (negative) or 0 (neutral); numbers are ratings. None for unknown feedback."""
     word = feedback.lower()
     if word in settings.positive_feedback:
         return 1.0
@@ -84,7 +88,7 @@ def feedback_value(feedback: str, settings: PairSettings) -> float | None:
 
 
 def rating_values(ratings: npt.NDArray[np.float64], settings: PairSettings) -> npt.NDArray[np.float64]:
-    """1 for positive, −1 for negative, 0 for neutral ratings; NaN where there is no finite number."""
+    """Map ratings to 1 (positive), −1 (negative) or 0 (neutral); NaN for ratings that are not finite."""
     values = np.where(
         ratings >= settings.positive_from, 1.0, np.where(ratings <= settings.max_negative_rating, -1.0, 0.0)
     )
@@ -94,11 +98,11 @@ def rating_values(ratings: npt.NDArray[np.float64], settings: PairSettings) -> n
 def normalise(
     table: pa.Table, shape: LogShape, songs: pa.Array, settings: PairSettings, source: str, first_row: int
 ) -> tuple[pa.Table, pa.Table]:
-    """Events and rejected rows of a batch of log rows.
+    """Convert a batch of log rows to events and rejected rows.
 
-    `songs`: ids of the songs that have features. The events have the columns of EVENTS up to `timestamp`. A row of a
-    log of plays without feedback, or with `play`, is positive when `played_ratio` is at least `min_played_ratio` or not
-    known, and neutral otherwise.
+    `songs`: ids of the songs that have features. The events have the columns of EVENTS up to `timestamp`. In a log of
+    plays, a row without feedback, or with `play`, is positive if its `played_ratio` is unknown or at least
+    `min_played_ratio`, and neutral otherwise.
     """
     user, song = as_ids(table["user_id"]), as_ids(table["song_id"])
     nothing = pa.nulls(table.num_rows, pa.string())
@@ -116,7 +120,7 @@ def normalise(
     if shape is LogShape.AFFINITY:
         value = as_numbers(table["weight"])
         with np.errstate(over="ignore"):
-            stored = value.astype(np.float32)  # as events hold it: 1e39 is infinite there, and 1e-50 is 0
+            stored = value.astype(np.float32)  # the type of events, where 1e39 is infinite and 1e-50 is 0
         checks.append((Reason.BAD_WEIGHT, ~((stored > 0) & np.isfinite(stored)), "weight"))
     elif shape is LogShape.RATINGS:
         value = rating_values(as_numbers(table["rating"]), settings)
@@ -140,8 +144,8 @@ def normalise(
             )
             bad_ratio = ~_null(ratio_text) & ~((ratio >= 0) & (ratio <= 1))
             checks.append((Reason.BAD_PLAYED_RATIO, bad_ratio | ratio_lost, "played_ratio"))
-            says_nothing = _null(feedback) | ((value == 0) & _equal(feedback, Feedback.PLAY))
-            value = np.where(says_nothing, np.where(ratio < settings.min_played_ratio, 0.0, 1.0), value)
+            is_plain_play = _null(feedback) | ((value == 0) & _equal(feedback, Feedback.PLAY))
+            value = np.where(is_plain_play, np.where(ratio < settings.min_played_ratio, 0.0, 1.0), value)
     rejected = _rejected(table, song, checks, source, first_row)
     keep = pa.array(~np.logical_or.reduce([wrong for _, wrong, _ in checks]))
     timestamp = pa.array(seconds, pa.float64(), mask=np.isnan(seconds))
@@ -161,23 +165,29 @@ def complete(events: pa.Table, period_ends: tuple[float, float], held_out_share:
 
 
 def _values(feedback: pa.Array, settings: PairSettings) -> npt.NDArray[np.float64]:
-    """Value of each feedback; NaN without one, or for one that means nothing."""
+    """Map each feedback by `feedback_value`, float64 [rows]; NaN for missing or unknown feedback."""
     codes = feedback.dictionary_encode()
-    meaning = [feedback_value(text, settings) for text in codes.dictionary.to_pylist()]
-    table = np.array([*(np.nan if value is None else value for value in meaning), np.nan])
-    return table[codes.indices.fill_null(len(meaning)).to_numpy(zero_copy_only=False)]
+    distinct = [feedback_value(text, settings) for text in codes.dictionary.to_pylist()]
+    values = np.array([*(np.nan if value is None else value for value in distinct), np.nan], dtype=np.float64)
+    rows: npt.NDArray[np.int64] = codes.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
+    return values[rows]
 
 
 def _null(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    return pc.is_null(array).to_numpy(zero_copy_only=False)
+    return _as_mask(pc.is_null(array))
 
 
 def _known(ids: pa.Array, songs: pa.Array) -> npt.NDArray[np.bool_]:
-    return pc.is_in(ids, value_set=songs).to_numpy(zero_copy_only=False)
+    return _as_mask(pc.is_in(ids, value_set=songs))
 
 
 def _equal(array: pa.Array, word: str) -> npt.NDArray[np.bool_]:
-    return pc.equal(pc.utf8_lower(array), word).fill_null(False).to_numpy(zero_copy_only=False)
+    return _as_mask(pc.equal(pc.utf8_lower(array), word).fill_null(False))
+
+
+def _as_mask(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    mask: npt.NDArray[np.bool_] = array.to_numpy(zero_copy_only=False)
+    return mask
 
 
 _EXPECTED = {
@@ -200,9 +210,9 @@ def _rejected(
     source: str,
     first_row: int,
 ) -> pa.Table:
-    """Quarantine rows; a row that is wrong in several ways has the first reason."""
+    """Build the quarantine rows of a batch; a row that fails several checks gets the reason of the first."""
     seen = np.zeros(table.num_rows, dtype=bool)
-    found = [QUARANTINE.empty_table()]
+    rejected = [QUARANTINE.empty_table()]
     for reason, wrong, column in checks:
         rows = np.flatnonzero(wrong & ~seen)
         seen |= wrong
@@ -215,9 +225,9 @@ def _rejected(
                     f"{column} is {'missing' if cell == 'None' else cell}; expected {_EXPECTED[reason]}"
                     for cell in given
                 ]
-            found.append(
+            rejected.append(
                 rejected_rows(
                     song.take(pa.array(rows)).to_pylist(), (first_row + rows).tolist(), source, reason, details
                 )
             )
-    return pa.concat_tables(found)
+    return pa.concat_tables(rejected)

@@ -1,9 +1,8 @@
-"""Events → occurrences: each time that a user received a song well after a trigger song, and each time that one was
-rejected there.
+"""Derive occurrences from events: a user's positive or negative reaction to a song after a trigger song.
 
-Feedback names its trigger. A play's trigger is the last positively received play before it in its session; plays at
-equal times have no order. Affinity logs and ratings have no order: each song that a user prefers is a trigger of every
-other.
+Feedback names its trigger. The trigger of a play is the last positive play before it in the same session; plays at
+equal times have no order. In affinity logs and ratings, which have no order, each preferred song of a user is a trigger
+of every other.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.config.sections import PairSettings
-from htcl_ray.interactions.sessions import NO_TRIGGER, session_starts, triggers
 
 OCCURRENCES = pa.schema(
     [
@@ -29,11 +27,13 @@ OCCURRENCES = pa.schema(
         pa.field("held_out_user", pa.bool_()),
     ]
 )
+NO_TRIGGER = -1
 
 
 def occurrences(events: pa.Table, settings: PairSettings) -> pa.Table:
-    """Occurrences, schema OCCURRENCES, in events (schema EVENTS) that are sorted by user and time and hold whole
-    users.
+    """Return the positive occurrences, schema OCCURRENCES.
+
+    `events`: schema EVENTS, sorted by user and time, with all events of each user.
     """
     feedback, plays, affinity = _by_shape(events)
     return pa.concat_tables(
@@ -46,8 +46,9 @@ def occurrences(events: pa.Table, settings: PairSettings) -> pa.Table:
 
 
 def rejections(events: pa.Table, settings: PairSettings) -> pa.Table:
-    """Rejected songs and their triggers, schema OCCURRENCES, in events as for `occurrences`. Affinity logs and ratings
-    have none.
+    """Return the explicit negatives, schema OCCURRENCES, of events as for `occurrences`.
+
+    Affinity logs and ratings have none.
     """
     feedback, plays, _ = _by_shape(events)
     return pa.concat_tables(
@@ -56,7 +57,7 @@ def rejections(events: pa.Table, settings: PairSettings) -> pa.Table:
 
 
 def _by_shape(events: pa.Table) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Feedback, plays, affinity."""
+    """Split events into feedback, plays and affinity."""
     has_trigger, has_time = pc.is_valid(events["trigger_song_id"]), pc.is_valid(events["timestamp"])
     return (
         events.filter(has_trigger),
@@ -67,9 +68,9 @@ def _by_shape(events: pa.Table) -> tuple[pa.Table, pa.Table, pa.Table]:
 
 def _from_feedback(events: pa.Table, sign: int) -> pa.Table:
     strength = pc.multiply(events["value"], sign)
-    answered = pc.greater(strength, 0)
-    found = events.filter(answered)
-    return _as_occurrences(found, found["trigger_song_id"], strength.filter(answered))
+    matches = pc.greater(strength, 0)
+    events = events.filter(matches)
+    return _as_occurrences(events, events["trigger_song_id"], strength.filter(matches))
 
 
 def _from_plays(events: pa.Table, gap_seconds: float, sign: int) -> pa.Table:
@@ -83,8 +84,9 @@ def _from_plays(events: pa.Table, gap_seconds: float, sign: int) -> pa.Table:
 
 
 def _from_affinity(events: pa.Table, most: int) -> pa.Table:
-    """Every ordered pair of a user's heaviest songs, as strong as the geometric mean of both weights, relative to the
-    user's largest.
+    """Pair each user's `most` heaviest songs in both directions.
+
+    The strength is the geometric mean of both weights, divided by the user's largest weight.
     """
     events = events.filter(pc.greater(events["value"], 0))  # ratings may be neutral or negative
     if not events.num_rows:
@@ -128,9 +130,51 @@ def _as_occurrences(events: pa.Table, trigger: pa.ChunkedArray, strength: pa.Arr
 
 
 def user_codes(events: pa.Table) -> npt.NDArray[np.int64]:
-    """The user of each row as a number, counted in order of appearance."""
+    """Encode the user of each row as an integer, in order of appearance: int64 [rows]."""
     return _codes(events["user_id"])
 
 
 def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    return column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    indices = column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    return np.asarray(indices, dtype=np.int64)
+
+
+def session_starts(
+    users: npt.NDArray[np.int64], seconds: npt.NDArray[np.float64], gap_seconds: float
+) -> npt.NDArray[np.int64]:
+    """Return the first row of each play's session, int64 [rows], for rows sorted by user and time.
+
+    A session ends where the user changes or more than `gap_seconds` pass between two plays.
+    """
+    rows = np.arange(users.size)
+    new = np.ones(users.size, dtype=bool)
+    new[1:] = (users[1:] != users[:-1]) | (np.diff(seconds) > gap_seconds)
+    return np.maximum.accumulate(np.where(new, rows, 0)) if users.size else rows
+
+
+def triggers(
+    starts: npt.NDArray[np.int64],
+    seconds: npt.NDArray[np.float64],
+    songs: npt.NDArray[np.int64],
+    positive: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.int64]:
+    """Return the row of each play's trigger, int64 [rows]: the last positive play at an earlier time of its session.
+
+    `starts` is the result of `session_starts`; `songs` are integer codes. NO_TRIGGER for a play without one. Plays at
+    one time have no order: none of them is the trigger of another, and if several songs were positive at the last time
+    before a play, that play has no trigger.
+    """
+    if not starts.size:
+        return starts
+    rows = np.arange(starts.size)
+    # The first row of each distinct (session, time).
+    first = np.flatnonzero((np.diff(starts, prepend=-1) != 0) | (np.diff(seconds, prepend=np.nan) != 0))
+    moment = np.repeat(np.arange(first.size), np.diff(first, append=starts.size))
+    trigger = np.minimum.reduceat(np.where(positive, rows, starts.size), first)
+    lowest = np.minimum.reduceat(np.where(positive, songs, songs.max()), first)
+    highest = np.maximum.reduceat(np.where(positive, songs, -1), first)
+    trigger = np.where(highest > lowest, NO_TRIGGER, trigger)
+    any_positive = highest >= 0
+    last = np.maximum.accumulate(np.where(any_positive, np.arange(first.size), -1))
+    before = np.concatenate([[-1], last[:-1]])[moment]
+    return np.where((before >= 0) & (first[before] >= starts), trigger[before], NO_TRIGGER)

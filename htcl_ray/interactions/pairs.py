@@ -1,9 +1,8 @@
-"""Events → preference pairs (trigger song, song), and negatives (trigger song, rejected song), in two steps that a
-cluster can do apart.
+"""Mine preference pairs (trigger song, song) and explicit negatives from events, by co-occurrence, in two steps.
 
-`partial_pairs` sees all events of some users and sums what they say about each pair; `finish_pairs` and
-`finish_negatives` see all such sums of some trigger songs. Our reading of how pairs are mined is in
-docs/decisions/0001-pair-mining.md.
+`partial_pairs` takes all events of some users and sums their evidence for each pair; `finish_pairs` and
+`finish_negatives` take all partial sums of some trigger songs. Both steps run distributed over users and trigger songs,
+respectively. docs/decisions/0001-pair-mining.md records the choices.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ OCCURRENCES_AT_ONCE = 2_000_000
 
 
 class Dropped(StrEnum):
-    """Why something that was seen in the logs is no pair."""
+    """Reason why an occurrence or a pair was dropped."""
 
     SELF_PAIR = "self_pair"
     CROSS_SPLIT = "cross_split"
     LATER_PERIOD = "later_period"
-    """Training songs, but after the training period."""
+    """Training songs after the training period."""
     HELD_OUT_USER = "held_out_user"
     BELOW_SUPPORT = "below_support"
     ABOVE_CAP = "above_cap"
@@ -46,32 +45,34 @@ PARTIAL_PAIRS = pa.schema(
 )
 """Sums over some users: `weight` of their evidence, `squares` of its squares.
 
-Rows with `dropped` are counts instead: `support` occurrences without songs. `rejected` rows are of negatives.
+A row with `dropped` is a count instead: `support` occurrences were dropped for that reason. Rows with `rejected` belong
+to explicit negatives.
 """
 
 EVIDENCE_STEP = 2.0**-32
-"""Evidence of one user is a multiple of this, so that sums over up to 2**20 users are exact and do not depend on the
-order of addition."""
+"""Evidence of a user is rounded to a multiple of this, which makes sums over up to 2**20 users exact, in any order."""
 
 SUPPORT_BANDS = {"1": 1, "2": 2, "3-5": 3, "6-10": 6, "11+": 11}
-"""Label of a range of supports → its smallest support."""
+"""Label of a range of support → its smallest support."""
 
 
 def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: PairSettings) -> pa.Table:
-    """Sum what some users say about pairs: schema PARTIAL_PAIRS.
+    """Sum the evidence of some users for each pair: schema PARTIAL_PAIRS.
 
-    `events`: schema EVENTS, with all events of each user in it. `songs`: song_id and split of every song. `newest`:
-    epoch seconds of the newest event of the training period, which has age 0. `weight` is the sum of the users'
-    evidence (see `_user_evidence`); `support` counts users.
+    `events`: schema EVENTS, with all events of each user. `songs`: song_id and split of every song. `newest`: epoch
+    seconds of the newest event of the training period, whose age is 0. `weight` is the sum of the users' evidence (see
+    `_user_evidence`); `support` is the number of users.
     """
     sums = [PARTIAL_PAIRS.empty_table()]
     for piece in _whole_users(
         events.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("song_id", "ascending")]), settings
     ):
         for rejected, seen in ((False, occurrences(piece, settings)), (True, rejections(piece, settings))):
-            split, dropped = _judge(seen, songs)
-            for reason in np.unique(dropped[dropped != ""]):
-                sums.append(_dropped_count(reason, int(np.count_nonzero(dropped == reason)), rejected))
+            split, dropped = _drop_reasons(seen, songs)
+            sums.extend(
+                _dropped_count(reason, int(np.count_nonzero(dropped == reason)), rejected)
+                for reason in np.unique(dropped[dropped != ""])
+            )
             kept = seen.append_column("split", pa.array(split, pa.string())).filter(pa.array(dropped == ""))
             sums.append(_sum_users(_user_evidence(_decay(kept, newest, settings), settings), rejected))
     return pa.concat_tables(sums)
@@ -80,28 +81,31 @@ def partial_pairs(events: pa.Table, songs: pa.Table, newest: float, settings: Pa
 def finish_pairs(
     partial: pa.Table, song_ids: pa.Array, popularity: npt.NDArray[np.float64], settings: PairSettings
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Pairs of some trigger songs, schema PAIRS sorted by trigger and song, and how many were dropped, by reason.
+    """Compute the pairs of some trigger songs and count the dropped ones by reason.
 
-    `partial`: every row of PARTIAL_PAIRS about these trigger songs. `popularity`: evidence for each of `song_ids`, see
-    `positives`.
+    The pairs have schema PAIRS and are sorted by trigger and song.
+
+    `partial`: every row of PARTIAL_PAIRS for these trigger songs. `popularity`: float64 [len(song_ids)], the sum of
+    `positives` over all users.
     """
     pairs, dropped = _supported(partial.filter(pc.invert(partial["rejected"])), settings)
     return _capped(_correct_popularity(pairs, song_ids, popularity, settings), dropped, settings)
 
 
 def finish_negatives(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
-    """Rejected songs of some trigger songs, as `finish_pairs` gives pairs; the weight is the shrunk evidence of the
-    rejections.
+    """Compute the explicit negatives of some trigger songs, in the form of `finish_pairs`.
 
-    It is not divided by popularity: a song without positives has none. A song may be rejected after a trigger by one
-    user and be a pair with it through another; training with negatives leaves these out.
+    The weight is the evidence of the rejections after shrinkage. It is not divided by popularity, which is 0 for songs
+    without positive events. A pair of one user may be an explicit negative of another; training leaves such negatives
+    out.
     """
     return _capped(*_supported(partial.filter(partial["rejected"]), settings), settings)
 
 
 def draws_by_support(pairs: pa.Table) -> dict[str, float]:
-    """Sum of the weights of the training pairs in each of SUPPORT_BANDS; training draws pairs in proportion to their
-    weights.
+    """Sum the weights of training pairs in each of SUPPORT_BANDS.
+
+    Training samples pairs in proportion to their weights, so the sums are the shares of the draws.
     """
     training = pairs.filter(pc.equal(pairs["split"], Split.TRAIN.value))
     bands = np.searchsorted(list(SUPPORT_BANDS.values()), training["support"].to_numpy(), side="right") - 1
@@ -110,10 +114,10 @@ def draws_by_support(pairs: pa.Table) -> dict[str, float]:
 
 
 def _supported(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
-    """Pairs with enough support, their evidence over all users shrunk, and what was dropped so far.
+    """Keep pairs with enough support, apply shrinkage to their evidence, and count the dropped ones.
 
-    Absolute discounting: of the sum of the users' evidence, `support_discount` times that of one typical user (Σe² /
-    Σe) does not count. With equal evidence e of n users, (n − discount) · e is left.
+    Shrinkage is absolute discounting: `support_discount` times the evidence of a typical user (Σe² / Σe) is subtracted
+    from the sum. With equal evidence e of n users, (n − discount) · e remains.
     """
     counts = partial.filter(pc.is_valid(partial["dropped"])).group_by("dropped").aggregate([("support", "sum")])
     dropped = dict(zip(counts["dropped"].to_pylist(), counts["support_sum"].to_pylist(), strict=True))
@@ -128,7 +132,7 @@ def _supported(partial: pa.Table, settings: PairSettings) -> tuple[pa.Table, dic
 
 
 def _capped(pairs: pa.Table, dropped: dict[str, int], settings: PairSettings) -> tuple[pa.Table, dict[str, int]]:
-    """The pairs that stay, in order, and all that was dropped."""
+    """Keep the heaviest pairs of each trigger song, sorted, and count the dropped ones."""
     kept = pairs if settings.max_pairs_per_song is None else _heaviest(pairs, settings.max_pairs_per_song)
     dropped = dropped | {Dropped.ABOVE_CAP: pairs.num_rows - kept.num_rows}
     ordered = kept.sort_by([("trigger_song_id", "ascending"), ("song_id", "ascending")])
@@ -136,11 +140,12 @@ def _capped(pairs: pa.Table, dropped: dict[str, int], settings: PairSettings) ->
 
 
 def positives(events: pa.Table, songs: pa.Table, settings: PairSettings) -> npt.NDArray[np.float64]:
-    """How well each song was received, float64 [songs]: what the popularity correction divides by.
+    """Measure the popularity of each song, float64 [songs], for the popularity correction.
 
-    Counts users, each with diminishing returns for repetitions, as pairs do. `events`: all events of some users; the
-    results for different users add up. The trigger of well received feedback counts as received well, too. Only events
-    that may form pairs count: for training songs, events of the training period by users that are not held out.
+    Sums over users the number of positive events with a song, with diminishing returns for repetitions as in pairs.
+    `events`: all events of some users; results of disjoint sets of users add up. The trigger of positive feedback
+    counts, too. Only events that may form pairs count: for training songs, events of the training period by users that
+    are not held out.
     """
     good = events.filter(pc.greater(events["value"], 0))
     total = np.zeros(songs.num_rows, dtype=np.float64)
@@ -163,7 +168,7 @@ def positives(events: pa.Table, songs: pa.Table, settings: PairSettings) -> npt.
 
 
 def _whole_users(events: pa.Table, settings: PairSettings) -> Iterator[pa.Table]:
-    """Slices of events sorted by user, each with whole users and at most about OCCURRENCES_AT_ONCE occurrences."""
+    """Slice events sorted by user into parts of whole users and at most about OCCURRENCES_AT_ONCE occurrences."""
     codes = user_codes(events)
     affinity = pc.is_null(events["timestamp"]).to_numpy()
     liked = np.minimum(np.bincount(codes, affinity), settings.max_songs_per_user)
@@ -176,8 +181,8 @@ def _whole_users(events: pa.Table, settings: PairSettings) -> Iterator[pa.Table]
         yield events.slice(start, end - start)
 
 
-def _judge(seen: pa.Table, songs: pa.Table) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.str_]]:
-    """Split of each occurrence, and the reason why it is dropped or ""."""
+def _drop_reasons(seen: pa.Table, songs: pa.Table) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.str_]]:
+    """Return the split of each occurrence, and its reason in Dropped, or "" for an occurrence that stays."""
     ids, splits = songs["song_id"].combine_chunks(), songs["split"].to_numpy()
     trigger, song = (
         splits[pc.index_in(seen[name], value_set=ids).to_numpy()] for name in ("trigger_song_id", "song_id")
@@ -205,11 +210,11 @@ _SUMS = ["weight", "squares", "support", "first_timestamp", "last_timestamp"]
 
 
 def _user_evidence(kept: pa.Table, settings: PairSettings) -> pa.Table:
-    """One row for each user and pair: `evidence`, and the first and the last time.
+    """Aggregate to one row for each user and pair, with `evidence` and the first and the last time.
 
-    Repetitions have diminishing returns (`_saturated`). A user with more occurrences than `max_occurrences_per_user`
-    counts less in proportion, in every pair. Affinity logs, which have no times, are capped by `max_songs_per_user`
-    instead.
+    Repetitions have diminishing returns (`_saturated`). The evidence of a user with more occurrences than
+    `max_occurrences_per_user` is scaled down in every pair. Affinity logs, which have no times, are capped by
+    `max_songs_per_user` instead.
     """
     by_user = kept.group_by([*_KEYS, "user_id"], use_threads=False).aggregate(
         [("strength", "sum"), ("timestamp", "min"), ("timestamp", "max"), ("timestamp", "count")]
@@ -226,14 +231,12 @@ def _user_evidence(kept: pa.Table, settings: PairSettings) -> pa.Table:
 
 
 def _rounded(evidence: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Multiples of EVIDENCE_STEP, at least one."""
+    """Round to multiples of EVIDENCE_STEP, at least one."""
     return np.maximum(np.rint(evidence / EVIDENCE_STEP), 1.0) * EVIDENCE_STEP
 
 
 def _saturated(strength: npt.NDArray[np.float64], saturation: float) -> npt.NDArray[np.float64]:
-    """Term-frequency saturation of BM25: a strength of 1 counts 1, and no strength counts more than 1 +
-    `saturation`.
-    """
+    """Apply the term-frequency saturation of BM25: a strength of 1 maps to 1, and the limit is 1 + `saturation`."""
     return strength * (1 + saturation) / (strength + saturation)
 
 
@@ -257,7 +260,7 @@ def _sum_users(by_user: pa.Table, rejected: bool) -> pa.Table:
 
 
 def _sum_partials(partial: pa.Table) -> pa.Table:
-    """Sums over users; exact, see EVIDENCE_STEP."""
+    """Add up partial sums over users; exact, see EVIDENCE_STEP."""
     sums = partial.group_by(_KEYS, use_threads=False).aggregate(
         [
             ("weight", "sum"),
@@ -291,7 +294,7 @@ def _with_weight(pairs: pa.Table, weight: npt.NDArray[np.float64]) -> pa.Table:
 
 
 def _heaviest(pairs: pa.Table, most: int) -> pa.Table:
-    """At most `most` pairs of each trigger song; equal weights go by song id."""
+    """Keep the `most` heaviest pairs of each trigger song; ties are broken by song id."""
     ordered = pairs.sort_by([("trigger_song_id", "ascending"), ("weight", "descending"), ("song_id", "ascending")])
     codes = ordered["trigger_song_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
     rows = np.arange(codes.size)

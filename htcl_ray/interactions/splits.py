@@ -1,7 +1,7 @@
-"""Which part of the data a song, a user or a moment belongs to.
+"""Assign songs, users and times to the training, validation and test parts of the data.
 
-Membership is a hash of the name alone, so it stays when songs and users are added, needs no pass over the data, and is
-the same on every machine.
+Songs and users are assigned by a hash of a name, which needs no pass over the data, is equal on every machine, and does
+not change when songs and users are added.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ SPLITS = tuple(Split)
 
 
 def hash_fraction(key: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments; different purposes give independent numbers."""
+    """Hash a key to a number in [0, 1); different purposes give independent numbers."""
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def group_split(group: str, shares: Sequence[float]) -> Split:
-    """Split of a group of songs that must not be divided, by a hash of its name (see
-    `catalog.artists.artist_groups`).
-    """
+    """Assign a group of songs (see `catalog.artists.artist_groups`) to a split, by a hash of the group's name."""
     position = hash_fraction(group, "song split")
     if position < shares[0]:
         return Split.TRAIN
@@ -36,8 +34,9 @@ def group_split(group: str, shares: Sequence[float]) -> Split:
 
 
 def group_splits(groups: pa.Array, shares: Sequence[float]) -> pa.Array:
-    """Split of each song from its group; null stays null. A group that holds more than half of the songs is for
-    training.
+    """Assign each song to the split of its group; null stays null.
+
+    A group with more than half of the songs goes to training.
     """
     coded = groups.dictionary_encode()
     songs = np.bincount(coded.indices.drop_null().to_numpy(), minlength=len(coded.dictionary))
@@ -49,7 +48,7 @@ def group_splits(groups: pa.Array, shares: Sequence[float]) -> pa.Array:
 
 
 def normal_name(name: str) -> str:
-    """Equal for names that differ only in case, white space or Unicode form."""
+    """Normalise case, white space and Unicode form of a name."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -61,10 +60,10 @@ def is_held_out(user_id: str, share: float) -> bool:
 def period_ends(
     timestamps: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], shares: Sequence[float]
 ) -> tuple[float, float]:
-    """Times at which the training and the validation period end, so that the events divide as `shares` says.
+    """Compute the ends of the training and the validation period that divide the events by `shares`.
 
-    `timestamps`, epoch seconds, each stand for `weights` events. An event belongs to a period when it is not later than
-    its end. Without events both ends are infinite.
+    Each of `timestamps`, epoch seconds, stands for `weights` events. An event belongs to a period if it is not later
+    than the period's end. Without events both ends are infinite.
     """
     if not timestamps.size:
         return float("inf"), float("inf")
@@ -77,14 +76,16 @@ def period_ends(
 
 
 def periods(timestamps: npt.NDArray[np.float64], ends: tuple[float, float]) -> npt.NDArray[np.object_]:
-    """Period of each time; NaN (no time) is train."""
-    late = (timestamps > ends[0]).astype(int) + (timestamps > ends[1])
-    return np.array(SPLITS, dtype=object)[late]
+    """Assign each time to a period; NaN (no time) belongs to training."""
+    index = (timestamps > ends[0]).astype(int) + (timestamps > ends[1])
+    names: npt.NDArray[np.object_] = np.array(SPLITS, dtype=object)
+    return np.asarray(names[index])
 
 
 def thin_out(seconds: npt.NDArray[np.float64], most: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `most` of the times, NaN left out, each with the number of times that it stands for: those up to it from
-    the one before.
+    """Reduce times to at most `most` quantiles, without NaN, each with the number of times that it stands for.
+
+    A quantile stands for the times up to it, from the previous quantile.
     """
     ordered = np.sort(seconds[~np.isnan(seconds)])
     if ordered.size <= most:

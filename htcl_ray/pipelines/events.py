@@ -32,7 +32,7 @@ from htcl_ray.cluster import connection
 from htcl_ray.config import Config
 from htcl_ray.errors import TableError
 from htcl_ray.interactions.log_summary import LogSummary
-from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, normalise, recognise
+from htcl_ray.interactions.logs import COLUMNS, OPTIONAL_COLUMNS, TIMED, LogShape, complete, detect_shape, normalise
 from htcl_ray.interactions.splits import period_ends, thin_out
 from htcl_ray.progress import Progress
 from htcl_ray.schemas import EVENTS, FORMAT_VERSION, QUARANTINE
@@ -82,7 +82,7 @@ class LogPlan:
         for path, file in self.files:
             names = column_names(file)
             ours_of_file = tuple(renamed(names, self.columns))
-            shape = recognise(ours_of_file, file.path)
+            shape = detect_shape(ours_of_file, file.path)
             columns = []
             for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
                 theirs = self.columns.get(ours, ours)

@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 
 from htcl_ray.catalog.artists import artist_groups
 from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
-from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
-from htcl_ray.catalog.songs import SONGS, Catalog, read_catalog
+from htcl_ray.catalog.songs import SONGS, Catalog, duplicate_group, read_catalog
 from htcl_ray.cluster import connection
 from htcl_ray.config import Config
 from htcl_ray.errors import AudioError, TableError

@@ -5,35 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import PurePath
 
+from htcl_ray.audio.formats import EXTENSIONS
 from htcl_ray.workspace.storage import Workspace
 
 FOLDER = "uploads"
-EXTENSIONS = frozenset(
-    (
-        ".aac",
-        ".aif",
-        ".aiff",
-        ".ape",
-        ".au",
-        ".caf",
-        ".flac",
-        ".m4a",
-        ".mp2",
-        ".mp3",
-        ".mp4",
-        ".mpc",
-        ".oga",
-        ".ogg",
-        ".opus",
-        ".spx",
-        ".tta",
-        ".wav",
-        ".weba",
-        ".webm",
-        ".wma",
-        ".wv",
-    )
-)
 
 
 def store_upload(workspace: Workspace, data: bytes, file_name: str | None) -> str:

@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
+from htcl_ray.audio.formats import MEDIA_TYPES
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioNotFoundError, WorkspaceError
 from htcl_ray.serving.backend import Backend
@@ -29,24 +30,8 @@ PIECE_BYTES = 256 * 1024
 MOST_OPEN_BYTES = 1024 * 1024
 """Answer to a range without an end. A minute of music in a common format, and small enough to be sent whole into a
 waiting player."""
-TYPES = {
-    ".aac": "audio/aac",
-    ".aif": "audio/aiff",
-    ".aiff": "audio/aiff",
-    ".flac": "audio/flac",
-    ".m4a": "audio/mp4",
-    ".mp2": "audio/mpeg",
-    ".mp3": "audio/mpeg",
-    ".mp4": "audio/mp4",
-    ".oga": "audio/ogg",
-    ".ogg": "audio/ogg",
-    ".opus": "audio/ogg",
-    ".wav": "audio/wav",
-    ".weba": "audio/webm",
-    ".webm": "audio/webm",
-}
-"""By extension; anything else is bytes that no browser shows as a page."""
 UNKNOWN_TYPE = "application/octet-stream"
+"""For extensions outside `MEDIA_TYPES`: bytes that no browser shows as a page."""
 
 
 class AudioUrl(BaseModel):
@@ -133,7 +118,7 @@ async def _stream(file: AudioFile, wanted: range | None, only_headers: bool) -> 
     headers = {**_headers(file), "Content-Length": str(len(span))}
     if wanted is not None:
         headers["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{file.size}"
-    kind = TYPES.get(PurePosixPath(file.path).suffix.lower(), UNKNOWN_TYPE)
+    kind = MEDIA_TYPES.get(PurePosixPath(file.path).suffix.lower(), UNKNOWN_TYPE)
     status = 200 if wanted is None else 206
     if only_headers:
         await run_in_threadpool(source.close)

@@ -1,4 +1,4 @@
-"""Decoding audio files that nobody vouches for."""
+"""Decoding of untrusted audio files."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import soundfile
 import soxr
 
 from htcl_ray.audio import check_audible, decode, decode_clip
+from htcl_ray.audio.readers import AudioStream
 from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import AudioError
 from htcl_ray.schemas import Reason
@@ -28,7 +29,7 @@ RECIPE = AudioRecipe(clip_seconds=3.0)
 
 
 def tone(seconds: float, rate: int, hertz: float = 440.0, channels: int = 1) -> np.ndarray:
-    """[samples, channels]; each channel is a little quieter than the one before."""
+    """A sine, [samples, channels]; each channel is 10 % quieter than the previous one."""
     wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
     return np.stack([wave * 0.9**channel for channel in range(channels)], axis=1).astype(np.float32)
 
@@ -51,7 +52,7 @@ def reason_of(source: object, recipe: AudioRecipe = RECIPE) -> Reason:
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000, 192000])
 @pytest.mark.parametrize("channels", [1, 2, 8])
-def test_equals_reading_averaging_and_resampling_in_one_go(rate: int, channels: int) -> None:
+def test_decode_equals_reading_averaging_and_resampling_at_once(rate: int, channels: int) -> None:
     samples = tone(1.7, rate, channels=channels)
     expected = samples.mean(axis=1)
     if rate != 16000:
@@ -61,7 +62,7 @@ def test_equals_reading_averaging_and_resampling_in_one_go(rate: int, channels: 
     np.testing.assert_allclose(decoded, expected, atol=1e-6)
 
 
-def test_only_the_first_seconds_are_used() -> None:
+def test_decode_uses_only_the_first_seconds() -> None:
     samples = np.concatenate([tone(3.0, 44100), np.ones((44100, 1), np.float32)])
     decoded = decode(float_wav(samples, 44100), RECIPE)
     assert decoded.size == RECIPE.max_samples
@@ -72,7 +73,7 @@ def test_only_the_first_seconds_are_used() -> None:
     ("format", "subtype"),
     [("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("AIFF", None), ("AU", None)],
 )
-def test_formats_of_libsndfile(format: str, subtype: str | None) -> None:
+def test_decode_reads_formats_of_libsndfile(format: str, subtype: str | None) -> None:
     samples = tone(1.0, 48000)
     decoded = decode(encoded(samples, 48000, format, subtype), RECIPE)
     assert decoded.size == pytest.approx(16000, rel=0.1)  # lossy codecs add some at the edges
@@ -81,19 +82,19 @@ def test_formats_of_libsndfile(format: str, subtype: str | None) -> None:
     assert np.argmax(np.abs(np.fft.rfft(middle))) == 220  # bins of 2 Hz
 
 
-def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
+def test_decode_gives_the_same_for_every_kind_of_source(tmp_path: Path) -> None:
     data = encoded(tone(0.5, 16000), 16000)
     path = tmp_path / "ünï çødé 名.wav"
     path.write_bytes(data)
     expected = decode(data, RECIPE)
     file = io.BytesIO(data)
-    file.seek(100)  # an upload that somebody looked into
+    file.seek(100)  # decode starts at the beginning of the file anyway
     for source in (path, str(path), f"file://{path}", file):
         np.testing.assert_array_equal(decode(source, RECIPE), expected)
     assert not file.closed
 
 
-def test_isolated_broken_samples_become_silence() -> None:
+def test_isolated_samples_that_are_not_finite_become_zero() -> None:
     samples = tone(1.0, 16000)
     samples[[10, 20, 30, 40]] = np.array([np.nan, np.inf, -np.inf, 1e30])[:, None]
     decoded = decode(float_wav(samples), RECIPE)
@@ -102,23 +103,23 @@ def test_isolated_broken_samples_become_silence() -> None:
     np.testing.assert_array_equal(decoded[untouched], samples[untouched, 0])
 
 
-def test_no_finite_sample_is_not_finite() -> None:
+def test_audio_without_a_finite_sample_is_rejected() -> None:
     assert reason_of(float_wav(np.full((8000, 2), np.nan))) is Reason.NOT_FINITE
 
 
-def test_lengths_around_the_minimum() -> None:
+def test_min_seconds_is_the_shortest_accepted_length() -> None:
     assert reason_of(encoded(tone(0.0999, 16000), 16000)) is Reason.TOO_SHORT
     assert decode(encoded(tone(0.1, 16000), 16000), RECIPE).size == 1600
     assert reason_of(encoded(tone(0.0, 16000), 16000)) is Reason.TOO_SHORT
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_and_empty_files_have_a_reason(tmp_path: Path) -> None:
     assert reason_of(tmp_path / "missing.wav") is Reason.AUDIO_NOT_FOUND
     assert reason_of(tmp_path) is Reason.AUDIO_NOT_FOUND
     assert reason_of("nowhere://bucket/x.wav") is Reason.UNSUPPORTED_URI
     assert reason_of("bad\0name") is Reason.AUDIO_NOT_FOUND
     os.mkfifo(tmp_path / "pipe.wav")
-    assert reason_of(tmp_path / "pipe.wav") is Reason.AUDIO_NOT_FOUND  # and does not wait for a writer
+    assert reason_of(tmp_path / "pipe.wav") is Reason.AUDIO_NOT_FOUND  # without waiting for a writer
     empty = tmp_path / "empty.wav"
     empty.touch()
     assert reason_of(empty) is Reason.AUDIO_EMPTY
@@ -128,7 +129,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"<html>not found</html>", bytes(4096), b"version https://git-lfs.github.com/spec/v1\n", b"RIFF"]
 )
-def test_what_is_no_audio_is_undecodable(data: bytes, tmp_path: Path) -> None:
+def test_files_without_audio_are_undecodable(data: bytes, tmp_path: Path) -> None:
     assert reason_of(data) is Reason.UNDECODABLE
     for name in ("x.mp3", "x.raw", "x.wav"):
         (tmp_path / name).write_bytes(data)
@@ -140,7 +141,7 @@ def riff(rate: int, channels: int, data: bytes, claimed: int) -> bytes:
     return b"RIFF" + struct.pack("<I", claimed) + b"WAVE" + head + b"data" + struct.pack("<I", claimed) + data
 
 
-def test_headers_that_lie_are_not_believed() -> None:
+def test_false_header_values_are_not_trusted() -> None:
     quarter = (tone(0.25, 16000)[:, 0] * 32767).astype("<i2").tobytes()
     for claimed in (0xFFFFFFFF, 0x7FFFFFFF, 10**9):
         assert decode(riff(16000, 1, quarter, claimed), RECIPE).size == 4000
@@ -150,14 +151,12 @@ def test_headers_that_lie_are_not_believed() -> None:
     assert reason_of(riff(16000, 0xFFFF, quarter, len(quarter))) in (Reason.UNDECODABLE, Reason.TOO_SHORT)
 
 
-def test_a_clip_is_never_longer_than_the_recipe_says() -> None:
-    recipe = AudioRecipe(clip_seconds=0.33333)
-    assert (
-        decode(float_wav(tone(1, 1000), 1000), recipe).size == recipe.max_samples
-    )  # 334 whole frames of 1 ms would be 5344
+def test_a_clip_is_never_longer_than_max_samples() -> None:
+    recipe = AudioRecipe(clip_seconds=0.33333)  # 334 whole frames of 1 ms would be 5344 samples
+    assert decode(float_wav(tone(1, 1000), 1000), recipe).size == recipe.max_samples
 
 
-def test_a_truncated_file_keeps_what_there_is() -> None:
+def test_a_truncated_file_keeps_its_audio() -> None:
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, (5 * 48000, 1)).astype(np.float32)
     whole = encoded(noise, 48000, "FLAC", "PCM_16")
     recipe = AudioRecipe(clip_seconds=10)
@@ -166,20 +165,25 @@ def test_a_truncated_file_keeps_what_there_is() -> None:
     np.testing.assert_allclose(cut[:16000], decode(whole, recipe)[:16000], atol=1e-6)
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [(0.05, False), (0.5, True)])
-def test_an_error_in_the_middle_keeps_what_came_before_it(
-    seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = importlib.import_module("htcl_ray.audio.decode")  # the package exports a function of that name
+def break_off_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace libsndfile's reader by one that yields a tone of this length and then fails."""
 
-    def broken(file: object) -> object:
+    def read_sndfile(file: object) -> AudioStream:
         def blocks() -> Iterator[np.ndarray]:
             yield tone(seconds, 16000)
             raise RuntimeError("bad frame")
 
-        return module._Sound(16000, 1, None, blocks())
+        return AudioStream(16000, 1, None, blocks())
 
-    monkeypatch.setattr(module, "_read_sndfile", broken)
+    module = importlib.import_module("htcl_ray.audio.decode")  # the package exports a function of that name
+    monkeypatch.setattr(module, "read_sndfile", read_sndfile)
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.05, False), (0.5, True)])
+def test_audio_before_an_error_is_kept_if_long_enough(
+    seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_off_after(seconds, monkeypatch)
     if kept:
         np.testing.assert_array_equal(decode(b"RIFF", RECIPE), tone(seconds, 16000)[:, 0])
     else:
@@ -204,7 +208,7 @@ def m4a(samples: np.ndarray, rate: int, layout: str) -> bytes:
 
 
 @pytest.mark.parametrize(("layout", "channels"), [("mono", 1), ("stereo", 2), ("7.1", 8)])
-def test_ffmpeg_formats(layout: str, channels: int) -> None:
+def test_decode_reads_formats_of_ffmpeg(layout: str, channels: int) -> None:
     samples = np.repeat(tone(1.5, 44100), channels, axis=1)
     if channels == 8:
         samples[:, 3] = 0  # AAC keeps only the lowest tones of the bass channel
@@ -214,16 +218,16 @@ def test_ffmpeg_formats(layout: str, channels: int) -> None:
     assert np.sqrt(np.mean(decoded[4000:16000] ** 2)) == pytest.approx(expected, rel=0.05)
 
 
-def test_a_missing_decoder_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_decoder_is_reported_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     file = m4a(tone(0.5, 44100), 44100, "mono")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(AudioError, match=r"MP4/M4A needs FFmpeg: pip install 'htcl-ray\[ffmpeg\]'") as caught:
         decode(file, RECIPE)
     assert caught.value.reason is Reason.DECODER_MISSING
-    assert reason_of(b"fLaC" + bytes(100)) is Reason.UNDECODABLE  # FFmpeg is not the remedy for a broken FLAC
+    assert reason_of(b"fLaC" + bytes(100)) is Reason.UNDECODABLE  # libsndfile reads FLAC
 
 
-def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
     pytest.importorskip("av")
     (tmp_path / "secret.wav").write_bytes(encoded(tone(1, 16000), 16000))
     for text in (
@@ -233,7 +237,7 @@ def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
         assert reason_of(text.encode()) is Reason.UNDECODABLE
 
 
-def test_damaged_files_give_audio_or_an_audio_error() -> None:
+def test_damaged_files_give_valid_audio_or_an_audio_error() -> None:
     random = np.random.default_rng(0)
     samples = tone(0.6, 22050, channels=2)
     files = [
@@ -259,7 +263,7 @@ def test_damaged_files_give_audio_or_an_audio_error() -> None:
     assert min(outcomes.values()) > 20, outcomes
 
 
-def test_python_wave_agrees(tmp_path: Path) -> None:
+def test_decode_equals_the_wave_module(tmp_path: Path) -> None:
     path = tmp_path / "x.wav"
     path.write_bytes(encoded(tone(0.3, 16000), 16000, subtype="PCM_16"))
     with wave.open(str(path)) as file:
@@ -272,7 +276,7 @@ def music(seconds: float, rate: int = 44100) -> np.ndarray:
 
 
 class TestDecodedShare:
-    """What a damaged file still gives, of what it declares; a recipe longer and one shorter than what is left."""
+    """The share of the declared audio that a damaged file still gives."""
 
     @pytest.mark.parametrize(
         ("format", "subtype", "exact"),
@@ -293,13 +297,13 @@ class TestDecodedShare:
         cut = decode_clip(whole[: len(whole) // 2], long)
         seconds = cut.waveform.size / 16000
         assert 1 < seconds < 4
-        # An Ogg file does not declare its length, so of it the share of the clip is known at most.
+        # An Ogg file does not declare its length, so the share is relative to the clip.
         assert cut.decoded_share == pytest.approx(seconds / (6 if exact else 10), abs=0.01)
         assert decode_clip(whole[: len(whole) // 2], AudioRecipe(clip_seconds=1)).decoded_share == 1, (
-            "what is used is whole"
+            "the clip is shorter than the remaining audio"
         )
 
-    def test_aac_that_breaks_off(self) -> None:
+    def test_aac_with_a_damaged_middle(self) -> None:
         pytest.importorskip("av")
         whole = m4a(np.repeat(music(6)[:, None], 2, axis=1), 44100, "stereo")
         assert decode_clip(whole, AudioRecipe(clip_seconds=10)).decoded_share == 1
@@ -311,7 +315,7 @@ class TestDecodedShare:
         assert clip.decoded_share < 1
         assert clip.decoded_share == pytest.approx(clip.waveform.size / 16000 / 6, abs=0.05)
 
-    def test_packets_that_are_lost_from_a_stream_without_a_length(self) -> None:
+    def test_lost_packets_of_a_stream_without_a_length(self) -> None:
         av = pytest.importorskip("av")
         file = io.BytesIO()
         with av.open(file, "w", format="adts") as container:
@@ -324,7 +328,7 @@ class TestDecodedShare:
         long = AudioRecipe(clip_seconds=10)
         assert decode_clip(whole, long).decoded_share == 1
         damaged, frames, at = bytearray(whole), 0, 0
-        while at < len(whole):  # of each ADTS frame the header stays
+        while at < len(whole):  # keep the header of each ADTS frame
             length = (whole[at + 3] & 3) << 11 | whole[at + 4] << 3 | whole[at + 5] >> 5
             if 60 <= frames < 140:
                 damaged[at + 7 : at + length] = bytes(length - 7)
@@ -334,19 +338,10 @@ class TestDecodedShare:
         assert clip.decoded_share == pytest.approx(clip.waveform.size / 16000 / 6, abs=0.05)
 
     def test_an_error_in_a_file_without_a_length(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        module = importlib.import_module("htcl_ray.audio.decode")
-
-        def broken(file: object) -> object:
-            def blocks() -> Iterator[np.ndarray]:
-                yield tone(1.5, 16000)
-                raise RuntimeError("bad frame")
-
-            return module._Sound(16000, 1, None, blocks())
-
-        monkeypatch.setattr(module, "_read_sndfile", broken)
+        break_off_after(1.5, monkeypatch)
         assert decode_clip(b"RIFF", RECIPE).decoded_share == pytest.approx(1.5 / 3)
 
-    def test_headers_of_programs_that_write_to_a_pipe(self) -> None:
+    def test_lengths_left_open_by_programs_that_write_to_a_pipe(self) -> None:
         data = (tone(0.5, 16000)[:, 0] * 32767).astype("<i2").tobytes()
         for claimed in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):
             assert decode_clip(riff(16000, 1, data, claimed), RECIPE).decoded_share == 1
@@ -364,13 +359,13 @@ class TestSilence:
         }.items(),
         ids=lambda item: item[0] if isinstance(item, tuple) else str(item),
     )
-    def test_silent_clips(self, samples: Any, rate: int) -> None:
+    def test_silent_clips_are_rejected(self, samples: Any, rate: int) -> None:
         clip = decode(float_wav(samples[1](2 * rate)[:, None], rate), RECIPE)
         with pytest.raises(AudioError, match="are silent") as caught:
             check_audible(clip, RECIPE)
         assert caught.value.reason is Reason.SILENT
 
-    def test_channels_that_cancel(self) -> None:
+    def test_channels_that_cancel_are_silent(self) -> None:
         side = tone(1, 16000)
         with pytest.raises(AudioError, match="every sample is equal"):
             check_audible(decode(float_wav(np.hstack([side, -side])), RECIPE), RECIPE)

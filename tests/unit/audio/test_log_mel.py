@@ -1,4 +1,4 @@
-"""Log-mel spectrograms, held against librosa."""
+"""Log-mel spectrograms, compared with librosa."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECIPES = [
 
 
 def music_like(samples: int, sample_rate: int, seed: int = 0) -> np.ndarray:
-    """A few decaying partials with noise, so that quiet and loud cells both occur."""
+    """Decaying partials with noise, so that quiet and loud cells occur."""
     random = np.random.default_rng(seed)
     t = np.arange(samples) / sample_rate
     tone = sum(0.2 / k * np.sin(2 * np.pi * 110 * k * t) for k in range(1, 6))
@@ -45,12 +45,12 @@ def librosa_log_mel(waveform: np.ndarray, recipe: AudioRecipe) -> np.ndarray:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 7.3])
-def test_equals_librosa(recipe: AudioRecipe, seconds: float) -> None:
+def test_log_mel_equals_librosa(recipe: AudioRecipe, seconds: float) -> None:
     waveform = music_like(int(seconds * recipe.sample_rate), recipe.sample_rate)
-    ours = log_mel(waveform, recipe.sample_rate, recipe)
-    assert ours.dtype == np.float32
-    assert ours.shape == (1 + waveform.size // recipe.hop_length, recipe.n_mels)
-    np.testing.assert_allclose(ours, librosa_log_mel(waveform, recipe), atol=1e-3)  # dB
+    mel = log_mel(waveform, recipe.sample_rate, recipe)
+    assert mel.dtype == np.float32
+    assert mel.shape == (1 + waveform.size // recipe.hop_length, recipe.n_mels)
+    np.testing.assert_allclose(mel, librosa_log_mel(waveform, recipe), atol=1e-3)  # dB
 
 
 def test_a_full_clip_has_the_published_number_of_frames() -> None:
@@ -59,7 +59,7 @@ def test_a_full_clip_has_the_published_number_of_frames() -> None:
     assert recipe.max_frames == 1251
 
 
-def test_silence_is_the_floor_of_power() -> None:
+def test_silence_has_the_smallest_power() -> None:
     np.testing.assert_allclose(log_mel(np.zeros(16000), 16000, AudioRecipe()), -100.0, atol=1e-4)
 
 
@@ -76,22 +76,22 @@ def test_channels_are_averaged_before_resampling() -> None:
     np.testing.assert_allclose(log_mel(np.stack([left, -left]), 44100, recipe), -100.0, atol=1e-4)  # they cancel
 
 
-def test_resampling_moves_no_tone() -> None:
+def test_resampling_keeps_frequencies() -> None:
     recipe = AudioRecipe()
     tone = {rate: 0.5 * np.sin(2 * np.pi * 1000 * np.arange(2 * rate) / rate) for rate in (16000, 44100)}
     middle = slice(2, -3)
-    there, resampled = (log_mel(tone[rate], rate, recipe)[middle] for rate in (16000, 44100))
-    loud = there > there.max() - 40
-    np.testing.assert_allclose(resampled[loud], there[loud], atol=0.05)
+    native, resampled = (log_mel(tone[rate], rate, recipe)[middle] for rate in (16000, 44100))
+    loud = native > native.max() - 40
+    np.testing.assert_allclose(resampled[loud], native[loud], atol=0.05)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(100, np.int16), np.zeros((1, 2, 3)), np.float32(1.0)])
-def test_refuses_what_is_no_waveform(wrong: np.ndarray) -> None:
+def test_log_mel_rejects_other_types_and_shapes(wrong: np.ndarray) -> None:
     with pytest.raises(InputError, match="expected floats"):
         log_mel(wrong, 16000, AudioRecipe())
 
 
-def test_refuses_nan() -> None:
+def test_log_mel_rejects_nan() -> None:
     with pytest.raises(AudioError) as caught:
         log_mel(np.array([0.0, np.nan]), 16000, AudioRecipe())
     assert caught.value.reason is Reason.NOT_FINITE

@@ -1,4 +1,4 @@
-"""Reading and checking catalogue tables."""
+"""Reading and checking of catalogue tables."""
 
 from __future__ import annotations
 
@@ -31,10 +31,8 @@ from htcl_ray.catalog.columns import (
     as_years,
     read_times,
 )
-from htcl_ray.catalog.duplicates import duplicate_group
 from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, rejected_rows
-from htcl_ray.catalog.songs import read_catalog
-from htcl_ray.catalog.text import song_text
+from htcl_ray.catalog.songs import duplicate_group, read_catalog, song_text
 from htcl_ray.config import resolve
 from htcl_ray.config.sections import AudioRecipe, DataSettings
 from htcl_ray.errors import InputError, TableError
@@ -70,10 +68,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
-def test_formats_give_the_same_songs(tmp_path: Path, suffix: str) -> None:
+def test_read_catalog_gives_the_same_songs_for_every_format(tmp_path: Path, suffix: str) -> None:
     catalog = read_catalog(DataSettings(catalog=str(write(tmp_path / f"songs{suffix}", ROWS))))
     first, second = catalog.songs.to_pylist()
-    assert (first["song_id"], second["song_id"]) == ("007", "b")  # sorted; the zeros stay
+    assert (first["song_id"], second["song_id"]) == ("007", "b")  # sorted, with leading zeros
     assert first["audio_path"] == "/music/a.wav"
     assert second["audio_path"] == str(tmp_path / "audio/b.wav")
     assert second["genre"] == ["folk", "jazz"]
@@ -86,7 +84,7 @@ def test_formats_give_the_same_songs(tmp_path: Path, suffix: str) -> None:
     assert not catalog.rejected.num_rows
 
 
-def test_a_folder_and_several_tables(tmp_path: Path) -> None:
+def test_read_catalog_reads_folders_and_several_tables(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     write(tmp_path / "parts" / "2.parquet", ROWS[:1])
     write(tmp_path / "parts" / "_ignored.parquet", ROWS)
@@ -99,7 +97,7 @@ def test_a_folder_and_several_tables(tmp_path: Path) -> None:
     assert catalog.songs["audio_path"][2].as_py() == str(tmp_path / "parts/audio/b.wav")
 
 
-def test_a_relative_table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_catalog_reads_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "songs.csv", ROWS)
     monkeypatch.chdir(tmp_path)
     assert read_catalog(DataSettings(catalog="songs.csv")).songs["audio_path"][1].as_py() == str(
@@ -107,8 +105,8 @@ def test_a_relative_table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_columns_called_otherwise(tmp_path: Path) -> None:
-    rows = [{"clip": 12, "audio_path": "x.wav", "label": "dog bark", "genre": "ours gives way"}]
+def test_columns_are_renamed_by_the_settings(tmp_path: Path) -> None:
+    rows = [{"clip": 12, "audio_path": "x.wav", "label": "dog bark", "genre": "replaced by label"}]
     path = write(tmp_path / "clips.parquet", rows)
     settings = DataSettings(
         catalog=str(path), columns={"song_id": "clip", "genre": "label"}, text_columns=("label", "genre")
@@ -116,10 +114,10 @@ def test_columns_called_otherwise(tmp_path: Path) -> None:
     (song,) = read_catalog(settings).songs.to_pylist()
     assert song["song_id"] == "12"
     assert song["genre"] == ["dog bark"]
-    assert song["text"] == "dog bark; dog bark"  # both names work
+    assert song["text"] == "dog bark; dog bark"  # both names are accepted
 
 
-def test_text_columns_choose_and_order(tmp_path: Path) -> None:
+def test_text_columns_select_and_order_the_text(tmp_path: Path) -> None:
     path = write(
         tmp_path / "songs.jsonl",
         [{"song_id": "1", "audio_path": "x", "title": "T", "tags": ["a", " b ", None], "key": "C# minor"}],
@@ -129,7 +127,7 @@ def test_text_columns_choose_and_order(tmp_path: Path) -> None:
     ]
 
 
-def test_rejected_rows_say_why(tmp_path: Path) -> None:
+def test_rejected_rows_have_reasons(tmp_path: Path) -> None:
     good = {"song_id": "1", "audio_path": "1.wav", "title": "One", "part": "train"}
     rows = [good] + [{**good, "song_id": f"{i}"} for i in range(2, 7)]
     rows[1]["song_id"] = "  "
@@ -186,12 +184,12 @@ UNUSABLE: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), UNUSABLE)
-def test_tables_that_cannot_be_used(tmp_path: Path, make: Change, message: str) -> None:
+def test_unusable_tables_raise_an_error(tmp_path: Path, make: Change, message: str) -> None:
     with pytest.raises(TableError, match=message):
         read_catalog(make(tmp_path))
 
 
-def test_configured_columns_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_configured_columns_raise_an_error(tmp_path: Path) -> None:
     path = str(write(tmp_path / "s.csv", ROWS))
     with pytest.raises(TableError, match="did you mean 'title'"):
         read_catalog(DataSettings(catalog=path, text_columns=("titel",)))
@@ -212,7 +210,7 @@ def test_large_parquet_files_are_read_in_parts(tmp_path: Path, monkeypatch: pyte
     assert [n for _, numbers in read for n in numbers] == list(range(1000))
 
 
-def test_as_strings() -> None:
+def test_as_strings_converts_every_common_type() -> None:
     assert as_strings(pa.array([12.0, 2.5, None, float("nan"), 1e300])).to_pylist()[:4] == ["12", "2.5", None, None]
     assert as_strings(pa.array([7, None])).to_pylist() == ["7", None]
     assert as_strings(pa.array([" a ", "", "  "])).to_pylist() == ["a", None, None]
@@ -222,7 +220,7 @@ def test_as_strings() -> None:
     assert as_strings(pa.nulls(1)).to_pylist() == [None]
 
 
-def test_as_lists_and_years() -> None:
+def test_as_lists_and_as_years_convert_common_types() -> None:
     assert as_lists(pa.array(["a; b;;", "", None, "c"])).to_pylist() == [["a", "b"], None, None, ["c"]]
     assert as_lists(pa.array([["a;b", " c "], [None], None])).to_pylist() == [["a;b", "c"], None, None]
     assert as_years(pa.array(["1994", "1994-05-01", "ca. 1990", "19945", None])).to_pylist() == [
@@ -236,7 +234,7 @@ def test_as_lists_and_years() -> None:
     assert as_years(pa.array([date(2001, 2, 3)])).to_pylist() == [2001]
 
 
-def test_as_numbers_and_times() -> None:
+def test_as_numbers_and_as_epoch_seconds_convert_common_types() -> None:
     np.testing.assert_array_equal(
         as_numbers(pa.array(["1", " 2.5e1", "x", "", "nan", "-.5"])), [1, 25, np.nan, np.nan, np.nan, -0.5]
     )
@@ -254,12 +252,12 @@ def test_as_numbers_and_times() -> None:
 
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string()])
-def test_epoch_numbers_of_every_unit(unit: int, kind: pa.DataType) -> None:
-    seconds = np.array([315_532_800, 1_700_000_000, int(time.time())])  # from 1980 on
+def test_epoch_numbers_are_read_in_every_unit(unit: int, kind: pa.DataType) -> None:
+    seconds = np.array([315_532_800, 1_700_000_000, int(time.time())])  # 1980 and later
     np.testing.assert_array_equal(as_epoch_seconds(pa.array(seconds * unit).cast(kind, safe=False)), seconds)
 
 
-def test_compact_dates_are_dates() -> None:
+def test_compact_dates_are_read_as_dates() -> None:
     random = np.random.default_rng(0)
     moments = [datetime.fromtimestamp(int(t), UTC) for t in random.integers(315_532_800, 1_750_000_000, 300)]
     for form, digits in (
@@ -280,7 +278,7 @@ def test_compact_dates_are_dates() -> None:
     assert seconds[0] == seconds[2]
 
 
-def test_times_that_cannot_be_meant() -> None:
+def test_implausible_times_are_unreadable() -> None:
     texts = ["yesterday", "-5", "2024-13-01", "20240230", "20241301", "202401312460", None]
     counts = [
         "1",
@@ -337,7 +335,7 @@ def test_every_batch_has_the_columns_of_the_file(tmp_path: Path, monkeypatch: py
     assert count_reasons(catalog.rejected) == {"missing_text": 50, "missing_audio_path": 1}
 
 
-def test_rows_of_json_lines_that_cannot_be_parsed(tmp_path: Path) -> None:
+def test_unreadable_rows_of_json_lines_are_rejected(tmp_path: Path) -> None:
     good = '{"song_id": "%s", "audio_path": "x", "title": "T"}'
     deep = '{"song_id": "d", "audio_path": "x", "title": ' + "[" * 5000 + "]" * 5000 + "}"
     lines = [
@@ -354,14 +352,14 @@ def test_rows_of_json_lines_that_cannot_be_parsed(tmp_path: Path) -> None:
     catalog = read_catalog(DataSettings(catalog=str(tmp_path / "s.jsonl")))
     assert catalog.songs["song_id"].to_pylist() == ["a", "c"]
     assert catalog.rows == 6
-    found = [(row["row"], row["reason"], row["detail"].partition(";")[0]) for row in catalog.rejected.to_pylist()]
-    assert found == [
+    rejected = [(row["row"], row["reason"], row["detail"].partition(";")[0]) for row in catalog.rejected.to_pylist()]
+    assert rejected == [
         (row, "unreadable_row", f"line {line} is not a JSON object") for row, line in ((1, 2), (2, 4), (3, 5), (4, 6))
     ]
 
 
 @pytest.mark.parametrize("block", [1 << 24, 64])
-def test_rows_of_csv_that_cannot_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_unreadable_rows_of_csv_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", block)
     random = np.random.default_rng(0)
     for broken in (
@@ -392,7 +390,7 @@ def test_rows_of_csv_that_cannot_be_parsed(tmp_path: Path, monkeypatch: pytest.M
         )
 
 
-def test_csv_cells_that_are_not_utf8(tmp_path: Path) -> None:
+def test_csv_cells_that_are_not_utf8_are_null(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_bytes(
         "song_id,audio_path,title,artist\n1,x,caf\xe9,A\n2,x,B,B\n\xe9,x,C,C\n".encode("latin-1")
     )
@@ -407,7 +405,7 @@ def test_csv_cells_that_are_not_utf8(tmp_path: Path) -> None:
     ]
 
 
-def test_json_cells_of_several_types(tmp_path: Path) -> None:
+def test_json_cells_of_mixed_types_are_converted_one_by_one(tmp_path: Path) -> None:
     rows = [
         {"title": "plain", "genre": "rock; pop", "tags": ["a", "b"], "year": 1999},
         {"title": 12, "genre": ["jazz"], "tags": [["deep"]], "year": "ca. 1990"},
@@ -424,13 +422,13 @@ def test_json_cells_of_several_types(tmp_path: Path) -> None:
     assert catalog.songs["tags"].to_pylist() == [["a", "b"], None, None, ["c"], None]
     assert catalog.songs["year"].to_pylist() == [1999, None, None, None, 2001]
     assert catalog.null_cells.counts == {"title": 1, "genre": 1, "tags": 2, "year": 3}
-    said = str(catalog.null_cells)
-    assert said.startswith("7 cells cannot be read and are null")
-    assert f"year 3, e.g. 'ca. 1990' in row 1 of {path}" in said
-    assert "genre 1, e.g. {'name': 'folk'} in row 2" in said
+    message = str(catalog.null_cells)
+    assert message.startswith("7 cells cannot be read and are null")
+    assert f"year 3, e.g. 'ca. 1990' in row 1 of {path}" in message
+    assert "genre 1, e.g. {'name': 'folk'} in row 2" in message
 
 
-def test_required_cells_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_required_cells_reject_the_row(tmp_path: Path) -> None:
     path = tmp_path / "s.parquet"
     ids = pa.array([b"a", b"caf\xe9", None, b"d"])
     paths = pa.array([b"x", b"x", b"x", b"\xff.wav"])
@@ -445,8 +443,8 @@ def test_required_cells_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_hidden_and_temporary_names_below_a_folder_are_no_data(tmp_path: Path, scheme: str) -> None:
-    folder = tmp_path / "_data" / ".live"  # what the user names is read whatever it is called
+def test_hidden_and_temporary_names_below_a_folder_are_skipped(tmp_path: Path, scheme: str) -> None:
+    folder = tmp_path / "_data" / ".live"  # a hidden folder that the user names is read
     kept = ["a.csv", "day=2024-01-01/b.csv", "x/y/c.csv"]
     hidden = [
         ".ipynb_checkpoints/a-checkpoint.csv",
@@ -472,44 +470,45 @@ def test_song_text_is_one_line() -> None:
     assert song_text([None, [], " "]) == ""
 
 
-def test_duplicate_groups_follow_the_sound() -> None:
-    sound = np.sin(np.arange(10_000) / 10).astype(np.float32)
+def test_duplicate_group_depends_on_the_samples_only() -> None:
+    waveform = np.sin(np.arange(10_000) / 10).astype(np.float32)
     groups = set()
     for format in ("WAV", "FLAC", "AIFF"):
         file = io.BytesIO()
-        soundfile.write(file, (sound * 32767).astype(np.int16), 44100, format=format, subtype="PCM_16")
+        soundfile.write(file, (waveform * 32767).astype(np.int16), 44100, format=format, subtype="PCM_16")
         groups.add(duplicate_group(decode(file, AudioRecipe())))
     assert len(groups) == 1
-    assert len({duplicate_group(other) for other in (sound, sound[:-1], sound * 0.9, -sound)}) == 4
+    assert len({duplicate_group(other) for other in (waveform, waveform[:-1], waveform * 0.9, -waveform)}) == 4
 
 
-def test_sizes_of_local_and_remote_files(tmp_path: Path) -> None:
+def test_sizes_and_times_of_paths_and_uris(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
-    found = sizes_and_times(
+    sizes = sizes_and_times(
         [str(tmp_path / "a"), str(tmp_path / "b"), f"file://{tmp_path}/a", f"file://{tmp_path}/b", "nowhere://x/y"]
     )
-    assert found[:, 0].tolist() == [5, MISSING, 5, MISSING, UNSUPPORTED]
-    assert found[0, 1] == found[2, 1] == (tmp_path / "a").stat().st_mtime_ns
+    assert sizes[:, 0].tolist() == [5, MISSING, 5, MISSING, UNSUPPORTED]
+    assert sizes[0, 1] == sizes[2, 1] == (tmp_path / "a").stat().st_mtime_ns
 
 
-def test_too_many_rejected_rows_fail() -> None:
+def test_check_share_raises_above_the_allowed_share() -> None:
     rejected = rejected_rows(["a", None, "c"], [0, 1, 2], "t.csv", Reason.TOO_SHORT, "why")
     counts = count_reasons(rejected)
     assert describe(counts) == "3 rejected (too_short 3)"
-    check_share("catalogue", counts, 30, 0.1, "there")
-    with pytest.raises(InputError, match=r"0\.103, more than data\.max_rejected_share=0\.1 allows; see there"):
-        check_share("catalogue", counts, 29, 0.1, "there")
+    check_share("catalogue", counts, 30, 0.1, "quarantine.parquet")
+    message = r"0\.103, more than data\.max_rejected_share=0\.1 allows; see quarantine\.parquet"
+    with pytest.raises(InputError, match=message):
+        check_share("catalogue", counts, 29, 0.1, "quarantine.parquet")
 
 
-def test_silence_is_no_recording_and_damage_is_marked(tmp_path: Path) -> None:
-    """Three songs that begin with 9 s of silence, two copies of one song, and one that breaks off; clips are 8 s."""
+def test_make_shard_rejects_silence_groups_copies_and_measures_damage(tmp_path: Path) -> None:
+    """Three songs that begin with 9 s of silence, two copies of one song, and a truncated one; clips are 8 s."""
     random = np.random.default_rng(0)
-    sounds = [random.uniform(-0.4, 0.4, 16000 * 9) for _ in range(5)]
+    waveforms = [random.uniform(-0.4, 0.4, 16000 * 9) for _ in range(5)]
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", np.concatenate([np.zeros(16000 * 9), sounds[i]]), 16000)
+        soundfile.write(tmp_path / f"{i}.wav", np.concatenate([np.zeros(16000 * 9), waveforms[i]]), 16000)
     for i in (3, 4):
-        soundfile.write(tmp_path / f"{i}.wav", sounds[3], 16000)
-    soundfile.write(tmp_path / "5.wav", sounds[4], 16000)
+        soundfile.write(tmp_path / f"{i}.wav", waveforms[3], 16000)
+    soundfile.write(tmp_path / "5.wav", waveforms[4], 16000)
     whole = (tmp_path / "5.wav").read_bytes()
     (tmp_path / "5.wav").write_bytes(whole[: 44 + 2 * 16000 * 4])
     rows = [{"song_id": str(i), "audio_path": f"{i}.wav", "title": f"t{i}"} for i in range(6)]

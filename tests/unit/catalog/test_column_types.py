@@ -1,4 +1,4 @@
-"""Every Arrow type in every column: a song, an event, or a reason, never a traceback."""
+"""Every Arrow type in every column gives songs, events or reasons, and never an unexpected error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOMENT = datetime.datetime(2024, 1, 31, 12)
 
 
 def invalid_strings(kind: pa.DataType) -> pa.Array:
-    """A string array with bytes that are not UTF-8, as careless writers leave them in Parquet."""
+    """A string array with bytes that are not UTF-8, as some writers of Parquet files produce."""
     bytes_ = pa.array([b"caf\xe9", b"ok", None], pa.binary() if pa.types.is_string(kind) else pa.large_binary())
     return pa.Array.from_buffers(kind, 3, bytes_.buffers())
 
@@ -105,7 +105,7 @@ def array(request: pytest.FixtureRequest) -> pa.Array:
     return ARRAYS[request.param]
 
 
-def test_every_type_in_every_catalogue_column(array: pa.Array, tmp_path: Path) -> None:
+def test_read_catalog_accepts_every_type_in_every_column(array: pa.Array, tmp_path: Path) -> None:
     base: dict[str, Any] = {
         "song_id": ["s0", "s1", "s2"],
         "audio_path": ["0.wav", "1.wav", "2.wav"],
@@ -130,7 +130,7 @@ def test_every_type_in_every_catalogue_column(array: pa.Array, tmp_path: Path) -
         str(catalog.null_cells)
 
 
-def test_every_type_in_every_log_column(array: pa.Array) -> None:
+def test_normalise_accepts_every_type_in_every_column(array: pa.Array) -> None:
     songs, settings = pa.array(["s0", "s1", "s2"]), PairSettings()
     good: dict[str, Any] = {
         "user_id": ["u"] * 3,
@@ -155,7 +155,7 @@ def test_every_type_in_every_log_column(array: pa.Array) -> None:
             assert all(rejected["detail"].to_pylist())
 
 
-def test_ids_and_texts_of_bytes() -> None:
+def test_bytes_become_ids_and_strings() -> None:
     texts = [str(value) for value in IDS]
     assert as_ids(ARRAYS["uuid"]).to_pylist() == as_ids(ARRAYS["fixed 16"]).to_pylist() == texts
     assert as_strings(ARRAYS["uuid"]).to_pylist() == texts
@@ -170,7 +170,7 @@ def test_ids_and_texts_of_bytes() -> None:
     assert as_ids(pa.array([["a"], None])).to_pylist() == [None, None]
 
 
-def test_objects_are_no_labels() -> None:
+def test_objects_are_unreadable_as_labels() -> None:
     objects = pa.array([{"name": "rock"}, None])
     assert as_strings(objects).to_pylist() == as_lists(objects).to_pylist() == [None, None]
     assert unreadable(objects, as_lists(objects)).tolist() == [True, False]

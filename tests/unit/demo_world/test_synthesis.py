@@ -16,7 +16,7 @@ from htcl_ray.audio import log_mel
 from htcl_ray.config import resolve
 from htcl_ray.demo_world.score import compose
 from htcl_ray.demo_world.synthesis import SAMPLE_RATE, render
-from htcl_ray.demo_world.world import GENRES, HIDDEN_TRAITS, Song, World, make_world, random_stream
+from htcl_ray.demo_world.world import GENRES, HIDDEN_TRAITS, SampleSong, World, make_world, random_stream
 
 pytestmark = pytest.mark.unit
 
@@ -28,11 +28,11 @@ def world() -> World:
     return make_world(songs=320, artists=80, seed=0)
 
 
-def play(song: Song, seconds: float = 6.0, take: int = 0) -> np.ndarray:
+def play(song: SampleSong, seconds: float = 6.0, take: int = 0) -> np.ndarray:
     return render(song, seconds, random_stream(0, "test", take))
 
 
-def one_of_each_genre(world: World) -> list[Song]:
+def one_of_each_genre(world: World) -> list[SampleSong]:
     return [next(song for song in world.songs if song.genre == genre) for genre in GENRES]
 
 

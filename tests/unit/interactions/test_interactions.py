@@ -1,4 +1,4 @@
-"""Log rows, sessions and splits."""
+"""Interaction logs, sessions, triggers and splits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from htcl_ray.config.sections import EvaluateSettings, PairSettings
 from htcl_ray.errors import TableError
 from htcl_ray.evaluation.tasks.recommendation_queries import listening, questions
 from htcl_ray.interactions.log_summary import LogSummary
-from htcl_ray.interactions.logs import LogShape, complete, feedback_value, normalise, recognise
-from htcl_ray.interactions.occurrences import occurrences, rejections
-from htcl_ray.interactions.sessions import session_starts, triggers
+from htcl_ray.interactions.logs import LogShape, complete, detect_shape, feedback_value, normalise
+from htcl_ray.interactions.occurrences import occurrences, rejections, session_starts, triggers
 from htcl_ray.interactions.splits import group_split, hash_fraction, is_held_out, period_ends, periods, thin_out
 from htcl_ray.schemas import EVENTS, Feedback, Reason, Split
 
@@ -27,14 +26,14 @@ SETTINGS = PairSettings()
 NOON = 1_700_000_000
 
 
-def test_shapes_are_recognised_by_their_columns() -> None:
+def test_columns_determine_the_shape_of_a_log() -> None:
     assert (
-        recognise(["user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "weight"], "log")
+        detect_shape(["user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "weight"], "log")
         is LogShape.FEEDBACK
     )
-    assert recognise(["user_id", "song_id", "timestamp", "feedback"], "log") is LogShape.PLAYS
-    assert recognise(["user_id", "song_id", "weight", "timestamp"], "log") is LogShape.AFFINITY
-    assert recognise(["user_id", "song_id", "rating", "timestamp"], "log") is LogShape.RATINGS
+    assert detect_shape(["user_id", "song_id", "timestamp", "feedback"], "log") is LogShape.PLAYS
+    assert detect_shape(["user_id", "song_id", "weight", "timestamp"], "log") is LogShape.AFFINITY
+    assert detect_shape(["user_id", "song_id", "rating", "timestamp"], "log") is LogShape.RATINGS
     for names in (
         ["user_id", "song_id"],
         ["song_id", "weight"],
@@ -44,23 +43,25 @@ def test_shapes_are_recognised_by_their_columns() -> None:
         with pytest.raises(
             TableError, match=r"the log log has no column '\w+' .*feedback \(.*plays \(.*affinity \(.*data\.columns\."
         ):
-            recognise(names, "log")
+            detect_shape(names, "log")
 
 
-def test_feedback_values() -> None:
+def test_feedback_value_maps_every_feedback_and_rating() -> None:
     expected = {"like": 1, "collect": 1, "share": 1, "complete": 1, "play": 0, "skip": -1, "dislike": -1}
     assert set(expected) == set(Feedback)
     assert {word: feedback_value(word.upper(), SETTINGS) for word in expected} == expected
     assert [feedback_value(rating, SETTINGS) for rating in ("5", "4.0", "3.9", "2.1", "2", "0")] == [1, 1, 0, 0, -1, -1]
-    assert [feedback_value(other, SETTINGS) for other in ("liked", "nan", "inf", "")] == [None] * 4
+    assert [feedback_value(unknown, SETTINGS) for unknown in ("liked", "nan", "inf", "")] == [None] * 4
 
 
-def run(rows: list[dict[str, object]], shape: LogShape) -> tuple[list[dict[str, object]], list[tuple[object, ...]]]:
+def normalised(
+    rows: list[dict[str, object]], shape: LogShape
+) -> tuple[list[dict[str, object]], list[tuple[object, ...]]]:
     events, rejected = normalise(pa.Table.from_pylist(rows), shape, SONGS, SETTINGS, "log.csv", first_row=100)
     return events.to_pylist(), [(row["row"], row["song_id"], row["reason"]) for row in rejected.to_pylist()]
 
 
-def test_feedback_log() -> None:
+def test_normalise_feedback_log() -> None:
     good = {
         "user_id": "u",
         "trigger_song_id": "a",
@@ -80,7 +81,7 @@ def test_feedback_log() -> None:
         {"feedback": "skip", "user_id": None, "song_id": "z"},
         {"feedback": "play", "timestamp": "1704067201"},
     ]
-    events, rejected = run([{**good, **change} for change in changes], LogShape.FEEDBACK)
+    events, rejected = normalised([{**good, **change} for change in changes], LogShape.FEEDBACK)
     assert events == [
         {"user_id": "u", "song_id": "b", "trigger_song_id": "a", "value": 1.0, "timestamp": 1704067200.0},
         {"user_id": "u", "song_id": "b", "trigger_song_id": "a", "value": 0.0, "timestamp": 1704067201.0},
@@ -93,11 +94,11 @@ def test_feedback_log() -> None:
         (105, "b", Reason.UNKNOWN_TRIGGER_SONG),
         (106, "b", Reason.BAD_TIMESTAMP),
         (107, "b", Reason.BAD_FEEDBACK),
-        (108, "z", Reason.MISSING_USER_ID),  # the first of its faults
+        (108, "z", Reason.MISSING_USER_ID),  # the first of several reasons
     ]
 
 
-def test_plays_log() -> None:
+def test_normalise_log_of_plays() -> None:
     def play(**cells: object) -> dict[str, object]:
         return {"user_id": 1, "song_id": "a", "timestamp": NOON, "feedback": None, "played_ratio": None, **cells}
 
@@ -113,22 +114,22 @@ def test_plays_log() -> None:
         play(played_ratio="57"),
         play(played_ratio="half"),
     ]
-    events, rejected = run(rows, LogShape.PLAYS)
+    events, rejected = normalised(rows, LogShape.PLAYS)
     assert [event["value"] for event in events] == [1, 1, 0, 1, 0, 1, -1, 1]
     assert all(
         event["user_id"] == "1" and event["trigger_song_id"] is None and event["timestamp"] == NOON for event in events
     )
     assert rejected == [(108, "a", Reason.BAD_PLAYED_RATIO), (109, "a", Reason.BAD_PLAYED_RATIO)]
-    bare, _ = run([{"user_id": 1, "song_id": "a", "timestamp": NOON}], LogShape.PLAYS)
+    bare, _ = normalised([{"user_id": 1, "song_id": "a", "timestamp": NOON}], LogShape.PLAYS)
     assert bare[0]["value"] == 1
 
 
-def test_affinity_log() -> None:
+def test_normalise_affinity_log() -> None:
     rows = [
         {"user_id": "u", "song_id": "a", "weight": weight}
         for weight in (3.5, 0.0, -1.0, float("nan"), float("inf"), None)
     ]
-    events, rejected = run(rows, LogShape.AFFINITY)
+    events, rejected = normalised(rows, LogShape.AFFINITY)
     assert events == [{"user_id": "u", "song_id": "a", "trigger_song_id": None, "value": 3.5, "timestamp": None}]
     assert [row for row, _, reason in rejected if reason == Reason.BAD_WEIGHT] == [101, 102, 103, 104, 105]
 
@@ -138,7 +139,7 @@ def test_weights_beyond_a_32_bit_float_are_rejected() -> None:
         {"user_id": "u", "song_id": song, "weight": weight}
         for song, weight in zip("abcab", (3.0, 1e39, 1e-50, 1e308, 3e38), strict=True)
     ]
-    events, rejected = run(rows, LogShape.AFFINITY)
+    events, rejected = normalised(rows, LogShape.AFFINITY)
     assert [event["value"] for event in events] == pytest.approx([3.0, 3e38])
     assert [row for row, _, reason in rejected if reason == Reason.BAD_WEIGHT] == [101, 102, 103]
     table = complete(pa.Table.from_pylist(events, schema=pa.schema(list(EVENTS)[:5])), (np.inf, np.inf), 0.0)
@@ -156,17 +157,17 @@ def test_only_ratings_that_reach_the_threshold_are_positive() -> None:
         "s0": -1, "s1": -1, "s2": 0, "s3": 1, "s4": 1, "s5": 1
     }  # fmt: skip
     assert rejected["reason"].to_pylist() == ["bad_rating"] * 4
-    done = complete(events, (np.inf, np.inf), 0.0)
-    found = occurrences(done, SETTINGS)
-    assert {*found["song_id"].to_pylist(), *found["trigger_song_id"].to_pylist()} == {"s3", "s4", "s5"}
-    assert not rejections(done, SETTINGS).num_rows
-    own = normalise(
+    completed = complete(events, (np.inf, np.inf), 0.0)
+    positive = occurrences(completed, SETTINGS)
+    assert {*positive["song_id"].to_pylist(), *positive["trigger_song_id"].to_pylist()} == {"s3", "s4", "s5"}
+    assert not rejections(completed, SETTINGS).num_rows
+    strict = normalise(
         pa.table({**columns, "rating": cells}), LogShape.RATINGS, songs, PairSettings(min_positive_rating=5), "log", 0
     )[0]
-    assert own.filter(pc.greater(own["value"], 0))["song_id"].to_pylist() == ["s4"]
+    assert strict.filter(pc.greater(strict["value"], 0))["song_id"].to_pylist() == ["s4"]
 
 
-def test_a_low_rating_is_no_target_of_evaluation() -> None:
+def test_low_ratings_are_not_evaluation_targets() -> None:
     songs = [f"s{i}" for i in range(8)]
     random = np.random.default_rng(0)
     ratings = random.integers(1, 6, (40, 8))
@@ -181,21 +182,21 @@ def test_a_low_rating_is_no_target_of_evaluation() -> None:
     asked = questions(listening(songs, cold, log, Split.TEST), cold, EvaluateSettings())
     assert asked.users
     for row, user in enumerate(asked.users):
-        theirs = ratings[int(user[1:])]
-        assert asked.targets[row].toarray()[0].tolist() == (theirs[4:] >= 4).tolist()
-        assert asked.history[row].toarray()[0].astype(bool)[:4].tolist() == (theirs[:4] >= 4).tolist()
+        of_user = ratings[int(user[1:])]
+        assert asked.targets[row].toarray()[0].tolist() == (of_user[4:] >= 4).tolist()
+        assert asked.history[row].toarray()[0].astype(bool)[:4].tolist() == (of_user[:4] >= 4).tolist()
 
 
 def summary_of(rows: list[dict[str, object]], settings: PairSettings = SETTINGS) -> LogSummary:
     table = pa.Table.from_pylist(rows)
-    summary = LogSummary("log.csv", recognise(table.column_names, "log.csv"))
+    summary = LogSummary("log.csv", detect_shape(table.column_names, "log.csv"))
     summary.add_names(table.column_names)
     for batch in (table.slice(0, 3), table.slice(3)):
         summary.add(batch, settings)
     return summary
 
 
-def test_the_summary_says_what_was_recognised() -> None:
+def test_summary_reports_shape_times_feedback_and_ratings() -> None:
     cells = [
         ("20240131", "like"),
         ("2024-02-01T12:00:00Z", "like"),
@@ -208,7 +209,8 @@ def test_the_summary_says_what_was_recognised() -> None:
     ]
     (line,) = summary_of(plays).lines(SETTINGS)
     assert line == (
-        "log log.csv: plays (user_id, song_id, timestamp); 5 rows; timestamp 2024-01-31 00:00:00 to 2024-02-02 12:00:00 UTC "
+        "log log.csv: plays (user_id, song_id, timestamp); 5 rows; "
+        "timestamp 2024-01-31 00:00:00 to 2024-02-02 12:00:00 UTC "
         "(unreadable 1, ISO 8601 2, epoch seconds 1, epoch milliseconds 1); feedback like 2, skip 1; "
         "ratings 4 to 4 (1 positive, from 4; 0 neutral; 0 negative, up to 2)"
     )
@@ -217,11 +219,13 @@ def test_the_summary_says_what_was_recognised() -> None:
         for weight in (3, 1, 9)
     ]
     assert summary_of(counts).lines(SETTINGS) == [
-        "log log.csv: affinity (user_id, song_id, weight); 3 rows; weight 1 to 9 (play counts); not used: feedback, timestamp"
+        "log log.csv: affinity (user_id, song_id, weight); 3 rows; weight 1 to 9 (play counts); "
+        "not used: feedback, timestamp"
     ]
     rated = [{"user_id": "u", "song_id": "a", "rating": rating} for rating in (1, 3, 4, 5)]
     assert summary_of(rated).lines(SETTINGS) == [
-        "log log.csv: ratings (user_id, song_id, rating); 4 rows; ratings 1 to 5 (2 positive, from 4; 1 neutral; 1 negative, up to 2)"
+        "log log.csv: ratings (user_id, song_id, rating); 4 rows; "
+        "ratings 1 to 5 (2 positive, from 4; 1 neutral; 1 negative, up to 2)"
     ]
     days = [{"user_id": "u", "song_id": "a", "timestamp": day} for day in ("2024-01-01", "2024-01-03")]
     first, warning = summary_of(days).lines(SETTINGS)
@@ -240,7 +244,7 @@ def test_the_summary_says_what_was_recognised() -> None:
     ((20, 60, 100), PairSettings(min_positive_rating=60), None),
 ])  # fmt: skip
 @pytest.mark.parametrize("shape", ["ratings", "feedback", "plays"])
-def test_rating_scales_that_cannot_be_meant(
+def test_check_rejects_implausible_rating_scales(
     ratings: tuple[int, ...], settings: PairSettings, message: str | None, shape: str
 ) -> None:
     more = {"ratings": {}, "plays": {"timestamp": NOON}, "feedback": {"timestamp": NOON, "trigger_song_id": "b"}}[shape]
@@ -254,14 +258,14 @@ def test_rating_scales_that_cannot_be_meant(
             summary.check(settings, 0.1)
 
 
-def test_a_configured_threshold_that_no_rating_reaches_is_warned_about() -> None:
+def test_a_configured_threshold_above_all_ratings_gives_a_warning() -> None:
     settings = PairSettings(min_positive_rating=4.0)
     summary = summary_of([{"user_id": "u", "song_id": "a", "rating": rating} for rating in (1, 0, 1)], settings)
     summary.check(settings, 0.1)
     assert summary.lines(settings)[1] == "warning: no number of the log log.csv reaches pairs.min_positive_rating=4"
 
 
-def test_unknown_feedback_is_refused_only_above_the_allowed_share() -> None:
+def test_unknown_feedback_is_rejected_only_above_the_allowed_share() -> None:
     summary = summary_of(
         [
             {"user_id": "u", "song_id": "a", "timestamp": NOON, "feedback": "liked" if i < 2 else "like"}
@@ -273,13 +277,13 @@ def test_unknown_feedback_is_refused_only_above_the_allowed_share() -> None:
         summary.check(SETTINGS, 0.09)
 
 
-def test_a_log_without_any_readable_time_is_refused() -> None:
+def test_a_log_without_readable_times_is_rejected() -> None:
     summary = summary_of([{"user_id": "u", "song_id": "a", "timestamp": time} for time in ("12", "2024/01/31", None)])
     with pytest.raises(TableError, match=r"no timestamp of the log log.csv can be read \(the first is '12'\)"):
         summary.check(SETTINGS, 0.1)
 
 
-def test_events_are_completed_with_user_and_period() -> None:
+def test_complete_adds_held_out_user_and_period() -> None:
     rows = [{"user_id": f"u{i}", "song_id": "a", "timestamp": NOON + i} for i in range(200)]
     events, _ = normalise(pa.Table.from_pylist(rows), LogShape.PLAYS, SONGS, SETTINGS, "log", 0)
     done = complete(events, (NOON + 99.0, NOON + 149.0), 0.3)
@@ -294,12 +298,12 @@ def test_sessions_end_at_gaps_and_users() -> None:
     seconds = np.array([0.0, 60, 121, 121, 181, 181])
     starts = session_starts(users, seconds, gap_seconds=60)
     assert starts.tolist() == [0, 0, 2, 3, 3, 3]
-    #             play 2 opens a session; play 4 was not liked, so play 5 still follows from play 3
+    # Play 2 starts a session; play 4 is not positive, so the trigger of play 5 is play 3.
     positive = np.array([True, False, True, True, False, True])
     assert triggers(starts, seconds, np.arange(6), positive).tolist() == [-1, 0, -1, -1, 3, 3]
 
 
-def test_sessions_of_nothing() -> None:
+def test_triggers_of_no_plays() -> None:
     none = np.zeros(0)
     assert triggers(session_starts(none.astype(int), none, 60.0), none, none.astype(int), none.astype(bool)).size == 0
 
@@ -307,8 +311,8 @@ def test_sessions_of_nothing() -> None:
 def naive_triggers(
     users: list[int], seconds: list[float], songs: list[int], positive: list[bool], gap: float
 ) -> list[int | None]:
-    """The trigger song of each play, found by walking back through the times of its session."""
-    found: list[int | None] = []
+    """Trigger song of each play, by a search backwards through the times of its session."""
+    triggers_: list[int | None] = []
     for i in range(len(users)):
         times = sorted(
             {seconds[j] for j in range(len(users)) if users[j] == users[i] and seconds[j] <= seconds[i]}, reverse=True
@@ -321,12 +325,12 @@ def naive_triggers(
             if liked:
                 trigger = liked.pop() if len(liked) == 1 else None
                 break
-        found.append(trigger)
-    return found
+        triggers_.append(trigger)
+    return triggers_
 
 
-@pytest.mark.parametrize("times", [300, 40])  # with 40 of them most plays share theirs with another
-def test_triggers_equal_a_search_backwards(times: int) -> None:
+@pytest.mark.parametrize("times", [300, 40])  # with 40 most plays share their time with another
+def test_triggers_equal_a_backward_search(times: int) -> None:
     random = np.random.default_rng(0)
     for _ in range(20):
         users = np.sort(random.integers(0, 5, 60))
@@ -335,11 +339,11 @@ def test_triggers_equal_a_search_backwards(times: int) -> None:
         )
         positive, songs = random.random(60) < 0.5, random.integers(0, 4, 60)
         rows = triggers(session_starts(users, seconds.astype(float), 10.0), seconds.astype(float), songs, positive)
-        found = [None if row < 0 else int(songs[row]) for row in rows]
-        assert found == naive_triggers(users.tolist(), seconds.tolist(), songs.tolist(), positive.tolist(), 10.0)
+        actual = [None if row < 0 else int(songs[row]) for row in rows]
+        assert actual == naive_triggers(users.tolist(), seconds.tolist(), songs.tolist(), positive.tolist(), 10.0)
 
 
-def test_plays_at_one_time_make_no_pair_and_their_order_in_the_file_does_not_matter() -> None:
+def test_plays_at_one_time_form_no_pair() -> None:
     random = np.random.default_rng(0)
     plays = [
         (f"u{u}", f"s{song:02d}", NOON + 86400.0 * day)
@@ -348,14 +352,14 @@ def test_plays_at_one_time_make_no_pair_and_their_order_in_the_file_does_not_mat
         for song in random.choice(12, 6, False)
     ]
     assert not occurrences(events_of(plays), PairSettings()).num_rows
-    later = [(user, song, time + 600) for user, song, time in plays[::6]]  # one more play ten minutes after each six
-    assert not occurrences(
-        events_of([*plays, *later]), PairSettings()
-    ).num_rows  # after which of the six, the log does not say
-    alone = [(user, "alone", time - 600) for user, _, time in plays[::6]]  # and one ten minutes before each six
-    found = occurrences(events_of([*plays, *alone]), PairSettings())
-    assert found.num_rows == len(plays)
-    assert set(found["trigger_song_id"].to_pylist()) == {"alone"}
+    # One more play ten minutes after each six, whose trigger is ambiguous.
+    later = [(user, song, time + 600) for user, song, time in plays[::6]]
+    assert not occurrences(events_of([*plays, *later]), PairSettings()).num_rows
+    # One more play ten minutes before each six, which is the trigger of all six.
+    earlier = [(user, "earlier", time - 600) for user, _, time in plays[::6]]
+    pairs = occurrences(events_of([*plays, *earlier]), PairSettings())
+    assert pairs.num_rows == len(plays)
+    assert set(pairs["trigger_song_id"].to_pylist()) == {"earlier"}
 
 
 def events_of(plays: list[tuple[str, str, float]]) -> pa.Table:
@@ -364,17 +368,17 @@ def events_of(plays: list[tuple[str, str, float]]) -> pa.Table:
     return events.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("song_id", "ascending")])
 
 
-def test_hashes_are_uniform_stable_and_independent() -> None:
+def test_hash_fraction_is_uniform_stable_and_independent_between_purposes() -> None:
     names = [f"name {i}" for i in range(4000)]
     one, other = (np.array([hash_fraction(name, purpose) for name in names]) for purpose in ("one", "other"))
     assert one.min() >= 0
     assert one.max() < 1
     np.testing.assert_allclose(np.histogram(one, 10, (0, 1))[0] / 4000, 0.1, atol=0.02)
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.05
-    assert hash_fraction("name", "one") == pytest.approx(0.31131, abs=1e-5)  # a change would move songs between splits
+    assert hash_fraction("name", "one") == pytest.approx(0.31131, abs=1e-5)  # a change moves songs between splits
 
 
-def test_group_splits() -> None:
+def test_group_split_follows_the_shares() -> None:
     shares = (0.7, 0.1, 0.2)
     splits = [group_split(f"artist:{i}", shares) for i in range(3000)]
     assert [splits.count(split) / 3000 for split in Split] == pytest.approx(shares, abs=0.03)
@@ -391,7 +395,7 @@ def test_periods_divide_the_events_by_time() -> None:
     assert period_ends(seconds, np.ones(1000), (1.0, 0.0, 0.0)) == (999.0, 999.0)
 
 
-def test_thinned_times_stand_for_all() -> None:
+def test_thin_out_keeps_the_distribution_of_times() -> None:
     seconds = np.append(np.random.default_rng(0).exponential(1e6, 100_000), np.nan)
     times, weights = thin_out(seconds, 2000)
     assert times.size == 2000

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from benchmarks.hostile_requests import AUDIO, DAMAGES, SEARCH, handmade, hostile_files, requests, upload
-from benchmarks.hostile_uploads import Answer, ask, misshapen, processes, summary, undocumented
+from benchmarks.hostile_uploads import Exchange, processes, send, shape_problem, summary, undocumented
 from tests.unit.serving.test_http_app import Client
 
 pytestmark = pytest.mark.unit
@@ -64,7 +64,7 @@ def test_every_kind_gets_a_documented_answer_from_the_routes():
             headers={"content-type": request.content_type},
         )
         answers.append(
-            Answer(request.kind, request.route, request.method, response.status_code, 0.0, misshapen(response))
+            Exchange(request.kind, request.route, request.method, response.status_code, 0.0, shape_problem(response))
         )
     assert not undocumented(answers, openapi)
     assert not [answer for answer in answers if answer.problem]
@@ -82,10 +82,10 @@ def test_a_well_formed_upload_is_one():
 def test_the_report_sees_what_is_wrong():
     openapi = {"paths": {SEARCH: {"post": {"responses": {"200": {}, "400": {}}}}}}
     answers = [
-        Answer("fine", SEARCH, "POST", 400, 0.1, None),
-        Answer("odd", SEARCH, "POST", 500, 0.2, "not JSON"),
-        Answer("gone", SEARCH, "POST", 0, 9.0, "no answer"),
-        Answer("elsewhere", "/v1/other", "POST", 404, 0.1, None),
+        Exchange("fine", SEARCH, "POST", 400, 0.1, None),
+        Exchange("odd", SEARCH, "POST", 500, 0.2, "not JSON"),
+        Exchange("gone", SEARCH, "POST", 0, 9.0, "no answer"),
+        Exchange("elsewhere", "/v1/other", "POST", 404, 0.1, None),
     ]
     found = summary(answers, openapi, [{1: 10_000_000}, {1: 12_000_000}], [{7, 8}, {8, 9}])
     assert found["statuses"] == {"0": 1, "400": 1, "404": 1, "500": 1}
@@ -98,10 +98,10 @@ def test_the_report_sees_what_is_wrong():
 
 
 def test_answers_are_judged_by_their_shape():
-    def answering(status: int, text: str) -> Answer:
+    def answering(status: int, text: str) -> Exchange:
         transport = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
         with httpx.Client(transport=transport, base_url="http://localhost") as client:
-            return ask(client, upload("a", b""))
+            return send(client, upload("a", b""))
 
     assert answering(200, "{}").problem is None
     assert answering(400, '{"error": {"code": "a", "message": "b"}}').problem is None
