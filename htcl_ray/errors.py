@@ -1,34 +1,41 @@
-"""Every error that this package raises on purpose.
+"""Errors that this package raises intentionally, and the first fault of a pydantic validation as a sentence.
 
-    HtclError                 anything below; exit code 1
+    HtclError                 any error below; exit code 1
     ├── InputError            the user's input or configuration is wrong; exit code 2, one sentence, no traceback
     │   ├── ConfigError       an unknown key, a value out of range, keys that contradict each other
     │   ├── TableError        a catalogue or log table that cannot be used at all
     │   ├── WorkspaceError    a workspace that cannot be read or written, or an artifact missing from it
-    │   ├── LeakageError      what is evaluated was seen in training
+    │   ├── LeakageError      songs or events of the test set were used in training
     │   ├── MismatchError     two artifacts that do not fit each other; the message names both values
-    │   ├── GateError         a model or index that an evaluation's gate did not let through
-    │   ├── IndexRefusedError an index that cannot be switched to
+    │   ├── GateError         a model or index that failed the gate of an evaluation
+    │   ├── IndexRefusedError an index that cannot be activated
     │   │   └── IndexNotFoundError an index that the workspace does not hold
-    │   ├── QueryError        a search that cannot be answered: an option out of range, a vector of another width
-    │   │   └── SongNotFoundError a song that the index does not hold
+    │   ├── QueryError        an invalid query: an option out of range, a vector of another width
+    │   │   ├── SongNotFoundError a song that the index does not hold
+    │   │   └── AudioNotFoundError a song whose audio cannot be played
     │   ├── ArgumentError     an argument of the Python client that cannot be sent
-    │   └── AudioError        one audio file or upload that cannot be used; carries a `reason`
+    │   ├── AudioError        one audio file or upload that cannot be used; carries a `reason`
+    │   └── AccessDeniedError a file, folder or bucket that may not be read or written
     ├── StepError             a step that started and could not finish
+    │   └── StorageError      a disk or object store that failed
     ├── RequestError          a request of the client that the server refused; carries status, code and message
-    └── NoAnswerError         a request of the client that no server answered
+    └── NoResponseError       a request of the client that received no response
 
-Messages are one sentence for a person: what is wrong and where, what was expected, what to do.
+Each message is one sentence: what is wrong and where, what was expected, what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from htcl_ray.schemas import Reason
 from htcl_ray.workspace.credentials import without_credentials
 
 
 class HtclError(Exception):
-    """Root of all errors raised on purpose. Its message holds no credentials of a URI, whatever it was made from."""
+    """Base of all errors that are raised intentionally. Credentials of URIs are removed from its message."""
 
     exit_code = 1
 
@@ -59,15 +66,15 @@ class MismatchError(InputError):
 
 
 class LeakageError(InputError):
-    """What is evaluated was seen in training."""
+    """Songs or events of the test set were used in training."""
 
 
 class GateError(InputError):
-    """A model or index failed its gate, and nobody said to use it all the same."""
+    """A model or index failed its gate, or has not been judged, and the configuration does not allow its use."""
 
 
 class IndexRefusedError(InputError):
-    """An index cannot be switched to: its name is none, it is damaged, of other models, or its gate failed."""
+    """An index cannot be activated: its name is invalid, it is damaged, of other models, or its gate failed."""
 
 
 class IndexNotFoundError(IndexRefusedError):
@@ -75,7 +82,7 @@ class IndexNotFoundError(IndexRefusedError):
 
 
 class QueryError(InputError):
-    """A search cannot be answered as it was asked."""
+    """A query is invalid."""
 
 
 class SongNotFoundError(QueryError):
@@ -83,15 +90,15 @@ class SongNotFoundError(QueryError):
 
 
 class AudioNotFoundError(QueryError):
-    """The index holds the song, but there is no sound of it to play."""
+    """The index holds the song, but its audio file cannot be played."""
 
 
 class ArgumentError(InputError):
-    """An argument of the Python client, of its constructor or of a call, cannot be used; the message names it."""
+    """An argument of the Python client's constructor or of a call is invalid; the message names it."""
 
 
 class AudioError(InputError):
-    """One audio file cannot be used; `reason` says why in the quarantine table's vocabulary."""
+    """One audio file cannot be used. `reason`: the value of the quarantine table's `reason` column."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -103,7 +110,7 @@ class AudioError(InputError):
 
 
 class AccessDeniedError(InputError, OSError):
-    """A file, folder or bucket may not be read or written with this process's rights or credentials."""
+    """The process's rights or credentials do not allow reading or writing a file, folder or bucket."""
 
 
 class StepError(HtclError):
@@ -111,14 +118,14 @@ class StepError(HtclError):
 
 
 class StorageError(StepError, OSError):
-    """Storage failed: no space left, not reachable, or an error of the device. The input is not to blame."""
+    """Storage failed: no space left, unreachable, or a device error. The user's input is not the cause."""
 
 
 class RequestError(HtclError):
     """The server refused a request.
 
-    `status`: of HTTP; `code`: for programs, stable; `message`: for people; `retry_after`: seconds to wait, where the
-    server said so.
+    `status`: the HTTP status; `code`: a stable identifier for programs; `message`: one sentence for people;
+    `retry_after`: seconds to wait before another attempt, None unless the server named them.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after: float | None = None) -> None:
@@ -132,5 +139,40 @@ class RequestError(HtclError):
         return type(self), (self.status, self.code, self.message, self.retry_after)
 
 
-class NoAnswerError(HtclError):
-    """No server answered a request: it cannot be reached, broke off, or took too long."""
+class NoResponseError(HtclError):
+    """A request received no response: the server cannot be reached, closed the connection, or took too long."""
+
+
+class _Validation(Protocol):
+    """The part of pydantic's ValidationError and FastAPI's RequestValidationError that `first_fault` reads."""
+
+    def errors(self) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a pydantic validation."""
+
+    path: tuple[str, ...]
+    """The keys and positions that lead to the invalid value; empty when the fault is of the whole value."""
+    message: str
+    """What is wrong with the value, as a sentence without its key."""
+    kind: str
+    """pydantic's identifier of the error, such as `extra_forbidden`."""
+    value: Any
+    """The invalid value."""
+
+    @property
+    def key(self) -> str:
+        """The path with dots; empty when the fault is of the whole value."""
+        return ".".join(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.path else self.message
+
+
+def first_fault(error: _Validation) -> Fault:
+    """The first fault of a pydantic ValidationError or a FastAPI RequestValidationError."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    return Fault(tuple(map(str, first["loc"])), message, first["type"], first.get("input"))

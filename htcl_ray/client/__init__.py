@@ -20,7 +20,7 @@ from htcl_ray.client.results import (
     SongUpdated,
 )
 from htcl_ray.client.retries import Retries
-from htcl_ray.errors import ArgumentError, NoAnswerError, RequestError
+from htcl_ray.errors import ArgumentError, NoResponseError, RequestError
 
 __all__ = [
     "Activated",
@@ -30,7 +30,7 @@ __all__ = [
     "Client",
     "EmbeddingResponse",
     "Heard",
-    "NoAnswerError",
+    "NoResponseError",
     "Ready",
     "RecommendResponse",
     "RequestError",

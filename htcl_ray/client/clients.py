@@ -18,7 +18,7 @@ from htcl_ray.client import calls
 from htcl_ray.client.arguments import number
 from htcl_ray.client.calls import Call, Given
 from htcl_ray.client.retries import Retries, retry_after
-from htcl_ray.errors import ArgumentError, NoAnswerError, RequestError
+from htcl_ray.errors import ArgumentError, NoResponseError, RequestError, first_fault
 
 TIMEOUT_SECONDS = 30.0
 Asked = ParamSpec("Asked")
@@ -54,7 +54,7 @@ class Common(Generic[Http]):
     HTTPS_PROXY, ALL_PROXY, NO_PROXY).
 
     Calls raise ArgumentError for an argument that cannot be sent, as the constructor does, RequestError for what the
-    server refuses, NoAnswerError when there is no response, and OSError for audio that cannot be read. What may pass by
+    server refuses, NoResponseError when there is no response, and OSError for audio that cannot be read. What may pass by
     itself is sent again as `retries` says: every call gives the same when it is sent twice.
     """
 
@@ -256,18 +256,16 @@ def _proxy(url: httpx.URL, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(call: Call[Given], outcome: httpx.Response | httpx.RequestError) -> Given:
-    """What the call gives. Raises RequestError and NoAnswerError."""
+    """What the call gives. Raises RequestError and NoResponseError."""
     what = f"{call.method} {call.path}"
     if isinstance(outcome, httpx.RequestError):
         reason = str(outcome) or "it took too long"
-        raise NoAnswerError(f"{what} had no answer: {type(outcome).__name__}, {reason}") from outcome
+        raise NoResponseError(f"{what} had no answer: {type(outcome).__name__}, {reason}") from outcome
     if outcome.is_success:
         try:
             return call.gives.model_validate_json(outcome.content)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            said = f"{what} was answered with what this client does not understand: {place}: {first['msg']}; is it an HTCL server?"
+            said = f"{what} was answered with what this client does not understand: {first_fault(error)}; is it an HTCL server?"
             raise RequestError(outcome.status_code, "not_understood", said) from None
     try:
         body = outcome.json()["error"]

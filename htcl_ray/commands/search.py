@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from htcl_ray.config import Config
-from htcl_ray.errors import QueryError
+from htcl_ray.errors import QueryError, first_fault
 from htcl_ray.pipelines.index import determined_index
 from htcl_ray.search.filters import Filter
 from htcl_ray.search.service import LITTLE_COVERAGE, Answer, SearchService
@@ -59,9 +59,8 @@ def _filter(conditions: str) -> Filter:
     try:
         return Filter.model_validate_json(conditions)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(("--filter", *map(str, first["loc"])))
-        raise QueryError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        fault = first_fault(error)
+        raise QueryError(f"{'.'.join(('--filter', *fault.path))}: {fault.message}") from None
 
 
 def _warn(answer: Answer) -> None:

@@ -37,7 +37,7 @@ from htcl_ray.config.sections import (
     TuneSettings,
     nearest,
 )
-from htcl_ray.errors import ConfigError, HtclError
+from htcl_ray.errors import ConfigError, HtclError, first_fault
 from htcl_ray.workspace.credentials import lacks_credentials
 from htcl_ray.workspace.paths import absolute, absolute_sqlite, folder_or_name
 
@@ -375,10 +375,8 @@ def _validate(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = f"configuration key '{key}': " if key else ""  # none: keys of two sections contradict each other
-        message = first["msg"].removeprefix("Value error, ")
-        given = f"it is {first['input']!r}"
-        said = isinstance(first["input"], dict) or given in message
-        raise ConfigError(f"{where}{message}{'' if said else f' ({given})'}") from None
+        fault = first_fault(error)
+        where = f"configuration key '{fault.key}': " if fault.key else ""  # empty: keys of two sections contradict
+        given = f"it is {fault.value!r}"
+        stated = isinstance(fault.value, dict) or given in fault.message
+        raise ConfigError(f"{where}{fault.message}{'' if stated else f' ({given})'}") from None

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from htcl_ray.config.sections.base import Settings, nearest
-from htcl_ray.errors import ConfigError
+from htcl_ray.errors import ConfigError, Fault, first_fault
 from htcl_ray.evaluation.report.resamples import Key
 from htcl_ray.evaluation.stats.bootstrap import ROUNDING, Estimate, comparable, difference
 from htcl_ray.evaluation.task_result import lower_is_better
@@ -214,7 +214,7 @@ def read_gate(path: str) -> Gate:
     try:
         return Gate.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"the gate {path} cannot be used: {_first_fault(error)}") from None
+        raise ConfigError(f"the gate {path} cannot be used: {_explain_fault(first_fault(error))}") from None
 
 
 def _judge(
@@ -274,12 +274,8 @@ def _missing(key: Key, figures: Mapping[Key, Estimate]) -> str:
     )
 
 
-def _first_fault(error: ValidationError) -> str:
-    first = error.errors()[0]
-    *parents, last = [str(part) for part in first["loc"]] or [""]
-    where = ".".join([*parents, last])
-    if first["type"] == "extra_forbidden":
-        known = Bound.model_fields if parents else Gate.model_fields
-        return f"there is no key '{where}'; {nearest(last, known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"key '{where}': {message}" if where else f"{message}; expected a list 'bounds:'"
+def _explain_fault(fault: Fault) -> str:
+    if fault.kind == "extra_forbidden":
+        known = Bound.model_fields if len(fault.path) > 1 else Gate.model_fields
+        return f"there is no key '{fault.key}'; {nearest(fault.path[-1], known)}"
+    return f"key '{fault.key}': {fault.message}" if fault.key else f"{fault.message}; expected a list 'bounds:'"

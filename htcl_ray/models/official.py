@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from htcl_ray.config.sections import AudioRecipe, ModelSettings, TextSettings
-from htcl_ray.errors import ConfigError, InputError, MismatchError
+from htcl_ray.errors import ConfigError, InputError, MismatchError, first_fault
 from htcl_ray.models.record import InputRecipe, ModelRecord, TextRecord
 
 TOKENIZER = "bert-base-multilingual-uncased"
@@ -352,8 +352,9 @@ def _model_settings(path: Path, sizes: Mapping[str, int], audio_only: bool) -> M
             dim=width if audio_only else sizes["O"],
         )
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise MismatchError(f"the audio encoder in {path} is of a size that is not supported: {reason}") from None
+        raise MismatchError(
+            f"the audio encoder in {path} is of a size that is not supported: {first_fault(error).message}"
+        ) from None
 
 
 def _text_record(path: Path, sizes: Mapping[str, int], text_config: Any, tokenizer: str) -> TextRecord:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from htcl_ray.config.sections import AudioRecipe, ModelSettings, Settings, TextSettings
-from htcl_ray.errors import MismatchError
+from htcl_ray.errors import MismatchError, first_fault
 from htcl_ray.losses.registry import LossName
 from htcl_ray.schemas import FORMAT_VERSION
 
@@ -61,6 +61,7 @@ def parse_record(tree: Any, where: str) -> ModelRecord:
     try:
         return ModelRecord.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise MismatchError(f"{where} is not the config.json of an HTCL model: key '{key}': {first['msg']}") from None
+        fault = first_fault(error)
+        raise MismatchError(
+            f"{where} is not the config.json of an HTCL model: key '{fault.key}': {fault.message}"
+        ) from None

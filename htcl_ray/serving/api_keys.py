@@ -36,7 +36,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from htcl_ray.config.sections import ServeSettings
-from htcl_ray.errors import ConfigError
+from htcl_ray.errors import ConfigError, first_fault
 from htcl_ray.serving.responses import failure
 from htcl_ray.serving.signed_urls import SignedUrls
 
@@ -218,9 +218,6 @@ def _entries(text: str, source: str) -> list[_Entry]:
             f"{source}: not YAML; expected a list of keys, each with name, key or sha256, and scopes"
         ) from None
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{source}: {place + ': ' if place else ''}{message}; expected a list of keys, see htcl_ray/serving/api_keys.py"
+            f"{source}: {first_fault(error)}; expected a list of keys, see htcl_ray/serving/api_keys.py"
         ) from None

@@ -23,6 +23,7 @@ from htcl_ray.errors import (
     IndexRefusedError,
     QueryError,
     SongNotFoundError,
+    first_fault,
 )
 from htcl_ray.schemas import Reason
 from htcl_ray.serving.haproxy import RETRY
@@ -67,15 +68,17 @@ def install(app: FastAPI) -> None:
 
 def _invalid(request: Request, error: Any) -> JSONResponse:
     problems: Sequence[Any] = error.errors()
-    first = problems[0]
-    kind, message = first["type"], first["msg"].removeprefix("Value error, ")
-    where, *names = (str(part) for part in first["loc"])
+    fault = first_fault(error)
+    kind, message = fault.kind, fault.message
+    where, *names = fault.path
     in_form = where == "body" and is_form(request)
     if kind == "json_invalid":
         parameter = {"body": "form field", "query": "parameter"}[where]
         part = f"the {parameter} {names[0]}" if in_form or where != "body" else "the body"
         return failure(
-            400, f"{part} is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}", "malformed_json"
+            400,
+            f"{part} is not JSON: {problems[0].get('ctx', {}).get('error', 'it cannot be parsed')}",
+            "malformed_json",
         )
     if in_form and names == ["file"]:  # missing, or a field without the name of a file
         return failure(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from htcl_ray.client import AsyncClient, Client, Heard, NoAnswerError, RequestError, Retries
+from htcl_ray.client import AsyncClient, Client, Heard, NoResponseError, RequestError, Retries
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioError
 from htcl_ray.index.live.activation import starting_pointer
@@ -234,9 +234,9 @@ def test_a_file_that_is_not_there_is_an_error_of_the_file(client: Both, tmp_path
 
 def test_where_nobody_listens_there_is_no_answer():
     with Client("http://127.0.0.1:9", retries=Retries(attempts=2, first_wait=0.01)) as client:
-        with pytest.raises(NoAnswerError, match="POST /v1/search had no answer"):
+        with pytest.raises(NoResponseError, match="POST /v1/search had no answer"):
             client.search("piano")
-        with pytest.raises(NoAnswerError):
+        with pytest.raises(NoResponseError):
             client.ready()
 
 

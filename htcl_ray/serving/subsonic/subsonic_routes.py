@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from htcl_ray.errors import QueryError, SongNotFoundError
+from htcl_ray.errors import QueryError, SongNotFoundError, first_fault
 from htcl_ray.search.service import MAX_K, MAX_PATH, Answer, SearchService
 from htcl_ray.serving.api_keys import Key
 from htcl_ray.serving.backend import Backend
@@ -126,8 +126,8 @@ def subsonic_routes(backend: Backend, measurements: IngressMeasurements | None =
 
 
 def _invalid(error: RequestValidationError) -> Failed:
-    first = error.errors()[0]
-    name = first["loc"][-1]
-    if first["type"] in ("missing", "string_too_short"):
+    fault = first_fault(error)
+    name = fault.path[-1]
+    if fault.kind in ("missing", "string_too_short"):
         return Failed.of(Code.MISSING, f"the parameter {name} is missing")
-    return Failed.of(Code.GENERIC, f"{name}: {first['msg']}")
+    return Failed.of(Code.GENERIC, f"{name}: {fault.message}")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from htcl_ray.api import search, updates
-from htcl_ray.client import AsyncClient, Client, NoAnswerError, RequestError, Retries, clients, results, retries
+from htcl_ray.client import AsyncClient, Client, NoResponseError, RequestError, Retries, clients, results, retries
 from htcl_ray.client.retries import retry_after
 
 pytestmark = pytest.mark.unit
@@ -83,7 +83,7 @@ def ask(request: pytest.FixtureRequest, clock: Clock) -> Ask:
 
         try:
             return (asyncio.run(awaited()) if request.param == "asyncio" else threaded()), seen
-        except (RequestError, NoAnswerError) as error:
+        except (RequestError, NoResponseError) as error:
             return error, seen
 
     return run
@@ -114,7 +114,7 @@ def test_a_broken_connection_is_tried_again(ask: Ask, clock: Clock, broken: Exce
     given, seen = ask([broken, broken, httpx.Response(200, json=FOUND)], "search", "piano")
     assert (given.index, len(seen), len(clock.waits)) == ("v1", 3, 2)
     given, seen = ask([broken], "search", "piano")
-    assert isinstance(given, NoAnswerError)
+    assert isinstance(given, NoResponseError)
     assert len(seen) == Retries().attempts
 
 
@@ -125,7 +125,7 @@ def test_a_broken_connection_is_tried_again(ask: Ask, clock: Clock, broken: Exce
 )
 def test_what_will_not_pass_is_not_sent_again(ask: Ask, clock: Clock, outcome: Outcome):
     given, seen = ask([outcome], "search", "piano")
-    assert isinstance(given, RequestError | NoAnswerError)
+    assert isinstance(given, RequestError | NoResponseError)
     assert (len(seen), clock.waits) == (1, [])
 
 

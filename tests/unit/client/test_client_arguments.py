@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from htcl_ray.client import ArgumentError, AsyncClient, Client, Heard, NoAnswerError, Retries
+from htcl_ray.client import ArgumentError, AsyncClient, Client, Heard, NoResponseError, Retries
 from htcl_ray.client import calls as all_calls
 
 pytestmark = pytest.mark.unit
@@ -47,7 +47,7 @@ def send(request: pytest.FixtureRequest) -> Send:
 
         transport = httpx.MockTransport(answer)
 
-        with pytest.raises(NoAnswerError):
+        with pytest.raises(NoResponseError):
             call(Client if request.param == "threads" else AsyncClient, transport, name, *args, **kwargs)
         return seen[0]
 

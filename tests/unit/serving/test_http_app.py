@@ -16,7 +16,7 @@ import pytest
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from htcl_ray.config.sections import AudioRecipe, ServeSettings
-from htcl_ray.errors import AudioError, HtclError, InputError, NoAnswerError, RequestError
+from htcl_ray.errors import AudioError, HtclError, InputError, NoResponseError, RequestError
 from htcl_ray.index.live.live_index import Active
 from htcl_ray.index.live.replay import Replay
 from htcl_ray.index.live.update_log import UpdateLog
@@ -416,7 +416,7 @@ def all_errors(kind: type = HtclError) -> Iterator[type[HtclError]]:
 
 
 def test_every_error_of_ours_has_an_answer(client: Client):
-    kinds = [kind for kind in all_errors() if kind not in (RequestError, NoAnswerError)]  # those are the client's
+    kinds = [kind for kind in all_errors() if kind not in (RequestError, NoResponseError)]  # those are the client's
     assert len(kinds) >= 9
     for kind in kinds:
         client.backend.error = AudioError(Reason.UNDECODABLE, "secret") if kind is AudioError else kind("secret")
