@@ -20,6 +20,7 @@ import yaml
 
 from htcl_ray import cli
 from htcl_ray.cluster.connection import RAY_SOCKET, connect, ray_folder
+from htcl_ray.commands import terminal
 from htcl_ray.config import resolve
 from htcl_ray.errors import AccessDeniedError, HtclError, InputError, MismatchError, StepError, StorageError
 from htcl_ray.workspace.filesystem import storage_failure
@@ -101,12 +102,12 @@ class Carried(Exception):
     ],
 )
 def test_errors_become_exit_codes(error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]):
-    assert cli._report(error) == code
+    assert terminal.report_error(error) == code
     assert capsys.readouterr().err == shown
 
 
 def test_a_fault_of_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]):
-    assert cli._report(ValueError("unexpected")) == 1
+    assert terminal.report_error(ValueError("unexpected")) == 1
     assert "ValueError: unexpected" in capsys.readouterr().err
 
 
@@ -145,11 +146,13 @@ class TestOutput:
     def test_every_character_on_every_terminal(self, encoding: str):
         code = (
             "import sys; from pathlib import Path; from rich.console import Console; from rich.table import Table\n"
-            "from htcl_ray import cli; from htcl_ray.workspace.artifacts import StepResult\n"
-            "cli.COMMANDS['config'] = cli.Command('say', lambda c, o: speak(), cli._config_flags)\n"
-            "def speak():\n"
-            "    cli._say(StepResult('step', '/é/名', '5 × 4 – 3 … 🎵', 1.0)); table = Table('↔ título'); table.add_row('名→')\n"
+            "from htcl_ray import cli; from htcl_ray.commands.terminal import print_result\n"
+            "from htcl_ray.workspace.artifacts import StepResult; import dataclasses\n"
+            "def speak(config, options):\n"
+            "    print_result(StepResult('step', '/é/名', '5 × 4 – 3 … 🎵', 1.0))\n"
+            "    table = Table('↔ título'); table.add_row('名→')\n"
             "    Console().print(table); print('→ é', file=sys.stderr)\n"
+            "cli.COMMANDS['config'] = dataclasses.replace(cli.COMMANDS['config'], run=speak)\n"
             "sys.exit(cli.main(['config', 'show']))"
         )
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -241,7 +244,7 @@ FULL = OSError(28, "No space left on device")
 def test_storage_that_fails_is_one_sentence(
     error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert cli._report(error, "/w") == code
+    assert terminal.report_error(error, "/w") == code
     said = capsys.readouterr().err
     assert said.startswith(shown)
     assert said.count("\n") == 1
@@ -257,7 +260,10 @@ def test_errors_of_ray_tasks(capsys: pytest.CaptureFixture[str]):
         FULL: (1, "failed: no space"),
     }
     for cause, (code, said) in causes.items():
-        assert cli._report(RayTaskError("task", "a traceback\nof many lines", cause).as_instanceof_cause()) == code
+        assert (
+            terminal.report_error(RayTaskError("task", "a traceback\nof many lines", cause).as_instanceof_cause())
+            == code
+        )
         shown = capsys.readouterr().err
         assert shown.startswith(f"htcl: {said}")
         assert shown.count("\n") == 1
@@ -269,7 +275,7 @@ def test_errors_of_ray_data(capsys: pytest.CaptureFixture[str]):
 
     text = "Traceback\n  File x\nhtcl_ray.errors.AccessDeniedError: access denied to s3://b/x (403); do\n\nThe above"
     error = RayTaskError("task", text, UserCodeException("UDF failed")).as_instanceof_cause()
-    assert cli._report(error) == 2
+    assert terminal.report_error(error) == 2
     assert capsys.readouterr().err == "htcl: error: access denied to s3://b/x (403); do\n"
 
 
