@@ -85,7 +85,7 @@ def measure_equality(case: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from benchmarks import synthetic_songs
-    from htcl_ray.training.step import compute_gradients
+    from htcl_ray.training.micro_batch import compute_gradients
 
     device, stage, dtype = torch.device("cpu"), case["stage"], getattr(torch, case["dtype"])
     with tempfile.TemporaryDirectory() as scratch:

@@ -12,9 +12,8 @@ from benchmarks.published_step import PublishedModel
 from benchmarks.synthetic_songs import World
 from htcl_ray.models import HTCL
 from htcl_ray.training.batches import Batch
-from htcl_ray.training.optimization import build_optimizer
-from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.towers import compile_towers
+from htcl_ray.training.micro_batch import compute_gradients
+from htcl_ray.training.optimization import build_optimizer, compile_towers
 
 Step = Callable[[Batch], None]
 

@@ -40,12 +40,10 @@ from htcl_ray.schemas import METADATA
 from htcl_ray.search.encoder import SongEncoder
 from htcl_ray.training.batches import Batch, BatchLoader, encode
 from htcl_ray.training.checkpoint import gather_state, load_state, save_checkpoint
-from htcl_ray.training.micro_batch import probe_micro_batch_size
-from htcl_ray.training.optimization import build_optimizer
+from htcl_ray.training.micro_batch import compute_gradients, probe_micro_batch_size
+from htcl_ray.training.optimization import build_optimizer, compile_towers
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
 from htcl_ray.training.stage_tasks import Task
-from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.towers import compile_towers
 
 ROWS = {1: 8, 2: 4}
 """Stage → rows of the batch that precisions are compared on: 8 songs, or 4 pairs."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +20,18 @@ from htcl_ray.models.htcl import HTCL
 from htcl_ray.training.batches import Batch, BatchLoader, BatchRows
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
 from htcl_ray.training.health import HealthWatch, refuse_equal_texts
-from htcl_ray.training.memory import peak_memory_gb
-from htcl_ray.training.micro_batch import probe_micro_batch_size
-from htcl_ray.training.optimization import build_optimizer, learning_rate_factor, set_learning_rate
+from htcl_ray.training.micro_batch import compute_gradients, probe_micro_batch_size
+from htcl_ray.training.optimization import (
+    build_optimizer,
+    compile_towers,
+    freeze,
+    learning_rate_factor,
+    set_learning_rate,
+)
 from htcl_ray.training.order import global_batch, steps_per_epoch, worker_rows
 from htcl_ray.training.progress import Metrics, Progress
 from htcl_ray.training.randomness import seed_worker, set_rng_state
 from htcl_ray.training.stage_tasks import Task
-from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.towers import compile_towers, freeze
 from htcl_ray.training.validation import validate, validation_gallery
 
 SaveCheckpoint = Callable[[Path], None]
@@ -182,3 +187,11 @@ def _epoch_metrics(task: Task, sums: dict[str, Tensor], steps: int) -> Metrics:
     loss = sum(weight * terms[f"loss_{name}"] for name, weight in task.weights.items())
     waited = of["seconds_waiting_for_data"] / world_size()
     return {"loss": loss, **terms, "gradient_norm": of["gradient_norm"] / steps, "seconds_waiting_for_data": waited}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory in use so far, in GB: what torch has allocated on a GPU, the resident process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -15,10 +15,10 @@ from htcl_ray.losses.stages import pretrain_terms
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.batches import Batch, encode
+from htcl_ray.training.micro_batch import compute_gradients
+from htcl_ray.training.optimization import compile_towers
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
 from htcl_ray.training.stage_tasks import Task
-from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.towers import compile_towers
 from tests.worlds.synthetic_features import tiny_config
 
 pytestmark = [

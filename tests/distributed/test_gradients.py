@@ -18,9 +18,9 @@ from htcl_ray.losses.stages import finetune_terms, pretrain_terms
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.batches import Batch, encode
+from htcl_ray.training.micro_batch import compute_gradients
 from htcl_ray.training.order import worker_rows
 from htcl_ray.training.stage_tasks import Task
-from htcl_ray.training.step import compute_gradients
 from tests.distributed.conftest import run_workers
 from tests.worlds.synthetic_features import tiny_config
 

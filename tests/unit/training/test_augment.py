@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from htcl_ray.config.sections import PretrainSettings
 from htcl_ray.models import HTCL
-from htcl_ray.models.towers.transformer_input import masked_input
+from htcl_ray.models.towers.transformer import masked_input
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.batches import BatchLoader, BatchRows

@@ -26,11 +26,11 @@ from htcl_ray.training.checkpoint import TrainingState, load_state
 from htcl_ray.training.features import open_frames
 from htcl_ray.training.loop import train
 from htcl_ray.training.metrics_log import MetricsLog
+from htcl_ray.training.micro_batch import compute_gradients
 from htcl_ray.training.optimization import build_optimizer, learning_rate_factor
 from htcl_ray.training.randomness import get_rng_state, seed_worker, set_rng_state
 from htcl_ray.training.song_numbers import Pairs, Songs, read_pairs, read_songs
 from htcl_ray.training.stage_tasks import Task, finetune_task, pretrain_task
-from htcl_ray.training.step import compute_gradients
 from htcl_ray.training.validation import Gallery, pair_ranks, pairs_inside, validate, validation_gallery
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.storage import Workspace

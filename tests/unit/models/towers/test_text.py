@@ -33,10 +33,10 @@ from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.pipelines.train import pretrain
 from htcl_ray.training.batches import Batch
 from htcl_ray.training.health import distinct_texts, refuse_equal_texts
+from htcl_ray.training.micro_batch import compute_gradients
 from htcl_ray.training.optimization import build_optimizer
 from htcl_ray.training.song_numbers import Songs
 from htcl_ray.training.stage_tasks import Task
-from htcl_ray.training.step import compute_gradients
 from tests.worlds.synthetic_features import tiny_config, write_features
 
 pytestmark = pytest.mark.unit

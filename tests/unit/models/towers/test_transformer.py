@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from htcl_ray.config.sections import AudioRecipe, ModelSettings
-from htcl_ray.models.towers.transformer import AudioEncoder
-from htcl_ray.models.towers.transformer_input import masked_input, official_input
+from htcl_ray.models.towers.transformer import AudioEncoder, masked_input, official_input
 
 pytestmark = pytest.mark.unit
 

@@ -18,11 +18,10 @@ from htcl_ray.training.batches import Batch, BatchLoader
 from htcl_ray.training.checkpoint import load_state
 from htcl_ray.training.features import open_frames
 from htcl_ray.training.loop import train
-from htcl_ray.training.optimization import build_optimizer
+from htcl_ray.training.micro_batch import compute_gradients
+from htcl_ray.training.optimization import build_optimizer, compile_towers, freeze
 from htcl_ray.training.song_numbers import Pairs, read_songs
 from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
-from htcl_ray.training.step import compute_gradients
-from htcl_ray.training.towers import compile_towers, freeze
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.synthetic_features import tiny_config, write_features
 
