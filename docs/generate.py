@@ -144,24 +144,27 @@ def api() -> str:
         value = getattr(htcl_ray, name)
         if isinstance(value, ModuleType):
             lines += [f"### `htcl_ray.{name}`", "", _docstring(value), ""]
-            lines += _members(value, lambda member, home=value.__name__: member.__module__ == home)
+            lines += _members(value)
         elif inspect.isclass(value):
             lines += [f"### `htcl_ray.{name}`", "", _docstring(value), ""]
-            if "__init__" in vars(value):
-                lines += [*_block(_signature(value.__init__, name)), ""]
-            lines += _members(value, lambda member: True)
+            if isinstance(value.__init__, FunctionType):
+                described = [_docstring(value.__init__), ""] if value.__init__.__doc__ else []
+                lines += [*_block(_signature(value.__init__, name)), "", *described]
+            lines += _members(value)
         else:
             lines += [f"### `htcl_ray.{name}`", "", *_block(_signature(value, name)), "", _docstring(value), ""]
     return "\n".join([*lines, *_commands()]) + "\n"
 
 
-def _members(owner: type | ModuleType, chosen: Callable[[Any], bool]) -> list[str]:
-    """Public functions, properties and class methods of a class, or functions of a module, in source order."""
+def _members(owner: type | ModuleType) -> list[str]:
+    """Public functions, properties and class methods of a class, or functions defined in a module, in source order."""
     lines = []
     prefix = owner.__name__.rpartition(".")[2]
     for name, member in _public(owner):
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-        if not isinstance(function, FunctionType) or not chosen(function):
+        if not isinstance(function, FunctionType):
+            continue
+        if isinstance(owner, ModuleType) and function.__module__ != owner.__name__:
             continue
         shown = f"{name}: {_annotation(function)}" if isinstance(member, property) else _signature(function, name)
         lines += [f"#### `{prefix}.{name}`", "", *_block(shown), "", _docstring(function), ""]
