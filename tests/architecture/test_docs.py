@@ -19,6 +19,7 @@ from htcl_ray import cli
 from htcl_ray.api.search import EmbedTextRequest, RecommendRequest, SearchRequest
 from htcl_ray.config import Config, resolve
 from htcl_ray.config.sections import Settings
+from tests.architecture.test_dashboard import EXPORTED
 from tests.conftest import REPOSITORY
 from tests.worlds.documented_commands import PAGES, Shown, blocks, commands, spans
 
@@ -103,6 +104,13 @@ def test_documented_configuration_is_valid(page: Path):
         content = yaml.safe_load(block)
         if isinstance(content, dict) and set(content) <= set(SECTIONS):
             Config.model_validate(content)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_page)
+def test_documented_metrics_are_exported(page: Path):
+    exported = set(EXPORTED) | {name.removesuffix("_bucket") for name in EXPORTED}
+    named = set(re.findall(r"\bray_(?:htcl|serve)_\w+", page.read_text(encoding="utf-8")))
+    assert named <= exported, f"{page.name}: {sorted(named - exported)}"
 
 
 def test_documented_client_methods_exist():
