@@ -1,4 +1,4 @@
-"""Every song of the catalogue → its semantic and its preference vector: Ray Data actors that hold the models."""
+"""`htcl embed`: features → semantic and preference vectors of every song, by Ray Data actors that hold the models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What is embedded by what, and where the result lies."""
+    """Features and models of one set of embeddings, and the location of the result."""
 
     features: Artifact
     models: Models
@@ -43,7 +43,7 @@ class EmbedJob:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """Versions for the manifest."""
+        """Versions of the inputs, for the manifest."""
         preference = self.models.preference
         return {
             "features": self.features.version,
@@ -53,13 +53,19 @@ class EmbedJob:
 
 
 def plan(workspace: Workspace, config: Config, model: str | None = None, *, require: Require | None = None) -> EmbedJob:
-    """The embeddings that this configuration asks for, made or not; see `inputs.models`. Raises InputError."""
+    """The embeddings that a configuration determines, whether or not they exist; see `inputs.models`.
+
+    Raises InputError.
+    """
     features = inputs.features(workspace, config)
     return job_of(workspace, features, inputs.models(workspace, config, features.version, model, require=require))
 
 
 def job_of(workspace: Workspace, features: Artifact, models: Models) -> EmbedJob:
-    """The embeddings of these features by these models, made or not. Raises MismatchError when they do not fit."""
+    """The embeddings of these features by these models, whether or not they exist.
+
+    Raises MismatchError when the models were trained with other audio settings.
+    """
     from htcl_ray.search.encoder import model_versions  # loads torch
 
     for artifact in (models.semantic, models.preference):
@@ -71,14 +77,15 @@ def job_of(workspace: Workspace, features: Artifact, models: Models) -> EmbedJob
 
 
 def embeddings(workspace: Workspace, job: EmbedJob) -> Artifact:
-    """What `embed` made of the job. Raises WorkspaceError when it has not."""
+    """The finished embeddings of a job. Raises WorkspaceError when they do not exist."""
     manifest = workspace.manifest(job.path)
     if manifest is None:
         by = " and ".join(
             f"{space} model {name}" for space in ("semantic", "preference") if (name := job.inputs[space])
         )
         raise WorkspaceError(
-            f"the workspace {workspace.uri} holds no embeddings of the features {job.features.version} by {by}; run 'htcl embed' first"
+            f"the workspace {workspace.uri} holds no embeddings of the features {job.features.version} by {by}; "
+            "run 'htcl embed' first"
         )
     return Artifact(job.path, job.version, manifest)
 
@@ -86,14 +93,14 @@ def embeddings(workspace: Workspace, job: EmbedJob) -> Artifact:
 def embed(config: Config, model: str | None = None) -> StepResult:
     """Embed every song of the features with the models of `inputs.models`.
 
-    One file of vectors per file of features; finished files are kept when an interrupted run is started again.
+    Writes one file of vectors for each file of features. An interrupted run resumes with the missing files.
     """
     workspace = Workspace(config.workspace)
     return embed_job(workspace, config, plan(workspace, config, model))
 
 
 def embed_job(workspace: Workspace, config: Config, job: EmbedJob) -> StepResult:
-    """Make the embeddings of a job, unless they exist."""
+    """Make the embeddings of a job unless they exist."""
     started = time.monotonic()
     manifest = workspace.manifest(job.path)
     if manifest is not None:
@@ -123,7 +130,7 @@ def embed_job(workspace: Workspace, config: Config, job: EmbedJob) -> StepResult
 
 
 class ShardEmbedder:
-    """A Ray Data actor: holds the models, and turns files of features into files of vectors."""
+    """Ray Data actor that holds the models and embeds files of features."""
 
     def __init__(self, workspace: Workspace, job: EmbedJob, batch_size: int, device: str) -> None:
         from htcl_ray.search.encoder import SongEncoder
@@ -133,7 +140,7 @@ class ShardEmbedder:
         self._encoder.check_versions(job.model_versions)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Write the vectors of each named shard."""
+        """Write the vectors of the shards that are named in a batch."""
         for shard in batch["shard"]:
             features = pq.read_table(
                 self._workspace.full(f"{self._job.features.path}/{shard}"),
@@ -147,10 +154,9 @@ class ShardEmbedder:
 
 
 def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa.Table:
-    """Rows of `features_schema` → rows of `embeddings_schema`, in the same order.
+    """Embed rows of `features_schema`; returns rows of `embeddings_schema` in the same order.
 
-    Raises InputError, which names the song, when one cannot be embedded or its vector is not finite or not of unit
-    norm.
+    Raises InputError with the song id when a song cannot be embedded, or its vector is not finite or not of unit norm.
     """
     mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
     valid, song_ids = features["valid_frames"].to_numpy(), features["song_id"].to_pylist()
@@ -169,9 +175,7 @@ def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa
 
 
 def _encode(encoder: SongEncoder, mels: np.ndarray, valid: np.ndarray, song_ids: list[str]) -> Vectors:
-    """A batch. When it fails, its songs one by one, as no row's vector depends on the others, to name the one that is
-    to blame.
-    """
+    """Embed a batch. If it fails, its songs are embedded one by one, to name the song that causes the error."""
     try:
         return encoder.encode_mel(mels[:, : valid.max()], valid)
     except InputError:
@@ -184,8 +188,9 @@ def _encode(encoder: SongEncoder, mels: np.ndarray, valid: np.ndarray, song_ids:
 
 
 def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
-    """Song ids and vectors of an embeddings artifact, in the order of its files. Raises InputError for vectors not of
-    unit norm.
+    """Song ids and vectors of an embeddings artifact, in the order of its files.
+
+    Raises InputError for vectors that are not of unit norm.
     """
     table = workspace.read_tables(path, columns=["song_id", "semantic", "preference"])
     halves = [
@@ -209,13 +214,11 @@ def _embed_shards(
     use_gpu = settings.accelerator == "gpu" or (
         settings.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
-    # On one machine an actor dies of what would kill it again, and Ray warns on the terminal about every actor that may
+    # On one machine a restarted actor would fail for the same reason, and Ray prints a warning for each actor that may
     # restart.
     restarts = {"max_restarts": 0, "max_task_retries": 0} if address_of(config) == "local" else {}
     names = ray.data.from_items([{"shard": name} for name in missing], override_num_blocks=len(missing))
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # restarts have no other parameter yet, but passing them is already deprecated
+    with warnings.catch_warnings(action="ignore"):  # max_restarts is deprecated, without a replacement so far
         rows = names.map_batches(
             ShardEmbedder,
             fn_constructor_args=(workspace, job, settings.batch_size, "cuda" if use_gpu else "cpu"),
@@ -232,21 +235,25 @@ def _embed_shards(
 
 
 def _check_recipe(features: Artifact, model: Artifact) -> None:
-    theirs, ours = model.manifest["config"]["audio"], features.manifest["config"]["audio"]
-    for key in sorted({*theirs, *ours}):
-        if theirs.get(key) != ours.get(key):
+    """Check that the model was trained on features with the same audio settings. Raises MismatchError."""
+    of_model, of_features = model.manifest["config"]["audio"], features.manifest["config"]["audio"]
+    for key in sorted({*of_model, *of_features}):
+        if of_model.get(key) != of_features.get(key):
             raise MismatchError(
-                f"model {model.version} was trained with audio.{key}={theirs.get(key)}, but the features {features.version} were made with "
-                f"{ours.get(key)}; run 'htcl preprocess' with the model's configuration, or choose another model"
+                f"model {model.version} was trained with audio.{key}={of_model.get(key)}, but the features "
+                f"{features.version} were made with {of_features.get(key)}; run 'htcl preprocess' with the model's "
+                "configuration, or choose another model"
             )
 
 
 def _rows(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """Convert [songs, dim] to a list column."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
 
 def _dim(workspace: Workspace, shard: str) -> int:
-    return pq.read_schema(workspace.full(shard), filesystem=workspace.fs).field("semantic").type.list_size
+    """Dimension of the semantic vectors in a shard."""
+    return int(pq.read_schema(workspace.full(shard), filesystem=workspace.fs).field("semantic").type.list_size)
 
 
 def _result(

@@ -1,4 +1,4 @@
-"""Logs → events, for logs that no single process holds: files are read in parts, and each part becomes event files."""
+"""Interaction logs → events. Files are read in parts that fit in memory, and Ray tasks convert the parts."""
 
 from __future__ import annotations
 
@@ -41,58 +41,58 @@ from htcl_ray.workspace.paths import canonical
 from htcl_ray.workspace.storage import Workspace
 
 EVENTS_PER_FILE = 1 << 20
-EVENTS_PER_BUCKET = 1 << 20
 TIMES_PER_BATCH = 2_000
-"""How many times stand for those of a batch of log rows when periods are cut; batches of up to this many rows are
-exact."""
+"""Timestamps kept of a batch of log rows to find the ends of the periods; exact for batches of at most as many rows."""
 
 
 @dataclass(frozen=True)
 class LogPart:
-    """A part of a log, its shape, and the columns to read, by the user's names."""
+    """A part of a log file, with its shape and columns."""
 
     log: str
-    """The path of `data.interactions` that it belongs to."""
+    """Path in `data.interactions`."""
     part: TablePart
     shape: LogShape
     columns: tuple[str, ...]
+    """Columns to read, by their names in the file."""
     names: tuple[str, ...]
-    """All columns of the file, by our names."""
+    """All columns of the file, renamed by `data.columns`."""
 
 
 @dataclass(frozen=True)
 class LogPlan:
-    """Everything that determines events and pairs, known before Ray starts."""
+    """Inputs and settings that determine events and pairs, known before Ray starts."""
 
     events_version: str
     pairs_version: str
     log: str
     """Fingerprint of the log files."""
     files: tuple[tuple[str, TableFile], ...]
-    """Each file with the path of `data.interactions` that it belongs to."""
+    """Path in `data.interactions`, and file."""
     columns: Mapping[str, str]
-    """`data.columns`."""
+    """`data.columns`: column of the schema → column in the files."""
 
     @functools.cached_property
     def parts(self) -> tuple[LogPart, ...]:
-        """The parts of the files, whose shapes are recognised here: this reads every row of JSON Lines. Raises
-        TableError.
+        """Parts of the files, with their shapes. Recognising the shape of JSON Lines reads every row.
+
+        Raises TableError.
         """
         parts = []
         for path, file in self.files:
             names = column_names(file)
-            ours_of_file = tuple(renamed(names, self.columns))
-            shape = detect_shape(ours_of_file, file.path)
+            new_names = tuple(renamed(names, self.columns))
+            shape = detect_shape(new_names, file.path)
             columns = []
-            for ours in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
-                theirs = self.columns.get(ours, ours)
-                columns += [theirs] if theirs in names else [ours] if ours in names else []
-            parts += [LogPart(path, part, shape, tuple(columns), ours_of_file) for part in table_parts([file])]
+            for column in (*COLUMNS[shape], *OPTIONAL_COLUMNS[shape]):
+                in_file = self.columns.get(column, column)
+                columns += [in_file] if in_file in names else [column] if column in names else []
+            parts += [LogPart(path, part, shape, tuple(columns), new_names) for part in table_parts([file])]
         return tuple(parts)
 
 
 def plan_log(config: Config, features_version: str) -> LogPlan:
-    """Find the log files, without opening them. Raises TableError."""
+    """List the log files and compute the versions of events and pairs, without opening files. Raises TableError."""
     files = tuple((path, file) for path in config.data.interactions for file in table_files([path]))
     log = fingerprint([(canonical(file.path), file.size, file.modified_ns) for _, file in files])
     data = config.data.model_dump(mode="json", include={"columns", "split_shares", "held_out_user_share"})
@@ -110,23 +110,24 @@ def plan_log(config: Config, features_version: str) -> LogPlan:
 
 
 def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
-    """Print what each log was recognised as. Raises TableError for values that cannot be meant, and when no song is
-    known.
+    """Print the shape and a summary of each log.
+
+    `song_ids`: of the catalogue. Raises TableError for implausible values, and when no song of the log is known.
     """
     if not plan.parts:
         raise TableError(f"the log {', '.join(config.data.interactions)} is empty; expected at least one row")
-    knows_a_song, example = False, None
+    any_known, example = False, None
     summaries: dict[tuple[str, LogShape], LogSummary] = {}
     scanned = ("song_id", "timestamp", "feedback", "rating", "weight")
     for part in plan.parts:
         summary = summaries.setdefault((part.log, part.shape), LogSummary(part.log, part.shape))
         summary.add_names(part.names)
-        wanted = [name for name in part.columns if name in (*scanned, *_theirs(config, *scanned))]
+        wanted = [name for name in part.columns if name in (*scanned, *_names_in_files(config, *scanned))]
         for _, table in read_part(part.part, wanted):
             table = rename(table, config.data.columns)
-            if not knows_a_song:
+            if not any_known:
                 songs = as_ids(table["song_id"])
-                knows_a_song = bool(pc.any(pc.is_in(songs, value_set=song_ids)).as_py())
+                any_known = bool(pc.any(pc.is_in(songs, value_set=song_ids)).as_py())
                 example = example or next((song for song in songs.slice(0, 100).to_pylist() if song), None)
             summary.add(table, config.pairs)
     for summary in summaries.values():
@@ -134,21 +135,22 @@ def check_log(config: Config, plan: LogPlan, song_ids: pa.Array) -> None:
     named = ", ".join(config.data.interactions)
     if not any(summary.rows for summary in summaries.values()):
         raise TableError(f"the log {named} is empty; expected at least one row")
-    if not knows_a_song:
+    if not any_known:
         raise TableError(
-            f"the log {named} names no song of the catalogue (it has song_id '{example}', the catalogue '{song_ids[0].as_py()}'); "
-            "expected the same ids in both"
+            f"the log {named} names no song of the catalogue (it has song_id '{example}', the catalogue "
+            f"'{song_ids[0].as_py()}'); expected the same ids in both"
         )
     for summary in summaries.values():
         summary.check(config.pairs, config.data.max_rejected_share)
 
 
-def _theirs(config: Config, *ours: str) -> list[str]:
-    return [config.data.columns.get(name, name) for name in ours]
+def _names_in_files(config: Config, *columns: str) -> list[str]:
+    """Names of these columns in the user's files."""
+    return [config.data.columns.get(name, name) for name in columns]
 
 
 def check_all_renames(config: Config) -> None:
-    """Raise TableError when `data.columns` points to a column that neither the catalogue nor the log has."""
+    """Check that the catalogue or the log has every column of `data.columns`. Raises TableError."""
     wanted, names = {*config.data.columns.values()}, set[str]()
     for file in table_files([*config.data.catalog, *config.data.interactions]) if wanted else []:
         names.update(column_names(file))
@@ -158,7 +160,7 @@ def check_all_renames(config: Config) -> None:
 
 
 def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
-    """Write the accepted rows of the log as events, the others to the quarantine."""
+    """Write accepted log rows as events and rejected rows to the quarantine. Raises InputError for too many of them."""
     events, quarantine = f"events/{plan.events_version}", f"quarantine/{plan.events_version}"
     connection.connect(config)
     import ray
@@ -197,12 +199,12 @@ def make_events(workspace: Workspace, config: Config, plan: LogPlan, features_ve
 
 
 def read_songs(workspace: Workspace, features_version: str) -> pa.Table:
-    """song_id and split of every song with features."""
+    """Columns song_id and split of every song with features."""
     return workspace.read_tables(f"features/{features_version}", columns=["song_id", "split"]).combine_chunks()
 
 
 def _run_parts(plan: LogPlan, task: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Run `task` on the number of each part of the log, and give what each returns."""
+    """Run a Ray task on the number of each part of the log; iterates over the results as they arrive."""
     import ray.data
 
     numbers = [{"part": number} for number in range(len(plan.parts))]
@@ -211,6 +213,7 @@ def _run_parts(plan: LogPlan, task: Callable[..., Any]) -> Iterator[dict[str, An
 
 
 def _period_ends(config: Config, plan: LogPlan) -> tuple[float, float]:
+    """Ends of the training and validation periods, in epoch seconds; infinite for a log without times."""
     seconds, events = [np.zeros(0)], [np.zeros(0)]
     if any(part.shape in TIMED for part in plan.parts):
         for batch in _run_parts(plan, functools.partial(_read_times, plan=plan, config=config)):
@@ -220,13 +223,13 @@ def _period_ends(config: Config, plan: LogPlan) -> tuple[float, float]:
 
 
 def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict[str, npt.NDArray[np.float64]]:
-    """Times of a part of the log, thinned out: each stands for a number of events. Runs in a Ray task."""
+    """Sample of the timestamps of parts of the log, with the number of events of each. Runs in a Ray task."""
     seconds, events = [np.zeros(0)], [np.zeros(0)]
     for number in batch["part"].tolist():
         part = plan.parts[number]
         if part.shape not in TIMED:
             continue
-        wanted = [name for name in part.columns if name in ("timestamp", *_theirs(config, "timestamp"))]
+        wanted = [name for name in part.columns if name in ("timestamp", *_names_in_files(config, "timestamp"))]
         for _, table in read_part(part.part, wanted):
             times, weights = thin_out(
                 as_epoch_seconds(rename(table, config.data.columns)["timestamp"]), TIMES_PER_BATCH
@@ -239,17 +242,16 @@ def _read_times(batch: dict[str, Any], *, plan: LogPlan, config: Config) -> dict
 def _write_events(
     batch: dict[str, Any], *, plan: LogPlan, ends: tuple[float, float], songs: Any, workspace: Workspace, config: Config
 ) -> dict[str, Any]:
-    """Write event and quarantine files of a part of the log, and return its counts and an example of each reason as
-    JSON.
+    """Write the event and quarantine files of parts of the log. Runs in a Ray task.
 
-    Runs in a Ray task.
+    Returns the counts and an example of each reason for rejection, as JSON.
     """
     import ray
 
     song_ids = ray.get(songs)["song_id"].combine_chunks()
     counts, examples = [], []
     for number in batch["part"].tolist():
-        part, found, first = plan.parts[number], Counter[str](), dict[str, str]()
+        part, counted, first = plan.parts[number], Counter[str](), dict[str, str]()
         events, rejected = (
             _Files(workspace, f"events/{plan.events_version}", number, EVENTS),
             _Files(workspace, f"quarantine/{plan.events_version}", number, QUARANTINE),
@@ -259,34 +261,36 @@ def _write_events(
             good, bad = normalise(table, part.shape, song_ids, config.pairs, part.part.file.path, first_row)
             events.add(complete(good, ends, config.data.held_out_user_share))
             rejected.add(bad)
-            found.update({"rows": table.num_rows, "accepted": good.num_rows})
-            found.update(bad["reason"].to_pylist())
+            counted.update({"rows": table.num_rows, "accepted": good.num_rows})
+            counted.update(bad["reason"].to_pylist())
             for reason in set(bad["reason"].unique().to_pylist()) - {*first}:
                 row = bad.slice(pc.index(bad["reason"], reason).as_py(), 1).to_pylist()[0]
                 first[reason] = f"row {row['row']} of {row['source']}: {row['detail']}"
         events.flush()
         rejected.flush()
-        counts.append(json.dumps(found))
+        counts.append(json.dumps(counted))
         examples.append(json.dumps(first))
     return {"counts": np.array(counts), "examples": np.array(examples)}
 
 
 class _Files:
-    """Collects rows of one part and writes a file whenever there are enough."""
+    """Collects the rows of one part and writes files of at least `EVENTS_PER_FILE` rows."""
 
     def __init__(self, workspace: Workspace, folder: str, part: int, schema: pa.Schema) -> None:
         self.workspace, self.folder, self.part, self.schema = workspace, folder, part, schema
-        self.waiting: list[pa.Table] = []
-        self.written = 0
+        self.collected: list[pa.Table] = []
+        self.num_written = 0
 
     def add(self, table: pa.Table) -> None:
-        self.waiting.append(table)
-        if sum(waiting.num_rows for waiting in self.waiting) >= EVENTS_PER_FILE:
+        """Add rows, and write a file when enough are collected."""
+        self.collected.append(table)
+        if sum(rows.num_rows for rows in self.collected) >= EVENTS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
-        table = pa.concat_tables(self.waiting) if self.waiting else self.schema.empty_table()
-        self.waiting = []
+        """Write the collected rows, if any."""
+        table = pa.concat_tables(self.collected) if self.collected else self.schema.empty_table()
+        self.collected = []
         if table.num_rows:
-            self.workspace.write_table(f"{self.folder}/part-{self.part:05d}-{self.written:05d}.parquet", table)
-            self.written += 1
+            self.workspace.write_table(f"{self.folder}/part-{self.part:05d}-{self.num_written:05d}.parquet", table)
+            self.num_written += 1

@@ -1,3 +1,1 @@
-"""What a search varies, how long its trials last, and what came of them. Plain functions; Ray Tune runs them in
-pipelines/.
-"""
+"""Hyperparameter search without Ray: search space, budgets, trials, and the reports of a study."""

@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: a table with a row a trial, and one sentence of how far it is."""
+"""Terminal output of a running search: a table with one row for each trial, and one line of progress."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from htcl_ray.tuning.trials import Trial, winners
-from htcl_ray.tuning.wording import STARTING, best_so_far, objective_titles, short_names, state_text, value_text
+from htcl_ray.tuning.labels import STARTING, objective_titles, short_names, state_text, value_text
+from htcl_ray.tuning.trials import Trial, best_so_far, winners
 
-SHOWN = 30
+MAX_ROWS = 30
 """Rows of the table at most."""
 STYLES = {"failed": "red", "stopped early": "dim", STARTING: "dim"}
 
@@ -19,15 +19,15 @@ STYLES = {"failed": "red", "stopped early": "dim", STARTING: "dim"}
 def live_table(
     trials: Sequence[Trial], objectives: Sequence[str], total: int, rows: int, *, metric: str | None = None
 ) -> Table:
-    """A row a trial, by number: state, parameters, rows seen of the last stage, newest values, samples/s.
+    """One row for each trial, by number: state, parameters, rows seen of the last stage, newest values, samples/s.
 
-    `total`: trials in all; `rows`: what a trial sees of the last stage. Of more than `SHOWN` trials those that lead,
-    that run and that are best have a row; the line below the table counts the others.
+    `total`: trials of the study; `rows`: of a whole trial, in the last stage. Of more than `MAX_ROWS` trials the
+    winners, the running trials and the best of the others have a row; a caption counts the rest.
     """
     titles = objective_titles(objectives, metric)
     names = short_names(dict.fromkeys(key for trial in trials for key in trial.parameters))
     best = {trial.number for trial in winners(trials, objectives)}
-    shown = sorted(trials, key=lambda trial: _priority(trial, objectives, best))[:SHOWN]
+    shown = sorted(trials, key=lambda trial: _priority(trial, objectives, best))[:MAX_ROWS]
     table = Table(title=f"{len(trials)} of {total} trials", title_justify="left", caption_justify="left")
     table.add_column("trial", justify="right")
     table.add_column("state")
@@ -47,12 +47,12 @@ def live_table(
             *("–" if value is None else f"{value:.3f}" for value in values),
             f"{trial.last['songs_per_second']:,.1f}" if "songs_per_second" in trial.last else "–",
         )
-        # As Text: a value in square brackets is no markup.
+        # Text, since rich would read a value in square brackets as markup.
         table.add_row(*map(Text, cells), style="bold green" if trial.number in best else STYLES.get(state))
-    kept = {trial.number for trial in shown}
-    left_out = [trial for trial in trials if trial.number not in kept]
-    if left_out:
-        table.caption = Text(f"{len(left_out)} more without a row: {_counted(state_text(trial) for trial in left_out)}")
+    numbers = {trial.number for trial in shown}
+    hidden = [trial for trial in trials if trial.number not in numbers]
+    if hidden:
+        table.caption = Text(f"{len(hidden)} more without a row: {_counted(state_text(trial) for trial in hidden)}")
     return table
 
 
@@ -66,11 +66,9 @@ def progress_line(
     metric: str | None = None,
     rows_before: float = 0,
 ) -> str:
-    """One sentence: trials that ended, run and start, the best of each objective, and about how long it still takes.
+    """One line: trials that ended, run and start, the best value of each objective, and the time left.
 
-    `seconds`: since this process took up the search; `rows_before`: rows that the trials had seen by then, so that a
-    continued search is not taken for a fast one. Time left is rows still to come ÷ (rows since then ÷ `seconds`): at
-    most that, when more are stopped.
+    `seconds`: since this process started or resumed the search; `rows_before`: rows that the trials had seen by then.
     """
     states: Counter[str] = Counter(trial.state for trial in trials)
     ended = sum(trial.ended for trial in trials)
@@ -87,13 +85,13 @@ def progress_line(
         head += f", {starting} starting"
     parts = [f"tune  {head}"]
     best = [(title, name, best_so_far(trials, name)) for name, title in objective_titles(objectives, metric).items()]
-    found = [
+    values = [
         f"best {title} {trial.last[name]:.3f} (trial {trial.number})"
         for title, name, trial in best
         if trial is not None
     ]
-    if found:
-        parts.append(", ".join(found))
+    if values:
+        parts.append(", ".join(values))
     left = seconds_left(trials, total, rows, seconds, rows_before)
     if left:
         parts.append(f"about {_duration(left)} left")
@@ -103,8 +101,9 @@ def progress_line(
 def seconds_left(
     trials: Sequence[Trial], total: int, rows: int, seconds: float, rows_before: float = 0
 ) -> float | None:
-    """Rows still to come at the pace so far, in seconds; None before anything was measured. Trials that ended have none
-    to come.
+    """Time for the remaining rows at the rate of this process; None before the first measurement.
+
+    An upper bound, since trials that are stopped early leave rows out. Arguments as for `progress_line`.
     """
     done = sum(trial.last.get("rows", 0) for trial in trials) - rows_before
     if done <= 0 or seconds <= 0:
@@ -114,6 +113,7 @@ def seconds_left(
 
 
 def _priority(trial: Trial, objectives: Sequence[str], best: set[int]) -> tuple[int, float, int]:
+    """Sort key of the trials that get a row: winners, running, finished or stopped, starting, failed; best first."""
     value = sum(trial.values(objectives) or ())
     if trial.number in best:
         return 0, -value, trial.number
@@ -122,8 +122,8 @@ def _priority(trial: Trial, objectives: Sequence[str], best: set[int]) -> tuple[
     return (4 if trial.state == "failed" else 2), -value, trial.number
 
 
-def _counted(words: Iterable[str]) -> str:
-    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
+def _counted(states: Iterable[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in Counter(states).most_common())
 
 
 def _duration(seconds: float) -> str:

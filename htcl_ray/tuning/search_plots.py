@@ -1,6 +1,4 @@
-"""Optuna's matplotlib plots of a search as inline SVG in the page's colours, each with what it shows or why it is not
-drawn.
-"""
+"""Optuna's matplotlib plots of a study, as inline SVG in the colours of the report."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ import optuna
 from optuna.distributions import BaseDistribution
 
 from htcl_ray.evaluation.report.plots import INK, inline_svg
-from htcl_ray.tuning.trials import Trial, optuna_study, quiet_optuna
-from htcl_ray.tuning.wording import short_names
+from htcl_ray.tuning.labels import short_names
+from htcl_ray.tuning.optuna_study import optuna_study, quiet_optuna
+from htcl_ray.tuning.trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 INCHES = (5.6, 3.4)
 FOREST_SEED = 0
 LOW, HIGH = "#9aa9bd", "#d9662c"
-"""Of a colour scale: both ends can be told from light and from dark paper."""
+"""Ends of the colour scale; both are visible on a light and on a dark page."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, or the sentence that stands in its place."""
+    """A plot, or the reason why it is not drawn."""
 
     caption: str
     svg: str | None
@@ -42,44 +41,47 @@ class Plot:
 def study_plots(
     trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution], titles: Mapping[str, str]
 ) -> dict[str, list[Plot]]:
-    """The plots under a heading each. `titles`: objective → its name on an axis.
+    """Draw the plots of a study, by heading. `titles`: objective → axis label.
 
-    Each objective is drawn from a study of its own: Optuna takes a `target` for something to be minimised.
+    Each objective is drawn from a study of its own, since Optuna minimises a `target` of several objectives.
     """
-    found: dict[str, list[Plot]] = {}
+    plots: dict[str, list[Plot]] = {}
     with _drawing():
         if len(titles) > 1:
-            study = _study(trials, distributions, list(titles))
-            found["Pareto front"] = [_pareto_front(study, list(titles.values()))]
+            study = plotted_study(trials, distributions, list(titles))
+            plots["Pareto front"] = [_pareto_front(study, list(titles.values()))]
         for number, (objective, title) in enumerate(titles.items()):
-            study = _study(trials, distributions, [objective])
-            found[f"Optimisation of {title}"] = [
+            study = plotted_study(trials, distributions, [objective])
+            plots[f"Optimisation of {title}"] = [
                 _history(study, title, f"history{number}"),
                 _importances(study, f"importances{number}"),
                 *_slices(study, title, f"slice{number}"),
             ]
         if len(titles) == 1:
-            found["Parallel coordinates"] = [_parallel_coordinates(study, title)]
-    return found
+            plots["Parallel coordinates"] = [_parallel_coordinates(study, title)]
+    return plots
 
 
-def _study(
+def plotted_study(
     trials: Sequence[Trial], distributions: Mapping[str, BaseDistribution], objectives: Sequence[str]
 ) -> optuna.Study:
-    """The study under short names, in which Optuna's numbers of the trials are ours: those without a value hold their
-    places.
+    """The study with short parameter names and the trial numbers of the table.
+
+    Optuna numbers trials by position, so missing numbers and trials without a value are filled with failed trials.
     """
     names = short_names(distributions)
     by_number = {trial.number: trial for trial in trials}
-    places = []
+    filled = []
     for number in range(max(by_number, default=-1) + 1):
         trial = by_number.get(number) or replace(trials[0], number=number, state="failed")
         parameters = {names[key]: value for key, value in trial.parameters.items()}
-        counts = trial.ended and trial.history
-        places.append(
-            replace(trial, parameters=parameters, state="finished" if counts and trial.state != "failed" else "failed")
+        measured = trial.ended and trial.history
+        filled.append(
+            replace(
+                trial, parameters=parameters, state="finished" if measured and trial.state != "failed" else "failed"
+            )
         )
-    return optuna_study(places, {names[key]: value for key, value in distributions.items()}, objectives)
+    return optuna_study(filled, {names[key]: value for key, value in distributions.items()}, objectives)
 
 
 def _measured(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -88,15 +90,9 @@ def _measured(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 def _too_few(study: optuna.Study) -> str | None:
     count = len(_measured(study))
-    return (
-        None
-        if count >= 2
-        else f"Not drawn: it takes two trials that ended with a measurement, and there {_are(count)}."
-    )
-
-
-def _are(count: int) -> str:
-    return {0: "is none", 1: "is one"}.get(count, f"are {count}")
+    if count >= 2:
+        return None
+    return f"Not drawn: the plot needs two trials that ended with a measurement, and the study has {('none', 'one')[count]}."
 
 
 def _history(study: optuna.Study, title: str, name: str) -> Plot:
@@ -127,14 +123,14 @@ def _slices(study: optuna.Study, title: str, name: str) -> list[Plot]:
     if why_not:
         return [Plot("Slices: the value against each parameter", None, why_not)]
     parameters = sorted({key for trial in _measured(study) for key in trial.params})
-    found = []
+    plots = []
     for number, key in enumerate(parameters):
 
         def draw(key: str = key) -> Axes:
             return optuna.visualization.matplotlib.plot_slice(study, [key], target_name=title)
 
-        found.append(_plot(f"Slice: {key}", f"{name}-{number}", draw))
-    return found
+        plots.append(_plot(f"Slice: {key}", f"{name}-{number}", draw))
+    return plots
 
 
 def _parallel_coordinates(study: optuna.Study, title: str) -> Plot:
@@ -178,31 +174,28 @@ def _plot(
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
-    """Optuna draws with pyplot, in its own style: without a display, and the caller finds backend, style and figures as
-    they were.
-    """
+    """Prepare pyplot for Optuna: no display. Restores the caller's backend, style and figures."""
     from matplotlib import get_backend, pyplot, rc_context
 
-    before, theirs = get_backend(), set(pyplot.get_fignums())
-    # Parameter values are words, not mathematics.
+    backend, open_before = get_backend(), set(pyplot.get_fignums())
+    # Parameter values may contain dollar signs, which are not mathematics.
     with quiet_optuna(), rc_context({"text.parse_math": False, "savefig.bbox": "tight", "savefig.pad_inches": 0.05}):
-        # Of one value only, an axis is a point; Optuna's layouts are replaced by the tight box.
+        # A parameter with a single value gives an axis of length 0; the tight box replaces Optuna's layouts.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(matplotlib|optuna)\.")
         pyplot.switch_backend("agg")
         try:
             yield
         finally:
-            for number in set(pyplot.get_fignums()) - theirs:
+            for number in set(pyplot.get_fignums()) - open_before:
                 pyplot.close(number)
-            pyplot.switch_backend(before)
+            pyplot.switch_backend(backend)
 
 
 def _follow_page(figure: Figure, axes: Axes, legend: bool) -> None:
-    """Ink is the page's, paper shows through, no title since the page has a caption."""
+    """Adapt a figure to the report: text and lines in its colour, transparent background, no title."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.text import Text
-    from matplotlib.ticker import MaxNLocator
 
     figure.set_layout_engine("none")
     figure.patch.set_alpha(0)
@@ -219,24 +212,31 @@ def _follow_page(figure: Figure, axes: Axes, legend: bool) -> None:
         if isinstance(drawn, ScalarMappable) and drawn.get_array() is not None:
             drawn.set_cmap(scale)
     for each in figure.axes:
-        each.patch.set_alpha(0)
-        each.tick_params(which="both", colors=INK, labelsize=9)
-        each.grid(False)
-        each.xaxis.label.set_fontsize(10)
-        each.yaxis.label.set_fontsize(10)
-        for spine in each.spines.values():
-            spine.set_color(INK)
-        for axis in (each.xaxis, each.yaxis):
-            if axis.get_scale() == "log":
-                _plain_log_ticks(axis)
-            elif axis.get_label_text() == "Trial":
-                axis.set_major_locator(MaxNLocator(integer=True))
+        _style_axes(each)
     for text in figure.findobj(Text):
         text.set_color(INK)
 
 
+def _style_axes(axes: Axes) -> None:
+    """Colours, font sizes and ticks of one pair of axes."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.patch.set_alpha(0)
+    axes.tick_params(which="both", colors=INK, labelsize=9)
+    axes.grid(False)
+    axes.xaxis.label.set_fontsize(10)
+    axes.yaxis.label.set_fontsize(10)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            _plain_log_ticks(axis)
+        elif axis.get_label_text() == "Trial":
+            axis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _plain_log_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written as numbers: powers would need mathematics."""
+    """Ticks at 1, 2 and 5 of each decade, as plain numbers instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,6 +1,4 @@
-"""The report of a search as one page that opens offline: the winner, what it beat, the plots, every trial and what it
-cost.
-"""
+"""The report of a study as one HTML page without external files: winner, comparison, plots, trials and their cost."""
 
 from __future__ import annotations
 
@@ -17,71 +15,75 @@ from optuna.distributions import BaseDistribution
 
 from htcl_ray.config.sections import Dimension
 from htcl_ray.tuning.budget import Budget
+from htcl_ray.tuning.labels import objective_titles, short_names, state_text, value_text
 from htcl_ray.tuning.search_plots import study_plots
 from htcl_ray.tuning.trials import Trial, winners
-from htcl_ray.tuning.wording import objective_titles, short_names, state_text, value_text
 
-ROWS = {"pretrain": "songs", "finetune": "pairs"}
+UNITS = {"pretrain": "songs", "finetune": "pairs"}
+"""Rows of each stage."""
+HOW_TO_MEASURE = "For an unbiased measurement train it in full and run htcl evaluate, which uses songs that no trial was measured on."
 OPTIMISTIC = (
-    "Both were measured on the validation gallery that chose the winner, each trained once: the winner's figure, and with it the "
-    "difference, is optimistic. Only songs that no trial was judged by can tell what it is worth: train it in full, then htcl evaluate."
+    "Both were trained once and measured on the validation gallery that selected the winner, so the winner's metric and "
+    f"the difference are optimistic. {HOW_TO_MEASURE}"
 )
 OPTIMISTIC_ALONE = (
-    "It was measured on the validation gallery that chose it, trained once: its figure is optimistic. Only songs that "
-    "no trial was judged by can tell what it is worth: train it in full, then htcl evaluate."
+    f"It was trained once and measured on the validation gallery that selected it, so its metric is optimistic. "
+    f"{HOW_TO_MEASURE}"
 )
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """All that the page shows."""
+    """Data of the page."""
 
     name: str
-    """Of the study."""
+    """Name of the study."""
     stage: str
     """pretrain, finetune or both."""
     objectives: tuple[str, ...]
     """One or two; keys of the trials' measurements."""
     metric: str
-    """Of the objectives, such as recall@10."""
+    """Metric of the objectives, such as recall@10."""
     trials: list[Trial]
     space: dict[str, Dimension]
     """By dotted configuration key."""
     distributions: dict[str, BaseDistribution]
-    """The space as Optuna has it."""
+    """Optuna's form of the space."""
     budgets: dict[str, Budget]
-    """What every trial sees, by stage in order."""
+    """Budget of every trial, by stage in order."""
     gallery: dict[str, Any]
-    """songs, pairs, fingerprint of what the trials were judged by."""
+    """Validation gallery: numbers of `songs` and `pairs`, and their `fingerprint`."""
     configured: int | None
-    """Number of the trial that ran the configuration as it was; None: it lies outside the space."""
+    """Number of the trial that ran the unchanged configuration; None when no trial did."""
     command: str
-    """Trains the winner in full."""
+    """Command line that trains the winner in full."""
     created: str
+    """Time of the report."""
     config: dict[str, Any]
     """The configuration that the trials change, nested."""
     inputs: dict[str, Any]
-    """Versions."""
+    """Versions of the input artifacts."""
     libraries: dict[str, Any]
-    """Versions."""
+    """Versions of the libraries."""
 
 
 def report_html(report: StudyReport) -> str:
-    """The page; a plot that cannot be drawn is a sentence that says why."""
+    """Render the page. A plot that cannot be drawn is replaced by the reason."""
     titles = _titles(report)
     trials = sorted(report.trials, key=lambda trial: trial.number)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(value=value_text, state=state_text, rows=lambda count: f"{count:,.0f}", figure=_figure)
+    environment.filters.update(
+        value=value_text, state=state_text, rows=lambda count: f"{count:,.0f}", metric=lambda value: f"{value:.4f}"
+    )
     template = environment.from_string(
         resources.files("htcl_ray.tuning").joinpath("report.html").read_text(encoding="utf-8")
     )
     best = winners(trials, report.objectives)
+    # Markup, since matplotlib escapes the texts of its SVG.
     plots = {
-        heading: [
-            (plot, None if plot.svg is None else Markup(plot.svg)) for plot in drawn
-        ]  # Texts were escaped by matplotlib.
+        heading: [(plot, None if plot.svg is None else Markup(plot.svg)) for plot in drawn]
         for heading, drawn in study_plots(trials, report.distributions, titles).items()
     }
     return template.render(
@@ -92,17 +94,17 @@ def report_html(report: StudyReport) -> str:
         winner=best[0] if best else None,
         front=best,
         summary=summary(report),
-        beside=_beside(report, best[0] if best else None),
+        comparison=_comparison(report, best[0] if best else None),
         plots=plots,
         stopped=sum(trial.state == "stopped" for trial in trials),
         rows=list(report.budgets.values())[-1].rows,
-        same=_same(report),
+        constants=_constants(report),
         config=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
     )
 
 
 def summary(report: StudyReport) -> str:
-    """One paragraph: who won, by how much, against what, and how far that can be believed."""
+    """One paragraph: the winner, its difference to the configuration, and how reliable the difference is."""
     states = Counter(state_text(trial) for trial in report.trials)
     counts = (
         f"{len(report.trials)} trials: {', '.join(f'{count} {state}' for state, count in states.most_common())}."
@@ -115,20 +117,26 @@ def summary(report: StudyReport) -> str:
     winner = best[0]
     head = f"{counts} Trial {winner.number} is best: {_values(report, winner)}."
     if len(report.objectives) > 1:
-        head = f"{counts} {_front(len(best))} Of these, trial {winner.number} has the highest sum: {_values(report, winner)}."
+        head = (
+            f"{counts} {_front(len(best))} Of these, trial {winner.number} has the highest sum: "
+            f"{_values(report, winner)}."
+        )
     if winner.number == report.configured:
-        return f"{head} It ran the configuration as it was, which no trial beat. {OPTIMISTIC_ALONE}"
+        return f"{head} It ran the unchanged configuration, which no trial beat. {OPTIMISTIC_ALONE}"
     configured = next((trial for trial in report.trials if trial.number == report.configured), None)
     if configured is None:
-        return f"{head} No trial ran the configuration as it was, so that there is nothing to compare with. {OPTIMISTIC_ALONE}"
-    name = f"The configuration as it was, trial {configured.number},"
+        return f"{head} No trial ran the unchanged configuration, so no difference can be given. {OPTIMISTIC_ALONE}"
+    name = f"The unchanged configuration, trial {configured.number},"
     if configured.state != "finished" or not configured.history:
         seen = (
             f", after {configured.last['rows']:,.0f} rows at {_values(report, configured)}"
             if configured.history
             else ""
         )
-        return f"{head} {name} did not finish ({state_text(configured)}{seen}), so that no difference is given. {OPTIMISTIC_ALONE}"
+        return (
+            f"{head} {name} did not finish ({state_text(configured)}{seen}), so no difference can be given. "
+            f"{OPTIMISTIC_ALONE}"
+        )
     differences = ", ".join(
         f"{title} {winner.last[key] - configured.last[key]:+.4f}" for key, title in _titles(report).items()
     )
@@ -147,14 +155,15 @@ def _values(report: StudyReport, trial: Trial) -> str:
     return ", ".join(f"{title} {trial.last[name]:.4f}" for name, title in _titles(report).items())
 
 
-def _beside(report: StudyReport, winner: Trial | None) -> list[dict[str, Any]]:
-    """A row a parameter: what was searched, what was configured, what the winner has."""
+def _comparison(report: StudyReport, winner: Trial | None) -> list[dict[str, Any]]:
+    """One row for each parameter: searched values, configured value, and value of the winner."""
     rows = []
     for key, dimension in report.space.items():
+        scale = ", logarithmic" if dimension.log else ""
         searched = (
             ", ".join(map(value_text, dimension.values))
             if dimension.values is not None
-            else f"{value_text(dimension.low)} to {value_text(dimension.high)}{', logarithmic' if dimension.log else ''}"
+            else f"{value_text(dimension.low)} to {value_text(dimension.high)}{scale}"
         )
         configured = value_text(_configured(report.config, key))
         rows.append(
@@ -169,17 +178,17 @@ def _beside(report: StudyReport, winner: Trial | None) -> list[dict[str, Any]]:
 
 
 def _configured(config: Mapping[str, Any], key: str) -> Any:
-    found: Any = config
+    value: Any = config
     for part in key.split("."):
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
-def _same(report: StudyReport) -> list[tuple[str, str]]:
-    """What no trial could change."""
+def _constants(report: StudyReport) -> list[tuple[str, str]]:
+    """Names and values that are equal in every trial."""
     lines = []
     for stage, budget in report.budgets.items():
-        unit = ROWS[stage]
+        unit = UNITS[stage]
         lines.append(
             (
                 f"{stage}: rows of a trial",
@@ -191,7 +200,3 @@ def _same(report: StudyReport) -> list[tuple[str, str]]:
     lines.append(("gallery", f"{gallery['songs']:,} validation songs, {gallery['pairs']:,} validation pairs"))
     lines.append(("gallery's fingerprint", str(gallery["fingerprint"])))
     return lines
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""The search space: which configuration keys a trial may change, and the values that it may give them."""
+"""The search space: the configuration keys that trials change, and their values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from htcl_ray.errors import ConfigError
 Space = dict[str, Dimension]
 Parameters = dict[str, Any]
 """Dotted configuration key → value."""
-FIXED = {
+NOT_SEARCHED = {
     "epochs": "every trial sees tune.samples rows",
     "songs_per_epoch": "every trial sees tune.samples rows",
     "pairs_per_epoch": "every trial sees tune.samples rows",
@@ -24,12 +24,13 @@ FIXED = {
     "best_metric": "trials are compared by tune.objectives",
     **{name: "it changes where and how a stage runs, not what it learns" for name in NOT_IN_MODEL},
 }
+"""Keys of a stage that trials cannot change → the reason."""
 
 
 def search_space(config: Config, rows: Mapping[str, int]) -> Space:
-    """`tune.space`, or the default space of the stages, checked, its values of their keys' types.
+    """`tune.space`, or the default space of the stages, checked and with values of the types of their keys.
 
-    `rows`: training songs or pairs of a stage. Raises ConfigError.
+    `rows`: training songs or pairs by stage. Raises ConfigError.
     """
     space = config.tune.space or default_space(config, rows)
     space = {key: _checked(config, key, dimension) for key, dimension in space.items()}
@@ -38,9 +39,7 @@ def search_space(config: Config, rows: Mapping[str, int]) -> Space:
 
 
 def default_space(config: Config, rows: Mapping[str, int]) -> Space:
-    """For each stage: initial temperature, fixed or learned, and, around the configured ones, four batch sizes and
-    learning rates.
-    """
+    """Temperature, whether it is learned, learning rate and batch size of each stage, around the configured values."""
     space: Space = {}
     for name in config.tune.stages:
         stage = getattr(config, name)
@@ -58,26 +57,27 @@ def default_space(config: Config, rows: Mapping[str, int]) -> Space:
 
 
 def _checked(config: Config, key: str, dimension: Dimension) -> Dimension:
-    """The dimension, its values as the configuration has them: `1` is true of a switch and 1.0 of a rate."""
+    """Check a dimension; its values get the type of their key: `1` becomes True for a switch, 1.0 for a rate."""
     _check_key(config, key)
     section, _, name = key.partition(".")
     if name == "batch_size":
         _check_batch_sizes(dimension, key, getattr(config, section).num_workers)
     if isinstance(_value_of(config, key), bool) and dimension.values is None:
         raise ConfigError(f"tune.space.{key} is a range, but {key} is true or false; expected [true, false]")
-    found = []
+    typed = []
     for value in _ends(config, key, dimension):
         try:
-            found.append(_value_of(with_parameters(config, {key: value}), key))
+            typed.append(_value_of(with_parameters(config, {key: value}), key))
         except ConfigError as error:
             raise ConfigError(f"tune.space cannot give {key} the value {value}: {error}") from None
     if dimension.values is None:
         return dimension
-    if len(set(found)) < len(found):
+    if len(set(typed)) < len(typed):
         raise ConfigError(
-            f"tune.space.{key} is {list(dimension.values)}, of which two are the same value of {key}; expected all different"
+            f"tune.space.{key} is {list(dimension.values)}, of which two are the same value of {key}; "
+            "expected all different"
         )
-    return Dimension(values=tuple(found))
+    return Dimension(values=tuple(typed))
 
 
 def _check_key(config: Config, key: str) -> None:
@@ -87,21 +87,24 @@ def _check_key(config: Config, key: str) -> None:
     searched = (*stages, *(("model", "text") if "pretrain" in stages else ()))
     if section not in searched:
         raise ConfigError(
-            f"tune.space names {key}, which no trial of tune.stage={config.tune.stage} reads anew; expected keys of {', '.join(searched)}"
+            f"tune.space names {key}, which trials of tune.stage={config.tune.stage} cannot change; "
+            f"expected keys of {', '.join(searched)}"
         )
-    reason = FIXED.get(name.partition(".")[0]) if section in stages else None
+    reason = NOT_SEARCHED.get(name.partition(".")[0]) if section in stages else None
     if reason:
         raise ConfigError(f"tune.space names {key}, but {reason}; take it out of the space")
     if isinstance(value, Settings):
         raise ConfigError(
-            f"tune.space names {key}, which is a section; expected its keys, such as {key}.{next(iter(type(value).model_fields))}"
+            f"tune.space names {key}, which is a section; expected its keys, such as "
+            f"{key}.{next(iter(type(value).model_fields))}"
         )
 
 
 def _check_batch_sizes(dimension: Dimension, key: str, workers: int) -> None:
     if dimension.values is None:
         raise ConfigError(
-            f"tune.space.{key} is a range; expected a list of values, since trials of all batch sizes see equally many rows"
+            f"tune.space.{key} is a range; expected a list of values, since trials of all batch sizes see equally many "
+            "rows"
         )
     for value in dimension.values:
         if type(value) is not int:
@@ -114,40 +117,38 @@ def _check_batch_sizes(dimension: Dimension, key: str, workers: int) -> None:
 
 
 def _check_combinations(config: Config, space: Space) -> None:
-    """Refuse two keys of which some values contradict each other, before a trial fails for it."""
+    """Check all pairs of keys for values that contradict each other. Raises ConfigError."""
     for (first, one), (second, other) in itertools.combinations(space.items(), 2):
         for a, b in itertools.product(_ends(config, first, one), _ends(config, second, other)):
             try:
                 with_parameters(config, {first: a, second: b})
             except ConfigError as error:
                 raise ConfigError(
-                    f"tune.space can give {first} the value {a} and {second} the value {b}, which contradict each other: {error}"
+                    f"tune.space can give {first} the value {a} and {second} the value {b}, which contradict each "
+                    f"other: {error}"
                 ) from None
 
 
 def _ends(config: Config, key: str, dimension: Dimension) -> tuple[Any, ...]:
-    """The values, or the ends of the range."""
+    """The values of a list, or the two ends of a range."""
     if dimension.low is None or dimension.high is None:
         return dimension.values or ()
     return tuple(_as_type(config, key, dimension, end) for end in (dimension.low, dimension.high))
 
 
 def _value_of(config: Config, key: str) -> Any:
-    """The configured value of a dotted key, or the section. Raises ConfigError with the nearest valid key."""
-    found: Any = config
+    """The configured value or section of a dotted key. Raises ConfigError with the nearest valid key."""
+    value: Any = config
     before = ""
     for name in key.split("."):
-        below = [f"{before}{known}" for known in type(found).model_fields] if isinstance(found, Settings) else []
+        below = [f"{before}{known}" for known in type(value).model_fields] if isinstance(value, Settings) else []
         if f"{before}{name}" not in below:
             hint = nearest(f"{before}{name}", below) if below else f"{before[:-1]} is a value, not a section"
-            raise ConfigError(f"tune.space names {key}, but there is no such configuration key; {hint}")
-        found = (
-            found.global_batch_size
-            if name == "batch_size" and isinstance(found, StageSettings)
-            else getattr(found, name)
-        )
+            raise ConfigError(f"tune.space names {key}, but no configuration key has this name; {hint}")
+        is_batch_size = name == "batch_size" and isinstance(value, StageSettings)
+        value = value.global_batch_size if is_batch_size else getattr(value, name)
         before += f"{name}."
-    return found
+    return value
 
 
 def _as_type(config: Config, key: str, dimension: Dimension, value: Any) -> Any:
@@ -155,17 +156,17 @@ def _as_type(config: Config, key: str, dimension: Dimension, value: Any) -> Any:
 
 
 def _is_integer_range(config: Config, key: str, dimension: Dimension) -> bool:
-    """Whether a range is of whole numbers: the configured value and both ends are."""
+    """Whether the configured value and both ends of a range are whole numbers."""
     if dimension.low is None or dimension.high is None:
         return False
     return type(_value_of(config, key)) is int and dimension.low.is_integer() and dimension.high.is_integer()
 
 
 def with_parameters(config: Config, parameters: Mapping[str, Any]) -> Config:
-    """The configuration with a trial's values.
+    """The configuration with the parameters of a trial.
 
-    A batch larger than the configured one is encoded in parts of the configured one's size, so that no batch size fails
-    for memory.
+    A batch that is larger than the configured one is encoded in micro-batches of the configured size, so that it needs
+    no more memory.
     """
     changes = dict(parameters)
     for name in config.tune.stages:
@@ -182,23 +183,23 @@ def with_parameters(config: Config, parameters: Mapping[str, Any]) -> Config:
 
 
 def distributions(config: Config, space: Mapping[str, Dimension]) -> dict[str, BaseDistribution]:
-    """The space as Optuna has it."""
-    found: dict[str, BaseDistribution] = {}
+    """Optuna's form of the space."""
+    converted: dict[str, BaseDistribution] = {}
     for key, dimension in space.items():
         if dimension.values is not None:
-            found[key] = CategoricalDistribution(dimension.values)
+            converted[key] = CategoricalDistribution(dimension.values)
             continue
         assert dimension.low is not None
         assert dimension.high is not None
         if _is_integer_range(config, key, dimension):
-            found[key] = IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+            converted[key] = IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
         else:
-            found[key] = FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return found
+            converted[key] = FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return converted
 
 
 def configured_point(config: Config, space: Mapping[str, Dimension]) -> Parameters | None:
-    """The configuration as it is, as a point of the space; None when it lies outside."""
+    """The unchanged configuration as a point of the space; None when it lies outside the space."""
     point = {key: _value_of(config, key) for key in space}
     for key, dimension in space.items():
         value = point[key]

@@ -19,8 +19,7 @@ import yaml
 from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.pipelines.tuning import tune as step
-from htcl_ray.pipelines.tuning.tune import tune
+from htcl_ray.pipelines.tuning.tune import fit_to_cluster, tune
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
@@ -219,14 +218,13 @@ def test_trials_are_requested_together(tmp_path: Path, ray_cluster: None, monkey
     assert max(pending) == 2
 
 
-def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path):
     from htcl_ray.cluster.capacity import Capacity
 
     grown = Capacity(({"CPU": 4.0},), (({"CPU": 8.0, "GPU": 1.0}, 3),), 3, grows=True)
-    monkeypatch.setattr(step, "capacity", lambda: grown)
-    shared = step._on_this_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.accelerator": "cpu"}))
+    shared = fit_to_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.accelerator": "cpu"}), grown)
     assert shared.tune.max_concurrent_trials == (4 + 3 * 8) // 2
-    on_gpus = step._on_this_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.batch_size": 16}))
+    on_gpus = fit_to_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.batch_size": 16}), grown)
     assert (on_gpus.pretrain.accelerator, on_gpus.tune.max_concurrent_trials) == ("gpu", 1)
 
 
@@ -321,9 +319,9 @@ def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Con
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_line(trace: str, said: str):
-    from htcl_ray.pipelines.tuning.study import sentence
+    from htcl_ray.tuning.trials import failure_reason
 
-    assert sentence(trace) == said
+    assert failure_reason(trace) == said
 
 
 def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
@@ -335,7 +333,7 @@ def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
     [
         (
             {"tune.space": {"pretrain.temprature": [0.1, 0.2]}},
-            "tune.space names pretrain.temprature, but there is no such configuration key; did you mean",
+            "tune.space names pretrain.temprature, but no configuration key has this name; did you mean",
         ),
         (
             {"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}},

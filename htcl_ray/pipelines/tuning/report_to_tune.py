@@ -1,5 +1,6 @@
-"""From Ray Train to Ray Tune: the epochs of a trial's last stage; Ray Train's controller imports this for each trial,
-so it is light.
+"""Reports the epochs of a trial from Ray Train to Ray Tune.
+
+A module of its own, since Ray Train's controller imports it for each trial: the rest of a trial would cost it 0.4 s.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import ray
 from ray.tune.integration.ray_train import TuneReportCallback
 
 CONTROLLER = "controller"
-"""In a result: the actor that runs the trial's training."""
+"""Key of a result: handle of the actor that controls the trial's training."""
 
 
 class ReportToTune(TuneReportCallback):
-    """Hands the epochs of a trial's last stage to Ray Tune, with what its earlier stages cost."""
+    """Callback of Ray Train that reports a trial's last stage to Ray Tune, with the cost of its earlier stages."""
 
     def __init__(self, earlier_work: Sequence[Mapping[str, float]]) -> None:
         super().__init__()
         self._earlier_work = list(earlier_work)
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train with what each worker reported; the first one knows all."""
-        told = {"earlier_work": self._earlier_work, CONTROLLER: ray.get_runtime_context().current_actor}
-        super().after_report(run_context, [{**metrics[0], **told}], checkpoint)
+        """Report the metrics of rank 0, which cover all workers. Called by Ray Train after each epoch."""
+        more = {"earlier_work": self._earlier_work, CONTROLLER: ray.get_runtime_context().current_actor}
+        super().after_report(run_context, [{**metrics[0], **more}], checkpoint)

@@ -1,14 +1,11 @@
-"""A search while it runs: Optuna's suggestions get numbers, Ray Tune's results go into the trial table, and a person
-sees both.
-"""
+"""A running search: adapters that connect the trial table to Ray Tune's searcher, scheduler and callbacks."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,67 +24,37 @@ from htcl_ray.cluster.ray_internals import optuna_trials as optuna_trials_of
 from htcl_ray.config.sections import TuneSettings
 from htcl_ray.pipelines.train import CHECKPOINT_LIST
 from htcl_ray.pipelines.tuning.report_to_tune import CONTROLLER
-from htcl_ray.pipelines.tuning.trial import trial_folder, trial_version
+from htcl_ray.progress import Throttle, print_line
 from htcl_ray.training.metrics_log import METRICS
 from htcl_ray.tuning.budget import Budget
+from htcl_ray.tuning.labels import short_names, value_text
 from htcl_ray.tuning.live_table import live_table, progress_line
+from htcl_ray.tuning.optuna_study import NUMBER, end_state, optuna_study, sampler, suggest
 from htcl_ray.tuning.space import Parameters
-from htcl_ray.tuning.trials import NUMBER, Trial, optuna_study, sampler, told_state, write_trials
-from htcl_ray.tuning.wording import short_names, value_text
+from htcl_ray.tuning.trial_table import TrialTable, trial_folder, trial_version
+from htcl_ray.tuning.trials import Trial, failure_reason, measurement
 from htcl_ray.workspace.storage import Workspace
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_TABLES = 60.0
-DUPLICATES_IN_A_ROW = 50
 ABORT_SECONDS = 30
 REDUCTION = 3
-"""ASHA lets one trial in this many go on."""
-
-
-class StudyTable:
-    """The trials of a study, kept in the workspace; this process is the only one that writes them."""
-
-    def __init__(self, workspace: Workspace, study: str, trials: Sequence[Trial]) -> None:
-        self.workspace, self.study = workspace, study
-        self.trials = {trial.number: trial for trial in trials}
-
-    @property
-    def next_number(self) -> int:
-        """Number of the next new trial."""
-        return max(self.trials, default=-1) + 1
-
-    def begin(self, parameters: Parameters) -> Trial:
-        """A new trial with the next number."""
-        trial = Trial(number=self.next_number, parameters=dict(parameters))
-        self.trials[trial.number] = trial
-        self.save()
-        return trial
-
-    def same_as(self, parameters: Parameters) -> Trial | None:
-        """The trial that has these parameters."""
-        return next((trial for trial in self.trials.values() if trial.parameters == parameters), None)
-
-    def save(self) -> None:
-        """Write the table."""
-        write_trials(self.workspace, self.study, self.trials.values())
+"""Reduction factor of ASHA: at each rung one trial of this many continues."""
 
 
 class StudySearch(OptunaSearch):
-    """Optuna's suggestions as `{"number": …, "parameters": …}`; a point that was tried is not tried again."""
+    """Searcher of Ray Tune with points `{"number": …, "parameters": …}` of the trial table, without duplicates."""
 
     def __init__(
         self,
         space: Mapping[str, BaseDistribution],
         objectives: Mapping[str, str],
-        table: StudyTable,
+        table: TrialTable,
         *,
         seed: int,
         rows: int,
     ) -> None:
-        """`objectives`: name → metric that the workers report. `rows`: of a whole trial.
-
-        The study continues with the trials of the table; one that was running is the next to be suggested.
-        """
+        """Continue the study of the table. `objectives`: name → metric of the workers. `rows`: of a whole trial."""
         metrics = list(objectives.values())
         single = len(metrics) == 1
         storage = optuna.storages.InMemoryStorage()
@@ -100,6 +67,7 @@ class StudySearch(OptunaSearch):
             study_name=study.study_name,
             storage=storage,
         )
+        self._distributions = dict(space)
         self._objectives, self._table, self._search_seed, self._rows = dict(objectives), table, seed, rows
         self._reported: dict[str, int] = {}
 
@@ -108,45 +76,43 @@ class StudySearch(OptunaSearch):
         optuna_study_of(self).enqueue_trial(parameters)
 
     def suggest(self, trial_id: str) -> Any:
-        """The next point, or FINISHED when the space has no other."""
-        for attempt in range(DUPLICATES_IN_A_ROW):
-            optuna_study_of(self).sampler = sampler(self._search_seed, self._table.next_number, attempt)
-            parameters = super().suggest(trial_id)
-            asked = optuna_trials_of(self)[trial_id]
-            number = asked.user_attrs.get(NUMBER)
-            before = self._table.same_as(parameters) if number is None else None
-            if before is None:
-                if number is None:
-                    number = self._table.begin(parameters).number
-                    asked.set_user_attr(NUMBER, number)
-                return {"number": number, "parameters": parameters}
-            optuna_study_of(self).tell(optuna_trials_of(self).pop(trial_id), state=optuna.trial.TrialState.FAIL)
-        return Searcher.FINISHED
+        """The next point, or FINISHED when the space is exhausted."""
+        table = self._table
+        suggestion = suggest(
+            optuna_study_of(self),
+            self._distributions,
+            table.trials.values(),
+            seed=self._search_seed,
+            number=table.next_number,
+        )
+        if suggestion is None:
+            return Searcher.FINISHED
+        optuna_trials_of(self)[trial_id] = suggestion
+        if NUMBER not in suggestion.user_attrs:
+            suggestion.set_user_attr(NUMBER, table.begin(suggestion.params).number)
+        return {"number": suggestion.user_attrs[NUMBER], "parameters": suggestion.params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A measurement. Its step is the number of rows seen, since Tune's own count begins again when a trial is
-        resumed.
-        """
+        """Report a measurement to Optuna, with the rows seen as its step: Tune's own count restarts on resume."""
         rows = int(result["rows_seen"])
-        if len(self._objectives) == 1 and rows > self._reported.get(
-            trial_id, 0
-        ):  # a trial may say again what it measured last
+        # A resumed trial repeats its last measurement.
+        if len(self._objectives) == 1 and rows > self._reported.get(trial_id, 0):
             self._reported[trial_id] = rows
             optuna_trials_of(self)[trial_id].report(result[self.metric], rows)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial has ended; one that was stopped early is pruned."""
+        """End the trial in Optuna: pruned if it was stopped early, otherwise complete or failed."""
         stopped = bool(result) and not error and result["rows_seen"] < self._rows  # type: ignore[index]
-        if stopped and told_state(True, list(self._objectives)) == optuna.trial.TrialState.PRUNED:
+        if stopped and end_state(True, self._objectives) == optuna.trial.TrialState.PRUNED:
             optuna_study_of(self).tell(optuna_trials_of(self)[trial_id], state=optuna.trial.TrialState.PRUNED)
         else:
             super().on_trial_complete(trial_id, result, error)
 
 
 class StudyScheduler(AsyncHyperBandScheduler):
-    """ASHA on rows seen, which knows what trials measured before the search was resumed."""
+    """ASHA on the number of rows seen, with the measurements from before the search was resumed."""
 
-    def __init__(self, table: StudyTable, objective: str, metric: str, budget: Budget, grace_share: float) -> None:
+    def __init__(self, table: TrialTable, objective: str, metric: str, budget: Budget, grace_share: float) -> None:
         super().__init__(
             time_attr="rows_seen",
             metric=metric,
@@ -154,50 +120,48 @@ class StudyScheduler(AsyncHyperBandScheduler):
             grace_period=max(budget.rows_per_report, round(grace_share * budget.reports) * budget.rows_per_report),
             max_t=budget.rows,
             reduction_factor=REDUCTION,
-            stop_last_trials=False,  # the trial ends by itself, and its process goes on to the next
+            stop_last_trials=False,  # the trial ends by itself, and its process is used for the next one
         )
         self._table, self._objective = table, objective
         for trial in sorted(table.trials.values(), key=lambda trial: trial.number):
             if trial.ended:
                 self.add_ended(trial)
 
-    def add_ended(self, ours: Trial) -> int | None:
-        """Take in a trial of an earlier session; returns the number of its measurements when it was, or had to be,
-        stopped.
-        """
-        earlier = SimpleNamespace(trial_id=f"earlier-{ours.number}")
+    def add_ended(self, trial: Trial) -> int | None:
+        """Add a trial of an earlier session; return the number of measurements after which ASHA stops it, or None."""
+        earlier = SimpleNamespace(trial_id=f"earlier-{trial.number}")
         super().on_trial_add(None, earlier)
-        return self._replay(ours, earlier)
+        return self._replay(trial, earlier)
 
-    def stops_after(self, ours: Trial) -> int | None:
-        """Number of measurements after which a trial that was running has to be stopped; None when it goes on."""
-        return copy.deepcopy(self, {id(self._table): self._table}).add_ended(ours)
+    def stops_after(self, trial: Trial) -> int | None:
+        """Number of measurements after which ASHA stops a running trial; None when the trial continues."""
+        return copy.deepcopy(self, {id(self._table): self._table}).add_ended(trial)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A new trial, or one that is resumed, with what it measured before."""
+        """Add a new trial, or a resumed one with its earlier measurements."""
         super().on_trial_add(tune_controller, trial)
         self._replay(self._table.trials[trial.config["number"]], trial)
 
-    def _replay(self, ours: Trial, trial: Any) -> int | None:
-        for number, item in enumerate(ours.history, 1):
-            measured = {"rows_seen": item["rows"], self._metric: item[self._objective]}
-            if super().on_trial_result(None, trial, measured) == TrialScheduler.STOP:
+    def _replay(self, trial: Trial, of_tune: Any) -> int | None:
+        for number, item in enumerate(trial.history, 1):
+            result = {"rows_seen": item["rows"], self._metric: item[self._objective]}
+            if super().on_trial_result(None, of_tune, result) == TrialScheduler.STOP:
                 return number
         return None
 
 
 def resume(
-    table: StudyTable,
+    table: TrialTable,
     space: Mapping[str, BaseDistribution],
     objectives: Mapping[str, str],
     configured: Parameters | None,
     settings: TuneSettings,
     budget: Budget,
 ) -> tuple[StudySearch, StudyScheduler | None]:
-    """The search and its scheduler as they were when the trials of the table had measured what they have measured.
+    """Restore the searcher and the scheduler to their states after the measurements in the table.
 
-    A running trial that the killed search would have ended next is ended. `objectives`: name → metric that the workers
-    report. `configured`: the point to suggest first in a new study. `budget`: of the last stage.
+    Ends running trials that the killed search would have ended next. `objectives`: name → metric of the workers.
+    `configured`: point to suggest first in a new study. `budget`: of the last stage.
     """
     new = not table.trials
     scheduler = None
@@ -206,12 +170,8 @@ def resume(
         scheduler = StudyScheduler(table, objective, metric, budget, settings.grace_share)
     for trial in sorted(table.trials.values(), key=lambda trial: trial.number):
         if trial.state == "running" and trial.history:
-            stopped = scheduler.stops_after(trial) if scheduler else None
-            if stopped is not None:
-                trial.state, trial.history = "stopped", trial.history[:stopped]
-            elif trial.last["rows"] >= budget.rows:
-                trial.state = "finished"
-            if trial.state != "running" and scheduler:
+            stopped_after = scheduler.stops_after(trial) if scheduler else None
+            if trial.settle(budget.rows, stopped_after) and scheduler:
                 scheduler.add_ended(trial)
     table.save()
     search = StudySearch(space, objectives, table, seed=settings.seed, rows=budget.rows)
@@ -221,14 +181,13 @@ def resume(
 
 
 class StudyCallback(Callback):
-    """Keeps the table and the terminal level with Ray Tune."""
+    """Callback of Ray Tune that records results in the trial table and reports them on the terminal."""
 
-    def __init__(self, table: StudyTable, objectives: Mapping[str, str], total: int, rows: int) -> None:
-        """`objectives`: name → metric that the workers report. `total`: trials of the study; `rows`: of a whole
-        trial.
-        """
+    def __init__(self, table: TrialTable, objectives: Mapping[str, str], total: int, rows: int) -> None:
+        """`objectives`: name → metric of the workers. `total`: trials of the study. `rows`: of a whole trial."""
         self.table, self.objectives, self.total, self.rows = table, objectives, total, rows
-        self.started = self.line_at = self.table_at = time.monotonic()
+        self.started = time.monotonic()
+        self.lines, self.tables = Throttle(SECONDS_BETWEEN_LINES), Throttle(SECONDS_BETWEEN_TABLES)
         self.changed = False
         self.rows_before = sum(trial.last.get("rows", 0) for trial in table.trials.values())
         self.controllers: dict[int, Any] = {}
@@ -236,88 +195,76 @@ class StudyCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A measurement."""
-        ours = self._ours(trial)
-        figures = {name: float(result[metric]) for name, metric in self.objectives.items()}
-        self.controllers[ours.number] = result.pop(CONTROLLER)
-        ours.measure({"rows": result["rows_seen"], **figures, "songs_per_second": result["songs_per_second"]})
+        """Record a measurement and the cost until then."""
+        own = self._trial_of(trial)
+        self.controllers[own.number] = result.pop(CONTROLLER)
+        own.measure(measurement(result, self.objectives))
         for work in (*result["earlier_work"], result["work"]):
-            ours.worked(work["started"], work["nodes"], work["seconds"])
+            own.add_cost(work["started"], work["nodes"], work["seconds"])
         self._save()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has seen all its rows, or was stopped early."""
-        ours = self._ours(trial)
-        if not ours.history:
-            self._end(ours, "failed", "it ended without a measurement")
-        else:
-            self._end(ours, "finished" if ours.last["rows"] >= self.rows else "stopped")
-        controller = self.controllers.pop(ours.number, None)
-        if ours.state == "stopped" and controller is not None:
+        """Record that a trial saw all its rows or was stopped early."""
+        own = self._trial_of(trial)
+        own.complete(self.rows)
+        self._end(own)
+        controller = self.controllers.pop(own.number, None)
+        if own.state == "stopped" and controller is not None:
             # Tune would let go of the trial's process, or keep it for later, and leave the CPUs to an actor of Train
-            # that asks Ray's dashboard whether the controller is gone: on a private cluster, for ever.
+            # that polls Ray's dashboard for the end of the controller: on a private cluster, for ever.
             ray.wait([controller.abort.remote()], timeout=ABORT_SECONDS)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed; the search goes on."""
+        """Record that a trial failed; the search continues."""
         file = Path(trial.error_file) if trial.error_file else None
-        self._end(
-            self._ours(trial), "failed", sentence(file.read_text(encoding="utf-8") if file and file.exists() else "")
-        )
+        own = self._trial_of(trial)
+        own.fail(failure_reason(file.read_text(encoding="utf-8") if file and file.exists() else ""))
+        self._end(own)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Say how far the search is, every few seconds."""
-        now, ours = time.monotonic(), list(self.table.trials.values())
-        if now - self.line_at < SECONDS_BETWEEN_LINES:
+        """Report the progress of the search every few seconds, and the table of trials when it has changed."""
+        if not self.lines.is_due():
             return
-        self.line_at = now
-        print(
-            progress_line(
-                ours, list(self.objectives), self.total, self.rows, now - self.started, rows_before=self.rows_before
-            ),
-            flush=True,
+        self.lines.restart()
+        own, seconds = list(self.table.trials.values()), time.monotonic() - self.started
+        print_line(
+            progress_line(own, list(self.objectives), self.total, self.rows, seconds, rows_before=self.rows_before)
         )
-        if self.changed and now - self.table_at >= SECONDS_BETWEEN_TABLES:
-            self.table_at, self.changed = now, False
-            Console().print(live_table(ours, list(self.objectives), self.total, self.rows))
+        if self.changed and self.tables.is_due():
+            self.tables.restart()
+            self.changed = False
+            Console().print(live_table(own, list(self.objectives), self.total, self.rows))
 
-    def _ours(self, trial: Any) -> Trial:
+    def _trial_of(self, trial: Any) -> Trial:
+        """The trial in the table of a trial of Ray Tune."""
         return self.table.trials[trial.config["number"]]
 
-    def _end(self, trial: Trial, state: Any, error: str | None = None) -> None:
-        trial.state, trial.error = state, error
-        found = ", ".join(f"{name} {trial.last[name]:.4f}" for name in self.objectives if name in trial.last)
+    def _end(self, trial: Trial) -> None:
+        """Report a trial that has ended, save the table and remove the trial's checkpoints."""
+        values = ", ".join(f"{name} {trial.last[name]:.4f}" for name in self.objectives if name in trial.last)
         after = f" after {trial.last['rows']:,.0f} rows" if trial.history else ""
         names = short_names(trial.parameters)
-        tried = ", ".join(f"{names[key]} {value_text(value)}" for key, value in trial.parameters.items())
-        print(f"tune  trial {trial.number} {state}{after}: {error or found}  ({tried})", flush=True)
+        point = ", ".join(f"{names[key]} {value_text(value)}" for key, value in trial.parameters.items())
+        print_line(f"tune  trial {trial.number} {trial.state}{after}: {trial.error or values}  ({point})")
         self._save()
-        tidy(self.table.workspace, self.table.study, trial)
+        remove_checkpoints(self.table.workspace, self.table.study, trial)
 
     def _save(self) -> None:
         self.changed = True
         self.table.save()
 
 
-def catch_up(workspace: Workspace, study: str, trial: Trial, stage: str, objectives: Mapping[str, str]) -> None:
-    """Take what a trial of a killed search had measured before its end from its metrics."""
+def read_measurements(
+    workspace: Workspace, study: str, trial: Trial, stage: str, objectives: Mapping[str, str]
+) -> None:
+    """Add the measurements that a trial's workers wrote before their search was killed, from the file of metrics."""
     file = f"{trial_folder(study, trial.number)}/runs/{stage}/{trial_version(study, trial.number)}/{METRICS}"
-    lines = workspace.read_bytes(file).decode().splitlines() if workspace.exists(file) else []
-    for line in map(json.loads, lines):
-        figures = {name: line[metric] for name, metric in objectives.items()}
-        trial.measure({"rows": line["rows_seen"], **figures, "songs_per_second": line["songs_per_second"]})
+    for line in workspace.read_bytes(file).splitlines() if workspace.exists(file) else ():
+        trial.measure(measurement(json.loads(line), objectives))
 
 
-def sentence(trace: str) -> str:
-    """What went wrong, from the text of a trace: its last line, without the name of the error."""
-    lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    return re.sub(r"^[\w.]+(Error|Exception): ", "", lines[-1])[:500] if lines else "no reason was given"
-
-
-def tidy(workspace: Workspace, study: str, trial: Trial) -> None:
-    """Remove the checkpoints and models of a trial that has ended, so that only running trials take space; its metrics
-    stay.
-    """
+def remove_checkpoints(workspace: Workspace, study: str, trial: Trial) -> None:
+    """Remove the checkpoints and models of a trial that has ended; its metrics are kept."""
     folder = trial_folder(study, trial.number)
     if workspace.exists(f"{folder}/models"):
         workspace.fs.delete_dir(workspace.full(f"{folder}/models"))

@@ -1,8 +1,7 @@
-"""One trial of a search: the stages that it trains on Ray Train, inside a function of Ray Tune.
+"""One trial of a search: the training stages on Ray Train, inside a function of Ray Tune.
 
-The function itself only waits for Ray Train, so it reserves nothing but a crumb of the head node, where it outlives the
-nodes of its workers. A trial whose search was killed goes on after its last checkpoint when a new one gives it the same
-number.
+The function only waits for Ray Train, so it reserves a minimal share of the head node, where it survives the loss of its
+workers' nodes. A trial with the number of an earlier one resumes from that trial's last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from htcl_ray.config import Config
 from htcl_ray.pipelines.train import StageRun, check_data, fit_stage, publish
 from htcl_ray.tuning.budget import Budget, trial_config
 from htcl_ray.tuning.space import Parameters
-from htcl_ray.tuning.trials import read_trials
+from htcl_ray.tuning.trial_table import read_trials, trial_folder, trial_version
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.storage import Workspace
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What all trials of a study share."""
+    """Configuration and inputs that all trials of a study share."""
 
     config: Config
     study: str
@@ -35,24 +34,13 @@ class TrialJob:
     parent: Artifact | None
     """Stage 2 alone: the semantic model that every trial starts from."""
     vocabulary: str | None
-    """Of the configured text tower, if stage 1 makes one from scratch."""
-
-
-def trial_folder(study: str, number: int) -> str:
-    """Folder of a trial, below the workspace's root."""
-    return f"{study}/trials/{number:04d}"
-
-
-def trial_version(study: str, number: int) -> str:
-    """Name of a trial's runs, also where MLflow and W&B show them."""
-    return f"{study.rpartition('/')[2]}-{number:04d}"
+    """Vocabulary of the configured text tower, if stage 1 trains one from scratch."""
 
 
 def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
-    """Train the stages of one point of the space: `number` and `parameters`. The last stage's epochs are reported to
-    Ray Tune.
+    """Train the stages with the parameters of one point, and report the epochs of the last stage to Ray Tune.
 
-    `lines`: see `cluster.progress_lines`.
+    `point`: `number` and `parameters`. `lines`: see `connection.progress_lines`.
     """
     from ray.exceptions import RayActorError
 
@@ -97,12 +85,13 @@ def run_trial(point: Mapping[str, Any], job: TrialJob, lines: Any) -> None:
 
 
 def _was_stopped(workspace: Workspace, study: str, number: int) -> bool:
-    """Whether the search ended this trial, so that its controller is gone on purpose."""
+    """Whether the search stopped this trial and therefore ended its controller."""
     return any(trial.number == number and trial.state == "stopped" for trial in read_trials(workspace, study))
 
 
 def _vocabulary(
     workspace: Workspace, job: TrialJob, config: Config, parameters: Parameters, stage: StageRun
 ) -> str | None:
-    same = not any(key.startswith("text.") for key in parameters)
-    return job.vocabulary if same else check_data(workspace, config, stage)
+    """Vocabulary of the trial's text tower; that of the study unless the trial changes the section `text`."""
+    changed = any(key.startswith("text.") for key in parameters)
+    return check_data(workspace, config, stage) if changed else job.vocabulary

@@ -146,10 +146,10 @@ def test_budgets_that_cannot_be_are_refused_in_one_sentence():
     )
     with pytest.raises(
         ConfigError,
-        match=r"^tune\.space\.pretrain\.batch_size goes up to 34, but there are 33 training songs; expected at",
+        match=r"^tune\.space\.pretrain\.batch_size goes up to 34, but training has 33 songs; expected at",
     ):
         stage_budget(config, space, "pretrain", 33)
     with pytest.raises(
-        ConfigError, match=r"^finetune\.batch_size goes up to 64, but there are 33 training pairs; expected at"
+        ConfigError, match=r"^finetune\.batch_size goes up to 64, but training has 33 pairs; expected at"
     ):
         stage_budget(config, space, "finetune", 33)

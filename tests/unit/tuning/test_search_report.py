@@ -20,11 +20,11 @@ from rich.console import Console
 
 from htcl_ray.config.sections import Dimension
 from htcl_ray.tuning.budget import Budget
+from htcl_ray.tuning.labels import short_names
 from htcl_ray.tuning.live_table import live_table, progress_line, seconds_left
-from htcl_ray.tuning.search_plots import _measured, _study, study_plots
+from htcl_ray.tuning.search_plots import plotted_study, study_plots
 from htcl_ray.tuning.search_report import StudyReport, report_html, summary
 from htcl_ray.tuning.trials import Trial
-from htcl_ray.tuning.wording import short_names
 
 pytestmark = pytest.mark.unit
 ROWS = 1000
@@ -196,7 +196,7 @@ def test_the_summary_gives_the_difference_and_calls_it_optimistic():
     assert "Difference: semantic recall@10 +0.2500" in text
     assert "optimistic" in text
     assert "no trial beat" in summary(report(trials, configured=1))
-    assert "nothing to compare" in summary(report(trials))
+    assert "no difference can be given" in summary(report(trials))
     stopped = summary(report([trial(0, 0.25, "stopped", rows=300), trial(1, 0.5)], configured=0))
     assert "Difference" not in stopped
     assert "stopped early, after 300 rows" in stopped
@@ -267,18 +267,21 @@ def test_trials_in_the_plots_have_the_numbers_of_the_table():
         trial(5, 0.4),
         trial(6, state="running"),
     ]
-    study = _study(trials, DISTRIBUTIONS, ["semantic"])
-    assert {item.number: item.value for item in _measured(study)} == {0: 0.3, 5: 0.4}
+    study = plotted_study(trials, DISTRIBUTIONS, ["semantic"])
+    assert {item.number: item.value for item in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))} == {
+        0: 0.3,
+        5: 0.4,
+    }
 
 
 @pytest.mark.parametrize("objectives", [("semantic",), ("semantic", "preference")])
 @pytest.mark.parametrize(
     ("trials", "words"),
     [
-        ([], "there is none"),
-        ([trial(0, 0.5)], "there is one"),
-        ([trial(i, state="failed", error=f"broke {i}") for i in range(3)], "there is none"),
-        ([trial(0, state="running")], "there is none"),
+        ([], "the study has none"),
+        ([trial(0, 0.5)], "the study has one"),
+        ([trial(i, state="failed", error=f"broke {i}") for i in range(3)], "the study has none"),
+        ([trial(0, state="running")], "the study has none"),
     ],
 )
 def test_what_cannot_be_drawn_says_why(trials: list[Trial], words: str, objectives: tuple[str, ...]):

@@ -14,8 +14,8 @@ from htcl_ray.config import Config, json_schema, resolve
 from htcl_ray.config.sections import Dimension
 from htcl_ray.errors import ConfigError
 from htcl_ray.tuning.budget import batch_sizes
+from htcl_ray.tuning.optuna_study import optuna_study
 from htcl_ray.tuning.space import configured_point, default_space, distributions, search_space, with_parameters
-from htcl_ray.tuning.trials import optuna_study
 
 pytestmark = pytest.mark.unit
 ROWS = {"pretrain": 10_000, "finetune": 10_000}
@@ -31,15 +31,15 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{}", "space is empty; expected at least one configuration key, or null for the default space"),
         (
             "{pretrain.temprature: [0.1, 0.2]}",
-            "pretrain.temprature, but there is no such configuration key; did you mean 'pretrain.temperature'",
+            "pretrain.temprature, but no configuration key has this name; did you mean 'pretrain.temperature'",
         ),
         (
             "{pretrian.temperature: [0.1, 0.2]}",
-            "pretrian.temperature, but there is no such configuration key; did you mean 'pretrain'",
+            "pretrian.temperature, but no configuration key has this name; did you mean 'pretrain'",
         ),
         (
             "{pretrain.temperature.x: [0.1, 0.2]}",
-            "there is no such configuration key; pretrain.temperature is a value, not a section",
+            "no configuration key has this name; pretrain.temperature is a value, not a section",
         ),
         ("{data.columns.song_id: [a, b]}", "tune.space names data.columns.song_id"),
         (
@@ -120,16 +120,16 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{pretrain.batch_size: [8, 0]}", "tune.space cannot give pretrain.batch_size the value 0"),
         (
             "{data.catalog: [a, b]}",
-            "tune.space names data.catalog, which no trial of tune.stage=pretrain reads anew; expected keys of pretrain, model",
+            "tune.space names data.catalog, which trials of tune.stage=pretrain cannot change; expected keys of pretrain, model",
         ),
-        ("{audio.n_mels: [64, 128]}", "tune.space names audio.n_mels, which no trial"),
-        ("{evaluate.seed: [1, 2]}", "tune.space names evaluate.seed, which no trial"),
-        ("{tune.samples: [100, 200]}", "tune.space names tune.samples, which no trial"),
+        ("{audio.n_mels: [64, 128]}", "tune.space names audio.n_mels, which trials"),
+        ("{evaluate.seed: [1, 2]}", "tune.space names evaluate.seed, which trials"),
+        ("{tune.samples: [100, 200]}", "tune.space names tune.samples, which trials"),
         ("{tune.space.x: [1, 2]}", "tune.space names tune.space.x"),
-        ("{workspace: [a, b]}", "tune.space names workspace, which no trial"),
+        ("{workspace: [a, b]}", "tune.space names workspace, which trials"),
         (
             "{finetune.temperature: [0.1, 0.2]}",
-            "tune.space names finetune.temperature, which no trial of tune.stage=pretrain reads anew",
+            "tune.space names finetune.temperature, which trials of tune.stage=pretrain cannot change",
         ),
         (
             "{pretrain.num_workers: [1, 2]}",
@@ -174,7 +174,7 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(space: str, message:
 def test_stage_2_reads_the_model_that_it_starts_from():
     with pytest.raises(
         ConfigError,
-        match=r"model\.layers, which no trial of tune\.stage=finetune reads anew; expected keys of finetune",
+        match=r"model\.layers, which no trial of tune\.stage=finetune cannot change; expected keys of finetune",
     ):
         search_space(configured("{model.layers: [1, 2]}", "tune.stage=finetune"), ROWS)
     with pytest.raises(ConfigError, match=r"finetune\.pairs_per_epoch, but every trial sees tune\.samples rows"):

@@ -13,7 +13,9 @@ from hypothesis import strategies as some
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.tuning.trials import NUMBER, Trial, optuna_study, read_trials, sampler, winners, write_trials
+from htcl_ray.tuning.optuna_study import NUMBER, optuna_study, sampler
+from htcl_ray.tuning.trial_table import read_trials, write_trials
+from htcl_ray.tuning.trials import Trial, failure_reason, measurement, remaining, winners
 from htcl_ray.workspace.storage import Workspace
 
 pytestmark = pytest.mark.unit
@@ -42,7 +44,7 @@ def table(number: int, objectives: list[str]) -> list[Trial]:
                     **{name: (index * 7 + report + len(name)) % 10 / 10 for name in objectives},
                 }
             )
-        trial.worked(1e9 + index, 2, 10.5 + index)
+        trial.add_cost(1e9 + index, 2, 10.5 + index)
         trial.state = state  # type: ignore[assignment]
         trial.error = "a sentence,\u2028with  every ‘sign’\n" if state == "failed" else None
         trials.append(trial)
@@ -122,13 +124,13 @@ def test_a_repeated_measurement_takes_the_place_of_the_old_one():
 
 def test_node_seconds_add_up_over_attempts(workspace: Workspace):
     trial = Trial(0, {})
-    trial.worked(1000.0, 2, 5.0)
-    trial.worked(1000.0, 2, 9.0)  # the same workers, later
-    trial.worked(2000.5, 1, 4.0)
+    trial.add_cost(1000.0, 2, 5.0)
+    trial.add_cost(1000.0, 2, 9.0)  # the same workers, later
+    trial.add_cost(2000.5, 1, 4.0)
     assert trial.node_seconds == 2 * 9 + 4
     write_trials(workspace, "study", [trial])
     (again,) = read_trials(workspace, "study")
-    again.worked(1000.0, 3, 10.0)
+    again.add_cost(1000.0, 3, 10.0)
     assert again.node_seconds == 3 * 10 + 4
 
 
@@ -242,3 +244,67 @@ def test_error_messages_of_trials_stay_on_their_line(workspace: Workspace):
     write_trials(workspace, "study", trials)
     lines = workspace.read_bytes("study/trials.jsonl").decode().splitlines()
     assert [json.loads(line)["error"] for line in lines] == [trial.error for trial in trials]
+
+
+@pytest.mark.parametrize(
+    ("rows", "state", "error"),
+    [([], "failed", "it ended without a measurement"), ([64], "stopped", None), ([64, 128], "finished", None)],
+)
+def test_a_completed_trial_is_finished_stopped_or_failed_by_its_rows(rows: list[int], state: str, error: str | None):
+    trial = Trial(0, {}, history=[{"rows": seen, "semantic": 0.1} for seen in rows])
+    trial.complete(128)
+    assert (trial.state, trial.error) == (state, error)
+
+
+@pytest.mark.parametrize(
+    ("state", "rows", "stopped_after", "settled", "expected"),
+    [
+        ("running", [64, 128, 192], None, "running", 3),
+        ("running", [64, 128, 192, 256], None, "finished", 4),
+        ("running", [64, 128, 192], 2, "stopped", 2),
+        ("running", [64, 128, 192, 256], 4, "stopped", 4),
+        ("running", [], None, "running", 0),
+        ("failed", [64], 1, "failed", 1),
+    ],
+)
+def test_a_resumed_search_ends_trials_that_the_killed_one_would_have_ended(
+    state: Any, rows: list[int], stopped_after: int | None, settled: str, expected: int
+):
+    trial = Trial(0, {}, state, [{"rows": seen, "semantic": 0.1} for seen in rows])
+    assert trial.settle(256, stopped_after) is (settled != state)
+    assert (trial.state, len(trial.history)) == (settled, expected)
+
+
+def test_a_failed_trial_restarts_with_its_number_parameters_and_cost():
+    failed = Trial(3, {"a": 1}, "failed", [{"rows": 64, "semantic": 0.1}], {"1.000": [2, 30]}, "no such workspace")
+    assert failed.restarted() == Trial(3, {"a": 1}, attempts={"1.000": [2, 30]})
+
+
+def test_remaining_trials_are_those_that_have_not_ended():
+    trials = [Trial(number, {}, state) for number, state in enumerate(("finished", "stopped", "failed", "running"))]
+    assert [remaining(trials, wanted) for wanted in (2, 3, 4, 10)] == [0, 0, 1, 7]
+
+
+def test_a_measurement_has_rows_objectives_and_speed():
+    result = {"rows_seen": 64, "validation_recall@10": 0.5, "songs_per_second": 9.0, "loss": 1.0}
+    assert measurement(result, {"semantic": "validation_recall@10"}) == {
+        "rows": 64,
+        "semantic": 0.5,
+        "songs_per_second": 9.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("trace", "reason"),
+    [
+        (
+            "Traceback:\n  File x\nhtcl_ray.errors.StepError: pretrain: the gradient is nan\n\n",
+            "pretrain: the gradient is nan",
+        ),
+        ("ray.exceptions.RayActorError: The actor died\n", "The actor died"),
+        ("KeyError: 'a'", "'a'"),
+        ("", "no reason was given"),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_last_line_of_its_trace(trace: str, reason: str):
+    assert failure_reason(trace) == reason

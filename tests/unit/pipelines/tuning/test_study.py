@@ -23,10 +23,10 @@ from ray.tune.search import Searcher
 
 from htcl_ray.config.sections import TuneSettings
 from htcl_ray.pipelines.tuning.report_to_tune import CONTROLLER
-from htcl_ray.pipelines.tuning.study import StudyCallback, StudyTable, catch_up, resume
-from htcl_ray.pipelines.tuning.trial import trial_folder, trial_version
+from htcl_ray.pipelines.tuning.study import StudyCallback, read_measurements, resume
 from htcl_ray.tuning.budget import Budget
-from htcl_ray.tuning.trials import Trial, read_trials
+from htcl_ray.tuning.trial_table import TrialTable, read_trials, trial_folder, trial_version
+from htcl_ray.tuning.trials import Trial
 from htcl_ray.workspace.storage import Workspace
 
 pytestmark = pytest.mark.unit
@@ -78,8 +78,8 @@ def session(
     trials = read_trials(workspace, STUDY)
     for trial in trials:
         if not trial.ended:
-            catch_up(workspace, STUDY, trial, STAGE, objectives)
-    table = StudyTable(workspace, STUDY, trials)
+            read_measurements(workspace, STUDY, trial, STAGE, objectives)
+    table = TrialTable(workspace, STUDY, trials)
     search, scheduler = resume(table, SPACE, objectives, CONFIGURED, settings, BUDGET)
     callback = StudyCallback(table, objectives, settings.trials, BUDGET.rows)
     for _ in range(settings.trials - sum(trial.ended for trial in table.trials.values())):
