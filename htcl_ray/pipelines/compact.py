@@ -1,4 +1,4 @@
-"""An index and the log of updates → a new index version, and a log of one file."""
+"""`htcl index --compact`: an index and its update log → a new index version and a log of one file. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from htcl_ray.workspace.storage import Workspace
 
 
 def compact(config: Config, version: str | None = None) -> StepResult:
-    """Fold the log into a new version of an index (default: the active one, else the newest accepted), and the log into
-    one file.
+    """Apply the update log to an index (default: the active one, else the newest accepted), and merge the log's files.
 
-    Nothing becomes active; `POST /v1/index/activate` does that. The log keeps what it says, because other indexes need
-    it too: a song that was taken out stays out of one built from the catalogue later. Needs no Ray. Raises InputError
-    when there is no such index or its gate forbids it (`gate.require`), and StepError when the new one finds too few.
+    The new version is not activated; `POST /v1/index/activate` does that. The merged log keeps all updates, since they
+    also apply to other indexes: a removed song stays out of an index that is later built from the catalogue. Raises
+    InputError when the index does not exist or its gate forbids it (`gate.require`), and StepError when the recall of
+    the new version is below `index.min_recall`.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
@@ -46,10 +46,8 @@ def compact(config: Config, version: str | None = None) -> StepResult:
         if not skipped:
             _build(workspace, source, replay, path)
     merged = log.merge()
-    what = f"{len(replay.added)} songs added and {len(replay.removed)} removed since index {source.version}"
-    summary = (
-        f"{len(index)} songs, {what}; {merged} files of the log became one" if merged else f"{len(index)} songs, {what}"
-    )
+    changes = f"{len(replay.added)} songs added and {len(replay.removed)} removed since index {source.version}"
+    summary = f"{len(index)} songs, {changes}" + (f"; {merged} files of the log became one" if merged else "")
     return StepResult("index", workspace.uri_of(path), summary, time.monotonic() - started, skipped)
 
 
@@ -63,8 +61,9 @@ def _build(workspace: Workspace, source: Artifact, replay: Replay, path: str) ->
     )
     if recall.worst < index.settings.min_recall:
         raise StepError(
-            f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall "
-            f"was {index.settings.min_recall} when it was built; build one with 'htcl index' and other settings, and compact that"
+            f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but "
+            f"index.min_recall was {index.settings.min_recall} when it was built; build one with 'htcl index' and other "
+            "settings, and compact that"
         )
     built.song_map = draw_map(built)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Vectors and metadata → an index that the application serves, with its measured recall."""
+"""`htcl index`: vectors and metadata → an index for serving, with its measured recall. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ MORE_RECALL = {
     "ivf": "raise index.ivf_probes",
     "ivf_pq": "raise index.ivf_probes, index.rerank or index.pq_bytes",
 }
-"""What to change when a build finds too few."""
+"""Kind of index → settings that raise its recall."""
 
 
 def build_index(config: Config, model: str | None = None) -> StepResult:
-    """Index the embeddings by the models of `inputs.models`, with the songs' metadata. Needs no Ray."""
+    """Index the embeddings by the models of `inputs.models`, with the metadata of the songs.
+
+    Raises StepError when the recall is below `index.min_recall`.
+    """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
     job = plan(workspace, config, model)
@@ -48,33 +51,29 @@ def build_index(config: Config, model: str | None = None) -> StepResult:
 
 
 def index_version(config: Config, job: EmbedJob) -> str:
-    """Fingerprint of the index that this configuration builds."""
+    """Fingerprint of the index that a configuration builds."""
     return fingerprint("index", FORMAT_VERSION, job.version, config.index.model_dump(mode="json"))
 
 
 def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact | None:
-    """The index that this configuration builds, or what it became when updates were folded in, whichever is newer; None
-    before.
-    """
-    found, versions = None, {index_version(config, job)}
+    """The newest of the index that a configuration builds and its compacted versions; None when none exists."""
+    newest, versions = None, {index_version(config, job)}
     for name, manifest in workspace.finished("index"):
         if name in versions or manifest["inputs"].get("compacted_from") in versions:
             versions.add(name)
-            found = Artifact(f"index/{name}", name, manifest)
-    return found
+            newest = Artifact(f"index/{name}", name, manifest)
+    return newest
 
 
 def determined_index(workspace: Workspace, config: Config) -> str | None:
-    """Version of the index that a configuration with a catalogue builds, if it was built and its gate allows it; else
-    None.
-    """
+    """Version of the index that a configuration with a catalogue builds; None unless it exists and its gate allows it."""
     if not config.data.catalog:
         return None
     try:
-        found = find_index(workspace, config, plan(workspace, config))
-    except InputError:  # the tables need not be where the index is served
+        built = find_index(workspace, config, plan(workspace, config))
+    except InputError:  # the tables may be absent on a machine that only serves
         return None
-    return found.version if found and found.refusal(config.gate.require) is None else None
+    return built.version if built and built.refusal(config.gate.require) is None else None
 
 
 def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> dict[str, Any]:
@@ -85,8 +84,8 @@ def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> di
     )
     if recall.worst < config.index.min_recall:
         raise StepError(
-            f"the {index.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but index.min_recall is "
-            f"{config.index.min_recall}; {MORE_RECALL[index.kind]}, or lower index.min_recall"
+            f"the {index.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but "
+            f"index.min_recall is {config.index.min_recall}; {MORE_RECALL[index.kind]}, or lower index.min_recall"
         )
     index.song_map = draw_map(index)
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,12 +101,12 @@ def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> di
 
 
 def _metadata(workspace: Workspace, job: EmbedJob, song_ids: list[str]) -> pa.Table:
-    """Rows of INDEX_SONGS in the order of the ids."""
+    """Rows of INDEX_SONGS in the order of the ids. Raises MismatchError when the features have other songs."""
     table = workspace.read_tables(job.features.path, columns=INDEX_SONGS.names)
     rows = pc.index_in(pa.array(song_ids), value_set=table["song_id"].combine_chunks())
     if rows.null_count or table.num_rows != len(song_ids):
         raise MismatchError(
-            f"{workspace.uri_of(job.path)} holds {len(song_ids)} songs and {workspace.uri_of(job.features.path)} {table.num_rows}, "
-            f"{len(song_ids) - rows.null_count} of them in both; run 'htcl embed' again"
+            f"{workspace.uri_of(job.path)} holds {len(song_ids)} songs and {workspace.uri_of(job.features.path)} "
+            f"{table.num_rows}, {len(song_ids) - rows.null_count} of them in both; run 'htcl embed' again"
         )
     return table.take(rows)

@@ -1,8 +1,7 @@
-"""The artifacts that a step reads: those that the configuration determines, by the fingerprints with which they are
-made.
+"""Input artifacts of a step: those with the fingerprints that the configuration determines.
 
-A configuration that names no catalogue, or no log, determines none; then the workspace must hold exactly one that fits.
-Models that the configuration does not determine are the newest accepted ones.
+Without a catalogue or a log in the configuration, the workspace must hold exactly one artifact that fits. Models that
+the configuration does not determine are the newest accepted ones.
 """
 
 from __future__ import annotations
@@ -27,52 +26,46 @@ PREPROCESS = "run 'htcl preprocess' with this configuration first"
 
 
 def features(workspace: Workspace, config: Config) -> Artifact:
-    """The features of `data.catalog` as it is now. Raises InputError when there are none, or without a catalogue
-    several.
+    """The features of `data.catalog` with its present content, or the only features when no catalogue is configured.
+
+    Raises InputError when they do not exist, or when several do and no catalogue is configured.
     """
     if config.data.catalog:
         for version in plan_features(config).versions:
             if (manifest := workspace.manifest(f"features/{version}")) is not None:
                 return Artifact(f"features/{version}", version, manifest)
         raise WorkspaceError(
-            f"the workspace {workspace.uri} holds no features of {', '.join(config.data.catalog)} with its present content and audio files "
-            f"and these settings of audio and data; {PREPROCESS}"
+            f"the workspace {workspace.uri} holds no features of {', '.join(config.data.catalog)} with its present "
+            f"content and audio files and these settings of audio and data; {PREPROCESS}"
         )
-    found = _finished(workspace, "features")
-    if not found:
+    finished = _finished(workspace, "features")
+    if not finished:
         raise WorkspaceError(f"the workspace {workspace.uri} holds no features; run 'htcl preprocess' first")
-    return _only(workspace, "features", _made_with(found, config, "audio"), "data.catalog", "catalog")
+    return _only(workspace, "features", _made_with(finished, config, "audio"), "data.catalog", "catalog")
 
 
 def pairs(workspace: Workspace, config: Config, features_version: str) -> Artifact | None:
-    """The preference pairs of these features and `data.interactions`; None when there is no log, and none were ever
-    mined.
+    """The preference pairs of these features and `data.interactions`; None without a log and without mined pairs.
 
-    Raises InputError when they are missing, or without a log in the configuration several.
+    Raises InputError when they do not exist, or when several do and no log is configured.
     """
     if config.data.interactions:
         return _of_log(workspace, config, features_version, "pairs", plan_log(config, features_version).pairs_version)
-    found = [
-        item for item in _finished(workspace, "pairs") if item.manifest["inputs"].get("features") == features_version
-    ]
-    return (
-        _only(workspace, "pairs", _made_with(found, config, "pairs"), "data.interactions", "interactions")
-        if found
-        else None
-    )
+    mined = _of_features(workspace, "pairs", features_version)
+    if not mined:
+        return None
+    return _only(workspace, "pairs", _made_with(mined, config, "pairs"), "data.interactions", "interactions")
 
 
 def events(workspace: Workspace, config: Config, features_version: str) -> Artifact | None:
-    """The log rows that `pairs` are mined from, by the same rules."""
+    """The events that `pairs` are mined from, chosen by the same rules."""
     if config.data.interactions:
         return _of_log(workspace, config, features_version, "events", plan_log(config, features_version).events_version)
     mined = pairs(workspace, config, features_version)
-    found = [
-        item for item in _finished(workspace, "events") if item.manifest["inputs"].get("features") == features_version
-    ]
+    candidates = _of_features(workspace, "events", features_version)
     if mined is not None and "events" in mined.manifest["inputs"]:
-        found = [item for item in found if item.version == mined.manifest["inputs"]["events"]]
-    return _only(workspace, "events", found, "data.interactions", "interactions") if found else None
+        candidates = [item for item in candidates if item.version == mined.manifest["inputs"]["events"]]
+    return _only(workspace, "events", candidates, "data.interactions", "interactions") if candidates else None
 
 
 def models(
@@ -85,8 +78,8 @@ def models(
 ) -> Models:
     """The models to use: `version` and its parent, else those that this configuration trains, else the newest accepted.
 
-    Says so when the newest is not taken. `require`: what is asked of their gates, `gate.require` unless given. Raises
-    WorkspaceError when there is no model, GateError when a gate forbids the one that was named, or all.
+    Reports on standard error when the newest model is not used. `require`: in place of `gate.require`. Raises
+    WorkspaceError without a model, and GateError when a gate forbids the named model or all models.
     """
     require = config.gate.require if require is None else require
     if version is not None:
@@ -115,8 +108,8 @@ def _semantic(workspace: Workspace, config: Config, features_version: str, requi
     chosen = artifacts.newest_semantic(workspace, require, first=wanted)
     if workspace.manifest(f"models/semantic/{wanted}") is None:
         print(
-            f"using semantic model {chosen.version}, the newest accepted: the workspace does not hold {wanted}, which this configuration "
-            "trains ('htcl pretrain' makes it)",
+            f"using semantic model {chosen.version}, the newest accepted: the workspace does not hold {wanted}, "
+            "which this configuration trains ('htcl pretrain' makes it)",
             file=sys.stderr,
             flush=True,
         )
@@ -124,18 +117,25 @@ def _semantic(workspace: Workspace, config: Config, features_version: str, requi
 
 
 def semantic_version(config: Config, features_version: str) -> str:
-    """Fingerprint of the model of stage 1 that this configuration trains."""
+    """Fingerprint of the stage-1 model that this configuration trains."""
     settings = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
     weights = _text_weights(config)
-    if weights:  # the folder's content says what it is, not its name
+    if weights:  # the content of the folder counts, not its name
         settings["text"]["name_or_path"] = None
-    return fingerprint("semantic", FORMAT_VERSION, features_version, settings, weights, _determining(config.pretrain))
+    return fingerprint(
+        "semantic", FORMAT_VERSION, features_version, settings, weights, determining_settings(config.pretrain)
+    )
 
 
 def preference_version(config: Config, features_version: str, pairs_version: str, parent_version: str) -> str:
-    """Fingerprint of the model of stage 2 that this configuration trains."""
+    """Fingerprint of the stage-2 model that this configuration trains."""
     return fingerprint(
-        "preference", FORMAT_VERSION, features_version, pairs_version, parent_version, _determining(config.finetune)
+        "preference",
+        FORMAT_VERSION,
+        features_version,
+        pairs_version,
+        parent_version,
+        determining_settings(config.finetune),
     )
 
 
@@ -151,42 +151,53 @@ def _of_log(workspace: Workspace, config: Config, features_version: str, kind: s
     manifest = workspace.manifest(f"{kind}/{version}")
     if manifest is None:
         raise WorkspaceError(
-            f"the workspace {workspace.uri} holds no {kind} of {', '.join(config.data.interactions)} for the features {features_version} "
-            f"and these settings of data and pairs; {PREPROCESS}"
+            f"the workspace {workspace.uri} holds no {kind} of {', '.join(config.data.interactions)} for the features "
+            f"{features_version} and these settings of data and pairs; {PREPROCESS}"
         )
     return Artifact(f"{kind}/{version}", version, manifest)
 
 
 def _finished(workspace: Workspace, kind: str) -> list[Artifact]:
+    """Finished artifacts of a kind, oldest first."""
     return [Artifact(f"{kind}/{name}", name, manifest) for name, manifest in workspace.finished(kind)]
 
 
-def _made_with(found: list[Artifact], config: Config, section: str) -> list[Artifact]:
-    """Those that were made with the configured section. Raises MismatchError with both values when none was."""
-    ours = getattr(config, section).model_dump(mode="json")
-    fitting = [item for item in found if item.manifest["config"][section] == ours]
+def _of_features(workspace: Workspace, kind: str, features_version: str) -> list[Artifact]:
+    """Finished artifacts of a kind that were made from these features."""
+    return [item for item in _finished(workspace, kind) if item.manifest["inputs"].get("features") == features_version]
+
+
+def _made_with(candidates: list[Artifact], config: Config, section: str) -> list[Artifact]:
+    """The artifacts that were made with the configured section. Raises MismatchError when none was."""
+    configured = getattr(config, section).model_dump(mode="json")
+    fitting = [item for item in candidates if item.manifest["config"][section] == configured]
     if fitting:
         return fitting
-    newest = found[-1]
-    theirs = newest.manifest["config"][section]
-    key = next(key for key in (*ours, *theirs) if theirs.get(key) != ours.get(key))
+    newest = candidates[-1]
+    used = newest.manifest["config"][section]
+    key = next(key for key in (*configured, *used) if used.get(key) != configured.get(key))
     raise MismatchError(
-        f"the {newest.path.partition('/')[0]} {newest.version} were made with {section}.{key}={theirs.get(key)}, but the configuration "
-        f"says {ours.get(key)}; run 'htcl preprocess' with this configuration or give the one they were made with"
+        f"the {newest.path.partition('/')[0]} {newest.version} were made with {section}.{key}={used.get(key)}, but the "
+        f"configuration says {configured.get(key)}; run 'htcl preprocess' with this configuration or give the one they "
+        "were made with"
     )
 
 
-def _only(workspace: Workspace, kind: str, found: list[Artifact], key: str, field: str) -> Artifact:
-    if len(found) > 1:
-        listed = "; ".join(f"{item.version} of {', '.join(item.manifest['config']['data'][field])}" for item in found)
-        raise ConfigError(
-            f"the workspace {workspace.uri} holds several {kind} ({listed}); say which by {key}, as for 'htcl preprocess'"
+def _only(workspace: Workspace, kind: str, candidates: list[Artifact], key: str, field: str) -> Artifact:
+    """The only artifact. Raises ConfigError with the key that selects one when there are several."""
+    if len(candidates) > 1:
+        listed = "; ".join(
+            f"{item.version} of {', '.join(item.manifest['config']['data'][field])}" for item in candidates
         )
-    return found[0]
+        raise ConfigError(
+            f"the workspace {workspace.uri} holds several {kind} ({listed}); say which by {key}, as for 'htcl "
+            "preprocess'"
+        )
+    return candidates[0]
 
 
 def _text_weights(config: Config) -> dict[str, str]:
-    """What a local pretrained text model holds; a hub name stands for itself."""
+    """File → SHA-256 of a local pretrained text model; empty for a model of the Hugging Face Hub."""
     folder = Path(config.text.name_or_path or "")
     if config.text.name_or_path is None or not folder.is_dir():
         return {}
@@ -197,7 +208,8 @@ def _text_weights(config: Config) -> dict[str, str]:
     }
 
 
-def _determining(settings: StageSettings) -> dict[str, Any]:
+def determining_settings(settings: StageSettings) -> dict[str, Any]:
+    """Settings of a stage that determine its model; those that only change where and how it runs are left out."""
     return {
         name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL
     }

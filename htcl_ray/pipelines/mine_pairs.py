@@ -1,7 +1,7 @@
-"""Events → preference pairs, and the negatives: songs rejected after a trigger song.
+"""Events → preference pairs and explicit negatives (songs rejected after a trigger song), with Ray Data.
 
-Shuffles by user, after which all events of a user are in one place (once for the popularity of songs, once for pairs),
-and by trigger song, after which all evidence about a trigger song is. The driver holds one number for each song.
+Two shuffles: by user, to count the positives of each song and to mine the pairs of a user, and by trigger song, to add
+up the evidence of all users. The driver holds one number for each song.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
 
 EVENTS_PER_BUCKET = 1 << 20
+"""Events in a partition of the shuffles, on average."""
 
 
 def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_version: str) -> None:
-    """Mine preference pairs and negatives from the events."""
+    """Mine preference pairs and explicit negatives from the events, and write both artifacts."""
     connection.connect(config)
     import ray
     import ray.data
@@ -39,7 +40,7 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
     for kind in kinds:
         workspace.remove(f"{kind}/{plan.pairs_version}")
     manifest = workspace.manifest(f"events/{plan.events_version}")
-    assert manifest is not None, "events come before pairs"
+    assert manifest is not None, "pairs are mined from finished events"
     quality = manifest["quality"]
     train_end = quality["period_ends"][0]
     songs = read_songs(workspace, features_version)
@@ -75,12 +76,12 @@ def make_pairs(workspace: Workspace, config: Config, plan: LogPlan, features_ver
         .iter_batches(batch_size=None, prefetch_batches=0)
     ):
         for text in batch["counts"].tolist():
-            found = json.loads(text)
-            drawn.update(found.pop("drawn"))
+            counted = json.loads(text)
+            drawn.update(counted.pop("drawn"))
             for kind in kinds:
-                counts[kind].update(found[kind])
+                counts[kind].update(counted[kind])
     inputs = {"features": features_version, "events": plan.events_version, "log": plan.log}
-    for kind in reversed(kinds):  # pairs last: when they are finished, both are
+    for kind in reversed(kinds):  # pairs last, so that finished pairs imply finished negatives
         _finish(
             workspace, config, kind, plan.pairs_version, counts[kind], drawn if kind == "pairs" else Counter(), inputs
         )
@@ -95,12 +96,12 @@ def _finish(
     drawn: Counter[str],
     inputs: dict[str, str],
 ) -> None:
-    """Print what was mined, and mark pairs or negatives as finished. `drawn`: see `draws_by_support`."""
+    """Print the counts, and finish the artifact of pairs or negatives. `drawn`: see `draws_by_support`."""
     path = f"{kind}/{version}"
     splits = {split: counts.pop(split, 0) for split in Split}
-    found = ", ".join(f"{split} {count:,}" for split, count in splits.items())
+    by_split = ", ".join(f"{split} {count:,}" for split, count in splits.items())
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
-    print(f"preprocess  {sum(splits.values()):,} {kind} ({found}); dropped: {dropped or 'none'}", flush=True)
+    print(f"preprocess  {sum(splits.values()):,} {kind} ({by_split}); dropped: {dropped or 'none'}", flush=True)
     if not sum(splits.values()):
         workspace.write_table(f"{path}/part-00000.parquet", PAIRS.empty_table())
     measured: dict[str, Any] = {kind: sum(splits.values()), "splits": splits, "dropped": dict(sorted(counts.items()))}
@@ -113,6 +114,7 @@ def _finish(
 
 
 def _count_positives(events: pa.Table, *, songs: Any, config: Config) -> pa.Table:
+    """Songs and their numbers of positives among the events of some users. Runs in a Ray task."""
     import ray
 
     total = positives(events, ray.get(songs), config.pairs)
@@ -121,12 +123,14 @@ def _count_positives(events: pa.Table, *, songs: Any, config: Config) -> pa.Tabl
 
 
 def _read_events(batch: dict[str, Any], *, workspace: Workspace, buckets: int) -> Iterator[pa.Table]:
+    """Events of files, with the bucket of their user. Runs in a Ray task."""
     for name in batch["file"].tolist():
         events = _read_file(workspace, name)
         yield events.append_column("bucket", _buckets(events["user_id"], buckets, "user bucket"))
 
 
 def _mine_users(events: pa.Table, *, songs: Any, newest: float, config: Config, buckets: int) -> pa.Table:
+    """Evidence of some users for pairs, with the bucket of the trigger song. Runs in a Ray task."""
     import ray
 
     partial = partial_pairs(events.drop_columns(["bucket"]), ray.get(songs), newest, config.pairs)
@@ -136,6 +140,10 @@ def _mine_users(events: pa.Table, *, songs: Any, newest: float, config: Config, 
 def _finish_triggers(
     partial: pa.Table, *, songs: Any, popularity: Any, config: Config, workspace: Workspace, version: str
 ) -> dict[str, Sequence[str]]:
+    """Add up the evidence for the trigger songs of a bucket, and write its pairs and negatives. Runs in a Ray task.
+
+    Returns counts as JSON.
+    """
     import ray
 
     bucket = partial["bucket"][0].as_py()
@@ -156,7 +164,7 @@ def _read_file(workspace: Workspace, name: str) -> pa.Table:
 
 
 def _buckets(keys: pa.ChunkedArray, buckets: int, purpose: str) -> pa.Array:
-    """Bucket of each key; equal keys share one."""
+    """Bucket of each key, from its hash. `purpose`: salt of the hash."""
     codes = keys.combine_chunks().dictionary_encode()
     of_key = np.array(
         [int(hash_fraction(key, purpose) * buckets) for key in codes.dictionary.to_pylist()], dtype=np.int64

@@ -18,7 +18,7 @@ from htcl_ray.errors import StepError, WorkspaceError
 from htcl_ray.losses.stages import total_loss
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
-from htcl_ray.pipelines.inputs import _determining
+from htcl_ray.pipelines.inputs import determining_settings
 from htcl_ray.pipelines.train import StageRun, check_data
 from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 from htcl_ray.training.batches import BatchLoader, encode
@@ -500,7 +500,11 @@ def test_rows_per_worker_and_workers_make_the_batch(world: World, capsys: pytest
         "pretrain.batch_size_per_worker=32 would give\n"
     )
     same, other = checked(batch_size=16, num_workers=2)[0], checked(batch_size_per_worker=8, num_workers=4)[0]
-    assert _determining(few.settings) == _determining(same.settings) != _determining(other.settings)
+    assert (
+        determining_settings(few.settings)
+        == determining_settings(same.settings)
+        != determining_settings(other.settings)
+    )
     assert checked(batch_size_per_worker=32, num_workers=1)[1] == ""
     assert (
         checked(batch_size=64, num_workers=2)[1]

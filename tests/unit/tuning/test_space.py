@@ -174,7 +174,7 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(space: str, message:
 def test_stage_2_reads_the_model_that_it_starts_from():
     with pytest.raises(
         ConfigError,
-        match=r"model\.layers, which no trial of tune\.stage=finetune cannot change; expected keys of finetune",
+        match=r"model\.layers, which trials of tune\.stage=finetune cannot change; expected keys of finetune",
     ):
         search_space(configured("{model.layers: [1, 2]}", "tune.stage=finetune"), ROWS)
     with pytest.raises(ConfigError, match=r"finetune\.pairs_per_epoch, but every trial sees tune\.samples rows"):
