@@ -109,7 +109,7 @@ def search(variant: str, workspace: Path, trials: int) -> None:
 
 def summary(workspace: Path) -> dict[str, float]:
     """Return medians over all trials but the first."""
-    from htcl_ray.tuning.trial_table import read_trials
+    from htcl_ray.tuning.study_folder import read_trials
     from htcl_ray.workspace.storage import Workspace
 
     ends = [float(word) for word in (workspace / "ends").read_text().split()]

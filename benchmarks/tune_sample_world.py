@@ -31,7 +31,7 @@ from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import pretrain
 from htcl_ray.pipelines.tuning.tune import tune
 from htcl_ray.tuning.budget import Budget, trial_config
-from htcl_ray.tuning.trial_table import read_trials
+from htcl_ray.tuning.study_folder import read_trials
 from htcl_ray.tuning.trials import winners
 from htcl_ray.workspace.storage import Workspace
 

@@ -85,32 +85,35 @@ def plotted_study(
 
 
 def _measured(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return list(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
 
 
 def _too_few(study: optuna.Study) -> str | None:
     count = len(_measured(study))
     if count >= 2:
         return None
-    return f"Not drawn: the plot needs two trials that ended with a measurement, and the study has {('none', 'one')[count]}."
+    present = ("none", "one")[count]
+    return f"Not drawn: the plot needs two trials that ended with a measurement, and the study has {present}."
 
 
 def _history(study: optuna.Study, title: str, name: str) -> Plot:
     def draw() -> Axes:
-        return optuna.visualization.matplotlib.plot_optimization_history(study, target_name=title)
+        axes: Axes = optuna.visualization.matplotlib.plot_optimization_history(study, target_name=title)
+        return axes
 
     return _plot("Optimisation history: each trial, and the best until then", name, draw, _too_few(study), legend=True)
 
 
 def _importances(study: optuna.Study, name: str) -> Plot:
-    caption = "Parameter importances: share of the variation of the value that each parameter explains (fANOVA, random forest)"
+    caption = "Parameter importances: share of the variation that each parameter explains (fANOVA, random forest)"
     why_not = _too_few(study)
     if not why_not and len({trial.value for trial in _measured(study)}) < 2:
-        why_not = "Not drawn: all trials have the same value, so that no parameter explains a difference."
+        why_not = "Not drawn: all trials have the same value, so no parameter explains a difference."
 
     def draw() -> Axes:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=FOREST_SEED)
-        return optuna.visualization.matplotlib.plot_param_importances(study, evaluator)
+        axes: Axes = optuna.visualization.matplotlib.plot_param_importances(study, evaluator)
+        return axes
 
     try:
         return _plot(caption, name, draw, why_not, (4.6, 3.2))
@@ -127,7 +130,8 @@ def _slices(study: optuna.Study, title: str, name: str) -> list[Plot]:
     for number, key in enumerate(parameters):
 
         def draw(key: str = key) -> Axes:
-            return optuna.visualization.matplotlib.plot_slice(study, [key], target_name=title)
+            axes: Axes = optuna.visualization.matplotlib.plot_slice(study, [key], target_name=title)
+            return axes
 
         plots.append(_plot(f"Slice: {key}", f"{name}-{number}", draw))
     return plots
@@ -135,7 +139,8 @@ def _slices(study: optuna.Study, title: str, name: str) -> list[Plot]:
 
 def _parallel_coordinates(study: optuna.Study, title: str) -> Plot:
     def draw() -> Axes:
-        return optuna.visualization.matplotlib.plot_parallel_coordinate(study, target_name=title)
+        axes: Axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study, target_name=title)
+        return axes
 
     parameters = {key for trial in _measured(study) for key in trial.params}
     caption = "Parallel coordinates: a line a trial, through its value and its parameters"
@@ -144,7 +149,8 @@ def _parallel_coordinates(study: optuna.Study, title: str) -> Plot:
 
 def _pareto_front(study: optuna.Study, titles: list[str]) -> Plot:
     def draw() -> Axes:
-        return optuna.visualization.matplotlib.plot_pareto_front(study, target_names=titles)
+        axes: Axes = optuna.visualization.matplotlib.plot_pareto_front(study, target_names=titles)
+        return axes
 
     return _plot("Pareto front: no other trial is better in both", "pareto", draw, _too_few(study), legend=True)
 

@@ -21,14 +21,14 @@ from htcl_ray.tuning.trials import Trial, winners
 
 UNITS = {"pretrain": "songs", "finetune": "pairs"}
 """Rows of each stage."""
-HOW_TO_MEASURE = "For an unbiased measurement train it in full and run htcl evaluate, which uses songs that no trial was measured on."
+UNBIASED = "For an unbiased metric train it in full and run htcl evaluate, on songs that no trial was measured on."
 OPTIMISTIC = (
-    "Both were trained once and measured on the validation gallery that selected the winner, so the winner's metric and "
-    f"the difference are optimistic. {HOW_TO_MEASURE}"
+    "Both were trained once and measured on the validation gallery that selected the winner, so the winner's metric "
+    f"and the difference are optimistic. {UNBIASED}"
 )
 OPTIMISTIC_ALONE = (
-    f"It was trained once and measured on the validation gallery that selected it, so its metric is optimistic. "
-    f"{HOW_TO_MEASURE}"
+    "It was trained once and measured on the validation gallery that selected it, so its metric is optimistic. "
+    f"{UNBIASED}"
 )
 
 

@@ -31,7 +31,7 @@ from htcl_ray.tuning.labels import short_names, value_text
 from htcl_ray.tuning.live_table import live_table, progress_line
 from htcl_ray.tuning.optuna_study import NUMBER, end_state, optuna_study, sampler, suggest
 from htcl_ray.tuning.space import Parameters
-from htcl_ray.tuning.trial_table import TrialTable, trial_folder, trial_version
+from htcl_ray.tuning.study_folder import TrialTable, trial_folder, trial_version
 from htcl_ray.tuning.trials import Trial, failure_reason, measurement
 from htcl_ray.workspace.storage import Workspace
 

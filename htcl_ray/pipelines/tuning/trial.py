@@ -1,7 +1,7 @@
 """One trial of a search: the training stages on Ray Train, inside a function of Ray Tune.
 
-The function only waits for Ray Train, so it reserves a minimal share of the head node, where it survives the loss of its
-workers' nodes. A trial with the number of an earlier one resumes from that trial's last checkpoint.
+The function only waits for Ray Train, so it reserves a minimal share of the head node, where it survives the loss of
+its workers' nodes. A trial with the number of an earlier one resumes from that trial's last checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from htcl_ray.config import Config
 from htcl_ray.pipelines.train import StageRun, check_data, fit_stage, publish
 from htcl_ray.tuning.budget import Budget, trial_config
 from htcl_ray.tuning.space import Parameters
-from htcl_ray.tuning.trial_table import read_trials, trial_folder, trial_version
+from htcl_ray.tuning.study_folder import read_trials, trial_folder, trial_version
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.storage import Workspace
 

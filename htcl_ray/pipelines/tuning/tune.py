@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from htcl_ray.cluster import connection
-from htcl_ray.cluster.capacity import HEAD_RESOURCE, Capacity, capacity, check_fits, use_gpu
+from htcl_ray.cluster.capacity import Capacity, capacity, check_fits, use_gpu
+from htcl_ray.cluster.ray_internals import HEAD_RESOURCE
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines import inputs
@@ -27,9 +28,7 @@ from htcl_ray.training.trackers import check_tracking
 from htcl_ray.tuning.budget import Budget, stage_budget
 from htcl_ray.tuning.search_report import StudyReport, report_html
 from htcl_ray.tuning.space import Space, configured_point, distributions, search_space, with_parameters
-from htcl_ray.tuning.study_record import FILE as RECORD
-from htcl_ray.tuning.study_record import check_same_study, study_record
-from htcl_ray.tuning.trial_table import TrialTable, read_trials, trial_folder
+from htcl_ray.tuning.study_folder import RECORD, TrialTable, check_same_study, read_trials, study_record, trial_folder
 from htcl_ray.tuning.trials import Trial, remaining, same_point, winners
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import build_manifest, fingerprint
@@ -146,7 +145,7 @@ def _check_stages(
 
 
 def _gallery(config: Config, songs: Songs, mined: Pairs | None) -> dict[str, Any]:
-    """Describe the validation songs and pairs that measure every trial. Raises ConfigError when an objective has none."""
+    """Describe the validation songs and pairs of every trial. Raises ConfigError when an objective has none."""
     from htcl_ray.training.validation import validation_gallery
 
     gallery = validation_gallery(songs.validation, None if mined is None else mined.validation)

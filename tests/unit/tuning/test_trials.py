@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.tuning.optuna_study import NUMBER, optuna_study, sampler
-from htcl_ray.tuning.trial_table import read_trials, write_trials
+from htcl_ray.tuning.study_folder import read_trials, write_trials
 from htcl_ray.tuning.trials import Trial, failure_reason, measurement, remaining, winners
 from htcl_ray.workspace.storage import Workspace
 

@@ -25,7 +25,7 @@ from htcl_ray.config.sections import TuneSettings
 from htcl_ray.pipelines.tuning.report_to_tune import CONTROLLER
 from htcl_ray.pipelines.tuning.study import StudyCallback, read_measurements, resume
 from htcl_ray.tuning.budget import Budget
-from htcl_ray.tuning.trial_table import TrialTable, read_trials, trial_folder, trial_version
+from htcl_ray.tuning.study_folder import TrialTable, read_trials, trial_folder, trial_version
 from htcl_ray.tuning.trials import Trial
 from htcl_ray.workspace.storage import Workspace
 

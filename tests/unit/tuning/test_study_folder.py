@@ -10,7 +10,7 @@ from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError
 from htcl_ray.tuning.budget import Budget
 from htcl_ray.tuning.space import search_space
-from htcl_ray.tuning.study_record import check_same_study, study_record
+from htcl_ray.tuning.study_folder import check_same_study, study_record
 
 pytestmark = pytest.mark.unit
 INPUTS = {"features": "f1", "pairs": "p1"}
