@@ -66,7 +66,7 @@ class Progress:
     """
 
     def __init__(self, step: str, total: int, unit: str, *, done: int = 0, console: Console | None = None) -> None:
-        """`step`: command or subject, at the start of each line. `unit`: plural noun. `done`: units of an earlier run."""
+        """`step`: command, at the start of each line. `unit`: plural noun. `done`: units of an earlier run."""
         self.step, self.total, self.unit, self.done = step, total, unit, done
         self._console = console or Console()
         self._pace = Pace(total, done=done)

@@ -61,9 +61,9 @@ def _build(workspace: Workspace, source: Artifact, replay: Replay, path: str) ->
     )
     if recall.worst < index.settings.min_recall:
         raise StepError(
-            f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, but "
-            f"index.min_recall was {index.settings.min_recall} when it was built; build one with 'htcl index' and other "
-            "settings, and compact that"
+            f"the compacted {built.kind} index finds {recall.worst:.3f} of the 10 nearest songs at its worst blend, "
+            f"but index.min_recall was {index.settings.min_recall} when it was built; build one with 'htcl index' and "
+            "other settings, and compact that"
         )
     built.song_map = draw_map(built)
     with tempfile.TemporaryDirectory() as scratch:

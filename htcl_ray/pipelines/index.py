@@ -66,7 +66,10 @@ def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact 
 
 
 def determined_index(workspace: Workspace, config: Config) -> str | None:
-    """Version of the index that a configuration with a catalogue builds; None unless it exists and its gate allows it."""
+    """Version of the index that a configuration builds.
+
+    None without a catalogue, before the index is built, and when its gate rejects it.
+    """
     if not config.data.catalog:
         return None
     try:

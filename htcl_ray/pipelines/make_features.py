@@ -153,8 +153,8 @@ def make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> N
     tree = config.model_dump(mode="json")
     if quality["partly_decoded"]:
         print(
-            f"preprocess  {quality['partly_decoded']:,} songs are damaged and were decoded only in part; see the column "
-            f"decoded_share in {workspace.uri_of(features)}",
+            f"preprocess  {quality['partly_decoded']:,} songs are damaged and were decoded only in part; see the "
+            f"column decoded_share in {workspace.uri_of(features)}",
             flush=True,
         )
     if quality["rejected"]:
@@ -277,7 +277,8 @@ def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:
     import ray.data
 
     print(
-        f"preprocess  {np.count_nonzero(changed):,} songs change their split: their recording is under another artist too",
+        f"preprocess  {np.count_nonzero(changed):,} songs change their split: "
+        "their recording is under another artist too",
         flush=True,
     )
     write = functools.partial(_write_splits, workspace=workspace, features=features)

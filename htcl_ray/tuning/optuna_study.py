@@ -1,4 +1,4 @@
-"""The study as Optuna has it: rebuilt from the trial table, and asked for points that were not tried."""
+"""The study in Optuna: rebuilt from the trial table, and a source of points that no trial has."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def summary(report: StudyReport) -> str:
     )
     best = winners(report.trials, report.objectives)
     if not best:
-        return f"{counts} No trial finished, so there is no winner; the table of trials holds the errors."
+        return f"{counts} No trial finished, so no trial is best; the table of trials holds the errors."
     winner = best[0]
     head = f"{counts} Trial {winner.number} is best: {_values(report, winner)}."
     if len(report.objectives) > 1:

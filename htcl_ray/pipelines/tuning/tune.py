@@ -156,7 +156,7 @@ def _gallery(config: Config, songs: Songs, mined: Pairs | None) -> dict[str, Any
         )
     if "preference" in config.tune.judged_by and not len(gallery.pairs):
         raise ConfigError(
-            "tune.objectives asks for preference, but no pair has both songs in the validation gallery; choose "
+            "tune.objectives has preference, but no pair has both songs in the validation gallery; choose "
             "semantic, or give more interactions between validation songs"
         )
     gallery_songs = [[songs.song_ids[row], songs.texts[row]] for row in gallery.songs.tolist()]

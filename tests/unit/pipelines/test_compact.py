@@ -1,4 +1,4 @@
-"""Folding the log of updates into a new index version."""
+"""Compaction: an index and its update log become a new index version."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def live(workspace: Workspace, version: str | None = None) -> LiveIndex:
     return LiveIndex(workspace, ServeSettings(), VERSIONS, starting_pointer(workspace, version) if version else None)
 
 
-def test_a_compacted_index_holds_what_was_served_and_the_log_is_one_file(workspace: Workspace):
+def test_a_compacted_index_equals_the_served_one_and_the_log_is_one_file(workspace: Workspace):
     one = live(workspace)
     for seed in range(10, 15):
         one.upsert(f"new-{seed}", unit_vectors(seed), {"title": str(seed)})
@@ -54,11 +54,11 @@ def test_a_compacted_index_holds_what_was_served_and_the_log_is_one_file(workspa
         assert contents(start.service.index) == served
     one.activate(version)
     assert contents(one.service.index) == served
-    assert set(one.service.index.song_map["song_id"].to_pylist()) == set(served), "the map is drawn anew"
+    assert set(one.service.index.song_map["song_id"].to_pylist()) == set(served), "the map is computed again"
     assert not one.active.replay.changed, "a compacted index needs nothing of the log"
 
 
-def test_a_song_taken_out_stays_out_of_an_index_built_from_the_catalogue_later(workspace: Workspace):
+def test_a_removed_song_stays_out_of_an_index_built_later(workspace: Workspace):
     one = live(workspace)
     one.remove("a")
     compact(small_config(workspace.root))
@@ -76,7 +76,7 @@ def test_compacting_again_changes_nothing(workspace: Workspace):
     assert (workspace.children(FOLDER), workspace.children("index")) == (log, indexes)
 
 
-def test_killed_between_any_two_steps_nothing_is_lost(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_a_compaction_that_is_killed_loses_no_update(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     one = live(workspace)
     for seed in range(10, 14):
         one.upsert(f"new-{seed}", unit_vectors(seed), {})

@@ -1,5 +1,4 @@
-"""Which artifacts a step reads: those whose fingerprints the configuration determines, however its tables are
-spelled."""
+"""Input artifacts of a step: those with the fingerprints that the configuration determines."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def fingerprints(config: Config) -> tuple[str, str, str]:
 
 
 def spellings(folder: Path, name: str) -> dict[str, str]:
-    """Every way to write one path, some of them made for it."""
+    """Spellings of one path, with the links that they need."""
     (folder / f"link-to-{name}").symlink_to(folder / name)
     linked = folder.parent / "linked"
     if not linked.exists():
@@ -88,8 +87,8 @@ def test_a_table_is_the_same_however_its_path_is_spelled(folder: Path, prepared:
             assert fingerprints(prepared(configured(catalog, logs[way]))) == expected, way
 
 
-def test_a_catalogue_is_what_it_says(folder: Path):
-    """Not its format, and not where its rows stand."""
+def test_a_catalogue_is_identified_by_its_content(folder: Path):
+    """Not by its format or the order of its rows."""
     expected = plan_features(configured()).version
     header, one, two = CATALOG.splitlines()
     (folder / "turned.csv").write_text(f"{header}\n{two}\n{one}\n")
@@ -129,7 +128,7 @@ def test_a_changed_log_gives_other_events_of_the_same_features(folder: Path):
 
 
 def finish(config: Config) -> tuple[str, str, str]:
-    """What `htcl preprocess` leaves, as manifests."""
+    """Write the manifests that `htcl preprocess` writes."""
     workspace, (features, events, pairs) = Workspace(config.workspace), fingerprints(config)
     tree, of = config.model_dump(mode="json"), {"features": features}
     if workspace.manifest(f"features/{features}") is None:
@@ -142,13 +141,12 @@ def finish(config: Config) -> tuple[str, str, str]:
 def chosen(config: Config) -> tuple[str | None, ...]:
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config).version
-    found = (inputs.events(workspace, config, features), inputs.pairs(workspace, config, features))
-    return features, *(item and item.version for item in found)
+    of_log = (inputs.events(workspace, config, features), inputs.pairs(workspace, config, features))
+    return features, *(item and item.version for item in of_log)
 
 
-def test_a_step_reads_what_its_configuration_makes_whatever_is_newest(folder: Path):
-    """Configuration A, then B, then A again (shared case 07), by each section that determines features, events or
-    pairs."""
+def test_a_step_reads_the_artifacts_of_its_configuration_not_the_newest(folder: Path):
+    """Configuration A, then B, then A again, for each section that determines features, events or pairs."""
     first = configured()
     made = finish(first)
     others = [
@@ -182,15 +180,15 @@ def test_changed_tables_are_preprocessed_first(folder: Path):
         chosen(config)
 
 
-def test_features_of_a_machine_with_another_decoder_fit(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_features_of_a_machine_with_other_decoders_are_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
     made = finish(configured())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert plan_features(configured()).version != made[0]
     assert inputs.features(Workspace("workspace"), configured()).version == made[0]
 
 
-def test_without_a_catalogue_there_must_be_one(folder: Path):
-    """A job after `preprocess` need not name the tables again, until there are several."""
+def test_without_a_catalogue_the_workspace_must_hold_one_artifact(folder: Path):
+    """A later job need not name the tables again unless the workspace holds several artifacts."""
     unnamed = resolve("demo")
     with pytest.raises(WorkspaceError, match="holds no features; run 'htcl preprocess' first"):
         chosen(unnamed)
@@ -213,9 +211,8 @@ def test_without_a_catalogue_there_must_be_one(folder: Path):
         chosen(unnamed)
 
 
-def train(config: Config, *, passed: bool | None = None, finetuned: bool = True) -> tuple[str, str]:
-    """What `htcl pretrain` and `htcl finetune` leave, as manifests; `passed`: the verdict on the model of the last
-    stage."""
+def train(config: Config) -> tuple[str, str]:
+    """Write the manifests that `htcl pretrain` and `htcl finetune` write; returns the versions of both models."""
     workspace, (features, _, pairs) = Workspace(config.workspace), fingerprints(config)
     semantic = inputs.semantic_version(config, features)
     preference = inputs.preference_version(config, features, pairs, semantic)
@@ -224,16 +221,16 @@ def train(config: Config, *, passed: bool | None = None, finetuned: bool = True)
         workspace.finish(
             f"models/semantic/{semantic}", build_manifest("semantic", config=tree, inputs={"features": features})
         )
-    if finetuned:
-        made_from = {"features": features, "pairs": pairs, "model": semantic}
-        workspace.finish(f"models/preference/{preference}", build_manifest("preference", config=tree, inputs=made_from))
+    made_from = {"features": features, "pairs": pairs, "model": semantic}
+    workspace.finish(f"models/preference/{preference}", build_manifest("preference", config=tree, inputs=made_from))
     return semantic, preference
 
 
 def models(config: Config, version: str | None = None, require: Require | None = None) -> tuple[str, str | None]:
     workspace = Workspace(config.workspace)
-    found = inputs.models(workspace, config, inputs.features(workspace, config).version, version, require=require)
-    return found.semantic.version, found.preference and found.preference.version
+    features = inputs.features(workspace, config).version
+    pair = inputs.models(workspace, config, features, version, require=require)
+    return pair.semantic.version, pair.preference and pair.preference.version
 
 
 def test_models_are_those_that_the_configuration_trains(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -250,14 +247,16 @@ def test_models_are_those_that_the_configuration_trains(folder: Path, capsys: py
         f"models/semantic/{made[1][0]} is newer, but models/semantic/{made[0][0]} is what this configuration makes"
         in said
     )
-    assert models(first, made[1][1]) == made[1], "a version that is named is taken"
+    assert models(first, made[1][1]) == made[1], "a named version is used"
     where_it_runs = first.with_overrides(
         {"pretrain.num_workers": 1, "finetune.cpus_per_worker": 0.5, "pretrain.micro_batch_size": 4}
     )
     assert models(where_it_runs) == made[0]
 
 
-def test_without_such_a_model_the_newest_accepted_is_taken_and_said(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_without_such_a_model_the_newest_accepted_is_used_and_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     finish(configured())
     train(configured())
     newest = train(configured(pretrain__epochs=33))
@@ -270,9 +269,8 @@ def test_without_such_a_model_the_newest_accepted_is_taken_and_said(folder: Path
     assert inputs.parent(workspace, other, fingerprints(other)[0]).version == newest[0]
 
 
-def test_a_model_that_its_gate_rejected_is_passed_over_and_named(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """What `htcl embed` says, and `htcl finetune` of its parent: also when it is the one that the configuration
-    trains."""
+def test_a_model_that_its_gate_rejected_is_passed_over_and_reported(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """By `htcl embed`, and by `htcl finetune` for its parent, also when the configuration trains that model."""
     finish(configured())
     older, newer = configured(), configured(pretrain__epochs=33)
     made = [train(config) for config in (older, newer)]
@@ -287,7 +285,7 @@ def test_a_model_that_its_gate_rejected_is_passed_over_and_named(folder: Path, c
     assert said in capsys.readouterr().err
 
 
-def test_a_text_model_in_a_folder_is_its_content(folder: Path):
+def test_a_text_model_in_a_folder_is_identified_by_its_content(folder: Path):
     for name in ("bert", "copy", "other"):
         Path(name).mkdir()
         Path(name, "config.json").write_text("{}" if name != "other" else "{ }")
@@ -304,7 +302,7 @@ def test_a_text_model_in_a_folder_is_its_content(folder: Path):
 
 
 def test_a_named_log_that_cannot_be_read_determines_no_model(folder: Path):
-    """The semantic model is there, and so are its vectors; a preference model would need the pairs."""
+    """The newest preference model is used, since the pairs of this configuration are unknown."""
     config = configured()
     finish(config)
     made = train(config)
@@ -319,14 +317,14 @@ def test_a_configuration_without_a_catalogue_determines_no_index(folder: Path):
         assert determined_index(Workspace(config.workspace), config) is None
 
 
-def test_the_index_of_the_configuration_is_taken_whatever_is_newest(folder: Path, tmp_path: Path):
-    """By the command line, which names the tables; another kind of index, or one that is refused, is not taken."""
+def test_the_index_of_the_configuration_is_used_not_the_newest(folder: Path, tmp_path: Path):
+    """Another kind of index, or one that its gate rejected, is not used."""
     flat = configured(**{key.replace(".", "__"): value for key, value in TINY.items()}, index__kind="flat")
     hnsw = flat.with_overrides({"index.kind": "hnsw"})
     finish(flat)
     write_models(flat, tmp_path)
     workspace = Workspace(flat.workspace)
-    assert determined_index(workspace, flat) is None, "it is not built yet"
+    assert determined_index(workspace, flat) is None, "no index is built yet"
     versions = {}
     for config in (flat, hnsw):
         versions[config.index.kind] = index_version(config, plan(workspace, config))
@@ -344,8 +342,8 @@ def test_the_index_of_the_configuration_is_taken_whatever_is_newest(folder: Path
     assert determined_index(workspace, flat.with_overrides({"gate.require": "off"})) == versions["flat"]
 
 
-def test_gates_are_asked_of_named_models_too(folder: Path):
-    """`inputs.models` and `inputs.parent` ask what `gate.require` says; `htcl evaluate`, which judges, does not."""
+def test_gates_of_named_models_are_checked(folder: Path):
+    """By `inputs.models` and `inputs.parent`, as `gate.require` says; `htcl evaluate` passes `off`."""
     config = configured(gate__require="unjudged")
     finish(config)
     semantic, preference = train(config)

@@ -1,4 +1,4 @@
-"""What a person can get wrong is said before Ray starts."""
+"""Input of `htcl preprocess` that the user has to correct is refused before Ray starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOG = "user_id,trigger_song_id,song_id,feedback,timestamp\nu,a,b,like,1700000000
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Input that is right; connecting to Ray fails the test."""
+    """Valid input; a connection to Ray raises AssertionError."""
 
     def started(config: Config) -> None:
         raise AssertionError("Ray was started")
@@ -48,12 +48,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return resolve("demo").with_overrides(keys)
 
 
-def test_right_input_starts_ray(config: Config) -> None:
+def test_valid_input_starts_ray(config: Config) -> None:
     with pytest.raises(AssertionError, match="Ray was started"):
         preprocess(config)
 
 
-WRONG: list[tuple[dict[str, str], dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ({}, {"data.catalog": []}, "set data.catalog"),
     ({}, {"data.catalog": "nowhere.csv"}, "nowhere.csv does not exist"),
     ({}, {"data.interactions": "nowhere.csv"}, "nowhere.csv does not exist"),
@@ -98,8 +98,10 @@ WRONG: list[tuple[dict[str, str], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("files", "keys", "message"), WRONG)
-def test_wrong_input(config: Config, tmp_path: Path, files: dict[str, str], keys: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("files", "keys", "message"), INVALID)
+def test_invalid_input_is_refused_before_ray_starts(
+    config: Config, tmp_path: Path, files: dict[str, str], keys: dict[str, Any], message: str
+) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message) as caught:
@@ -109,13 +111,13 @@ def test_wrong_input(config: Config, tmp_path: Path, files: dict[str, str], keys
     assert not list((tmp_path / "ws").rglob("manifest.json"))
 
 
-def test_a_workspace_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
+def test_a_workspace_that_cannot_be_written_is_refused(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         preprocess(config.with_overrides({"workspace": str(tmp_path / "file" / "ws")}))
 
 
-def test_renamed_columns_of_either_table(config: Config, tmp_path: Path) -> None:
+def test_columns_of_both_tables_may_be_renamed(config: Config, tmp_path: Path) -> None:
     (tmp_path / "songs.csv").write_text(CATALOG.replace("song_id", "track"))
     (tmp_path / "log.csv").write_text(LOG.replace("user_id", "listener").replace(",song_id", ",track"))
     with pytest.raises(AssertionError, match="Ray was started"):
@@ -123,13 +125,15 @@ def test_renamed_columns_of_either_table(config: Config, tmp_path: Path) -> None
 
 
 def recognised(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the step prints before it starts Ray."""
+    """Output of the step before it starts Ray."""
     with pytest.raises(AssertionError, match="Ray was started"):
         preprocess(config)
     return capsys.readouterr().out
 
 
-def test_the_step_says_what_it_recognised(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_prints_the_recognised_shapes(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "log.csv").write_text("user_id,song_id,weight,timestamp\n" + "u,a,3,1700000000\nu,b,1,1700000060\n" * 2)
     said = recognised(config, capsys)
     assert f"preprocess  log {tmp_path}/log.csv: affinity (user_id, song_id, weight); 4 rows; weight 1 to 3" in said
@@ -144,18 +148,18 @@ def test_the_step_says_what_it_recognised(config: Config, tmp_path: Path, capsys
     }
     said = recognised(config.with_overrides(keys), capsys)
     assert (
-        f"log {tmp_path}/log: plays (user_id, song_id, timestamp); 2 rows; timestamp 2024-01-31 to 2024-02-01 UTC (ISO 8601 2)"
-        in said
-    )
+        f"log {tmp_path}/log: plays (user_id, song_id, timestamp); 2 rows; timestamp 2024-01-31 to 2024-02-01 UTC "
+        "(ISO 8601 2)"
+    ) in said
     assert (
-        f"log {tmp_path}/log: ratings (user_id, song_id, rating); 2 rows; ratings 1 to 5 (1 positive, from 4; 0 neutral; 1 neg"
-        in said
-    )
+        f"log {tmp_path}/log: ratings (user_id, song_id, rating); 2 rows; ratings 1 to 5 (1 positive, from 4; "
+        "0 neutral; 1 neg"
+    ) in said
     assert f"log {tmp_path}/log.csv: affinity" in said
 
 
 @pytest.mark.parametrize("late", ["feedback", "trigger_song_id", "played_ratio"])
-def test_keys_that_a_log_begins_to_write_late(
+def test_keys_that_appear_late_in_a_log_are_read(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
     monkeypatch.setattr(tables, "BATCH_ROWS", 7)
@@ -184,15 +188,15 @@ def test_keys_that_a_log_begins_to_write_late(
         assert rejected["row"].to_pylist() == list(range(70))
 
 
-def test_planning_opens_no_log_file(config: Config, tmp_path: Path) -> None:
-    """A step that finds its events made does not read a large log again."""
+def test_planning_does_not_open_log_files(config: Config, tmp_path: Path) -> None:
+    """A step whose events exist does not read a large log again."""
     (tmp_path / "log.jsonl").write_text("this is no table")
     plan = plan_log(config.with_overrides({"data.interactions": str(tmp_path / "log.jsonl")}), "features")
     with pytest.raises(InputError, match=r"no row of .* can be read: line 1 is not a JSON object"):
         assert plan.parts
 
 
-def test_hidden_and_temporary_folders_of_a_log(
+def test_hidden_and_temporary_folders_of_a_log_are_skipped(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("a.csv", ".ipynb_checkpoints/a-checkpoint.csv", "_temporary/0/a.csv", "_delta_log/0.json")
@@ -202,7 +206,7 @@ def test_hidden_and_temporary_folders_of_a_log(
     assert "; 1 rows; " in recognised(config.with_overrides({"data.interactions": str(tmp_path / "log")}), capsys)
 
 
-def test_types_that_databases_write(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_column_types_of_databases_are_read(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = [uuid.UUID(int=0xF0 << 120 | i) for i in range(2)]
     binary = pa.array([value.bytes for value in ids], pa.binary(16))
     songs = {

@@ -1,5 +1,4 @@
-"""URIs and failing storage: what is not there, what is forbidden and what cannot be reached are three different
-things."""
+"""URIs and failing storage: missing, forbidden and unreachable files are three different errors."""
 
 from __future__ import annotations
 
@@ -31,6 +30,7 @@ from htcl_ray.errors import AccessDeniedError, AudioError, InputError, StorageEr
 from htcl_ray.pipelines.make_features import make_shard, plan_features
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.schemas import Reason
+from htcl_ray.workspace import filesystem
 from htcl_ray.workspace.filesystem import explain, open_filesystem
 from htcl_ray.workspace.paths import local_path
 from htcl_ray.workspace.storage import Workspace
@@ -52,10 +52,17 @@ NAMES = [
 ]
 
 
-def sound(seconds: float = 0.5, seed: int = 0) -> bytes:
+def wav(seconds: float = 0.5, seed: int = 0) -> bytes:
+    """Noise as a WAV file."""
     file = io.BytesIO()
     soundfile.write(file, np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 16000)), 16000, format="WAV")
     return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _few_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three attempts for each request of an object store in place of five: 1.5 s of waiting in place of 7.5 s."""
+    monkeypatch.setattr(filesystem, "S3_ATTEMPTS", 3)
 
 
 @pytest.fixture
@@ -65,6 +72,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
 
 
 def catalog(folder: Path, paths: list[str]) -> str:
+    """Path of a catalogue with one song for each audio path."""
     with open(folder / "songs.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(
             [["song_id", "audio_path", "title"], *([f"s{i}", path, f"title {i}"] for i, path in enumerate(paths))]
@@ -75,9 +83,9 @@ def catalog(folder: Path, paths: list[str]) -> str:
 class TestUris:
     @pytest.mark.parametrize("name", NAMES)
     def test_file_uris_are_percent_decoded(self, name: str, tmp_path: Path) -> None:
-        """As `pathlib`, playlists and file managers write them; the oracle is `Path.as_uri`."""
+        """In the spellings of `pathlib`, playlists and file managers; the oracle is `Path.as_uri`."""
         path = tmp_path / name
-        path.write_bytes(sound())
+        path.write_bytes(wav())
         uri = path.as_uri()
         for written in (
             uri,
@@ -89,18 +97,18 @@ class TestUris:
             assert sizes_and_times([written])[0, 0] == path.stat().st_size
             np.testing.assert_array_equal(decode(written, RECIPE), decode(path, RECIPE))
 
-    def test_a_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+    def test_file_uris_may_have_names_that_are_not_utf8(self, tmp_path: Path) -> None:
         path = os.fsencode(tmp_path) + b"/caf\xe9.wav"
         with open(path, "wb") as file:
-            file.write(sound())
+            file.write(wav())
         assert sizes_and_times([f"{tmp_path.as_uri()}/caf%E9.wav"])[0, 0] == os.path.getsize(path)
 
-    def test_every_step_of_a_catalogue_reads_them(self, tmp_path: Path) -> None:
-        """The catalogue itself, its relative paths and its URIs, from planning to decoding."""
+    def test_catalogues_may_have_relative_paths_and_uris(self, tmp_path: Path) -> None:
+        """From planning to decoding, for a catalogue that is itself given as a URI."""
         folder = tmp_path / "my songs é%41"
         folder.mkdir()
         for i, name in enumerate(NAMES):
-            (folder / name).write_bytes(sound(seed=i))
+            (folder / name).write_bytes(wav(seed=i))
         catalog(folder, [(folder / name).as_uri() for name in NAMES] + NAMES)
         table = (folder / "songs.csv").as_uri()
         plan = plan_features(resolve("demo").with_overrides({"data.catalog": table}))
@@ -111,7 +119,7 @@ class TestUris:
             "URI and relative path of a file are the same recording"
         )
 
-    def test_workspace_and_configuration_file(self, tmp_path: Path) -> None:
+    def test_the_workspace_and_the_configuration_file_may_be_uris(self, tmp_path: Path) -> None:
         folder = tmp_path / "a b%"
         workspace = Workspace(folder.as_uri())
         workspace.write_json("x.json", 1)
@@ -123,34 +131,35 @@ class TestUris:
         assert resolve("demo", (folder / "c.yaml").as_uri(), []).pretrain.epochs == 3
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_keys_of_an_object_store(self, name: str, store: ObjectStore) -> None:
-        """As they are, and percent-encoded."""
-        store.objects[f"music/{name}"] = sound()
+    def test_keys_of_an_object_store_are_read_as_they_are_and_percent_encoded(
+        self, name: str, store: ObjectStore
+    ) -> None:
+        store.objects[f"music/{name}"] = wav()
         encoded = pathlib.PurePosixPath(f"/{name}").as_uri().removeprefix("file:///")
         written = [encoded] if "%25" in name else [encoded, name]
         for uri in (f"s3://bucket/music/{one}" for one in written):
-            assert sizes_and_times([uri])[0, 0] == len(sound())
-            np.testing.assert_array_equal(decode(uri, RECIPE), decode(sound(), RECIPE))
+            assert sizes_and_times([uri])[0, 0] == len(wav())
+            np.testing.assert_array_equal(decode(uri, RECIPE), decode(wav(), RECIPE))
 
-    def test_relative_paths_of_a_table_in_an_object_store(self, store: ObjectStore) -> None:
+    def test_relative_paths_of_a_table_in_an_object_store_name_its_objects(self, store: ObjectStore) -> None:
         rows = io.StringIO()
         csv.writer(rows).writerows(
             [["song_id", "audio_path", "title"], *([str(i), f"audio/{name}", "t"] for i, name in enumerate(NAMES))]
         )
         store.objects["my tables/songs.csv"] = rows.getvalue().encode()
-        store.objects.update({f"my tables/audio/{name}": sound(seed=i) for i, name in enumerate(NAMES)})
+        store.objects.update({f"my tables/audio/{name}": wav(seed=i) for i, name in enumerate(NAMES)})
         songs = read_catalog(DataSettings(catalog="s3://bucket/my tables/songs.csv")).songs
-        assert sizes_and_times(songs["audio_path"].to_pylist())[:, 0].tolist() == [len(sound())] * len(NAMES)
+        assert sizes_and_times(songs["audio_path"].to_pylist())[:, 0].tolist() == [len(wav())] * len(NAMES)
 
-    def test_options_of_a_uri(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_uris_may_have_options(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ENDPOINT_URL")
-        store.objects["a/x.wav"] = sound()
+        store.objects["a/x.wav"] = wav()
         uri = f"s3://bucket/a/x.wav?region=us-east-1&scheme=http&endpoint_override={store.url.removeprefix('http://')}"
-        assert sizes_and_times([uri])[0, 0] == len(sound())
+        assert sizes_and_times([uri])[0, 0] == len(wav())
         assert decode(uri, RECIPE).size == 8000
 
     @pytest.mark.parametrize("scheme", ["abfs", "abfss", "az", "hdfs", "http", "https", "ftp", "viewfs", "nowhere"])
-    def test_other_schemes_are_one_sentence_that_names_the_supported_ones(
+    def test_an_unsupported_scheme_is_one_sentence_with_the_supported_ones(
         self, scheme: str, tmp_path: Path, capsys
     ) -> None:
         uri = f"{scheme}://container@account/x"
@@ -168,14 +177,14 @@ class TestUris:
             decode(uri, RECIPE)
         assert caught.value.reason is Reason.UNSUPPORTED_URI
 
-    def test_a_file_of_another_host(self) -> None:
+    def test_a_file_of_another_host_is_refused(self) -> None:
         with pytest.raises(WorkspaceError, match="names the host 'nas'"):
             open_filesystem("file://nas/music/x.wav")
 
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[Path]:
-    """A folder of root's that everyone may enter, used as a user who is not root."""
+    """A folder that belongs to root and that all users may enter, for a user that is not root."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     user = os.geteuid()
@@ -187,11 +196,11 @@ def unprivileged() -> Iterator[Path]:
 
 
 class TestDenied:
-    def test_local_files(self) -> None:
+    def test_local_files_without_permission_are_denied_not_missing(self) -> None:
         with unprivileged() as folder:
             (folder / "closed").mkdir()
             for name in ("closed/a.wav", "b.wav"):
-                (folder / name).write_bytes(sound())
+                (folder / name).write_bytes(wav())
             (folder / "b.wav").chmod(0)
             (folder / "closed").chmod(stat.S_IRWXU if os.geteuid() == 0 else 0)
             if os.geteuid() == 0:
@@ -207,7 +216,7 @@ class TestDenied:
         assert reasons == [Reason.ACCESS_DENIED] * 2
 
     @pytest.mark.parametrize("status", [403, 401])
-    def test_a_bucket_fails_the_step(self, status: int, store: ObjectStore, tmp_path: Path, capsys) -> None:
+    def test_a_denied_bucket_fails_the_step(self, status: int, store: ObjectStore, tmp_path: Path, capsys) -> None:
         store.fail, store.forever = [status], True
         arguments = [
             "--workspace",
@@ -222,7 +231,9 @@ class TestDenied:
         assert shown.count("\n") == 1
         assert not (tmp_path / "ws" / "features").exists()
 
-    def test_tables_workspace_and_configuration_of_a_bucket(self, store: ObjectStore, tmp_path: Path, capsys) -> None:
+    def test_denied_tables_workspace_and_configuration_are_named(
+        self, store: ObjectStore, tmp_path: Path, capsys
+    ) -> None:
         store.fail, store.forever = [403], True
         for uri, arguments in {
             "s3://bucket/songs.csv": ["--workspace", str(tmp_path), "--set", "data.catalog=s3://bucket/songs.csv"],
@@ -232,7 +243,7 @@ class TestDenied:
             assert cli.main(["preprocess", "--preset", "demo", *arguments]) == 2
             assert f"access denied to {uri} (" in capsys.readouterr().err
 
-    def test_one_object(self, store: ObjectStore) -> None:
+    def test_a_denied_object_is_named(self, store: ObjectStore) -> None:
         store.fail, store.forever = [403], True
         with pytest.raises(AccessDeniedError, match=r"access denied to s3://bucket/x\.wav"):
             decode("s3://bucket/x.wav", RECIPE)
@@ -240,14 +251,17 @@ class TestDenied:
 
 class TestOutages:
     def test_passing_errors_are_retried(self, store: ObjectStore) -> None:
-        store.objects["music/x.wav"] = sound()
+        store.objects["music/x.wav"] = wav()
         store.fail = [503, 500]
-        assert sizes_and_times(["s3://bucket/music/x.wav"])[0, 0] == len(sound())
+        assert sizes_and_times(["s3://bucket/music/x.wav"])[0, 0] == len(wav())
         store.fail = [503, 500]
         assert decode("s3://bucket/music/x.wav", RECIPE).size == 8000
         assert not store.fail
 
-    def test_an_outage_is_not_a_missing_file(self, store: ObjectStore, tmp_path: Path, capsys) -> None:
+    def test_an_outage_is_not_a_missing_file(
+        self, store: ObjectStore, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(filesystem, "S3_ATTEMPTS", 4)
         store.fail, store.forever = [503], True
         arguments = [
             "--workspace",
@@ -261,7 +275,7 @@ class TestOutages:
         assert shown.count("\n") == 1
         assert len(store.requests) >= 4
 
-    def test_an_unreachable_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_unreachable_server_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with running_store(monkeypatch) as stopped:
             pass
         with pytest.raises(StorageError, match="s3://bucket/music cannot be reached"):
@@ -269,8 +283,8 @@ class TestOutages:
         assert stopped.requests == []
 
     def test_a_read_that_breaks_off_is_not_a_short_file(self, store: ObjectStore) -> None:
-        """Decoders take an error of the file under them for its end."""
-        store.objects["long.wav"] = sound(60)  # longer than what is read at a time
+        """Decoders treat a read error as the end of the file."""
+        store.objects["long.wav"] = wav(60)  # longer than one read
         store.fail_after_bytes = 1 << 20
         recipe = AudioRecipe(clip_seconds=60)
         with pytest.raises(StorageError, match=r"s3://bucket/long.wav cannot be reached"):
@@ -286,12 +300,14 @@ class TestOutages:
 
     def test_object_stores_give_up_after_seconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Arrow's own limits are 15 minutes for gs:// and none for connecting to s3://."""
+        monkeypatch.undo()
+        assert 3 <= filesystem.S3_ATTEMPTS <= 5
         _, (options,) = open_filesystem("gs://bucket/x")[0].__reduce__()
         assert options["retry_time_limit"].total_seconds() <= 15
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        filesystem, path = open_filesystem("s3://bucket/a b")
-        assert isinstance(filesystem, pafs.S3FileSystem)
-        _, (options,) = filesystem.__reduce__()
+        opened, path = open_filesystem("s3://bucket/a b")
+        assert isinstance(opened, pafs.S3FileSystem)
+        _, (options,) = opened.__reduce__()
         assert 0 < options["connect_timeout"] <= 5
         assert path == "bucket/a b"
 
@@ -311,22 +327,22 @@ class TestOutages:
             (OSError(116, "Stale file handle"), StorageError, "/w cannot be read or written (Stale file handle)"),
         ],
     )
-    def test_sentences(self, error: OSError, kind: type[Exception], sentence: str) -> None:
-        found = explain(error, "/w")
-        assert type(found) is kind
-        assert sentence in str(found)
-        assert type(pickle.loads(pickle.dumps(found))) is kind
+    def test_an_error_of_storage_is_one_sentence(self, error: OSError, kind: type[Exception], sentence: str) -> None:
+        explained = explain(error, "/w")
+        assert type(explained) is kind
+        assert sentence in str(explained)
+        assert type(pickle.loads(pickle.dumps(explained))) is kind
 
 
 class TestWrongFolder:
-    """The commonest first mistake: audio paths that are relative to another folder than the table's."""
+    """Audio paths that are relative to another folder than that of the table, a common first mistake."""
 
     @pytest.fixture(autouse=True)
     def _no_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(connection, "connect", lambda config: pytest.fail("Ray was started"))
 
     @pytest.mark.parametrize("share", [0.05, 1])
-    def test_a_path_is_shown_and_the_quarantine_table_is_written(self, share: float, tmp_path: Path) -> None:
+    def test_the_message_names_a_path_and_the_quarantine_table_is_written(self, share: float, tmp_path: Path) -> None:
         table = catalog(tmp_path, [f"audio/s{i}.wav" for i in range(12)])
         config = resolve("demo").with_overrides(
             {"workspace": str(tmp_path / "ws"), "data.catalog": table, "data.max_rejected_share": share}

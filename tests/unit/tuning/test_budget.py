@@ -1,4 +1,4 @@
-"""The budget of a trial: equally many rows for every batch size, near the wanted number."""
+"""The budget of a trial: equal for every batch size, and near the configured number of rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def searched(stage: str, sizes: list[int], **tune: Any) -> Config:
 
 
 def rows_seen(config: Config, stage: str, training_rows: int) -> tuple[int, int]:
-    """Rows of a trial, counted batch by batch as the training loop does, and rows of an epoch."""
+    """Rows of a trial and of an epoch, counted in batches as in the training loop."""
     settings = getattr(config, stage)
     length = getattr(settings, EPOCH_LENGTH[stage]) or training_rows
     batch = global_batch(length, settings.batch_size, settings.num_workers)
@@ -42,7 +42,7 @@ def rows_seen(config: Config, stage: str, training_rows: int) -> tuple[int, int]
     samples=some.integers(2, 200_000),
     reports=some.integers(1, 40),
 )
-def test_every_batch_size_sees_equally_many_rows_near_the_wanted_number(
+def test_every_batch_size_sees_equally_many_rows_near_the_configured_number(
     stage: str, sizes: list[int], samples: int, reports: int
 ):
     unit = math.lcm(*sizes)
@@ -68,11 +68,11 @@ def test_every_batch_size_sees_equally_many_rows_near_the_wanted_number(
         (700, 3, Budget(256, 3)),
     ],
 )
-def test_budgets_by_hand(samples: int, reports: int, expected: Budget):
+def test_budgets_equal_those_computed_by_hand(samples: int, reports: int, expected: Budget):
     config = searched("pretrain", [16, 32, 64], samples=samples, reports=reports)
-    found = stage_budget(config, search_space(config, {"pretrain": 100}), "pretrain", 100)
-    assert found.rows == round(samples / found.rows_per_report) * found.rows_per_report
-    assert found == expected
+    budget = stage_budget(config, search_space(config, {"pretrain": 100}), "pretrain", 100)
+    assert budget.rows == round(samples / budget.rows_per_report) * budget.rows_per_report
+    assert budget == expected
 
 
 def test_without_samples_a_trial_is_as_long_as_the_configured_run():
@@ -89,7 +89,7 @@ def test_without_samples_a_trial_is_as_long_as_the_configured_run():
 
 
 def test_songs_of_a_trial_come_in_the_same_order_for_every_batch_size():
-    """Including those that the end of a round of the catalogue cuts an epoch into."""
+    """Also where an epoch ends within a pass over the catalogue."""
     config = searched("pretrain", [16, 32, 64], samples=500, reports=5)
     budget = stage_budget(config, search_space(config, {"pretrain": 150}), "pretrain", 150)
     seen = []
@@ -106,7 +106,7 @@ def test_songs_of_a_trial_come_in_the_same_order_for_every_batch_size():
     assert sorted(seen[0][:150]) == sorted(seen[0][150:300]) == list(range(150))
 
 
-def test_a_trial_keeps_nothing_that_only_a_finished_model_needs():
+def test_a_trial_keeps_one_checkpoint_and_no_best_model():
     config = searched("pretrain", [32, 64]).with_overrides(
         {"pretrain.best_metric": "loss", "pretrain.keep_checkpoints": 5, "pretrain.checkpoint_every_steps": 7}
     )
@@ -135,14 +135,14 @@ def test_both_stages_have_budgets_of_their_own():
     assert [rows_seen(trial, name, 100)[0] for name in budgets] == [1000, 1024]
 
 
-def test_budgets_that_cannot_be_are_refused_in_one_sentence():
+def test_impossible_budgets_are_refused_in_one_sentence():
     config = searched("pretrain", [30, 32, 34], samples=5000)
     space = search_space(config, {"pretrain": 100})
     with pytest.raises(ConfigError) as caught:
         stage_budget(config, space, "pretrain", 100)
     assert str(caught.value) == (
-        "a trial of pretrain sees 5000 rows, but batches of 30, 32, 34 first end together after 8160; raise tune.samples, or choose "
-        "values of pretrain.batch_size with a smaller common multiple, such as powers of two"
+        "a trial of pretrain sees 5000 rows, but batches of 30, 32, 34 first end together after 8160; raise "
+        "tune.samples, or choose values of pretrain.batch_size with a smaller common multiple, such as powers of two"
     )
     with pytest.raises(
         ConfigError,

@@ -1,5 +1,4 @@
-"""What a person reads of a search, while it runs and after: every trial is there, words are words, and no figure is
-made up."""
+"""Live table, progress line and report of a study: complete, escaped, and with correct values."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from rich.console import Console
 
 from htcl_ray.config.sections import Dimension
+from htcl_ray.tuning import search_report
 from htcl_ray.tuning.budget import Budget
 from htcl_ray.tuning.labels import short_names
 from htcl_ray.tuning.live_table import live_table, progress_line, seconds_left
@@ -44,10 +44,10 @@ def trial(number: int, value: float | None = None, state: Any = "finished", *, r
         "pretrain.temperature": 0.02 + 0.002 * number,
         "model.pooling": ("mean", "<script>$x_1$", None)[number % 3],
     }
-    figures = (
+    values = (
         {"semantic": value, "preference": 1 - value, "songs_per_second": 10.0 + number} if value is not None else {}
     )
-    history = [{"rows": rows, **figures}] if figures else []
+    history = [{"rows": rows, **values}] if values else []
     attempts = {"1.000": [2.0, 30.0]} if history else {}
     return Trial(number, parameters, state, history, **{"attempts": attempts, **more})
 
@@ -74,7 +74,7 @@ def report(trials: list[Trial], objectives: tuple[str, ...] = ("semantic",), **m
 
 
 class Page(HTMLParser):
-    """Tables as rows of words, tags that are open, addresses and what stands in SVG."""
+    """Rows of the tables, open tags, addresses and text of a page."""
 
     EMPTY = ("meta", "br")
 
@@ -115,16 +115,29 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def after(self, first: str) -> list[list[str]]:
-        """The rows below the header that starts with these words, to the next header."""
+        """The rows below the header that starts with this text."""
         start = next(i for i, row in enumerate(self.rows) if " ".join(row).startswith(first))
         return self.rows[start + 1 :]
 
 
 def several(count: int = 8) -> list[Trial]:
-    found = [trial(i, 0.1 + 0.37 * i % 0.5) for i in range(count)]
-    found[3] = trial(3, 0.05, "stopped", rows=200)
-    found[4] = trial(4, state="failed", error='ValueError: <script>alert("1")</script> costs $5 & $6 [bold]')
-    return found
+    """Trials of which one was stopped and one failed."""
+    trials = [trial(i, 0.1 + 0.37 * i % 0.5) for i in range(count)]
+    trials[3] = trial(3, 0.05, "stopped", rows=200)
+    trials[4] = trial(4, state="failed", error='ValueError: <script>alert("1")</script> costs $5 & $6 [bold]')
+    return trials
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    """The page of `several()`."""
+    return report_html(report(several()))
+
+
+@pytest.fixture
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without plots, which take most of the time."""
+    monkeypatch.setattr(search_report, "study_plots", lambda trials, distributions, titles: {})
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +154,7 @@ def test_every_trial_is_in_both_tables_with_its_error(page: Page):
     assert trials[8][1:4] == ["starting", "–", "0"]
 
 
+@pytest.mark.usefixtures("_no_plots")
 def test_cost_is_nodes_times_seconds_and_adds_up():
     trials = [
         trial(0, 0.1, attempts={"1": [2, 30], "2": [1, 40]}),
@@ -152,17 +166,16 @@ def test_cost_is_nodes_times_seconds_and_adds_up():
     assert costs[3] == ["all", "3,700 (1.0 h)", "", "3"]
 
 
-def test_the_page_runs_nothing_and_fetches_nothing(page: Page):
+def test_the_page_runs_nothing_and_fetches_nothing(page: Page, html: str):
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     assert page.addresses
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
-    html = report_html(report(several()))
     assert not re.search(r"https?:|@import|url\((?!#)", html)
     ids = re.findall(r'\bid="([^"]+)"', html)
-    assert len(ids) == len(set(ids)), "several plots stand in one page"
+    assert len(ids) == len(set(ids)), "ids are unique in a page of several plots"
 
 
-def test_values_with_markup_and_dollars_are_drawn_as_they_are():
+def test_plots_escape_markup_and_dollar_signs():
     plots = [plot for drawn in study_plots(several(), DISTRIBUTIONS, {"semantic": "s"}).values() for plot in drawn]
     assert all(plot.svg for plot in plots)
     drawn = ["".join(ElementTree.fromstring(plot.svg).itertext()) for plot in plots]
@@ -171,7 +184,7 @@ def test_values_with_markup_and_dollars_are_drawn_as_they_are():
 
 
 def test_logarithmic_ranges_have_logarithmic_axes():
-    """Equal ratios are equally far apart on the slice's axis."""
+    """Equal ratios have equal distances on the axis of a slice."""
     trials = [
         replace(item, parameters=item.parameters | {"pretrain.temperature": 0.02 * 25 ** (i / 7)})
         for i, item in enumerate(several())
@@ -202,7 +215,7 @@ def test_the_summary_gives_the_difference_and_calls_it_optimistic():
     assert "stopped early, after 300 rows" in stopped
 
 
-def test_the_winner_stands_beside_the_configuration(page: Page):
+def test_the_winner_is_compared_with_the_configuration(page: Page):
     best = max((item for item in several() if item.state == "finished"), key=lambda item: item.last["semantic"])
     rows = page.after("parameter")
     temperature = f"{best.parameters['pretrain.temperature']:.4g}"
@@ -211,7 +224,7 @@ def test_the_winner_stands_beside_the_configuration(page: Page):
     assert "htcl pretrain --config best.yaml" in page.text
 
 
-def test_what_was_the_same_and_the_versions_are_stated(page: Page):
+def test_constants_and_versions_are_listed(page: Page):
     table = dict(row for row in page.rows if len(row) == 2)
     assert table["pretrain: rows of a trial"] == "1,000 songs, in 10 parts of 100"
     assert table["pretrain: seed"] == "17"
@@ -221,26 +234,27 @@ def test_what_was_the_same_and_the_versions_are_stated(page: Page):
     assert "temperature: 0.074" in page.text
 
 
-def test_it_says_that_stopped_trials_saw_fewer_rows(page: Page):
+@pytest.mark.usefixtures("_no_plots")
+def test_the_page_warns_that_stopped_trials_saw_fewer_rows(page: Page):
     assert "1 trial was stopped early: it saw fewer rows" in page.text
     assert "No trial was stopped early" in Page(report_html(report([trial(0, 0.1), trial(1, 0.2)]))).text
 
 
-def test_two_objectives_have_a_front_and_plots_of_each():
+def test_two_objectives_have_a_pareto_front_and_plots_of_each():
     values = {0: (0.1, 0.9), 1: (0.5, 0.6), 2: (0.4, 0.5), 3: (0.9, 0.1)}
     trials = [trial(number, 0.5) for number in values]
     for item in trials:
         item.history[0] |= dict(zip(("semantic", "preference"), values[item.number], strict=True))
     page = Page(report_html(report(trials, ("semantic", "preference"))))
     front = page.after("trial semantic recall@10 preference recall@10")
-    assert [row[0] for row in front[:3]] == ["1", "0", "3"], "2 is behind 1 in both; best sum first"
+    assert [row[0] for row in front[:3]] == ["1", "0", "3"], "1 dominates 2; highest sum first"
     assert front[3][0] == "trial", "the next table"
     assert page.tags.count("svg") == 1 + 2 * (2 + len(SPACE))
     assert "highest sum" in page.text
 
 
-def test_the_greater_value_is_the_better_one_in_plots_of_two_objectives():
-    """Each objective alone is drawn with its best so far, which only Optuna's own direction gives."""
+def test_plots_of_two_objectives_maximise_both():
+    """Optuna draws the best value so far for a single objective only."""
     trials = [trial(i, value) for i, value in enumerate((0.2, 0.6, 0.4))]
     plots = study_plots(trials, DISTRIBUTIONS, {"semantic": "s", "preference": "p"})
     for title in ("s", "p"):
@@ -248,7 +262,7 @@ def test_the_greater_value_is_the_better_one_in_plots_of_two_objectives():
         assert "Best Value" in "".join(ElementTree.fromstring(history).itertext())
 
 
-def test_importances_find_the_parameter_that_matters():
+def test_importances_rank_the_parameter_that_explains_the_values_first():
     trials = [trial(i, 0.2 + 0.2 * (i % 3)) for i in range(30)]
     drawn = study_plots(trials, DISTRIBUTIONS, {"semantic": "s"})["Optimisation of s"][1].svg or ""
     words = list(ElementTree.fromstring(drawn).itertext())
@@ -259,7 +273,7 @@ def test_importances_find_the_parameter_that_matters():
 
 
 def test_trials_in_the_plots_have_the_numbers_of_the_table():
-    """A running and a failed trial between them do not move the others."""
+    """Running, failed and missing trials do not shift the numbers of the others."""
     trials = [
         trial(0, 0.3),
         trial(1, 0.1, "running", rows=300),
@@ -284,38 +298,38 @@ def test_trials_in_the_plots_have_the_numbers_of_the_table():
         ([trial(0, state="running")], "the study has none"),
     ],
 )
-def test_what_cannot_be_drawn_says_why(trials: list[Trial], words: str, objectives: tuple[str, ...]):
+def test_a_plot_that_cannot_be_drawn_gives_the_reason(trials: list[Trial], words: str, objectives: tuple[str, ...]):
     page = Page(report_html(report(trials, objectives, configured=0)))
     assert "svg" not in page.tags
     assert words in page.text
     assert all(item.error is None or item.error in page.text for item in trials)
 
 
-def test_importances_of_equal_values_say_why_and_the_rest_is_drawn():
+def test_importances_of_equal_values_give_the_reason_and_other_plots_are_drawn():
     page = Page(report_html(report([trial(i, 0.5) for i in range(3)])))
     assert "all trials have the same value" in page.text
     assert page.tags.count("svg") == 1 + len(SPACE) + 1
 
 
-def test_a_parameter_that_never_varied_is_drawn():
+def test_a_parameter_with_a_single_value_is_drawn():
     trials = [
         replace(trial(i, 0.1 * i), parameters={"pretrain.temperature": 0.1, "model.pooling": "mean"}) for i in range(3)
     ]
     assert "svg" in Page(report_html(report(trials))).tags
 
 
-def test_two_hundred_trials_make_a_page_that_opens():
+def test_a_page_of_two_hundred_trials_is_small_and_quickly_made():
     started = time.perf_counter()
     html = report_html(report([trial(i, (i * 0.37) % 1) for i in range(200)]))
     assert len(html.encode()) < 3_000_000
     assert time.perf_counter() - started < 60
 
 
-def test_the_same_trials_give_the_same_page():
-    assert report_html(report(several())) == report_html(report(several()))
+def test_the_same_trials_give_the_same_page(html: str):
+    assert report_html(report(several())) == html
 
 
-def test_drawing_leaves_the_callers_matplotlib_alone():
+def test_drawing_restores_the_callers_matplotlib():
     pyplot.switch_backend("svg")
     mine = pyplot.figure()
     before = dict(matplotlib.rcParams)
@@ -350,29 +364,29 @@ def test_the_live_table_shows_state_parameters_rows_and_the_best():
     assert "running" in row_of(text, 4)
     assert "finished, best" in row_of(text, 1)
     assert "250 / 1,000" in row_of(text, 2)
-    assert "best" not in row_of(text, 2), "a trial that was stopped wins nothing"
+    assert "best" not in row_of(text, 2), "a stopped trial cannot win"
     assert "temperature 0.022" in row_of(text, 1)
     assert "0.500" in row_of(text, 1)
     assert "11.0" in row_of(text, 1)
 
 
-def test_values_in_square_brackets_are_no_markup():
+def test_values_in_square_brackets_are_not_markup():
     odd = replace(trial(0, 0.5), parameters={"a.b": "[red]x[/red]"})
     assert "b [red]x[/red]" in shown(live_table([odd], ["semantic"], 1, ROWS))
 
 
-def test_of_many_trials_those_that_run_and_the_best_have_a_row():
+def test_of_many_trials_the_running_and_the_best_have_a_row():
     trials = [trial(i, i / 200) for i in range(100)]
     trials[7] = trial(7, 0.01, "running", rows=100)
     trials[8] = trial(8, state="failed", error="no")
     text = shown(live_table(trials, ["semantic"], 100, ROWS))
-    numbers = [int(found) for found in re.findall(r"^│\s+(\d+) │", text, re.MULTILINE)]
+    numbers = [int(number) for number in re.findall(r"^│\s+(\d+) │", text, re.MULTILINE)]
     assert numbers == [7, *range(71, 100)]
     assert "70 more without a row: 69 finished, 1 failed" in text
     assert "more without" not in shown(live_table(trials[:30], ["semantic"], 30, ROWS))
 
 
-def test_names_are_short_where_they_tell_apart():
+def test_short_names_are_the_shortest_unique_suffixes():
     keys = ["pretrain.batch_size", "finetune.batch_size", "model.pooling", "plain"]
     assert short_names(keys) == {
         "pretrain.batch_size": "pretrain.batch_size",
@@ -383,9 +397,8 @@ def test_names_are_short_where_they_tell_apart():
     assert short_names(["a.x.y", "b.x.y", "b.z.y"]) == {"a.x.y": "a.x.y", "b.x.y": "b.x.y", "b.z.y": "z.y"}
 
 
-def test_time_left_is_rows_to_come_at_the_pace_so_far():
-    """Seen 1000 + 250 + 500 + 400 = 2150 rows in 43 s, 50 a second. To come: 600 of trial 3, 1000 of 4, and 15 whole
-    trials."""
+def test_time_left_is_remaining_rows_at_the_rate_so_far():
+    """1000 + 250 + 500 + 400 = 2150 rows in 43 s, 50 a second; 600 rows of trial 3, 1000 of 4, and 15 trials remain."""
     trials = [
         trial(0, 0.5),
         trial(1, 0.1, "stopped", rows=250),
@@ -402,13 +415,13 @@ def test_time_left_is_rows_to_come_at_the_pace_so_far():
     )
 
 
-def test_nothing_is_said_of_time_or_of_the_best_before_anything_was_measured():
+def test_the_line_has_no_time_left_and_no_best_before_the_first_measurement():
     assert progress_line([trial(i, state="running") for i in range(2)], ["semantic"], 20, ROWS, 60) == (
         "tune  0 of 20 trials ended, 2 starting"
     )
     assert progress_line([], ["semantic"], 20, ROWS, 0) == "tune  0 of 20 trials ended"
     assert "left" not in progress_line([trial(0, 0.5)], ["semantic"], 2, ROWS, 60, rows_before=ROWS)
-    assert "left" not in progress_line([trial(0, 0.5)], ["semantic"], 1, ROWS, 60), "nothing is to come"
+    assert "left" not in progress_line([trial(0, 0.5)], ["semantic"], 1, ROWS, 60), "no rows remain"
 
 
 def test_each_objective_names_its_best():
@@ -416,7 +429,9 @@ def test_each_objective_names_its_best():
     assert "best semantic 0.500 (trial 1), best preference 0.750 (trial 0)" in line
 
 
-def test_optuna_stays_silent(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder):
+def test_the_report_prints_nothing_and_warns_of_nothing(
+    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+):
     report_html(report(several()))
     assert capfd.readouterr() == ("", "")
     assert not [

@@ -1,4 +1,4 @@
-"""The search space: what is refused, the types of values, and that every point is a configuration."""
+"""The search space: refused spaces, types of values, and points as configurations."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ),
         (
             "{pretrain.batch_size: [8, 9]}",
-            "tune.space.pretrain.batch_size has 9, which pretrain.num_workers (2) does not divide; expected multiples of 2",
+            "tune.space.pretrain.batch_size has 9, which pretrain.num_workers (2) does not divide; "
+            "expected multiples of 2",
         ),
         ("{pretrain.batch_size: [8, 16.0]}", "tune.space.pretrain.batch_size has 16.0; expected whole numbers"),
         ("{pretrain.batch_size: [8, true]}", "tune.space.pretrain.batch_size has True; expected whole numbers"),
@@ -120,7 +121,8 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ("{pretrain.batch_size: [8, 0]}", "tune.space cannot give pretrain.batch_size the value 0"),
         (
             "{data.catalog: [a, b]}",
-            "tune.space names data.catalog, which trials of tune.stage=pretrain cannot change; expected keys of pretrain, model",
+            "tune.space names data.catalog, which trials of tune.stage=pretrain cannot change; "
+            "expected keys of pretrain, model",
         ),
         ("{audio.n_mels: [64, 128]}", "tune.space names audio.n_mels, which trials"),
         ("{evaluate.seed: [1, 2]}", "tune.space names evaluate.seed, which trials"),
@@ -163,7 +165,7 @@ def configured(space: str | None = None, *assignments: str) -> Config:
         ),
     ],
 )
-def test_what_cannot_be_searched_is_refused_in_one_sentence(space: str, message: str):
+def test_an_invalid_space_is_refused_in_one_sentence(space: str, message: str):
     with pytest.raises(ConfigError) as caught:
         search_space(configured(space), ROWS)
     assert message in str(caught.value)
@@ -171,7 +173,7 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(space: str, message:
     assert "tune" in str(caught.value)
 
 
-def test_stage_2_reads_the_model_that_it_starts_from():
+def test_stage_2_cannot_search_keys_of_its_parent_model():
     with pytest.raises(
         ConfigError,
         match=r"model\.layers, which trials of tune\.stage=finetune cannot change; expected keys of finetune",
@@ -181,22 +183,24 @@ def test_stage_2_reads_the_model_that_it_starts_from():
         search_space(configured("{finetune.pairs_per_epoch: [64, 128]}", "tune.stage=finetune"), ROWS)
 
 
-def test_values_are_of_the_type_of_their_key():
+def test_values_have_the_type_of_their_key():
     space = search_space(
         configured(
-            "{pretrain.learning_rate: ['1e-4', 1], pretrain.learn_temperature: [1, 0], pretrain.max_gradient_norm: [null, 2]}"
+            "{pretrain.learning_rate: ['1e-4', 1], pretrain.learn_temperature: [1, 0], "
+            "pretrain.max_gradient_norm: [null, 2]}"
         ),
         ROWS,
     )
-    found = [
+    values = [
         repr(space[f"pretrain.{name}"].values) for name in ("learning_rate", "learn_temperature", "max_gradient_norm")
     ]
-    assert found == ["(0.0001, 1.0)", "(True, False)", "(None, 2.0)"]
+    assert values == ["(0.0001, 1.0)", "(True, False)", "(None, 2.0)"]
 
 
 def test_ranges_of_whole_numbers_give_whole_numbers():
     config = configured(
-        "{pretrain.mel_masks: {low: 0, high: 3}, pretrain.learning_rate: {low: 1.0e-4, high: 1, log: true}, model.dim: [8, 16]}"
+        "{pretrain.mel_masks: {low: 0, high: 3}, pretrain.learning_rate: {low: 1.0e-4, high: 1, log: true}, "
+        "model.dim: [8, 16]}"
     )
     assert distributions(config, search_space(config, ROWS)) == {
         "pretrain.mel_masks": optuna.distributions.IntDistribution(0, 3),
@@ -209,16 +213,16 @@ def test_ranges_of_whole_numbers_give_whole_numbers():
 @pytest.mark.parametrize(
     "assignments", [[], ["num_workers=3", "batch_size=9"], ["micro_batch_size=8"], ["micro_batch_size=auto"]]
 )
-def test_every_point_is_a_configuration_that_fits_the_memory_of_the_configured_one(stage: str, assignments: list[str]):
+def test_every_point_is_a_configuration_that_needs_no_more_memory(stage: str, assignments: list[str]):
     config = configured(
         None, f"tune.stage={stage}", *[f"{name}.{item}" for name in ("pretrain", "finetune") for item in assignments]
     )
-    found = distributions(config, search_space(config, ROWS))
-    study = optuna_study([], found, ["semantic"])
+    space = distributions(config, search_space(config, ROWS))
+    study = optuna_study([], space, ["semantic"])
     study.sampler = optuna.samplers.RandomSampler(seed=0)
     seen = set()
     for _ in range(60):
-        parameters = study.ask(found).params
+        parameters = study.ask(space).params
         point = with_parameters(config, parameters)
         for name in config.tune.stages:
             before, after = getattr(config, name), getattr(point, name)
@@ -233,13 +237,13 @@ def test_every_point_is_a_configuration_that_fits_the_memory_of_the_configured_o
 
 
 def rows_at_a_time(stage: Any) -> float:
-    """Rows that a worker encodes at a time; `auto` is what fits its memory, whatever the batch."""
+    """Rows that a worker encodes at a time; 0 for `auto`, which always fits its memory."""
     if stage.micro_batch_size == "auto":
         return 0
     return stage.micro_batch_size or stage.batch_size / stage.num_workers
 
 
-def test_a_larger_batch_is_encoded_in_parts_and_a_smaller_one_whole():
+def test_a_larger_batch_is_encoded_in_micro_batches():
     config = configured(None)  # 64 rows, 2 workers
     parts = {
         size: with_parameters(config, {"pretrain.batch_size": size}).pretrain.micro_batch_size
@@ -272,7 +276,7 @@ def test_the_default_space_lies_around_the_configuration():
     assert "finetune.batch_size" not in small
 
 
-def test_a_configuration_outside_the_space_is_no_point_of_it():
+def test_a_configuration_outside_the_space_is_not_a_point_of_it():
     for space in (
         "{pretrain.temperature: {low: 0.2, high: 0.3}}",
         "{pretrain.batch_size: [32, 128]}",
@@ -287,7 +291,10 @@ def test_a_configuration_outside_the_space_is_no_point_of_it():
     }
 
 
-MIXED = "{a: [1, true, 1.0, '1', null], b: {low: 1, high: 2}, c: [true, yes, 'null', null, 1.0e-05], d: {low: 0.5, high: 1, log: true}}"
+MIXED = (
+    "{a: [1, true, 1.0, '1', null], b: {low: 1, high: 2}, c: [true, yes, 'null', null, 1.0e-05], "
+    "d: {low: 0.5, high: 1, log: true}}"
+)
 
 
 def test_a_printed_space_is_read_back_with_the_types_of_its_values(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The trial table: it survives, and the study rebuilt from it is the study that was."""
+"""Trials: their table, the study that is rebuilt from it, and the decisions about them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SPACE: dict[str, BaseDistribution] = {
     "model.layers": IntDistribution(1, 4),
 }
 STATES = ("finished", "stopped", "failed", "running", "finished", "failed", "finished")
-"""In turn; the first failure of two has measured nothing."""
+"""Used in turn; every first failure of two was not measured."""
 
 
 def table(number: int, objectives: list[str]) -> list[Trial]:
-    """Trials of every kind, with points and figures from a generator of their own."""
+    """Trials of every kind, with reproducible points and values."""
     source = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     trials = []
     for index in range(number):
@@ -51,23 +51,23 @@ def table(number: int, objectives: list[str]) -> list[Trial]:
     return trials
 
 
-def told(trials: list[Trial], objectives: list[str]) -> optuna.Study:
-    """What Optuna makes of the same trials when it is told of each as it happens."""
+def reported(trials: list[Trial], objectives: list[str]) -> optuna.Study:
+    """The study that results when the same trials are reported to Optuna one by one."""
     study = optuna.create_study(directions=["maximize"] * len(objectives))
     for trial in trials:
         study.enqueue_trial(trial.parameters)
-        asked = study.ask(SPACE)
+        suggestion = study.ask(SPACE)
         if trial.state == "running":
             continue
         if len(objectives) == 1:
             for item in trial.history:
-                asked.report(item[objectives[0]], int(item["rows"]))
+                suggestion.report(item[objectives[0]], int(item["rows"]))
         if trial.state == "failed":
-            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            study.tell(suggestion, state=optuna.trial.TrialState.FAIL)
         elif trial.state == "stopped" and len(objectives) == 1:
-            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+            study.tell(suggestion, state=optuna.trial.TrialState.PRUNED)
         else:
-            study.tell(asked, [trial.history[-1][name] for name in objectives])
+            study.tell(suggestion, [trial.history[-1][name] for name in objectives])
     return study
 
 
@@ -76,7 +76,7 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(str(tmp_path / "workspace"))
 
 
-def test_a_table_is_read_as_it_was_written(workspace: Workspace):
+def test_the_table_round_trips(workspace: Workspace):
     assert read_trials(workspace, "runs/tune/pretrain") == []
     trials = table(15, ["semantic", "preference"])
     write_trials(workspace, "runs/tune/pretrain", reversed(trials))
@@ -103,7 +103,7 @@ def test_a_table_is_read_as_it_was_written(workspace: Workspace):
         lambda line: line.replace(b'"parameters": {', b'"parameters": [], "error": {', 1),
     ],
 )
-def test_a_damaged_table_says_where_it_is_and_what_to_do(workspace: Workspace, damage: Any):
+def test_a_damaged_table_is_refused_with_its_line_and_a_remedy(workspace: Workspace, damage: Any):
     write_trials(workspace, "runs/tune/x", table(2, ["semantic"])[:1])
     line = workspace.read_bytes("runs/tune/x/trials.jsonl")
     workspace.write_bytes("runs/tune/x/trials.jsonl", line + damage(line.strip()) + b"\n")
@@ -111,7 +111,7 @@ def test_a_damaged_table_says_where_it_is_and_what_to_do(workspace: Workspace, d
         read_trials(workspace, "runs/tune/x")
 
 
-def test_a_repeated_measurement_takes_the_place_of_the_old_one():
+def test_a_repeated_measurement_replaces_the_old_one():
     trial = Trial(0, {})
     assert (trial.last, trial.values(["semantic"]), trial.ended) == ({}, None, False)
     for rows, value in ((64, 0.1), (128, 0.2), (192, 0.3), (128, 0.25)):
@@ -122,7 +122,7 @@ def test_a_repeated_measurement_takes_the_place_of_the_old_one():
     assert trial.values(["semantic"]) == (0.35,)
 
 
-def test_node_seconds_add_up_over_attempts(workspace: Workspace):
+def test_node_seconds_are_summed_over_attempts(workspace: Workspace):
     trial = Trial(0, {})
     trial.add_cost(1000.0, 2, 5.0)
     trial.add_cost(1000.0, 2, 9.0)  # the same workers, later
@@ -135,23 +135,23 @@ def test_node_seconds_add_up_over_attempts(workspace: Workspace):
 
 
 @pytest.mark.parametrize("objectives", [["semantic"], ["semantic", "preference"]])
-def test_a_rebuilt_study_is_the_one_that_was_told(workspace: Workspace, objectives: list[str]):
+def test_a_rebuilt_study_equals_one_that_was_reported_to_optuna(workspace: Workspace, objectives: list[str]):
     trials = table(24, objectives)
     write_trials(workspace, "study", trials)
-    rebuilt, direct = optuna_study(read_trials(workspace, "study"), SPACE, objectives), told(trials, objectives)
+    rebuilt, direct = optuna_study(read_trials(workspace, "study"), SPACE, objectives), reported(trials, objectives)
     assert rebuilt.directions == direct.directions
     assert len(rebuilt.trials) == len(direct.trials) == len(trials)
-    for trial, ours, theirs in zip(trials, rebuilt.trials, direct.trials, strict=True):
-        assert ours.user_attrs[NUMBER] == trial.number
+    for trial, actual, expected in zip(trials, rebuilt.trials, direct.trials, strict=True):
+        assert actual.user_attrs[NUMBER] == trial.number
         if trial.state == "running":
-            assert ours.state == optuna.trial.TrialState.WAITING
-            assert ours.system_attrs["fixed_params"] == trial.parameters
+            assert actual.state == optuna.trial.TrialState.WAITING
+            assert actual.system_attrs["fixed_params"] == trial.parameters
             continue
-        assert ours.state == theirs.state
-        assert ours.values == theirs.values
-        assert repr(ours.params) == repr(theirs.params)
-        assert ours.distributions == theirs.distributions
-        assert ours.intermediate_values == theirs.intermediate_values
+        assert actual.state == expected.state
+        assert actual.values == expected.values
+        assert repr(actual.params) == repr(expected.params)
+        assert actual.distributions == expected.distributions
+        assert actual.intermediate_values == expected.intermediate_values
     best = [[trial.number for trial in study.best_trials] for study in (rebuilt, direct)]
     assert best[0] == best[1]
     if len(objectives) == 1:
@@ -162,16 +162,16 @@ def test_a_rebuilt_study_is_the_one_that_was_told(workspace: Workspace, objectiv
 
 
 @pytest.mark.parametrize("objectives", [["semantic"], ["semantic", "preference"]])
-def test_a_rebuilt_study_proposes_what_the_one_that_was_told_would(objectives: list[str]):
+def test_a_rebuilt_study_suggests_the_same_points(objectives: list[str]):
     trials = table(24, objectives)  # more than the sampler's first ten, which are drawn at random
     running = [trial.parameters for trial in trials if trial.state == "running"]
     rebuilt, direct, other = (
         optuna_study(trials, SPACE, objectives),
-        told(trials, objectives),
+        reported(trials, objectives),
         optuna_study(trials, SPACE, objectives),
     )
     for study in (rebuilt, other):
-        assert [study.ask(SPACE).params for _ in running] == running, "those that were running come first"
+        assert [study.ask(SPACE).params for _ in running] == running, "running trials come first"
     proposals: list[list[dict[str, Any]]] = []
     for study, seed in ((rebuilt, 5), (direct, 5), (other, 6)):
         proposals.append([])
@@ -183,31 +183,31 @@ def test_a_rebuilt_study_proposes_what_the_one_that_was_told_would(objectives: l
     assert len({repr(point) for point in proposals[0]}) == 4
 
 
-def test_a_proposal_depends_on_seed_number_and_attempt_alone():
+def test_a_suggestion_depends_on_seed_number_and_attempt_alone():
     def proposal(*key: int) -> dict[str, Any]:
         study = optuna_study([], SPACE, ["semantic"])
         study.sampler = sampler(*key)
         return dict(study.ask(SPACE).params)
 
     keys = [(seed, number, attempt) for seed in (0, 1, 2**32 - 1) for number in (0, 1, 2) for attempt in (0, 1)]
-    found = {key: repr(proposal(*key)) for key in keys}
-    assert found == {key: repr(proposal(*key)) for key in reversed(keys)}
-    assert len(set(found.values())) == len(keys), "seed 0 at trial 1 is not seed 1 at trial 0"
+    points = {key: repr(proposal(*key)) for key in keys}
+    assert points == {key: repr(proposal(*key)) for key in reversed(keys)}
+    assert len(set(points.values())) == len(keys), "seed 0 at trial 1 is not seed 1 at trial 0"
 
 
-def test_a_finished_trial_without_a_measurement_is_no_part_of_the_study():
+def test_an_ended_trial_without_a_measurement_is_left_out_of_the_study():
     assert optuna_study([Trial(0, {}, state="finished"), Trial(1, {}, state="stopped")], {}, ["semantic"]).trials == []
 
 
-figures = some.sampled_from([0.0, 0.1, 0.2, 0.3])
+scores = some.sampled_from([0.0, 0.1, 0.2, 0.3])
 candidates = some.lists(
-    some.tuples(some.sampled_from(["finished", "stopped", "failed", "running"]), figures, figures), max_size=12
+    some.tuples(some.sampled_from(["finished", "stopped", "failed", "running"]), scores, scores), max_size=12
 )
 
 
 @settings(deadline=None, derandomize=True)
 @given(candidates=candidates)
-def test_winners_are_those_of_brute_force_of_equals_the_first(candidates: list[tuple[Any, float, float]]):
+def test_winners_equal_a_brute_force_search_with_the_first_of_equals(candidates: list[tuple[Any, float, float]]):
     trials = [
         Trial(number, {}, state, [{"rows": 64, "semantic": first, "preference": second}])
         for number, (state, first, second) in enumerate(candidates)
@@ -223,14 +223,14 @@ def test_winners_are_those_of_brute_force_of_equals_the_first(candidates: list[t
         if not any(a >= first and b >= second and (a > first or b > second) for a, b in points.values())
         and not any(points[earlier] == (first, second) for earlier in points if earlier < number)
     ]
-    found = [trial.number for trial in winners(reversed(trials), ["semantic", "preference"])]
-    assert sorted(found) == front
-    assert found == sorted(front, key=lambda number: (-sum(points[number]), number))
+    numbers = [trial.number for trial in winners(reversed(trials), ["semantic", "preference"])]
+    assert sorted(numbers) == front
+    assert numbers == sorted(front, key=lambda number: (-sum(points[number]), number))
     single = [trial.number for trial in winners(trials, ["preference"])]
     assert single == sorted(points, key=lambda number: (-points[number][1], number))[:1]
 
 
-def test_winners_are_optuna_s_front():
+def test_winners_are_the_pareto_front_of_optuna():
     objectives = ["semantic", "preference"]
     trials = [trial for trial in table(80, objectives) if trial.state == "finished"]
     study = optuna_study(trials, SPACE, objectives)

@@ -45,7 +45,7 @@ def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(tm
     fixed = Capacity(({"CPU": 4.0},), (), 0, grows=False)
     with pytest.raises(
         ConfigError,
-        match=r"pretrain needs 2 worker\(s\) with 3 CPU each, but only 1 fit on the cluster, which has 1 node\(s\): 1 × 4",
+        match=r"needs 2 worker\(s\) with 3 CPU each, but only 1 fit on the cluster, which has 1 node\(s\): 1 × 4 CPU",
     ):
         fit_to_cluster(config, fixed)
 
