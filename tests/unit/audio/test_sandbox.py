@@ -11,12 +11,12 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -60,10 +60,6 @@ def has_ended(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def cpu_ticks(pid: int) -> int:
-    return sum(int(field) for field in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
-
-
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -86,13 +82,10 @@ def shared() -> Iterator[Decoders]:
     decoders.close()
 
 
-PATIENT = {**LIMITS, "max_seconds": 4_000.0}
-
-
 @pytest.fixture(scope="module")
-def patient() -> Iterator[Decoders]:
-    """One process for long files, which can be interrupted while it decodes."""
-    decoders = Decoders(AudioRecipe(clip_seconds=2_000.0), processes=1, seconds=60.0, **PATIENT)
+def single() -> Iterator[Decoders]:
+    """One process, which tests stop or kill."""
+    decoders = Decoders(RECIPE, processes=1, seconds=60.0, **LIMITS)
     yield decoders
     decoders.close()
 
@@ -114,27 +107,26 @@ def bounded() -> Iterator[Decoders]:
     decoders.close()
 
 
-@functools.cache
-def long_file() -> bytes:
-    """A file that takes about a second to decode."""
-    return encoded(np.zeros((48_000 * 1_500, 1), dtype=np.float32), 48_000, format="FLAC")
-
-
-def decode_in_thread(decoders: Decoders, data: bytes, outcomes: list[object]) -> threading.Thread:
-    """Start decoding, wait until the only process works on it, and return the thread."""
+def request_all(decoders: Decoders, files: list[bytes]) -> tuple[ThreadPoolExecutor, list[Future[np.ndarray]]]:
+    """Stop the only process and decode files in threads: one of the first two is in flight, the others wait."""
     (pid,) = decoders.pids
-    before = cpu_ticks(pid)
+    os.kill(pid, signal.SIGSTOP)
+    threads, requests = ThreadPoolExecutor(len(files)), list[Future[np.ndarray]]()
+    for data in files:
+        requests.append(threads.submit(decoders.decode, data))
+        wait_until(lambda: decoders.waiting == max(0, len(requests) - 1))
+    return threads, requests
 
-    def run() -> None:
-        try:
-            outcomes.append(decoders.decode(data))
-        except AudioError as error:
-            outcomes.append(error.reason)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    wait_until(lambda: cpu_ticks(pid) >= before + 2)
-    return thread
+class NumberedFile(bytes):
+    """A file that records its number when it is sent to a process, which asks for its length."""
+
+    sent: ClassVar[list[int]] = []
+    number = 0
+
+    def __len__(self) -> int:
+        self.sent.append(self.number)
+        return super().__len__()
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1.999, 2.0, 2.09, 2.11, 5.0, 9.0])
@@ -226,9 +218,9 @@ class TestLimits:
         assert reason_of(shared, data) is Reason.TOO_LONG
 
     def test_nothing_after_the_first_clip_is_decoded(self, shared: Decoders):
-        """Neither two hours of audio without a declared length, nor a damaged second half."""
-        silence = with_declared_frames(encoded(np.zeros((2 * 3_600 * 16_000, 1), dtype=np.float32), format="FLAC"), 0)
-        assert len(silence) < 500_000
+        """Neither twenty minutes of audio without a declared length, nor a damaged second half."""
+        silence = with_declared_frames(encoded(np.zeros((1_200 * 16_000, 1), dtype=np.float32), format="FLAC"), 0)
+        assert len(silence) < 100_000
         assert len(shared.decode(silence)) == RECIPE.max_frames
         broken = bytearray(encoded(noise(8), format="FLAC"))
         broken[len(broken) // 2 :] = bytes(len(broken) // 2)
@@ -324,38 +316,37 @@ class TestProcesses:
             assert re.search(r"^Max cpu time +\d+ ", limits, re.MULTILINE)
 
     @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
-    def test_a_crash_fails_only_the_file_that_is_decoded(self, patient: Decoders, number: signal.Signals):
-        (pid,), before, outcomes = patient.pids, patient.restarts, list[object]()
-        thread = decode_in_thread(patient, long_file(), outcomes)
+    def test_a_crash_fails_only_the_file_that_is_decoded(self, single: Decoders, number: signal.Signals):
+        (pid,), before = single.pids, single.restarts
+        threads, requests = request_all(single, [encoded(noise(0.2))] * 2)
         os.kill(pid, number)
-        thread.join()
-        assert outcomes == [Reason.DECODER_CRASHED]
-        assert len(patient.decode(encoded(noise(0.2)))) == RECIPE.frames_of(0.2)
-        assert patient.restarts == before + 1
-
-    def test_a_process_that_ended_between_files_is_replaced(self, patient: Decoders):
-        (pid,) = patient.pids
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: has_ended(pid))
-        assert len(patient.decode(encoded(noise(0.2)))) == RECIPE.frames_of(0.2)
-
-    def test_waiting_callers_are_served_first_come_first_served(self, patient: Decoders):
-        (pid,), order, outcomes = patient.pids, list[int](), list[object]()
-        threads = [decode_in_thread(patient, long_file(), outcomes)]
-        os.kill(pid, signal.SIGSTOP)  # until all callers wait
-
-        def request(number: int) -> None:
-            patient.decode(encoded(noise(0.2)))
-            order.append(number)
-
-        for number in range(1, 8):
-            threads.append(threading.Thread(target=request, args=(number,)))
-            threads[-1].start()
-            wait_until(lambda number=number: patient.waiting == number)
         os.kill(pid, signal.SIGCONT)
-        for thread in threads:
-            thread.join()
-        assert order == list(range(1, 8))
+        threads.shutdown()
+        (error,) = [request.exception() for request in requests if request.exception()]
+        assert isinstance(error, AudioError)
+        assert error.reason is Reason.DECODER_CRASHED
+        (mel,) = [request.result() for request in requests if not request.exception()]
+        assert len(mel) == RECIPE.frames_of(0.2)
+        assert single.restarts == before + 1
+
+    def test_a_process_that_ended_between_files_is_replaced(self, single: Decoders):
+        (pid,) = single.pids
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert len(single.decode(encoded(noise(0.2)))) == RECIPE.frames_of(0.2)
+
+    def test_waiting_callers_are_served_first_come_first_served(self, single: Decoders):
+        (pid,) = single.pids
+        files = [NumberedFile(encoded(noise(0.2))) for _ in range(8)]
+        for number, file in enumerate(files):
+            file.number = number
+        NumberedFile.sent.clear()
+        threads, requests = request_all(single, files)
+        os.kill(pid, signal.SIGCONT)
+        threads.shutdown()
+        assert all(len(request.result()) == RECIPE.frames_of(0.2) for request in requests)
+        assert sorted(NumberedFile.sent[:2]) == [0, 1]
+        assert NumberedFile.sent[2:] == list(range(2, 8))
 
     @pytest.mark.parametrize("padding", [0, 1_000_000], ids=["receiving", "sending"])
     def test_a_process_that_hangs_is_replaced_and_serves_the_next_file(self, impatient: Decoders, padding: int):
@@ -382,17 +373,14 @@ class TestProcesses:
             assert len(served.result()) == RECIPE.frames_of(0.2)
 
     def test_close_ends_processes_and_waiting_callers(self):
-        decoders = Decoders(AudioRecipe(clip_seconds=2_000.0), processes=1, seconds=60.0, **PATIENT)
-        (pid,), outcomes = decoders.pids, list[object]()
-        thread = decode_in_thread(decoders, long_file(), outcomes)
-        with ThreadPoolExecutor(2) as threads:
-            waiting = [threads.submit(decoders.decode, long_file()) for _ in range(2)]
-            wait_until(lambda: decoders.waiting == 2)
-            decoders.close()
-            assert [type(request.exception()) for request in waiting] == [StepError, StepError]
-        thread.join()
-        assert outcomes == [Reason.DECODER_CRASHED]
-        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+        decoders = Decoders(RECIPE, processes=1, seconds=60.0, **LIMITS)
+        (pid,) = decoders.pids
+        threads, requests = request_all(decoders, [encoded(noise(0.2))] * 3)
+        decoders.close()
+        threads.shutdown()
+        errors = sorted(type(request.exception()).__name__ for request in requests)
+        assert errors == ["AudioError", "StepError", "StepError"]
+        assert not Path(f"/proc/{pid}").exists()
         assert decoders.pids == []
         with pytest.raises(StepError, match="closed"):
             decoders.decode(b"")

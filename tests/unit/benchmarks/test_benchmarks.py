@@ -1,5 +1,4 @@
-"""What the benchmarks rest on: the restated published step computes what ours does, and multiplications are counted
-right."""
+"""The benchmarks of training: the reimplemented published step, and counts of floating-point operations."""
 
 from __future__ import annotations
 
@@ -46,8 +45,8 @@ def batch_for(model: HTCL) -> Batch:
     )
 
 
-def their_name(name: str) -> str:
-    """Ours → the restatement's."""
+def published_name(name: str) -> str:
+    """Name of a parameter of this package in the reimplemented published model."""
     for kind, place in (("convolution", 0), ("norm", 1)):
         for block in range(3):
             name = name.replace(f"convolutions.{block}.{kind}.", f"convolutions.{3 * block + place}.")
@@ -56,23 +55,23 @@ def their_name(name: str) -> str:
     name = name.replace("projection.bias", "projection.1.bias").replace(
         "audio_encoder.layers.", "audio_encoder.transformer.layers."
     )
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
+    for own, published in NAMES.items():
+        name = name.replace(own, published)
     return name.replace("audio_encoder.", "audio.")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_restated_loss_is_ours_without_masks(model: HTCL, stage: int):
+def test_published_loss_equals_the_loss_without_masks(model: HTCL, stage: int):
     model = model if stage == 1 else model.to_stage_2(0.074, seed=0).eval()
-    theirs = PublishedModel(model.record.model, model.recipe, model.text_encoder.transformer, stage).eval()
+    published = PublishedModel(model.record.model, model.recipe, model.text_encoder.transformer, stage).eval()
     weights = {
-        their_name(name): tensor
+        published_name(name): tensor
         for name, tensor in model.state_dict().items()
         if not name.startswith(("text_encoder", "logit_scale"))
     }
-    left = theirs.load_state_dict(weights, strict=False)
-    assert not left.unexpected_keys
-    assert all(name == "scales" or name.startswith("text.") for name in left.missing_keys)
+    keys = published.load_state_dict(weights, strict=False)
+    assert not keys.unexpected_keys
+    assert all(name == "scales" or name.startswith("text.") for name in keys.missing_keys)
     batch = batch_for(model)
     audio, text = encode(model, batch)
     terms = (
@@ -80,10 +79,10 @@ def test_the_restated_loss_is_ours_without_masks(model: HTCL, stage: int):
         if stage == 1
         else finetune_terms(model, audio, text, batch.ids, None)
     )
-    torch.testing.assert_close(theirs.loss(batch), sum(terms.values()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(published.loss(batch), sum(terms.values()), atol=1e-5, rtol=1e-5)
 
 
-def test_flops_are_those_that_torch_counts(model: HTCL):
+def test_forward_flops_equal_the_count_of_torch(model: HTCL):
     batch = batch_for(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encode(model, batch)
@@ -91,7 +90,7 @@ def test_flops_are_those_that_torch_counts(model: HTCL):
     assert forward_flops(model, [frames] * len(batch), [tokens] * len(batch)) == counter.get_total_flops()
 
 
-def test_peaks_are_looked_up_by_part_of_the_name():
+def test_peak_tflops_matches_part_of_the_device_name():
     assert peak_tflops("NVIDIA H100 PCIe") == 756
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
     assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312

@@ -1,8 +1,8 @@
-"""What the GPU benchmark's numbers rest on: its records, its layer groups, its lengths, and the time in which a GPU
-works."""
+"""The GPU benchmark: records, layer groups, clip lengths, precision and busy time."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,24 +40,25 @@ def failing() -> dict[str, Any]:
     raise ValueError("a bad number\nand more")
 
 
-def test_a_failed_measurement_leaves_the_others(part: Part, capsys: pytest.CaptureFixture[str]):
+def test_a_failed_measurement_does_not_stop_the_others(part: Part, capsys: pytest.CaptureFixture[str]):
     part.run({"first": failing, "second": lambda: {"songs": 3, "line": "three", "passed": True}})
-    found = read_records(part.records, "done")
-    assert found["first"]["error"] == "ValueError: a bad number"
-    assert found["second"]["songs"] == 3
+    records = read_records(part.records, "done")
+    assert records["first"]["error"] == "ValueError: a bad number"
+    assert records["second"]["songs"] == 3
     printed = capsys.readouterr().out
     assert "FAIL some  first: ValueError: a bad number" in printed
     assert "ok   some  second: three" in printed
 
 
-def test_a_process_that_died_is_continued_behind_the_measurement_that_killed_it(part: Part):
+def test_a_killed_run_resumes_after_the_measurement_that_killed_it(part: Part):
     part.run({"before": lambda: {"songs": 1}})
-    part._record({"unit": "deadly"})  # begun, and nothing more: what a process leaves that was killed in it
+    with part.records.open("a", encoding="utf-8") as file:  # a measurement that began and did not end
+        file.write(json.dumps({"unit": "deadly"}) + "\n")
     part.run({"before": never, "deadly": never, "after": lambda: {"songs": 2}})
-    found = read_records(part.records, "ended with exit code -11")
-    assert list(found) == ["before", "deadly", "after"]
-    assert found["deadly"] == {"error": "its process did not finish it (ended with exit code -11)"}
-    assert found["after"]["songs"] == 2
+    records = read_records(part.records, "ended with exit code -11")
+    assert list(records) == ["before", "deadly", "after"]
+    assert records["deadly"] == {"error": "its process did not finish it (ended with exit code -11)"}
+    assert records["after"]["songs"] == 2
 
 
 @dataclass
@@ -74,14 +75,14 @@ class Event:
 
 
 def test_busy_time_is_the_union_of_kernels():
-    """In microseconds: 0–10 and 5–20 overlap, 30–40 holds 32–33; work of the CPU and annotations do not count."""
+    """In µs: 0–10 and 5–20 overlap, 30–40 contains 32–33; CPU work and annotations do not count."""
     kernels = [(30, 40), (0, 10), (5, 20), (32, 33)]
     events = [Event(Interval(*interval)) for interval in kernels]
     events += [Event(Interval(0, 100), torch.autograd.DeviceType.CPU), Event(Interval(0, 100), is_user_annotation=True)]
     assert busy_seconds(events) == pytest.approx(30e-6)
 
 
-def test_every_parameter_is_in_a_group(tmp_path: Path):
+def test_every_parameter_has_a_layer_group(tmp_path: Path):
     config = tiny_config(tmp_path, **{"model.layers": 3})
     model = HTCL.untrained(config, train_wordpiece(["calm piano", "fast techno"], 100)).to_stage_2(0.074, seed=0)
     groups = {layer_group(name, 3) for name, _ in model.named_parameters()}
@@ -99,7 +100,7 @@ def test_every_parameter_is_in_a_group(tmp_path: Path):
     }
 
 
-def test_mixed_lengths_are_as_stated():
+def test_mixed_clip_lengths_follow_the_documented_distribution():
     frames = clip_lengths("mixed", 1251, 60_000, np.random.default_rng(0))
     previews = frames == round(30 / 120 * 1251)
     assert previews.mean() == pytest.approx(1 / 3, abs=0.01)
@@ -109,7 +110,7 @@ def test_mixed_lengths_are_as_stated():
 
 
 @pytest.mark.parametrize("context", [training_precision, embedding_precision])
-def test_precision_is_that_of_the_context_only(context: Callable[..., Any], tmp_path: Path):
+def test_precision_changes_only_within_the_context(context: Callable[..., Any], tmp_path: Path):
     model = HTCL.untrained(tiny_config(tmp_path), train_wordpiece(["calm piano", "fast techno"], 100)).eval()
     mel = torch.randn(2, 20, model.recipe.n_mels) * 10 - 40
     batch = Batch(mel, torch.tensor([20, 17]), model.text_encoder.tokenize(["calm piano", "techno"]), torch.zeros(2, 3))
@@ -127,13 +128,13 @@ def test_precision_is_that_of_the_context_only(context: Callable[..., Any], tmp_
     assert before == batches.AUTOCAST == {"cuda": torch.bfloat16}
 
 
-def test_a_number_that_is_not_finite_never_passes():
+def test_a_difference_that_is_not_finite_is_infinite():
     assert _relative(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
 
 
-def test_the_gates_bounds_are_read():
+def test_gate_bounds_are_read_from_the_release_gate():
     assert set(_gate_bounds()) == {"repeat_difference", "batch_difference", "padding_difference", "stored_difference"}
 
 
-def test_every_case_is_measured_once():
+def test_cases_are_unique():
     assert len(set(CASES)) == len(CASES) == 2 * 2 * 4

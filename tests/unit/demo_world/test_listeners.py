@@ -1,5 +1,4 @@
-"""The simulated listeners: what they like is partly named and mostly heard, and the log is one that a service could
-have."""
+"""The simulated listeners: tastes for named and hidden traits, and a plausible feedback log."""
 
 from __future__ import annotations
 
@@ -42,32 +41,35 @@ def log(world: World, tastes: Tastes) -> Log:
     return simulate(world, tastes)
 
 
-def test_the_seed_determines_the_log(world: World, tastes: Tastes, log: Log) -> None:
-    again = simulate(world, make_tastes(world, USERS))
-    assert again.feedback == log.feedback
-    assert again.timestamp == log.timestamp
-    assert np.array_equal(again.song, log.song)
-    assert simulate(make_world(songs=1000, artists=200, seed=1), tastes).feedback != log.feedback
+def test_the_seed_determines_the_log() -> None:
+    first, again, other = (
+        simulate(world, make_tastes(world, 20))
+        for world in (make_world(songs=300, artists=60, seed=seed) for seed in (0, 0, 1))
+    )
+    assert again.feedback == first.feedback
+    assert again.timestamp == first.timestamp
+    assert np.array_equal(again.song, first.song)
+    assert other.feedback != first.feedback
 
 
-def test_every_user_answers_every_recommendation_of_every_visit(log: Log) -> None:
+def test_every_user_gives_feedback_to_every_recommendation(log: Log) -> None:
     assert len(log.user) == len(log.song) == len(log.feedback) == len(log.timestamp) == USERS * VISITS * RECOMMENDED
     assert set(log.feedback) == {str(feedback) for feedback in Feedback}
 
 
-def test_nothing_is_recommended_twice_or_from_itself(log: Log) -> None:
+def test_no_song_is_recommended_twice_or_after_itself(log: Log) -> None:
     assert (log.song != log.trigger).all()
     assert len(set(zip(log.user.tolist(), log.song.tolist(), strict=True))) == len(log.user)
 
 
-def test_a_small_world_still_has_a_log() -> None:
+def test_a_small_world_has_a_log() -> None:
     world = make_world(songs=4, artists=2, seed=0)
     log = simulate(world, make_tastes(world, 3))
     assert len(log.user) == 9
     assert (log.song != log.trigger).all()
 
 
-def test_every_user_is_there_from_the_first_days_to_the_last(log: Log) -> None:
+def test_every_user_is_active_in_the_whole_period(log: Log) -> None:
     day = np.array([(moment - FIRST_DAY).total_seconds() / 86400 for moment in log.timestamp])
     assert day.min() >= 0
     assert day.max() < DAYS + 1
@@ -76,7 +78,7 @@ def test_every_user_is_there_from_the_first_days_to_the_last(log: Log) -> None:
         assert 0.03 < late.mean() < 0.5
 
 
-def test_popularity_is_skewed_and_tells_nothing_about_traits(world: World, log: Log) -> None:
+def test_popularity_is_skewed_and_independent_of_traits(world: World, log: Log) -> None:
     share = np.sort(popularity(world))[::-1]
     assert share.sum() == pytest.approx(1)
     assert share[:100].sum() > 3 * 0.1
@@ -85,7 +87,7 @@ def test_popularity_is_skewed_and_tells_nothing_about_traits(world: World, log: 
     assert np.abs(np.corrcoef(np.vstack([popularity(world), world.hidden.T]))[0, 1:]).max() < 0.1
 
 
-def test_positive_answers_follow_taste_with_noise(world: World, tastes: Tastes, log: Log) -> None:
+def test_positive_feedback_follows_taste_with_noise(world: World, tastes: Tastes, log: Log) -> None:
     utility = tastes.utility(world)[log.user, log.song]
     positive = is_positive(log)
     assert 0.3 < positive.mean() < 0.7
@@ -94,18 +96,20 @@ def test_positive_answers_follow_taste_with_noise(world: World, tastes: Tastes, 
     assert 0.01 < unloved < 0.15
 
 
-def test_pairs_agree_in_hidden_traits_far_more_than_by_chance(world: World, log: Log) -> None:
-    """What stage 2 learns from: a trigger and a song that was received well are alike in what no text says."""
+def test_pairs_share_hidden_traits_more_often_than_by_chance(world: World, log: Log) -> None:
+    """The signal of stage 2: a trigger and a song with positive feedback agree in traits that no text names."""
     side, positive = np.sign(world.hidden), is_positive(log)
     agreement = (side[log.trigger[positive]] == side[log.song[positive]]).mean(axis=0)
     assert (agreement > 0.72).all()
 
 
-def test_taste_ranks_better_than_what_the_text_says_and_that_better_than_popularity(
+def test_ranking_by_taste_exceeds_named_traits_and_those_exceed_popularity(
     world: World, tastes: Tastes, log: Log
 ) -> None:
-    """The oracles that bound every model: true taste ≫ its named part > popularity ≈ chance, among songs that a fifth
-    of artists made."""
+    """The oracles that bound every model: true taste ≫ its named part > popularity ≈ chance.
+
+    The candidates are the songs of a fifth of the artists.
+    """
     cold = np.flatnonzero([world.artists.index(song.artist) % 5 == 0 for song in world.songs])
     positive = is_positive(log)
     liked = [set(log.song[positive & (log.user == user)].tolist()) & set(cold.tolist()) for user in range(USERS)]

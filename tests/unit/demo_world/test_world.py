@@ -1,4 +1,4 @@
-"""The sample world's truth: its traits are where they should be, and nowhere else."""
+"""The ground truth of the sample world: distribution and independence of its traits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def world() -> World:
     return make_world(songs=1000, artists=200, seed=0)
 
 
-def test_the_seed_determines_the_world(world: World) -> None:
+def test_make_world_depends_only_on_its_arguments(world: World) -> None:
     assert make_world(songs=1000, artists=200, seed=0) == world
     assert {song.song_id for song in make_world(songs=1000, artists=200, seed=1).songs}.isdisjoint(
         song.song_id for song in world.songs
@@ -37,12 +37,12 @@ def test_random_streams_are_independent() -> None:
 
 
 @pytest.mark.parametrize(("songs", "artists"), [(3, 4), (3, 0)])
-def test_impossible_sizes_are_refused(songs: int, artists: int) -> None:
+def test_make_world_rejects_impossible_sizes(songs: int, artists: int) -> None:
     with pytest.raises(ValueError, match=f"{artists} artists for {songs} songs"):
         make_world(songs=songs, artists=artists, seed=0)
 
 
-def test_identities_are_unique_and_artists_many_and_small(world: World) -> None:
+def test_ids_are_unique_and_artists_have_few_songs(world: World) -> None:
     assert len({song.song_id for song in world.songs}) == len(world.songs) == 1000
     assert len({artist.name for artist in world.artists}) == 200
     songs_of = [sum(song.artist is artist for song in world.songs) for artist in world.artists]
@@ -57,11 +57,11 @@ def test_every_named_trait_is_common(world: World) -> None:
     assert len(texts) > 600  # of 1,600 possible ones
 
 
-def test_an_artist_keeps_to_one_genre(world: World) -> None:
+def test_an_artist_has_one_genre(world: World) -> None:
     assert all(song.genre == song.artist.genre for song in world.songs)
 
 
-def test_duplicates_are_recordings_of_the_same_artist_under_another_id(world: World) -> None:
+def test_duplicate_recordings_have_the_same_artist_and_another_id(world: World) -> None:
     copies = [(song, world.songs[song.recording]) for i, song in enumerate(world.songs) if song.recording != i]
     assert 5 <= len(copies) <= 10
     for copy, original in copies:
@@ -72,38 +72,38 @@ def test_duplicates_are_recordings_of_the_same_artist_under_another_id(world: Wo
             assert getattr(copy, field) == getattr(original, field)
 
 
-def test_hidden_traits_have_two_clear_sides(world: World) -> None:
+def test_hidden_traits_have_two_balanced_modes(world: World) -> None:
     assert world.hidden.shape == (1000, len(HIDDEN_TRAITS))
     assert ((np.abs(world.hidden) >= 0.5) & (np.abs(world.hidden) <= 1)).all()
     assert (np.abs((world.hidden > 0).mean(axis=0) - 0.5) < 0.06).all()
 
 
-def test_hidden_traits_cannot_be_read_from_the_text(world: World) -> None:
+def test_hidden_traits_cannot_be_predicted_from_the_text(world: World) -> None:
     fields = (*NAMED, "year")
     text = OneHotEncoder().fit_transform([[str(getattr(song, field)) for field in fields] for song in world.songs])
     for trait, values in zip(HIDDEN_TRAITS, world.hidden.T, strict=True):
-        assert guessed(text, values > 0) < 0.56, trait
+        assert accuracy(text, values > 0) < 0.56, trait
 
 
-def test_hidden_traits_say_nothing_about_each_other_or_the_artist(world: World) -> None:
+def test_hidden_traits_are_independent_of_each_other_and_of_the_artist(world: World) -> None:
     assert np.abs(np.corrcoef(world.hidden.T) - np.eye(len(HIDDEN_TRAITS))).max() < 0.1
     artist = OneHotEncoder().fit_transform([[song.artist.name] for song in world.songs])
     for trait, values in zip(HIDDEN_TRAITS, world.hidden.T, strict=True):
-        assert guessed(artist, values > 0) < 0.56, trait
+        assert accuracy(artist, values > 0) < 0.56, trait
 
 
-def test_no_trait_can_be_read_from_ids_names_or_row_order(world: World) -> None:
+def test_no_trait_can_be_predicted_from_ids_names_or_row_order(world: World) -> None:
     features = np.hstack([opaque_features(world), np.linspace(0, 1, len(world.songs))[:, None] ** (1, 2, 3)])
     genre = np.array([song.genre for song in world.songs])
     mood = np.array([song.mood for song in world.songs])
-    assert guessed(features, genre) < 1 / len(GENRES) + 0.05
-    assert guessed(features, mood) < 1 / len(MOODS) + 0.05
+    assert accuracy(features, genre) < 1 / len(GENRES) + 0.05
+    assert accuracy(features, mood) < 1 / len(MOODS) + 0.05
     for trait, values in zip(HIDDEN_TRAITS, world.hidden.T, strict=True):
-        assert guessed(features, values > 0) < 0.56, trait
+        assert accuracy(features, values > 0) < 0.56, trait
 
 
 def opaque_features(world: World) -> np.ndarray:
-    """Digits of the id and letters of the names, one number each."""
+    """Bytes of the id and letter counts of the names, float64 [songs, features]."""
     rows = []
     for song in world.songs:
         letters = f"{song.title} {song.album}".lower()
@@ -117,7 +117,7 @@ def opaque_features(world: World) -> np.ndarray:
     return np.array(rows, dtype=float)
 
 
-def guessed(features: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(features: np.ndarray, labels: np.ndarray) -> float:
     """Cross-validated accuracy of a linear classifier."""
     model = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(C=0.1, max_iter=500))
     return float(cross_val_score(model, features, labels, cv=4).mean())

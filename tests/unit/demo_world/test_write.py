@@ -1,4 +1,4 @@
-"""The sample on disk: the same bytes every time, whole or not at all, and no truth in it but the sound."""
+"""The sample on disk: deterministic, written atomically, and without hidden traits except in the audio."""
 
 from __future__ import annotations
 
@@ -39,24 +39,23 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_same_arguments_give_the_same_bytes_and_others_do_not(sample: SampleTables, tmp_path: Path) -> None:
-    again = write_sample(tmp_path / "elsewhere", **SIZES)
-    assert digests(again.catalog.parent) == digests(sample.catalog.parent)
-    other = write_sample(tmp_path / "other", **{**SIZES, "seed": 4})
-    assert not set(digests(other.catalog.parent).values()) & (
-        set(digests(sample.catalog.parent).values()) - {hashlib.sha256(b"").hexdigest()}
-    )
-
-
-def test_several_processes_write_what_one_writes(
+def test_equal_arguments_give_equal_bytes_with_any_number_of_processes(
     sample: SampleTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "SONGS_PER_PROCESS", 40)
     monkeypatch.setattr(write.os, "cpu_count", lambda: 2)
-    assert digests(write_sample(tmp_path / "s", **SIZES).catalog.parent) == digests(sample.catalog.parent)
+    again = write_sample(tmp_path / "again", **SIZES)
+    assert digests(again.catalog.parent) == digests(sample.catalog.parent)
 
 
-def test_a_finished_sample_is_recognised_and_another_one_is_replaced(tmp_path: Path) -> None:
+def test_another_seed_gives_other_bytes(tmp_path: Path) -> None:
+    sizes = {**SIZES, "songs": 20, "artists": 5, "seconds": 0.5}
+    first, second = (write_sample(tmp_path / str(seed), **{**sizes, "seed": seed}) for seed in (3, 4))
+    shared = set(digests(first.catalog.parent).values()) & set(digests(second.catalog.parent).values())
+    assert shared <= {hashlib.sha256(b"").hexdigest()}
+
+
+def test_an_existing_sample_is_kept_and_another_one_is_replaced(tmp_path: Path) -> None:
     small = {**SIZES, "songs": 6, "artists": 3, "users": 2, "seconds": 0.5}
     tables = write_sample(tmp_path / "s", **small)
     before = {path: path.stat().st_mtime_ns for path in tables.catalog.parent.rglob("*")}
@@ -66,7 +65,7 @@ def test_a_finished_sample_is_recognised_and_another_one_is_replaced(tmp_path: P
     assert digests(tmp_path / "s") == digests(write_sample(tmp_path / "t", **{**small, "seed": 4}).catalog.parent)
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -75,7 +74,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path, monkeyp
 
     small = {**SIZES, "songs": 6, "artists": 3, "users": 2, "seconds": 0.5}
     with monkeypatch.context() as patched:
-        patched.setattr(write, "_log_rows", killed)  # the audio and the catalogue are already there
+        patched.setattr(write, "_log_rows", killed)  # after the audio and the catalogue
         with pytest.raises(Killed):
             write_sample(tmp_path / "s", **small)
     assert not (tmp_path / "s").exists()
@@ -84,7 +83,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path, monkeyp
     assert digests(tmp_path / "s") == digests(write_sample(tmp_path / "t", **small).catalog.parent)
 
 
-def test_foreign_folders_and_unwritable_places_are_refused(tmp_path: Path) -> None:
+def test_other_folders_and_unwritable_paths_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(WorkspaceError, match="is not a sample"):
@@ -95,7 +94,7 @@ def test_foreign_folders_and_unwritable_places_are_refused(tmp_path: Path) -> No
         write_sample(tmp_path / "file" / "s", **SIZES)
 
 
-def test_the_catalogue_names_named_traits_only(sample: SampleTables) -> None:
+def test_the_catalogue_contains_named_traits_only(sample: SampleTables) -> None:
     world = make_world(songs=SIZES["songs"], artists=SIZES["artists"], seed=SIZES["seed"])
     catalog = rows(sample.catalog)
     assert [row["song_id"] for row in catalog] == [song.song_id for song in world.songs]
@@ -111,7 +110,7 @@ def test_the_catalogue_names_named_traits_only(sample: SampleTables) -> None:
         assert row["tags"].split(";") == [song.lead, song.backing]
 
 
-def test_no_hidden_trait_is_written_anywhere(sample: SampleTables) -> None:
+def test_no_file_names_hidden_traits(sample: SampleTables) -> None:
     folder = sample.catalog.parent
     assert {path.name for path in folder.iterdir()} == {"catalog.csv", "interactions.csv", "audio", "sample.json"}
     text = "".join(path.read_text(encoding="utf-8").lower() for path in folder.iterdir() if path.is_file())
@@ -120,13 +119,13 @@ def test_no_hidden_trait_is_written_anywhere(sample: SampleTables) -> None:
     assert {path.stem for path in (folder / "audio").iterdir()} <= known
 
 
-def test_audio_is_16_bit_mono_whose_size_says_nothing(sample: SampleTables) -> None:
+def test_audio_is_16_bit_mono_with_a_length_independent_of_traits(sample: SampleTables) -> None:
     world = make_world(songs=SIZES["songs"], artists=SIZES["artists"], seed=SIZES["seed"])
     sizes, genres, hidden = [], [], []
     for song in world.songs:
         path = sample.catalog.parent / "audio" / f"{song.song_id}.wav"
         if not path.exists() or path.stat().st_size < 10_000:
-            continue  # damaged on purpose
+            continue  # damaged
         info = soundfile.info(path)
         assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
         assert 0.97 <= info.duration <= 1.03
@@ -140,19 +139,17 @@ def test_audio_is_16_bit_mono_whose_size_says_nothing(sample: SampleTables) -> N
         assert abs(np.corrcoef(np.ravel(sizes), side)[0, 1]) < 0.3
 
 
-def test_a_few_files_are_damaged_in_five_ways() -> None:
-    """At the size of the demo: every way occurs, and the share is small."""
+def test_every_kind_of_damage_occurs_at_the_size_of_the_demo() -> None:
     world = make_world(songs=1000, artists=200, seed=0)
     damaged = write.damaged_songs(world)
     assert len(damaged) == 6
     assert set(damaged.values()) == set(write.Damage)
-    assert all(
-        sum(song.recording == position for song in world.songs) == 1 for position in damaged
-    )  # never a duplicate's original
+    # No original of a duplicate recording is damaged.
+    assert all(sum(song.recording == position for song in world.songs) == 1 for position in damaged)
 
 
 @pytest.mark.parametrize("damage", list(write.Damage))
-def test_damaged_files_cannot_be_used(damage: write.Damage, tmp_path: Path) -> None:
+def test_damaged_files_are_unusable(damage: write.Damage, tmp_path: Path) -> None:
     path = tmp_path / "song.wav"
     soundfile.write(path, np.zeros(16000), 16000, subtype="PCM_16")
     write.damage_file(path, damage)
@@ -165,24 +162,22 @@ def test_damaged_files_cannot_be_used(damage: write.Damage, tmp_path: Path) -> N
             soundfile.read(path)
 
 
-def test_the_log_is_in_the_feedback_shape_and_a_few_rows_are_broken(sample: SampleTables) -> None:
+def test_the_log_has_the_feedback_shape_and_a_few_unusable_rows(sample: SampleTables) -> None:
     log = rows(sample.interactions)
     assert list(log[0]) == ["user_id", "trigger_song_id", "song_id", "feedback", "timestamp"]
     known = {row["song_id"] for row in rows(sample.catalog)}
-    assert {row["feedback"] for row in log} == {
-        str(feedback) for feedback in Feedback
-    }  # any other value would stop the step
+    assert {row["feedback"] for row in log} == {str(feedback) for feedback in Feedback}  # other values fail the step
     unknown = [row for row in log if row["song_id"] not in known or row["trigger_song_id"] not in known]
-    nobody = [row for row in log if not row["user_id"]]
-    undated = [row for row in log if not is_time(row["timestamp"])]
+    without_user = [row for row in log if not row["user_id"]]
+    without_time = [row for row in log if not is_time(row["timestamp"])]
     assert unknown
-    assert nobody
-    assert undated
-    assert len(unknown) + len(nobody) + len(undated) < 0.01 * len(log)
+    assert without_user
+    assert without_time
+    assert len(unknown) + len(without_user) + len(without_time) < 0.01 * len(log)
     assert len({row["user_id"] for row in log} - {""}) == SIZES["users"]
 
 
-def test_rows_of_the_log_are_in_no_order(sample: SampleTables) -> None:
+def test_rows_of_the_log_are_shuffled(sample: SampleTables) -> None:
     log = [row for row in rows(sample.interactions) if is_time(row["timestamp"])]
     moments = np.array([datetime.fromisoformat(row["timestamp"]).timestamp() for row in log])
     users = np.unique([row["user_id"] for row in log], return_inverse=True)[1]
