@@ -119,7 +119,7 @@ def request_all(decoders: Decoders, files: list[bytes]) -> tuple[ThreadPoolExecu
 
 
 class NumberedFile(bytes):
-    """A file that records its number when it is sent to a process, which asks for its length."""
+    """A file that records its number when it is sent to a process: `send` calls `len` once."""
 
     sent: ClassVar[list[int]] = []
     number = 0

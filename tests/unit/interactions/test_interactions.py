@@ -179,12 +179,12 @@ def test_low_ratings_are_not_evaluation_targets() -> None:
     events, _ = normalise(pa.Table.from_pylist(rows), LogShape.RATINGS, pa.array(songs), SETTINGS, "log", 0)
     log = complete(events, (np.inf, np.inf), 0.5).to_pandas()
     cold = np.array([False] * 4 + [True] * 4)
-    asked = questions(listening(songs, cold, log, Split.TEST), cold, EvaluateSettings())
-    assert asked.users
-    for row, user in enumerate(asked.users):
+    queries = questions(listening(songs, cold, log, Split.TEST), cold, EvaluateSettings())
+    assert queries.users
+    for row, user in enumerate(queries.users):
         of_user = ratings[int(user[1:])]
-        assert asked.targets[row].toarray()[0].tolist() == (of_user[4:] >= 4).tolist()
-        assert asked.history[row].toarray()[0].astype(bool)[:4].tolist() == (of_user[:4] >= 4).tolist()
+        assert queries.targets[row].toarray()[0].tolist() == (of_user[4:] >= 4).tolist()
+        assert queries.history[row].toarray()[0].astype(bool)[:4].tolist() == (of_user[:4] >= 4).tolist()
 
 
 def summary_of(rows: list[dict[str, object]], settings: PairSettings = SETTINGS) -> LogSummary:
