@@ -93,7 +93,7 @@ def decode(
 def decode_clip(
     source: str | os.PathLike[str] | bytes | IO[bytes], recipe: AudioRecipe, limits: Limits | None = None
 ) -> Clip:
-    """Decode the first `recipe.clip_seconds` of an audio file at `recipe.sample_rate`, and measure what is missing.
+    """Decode the first `recipe.clip_seconds` of an audio file at `recipe.sample_rate`, and measure the missing share.
 
     `source`: a path, an s3://, gs:// or file:// URI, the file's bytes, or a seekable binary file object. Channels are
     averaged, then resampled (soxr HQ); single samples that are not finite become 0.

@@ -30,7 +30,7 @@ from htcl_ray.schemas import Reason
 
 START_SECONDS = 60.0
 FILES_PER_PROCESS = 2_000
-"""A process is replaced after this many files, which frees what decoding libraries leak."""
+"""A process is replaced after this many files, which frees memory that decoding libraries leak."""
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT")
 SINGLE_THREADED = {
     "OMP_NUM_THREADS": "1",

@@ -1,1 +1,1 @@
-"""The logs: user events → sessions, positives, preference pairs. Plain functions on tables."""
+"""Turn interaction logs into events, sessions, preference pairs and explicit negatives. Functions on tables."""
