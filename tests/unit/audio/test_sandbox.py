@@ -56,8 +56,10 @@ def resident(pid: int | str = "self") -> int:
 
 
 def has_ended(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
