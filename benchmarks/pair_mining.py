@@ -200,9 +200,8 @@ def main() -> None:
             table.add_row(metric, f"{before[metric]:,.3f}", f"{after[metric]:,.3f}")
         Console().print(table)
         result[kind] = {"before": before, "after": after}
-    print(
-        f"written: {write_result('pair_mining', {'settings': PairSettings().model_dump(mode='json'), 'worlds': result})}"
-    )
+    settings = PairSettings().model_dump(mode="json")
+    print(f"written: {write_result('pair_mining', {'settings': settings, 'worlds': result})}")
 
 
 def grid(worlds: dict[str, list[World]]) -> None:
