@@ -36,7 +36,7 @@ def opened(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Iterator[IO[by
     with file:
         try:
             yield file
-        except Exception:
+        except Exception:  # of the caller's block, caused by the read error if one occurred
             if remote is None or remote.error is None:
                 raise
         if remote is not None and remote.error is not None:
