@@ -74,7 +74,9 @@ def uses() -> dict[str, Counter[str]]:
         ["git", "ls-files", "--", *WRITTEN], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     names = [
-        name for name in listed.stdout.split() if name not in NOT_OURS and not name.startswith("benchmarks/results/")
+        name
+        for name in listed.stdout.split()
+        if name not in NOT_OURS and not name.startswith("benchmarks/results/") and not name.endswith(".png")
     ]
     counts = {
         name: Counter(word.lower() for word in PATTERN.findall((REPOSITORY / name).read_text(encoding="utf-8")))
