@@ -100,7 +100,7 @@ def check_audio_tower(scratch: Path) -> None:
     from htcl_ray.config.sections import StageSettings
     from htcl_ray.models import HTCL
     from htcl_ray.models.towers.vocabulary import train_wordpiece
-    from htcl_ray.training.towers import freeze
+    from htcl_ray.training.optimization import freeze
 
     model = HTCL.untrained(resolve("demo", None, ["model.tower=convolutional"]), train_wordpiece(["calm piano"], 50))
     model.eval()
@@ -119,9 +119,8 @@ def check_log_shape(scratch: Path) -> None:
     from htcl_ray.config.sections import PairSettings
     from htcl_ray.interactions import logs
 
-    detect = getattr(logs, "detect_shape", None) or logs.recognise
     table = pa.table({"user_id": ["u", "u", "v"], "song_id": ["a", "b", "a"], "liked": [True, False, None]})
-    shape = detect(table.column_names, "log.parquet")
+    shape = logs.detect_shape(table.column_names, "log.parquet")
     assert shape is logs.LogShape.THUMBS
     events, rejected = logs.normalise(table, shape, pa.array(["a", "b"]), PairSettings(), "log.parquet", 0)
     assert events["value"].to_pylist() == [1.0, -1.0]
