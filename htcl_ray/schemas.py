@@ -1,13 +1,17 @@
-"""Every record that crosses disk, process or wire: column names, types and enumerations.
+"""Schemas of all tables and records that are stored or exchanged: columns, types and enumerations.
 
-The tables are the contract of the workspace: other systems read them, so a change here is a change of format version.
+Other systems read the tables of a workspace, so a change here changes the format version.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated, Self, get_args, get_origin
 
 import pyarrow as pa
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
 
 FORMAT_VERSION = 2
 """Version of every manifest and table in a workspace; raised when an old reader would misread a new file."""
@@ -65,15 +69,93 @@ class Reason(StrEnum):
     BAD_RATING = "bad_rating"
 
 
-TEXT_METADATA = ("title", "artist", "album", "lyrics", "licence")
-LIST_METADATA = ("genre", "mood", "tags", "language")
-"""Catalogue columns that may hold several values; stored as lists whatever the input wrote."""
-METADATA = pa.schema(
-    [pa.field(name, pa.string()) for name in TEXT_METADATA]
-    + [pa.field(name, pa.list_(pa.string())) for name in LIST_METADATA]
-    + [pa.field("year", pa.int32())]
-)
-"""Optional catalogue columns as they are carried through features, index and answers; absent ones are null."""
+@dataclass(frozen=True)
+class ColumnTraits:
+    """Uses of one metadata column, apart from its name, type and description."""
+
+    filterable: bool = True
+    """Searches can filter by the column."""
+    tag: bool = False
+    """Its values are compared with the query for `shared_tags`, and are listed by `htcl demo`."""
+    in_results: bool = True
+    """Search results carry the column; without it, only `GET /v1/songs/{song_id}` does."""
+    printed: bool = False
+    """The table that `htcl search` prints has the column."""
+    player: str | None = None
+    """Name of the same fact in a song of the OpenSubsonic API, in the same type; None where players do not get it."""
+    max_length: int = 1_000
+    """Characters that the HTTP API accepts for one value."""
+
+
+class Metadata(BaseModel):
+    """The optional columns of a catalogue, each declared once; absent values are null.
+
+    The declaration order is the column order of every table. Catalogue columns, index tables, filters, requests,
+    responses, the client's models, the tables in the terminal and the songs of players are derived from it. A column
+    holds text (`str`), whole numbers (`int`), or a list of texts, stored as a list even where the input has one value.
+    """
+
+    title: Annotated[str | None, ColumnTraits(printed=True)] = Field(None, description="Title of the song.")
+    artist: Annotated[str | None, ColumnTraits(printed=True, player="artist")] = Field(
+        None, description="Credited artist, or several in one text, as in 'A feat. B'."
+    )
+    album: Annotated[str | None, ColumnTraits(player="album")] = Field(
+        None, description="Album on which the song was released."
+    )
+    lyrics: Annotated[str | None, ColumnTraits(filterable=False, in_results=False, max_length=100_000)] = Field(
+        None, description="Full lyrics of the song."
+    )
+    licence: Annotated[str | None, ColumnTraits()] = Field(
+        None, description="Licence under which the recording may be used, such as 'CC BY 4.0'."
+    )
+    genre: Annotated[list[str] | None, ColumnTraits(tag=True, printed=True)] = Field(
+        None, description="Genres of the song."
+    )
+    mood: Annotated[list[str] | None, ColumnTraits(tag=True, printed=True, player="moods")] = Field(
+        None, description="Moods of the song, such as 'calm'."
+    )
+    tags: Annotated[list[str] | None, ColumnTraits(tag=True, printed=True)] = Field(
+        None, description="Free-form tags of the song."
+    )
+    language: Annotated[list[str] | None, ColumnTraits()] = Field(None, description="Languages of the lyrics.")
+    year: Annotated[int | None, ColumnTraits(player="year")] = Field(None, description="Year of release.")
+
+
+@dataclass(frozen=True)
+class MetadataColumn:
+    """One column of `Metadata`, read from its declaration."""
+
+    name: str
+    type: type[str] | type[int]
+    """Type of a single value."""
+    is_list: bool
+    description: str
+    traits: ColumnTraits
+
+    @classmethod
+    def of(cls, name: str, field: FieldInfo) -> Self:
+        """The column that a field of `Metadata` declares."""
+        kind = get_args(field.annotation)[0]  # of `kind | None`
+        is_list = get_origin(kind) is list
+        traits = next(item for item in field.metadata if isinstance(item, ColumnTraits))
+        return cls(name, get_args(kind)[0] if is_list else kind, is_list, field.description or "", traits)
+
+    @property
+    def arrow(self) -> pa.Field:
+        """The column of Arrow tables."""
+        value = pa.int32() if self.type is int else pa.string()
+        return pa.field(self.name, pa.list_(value) if self.is_list else value)
+
+
+METADATA_COLUMNS = tuple(MetadataColumn.of(name, field) for name, field in Metadata.model_fields.items())
+METADATA = pa.schema([column.arrow for column in METADATA_COLUMNS])
+"""Metadata columns as features, indexes and updates store them."""
+LIST_METADATA = tuple(column.name for column in METADATA_COLUMNS if column.is_list)
+TEXT_METADATA = tuple(column.name for column in METADATA_COLUMNS if column.type is str and not column.is_list)
+TAG_COLUMNS = tuple(column.name for column in METADATA_COLUMNS if column.traits.tag)
+PRINTED_COLUMNS = tuple(column.name for column in METADATA_COLUMNS if column.traits.printed)
+RESULT_COLUMNS = ("song_id", *(column.name for column in METADATA_COLUMNS if column.traits.in_results))
+"""Columns that each search result carries."""
 
 CATALOG_COLUMNS = ("song_id", "audio_path", *METADATA.names)
 LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "played_ratio", "weight", "rating")
@@ -82,7 +164,7 @@ LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp",
 def features_schema(frames: int, mels: int) -> pa.Schema:
     """Schema of `features/<fingerprint>/*.parquet`.
 
-    `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames are sound, the
+    `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames hold audio, the
     rest is padding that no reader may use. `decoded_share` is 1 unless a damaged file could be decoded only in part
     (see `audio.decode.Clip`). `audio_path` is absolute or a URI.
     """

@@ -1,13 +1,12 @@
-"""A client of the HTTP application, for threads and for asyncio; loads neither torch nor Ray nor FAISS.
+"""Client of the HTTP application, synchronous and asynchronous; loads neither torch nor Ray nor FAISS.
 
 with Client("http://127.0.0.1:8000") as client:
     for song in client.search("calm piano", k=5, blend=0.3).results:
         print(song.score, song.title)
 """
 
-from htcl_ray.client.calls import Heard
-from htcl_ray.client.clients import AsyncClient, Client
-from htcl_ray.client.results import (
+from htcl_ray.api.requests import Play
+from htcl_ray.api.responses import (
     Activated,
     Alive,
     EmbeddingResponse,
@@ -19,6 +18,7 @@ from htcl_ray.client.results import (
     Song,
     SongUpdated,
 )
+from htcl_ray.client.clients import AsyncClient, Client
 from htcl_ray.client.retries import Retries
 from htcl_ray.errors import ArgumentError, NoResponseError, RequestError
 
@@ -29,8 +29,8 @@ __all__ = [
     "AsyncClient",
     "Client",
     "EmbeddingResponse",
-    "Heard",
     "NoResponseError",
+    "Play",
     "Ready",
     "RecommendResponse",
     "RequestError",

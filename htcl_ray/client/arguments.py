@@ -1,7 +1,6 @@
-"""Arguments of the clients' calls as JSON holds them: numbers and arrays of NumPy, pandas and PyTorch become Python's
-own.
+"""Checks of the clients' arguments, which convert NumPy, pandas and PyTorch values to JSON values.
 
-Each check takes a value and the name that an ArgumentError gives it, and returns what is sent.
+Each check takes a value and the name of the argument, and returns the value to send. Raises ArgumentError.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Value = TypeVar("Value")
 
 
 def text(value: Any, name: str) -> str:
-    """A text that can be encoded."""
+    """A text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise _wrong(name, value, "a text")
     try:
@@ -33,7 +32,7 @@ def text(value: Any, name: str) -> str:
 
 
 def song_id(value: Any, name: str) -> str:
-    """A text that is not empty."""
+    """The id of a song, which is not empty."""
     if isinstance(value, str) and not value:
         raise ArgumentError(f"{name} is empty; expected the id of a song")
     return text(value, name)
@@ -56,7 +55,7 @@ def number(value: Any, name: str) -> float:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """An integer, or a float without a fraction, which a column with missing values makes of an integer."""
+    """An integer, or a float without a fraction, as in an integer column with missing values."""
     given = number(value, name)
     if given != int(given):
         raise _wrong(name, value, "a whole number")
@@ -102,7 +101,7 @@ def audio(value: Any, name: str = "audio") -> Any:
 
 
 def file_content(value: Any) -> bytes:
-    """What a file of audio gave."""
+    """The bytes that `read` of an audio file returned."""
     if not isinstance(value, bytes | bytearray | memoryview):
         raise ArgumentError(
             f"audio is a file that gives {_kind(value)}; expected one that is open for reading bytes (mode 'rb')"
@@ -111,8 +110,8 @@ def file_content(value: Any) -> bytes:
 
 
 def unknown(name: str, known: Iterable[str]) -> ArgumentError:
-    """The error of an option that does not exist."""
-    return ArgumentError(f"there is no option '{name}'; expected one of {', '.join(known)}")
+    """The error for an option that does not exist."""
+    return ArgumentError(f"'{name}' is not an option; expected one of {', '.join(known)}")
 
 
 def _json(value: Any, name: str) -> Any:
@@ -131,8 +130,9 @@ def _json(value: Any, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The Python value of a number or array of NumPy, pandas or PyTorch; of dates, which would become nanoseconds, and
-    all else itself.
+    """The Python value of a NumPy, pandas or PyTorch number or array.
+
+    Other values are returned unchanged, and so are dates, which `tolist` would convert to nanoseconds.
     """
     if str(getattr(value, "dtype", "")).startswith(("datetime64", "timedelta64")) or not callable(
         getattr(value, "tolist", None)
@@ -142,8 +142,8 @@ def _plain(value: Any) -> Any:
 
 
 def _wrong(name: str, value: Any, expected: str) -> ArgumentError:
-    shown = f"{_kind(value)} {reprlib.repr(value)}" if isinstance(value, str | bytes | Real | date) else _kind(value)
-    return ArgumentError(f"{name} is {shown}; expected {expected}".encode("utf-8", "backslashreplace").decode())
+    actual = f"{_kind(value)} {reprlib.repr(value)}" if isinstance(value, str | bytes | Real | date) else _kind(value)
+    return ArgumentError(f"{name} is {actual}; expected {expected}".encode("utf-8", "backslashreplace").decode())
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The calls of the HTTP application: what each sends, and what it gives back. Nothing here sends anything."""
+"""Requests of the HTTP application and the types of their responses. This module sends nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
-from htcl_ray.client import arguments
-from htcl_ray.client.results import (
+from htcl_ray.api.requests import HALF_LIFE_DAYS, Play
+from htcl_ray.api.responses import (
     Activated,
     Alive,
-    Answered,
+    ApiResponse,
     EmbeddingResponse,
     Ready,
     RecommendResponse,
@@ -22,60 +22,54 @@ from htcl_ray.client.results import (
     Song,
     SongUpdated,
 )
+from htcl_ray.client import arguments
 
 Audio = str | Path | bytes | BinaryIO
-"""A path, a file's bytes, or a file open for reading: any format that the server decodes."""
-Given = TypeVar("Given", bound=Answered)
+"""A path, the bytes of a file, or a binary file open for reading, in any format that the server decodes."""
+Response = TypeVar("Response", bound=ApiResponse)
 
 
-class Options(TypedDict, total=False):
-    """How a question is to be answered; what is left out is as the server has it."""
+class SearchKeywords(TypedDict, total=False):
+    """Keyword arguments of all searches; the server's defaults apply to absent ones."""
 
     k: int
-    """Songs wanted, 1 to 1,000; 10."""
+    """Number of songs, 1 to 1,000; default 10."""
     blend: float
-    """0 by meaning to 1 by listeners' preference; 0.5, or 0 without stage 2."""
+    """Weight of the preference score, 0 (meaning) to 1; default 0.5, or 0 without stage 2."""
     filter: Mapping[str, Any]
-    """`{"genre": ["rock"], "year": {"gte": 1990, "lte": 1999}}`."""
+    """Conditions on metadata, such as `{"genre": ["rock"], "year": {"gte": 1990, "lte": 1999}}`."""
     max_per_artist: int
+    """Maximum number of songs by one artist."""
     collapse_duplicates: bool
+    """Return only the best of several duplicate recordings; default True."""
 
 
-OPTIONS = {
+OPTION_CHECKS = {
     "k": arguments.whole_number,
     "blend": arguments.number,
     "filter": arguments.mapping,
     "max_per_artist": arguments.whole_number,
     "collapse_duplicates": arguments.flag,
 }
-"""The check of each of `Options`."""
+"""Check of each of `SearchKeywords`."""
 
 
 @dataclass(frozen=True)
-class Heard:
-    """A song that a listener played; `timestamp`: seconds since 1970, None counts as last."""
-
-    song_id: str
-    weight: float = 1.0
-    timestamp: float | None = None
-
-
-@dataclass(frozen=True)
-class Call(Generic[Given]):
-    """One request."""
+class Call(Generic[Response]):
+    """One request and the type of its response."""
 
     method: str
     path: str
-    gives: type[Given]
+    response: type[Response]
     body: Any = None
-    """Sent as JSON, or as fields of a form when there is audio."""
+    """Sent as JSON, or as the fields of a form next to audio."""
     audio: Audio | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
-    again: bool = True
-    """Whether it may be sent again."""
+    retry: bool = True
+    """Whether a failed request may be retried."""
 
     def read(self) -> dict[str, Any]:
-        """Arguments of httpx's `build_request`. Reads the audio. Raises OSError."""
+        """Read the audio, and return the arguments of httpx's `build_request`. Raises OSError."""
         if self.audio is None:
             return {"params": self.parameters, **({} if self.body is None else {"json": self.body})}
         name, data = _read(self.audio)
@@ -93,9 +87,9 @@ def search(
     song_ids: Sequence[str] | None = None,
     negative_song_ids: Sequence[str] = (),
     vector: Sequence[float] | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[SearchKeywords],
 ) -> Call[SearchResponse]:
-    """Songs near a text, a song, several songs (less the negatives), or a vector: exactly one of them."""
+    """Songs near exactly one of a text, a song, several songs (with negatives), and a vector."""
     body: dict[str, Any] = {}
     if text is not None:
         body["text"] = arguments.text(text, "text")
@@ -111,17 +105,17 @@ def search(
     return Call("POST", "/v1/search", SearchResponse, {**body, **_checked(options)})
 
 
-def search_audio(audio: Audio, **options: Unpack[Options]) -> Call[SearchResponse]:
-    """Songs that sound like a recording."""
+def search_audio(audio: Audio, **options: Unpack[SearchKeywords]) -> Call[SearchResponse]:
+    """Songs similar to a recording."""
     return Call("POST", "/v1/search/audio", SearchResponse, _checked(options), arguments.audio(audio))
 
 
 def recommend(
-    history: Sequence[Heard | str], *, half_life_days: float = 30.0, **options: Unpack[Options]
+    history: Sequence[Play | str], *, half_life_days: float = HALF_LIFE_DAYS, **options: Unpack[SearchKeywords]
 ) -> Call[RecommendResponse]:
-    """Songs for a listener who played these, without them."""
+    """Songs for a listener with this history, without its songs."""
     body = {
-        "history": arguments.each(_played, history, "history"),
+        "history": arguments.each(_history_item, history, "history"),
         "half_life_days": arguments.number(half_life_days, "half_life_days"),
         **_checked(options),
     }
@@ -139,74 +133,74 @@ def embed_audio(audio: Audio) -> Call[EmbeddingResponse]:
 
 
 def song(song_id: str) -> Call[Song]:
-    """The catalogue's metadata of a song. RequestError 404 when the index does not hold it."""
-    return Call("GET", _of(song_id), Song)
+    """Catalogue metadata of a song. Raises RequestError 404 when the index does not contain it."""
+    return Call("GET", _song_path(song_id), Song)
 
 
-def similar(song_id: str, **options: Unpack[Options]) -> Call[SearchResponse]:
-    """Songs near a song of the index, without itself."""
-    return Call("GET", f"{_of(song_id)}/similar", SearchResponse, parameters=_fields(_checked(options)))
+def similar(song_id: str, **options: Unpack[SearchKeywords]) -> Call[SearchResponse]:
+    """Songs near an indexed song, without the song itself."""
+    return Call("GET", f"{_song_path(song_id)}/similar", SearchResponse, parameters=_fields(_checked(options)))
 
 
 def put_song(song_id: str, audio: Audio | None = None, metadata: Mapping[str, Any] | None = None) -> Call[SongUpdated]:
-    """Add or change a song: its audio, its metadata (which replaces all of the song's metadata), or both. Needs a key
-    that may write.
+    """Insert or update a song: its audio, its metadata, or both. Needs a key with write scope.
+
+    The given metadata replaces all metadata of the song.
     """
     given = None if metadata is None else arguments.mapping(metadata, "metadata")
     if audio is None:
-        return Call("PUT", _of(song_id), SongUpdated, given)
-    return Call("PUT", _of(song_id), SongUpdated, {} if given is None else {"metadata": given}, arguments.audio(audio))
+        return Call("PUT", _song_path(song_id), SongUpdated, given)
+    return Call(
+        "PUT", _song_path(song_id), SongUpdated, {} if given is None else {"metadata": given}, arguments.audio(audio)
+    )
 
 
 def delete_song(song_id: str) -> Call[SongUpdated]:
-    """Remove a song. Needs a key that may write.
+    """Delete a song. Needs a key with write scope.
 
-    RequestError 404 when the index does not hold it, which may also be because the response to a first request was
-    lost.
+    Raises RequestError 404 when the index does not contain the song, also when a retry follows a deletion whose
+    response was lost.
     """
-    return Call("DELETE", _of(song_id), SongUpdated)
+    return Call("DELETE", _song_path(song_id), SongUpdated)
 
 
 def index() -> Call[ServedIndexResponse]:
-    """What is served."""
+    """Description of the index that is served."""
     return Call("GET", "/v1/index", ServedIndexResponse)
 
 
 def activate(version: str) -> Call[Activated]:
-    """Serve another index of the workspace. Needs a key that may write."""
+    """Switch to another index of the workspace. Needs a key with write scope."""
     return Call("POST", "/v1/index/activate", Activated, {"version": arguments.text(version, "version")})
 
 
 def ready() -> Call[Ready]:
-    """Whether models and index are loaded, asked once: RequestError 503 while they are not."""
-    return Call("GET", "/readyz", Ready, again=False)
+    """Readiness, without retries. Raises RequestError 503 until models and index are loaded."""
+    return Call("GET", "/readyz", Ready, retry=False)
 
 
 def alive() -> Call[Alive]:
-    """Whether the process answers, asked once."""
-    return Call("GET", "/healthz", Alive, again=False)
+    """Liveness, without retries."""
+    return Call("GET", "/healthz", Alive, retry=False)
 
 
-def _of(song_id: str) -> str:
+def _song_path(song_id: str) -> str:
     escaped = quote(arguments.song_id(song_id, "song_id"), safe="")
-    return (
-        f"/v1/songs/{escaped if escaped.strip('.') else escaped.replace('.', '%2E')}"  # '..' would be the folder above
-    )
+    # A path segment '..' would be resolved to the parent.
+    return f"/v1/songs/{escaped if escaped.strip('.') else escaped.replace('.', '%2E')}"
 
 
-def _checked(options: Options) -> dict[str, Any]:
-    """The options as JSON holds them, without those that are None. Raises ArgumentError, also for one that does not
-    exist.
-    """
+def _checked(options: SearchKeywords) -> dict[str, Any]:
+    """The options as JSON values, without those that are None. Raises ArgumentError, also for an unknown option."""
     for name in options:
-        if name not in OPTIONS:
-            raise arguments.unknown(name, OPTIONS)
-    return {name: OPTIONS[name](value, name) for name, value in options.items() if value is not None}
+        if name not in OPTION_CHECKS:
+            raise arguments.unknown(name, OPTION_CHECKS)
+    return {name: OPTION_CHECKS[name](value, name) for name, value in options.items() if value is not None}
 
 
-def _played(item: Heard | str, name: str) -> dict[str, Any]:
-    if not isinstance(item, Heard):
-        return asdict(Heard(arguments.song_id(item, name)))
+def _history_item(item: Play | str, name: str) -> dict[str, Any]:
+    if not isinstance(item, Play):
+        return asdict(Play(arguments.song_id(item, name)))
     return {
         "song_id": arguments.song_id(item.song_id, f"{name}.song_id"),
         "weight": arguments.number(item.weight, f"{name}.weight"),
@@ -215,14 +209,12 @@ def _played(item: Heard | str, name: str) -> dict[str, Any]:
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, str]:
-    """As a form or an address carries them: anything but text as JSON."""
+    """The values as form fields or query parameters: text unchanged, all else as JSON."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:
-    """A file's name, of which only the suffix matters, and its bytes. Raises ArgumentError, and OSError for a file that
-    cannot be read.
-    """
+    """The file name, of which only the suffix matters, and the bytes. Raises ArgumentError and OSError."""
     if isinstance(audio, bytes | bytearray | memoryview):
         return "audio", bytes(audio)
     name = Path(audio if isinstance(audio, str | Path) else str(getattr(audio, "name", ""))).name

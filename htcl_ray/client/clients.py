@@ -1,4 +1,4 @@
-"""The two clients: the same calls, sent from a thread or from asyncio."""
+"""Synchronous and asynchronous client with the same calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
@@ -16,46 +16,50 @@ from pydantic import ValidationError
 
 from htcl_ray.client import calls
 from htcl_ray.client.arguments import number
-from htcl_ray.client.calls import Call, Given
-from htcl_ray.client.retries import Retries, retry_after
+from htcl_ray.client.calls import Call, Response
+from htcl_ray.client.retries import Attempts, Retries, retry_after
 from htcl_ray.errors import ArgumentError, NoResponseError, RequestError, first_fault
 
 TIMEOUT_SECONDS = 30.0
-Asked = ParamSpec("Asked")
+Arguments = ParamSpec("Arguments")
 Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 
-def _sending(build: Callable[Asked, Call[Given]]) -> Callable[Concatenate[Client, Asked], Given]:
-    """The method of `Client` that sends what `build` makes."""
+def _sending(build: Callable[Arguments, Call[Response]]) -> Callable[Concatenate[Client, Arguments], Response]:
+    """The method of `Client` that sends the request built by `build`."""
 
-    @functools.wraps(build)
-    def method(self: Client, *args: Asked.args, **kwargs: Asked.kwargs) -> Given:
+    def method(self: Client, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Response:
         return self._send(build(*args, **kwargs))
 
+    functools.update_wrapper(method, build)
     return method
 
 
-def _awaiting(build: Callable[Asked, Call[Given]]) -> Callable[Concatenate[AsyncClient, Asked], Awaitable[Given]]:
-    """The method of `AsyncClient` that sends what `build` makes."""
+def _awaiting(
+    build: Callable[Arguments, Call[Response]],
+) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Response]]:
+    """The method of `AsyncClient` that sends the request built by `build`."""
 
-    @functools.wraps(build)
-    async def method(self: AsyncClient, *args: Asked.args, **kwargs: Asked.kwargs) -> Given:
+    async def method(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Response:
         return await self._send(build(*args, **kwargs))
 
+    functools.update_wrapper(method, build)
     return method
 
 
-class Common(Generic[Http]):
-    """What both clients are made with.
+class BaseClient(Generic[Http]):
+    """Constructor and errors of both clients.
 
-    `url`: of the application, `http://127.0.0.1:8000`; `key`: an API key, where one is needed, without the white space
-    around it; `timeout`: seconds that the server may take for one response, or None; `options`: of httpx's client, such
-    as `verify`, `transport` or `trust_env=False`, which ignores the proxies that the environment names (HTTP_PROXY,
-    HTTPS_PROXY, ALL_PROXY, NO_PROXY).
+    Args:
+        url: address of the application, such as `http://127.0.0.1:8000`.
+        key: API key, if the server needs one; surrounding white space is removed.
+        timeout: seconds to wait for one response, or None for no limit.
+        retries: policy for transient failures. All calls are idempotent, so a retry is safe.
+        options: options of the httpx client, such as `verify`, `transport`, or `trust_env=False`, which ignores the
+            proxies of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY).
 
-    Calls raise ArgumentError for an argument that cannot be sent, as the constructor does, RequestError for what the
-    server refuses, NoResponseError when there is no response, and OSError for audio that cannot be read. What may pass by
-    itself is sent again as `retries` says: every call gives the same when it is sent twice.
+    Calls raise ArgumentError for an argument that cannot be sent, as the constructor does, RequestError for an error
+    response, NoResponseError when no response arrives, and OSError for audio that cannot be read.
     """
 
     def __init__(
@@ -85,21 +89,19 @@ class Common(Generic[Http]):
     def _open(self, **options: Any) -> Http:
         raise NotImplementedError
 
-    def _request(self, call: Call[Given], parts: dict[str, Any]) -> httpx.Request:
+    def _request(self, call: Call[Response], parts: dict[str, Any]) -> httpx.Request:
         try:
             return self._http.build_request(call.method, call.path, **parts)
-        except httpx.InvalidURL as error:  # longer than any server takes
+        except httpx.InvalidURL as error:  # httpx limits the length of a URL
             named = ", ".join(["song_id"] * call.path.startswith("/v1/songs/") + [*call.parameters])
             raise ArgumentError(f"{named} cannot be sent in an address ({error}); expected less text") from None
 
-    def _begin(self, call: Call[Given]) -> Any:
-        return (self._retries if call.again else Retries(attempts=1)).begin()
+    def _begin(self, call: Call[Response]) -> Attempts:
+        return (self._retries if call.retry else Retries(attempts=1)).begin()
 
 
-class Client(Common[httpx.Client]):
-    """For threads; several may share one. Close it, or use it as a context manager. What it is made with: see
-    `Common`.
-    """
+class Client(BaseClient[httpx.Client]):
+    """Synchronous, thread-safe client. Close it, or use it as a context manager. See `BaseClient` for arguments."""
 
     def _open(self, **options: Any) -> httpx.Client:
         return httpx.Client(**options)
@@ -119,7 +121,7 @@ class Client(Common[httpx.Client]):
     alive = _sending(calls.alive)
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close all connections."""
         self._http.close()
 
     def __enter__(self) -> Self:
@@ -128,14 +130,14 @@ class Client(Common[httpx.Client]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, call: Call[Given]) -> Given:
+    def _send(self, call: Call[Response]) -> Response:
         parts = call.read()
         attempts = self._begin(call)
         while True:
             outcome = self._try(self._request(call, parts))
             wait = attempts.wait_after(outcome)
             if wait is None:
-                return _given(call, outcome)
+                return _response(call, outcome)
             time.sleep(wait)
 
     def _try(self, request: httpx.Request) -> httpx.Response | httpx.RequestError:
@@ -145,8 +147,8 @@ class Client(Common[httpx.Client]):
             return error
 
 
-class AsyncClient(Common[httpx.AsyncClient]):
-    """For asyncio. Close it, or use it as an asynchronous context manager. What it is made with: see `Common`."""
+class AsyncClient(BaseClient[httpx.AsyncClient]):
+    """Client for asyncio. Close it, or use it as an asynchronous context manager. See `BaseClient` for arguments."""
 
     def _open(self, **options: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(**options)
@@ -166,7 +168,7 @@ class AsyncClient(Common[httpx.AsyncClient]):
     alive = _awaiting(calls.alive)
 
     async def close(self) -> None:
-        """Give the connections back."""
+        """Close all connections."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
@@ -175,14 +177,14 @@ class AsyncClient(Common[httpx.AsyncClient]):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _send(self, call: Call[Given]) -> Given:
+    async def _send(self, call: Call[Response]) -> Response:
         parts = await asyncio.to_thread(call.read) if call.audio is not None else call.read()
         attempts = self._begin(call)
         while True:
             outcome = await self._try(self._request(call, parts))
             wait = attempts.wait_after(outcome)
             if wait is None:
-                return _given(call, outcome)
+                return _response(call, outcome)
             await asyncio.sleep(wait)
 
     async def _try(self, request: httpx.Request) -> httpx.Response | httpx.RequestError:
@@ -193,7 +195,7 @@ class AsyncClient(Common[httpx.AsyncClient]):
 
 
 def _server(url: str) -> httpx.URL:
-    """The address of a server. Raises ArgumentError."""
+    """The parsed address of a server. Raises ArgumentError."""
     try:
         parsed = httpx.URL(url)
     except (TypeError, httpx.InvalidURL):
@@ -204,7 +206,7 @@ def _server(url: str) -> httpx.URL:
 
 
 def _authorization(key: str | None) -> dict[str, str]:
-    """The header of an API key. Raises ArgumentError, which never shows the key."""
+    """The header that carries an API key. Raises ArgumentError, whose message never contains the key."""
     if key is None or key == "":
         return {}
     if not isinstance(key, str):
@@ -227,10 +229,9 @@ def _timeout(timeout: Any) -> Any:
 
 
 def _proxy(url: httpx.URL, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of httpx for the proxy that the environment names for this server alone: httpx opens those of all
-    servers, needed or not.
+    """Options of httpx for this server's proxy from the environment; httpx itself would open proxies of all servers.
 
-    Raises ArgumentError when that proxy cannot be used. The message does not show its address, which may hold a
+    Raises ArgumentError when the proxy cannot be used. The message does not contain its address, which may hold a
     password.
     """
     proxies = getproxies()
@@ -238,38 +239,42 @@ def _proxy(url: httpx.URL, options: dict[str, Any]) -> dict[str, Any]:
         "*" in re.split(r"[,\s]+", proxies.get("no", "")) or proxy_bypass(url.netloc.decode()) or proxy_bypass(url.host)
     )
     proxy = None if direct else proxies.get(url.scheme) or proxies.get("all")
-    if not proxy:  # the files of certificates that the environment names still count
+    if not proxy:  # certificates that the environment names are still used
         verify = httpx.create_ssl_context(options.get("verify", True), options.get("cert"), trust_env=True)
         return {"trust_env": False, "verify": verify, "cert": None} if url.scheme == "https" else {"trust_env": False}
-    way = "set NO_PROXY for this host, or make the client with trust_env=False"
+    advice = "set NO_PROXY for this host, or make the client with trust_env=False"
     try:
         checked = httpx.Proxy(proxy if "://" in proxy else f"http://{proxy}")
     except (ValueError, httpx.InvalidURL):
         raise ArgumentError(
-            f"url is {url.host}, for which the environment names a proxy that is not http://, https:// or socks5://; {way}"
+            f"url is {url.host}, for which the environment names a proxy that is not http://, https:// or socks5://; "
+            f"{advice}"
         ) from None
     if checked.url.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise ArgumentError(
-            f"url is {url.host}, for which the environment names a SOCKS proxy; run pip install 'httpx[socks]' for it, {way}"
+            f"url is {url.host}, for which the environment names a SOCKS proxy; run pip install 'httpx[socks]' for it, "
+            f"{advice}"
         )
     return {"proxy": checked}
 
 
-def _given(call: Call[Given], outcome: httpx.Response | httpx.RequestError) -> Given:
-    """What the call gives. Raises RequestError and NoResponseError."""
-    what = f"{call.method} {call.path}"
+def _response(call: Call[Response], outcome: httpx.Response | httpx.RequestError) -> Response:
+    """The typed response. Raises RequestError and NoResponseError."""
+    name = f"{call.method} {call.path}"
     if isinstance(outcome, httpx.RequestError):
         reason = str(outcome) or "it took too long"
-        raise NoResponseError(f"{what} had no answer: {type(outcome).__name__}, {reason}") from outcome
+        raise NoResponseError(f"{name} had no response: {type(outcome).__name__}, {reason}") from outcome
     if outcome.is_success:
         try:
-            return call.gives.model_validate_json(outcome.content)
+            return call.response.model_validate_json(outcome.content)
         except ValidationError as error:
-            said = f"{what} was answered with what this client does not understand: {first_fault(error)}; is it an HTCL server?"
-            raise RequestError(outcome.status_code, "not_understood", said) from None
+            message = (
+                f"the response to {name} is not what this client expects: {first_fault(error)}; is it an HTCL server?"
+            )
+            raise RequestError(outcome.status_code, "not_understood", message) from None
     try:
         body = outcome.json()["error"]
         code, message = str(body["code"]), str(body["message"])
     except (ValueError, KeyError, TypeError):
-        code, message = "error", f"{what} was answered with {outcome.status_code}: {outcome.text[:200]}"
+        code, message = "error", f"{name} returned {outcome.status_code}: {outcome.text[:200]}"
     raise RequestError(outcome.status_code, code, message, retry_after(outcome))

@@ -14,6 +14,7 @@ from rich.table import Table
 from htcl_ray.config import Config
 from htcl_ray.demo_world import TEXT_COLUMNS, write_sample
 from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.schemas import TAG_COLUMNS
 from htcl_ray.workspace.artifacts import StepResult
 from htcl_ray.workspace.storage import Workspace
 
@@ -143,10 +144,10 @@ def _answer(response: httpx.Response) -> list[dict]:
 
 
 def _show(query: str, results: list[dict]) -> None:
-    table = Table("song", "score", "semantic", "preference", "genre", "mood", "tags", title=query, title_justify="left")
+    table = Table("song", "score", "semantic", "preference", *TAG_COLUMNS, title=query, title_justify="left")
     for hit in results:
         scores = [hit["score"], hit["semantic_score"], hit["preference_score"]]
-        words = [", ".join(hit[name] or []) for name in ("genre", "mood", "tags")]
+        words = [", ".join(hit[name] or []) for name in TAG_COLUMNS]
         table.add_row(hit["song_id"], *("–" if score is None else f"{score:.3f}" for score in scores), *words)
     Console().print(table)
 

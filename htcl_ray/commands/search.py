@@ -10,11 +10,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from htcl_ray.api.requests import Filter
 from htcl_ray.config import Config
 from htcl_ray.errors import QueryError, first_fault
 from htcl_ray.pipelines.index import determined_index
-from htcl_ray.search.filters import Filter
-from htcl_ray.search.service import LITTLE_COVERAGE, Answer, SearchService
+from htcl_ray.schemas import PRINTED_COLUMNS
+from htcl_ray.search.results import SearchResults
+from htcl_ray.search.service import LOW_COVERAGE, SearchService
 from htcl_ray.workspace.storage import Workspace
 
 
@@ -31,7 +33,7 @@ def search(
 ) -> None:
     """Search by text, by an audio file (path or URI), or by a song of the index, and print the songs.
 
-    `conditions`: a Filter as JSON; `options`: others of `service.Options`. Raises QueryError.
+    `conditions`: a Filter as JSON; `options`: others of `QueryOptions`. Raises QueryError.
     """
     options["filter"] = None if conditions is None else _filter(conditions)
     index = index or determined_index(Workspace(config.workspace), config)
@@ -63,9 +65,9 @@ def _filter(conditions: str) -> Filter:
         raise QueryError(f"{'.'.join(('--filter', *fault.path))}: {fault.message}") from None
 
 
-def _warn(answer: Answer) -> None:
+def _warn(answer: SearchResults) -> None:
     coverage = answer.text_coverage
-    if coverage is not None and coverage < LITTLE_COVERAGE:
+    if coverage is not None and coverage < LOW_COVERAGE:
         knows = (
             f"knows only {coverage:.0%} of this text, so the songs may not fit it"
             if coverage
@@ -76,7 +78,7 @@ def _warn(answer: Answer) -> None:
         )
 
 
-def _results(answer: Answer) -> list[dict]:
+def _results(answer: SearchResults) -> list[dict]:
     return [
         {
             "song_id": hit.song_id,
@@ -90,11 +92,11 @@ def _results(answer: Answer) -> list[dict]:
     ]
 
 
-def _print(answer: Answer) -> None:
-    table = Table("song", "score", "semantic", "preference", "title", "artist", "genre", "mood", "tags")
+def _print(answer: SearchResults) -> None:
+    table = Table("song", "score", "semantic", "preference", *PRINTED_COLUMNS)
     for result in _results(answer):
         scores = (result["score"], result["semantic_score"], result["preference_score"])
-        words = (result[name] for name in ("title", "artist", "genre", "mood", "tags"))
+        words = (result[name] for name in PRINTED_COLUMNS)
         table.add_row(
             result["song_id"],
             *("–" if score is None else f"{score:.3f}" for score in scores),

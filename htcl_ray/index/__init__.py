@@ -1,1 +1,1 @@
-"""The vector index: building, searching, updating and persisting it, by song id."""
+"""Nearest-neighbour index of songs, its kinds, and live updates."""

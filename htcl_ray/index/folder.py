@@ -1,4 +1,4 @@
-"""What an index folder says of itself, checked without loading its vectors."""
+"""Files of an index folder, and checks of its manifest that do not load vectors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from htcl_ray.workspace.storage import Workspace
 
 VECTORS_FILE = "index.faiss"
 EXACT_FILE = "vectors.npy"
-"""Beside a structure that holds codes; a flat one holds the vectors themselves."""
+"""Exact vectors of kinds that store codes; a flat structure contains the vectors itself."""
 SONGS_FILE = "songs.parquet"
 MAP_FILE = "map.parquet"
-"""Places of songs on a plane, where they were drawn: song_id, x, y."""
+"""Coordinates of songs on the map (song_id, x, y), if a map was drawn."""
 
 
 def read_manifest(
     folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None
 ) -> dict[str, Any]:
-    """The manifest of an index folder, after every check of `SongIndex.load` that needs no vectors in memory."""
+    """Read the manifest of an index folder, with every check of `SongIndex.load` that does not load vectors."""
     source = Workspace(str(folder))
     manifest = source.manifest("")
     if manifest is None:
@@ -35,10 +35,10 @@ def read_manifest(
         recorded = manifest["files"].get(name)
         if not source.exists(name):
             raise WorkspaceError(f"{source.uri_of(name)} is missing; run 'htcl index' again")
-        found = file_sha256(source.full(name))
-        if found != recorded:
+        actual = file_sha256(source.full(name))
+        if actual != recorded:
             raise MismatchError(
-                f"{source.uri_of(name)} has SHA-256 {found}, but its manifest says {recorded}; run 'htcl index' again"
+                f"{source.uri_of(name)} has SHA-256 {actual}, but its manifest says {recorded}; run 'htcl index' again"
             )
     check_fits(manifest, source.uri, dim=dim, model_versions=model_versions)
     return manifest
@@ -47,15 +47,15 @@ def read_manifest(
 def check_fits(
     manifest: Mapping[str, Any], where: str, *, dim: int | None = None, model_versions: ModelVersions | None = None
 ) -> None:
-    """Raise MismatchError unless an index's manifest names this dimension and these models."""
+    """Raise MismatchError unless the manifest has this dimension and these models."""
     if dim is not None and dim != manifest["dim"]:
         raise MismatchError(
             f"the index {where} has dimension {manifest['dim']}, but the models have {dim}; run 'htcl index' again"
         )
     for stage, version in (model_versions or {}).items():
-        theirs = manifest["model_versions"].get(stage)
-        if theirs != version:
+        built_with = manifest["model_versions"].get(stage)
+        if built_with != version:
             raise MismatchError(
-                f"the index {where} was built with {stage} model {theirs}, but the one loaded is {version}; "
+                f"the index {where} was built with {stage} model {built_with}, but the one loaded is {version}; "
                 "run 'htcl embed' and 'htcl index' again"
             )

@@ -1,4 +1,4 @@
-"""How much of exact search an index finds, measured with songs that its structure has not seen."""
+"""Recall@10 of an index against exact search, measured with songs that its structure has not seen."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import numpy as np
 import pyarrow as pa
 
 from htcl_ray.config.sections import IndexSettings
-from htcl_ray.index.engines.faiss_structures import best_rows
+from htcl_ray.index.engines.base import best_rows
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import ModelVersions, Vectors
 
 RECALL_AT = 10
 QUERIES = 256
 SHARE = 0.1
-"""At most this share of the songs is held out."""
+"""Maximum share of the songs that is held out."""
 SAME_SCORE = 1e-6
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the 10 best songs of exact search that were found, by blend; 1 with fewer than 2 songs, when nothing can
-    be asked.
+    """Recall@10 by blend: the share of the 10 best songs of exact search that the index returns.
+
+    1 with fewer than 2 songs, which leave no queries.
     """
 
     by_blend: dict[str, float]
@@ -30,11 +31,11 @@ class Recall:
 
     @property
     def worst(self) -> float:
-        """Over the blends."""
+        """Lowest recall over all blends."""
         return min(self.by_blend.values())
 
     def quality(self) -> dict[str, object]:
-        """As a manifest says it."""
+        """The measurement in the format of manifests."""
         return {"recall_at_10": self.worst, "recall_at_10_by_blend": self.by_blend, "recall_queries": self.queries}
 
 
@@ -47,35 +48,35 @@ def build_measured(
     model_versions: ModelVersions | None = None,
     seed: int = 0,
 ) -> tuple[SongIndex, Recall]:
-    """An index over all songs, and its recall before some of them were added, which served as queries.
+    """Build an index over all songs, and measure its recall with held-out songs as queries.
 
-    At most 256 songs and at most a tenth of them are drawn, but one at least when there are two songs. The index learns
-    its lists and codes without them; afterwards they are folded in. Arguments and errors are those of
-    `SongIndex.build`.
+    At most 256 songs and at most a tenth of all are held out, but at least one of two or more. The index learns its
+    lists and codes without them; afterwards they are added and the index is compacted. Arguments and errors are those
+    of `SongIndex.build`.
     """
     count = len(song_ids)
     held_out = min(QUERIES, max(int(SHARE * count), 1)) if count > 1 else 0
     order = np.random.default_rng(seed).permutation(count)
-    asked, first = np.sort(order[:held_out]), np.sort(order[held_out:])
+    query_rows, stored_rows = np.sort(order[:held_out]), np.sort(order[held_out:])
 
     def part(rows: np.ndarray) -> tuple[list[str], Vectors, pa.Table | None]:
         return [song_ids[row] for row in rows], vectors.rows(rows), None if metadata is None else metadata.take(rows)
 
-    ids, stored, about = part(first)
+    ids, stored, songs = part(stored_rows)
     index = SongIndex.build(
-        ids, stored, metadata=about, settings=settings, model_versions=model_versions, songs_to_come=held_out
+        ids, stored, metadata=songs, settings=settings, model_versions=model_versions, songs_to_come=held_out
     )
-    ids, queries, about = part(asked)
+    ids, queries, songs = part(query_rows)
     recall = measure_recall(index, stored, queries)
-    index.upsert(ids, queries, metadata=about)
+    index.upsert(ids, queries, metadata=songs)
     index.compact()
     return index, recall
 
 
 def measure_recall(index: SongIndex, stored: Vectors, queries: Vectors) -> Recall:
-    """Recall@10 at both ends and in the middle of the blend; `stored` is what the index holds.
+    """Measure recall@10 at blends 0, 0.5 and 1; `stored`: the vectors of the index.
 
-    A song that scores like the 10th counts as one of the 10.
+    A song with the same score as the 10th best counts as a hit.
     """
     by_blend = {}
     k = min(RECALL_AT, len(stored))
@@ -84,16 +85,16 @@ def measure_recall(index: SongIndex, stored: Vectors, queries: Vectors) -> Recal
             by_blend[str(blend)] = 1.0
             continue
         bounds = _kth_scores(stored, queries, k, blend)
-        answers = index.search(queries, k, blend=blend)
-        right = sum(
-            hit.score >= bound - SAME_SCORE for hits, bound in zip(answers, bounds, strict=True) for hit in hits
+        results = index.search(queries, k, blend=blend)
+        correct = sum(
+            hit.score >= bound - SAME_SCORE for hits, bound in zip(results, bounds, strict=True) for hit in hits
         )
-        by_blend[str(blend)] = right / (k * len(queries))
+        by_blend[str(blend)] = correct / (k * len(queries))
     return Recall(by_blend, len(queries))
 
 
 def _kth_scores(stored: Vectors, queries: Vectors, k: int, blend: float) -> np.ndarray:
-    """The k-th best score of each query, [n], in double precision; float32 finds which rows these are."""
+    """The k-th best score of each query in double precision, [n]; single precision selects the rows."""
     halves = [((1 - blend), stored.semantic, queries.semantic)]
     if stored.preference is not None and queries.preference is not None:
         halves.append((blend, stored.preference, queries.preference))
@@ -105,4 +106,4 @@ def _kth_scores(stored: Vectors, queries: Vectors, k: int, blend: float) -> np.n
     scores = sum(
         weight * (half[rows].astype(np.float64) * query[:, None, :]).sum(axis=2) for weight, half, query in halves
     )
-    return scores.min(axis=1)
+    return np.asarray(scores.min(axis=1))

@@ -1,4 +1,4 @@
-"""What an index holds at one moment. Never changed: every change gives another state that shares what stayed."""
+"""Immutable state of an index: a main structure with tombstones, and a delta segment of newer songs."""
 
 from __future__ import annotations
 
@@ -12,157 +12,163 @@ from numpy.typing import NDArray
 
 from htcl_ray.config.sections import IndexSettings
 from htcl_ray.errors import QueryError, SongNotFoundError
-from htcl_ray.index.engines.faiss_structures import Structure, best_rows
-from htcl_ray.index.nprobe import make_structure
+from htcl_ray.index.engines.base import Structure, best_rows
+from htcl_ray.index.engines.selection import fits, make_structure
 
 
 @dataclass(frozen=True)
 class IndexState:
-    """Songs in a structure, some of them removed since, and songs that came later, in a small block that is scored
-    exactly.
+    """Songs of the main structure, some of which are deleted, and a small delta segment that is scored exactly.
 
-    Rows 0 to n - 1 are those of the structure, removed ones included; the later songs follow and are all there.
+    Rows 0 to n - 1 are those of the structure, tombstones included; the rows of the delta segment follow and have no
+    tombstones. Every change returns another state, which shares the unchanged parts.
     """
 
     structure: Structure
     songs: pa.Table
     """Row i describes vector i."""
     ids: Sequence[str]
-    """Of the structure's rows; shared between states."""
+    """Song ids of the structure's rows; shared between states."""
     rows: dict[str, int]
-    """Of the structure's songs, removed ones included; shared between states."""
-    alive: NDArray[np.bool_] | None
-    """Of the structure's rows; None when none was removed."""
-    later_ids: tuple[str, ...]
-    later_rows: dict[str, int]
-    """Rows, counted from the structure's first."""
-    later: NDArray[np.float32]
-    """[later songs, width]."""
-    removed: int
-    """How many of the structure's rows are not alive."""
+    """Row of each song of the structure, tombstones included; shared between states."""
+    live: NDArray[np.bool_] | None
+    """Live mask of the structure's rows; None without tombstones."""
+    delta_ids: tuple[str, ...]
+    """Song ids of the delta segment."""
+    delta_rows: dict[str, int]
+    """Row of each song of the delta segment, counted from the structure's first row."""
+    delta: NDArray[np.float32]
+    """Vectors of the delta segment, [songs, width]."""
+    tombstones: int
+    """Number of deleted rows of the structure."""
 
     @classmethod
     def of(cls, structure: Structure, songs: pa.Table) -> Self:
-        """All songs in the structure, none later."""
+        """A state whose songs are all in the structure."""
         ids = songs["song_id"].to_pylist()
         rows = {song_id: row for row, song_id in enumerate(ids)}
         return cls(structure, songs, ids, rows, None, (), {}, np.empty((0, structure.width), dtype=np.float32), 0)
 
     def __len__(self) -> int:
-        return len(self.ids) - self.removed + len(self.later_ids)
+        return len(self.ids) - self.tombstones + len(self.delta_ids)
 
     def __contains__(self, song_id: object) -> bool:
-        return self._find(song_id) is not None
+        return isinstance(song_id, str) and self._row(song_id) is not None
 
     def row_of(self, song_id: str) -> int:
-        """Raises SongNotFoundError."""
-        row = self._find(song_id)
+        """Row of a song. Raises SongNotFoundError."""
+        row = self._row(song_id)
         if row is None:
-            raise SongNotFoundError(f"there is no song '{song_id}' in the index")
+            raise SongNotFoundError(f"the index holds no song '{song_id}'")
         return row
 
     def id_of(self, row: int) -> str:
-        """Of any row of `songs`."""
-        return self.ids[row] if row < len(self.ids) else self.later_ids[row - len(self.ids)]
+        """Song id of any row of `songs`."""
+        return self.ids[row] if row < len(self.ids) else self.delta_ids[row - len(self.ids)]
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """A copy of stored rows, [..., width] for rows of any shape."""
-        if not self.later_ids:
+        """A copy of the stored vectors, [..., width] for rows of any shape."""
+        if not self.delta_ids:
             return self.structure.vectors[rows]
-        found = np.empty((*rows.shape, self.structure.width), dtype=np.float32)
-        late = rows >= len(self.ids)
-        found[~late] = self.structure.vectors[rows[~late]]
-        found[late] = self.later[rows[late] - len(self.ids)]
-        return found
+        copied = np.empty((*rows.shape, self.structure.width), dtype=np.float32)
+        in_delta = rows >= len(self.ids)
+        copied[~in_delta] = self.structure.vectors[rows[~in_delta]]
+        copied[in_delta] = self.delta[rows[in_delta] - len(self.ids)]
+        return copied
 
     def nearest(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-        """Candidates for the `count` best rows of each of q queries, [q, c], in no promised order, none twice.
+        """Distinct candidates for the `count` best rows of each query, in no particular order, [q, c].
 
-        `allowed` has one entry per row of `songs`. Raises QueryError when it has not.
+        `allowed`: mask of the rows of `songs`. Raises QueryError for another shape or type.
         """
         if allowed is None:
-            return self._nearest(queries, count, self.alive, None)
+            return self._nearest(queries, count, self.live, None)
         if allowed.shape != (self.songs.num_rows,) or allowed.dtype != np.bool_:
             raise QueryError(
-                f"allowed has shape {allowed.shape} and holds {allowed.dtype}; expected one bool for each of {self.songs.num_rows} songs"
+                f"allowed has shape {allowed.shape} and holds {allowed.dtype}; expected one bool for each of "
+                f"{self.songs.num_rows} songs"
             )
-        first = allowed[: len(self.ids)]
-        return self._nearest(
-            queries, count, first if self.alive is None else first & self.alive, allowed[len(self.ids) :]
-        )
+        main = allowed[: len(self.ids)]
+        return self._nearest(queries, count, main if self.live is None else main & self.live, allowed[len(self.ids) :])
 
     def with_songs(self, song_ids: Sequence[str], vectors: NDArray[np.float32], songs: pa.Table) -> Self:
-        """These songs beside the structure, in place of those of the same ids."""
-        left = self.without([song_id for song_id in song_ids if song_id in self])
-        start = len(self.ids) + len(left.later_ids)
+        """The state with these songs in the delta segment, in place of songs with the same ids."""
+        remaining = self.without([song_id for song_id in song_ids if song_id in self])
+        start = len(self.ids) + len(remaining.delta_ids)
         return replace(
-            left,
-            songs=_joined(left.songs, len(self.ids), songs),
-            later_ids=left.later_ids + tuple(song_ids),
-            later_rows=left.later_rows | {song_id: start + i for i, song_id in enumerate(song_ids)},
-            later=np.concatenate([left.later, vectors]),
+            remaining,
+            songs=_joined(remaining.songs, len(self.ids), songs),
+            delta_ids=remaining.delta_ids + tuple(song_ids),
+            delta_rows=remaining.delta_rows | {song_id: start + i for i, song_id in enumerate(song_ids)},
+            delta=np.concatenate([remaining.delta, vectors]),
         )
 
     def without(self, song_ids: Collection[str]) -> Self:
-        """Raises SongNotFoundError."""
+        """The state without these songs. Raises SongNotFoundError."""
         rows = np.array([self.row_of(song_id) for song_id in set(song_ids)], dtype=np.int64)
         if not len(rows):
             return self
         count = len(self.ids)
-        gone, late = rows[rows < count], rows[rows >= count] - count
-        alive = self.alive
-        if len(gone):
-            alive = np.ones(count, dtype=bool) if self.alive is None else self.alive.copy()
-            alive[gone] = False
-        changed = replace(self, alive=alive, removed=self.removed + len(gone))
-        if not len(late):
+        deleted, in_delta = rows[rows < count], rows[rows >= count] - count
+        live = self.live
+        if len(deleted):
+            live = np.ones(count, dtype=bool) if self.live is None else self.live.copy()
+            live[deleted] = False
+        changed = replace(self, live=live, tombstones=self.tombstones + len(deleted))
+        if not len(in_delta):
             return changed
-        stay = np.setdiff1d(np.arange(len(self.later_ids)), late)
-        later_ids = tuple(self.later_ids[i] for i in stay)
+        kept = np.setdiff1d(np.arange(len(self.delta_ids)), in_delta)
+        delta_ids = tuple(self.delta_ids[i] for i in kept)
         return replace(
             changed,
-            songs=_joined(self.songs.slice(0, count), count, self.songs.slice(count).take(stay)),
-            later_ids=later_ids,
-            later_rows={song_id: count + i for i, song_id in enumerate(later_ids)},
-            later=self.later[stay],
+            songs=_joined(self.songs.slice(0, count), count, self.songs.slice(count).take(kept)),
+            delta_ids=delta_ids,
+            delta_rows={song_id: count + i for i, song_id in enumerate(delta_ids)},
+            delta=self.delta[kept],
         )
 
     def compacted(self, settings: IndexSettings, dim: int) -> Self:
-        """The same songs, all in the structure. Lists and codes are learned anew only when the number of songs asks for
-        others.
+        """The same songs, all in the structure, without tombstones.
+
+        Lists and codes are learned again only when the number of songs calls for another plan.
         """
-        if not self.removed and not self.later_ids:
+        if not self.tombstones and not self.delta_ids:
             return self
-        kept = np.arange(len(self.ids)) if self.alive is None else np.flatnonzero(self.alive)
+        kept = np.arange(len(self.ids)) if self.live is None else np.flatnonzero(self.live)
         songs = self.songs.take(np.concatenate([kept, np.arange(len(self.ids), self.songs.num_rows)])).combine_chunks()
-        if self.structure.plan.fits(settings, len(self)):
-            structure = self.structure.changed(self.structure.plan, kept, self.later)
+        if fits(self.structure.plan, settings, len(self)):
+            structure = self.structure.extended(self.structure.plan, kept, self.delta)
         else:
-            vectors = np.concatenate([self.structure.vectors[kept], self.later])
+            vectors = np.concatenate([self.structure.vectors[kept], self.delta])
             structure = make_structure(vectors, dim, settings, len(self))
         return self.of(structure, songs)
 
-    def _find(self, song_id: object) -> int | None:
-        row = self.later_rows.get(song_id)  # type: ignore[call-overload]
+    def _row(self, song_id: str) -> int | None:
+        row = self.delta_rows.get(song_id)
         if row is None:
-            row = self.rows.get(song_id)  # type: ignore[call-overload]
-            if row is not None and self.alive is not None and not self.alive[row]:
+            row = self.rows.get(song_id)
+            if row is not None and self.live is not None and not self.live[row]:
                 return None
         return row
 
     def _nearest(
-        self, queries: NDArray[np.float32], count: int, first: NDArray[np.bool_] | None, later: NDArray[np.bool_] | None
+        self,
+        queries: NDArray[np.float32],
+        count: int,
+        main: NDArray[np.bool_] | None,
+        delta: NDArray[np.bool_] | None,
     ) -> NDArray[np.int64]:
-        found = self.structure.nearest(queries, count, first)
-        if not self.later_ids:
-            return found
-        rows = np.arange(len(self.later_ids)) if later is None else np.flatnonzero(later)
+        """Candidates of the structure and of the delta segment; `main` and `delta`: masks of their allowed rows."""
+        candidates = self.structure.nearest(queries, count, main)
+        if not self.delta_ids:
+            return candidates
+        rows = np.arange(len(self.delta_ids)) if delta is None else np.flatnonzero(delta)
         if not len(rows):
-            return found
-        beside = best_rows(self.later, queries, min(count, len(rows)), rows) + len(self.ids)
-        return np.concatenate([found, beside], axis=1)
+            return candidates
+        from_delta = best_rows(self.delta, queries, min(count, len(rows)), rows) + len(self.ids)
+        return np.concatenate([candidates, from_delta], axis=1)
 
 
-def _joined(songs: pa.Table, count: int, later: pa.Table) -> pa.Table:
-    """The first `count` rows as they lie in memory, then the later ones in one piece."""
-    return pa.concat_tables([songs.slice(0, count), pa.concat_tables([songs.slice(count), later]).combine_chunks()])
+def _joined(songs: pa.Table, count: int, delta: pa.Table) -> pa.Table:
+    """The first `count` rows with their chunks unchanged, followed by all others in one chunk."""
+    return pa.concat_tables([songs.slice(0, count), pa.concat_tables([songs.slice(count), delta]).combine_chunks()])

@@ -1,7 +1,7 @@
-"""Songs and their vectors, searched by inner product.
+"""Index of songs and their vectors, searched by inner product.
 
-A stored vector is [semantic ; preference], both of unit norm, never renormalised. A query is scaled by (1 - blend,
-blend), so that one inner product is `(1 - blend) * semantic_score + blend * preference_score` exactly.
+A stored vector is [semantic ; preference], both halves of unit norm and never renormalised. The halves of a query are
+scaled by 1 - blend and blend, so that one inner product is (1 - blend) · semantic_score + blend · preference_score.
 """
 
 from __future__ import annotations
@@ -19,32 +19,29 @@ from numpy.typing import NDArray
 
 from htcl_ray.config.sections import IndexSettings
 from htcl_ray.errors import QueryError
-from htcl_ray.index.engines.faiss_structures import Structure
+from htcl_ray.index.engines.base import IndexPlan
+from htcl_ray.index.engines.selection import make_structure, read_structure
 from htcl_ray.index.folder import MAP_FILE, SONGS_FILE, read_manifest
-from htcl_ray.index.input import joined_rows, song_rows
-from htcl_ray.index.nprobe import make_structure
-from htcl_ray.index.plan import IndexPlan
+from htcl_ray.index.ranking import Hit, rank
 from htcl_ray.index.segments import IndexState
-from htcl_ray.index.vectors import ModelVersions, Vectors
+from htcl_ray.index.vectors import UNIT_NORM_TOLERANCE, ModelVersions, Vectors
 from htcl_ray.schemas import INDEX_SONGS, SONG_MAP
-from htcl_ray.search.ranking import Hit, rank
 from htcl_ray.workspace.manifest import MANIFEST, build_manifest, file_sha256
 from htcl_ray.workspace.storage import Workspace
 
 SPARE_CANDIDATES = 8
-"""Candidates fetched beyond what is asked for, so that ties at the k-th place are seen without a second search."""
+"""Candidates fetched in addition to the requested ones, so that ties at rank k are seen without a second search."""
 
 
 class SongIndex:
-    """Nearest songs to a query. Make one with `build` or `load`.
+    """Nearest-neighbour index of songs. Create one with `build` or `load`.
 
-    Searches may run in any number of threads beside `upsert`, `remove` and `compact`: each answers from the songs of
-    one moment. All that changes is one reference to an `IndexState`, which itself never changes; who changes the index
-    waits for who does so already.
+    Searches may run in any number of threads during `upsert`, `remove` and `compact`: each search reads one immutable
+    `IndexState`, and a change replaces the reference to it. Changes are serialised by a lock.
 
-    The structure of `build` or `load` stays as it is. Songs that come later lie beside it and are scored exactly,
-    removed ones are left out by a mask, and `compact` folds both in. Filters, removals and exclusions keep returning k
-    results: see `Structure`.
+    The main structure of `build` or `load` is not modified. Upserted songs go to a delta segment, which is scored
+    exactly; removed songs become tombstones, which a live mask excludes; `compact` merges both into the structure.
+    Searches with filters, tombstones and exclusions return k results while k songs qualify: see `Structure`.
     """
 
     def __init__(self, state: IndexState, *, dim: int, settings: IndexSettings, model_versions: ModelVersions) -> None:
@@ -53,13 +50,13 @@ class SongIndex:
         self.dim = dim
         """Width of one space."""
         self.settings = settings
-        """As asked; `kind` is what came of it."""
+        """As configured; `kind` is the kind that was built."""
         self.model_versions = model_versions
-        """Fingerprints of the weights that made the vectors."""
+        """Fingerprints of the weights of the models that made the vectors."""
         self.manifest: dict[str, Any] = {}
-        """Of the folder that the index was loaded from or saved to."""
+        """Manifest of the folder that the index was loaded from or saved to."""
         self.song_map: pa.Table | None = None
-        """Places of songs for people to look at (`song_map.draw_map`); None where nobody drew them."""
+        """Coordinates of songs on a map (`song_map.draw_map`); None when no map was drawn."""
 
     @classmethod
     def build(
@@ -74,27 +71,33 @@ class SongIndex:
     ) -> Self:
         """An index over `vectors`, whose row i belongs to `song_ids[i]`.
 
-        `metadata` has one row per song in the same order and any columns of `schemas.INDEX_SONGS`. Without preference
-        vectors only blend 0 can be searched. The kind and its numbers are chosen for `songs_to_come` songs more. Raises
-        ValueError for rows that are not finite or not of unit norm, and for repeated ids.
+        `metadata`: one row per song in the same order, with any columns of `schemas.INDEX_SONGS`. `songs_to_come`:
+        additional songs for which the kind and its parameters are chosen. Without preference vectors only blend 0 can
+        be searched. Raises ValueError for rows that are not finite or not of unit norm, and for repeated ids.
         """
         settings = settings or IndexSettings()
-        joined = joined_rows(song_ids, vectors)
+        joined = _joined_rows(song_ids, vectors)
         structure = make_structure(joined, vectors.dim, settings, len(song_ids) + songs_to_come)
-        state = IndexState.of(structure, song_rows(song_ids, metadata))
+        state = IndexState.of(structure, _song_rows(song_ids, metadata))
         return cls(state, dim=vectors.dim, settings=settings, model_versions=model_versions or {})
 
     def snapshot(self) -> Self:
-        """The index as it is now: nothing that happens to one of the two afterwards changes an answer of the other."""
+        """A copy of the index as it is now; later changes of one of the two do not affect the other."""
         other = type(self)(self._state, dim=self.dim, settings=self.settings, model_versions=self.model_versions)
         other.manifest = self.manifest
         other.song_map = self.song_map
         return other
 
     @property
+    def state(self) -> IndexState:
+        """The current immutable state."""
+        return self._state
+
+    @property
     def songs(self) -> pa.Table:
-        """Row i describes vector i; columns of `schemas.INDEX_SONGS`. Songs removed from the structure stay until
-        `compact`.
+        """Songs table, with the columns of `schemas.INDEX_SONGS`; row i describes vector i.
+
+        Tombstones keep their rows until `compact`.
         """
         return self._state.songs
 
@@ -106,7 +109,7 @@ class SongIndex:
 
     @property
     def kind(self) -> str:
-        """What was built: `flat` (exact), `hnsw`, `ivf` or `ivf_pq`."""
+        """Kind that was built: `flat` (exact), `hnsw`, `ivf` or `ivf_pq`."""
         return self._state.structure.plan.kind
 
     @property
@@ -120,7 +123,7 @@ class SongIndex:
         return 0.5 if self.has_preference else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """What this index is, as its manifest says it: `index` what was asked, `structure` what was chosen."""
+        """Description for the manifest: `index` holds the configured settings, `structure` the chosen plan."""
         state = self._state
         return {
             "dim": self.dim,
@@ -140,11 +143,11 @@ class SongIndex:
         exclude: Sequence[Collection[str]] | None = None,
         allowed: NDArray[np.bool_] | None = None,
     ) -> list[list[Hit]]:
-        """The k best songs for each of n queries, best first; equal scores are in the order of their ids.
+        """The k best songs of each of n queries, best first; equal scores are sorted by song id.
 
-        `exclude` has one collection of song ids per query, `allowed` one entry per row of `songs` (take both from one
-        `snapshot`); songs excluded or not allowed are left out, and k songs come back while there are that many others.
-        `queries.preference` may be None when blend is 0. Raises QueryError.
+        `exclude`: one collection of song ids per query. `allowed`: mask of the rows of `songs`; take it and `songs`
+        from one `snapshot`. k songs are returned while k others qualify. `queries.preference` may be None when blend is
+        0. Raises QueryError.
         """
         blend = self.check_blend(blend)
         if k < 1:
@@ -189,36 +192,38 @@ class SongIndex:
         return self._state.row_of(song_id)
 
     def ids_of(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
-        """Song ids of rows of `songs`."""
+        """Song ids of some rows of `songs`."""
         state = self._state
         return [state.id_of(int(row)) for row in rows]
 
     def metadata_of(self, song_id: str) -> dict[str, Any]:
         """The song's row of `songs`, as a dictionary. Raises SongNotFoundError."""
         state = self._state
-        return state.songs.slice(state.row_of(song_id), 1).to_pylist()[0]
+        row: dict[str, Any] = state.songs.slice(state.row_of(song_id), 1).to_pylist()[0]
+        return row
 
     def upsert(self, song_ids: Sequence[str], vectors: Vectors, *, metadata: pa.Table | None = None) -> None:
-        """Add songs, or replace those that are there. Arguments and errors are those of `build`."""
-        joined = joined_rows(song_ids, vectors)
+        """Insert songs, or replace those with the same ids. Arguments and errors are those of `build`."""
+        joined = _joined_rows(song_ids, vectors)
         width = self._state.structure.width
         if vectors.dim != self.dim or joined.shape[1] != width:
             raise ValueError(
                 f"the vectors are {joined.shape[1]} wide, but the index is {width}; expected those of the same models"
             )
-        songs = song_rows(song_ids, metadata)
+        songs = _song_rows(song_ids, metadata)
         with self._writing:
             self._state = self._state.with_songs(song_ids, joined, songs)
 
     def remove(self, song_ids: Collection[str]) -> None:
-        """Take songs out of every later answer; `compact` frees their space. Raises SongNotFoundError and then removes
-        none.
+        """Delete songs; `compact` frees their space.
+
+        Raises SongNotFoundError, and then deletes none, when the index does not contain one of them.
         """
         with self._writing:
             self._state = self._state.without(song_ids)
 
     def compact(self) -> None:
-        """Fold later and removed songs into the structure. Answers stay the same up to the kind's recall."""
+        """Merge the delta segment and tombstones into the structure. Results change only within the kind's recall."""
         with self._writing:
             self._state = self._state.compacted(self.settings, self.dim)
 
@@ -230,15 +235,13 @@ class SongIndex:
         inputs: Mapping[str, Any] | None = None,
         quality: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the structure's files, `songs.parquet`, the map where there is one and, last, `manifest.json`; compacts
-        first.
-        """
+        """Compact, then write the structure's files, `songs.parquet`, the map, if any, and finally `manifest.json`."""
         self.compact()
         whole = self.snapshot()
         target = Workspace(str(folder))
         Path(target.root).mkdir(parents=True, exist_ok=True)
         Path(target.full(MANIFEST)).unlink(missing_ok=True)
-        names = [*whole._state.structure.write(Path(target.root)), SONGS_FILE]
+        names = [*whole.state.structure.write(Path(target.root)), SONGS_FILE]
         target.write_table(SONGS_FILE, whole.songs)
         if whole.song_map is not None:
             target.write_table(MAP_FILE, whole.song_map)
@@ -255,16 +258,16 @@ class SongIndex:
 
     @classmethod
     def load(cls, folder: str | Path, *, dim: int | None = None, model_versions: ModelVersions | None = None) -> Self:
-        """The index of a folder that `save` wrote; its vectors are mapped, so that processes of one machine share them.
+        """Load the index of a folder that `save` wrote. Vectors are memory-mapped and shared by processes.
 
-        Refuses, with both values: a newer format, changed files, and - when they are given - another dimension or other
-        models. Raises WorkspaceError and MismatchError.
+        Raises WorkspaceError for a missing file, and MismatchError for a newer format, changed files, or another `dim`
+        or `model_versions` than expected.
         """
         source = Workspace(str(folder))
         manifest = read_manifest(folder, dim=dim, model_versions=model_versions)
         songs = pq.read_table(source.full(SONGS_FILE)).cast(INDEX_SONGS)
         width = manifest["dim"] * (2 if manifest["has_preference"] else 1)
-        structure = Structure.read(Path(source.root), IndexPlan(**manifest["structure"]), width, songs.num_rows)
+        structure = read_structure(Path(source.root), IndexPlan(**manifest["structure"]), width, songs.num_rows)
         settings = IndexSettings.model_validate(manifest["index"])
         state = IndexState.of(structure, songs)
         index = cls(state, dim=manifest["dim"], settings=settings, model_versions=manifest["model_versions"])
@@ -274,7 +277,7 @@ class SongIndex:
         return index
 
     def _scaled(self, queries: Vectors, blend: float) -> NDArray[np.float32]:
-        """[n, width]: each half times its share of the blend."""
+        """The queries as [n, width], each half multiplied by its share of the blend."""
         joined = np.zeros((len(queries), self._state.structure.width), dtype=np.float32)
         joined[:, : self.dim] = queries.semantic * np.float32(1 - blend)
         if self.has_preference and queries.preference is not None:
@@ -292,19 +295,45 @@ def _search(
     allowed: NDArray[np.bool_] | None,
     spare: int = SPARE_CANDIDATES,
 ) -> list[list[Hit]]:
-    """Candidates less each query's excluded rows, ranked; asked again for more where a tie at the k-th place may reach
-    beyond them.
+    """Ranked candidates without each query's excluded rows.
+
+    A query with a tie at rank k that may extend beyond the candidates is repeated with twice as many.
     """
     count = k + max((len(rows) for rows in excluded), default=0) + spare
     candidates = state.nearest(joined, count, allowed)
     for i, rows in enumerate(excluded):
         if rows:
             candidates[i, np.isin(candidates[i], rows)] = -1
-    answers = []
+    results = []
     for i, ranked in enumerate(rank(state, queries, candidates, k, blend)):
         hits = ranked.hits
-        if ranked.open and count < state.songs.num_rows:
+        if ranked.tied and count < state.songs.num_rows:
             one = slice(i, i + 1)
             hits = _search(state, queries.rows(one), joined[one], k, blend, excluded[one], allowed, 2 * count)[0]
-        answers.append(hits)
-    return answers
+        results.append(hits)
+    return results
+
+
+def _song_rows(song_ids: Sequence[str], metadata: pa.Table | None) -> pa.Table:
+    """Rows of `schemas.INDEX_SONGS`; columns that `metadata` lacks are null. Raises ValueError for another length."""
+    if metadata is not None and metadata.num_rows != len(song_ids):
+        raise ValueError(f"metadata has {metadata.num_rows} rows for {len(song_ids)} songs; expected one each")
+    columns = {"song_id": pa.array(song_ids, pa.string())}
+    for field in INDEX_SONGS:
+        if field.name not in columns:
+            given = metadata[field.name] if metadata is not None and field.name in metadata.column_names else None
+            columns[field.name] = pa.nulls(len(song_ids), field.type) if given is None else given.cast(field.type)
+    return pa.table(columns, schema=INDEX_SONGS)
+
+
+def _joined_rows(song_ids: Sequence[str], vectors: Vectors) -> NDArray[np.float32]:
+    """Rows as they are stored, [n, width]: [semantic ; preference]. Raises ValueError; see `SongIndex.build`."""
+    repeated = len(song_ids) - len(set(song_ids))
+    if repeated:
+        raise ValueError(f"{repeated} song ids are repeated; expected each once")
+    if len(vectors) != len(song_ids):
+        raise ValueError(f"vectors has {len(vectors)} rows for {len(song_ids)} songs; expected one each")
+    halves = [half for half in (vectors.semantic, vectors.preference) if half is not None]
+    if not all((np.abs(np.linalg.norm(half, axis=1) - 1) < UNIT_NORM_TOLERANCE).all() for half in halves):
+        raise ValueError("a vector is not of unit norm; expected finite rows of length 1")
+    return np.ascontiguousarray(np.concatenate(halves, axis=1), dtype=np.float32)

@@ -15,7 +15,7 @@ from htcl_ray.cluster.connection import address_of, connect
 from htcl_ray.config import Config
 from htcl_ray.config.sections import Require
 from htcl_ray.errors import InputError, MismatchError, WorkspaceError
-from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate
+from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate, matrix_of
 from htcl_ray.pipelines import inputs
 from htcl_ray.progress import Progress
 from htcl_ray.schemas import FORMAT_VERSION, embeddings_schema
@@ -193,10 +193,7 @@ def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
     Raises InputError for vectors that are not of unit norm.
     """
     table = workspace.read_tables(path, columns=["song_id", "semantic", "preference"])
-    halves = [
-        None if column.null_count else column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
-        for column in (table["semantic"], table["preference"])
-    ]
+    halves = [None if column.null_count else matrix_of(column) for column in (table["semantic"], table["preference"])]
     if halves[0] is None:
         raise MismatchError(f"{workspace.uri_of(path)} has songs without a semantic vector; run 'htcl embed' again")
     song_ids, vectors = table["song_id"].to_pylist(), Vectors(halves[0], halves[1])

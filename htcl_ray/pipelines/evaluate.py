@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
@@ -24,7 +23,7 @@ from htcl_ray.evaluation.report.resamples import Key, from_table, to_table
 from htcl_ray.evaluation.stats.bootstrap import Estimate
 from htcl_ray.evaluation.task_result import Measured, Task
 from htcl_ray.evaluation.vector_checks import index_task
-from htcl_ray.index.vectors import concatenate
+from htcl_ray.index.vectors import concatenate, matrix_of
 from htcl_ray.models.folder import write_evaluation
 from htcl_ray.pipelines import inputs as step_inputs
 from htcl_ray.pipelines.check_vectors import check_soundness
@@ -243,9 +242,9 @@ def _songs(workspace: Workspace, inputs: Inputs) -> Songs:
             f"the embeddings {inputs.embeddings.version} hold {len(vectors)} songs, but the features {inputs.features.version} hold "
             f"{len(ids)} or others; remove the embeddings and run 'htcl embed' again"
         )
-    spaces = {"semantic": _matrix(vectors["semantic"])}
+    spaces = {"semantic": matrix_of(vectors["semantic"])}
     if not vectors["preference"].null_count:
-        spaces["preference"] = _matrix(vectors["preference"])
+        spaces["preference"] = matrix_of(vectors["preference"])
     return Songs(
         ids,
         table["text"].to_pylist(),
@@ -255,8 +254,3 @@ def _songs(workspace: Workspace, inputs: Inputs) -> Songs:
         with_blend(spaces),
         log_mel_statistics(workspace, inputs.features),
     )
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    flat = column.combine_chunks()
-    return np.asarray(flat.flatten()).reshape(len(flat), -1)

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from htcl_ray.index.vectors import matrix_of
 from htcl_ray.progress import Progress
 from htcl_ray.schemas import FORMAT_VERSION, Split
 from htcl_ray.workspace.artifacts import Artifact
@@ -29,8 +30,7 @@ def log_mel_statistics(workspace: Workspace, features: Artifact) -> np.ndarray:
             path, build_manifest("statistics", config={}, inputs={"features": features.version}, format=FORMAT_VERSION)
         )
     table = workspace.read_tables(path).sort_by("song_id")
-    flat = table["statistics"].combine_chunks()
-    found = np.asarray(flat.flatten(), dtype=np.float32).reshape(len(flat), -1)
+    found = np.asarray(matrix_of(table["statistics"]), dtype=np.float32)
     training = found[np.array(table["split"].to_pylist()) == Split.TRAIN]
     if len(training):
         deviation = training.std(axis=0)

@@ -1,1 +1,1 @@
-"""From a search request to its results, without HTTP and without Ray."""
+"""Search: requests to results, without HTTP and without Ray."""

@@ -1,4 +1,4 @@
-"""The best songs of which no artist has too many and no recording is there twice."""
+"""Search with a maximum number of songs per artist and without duplicate recordings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from htcl_ray.index.ranking import Hit
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
-from htcl_ray.search.ranking import Hit
-from htcl_ray.search.song_columns import NOBODY, SongColumns
+from htcl_ray.search.song_columns import NO_GROUP, SongColumns
 
 
-def varied_search(
+def diverse_search(
     index: SongIndex,
     columns: SongColumns,
     query: Vectors,
@@ -26,44 +26,42 @@ def varied_search(
     max_per_artist: int | None,
     collapse: bool,
 ) -> list[Hit]:
-    """The k best songs for one query, taken greedily in the order of their scores.
+    """The k best songs for one query, selected greedily by descending score.
 
-    A song is passed over when one of its artists has `max_per_artist` songs already, and, with `collapse`, when a song
-    of its duplicate group is taken or excluded.
+    A song is skipped when one of its artists already has `max_per_artist` songs and, with `collapse`, when a song of
+    its duplicate group is selected or excluded.
 
-    Passing over needs more candidates than k. What can no longer be taken is masked and the search repeated for the
-    rest, so that k songs come back while there are that many, and the order is that of one pass over all songs.
+    After a skip, songs that can no longer be selected are masked and the search is repeated for the remaining places.
+    The result equals that of one greedy pass over all songs: k hits are returned if k songs qualify.
     """
-    taken: list[Hit] = []
+    selected: list[Hit] = []
     per_artist: Counter[int] = Counter()
     groups = (
         {int(group) for group in columns.groups[[index.row_of(song_id) for song_id in exclude if song_id in index]]}
         if collapse
         else set()
     )
-    groups.discard(NOBODY)
+    groups.discard(NO_GROUP)
     excluded = set(exclude)
     mask = _without(allowed, columns, groups, ()) if groups else allowed
     while True:
-        hits = index.search(query, k - len(taken), blend=blend, exclude=[excluded], allowed=mask)[0]
-        passed_over = False
+        hits = index.search(query, k - len(selected), blend=blend, exclude=[excluded], allowed=mask)[0]
+        skipped = False
         for hit in hits:
             row = index.row_of(hit.song_id)
-            artists, group = (
-                columns.artists_of(row) if max_per_artist else [],
-                int(columns.groups[row]) if collapse else NOBODY,
-            )
-            full = max_per_artist is not None and any(per_artist[artist] >= max_per_artist for artist in artists)
-            if full or (group != NOBODY and group in groups):
-                passed_over = True
+            artists = columns.artists_of(row) if max_per_artist else []
+            group = int(columns.groups[row]) if collapse else NO_GROUP
+            at_limit = max_per_artist is not None and any(per_artist[artist] >= max_per_artist for artist in artists)
+            if at_limit or (group != NO_GROUP and group in groups):
+                skipped = True
                 continue
-            taken.append(hit)
+            selected.append(hit)
             excluded.add(hit.song_id)
             per_artist.update(artists)
             groups.add(group)
-        if not passed_over or len(taken) >= k:
-            return taken
-        groups.discard(NOBODY)
+        if not skipped or len(selected) >= k:
+            return selected
+        groups.discard(NO_GROUP)
         saturated = [artist for artist, count in per_artist.items() if max_per_artist and count >= max_per_artist]
         mask = _without(allowed, columns, groups, saturated)
 
@@ -71,6 +69,7 @@ def varied_search(
 def _without(
     allowed: NDArray[np.bool_] | None, columns: SongColumns, groups: Collection[int], artists: Collection[int]
 ) -> NDArray[np.bool_]:
+    """The mask `allowed` without songs of these duplicate groups and artists."""
     mask = np.ones(columns.songs.num_rows, dtype=bool) if allowed is None else allowed.copy()
     if groups:
         mask &= ~np.isin(columns.groups, list(groups))

@@ -1,4 +1,4 @@
-"""Songs, clips and words to vectors. The same class embeds a catalogue, serves queries and evaluates."""
+"""Encoder of audio and text, used for embedding a catalogue, serving queries, and evaluation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from htcl_ray.workspace.storage import Workspace
 
 
 class SongEncoder:
-    """A semantic model (stage 1) and, optionally, the preference model (stage 2); both see the same input.
+    """A semantic model (stage 1) and, optionally, a preference model (stage 2) with the same input.
 
-    A row's vectors do not depend on the rows that it is encoded with. They are of unit norm, or `encode_*` raises
-    InputError.
+    The vectors of an item do not depend on the batch. `encode_*` returns unit-norm vectors or raises InputError.
     """
 
     def __init__(self, semantic: HTCL, preference: HTCL | None, model_versions: ModelVersions) -> None:
@@ -30,12 +29,13 @@ class SongEncoder:
             _check_same_input(semantic, preference)
         self._models = [model.eval() for model in (semantic, preference) if model is not None]
         self.model_versions = model_versions
-        """Fingerprints of the weights."""
+        """Fingerprints of the models' weights."""
 
     @classmethod
     def load(cls, semantic: str | Path, preference: str | Path | None = None, device: str = "cpu") -> Self:
-        """The models of one or two checkpoint folders. Raises MismatchError when their audio recipes or dimensions
-        differ.
+        """Load the models of one or two checkpoint folders.
+
+        Raises MismatchError when their audio recipes or dimensions differ.
         """
         folders = [folder for folder in (semantic, preference) if folder is not None]
         models = [HTCL.from_pretrained(str(folder)).to(device) for folder in folders]
@@ -60,7 +60,7 @@ class SongEncoder:
         )
 
     def check_versions(self, expected: ModelVersions) -> None:
-        """Raise MismatchError unless the weights are these."""
+        """Raise MismatchError unless the models have these fingerprints."""
         for stage, version in expected.items():
             if self.model_versions[stage] != version:
                 raise MismatchError(
@@ -69,35 +69,35 @@ class SongEncoder:
 
     @property
     def recipe(self) -> AudioRecipe:
-        """How audio becomes the log-mel that the models take."""
+        """Recipe of the log-mel input of the models."""
         return self._models[0].recipe
 
     @property
     def dim(self) -> int:
-        """Width of one space."""
+        """Dimension of one space."""
         return self._models[0].dim
 
     def encode_mel(self, mel: NDArray[np.floating], valid_frames: NDArray[np.integer]) -> Vectors:
-        """Log-mels in dB, [n, frames, n_mels], of which the first `valid_frames` [n] of each row are sound."""
+        """Encode log-mels in dB, [n, frames, n_mels]; the first `valid_frames` [n] frames of each row hold audio."""
         inputs = torch.from_numpy(np.ascontiguousarray(mel, dtype=np.float32))
         counts = torch.from_numpy(np.ascontiguousarray(valid_frames, dtype=np.int64))
         return _vectors([model.embed_mel(inputs, counts) for model in self._models])
 
     def encode_mels(self, mels: Sequence[NDArray[np.floating]]) -> Vectors:
-        """Log-mels of different lengths, each [frames, n_mels] in dB."""
+        """Encode log-mels of different lengths, each [frames, n_mels] in dB."""
         padded = np.zeros((len(mels), max(len(mel) for mel in mels), self.recipe.n_mels), dtype=np.float32)
         for row, mel in zip(padded, mels, strict=True):
             row[: len(mel)] = mel
         return self.encode_mel(padded, np.array([len(mel) for mel in mels]))
 
     def encode_waveforms(self, waveforms: Sequence[NDArray[np.float32]]) -> Vectors:
-        """Mono waveforms at `recipe.sample_rate`, each [samples]."""
-        from htcl_ray.audio import log_mel  # audio libraries, which embedding stored log-mels does not need
+        """Encode mono waveforms at `recipe.sample_rate`, each [samples]."""
+        from htcl_ray.audio import log_mel  # imports audio libraries, which stored log-mels do not need
 
         return self.encode_mels([log_mel(waveform, self.recipe.sample_rate, self.recipe) for waveform in waveforms])
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
-        """Texts, with their coverage by the semantic model's vocabulary, which stage 2 keeps."""
+        """Encode texts, with their coverage by the vocabulary of the semantic model, which stage 2 shares."""
         vectors = _vectors([model.embed_text(list(texts)) for model in self._models])
         return replace(vectors, text_coverage=self._models[0].text_encoder.coverage(texts))
 
@@ -118,12 +118,13 @@ def _vectors(per_model: list[torch.Tensor]) -> Vectors:
 def _check_same_input(semantic: HTCL, preference: HTCL) -> None:
     if semantic.dim != preference.dim:
         raise MismatchError(
-            f"the semantic model has {semantic.dim} dimensions and the preference model {preference.dim}; expected two stages of one model"
+            f"the semantic model has {semantic.dim} dimensions and the preference model {preference.dim}; "
+            "expected two stages of one model"
         )
-    ours, theirs = semantic.recipe.model_dump(), preference.recipe.model_dump()
-    for key, value in ours.items():
-        if theirs[key] != value:
+    other = preference.recipe.model_dump()
+    for key, value in semantic.recipe.model_dump().items():
+        if other[key] != value:
             raise MismatchError(
-                f"the semantic model was trained with audio.{key}={value} and the preference model with audio.{key}={theirs[key]}; "
-                "expected two stages of one model"
+                f"the semantic model was trained with audio.{key}={value} and the preference model with "
+                f"audio.{key}={other[key]}; expected two stages of one model"
             )

@@ -1,4 +1,4 @@
-"""What a search needs of the songs' table beside vectors: filters, who made what, which are the same recording."""
+"""Filters, artist credits and duplicate groups of the songs table, computed once per table."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from htcl_ray.api.requests import Filter, YearRange
 from htcl_ray.catalog.artists import credits_of_cells
-from htcl_ray.search.filters import Filter, allowed_rows
 
-MASKS = 32
-"""Filters whose rows are remembered for a table."""
-NOBODY = -1
+CACHED_FILTERS = 32
+"""Filters whose rows are cached for one table."""
+NO_GROUP = -1
+"""Duplicate group of a song that has none."""
 
 
 class SongColumns:
-    """Of one table of `schemas.INDEX_SONGS`, which never changes; what is asked for is computed once."""
+    """Columns of one immutable table of `schemas.INDEX_SONGS`; derived arrays are computed on first use."""
 
     def __init__(self, songs: pa.Table) -> None:
         self.songs = songs
@@ -30,7 +31,7 @@ class SongColumns:
         self._lock = threading.Lock()
 
     def allowed(self, conditions: Filter) -> NDArray[np.bool_]:
-        """See `filters.allowed_rows`."""
+        """Mask of the rows that meet all conditions, cached; see `allowed_rows`."""
         key = conditions.model_dump_json(exclude_none=True)
         with self._lock:
             if key in self._masks:
@@ -39,16 +40,14 @@ class SongColumns:
         mask = allowed_rows(self.songs, conditions)
         with self._lock:
             self._masks[key] = mask
-            while len(self._masks) > MASKS:
+            while len(self._masks) > CACHED_FILTERS:
                 self._masks.popitem(last=False)
         return mask
 
     @cached_property
     def _artists(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of all rows' credited artists, and where each row's begin: [credits], [rows + 1]."""
-        column = self.songs["artist"]
-        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        coded = whole.dictionary_encode()
+        """Artist numbers of all rows, [credits], and the offset of each row's credits, [rows + 1]."""
+        coded = _one_array(self.songs["artist"]).dictionary_encode()
         numbers: dict[str, int] = {}
         of_cell = [
             [numbers.setdefault(name, len(numbers)) for name in names] for names in credits_of_cells(coded.dictionary)
@@ -58,37 +57,42 @@ class SongColumns:
         return of_row.flatten().to_numpy(), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def artists_of(self, row: int) -> list[int]:
-        """A number for each artist that a row credits."""
+        """Numbers of the artists that a row credits."""
         artists, starts = self._artists
-        return artists[starts[row] : starts[row + 1]].tolist()
+        numbers: list[int] = artists[starts[row] : starts[row + 1]].tolist()
+        return numbers
 
     def credits_any(self, artists: Collection[int]) -> NDArray[np.bool_]:
-        """Whether each row credits one of these artists."""
+        """Mask of the rows that credit one of these artists."""
         of_rows, starts = self._artists
-        found = np.concatenate([[0], np.cumsum(np.isin(of_rows, list(artists)))])
-        return found[starts[1:]] > found[starts[:-1]]
+        credited = np.concatenate([[0], np.cumsum(np.isin(of_rows, list(artists)))])
+        return np.asarray(credited[starts[1:]] > credited[starts[:-1]])
 
     @cached_property
     def groups(self) -> NDArray[np.int32]:
-        """A number for each row's duplicate group; -1 without one."""
-        return _codes(self.songs["duplicate_group"])
+        """Number of each row's duplicate group, [rows]; `NO_GROUP` for a song without duplicates."""
+        column = _one_array(self.songs["duplicate_group"])
+        if not len(column):
+            return np.empty(0, dtype=np.int32)
+        codes = column.dictionary_encode().indices.fill_null(NO_GROUP)
+        return np.asarray(codes.to_numpy(zero_copy_only=False), dtype=np.int32)
 
     def metadata(self, rows: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-        """Some columns of some rows."""
+        """The named columns of some rows, one dictionary per row."""
         taken = self.songs.select(names).take(pa.array(rows, pa.int64()))
         columns = [column.to_pylist() for column in taken.columns]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 class LatestColumns:
-    """The SongColumns of the last few tables: an index's table changes with every update."""
+    """Cache of the `SongColumns` of the most recent tables; an index has a new table after every update."""
 
     def __init__(self, tables: int = 2) -> None:
         self._tables = tables
         self._columns: list[SongColumns] = []
 
     def of(self, songs: pa.Table) -> SongColumns:
-        """Those of this table."""
+        """The columns of this table."""
         for columns in self._columns:
             if columns.songs is songs:
                 return columns
@@ -97,8 +101,47 @@ class LatestColumns:
         return columns
 
 
-def _codes(column: Any) -> NDArray[np.int32]:
-    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if not len(whole):
-        return np.empty(0, dtype=np.int32)
-    return whole.dictionary_encode().indices.fill_null(NOBODY).to_numpy(zero_copy_only=False).astype(np.int32)
+def allowed_rows(songs: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
+    """Mask of the rows of `songs`, a table of `schemas.INDEX_SONGS`, that meet all conditions, [rows]."""
+    allowed = np.ones(songs.num_rows, dtype=bool)
+    for name, wanted in conditions:
+        if wanted is not None:
+            allowed &= _matches(name, _one_array(songs[name]), wanted)
+    return allowed
+
+
+def _matches(name: str, column: pa.Array, wanted: Any) -> NDArray[np.bool_]:
+    if isinstance(wanted, YearRange):
+        low, high = (pa.scalar(year, column.type) if year is not None else None for year in (wanted.gte, wanted.lte))
+        bounds = [pc.greater_equal(column, low)] if low is not None else []
+        bounds += [pc.less_equal(column, high)] if high is not None else []
+        return np.asarray(np.logical_and.reduce([_mask(bound) for bound in bounds]))
+    values = wanted if isinstance(wanted, list) else [wanted]
+    if name == "song_id" or pa.types.is_integer(column.type):
+        return _mask(pc.is_in(column, value_set=pa.array(values, column.type)))
+    folded = pc.utf8_lower(pa.array(values, pa.string()))
+    if name == "artist":
+        return _credits(column, set(folded.to_pylist()))
+    if not pa.types.is_list(column.type):
+        return _mask(pc.is_in(pc.utf8_lower(column), value_set=folded))
+    hits = _mask(pc.is_in(pc.utf8_lower(pc.list_flatten(column)), value_set=folded))
+    matches = np.zeros(len(column), dtype=bool)
+    matches[pc.list_parent_indices(column).to_numpy()[hits]] = True
+    return matches
+
+
+def _credits(column: pa.Array, artists: set[str]) -> NDArray[np.bool_]:
+    """Mask of the cells that are, or credit, one of the artists, compared in lower case."""
+    coded = column.dictionary_encode()
+    credited = zip(pc.utf8_lower(coded.dictionary).to_pylist(), credits_of_cells(coded.dictionary), strict=True)
+    matches = pa.array([not artists.isdisjoint((cell, *names)) for cell, names in credited], pa.bool_())
+    return _mask(matches.take(coded.indices))
+
+
+def _mask(mask: pa.Array) -> NDArray[np.bool_]:
+    """The mask as a NumPy array, in which null is False: a song without a value does not match."""
+    return np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False))
+
+
+def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -23,8 +23,7 @@ from htcl_ray.config.sections import Require, ServeSettings
 from htcl_ray.index.live.activation import Pointer
 from htcl_ray.index.live.live_index import LiveIndex
 from htcl_ray.index.vectors import ModelVersions, Vectors
-from htcl_ray.search.drift import QueryDrift, mean_of
-from htcl_ray.search.query_cache import QueryCache
+from htcl_ray.search.recent_queries import QueryCache, QueryDrift, index_centroid
 from htcl_ray.serving.api_keys import is_loopback
 from htcl_ray.serving.haproxy import RETRY
 from htcl_ray.serving.http_app import create_app
@@ -144,7 +143,7 @@ class Ingress:
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
         self.measurements = IngressMeasurements()
         self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index, require=served.require)
-        self._centre = self.live.version, mean_of(self.live.service.index)
+        self._centre = self.live.version, index_centroid(self.live.service.index)
         """Of the index of that version."""
         self.live.start(self._measure_index)
 
@@ -176,7 +175,7 @@ class Ingress:
             await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
 
     async def _query(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> Vectors:
-        with contextlib.nullcontext() if self._cache.remembers(kind, content) else self._one_encoding():
+        with contextlib.nullcontext() if self._cache.contains(kind, content) else self._one_encoding():
             vectors, hit = await self._cache.get(kind, content, encode)
         self.measurements.remembered(hit)
         self.measurements.drift(kind, self._drift[kind].add(vectors.semantic[0], self._centre[1]))
@@ -203,7 +202,7 @@ class Ingress:
         active = self.live.active
         index = active.service.index
         if self._centre[0] != active.version:
-            self._centre = active.version, mean_of(index)
+            self._centre = active.version, index_centroid(index)
         age = datetime.now(UTC) - datetime.fromisoformat(index.manifest["created"])
         self.measurements.state(len(index), age.total_seconds(), active.replay.applied)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from htcl_ray.api.search import ErrorResponse
+from htcl_ray.api.responses import ErrorResponse
 
 Responses = dict[int | str, dict[str, Any]]
 

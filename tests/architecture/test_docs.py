@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from docs import generate
 from htcl_ray import cli
-from htcl_ray.api.search import EmbedTextRequest, RecommendRequest, SearchRequest
+from htcl_ray.api.requests import EmbedTextRequest, RecommendRequest, SearchRequest
 from htcl_ray.config import Config, resolve
 from htcl_ray.config.sections import Settings
 from tests.architecture.test_dashboard import EXPORTED

@@ -14,7 +14,8 @@ import pytest
 
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, IndexNotFoundError, MismatchError, WorkspaceError
-from htcl_ray.search.service import Answer, SearchService
+from htcl_ray.search.results import SearchResults
+from htcl_ray.search.service import SearchService
 from htcl_ray.serving import application
 from htcl_ray.serving.application import serving
 from htcl_ray.workspace.manifest import file_sha256
@@ -42,7 +43,7 @@ def service(indexed: Config) -> SearchService:
     return SearchService.open(indexed)
 
 
-def assert_same(response: httpx.Response, expected: Answer) -> None:
+def assert_same(response: httpx.Response, expected: SearchResults) -> None:
     assert response.status_code == 200, response.text
     body = response.json()
     assert [result["song_id"] for result in body["results"]] == [hit.song_id for hit in expected.hits]

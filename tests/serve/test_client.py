@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import uvicorn
 
-from htcl_ray.client import AsyncClient, Client, Heard, NoResponseError, RequestError, Retries
+from htcl_ray.client import AsyncClient, Client, NoResponseError, Play, RequestError, Retries
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioError
 from htcl_ray.index.live.activation import starting_pointer
 from htcl_ray.index.live.live_index import LiveIndex
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.schemas import Reason
-from htcl_ray.search.profiles import Heard as ServedHeard
 from htcl_ray.serving.api_keys import Keys
 from htcl_ray.serving.http_app import create_app
 from htcl_ray.workspace.storage import Workspace
@@ -125,7 +124,7 @@ def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, option
     vector = [float(x) for x in range(2 * DIM)]
     plain = {name: value for name, value in options.items() if name != "filter"}
     if "filter" in options:
-        from htcl_ray.search.filters import Filter
+        from htcl_ray.api.requests import Filter
 
         plain["filter"] = Filter(**options["filter"])
     cases = [
@@ -139,8 +138,8 @@ def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, option
         (client.search_audio(b"12345", **options), service.search(unit_vectors(5), **plain)),
         (client.similar("b", **options), service.search_songs(["b"], **plain)),
         (
-            client.recommend(["a", Heard("b", 2.0, 1e9), Heard("nobody")], half_life_days=7, **options),
-            service.recommend([ServedHeard("a"), ServedHeard("b", 2.0, 1e9)], half_life_days=7, **plain),
+            client.recommend(["a", Play("b", 2.0, 1e9), Play("nobody")], half_life_days=7, **options),
+            service.recommend([Play("a"), Play("b", 2.0, 1e9)], half_life_days=7, **plain),
         ),
     ]
     for given, expected in cases:
@@ -234,7 +233,7 @@ def test_a_file_that_is_not_there_is_an_error_of_the_file(client: Both, tmp_path
 
 def test_where_nobody_listens_there_is_no_answer():
     with Client("http://127.0.0.1:9", retries=Retries(attempts=2, first_wait=0.01)) as client:
-        with pytest.raises(NoResponseError, match="POST /v1/search had no answer"):
+        with pytest.raises(NoResponseError, match="POST /v1/search had no response"):
             client.search("piano")
         with pytest.raises(NoResponseError):
             client.ready()

@@ -21,7 +21,7 @@ class IndexSettings(Settings):
     """The nearest-neighbour index."""
 
     kind: Literal["auto", "flat", "hnsw", "ivf", "ivf_pq"] = "auto"
-    """flat is exact; auto chooses by the number of songs (index/plan.py)."""
+    """flat is exact; auto chooses by the number of songs (index/engines/selection.py)."""
     min_recall: float = Field(0.95, ge=0, le=1)
     """Recall@10 against exact search that a build must reach on songs that it has not seen."""
     rerank: float | None = Field(None, ge=1)

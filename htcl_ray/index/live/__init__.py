@@ -1,1 +1,1 @@
-"""Updates to an index that is being served: the update log, its replay, and the activation of index versions."""
+"""Live indexes: activation, the update log, and its replay on the index that is served."""

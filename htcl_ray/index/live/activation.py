@@ -1,9 +1,9 @@
-"""Which index is to be served, as the workspace says it, and loading one with every check.
+"""Activations, which select the index to serve, and loading an index with every check.
 
-`activations/` holds one small file for each activation, which is never changed: `<20 digits: number>-<8 hex digits:
-writer>.json`. The greatest name counts. A writer gives a number greater than all that it has listed, so that of two
-activations of which one began after the other had been answered, the later counts whatever their clocks say. Two at the
-same time have different names, so that none overwrites the other, and the same one counts everywhere.
+`activations/` holds one immutable file per activation: `<20 digits: number>-<8 hex digits: writer>.json`. The greatest
+name wins. A writer uses a number greater than all numbers that it has listed, so an activation that starts after the
+response to another one wins whatever the clocks say. Concurrent activations have different names: neither overwrites
+the other, and all replicas select the same one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from htcl_ray.workspace.storage import Workspace
 
 FOLDER = "activations"
 KEPT = 20
-"""Activations that stay in the log; the newest is served, and those before it are what is served while it is
-refused."""
+"""Activations that are kept; the newest is served, and the ones before it are fallbacks while it is rejected."""
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 WARM_UP_SONGS = 8
 _FILE = re.compile(r"\d{20}-[0-9a-f]{8}\.json")
@@ -40,24 +39,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pointer:
-    """An index that was chosen, and the place of the choice among all choices of the workspace."""
+    """A selected index version, and the order of the selection among all selections of the workspace."""
 
     version: str
     activated_at: str
-    """ISO 8601, for people: no two choices are ordered by it."""
+    """Time of the selection, ISO 8601, for display only."""
     order: str = ""
-    """Of two choices, the one with the greater text counts; "" is less than every choice that a person made."""
+    """Sort key: the greater one of two selections wins. "" is less than the key of every activation."""
     built_through: str = ""
-    """`created` of the newest index that was finished then; an index that was finished later has a greater one."""
+    """`created` of the newest index finished at that time; an index finished later has a greater one."""
 
 
 def now() -> str:
-    """The present time as pointers and manifests say it."""
+    """The current time in the format of pointers and manifests."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def check_name(version: str) -> str:
-    """The version, if it can be one: a plain name, never a path. Raises IndexRefusedError."""
+    """Return the version if it is a plain name, never a path. Raises IndexRefusedError."""
     if not NAME.fullmatch(version) or version in (".", ".."):
         raise IndexRefusedError(
             f"'{version[:100]}' is no index version; expected 1 to 64 letters, digits, '.', '_' and '-'"
@@ -66,9 +65,7 @@ def check_name(version: str) -> str:
 
 
 class Activations:
-    """Reads and writes the activations of one workspace, from any number of threads, processes and machines at a
-    time.
-    """
+    """Reader and writer of the activations of a workspace, safe to use from many threads, processes and machines."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -76,8 +73,9 @@ class Activations:
         self._reported: dict[str, str] = {}
 
     def latest_first(self) -> Iterator[Pointer]:
-        """All that can be read; one that cannot is reported once and passed over. Raises OSError when the storage
-        fails.
+        """All readable activations, the newest first; unreadable ones are logged once and skipped.
+
+        Raises OSError when the storage fails.
         """
         for name in reversed(self._names()):
             if name not in self._read:
@@ -91,7 +89,7 @@ class Activations:
             yield self._read[name]
 
     def append(self, version: str) -> Pointer:
-        """Activate an index; every replica serves it from its next poll on. It is durable when this returns."""
+        """Activate an index durably. Every replica serves it from its next poll on."""
         names = self._names()
         name = f"{_number(names) + 1:020d}-{uuid.uuid4().hex[:8]}.json"
         content = {
@@ -100,19 +98,17 @@ class Activations:
             "built_through": _newest_built(self.workspace),
         }
         self.workspace.write_bytes(f"{FOLDER}/{name}", (json.dumps(content) + "\n").encode(), durable=True)
-        with contextlib.suppress(
-            OSError
-        ):  # also of one that another writer has removed; the next activation tries again
+        with contextlib.suppress(OSError):  # another writer may have deleted one; the next activation tries again
             for old in names[: 1 - KEPT]:
                 self.workspace.fs.delete_file(self.workspace.full(f"{FOLDER}/{old}"))
         return _parse(name, content)
 
     def started_with(self, version: str) -> Pointer:
-        """The choice of an application that is started with this index now: it counts until a later activation."""
+        """The selection of an application that starts with this index now; it holds until a later activation."""
         return Pointer(check_name(version), now(), f"{_number(self._names()):020d}~", _newest_built(self.workspace))
 
     def _names(self) -> list[str]:
-        """Names of activations, the greatest last."""
+        """Names of the activation files in ascending order."""
         names = self.workspace.children(FOLDER)
         for name in names:
             if not _FILE.fullmatch(name):
@@ -122,9 +118,7 @@ class Activations:
     def _report(self, name: str, reason: str) -> None:
         if self._reported.get(name) != reason:
             self._reported[name] = reason
-            log.warning(
-                "%s does not count: %s; activate an index again", self.workspace.uri_of(f"{FOLDER}/{name}"), reason
-            )
+            log.warning("%s is ignored: %s; activate an index again", self.workspace.uri_of(f"{FOLDER}/{name}"), reason)
 
 
 def _number(names: list[str]) -> int:
@@ -142,7 +136,7 @@ def _parse(name: str, content: object) -> Pointer:
 
 
 def _newest_built(workspace: Workspace) -> str:
-    """`created` of the newest finished index; "" when there is none."""
+    """`created` of the newest finished index; "" without one."""
     return max((manifest["created"] for _, manifest in workspace.dated("index")), default="")
 
 
@@ -153,10 +147,10 @@ def starting_pointer(
     require: Require = "failed",
     determined: Callable[[], str | None] = lambda: None,
 ) -> Pointer:
-    """What an application that starts now serves.
+    """The index that an application serves when it starts now.
 
-    That is `version`, else what was activated last and its gate allows, else the index of the configuration, which
-    `determined` gives if there is one, else the newest accepted. Raises InputError when there is none.
+    In order of precedence: `version`; the newest activation whose index passes its gate; the index of the
+    configuration, returned by `determined`; the newest accepted index. Raises InputError when none exists.
     """
     activations = Activations(workspace)
     if version is not None:
@@ -166,7 +160,7 @@ def starting_pointer(
             check_accepted(workspace, pointer.version, require)
         except AccessDeniedError:
             raise
-        except InputError:  # each replica reports it, and serves the index when it can
+        except InputError:  # each replica logs it, and serves the index once it passes
             continue
         return pointer
     newest = artifacts.index(workspace, determined(), require=require)
@@ -174,14 +168,15 @@ def starting_pointer(
 
 
 def check_accepted(workspace: Workspace, version: str, require: Require) -> artifacts.Artifact:
-    """The index of this version. Raises IndexNotFoundError when there is none, GateError or MismatchError when its gate
-    forbids it.
+    """The index artifact of this version.
+
+    Raises IndexNotFoundError for a missing index, and GateError or MismatchError when its gate rejects it.
     """
     path = f"index/{check_name(version)}"
     manifest = workspace.manifest(path)
     if manifest is None:
         raise IndexNotFoundError(
-            f"there is no finished index '{version}' in {workspace.uri}/index; expected one that 'htcl index' made"
+            f"{workspace.uri}/index holds no finished index '{version}'; expected one that 'htcl index' made"
         )
     artifact = artifacts.Artifact(path, version, manifest)
     check_gates(workspace, artifacts.models_of(workspace, artifact), artifact, require)
@@ -189,9 +184,9 @@ def check_accepted(workspace: Workspace, version: str, require: Require) -> arti
 
 
 def load_accepted(workspace: Workspace, version: str, model_versions: ModelVersions, *, require: Require) -> SongIndex:
-    """The index of this version, for queries that the models of `model_versions` encode.
+    """Load the index of this version for queries encoded by the models `model_versions`.
 
-    Raises IndexNotFoundError, IndexRefusedError for anything wrong with the index itself, and OSError when the storage
+    Raises IndexNotFoundError for a missing index, IndexRefusedError for an invalid one, and OSError when the storage
     fails.
     """
     try:
@@ -207,9 +202,7 @@ def load_accepted(workspace: Workspace, version: str, model_versions: ModelVersi
 
 
 def warm_up(index: SongIndex) -> None:
-    """Search for a few of its own songs at every blend's end, so that the first answers find pages and threads in
-    place.
-    """
+    """Search for a few indexed songs, so that the first requests do not wait for page faults and thread starts."""
     songs = [song for song in index.songs["song_id"].slice(0, WARM_UP_SONGS).to_pylist() if song in index]
     if songs:
         vectors = index.vectors_of(songs)

@@ -1,6 +1,4 @@
-"""The index that a replica serves: switched whole, kept up to date from the log of updates, and the same on every
-replica.
-"""
+"""The index that a replica serves, switched atomically and kept up to date from the update log."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from htcl_ray.api.responses import ServedIndexResponse, Updates
 from htcl_ray.config.sections import Require, ServeSettings
 from htcl_ray.errors import IndexRefusedError, InputError, SongNotFoundError
 from htcl_ray.index.live.activation import Activations, Pointer, check_name, load_accepted, warm_up
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Active:
-    """What is served from one switch to the next. A request takes it once, so that its answer is of one version."""
+    """The served index between two switches. A request reads it once, so that its response is of one version."""
 
     version: str
     service: SearchService
@@ -34,18 +33,17 @@ class Active:
     replay: Replay
 
 
-class SwitchUnderWay(Exception):
+class SwitchInProgress(Exception):
     """Another index is being loaded."""
 
 
 class LiveIndex:
-    """What to serve is a function of the workspace, so that all replicas agree within a poll and a new one agrees with
-    the old.
+    """The served index of one replica, a function of the workspace, so that all replicas agree after one poll.
 
-    The latest counts of what the application was started with and what was activated since (see `activation.py`); with
-    `settings.activate_newest`, an index of the same models that was finished later still. While one is refused, the one
-    before it is served; a refusal is reported once, and the index is tried again, since models may not be copied yet or
-    a disk may be full.
+    The latest of the index that the application started with and the activations since (see `activation.py`) is
+    served; with `settings.activate_newest`, a newer index of the same models takes precedence. While an index is
+    rejected, its predecessor is served. A rejection is logged once, and loading is retried, because models may not be
+    copied yet or a disk may be full.
     """
 
     def __init__(
@@ -57,11 +55,11 @@ class LiveIndex:
         *,
         require: Require = "failed",
     ) -> None:
-        """Load what is to be served, with the log applied.
+        """Load the index to serve and apply the update log.
 
-        `model_versions`: of the encoder. `started`: what the application was started with, of `starting_pointer`;
-        without it, the newest accepted index of these models. `require`: `gate.require`. Raises IndexRefusedError when
-        nothing can be served.
+        `model_versions`: models of the encoder. `started`: the index that the application was started with, from
+        `starting_pointer`; default the newest accepted index of these models. `require`: `gate.require`. Raises
+        IndexRefusedError when no index can be served.
         """
         self.workspace = workspace
         self._settings = settings
@@ -71,14 +69,13 @@ class LiveIndex:
         self._activations = Activations(workspace)
         self._started = started
         self._built: dict[str, Pointer | None] = {}
-        """Every finished index seen: when it was made, or None when it is of other models."""
+        """Pointer of every finished index seen, or None for an index of other models."""
         self._refused: dict[Pointer, tuple[str, Retry]] = {}
-        """Indexes that could not be loaded: why, and when they are tried again, since that may take minutes and
-        gigabytes."""
+        """Indexes that could not be loaded, with the reason and the time of the next attempt."""
         self._changing = threading.Lock()
-        """Held while the log is applied or written, and while the reference is switched."""
+        """Held while the log is applied or written, and while the active index is replaced."""
         self._switching = threading.Lock()
-        """Held while another index is loaded, until it is switched to or refused."""
+        """Held while another index is loaded, until it is active or rejected."""
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
         self.failed_polls = 0
@@ -86,29 +83,28 @@ class LiveIndex:
 
     @property
     def service(self) -> SearchService:
-        """Over the index that is active now."""
+        """Search service of the active index."""
         return self.active.service
 
     @property
     def version(self) -> str:
-        """Of that index."""
+        """Version of the active index."""
         return self.active.version
 
     @property
     def broken(self) -> dict[str, str]:
-        """Files of the log that cannot be used, with the reasons."""
+        """Unreadable files of the log, with the reasons."""
         return dict(self._log.broken)
 
     def activate(self, version: str) -> None:
-        """Serve another index: load it beside, check it, apply the log, warm it, tell the other replicas, switch, drop
-        the old one.
+        """Switch to another index: load, check, apply the log, warm up, record the activation, replace the active one.
 
-        Raises IndexNotFoundError or IndexRefusedError, and then the old one stays; SwitchUnderWay while another is
-        being loaded; OSError when the storage fails.
+        The current index is served until the switch. Raises IndexNotFoundError or IndexRefusedError, and then it stays
+        active; SwitchInProgress while another index is being loaded; OSError when the storage fails.
         """
         check_name(version)
         if not self._switching.acquire(blocking=False):
-            raise SwitchUnderWay
+            raise SwitchInProgress
         try:
             replay = self._load(version)
             self._switch(replay, self._activations.append(version))
@@ -116,11 +112,11 @@ class LiveIndex:
             self._switching.release()
 
     def upsert(self, song_id: str, vectors: Vectors, metadata: Mapping[str, Any]) -> str:
-        """Put a song in, or in place of the one of this id; gives the update's name.
+        """Insert or replace a song, and return the name of the update.
 
-        `vectors`: one row of unit norm, of this index's models; `metadata`: any columns of `schemas.INDEX_SONGS` but
-        song_id; what is known of the others stays. When this returns, the update is durable and in every later answer
-        here; the other replicas follow with their next poll.
+        `vectors`: one unit-norm row of this index's models. `metadata`: any columns of `schemas.INDEX_SONGS` except
+        song_id; other columns keep their values. When this returns, the update is durable and visible on this replica;
+        the others apply it with their next poll.
         """
         index = self.service.index
         if len(vectors) != 1 or vectors.dim != index.dim or (vectors.preference is not None) != index.has_preference:
@@ -130,25 +126,24 @@ class LiveIndex:
             return self._write(Update(song_id, vectors, self._model_versions, self._known(song_id) | dict(metadata)))
 
     def describe(self, song_id: str, metadata: Mapping[str, Any]) -> str:
-        """Change what is said of a song, its vectors kept: the given columns; see `upsert`. Raises
-        SongNotFoundError.
-        """
+        """Change the given metadata columns of a song and keep its vectors; see `upsert`. Raises SongNotFoundError."""
         with self._changing:
             self.active.replay.catch_up()
             vectors = self.service.index.vectors_of([song_id])
             return self._write(Update(song_id, vectors, self._model_versions, self._known(song_id) | dict(metadata)))
 
     def remove(self, song_id: str) -> str:
-        """Take a song out; see `upsert`. Raises SongNotFoundError."""
+        """Delete a song; see `upsert`. Raises SongNotFoundError."""
         with self._changing:
             self.active.replay.catch_up()
             if song_id not in self.service.index:
-                raise SongNotFoundError(f"there is no song '{song_id}' in the index")
+                raise SongNotFoundError(f"the index holds no song '{song_id}'")
             return self._write(Update(song_id, None, {}, {}))
 
     def poll(self) -> None:
-        """Apply what was added to the log, and switch when another index is to be served. Raises OSError when the
-        storage fails.
+        """Apply new updates of the log, and switch when another index is selected.
+
+        Raises OSError when the storage fails.
         """
         with self._changing:
             self.active.replay.catch_up()
@@ -159,12 +154,12 @@ class LiveIndex:
                 self._switching.release()
 
     def start(self, after_poll: Callable[[], None] = lambda: None) -> None:
-        """Poll every `settings.poll_seconds` in a thread, until `stop`; `after_poll` is called there each time."""
+        """Poll every `settings.poll_seconds` in a thread until `stop`, and call `after_poll` in it after each poll."""
         self._watcher = threading.Thread(target=self._watch, args=(after_poll,), name="htcl-live-index", daemon=True)
         self._watcher.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop the polling thread."""
         self._stop.set()
         if self._watcher is not None:
             self._watcher.join(STOP_SECONDS)
@@ -173,13 +168,13 @@ class LiveIndex:
         while not self._stop.wait(self._settings.poll_seconds):
             try:
                 self.poll()
-            except Exception as error:  # whatever it is, the next poll may succeed, and what is served stays
+            except Exception as error:  # any failure: the next poll may succeed
                 self.failed_polls += 1
-                log.warning("looking for updates in %s failed and is tried again: %s", self.workspace.uri, error)
+                log.warning("polling %s for updates failed and is retried: %s", self.workspace.uri, error)
             after_poll()
 
     def _known(self, song_id: str) -> dict[str, Any]:
-        """Columns of the index but song_id; none of a song that it does not hold."""
+        """Stored columns of a song except song_id; empty for an unknown song."""
         index = self.service.index
         row = index.metadata_of(song_id) if song_id in index else {}
         return {name: value for name, value in row.items() if name != "song_id"}
@@ -187,7 +182,7 @@ class LiveIndex:
     def _write(self, update: Update) -> str:
         file, row = self._log.append(update)
         self.active.replay.written(file, row)
-        return row["name"][0].as_py()
+        return str(row["name"][0].as_py())
 
     def _load(self, version: str) -> Replay:
         index = load_accepted(self.workspace, version, self._model_versions, require=self._require)
@@ -224,7 +219,7 @@ class LiveIndex:
             if pointer not in self._refused or self._refused[pointer][1].due:
                 try:
                     self._switch(self._load(pointer.version), pointer)
-                except Exception as error:  # whatever it is, a later try may succeed, and what is served stays
+                except Exception as error:  # any failure: a later attempt may succeed
                     self._refuse(pointer, error)
                 else:
                     self._refused.pop(pointer, None)
@@ -232,7 +227,7 @@ class LiveIndex:
                     return
 
     def _wanted(self) -> Iterator[Pointer]:
-        """What to serve, best first."""
+        """Pointers of the indexes to serve, in order of precedence."""
         for number, pointer in enumerate(self._chosen()):
             if number == 0 and self._settings.activate_newest:
                 yield from self._built_after(pointer.built_through)
@@ -241,7 +236,7 @@ class LiveIndex:
             yield from self._built_after("")
 
     def _chosen(self) -> Iterator[Pointer]:
-        """What the application was started with and what was activated, the latest choice first."""
+        """The index that the application started with and the activations, the latest first."""
         started = self._started
         for pointer in self._activations.latest_first():
             if started is not None and started.order >= pointer.order:
@@ -252,24 +247,24 @@ class LiveIndex:
             yield started
 
     def _built_after(self, moment: str) -> list[Pointer]:
-        """Finished indexes of these models, the newest first."""
+        """Indexes of these models finished after `moment`, the newest first."""
         names = self.workspace.children("index")
         for name in names:
             if name not in self._built and (manifest := self._manifest(name)) is not None:
                 same = manifest.get("model_versions") == self._model_versions
                 created = str(manifest.get("created"))
                 self._built[name] = Pointer(name, created, built_through=created) if same else None
-        found = [
+        newer = [
             pointer
             for name in names
             if (pointer := self._built.get(name)) is not None and pointer.built_through > moment
         ]
-        return sorted(found, key=lambda pointer: pointer.built_through, reverse=True)
+        return sorted(newer, key=lambda pointer: pointer.built_through, reverse=True)
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         try:
             return self.workspace.manifest(f"index/{name}")
-        except InputError:  # half-copied, damaged or of a newer format: whoever asks for it by name is told
+        except InputError:  # half-copied, damaged or of a newer format; activating it by name raises the error
             return None
 
     def _refuse(self, pointer: Pointer, error: Exception) -> None:
@@ -277,7 +272,32 @@ class LiveIndex:
         reason = str(error) or type(error).__name__
         self._refused[pointer] = reason, Retry.after(retry)
         if before != reason:
-            log.warning("index %s is not served, and tried again later: %s", pointer.version, reason)
+            log.warning("index %s is not served, and is retried later: %s", pointer.version, reason)
+
+
+def describe_served(live: LiveIndex) -> ServedIndexResponse:
+    """The response that describes the active index and the state of its update log."""
+    active = live.active
+    index, replay = active.service.index.snapshot(), active.replay
+    return ServedIndexResponse(
+        version=active.version,
+        songs=len(index),
+        dim=index.dim,
+        has_preference=index.has_preference,
+        model_versions=index.model_versions,
+        manifest=index.manifest,
+        activated_at=active.activated_at,
+        updates=Updates(
+            applied=replay.applied,
+            skipped=replay.skipped,
+            broken=len(live.broken),
+            last=replay.last,
+            songs_added=len(replay.added),
+            songs_removed=len(replay.removed),
+            files=replay.files,
+            failed_polls=live.failed_polls,
+        ),
+    )
 
 
 def _active(replay: Replay, pointer: Pointer) -> Active:

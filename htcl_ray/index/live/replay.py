@@ -1,4 +1,4 @@
-"""One index with the log of updates applied to it, again and again as the log grows."""
+"""Incremental replay of the update log on one index."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from htcl_ray.schemas import INDEX_SONGS
 
 
 class Replay:
-    """Applies the log of updates to `index`, whatever the order in which its files appear. Not for several threads at a
-    time.
+    """Replay of the update log on `index`, independent of the order in which files appear. Not thread-safe.
 
-    Upserts with vectors of other models than the index's are skipped; removals always count.
+    Upserts whose vectors are of other models than the index's are skipped; removals always apply.
     """
 
     def __init__(self, index: SongIndex, log: UpdateLog) -> None:
@@ -23,48 +22,48 @@ class Replay:
         self._log = log
         self._files: set[str] = set()
         self._newest: dict[str, str] = {}
-        """Of each song that an applicable update names, the greatest name."""
+        """Greatest name of an applicable update of each song."""
         self._skipped: set[str] = set()
         self.applied = 0
-        """Updates that became the newest of their song."""
+        """Number of updates that became the newest of their song."""
         self.last: str | None = None
-        """The greatest name applied."""
+        """Greatest name of an applied update."""
         self.added: set[str] = set()
-        """Songs that the index has and, as it was built, had not."""
+        """Songs added since the index was built."""
         self.removed: set[str] = set()
-        """The reverse."""
+        """Songs of the built index that were removed."""
         self.changed = False
-        """Whether the index holds anything else than when it was built."""
+        """Whether the index differs from the built one."""
 
     @property
     def skipped(self) -> int:
-        """Updates whose vectors are of other models."""
+        """Number of updates whose vectors are of other models."""
         return len(self._skipped)
 
     @property
     def names(self) -> dict[str, str]:
-        """Of each song that the log decides, the update that does."""
+        """Name of the deciding update of each song in the log."""
         return dict(self._newest)
 
     @property
     def files(self) -> int:
-        """Files of the log, as last listed."""
+        """Number of files of the log when last listed."""
         return len(self._files)
 
     def catch_up(self) -> None:
-        """Apply every file of the log that was not read yet. Raises OSError when the storage fails."""
+        """Apply all new files of the log. Raises OSError when the storage fails."""
         while True:
             listed = self._log.files()
             new = [name for name in listed if name not in self._files]
-            rows, there = self._log.read(new) if new else (None, set())
+            rows, present = self._log.read(new) if new else (None, set())
             if rows is not None:
                 self._apply(rows)
-            self._files = self._files.intersection(listed) | there
-            if len(there) == len(new):
+            self._files = self._files.intersection(listed) | present
+            if len(present) == len(new):
                 return
 
     def written(self, file: str, rows: pa.Table) -> None:
-        """Apply what this process has just written, without reading it back."""
+        """Apply an update that this process has just written, without reading it back."""
         self._apply(rows)
         self._files.add(file)
 
@@ -78,22 +77,23 @@ class Replay:
         self._newest.update(zip(rows["song_id"].to_pylist(), rows["name"].to_pylist(), strict=True))
         self.applied += rows.num_rows
         self.last = max(self.last or "", rows["name"][-1].as_py())
-        gone = [song for song in rows.filter(pc.equal(rows["op"], REMOVE))["song_id"].to_pylist() if song in self.index]
+        removed = rows.filter(pc.equal(rows["op"], REMOVE))["song_id"].to_pylist()
+        deleted = [song for song in removed if song in self.index]
         upserts = self._changed(rows.filter(pc.equal(rows["op"], UPSERT)))
         new = [song for song in upserts["song_id"].to_pylist() if song not in self.index]
-        self.changed = self.changed or bool(gone or upserts.num_rows)
-        self.index.remove(gone)
+        self.changed = self.changed or bool(deleted or upserts.num_rows)
+        self.index.remove(deleted)
         if upserts.num_rows:
             self.index.upsert(
                 upserts["song_id"].to_pylist(), vectors_of(upserts), metadata=upserts.select(INDEX_SONGS.names)
             )
-        self.removed |= set(gone) - self.added
-        self.added -= set(gone)
+        self.removed |= set(deleted) - self.added
+        self.added -= set(deleted)
         self.added |= set(new) - self.removed
         self.removed -= set(new)
 
     def _applicable(self, rows: pa.Table) -> pa.Table:
-        """Removals, and upserts whose vectors this index can hold."""
+        """Removals, and upserts whose vectors fit this index."""
         versions, dim = self.index.model_versions, self.index.dim
         fits = pc.equal(pc.list_value_length(rows["semantic"]), dim)
         for half in ("semantic", "preference"):
@@ -109,20 +109,20 @@ class Replay:
         return rows.filter(fits)
 
     def _changed(self, upserts: pa.Table) -> pa.Table:
-        """Those that the index does not hold already, as one that was compacted does."""
+        """Upserts that change the index; a compacted index already contains the others."""
         before = self.index.snapshot()
         songs = upserts["song_id"].to_pylist()
         present = [row for row, song in enumerate(songs) if song in before]
         if not present:
             return upserts
-        held, given = before.vectors_of([songs[row] for row in present]), vectors_of(upserts.take(present))
-        same = (held.semantic == given.semantic).all(axis=1)
-        if held.preference is not None and given.preference is not None:
-            same &= (held.preference == given.preference).all(axis=1)
+        stored, upserted = before.vectors_of([songs[row] for row in present]), vectors_of(upserts.take(present))
+        same = (stored.semantic == upserted.semantic).all(axis=1)
+        if stored.preference is not None and upserted.preference is not None:
+            same &= (stored.preference == upserted.preference).all(axis=1)
         equal = np.array(present)[same]
-        places = np.array([before.row_of(songs[row]) for row in equal], dtype=np.int64)
-        told = before.songs.take(places).to_pylist()
-        asked = upserts.select(INDEX_SONGS.names).take(equal).to_pylist()
-        unchanged = {int(row) for row, old, new in zip(equal, told, asked, strict=True) if old == new}
+        index_rows = np.array([before.row_of(songs[row]) for row in equal], dtype=np.int64)
+        old_metadata = before.songs.take(index_rows).to_pylist()
+        new_metadata = upserts.select(INDEX_SONGS.names).take(equal).to_pylist()
+        unchanged = {int(row) for row, old, new in zip(equal, old_metadata, new_metadata, strict=True) if old == new}
         changed = np.array([row for row in range(len(songs)) if row not in unchanged], dtype=np.int64)
         return upserts.take(changed).combine_chunks()

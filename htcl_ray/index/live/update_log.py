@@ -1,13 +1,12 @@
-"""The log of songs that were put in or taken out since the indexes were built: a folder of the workspace that all
-indexes share.
+"""Log of the upserts and removals of songs since the indexes were built, shared by all indexes of a workspace.
 
-`updates/` holds Arrow files with rows of `schemas.UPDATES`. A write adds a file of one row; `merge` puts many into one.
-A row's `name` is `<20 digits: time in ns>-<8 hex digits: writer>`. Of one song, the row with the greatest name counts,
-in whichever order, how often and in whichever files rows are read, so that all readers come to the same songs. A writer
-gives a name greater than all that it has read, so that of two writes of which one began after the other had been
-answered, the later counts whatever their clocks say.
+`updates/` holds Arrow files with rows of `schemas.UPDATES`. A write adds a file of one row; `merge` combines files. A
+row's `name` is `<20 digits: time in ns>-<8 hex digits: writer>`. For one song, the row with the greatest name wins, so
+replay is idempotent and independent of the order and the files in which rows are read. A writer uses a name greater
+than all names that it has read, so a write that starts after the response to another one wins whatever the clocks say.
 
-A file's name ends with 16 digits of the SHA-256 of its bytes, so that a damaged file is known before it is parsed.
+A file's name ends with 16 digits of the SHA-256 of its bytes, so that damage is detected before parsing. `uploads/`
+keeps the audio of upserted songs.
 """
 
 from __future__ import annotations
@@ -21,21 +20,31 @@ import uuid
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from htcl_ray.audio.formats import EXTENSIONS
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.index.vectors import ENCODER_DAMAGED, UNIT_NORM_TOLERANCE, ModelVersions, Vectors, check_unit_norm
+from htcl_ray.index.vectors import (
+    ENCODER_DAMAGED,
+    UNIT_NORM_TOLERANCE,
+    ModelVersions,
+    Vectors,
+    check_unit_norm,
+    matrix_of,
+)
 from htcl_ray.schemas import FORMAT_VERSION, UPDATES
 from htcl_ray.workspace.storage import Workspace
 
 FOLDER = "updates"
+UPLOADS = "uploads"
 UPSERT, REMOVE = "upsert", "remove"
 READERS = 16
-"""Files that are read at a time; object storage answers each after tens of milliseconds."""
+"""Files read in parallel; object storage takes tens of milliseconds for each."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 300.0
 _NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
 _FILE = re.compile(r"(\d{20}-[0-9a-f]{8}|merged)-([0-9a-f]{16})\.arrow")
@@ -47,65 +56,63 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retry:
-    """When to try again what could not be read: it may have been half-copied. Each wait is twice as long as the one
-    before.
-    """
+    """Time of the next attempt to read a file that may be half-copied, with exponential backoff."""
 
     delay: float
+    """Seconds between this attempt and the one before."""
     until: float
-    """Of `time.monotonic()`."""
+    """Time of the attempt, of `time.monotonic()`."""
 
     @classmethod
     def after(cls, before: Retry | None) -> Retry:
-        """The next try after one that failed now."""
+        """The next attempt after one that failed now."""
         delay = FIRST_RETRY_SECONDS if before is None else min(2 * before.delay, LONGEST_RETRY_SECONDS)
         return cls(delay, time.monotonic() + delay)
 
     @property
     def due(self) -> bool:
-        """Whether it is time."""
+        """Whether the time has come."""
         return time.monotonic() >= self.until
 
 
 @dataclass(frozen=True)
 class Update:
-    """One song put in, with one row of vectors, or taken out (`vectors` is None)."""
+    """Upsert of one song with one row of vectors, or its removal (`vectors` is None)."""
 
     song_id: str
     vectors: Vectors | None
     model_versions: ModelVersions
-    """Of the models that made the vectors."""
+    """Fingerprints of the models that made the vectors."""
     about: Mapping[str, Any]
-    """Any columns of `schemas.INDEX_SONGS` but `song_id`."""
+    """Any columns of `schemas.INDEX_SONGS` except `song_id`."""
 
 
 class UpdateLog:
-    """Reads and writes the log of one workspace, from any number of threads, processes and machines at a time."""
+    """Reader and writer of a workspace's log, safe to use from many threads, processes and machines."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.broken: dict[str, str] = {}
-        """Files that cannot be used, each with the reason; reported once, and tried again less and less often while
-        they are there."""
+        """Unreadable files with the reason. Each is logged once, and retried with backoff while it exists."""
         self._retries: dict[str, Retry] = {}
         self._writer = uuid.uuid4().hex[:8]
         self._clock = 0
         self._lock = threading.Lock()
 
     def files(self) -> list[str]:
-        """Names of the files that can be read, in no order that matters."""
-        found = set(self.workspace.children(FOLDER))
-        for name in found:
+        """Names of the files to read, in any order."""
+        names = set(self.workspace.children(FOLDER))
+        for name in names:
             if not _FILE.fullmatch(name):
                 self._report(name, "its name is not that of an update")
-        self.broken = {name: reason for name, reason in self.broken.items() if name in found}
-        self._retries = {name: retry for name, retry in self._retries.items() if name in found}
+        self.broken = {name: reason for name, reason in self.broken.items() if name in names}
+        self._retries = {name: retry for name, retry in self._retries.items() if name in names}
         return [
-            name for name in found if name not in self.broken or (name in self._retries and self._retries[name].due)
+            name for name in names if name not in self.broken or (name in self._retries and self._retries[name].due)
         ]
 
     def append(self, update: Update) -> tuple[str, pa.Table]:
-        """Write one update; it is durable when this returns. Gives the file's name and its row.
+        """Write one update durably, and return the file's name and its row.
 
         Raises InputError for vectors that are not finite or not of unit norm.
         """
@@ -114,9 +121,9 @@ class UpdateLog:
         return self._write(_row(self._next_name(), update))
 
     def read(self, files: Collection[str]) -> tuple[pa.Table, set[str]]:
-        """Rows of these files, and the files that were there; the others were merged since they were listed.
+        """Rows of these files, and the names of the files that exist; the others were merged since they were listed.
 
-        A broken file gives no rows, once a log line, and a place in `broken`. Raises OSError when the storage fails.
+        A damaged file has no rows; it is logged once and added to `broken`. Raises OSError when the storage fails.
         """
         with ThreadPoolExecutor(READERS) as pool:
             parts = dict(zip(files, pool.map(self._read_file, files), strict=True))
@@ -129,25 +136,24 @@ class UpdateLog:
         return rows, {name for name, table in parts.items() if table is not None or name in self.broken}
 
     def read_all(self) -> tuple[pa.Table, set[str]]:
-        """Rows and names of all files, none lost when others merge meanwhile."""
+        """Rows and names of all files; complete even when another process merges files meanwhile."""
         while True:
             files = self.files()
-            rows, there = self.read(files)
-            if len(there) == len(files):
-                return rows, there
+            rows, present = self.read(files)
+            if len(present) == len(files):
+                return rows, present
 
     def merge(self) -> int:
-        """Put all rows that may still count into one file, and remove the files that they were in. Gives how many files
-        went.
+        """Merge all effective rows into one file, delete the merged files, and return their number.
 
-        Safe to interrupt anywhere, and beside readers, writers and other merges: the new file is durable before any
-        other is removed, and rows that are read twice do no harm. Broken files stay.
+        Safe to interrupt, and safe to run concurrently with readers, writers and other merges: the new file is durable
+        before any other is deleted, and reading rows twice is idempotent. Damaged files stay.
         """
         rows, files = self.read_all()
         files -= self.broken.keys()
         if len(files) < 2:
             return 0
-        merged = self._write(_still_counting(rows), "merged")[0]
+        merged = self._write(_effective(rows), "merged")[0]
         for name in files - {merged}:
             try:
                 self.workspace.fs.delete_file(self.workspace.full(f"{FOLDER}/{name}"))
@@ -170,7 +176,7 @@ class UpdateLog:
         return name, rows
 
     def _read_file(self, name: str) -> pa.Table | None:
-        """The file's rows, or None when it is gone or broken."""
+        """The file's rows, or None when it is missing or damaged."""
         path = f"{FOLDER}/{name}"
         try:
             data = self.workspace.read_bytes(path)
@@ -189,14 +195,14 @@ class UpdateLog:
         if name not in self.broken:
             self.broken[name] = reason
             log.warning(
-                "%s is not applied: %s; remove it, or put it back whole",
+                "%s is not applied: %s; remove it, or restore it",
                 self.workspace.uri_of(f"{FOLDER}/{name}"),
                 reason,
             )
 
 
 def latest(names: Iterable[str], keys: Iterable[Key]) -> dict[Key, int]:
-    """Row of each key's greatest name."""
+    """Row of the greatest name of each key."""
     chosen: dict[Key, tuple[str, int]] = {}
     for row, (name, key) in enumerate(zip(names, keys, strict=True)):
         if key not in chosen or name > chosen[key][0]:
@@ -205,13 +211,9 @@ def latest(names: Iterable[str], keys: Iterable[Key]) -> dict[Key, int]:
 
 
 def vectors_of(rows: pa.Table) -> Vectors:
-    """Vectors of upserts that are all of the same models."""
+    """Vectors of upserts, all of the same models."""
     preference = rows["preference"]
-    return Vectors(_matrix(rows["semantic"]), None if preference.null_count else _matrix(preference))
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return Vectors(matrix_of(rows["semantic"]), None if preference.null_count else matrix_of(preference))
 
 
 def _row(name: str, update: Update) -> pa.Table:
@@ -231,9 +233,9 @@ def _row(name: str, update: Update) -> pa.Table:
 
 
 def _parse(name: str, data: bytes) -> pa.Table:
-    """Rows of a file. Raises ValueError when it is not what a writer of this log writes."""
-    found = _FILE.fullmatch(name)
-    if found is None or found[2] != _checksum(data):
+    """Rows of a file. Raises ValueError when the file is not one that `UpdateLog` writes."""
+    match = _FILE.fullmatch(name)
+    if match is None or match[2] != _checksum(data):
         raise ValueError(f"its SHA-256 begins with {_checksum(data)}, but its name says otherwise")
     with pa.ipc.open_file(pa.BufferReader(data)) as reader:
         version = int((reader.schema.metadata or {}).get(b"format_version", b"0"))
@@ -257,7 +259,7 @@ def _parse(name: str, data: bytes) -> pa.Table:
 
 
 def _norms(vectors: pa.ChunkedArray) -> np.ndarray:
-    """Length of each of n lists of numbers; nan for one that is empty or not finite."""
+    """Norm of each of n lists of numbers, [n]; nan when a list is empty or not finite."""
     counts = pc.list_value_length(vectors).to_numpy()
     if not counts.all():
         return np.full(len(counts), np.nan)
@@ -266,9 +268,10 @@ def _norms(vectors: pa.ChunkedArray) -> np.ndarray:
     return np.sqrt(np.add.reduceat(numbers**2, starts)) if len(counts) else np.empty(0)
 
 
-def _still_counting(rows: pa.Table) -> pa.Table:
-    """For each song the last removal and, of each models' vectors, the last upsert, unless the removal is later; sorted
-    by name.
+def _effective(rows: pa.Table) -> pa.Table:
+    """The last removal of each song, and its last upsert for each pair of models unless the removal is later.
+
+    Rows are sorted by name.
     """
     names = rows["name"].to_pylist()
     songs, ops, semantic, preference = (
@@ -282,3 +285,16 @@ def _still_counting(rows: pa.Table) -> pa.Table:
 
 def _checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def store_upload(workspace: Workspace, data: bytes, file_name: str | None) -> str:
+    """Keep the audio of an upserted song, so that another model can embed it later, and return its URI.
+
+    The same bytes are stored once per extension. Nothing of the client's file name becomes part of the path but the
+    extension, if it is one of an audio format.
+    """
+    extension = PurePath(file_name or "").suffix.lower()
+    path = f"{UPLOADS}/{hashlib.sha256(data).hexdigest()}{extension if extension in EXTENSIONS else ''}"
+    if not workspace.exists(path):
+        workspace.write_bytes(path, data, durable=True)
+    return workspace.location_of(path)

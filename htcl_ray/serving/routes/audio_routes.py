@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
+from htcl_ray.api.requests import PathSongId
 from htcl_ray.audio.formats import MEDIA_TYPES
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioNotFoundError, WorkspaceError
@@ -56,7 +57,7 @@ def audio_routes(backend: Backend, settings: ServeSettings, signed_urls: SignedU
     router = APIRouter(tags=["songs"])
 
     @router.get("/v1/songs/{song_id:encoded}/audio", responses=AUDIO, response_class=Response)
-    async def audio(song_id: str, request: Request) -> Response:
+    async def audio(song_id: PathSongId, request: Request) -> Response:
         """The song's file as the catalogue has it. Understands ranges of bytes (RFC 9110)."""
         file = await _find(backend, settings, song_id)
         if request.headers.get("if-none-match") == file.etag:
@@ -71,7 +72,7 @@ def audio_routes(backend: Backend, settings: ServeSettings, signed_urls: SignedU
         return await _stream(file, wanted, only_headers=getattr(request.state, ONLY_HEADERS, False))
 
     @router.post("/v1/songs/{song_id:encoded}/audio-url", responses=NO_AUDIO)
-    async def audio_url(song_id: str) -> AudioUrl:
+    async def audio_url(song_id: PathSongId) -> AudioUrl:
         """An address of the song's audio that plays without a key, for five minutes."""
         await _find(backend, settings, song_id)
         url, expires_at = signed_urls.make(song_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from htcl_ray.api.search import Alive, Ready
+from htcl_ray.api.responses import Alive, Ready
 from htcl_ray.serving.backend import Backend
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from starlette.exceptions import HTTPException
 
-from htcl_ray.api.updates import Activated, ActivateRequest, ServedIndexResponse
+from htcl_ray.api.requests import ActivateRequest
+from htcl_ray.api.responses import Activated, ServedIndexResponse
 from htcl_ray.errors import IndexRefusedError
-from htcl_ray.index.live.live_index import SwitchUnderWay
+from htcl_ray.index.live.live_index import SwitchInProgress, describe_served
 from htcl_ray.serving.api_keys import write_access
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.json_body import JSON, takes
@@ -30,7 +31,7 @@ def index_routes(backend: Backend) -> APIRouter:
         """What is served: the index's manifest, in which paths and URIs are cut to their last names, and the updates
         since it was built.
         """
-        served = ServedIndexResponse.of(backend.live)
+        served = describe_served(backend.live)
         return served.model_copy(update={"manifest": _last_names(served.manifest)})
 
     @router.post(
@@ -46,7 +47,7 @@ def index_routes(backend: Backend) -> APIRouter:
             await with_storage(backend.live.activate, request.version)
         except IndexRefusedError as error:
             raise type(error)(str(error).replace(backend.live.workspace.uri, "workspace")) from None
-        except SwitchUnderWay:
+        except SwitchInProgress:
             raise HTTPException(
                 429, "another index is being loaded; try again", {"Retry-After": SWITCH_SECONDS}
             ) from None

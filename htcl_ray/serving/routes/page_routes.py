@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, Response
 
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.index.live.live_index import Active
-from htcl_ray.search.service import LITTLE_COVERAGE
+from htcl_ray.search.service import LOW_COVERAGE
 from htcl_ray.search.song_map import draw_map, score_quantiles
 from htcl_ray.serving.backend import Backend
 
@@ -153,7 +153,7 @@ def _page(settings: ServeSettings) -> str:
     told = {
         "max-upload-bytes": settings.max_upload_bytes,
         "play-audio": str(settings.play_audio).lower(),
-        "little-coverage": LITTLE_COVERAGE,
+        "little-coverage": LOW_COVERAGE,
     }
     return content.replace(
         "<body>",

@@ -12,23 +12,24 @@ from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from htcl_ray.api.search import (
+from htcl_ray.api.requests import (
+    DEFAULT_K,
     Blend,
     Collapse,
-    EmbeddingResponse,
     EmbedTextRequest,
+    Filter,
     K,
     MaxPerArtist,
+    PathSongId,
     RecommendRequest,
-    RecommendResponse,
     SearchRequest,
-    SearchResponse,
 )
+from htcl_ray.api.responses import EmbeddingResponse, RecommendResponse, SearchResponse
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import QueryError
 from htcl_ray.index.live.live_index import Active
-from htcl_ray.search.filters import Filter
-from htcl_ray.search.service import DEFAULT_K, Answer, SearchService, check_text
+from htcl_ray.search.results import SearchResults, embedding_response
+from htcl_ray.search.service import SearchService, check_text
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.json_body import FORM, JSON, is_form, parse_part, takes
 from htcl_ray.serving.openapi_errors import JSON_ONLY, NOT_FOUND, UNSUPPORTED
@@ -50,17 +51,19 @@ def search_routes(
     router = APIRouter()
     threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="search")
 
-    async def answer(
-        question: Callable[[SearchService], Answer], active: Active, model: type[SearchResponse] = SearchResponse
+    async def respond(
+        query: Callable[[SearchService], SearchResults],
+        active: Active,
+        convert: Callable[[SearchResults, str], SearchResponse] = SearchResults.to_response,
     ) -> Response:
-        def search() -> tuple[Answer, bytes]:
+        def search() -> tuple[SearchResults, bytes]:
             with measurements.stage("search") if measurements else nullcontext():
-                found = question(active.service)
-            return found, model.of(found, active.version).model_dump_json().encode()
+                results = query(active.service)
+            return results, convert(results, active.version).model_dump_json().encode()
 
-        found, body = await asyncio.get_running_loop().run_in_executor(threads, search)
+        results, body = await asyncio.get_running_loop().run_in_executor(threads, search)
         if measurements:
-            measurements.answer(len(found.hits))
+            measurements.answer(len(results.hits))
         return Response(body, media_type="application/json")  # validated when it was made; FastAPI would do it again
 
     @router.post(
@@ -75,15 +78,15 @@ def search_routes(
         active, options = backend.live.active, request.options
         if request.vector is not None:
             vector = request.vector
-            return await answer(lambda service: service.search_vector(vector, **options), active)
+            return await respond(lambda service: service.search_vector(vector, **options), active)
         if request.text is not None:
             text = check_text(request.text)
             active.service.check(**options)
             query = await backend.encode_text(text)
-            return await answer(lambda service: service.search_encoded_text(text, query, **options), active)
+            return await respond(lambda service: service.search_encoded_text(text, query, **options), active)
         seeds = request.song_ids or [request.song_id or ""]
         negatives = request.negative_song_ids
-        return await answer(lambda service: service.search_songs(seeds, negatives, **options), active)
+        return await respond(lambda service: service.search_songs(seeds, negatives, **options), active)
 
     @router.post(
         "/v1/search/audio",
@@ -97,7 +100,7 @@ def search_routes(
         active = backend.live.active
         active.service.check(**options)
         query = await backend.encode_audio(await read_upload(file, settings))
-        return await answer(lambda service: service.search(query, **options), active)
+        return await respond(lambda service: service.search(query, **options), active)
 
     @router.post(
         "/v1/recommend",
@@ -110,19 +113,19 @@ def search_routes(
         """Songs for a listener who heard these, without them. Songs that the index does not hold are left out and
         named.
         """
-        heard, half_life, options = request.heard, request.half_life_days, request.options
-        return await answer(
-            lambda service: service.recommend(heard, half_life_days=half_life, **options),
+        plays, half_life, options = request.plays, request.half_life_days, request.options
+        return await respond(
+            lambda service: service.recommend(plays, half_life_days=half_life, **options),
             backend.live.active,
-            RecommendResponse,
+            SearchResults.to_recommend_response,
         )
 
     @router.get(
         "/v1/songs/{song_id:encoded}/similar", response_model=SearchResponse, responses=NOT_FOUND, tags=["songs"]
     )
-    async def similar(song_id: str, options: Annotated[dict[str, Any], Depends(_query_options)]) -> Response:
+    async def similar(song_id: PathSongId, options: Annotated[dict[str, Any], Depends(_query_options)]) -> Response:
         """Songs near a song of the index, without itself."""
-        return await answer(lambda service: service.search_songs([song_id], **options), backend.live.active)
+        return await respond(lambda service: service.search_songs([song_id], **options), backend.live.active)
 
     @router.post(
         "/v1/embeddings",
@@ -145,7 +148,7 @@ def search_routes(
                     "there is neither a file nor a text; send a form with a file, or a JSON body with a text"
                 )
             vectors = await backend.encode_text(check_text(given.text))
-        return EmbeddingResponse.of(vectors, backend.live.active.service.index.model_versions)
+        return embedding_response(vectors, backend.live.active.service.index.model_versions)
 
     return router
 

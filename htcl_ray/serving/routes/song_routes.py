@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, File, Form, Path, Request, UploadFile
 
-from htcl_ray.api.search import Song
-from htcl_ray.api.updates import SongMetadata, SongUpdated
+from htcl_ray.api.requests import PathSongId, SongMetadata
+from htcl_ray.api.responses import Song, SongUpdated
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import QueryError
-from htcl_ray.index.live.uploads import store_upload
+from htcl_ray.index.live.update_log import store_upload
 from htcl_ray.serving.api_keys import write_access
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.json_body import (
@@ -28,7 +28,7 @@ from htcl_ray.serving.openapi_errors import NOT_FOUND, UNSUPPORTED, WRITES
 from htcl_ray.serving.routes.search_routes import read_upload
 from htcl_ray.serving.storage_calls import with_storage
 
-NewSongId = Annotated[str, Path(min_length=1, max_length=1_000)]
+NewSongId = Annotated[str, Path(min_length=1, max_length=1_000, description="Id of the song, percent-encoded.")]
 JSON_BODY = {"requestBody": {"content": {"application/json": {"schema": SongMetadata.model_json_schema()}}}}
 
 
@@ -37,7 +37,7 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
     router = APIRouter(tags=["songs"])
 
     @router.get("/v1/songs/{song_id:encoded}", responses=NOT_FOUND)
-    async def song(song_id: str) -> Song:
+    async def song(song_id: PathSongId) -> Song:
         """What the catalogue says of a song."""
         return Song(song_id=song_id, **backend.live.active.service.metadata(song_id))
 
@@ -79,7 +79,7 @@ def song_routes(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.delete(
         "/v1/songs/{song_id:encoded}", responses={**WRITES, **NOT_FOUND}, dependencies=[Depends(write_access)]
     )
-    async def delete_song(song_id: str) -> SongUpdated:
+    async def delete_song(song_id: PathSongId) -> SongUpdated:
         """Take a song out of every later answer."""
         return SongUpdated(
             song_id=song_id, update=await with_storage(backend.live.remove, song_id), index=backend.live.version

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from htcl_ray import __version__
-from htcl_ray.search.service import Answer
+from htcl_ray.schemas import METADATA_COLUMNS
+from htcl_ray.search.results import SearchResults
 
 PROTOCOL = "1.16.1"
 FORMS = (None, "", "json", "xml")
@@ -64,12 +65,13 @@ class Entry(BaseModel):
         return cls(
             id=song["song_id"],
             title=song["title"] or song["song_id"],
-            album=song["album"],
-            artist=song["artist"],
-            year=song["year"],
             genre=genres[0].name if genres else None,
             genres=genres or None,
-            moods=song["mood"] or None,
+            **{
+                column.traits.player: None if song[column.name] == [] else song[column.name]
+                for column in METADATA_COLUMNS
+                if column.traits.player
+            },
         )
 
 
@@ -96,7 +98,7 @@ class SonicMatches(Body):
     sonicMatch: list[SonicMatch]
 
     @classmethod
-    def of(cls, answer: Answer) -> Self:
+    def of(cls, answer: SearchResults) -> Self:
         """The reply that carries an answer."""
         return cls(
             sonicMatch=[

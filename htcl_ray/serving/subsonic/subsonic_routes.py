@@ -12,8 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from htcl_ray.api.requests import MAX_K
 from htcl_ray.errors import QueryError, SongNotFoundError, first_fault
-from htcl_ray.search.service import MAX_K, MAX_PATH, Answer, SearchService
+from htcl_ray.search.results import SearchResults
+from htcl_ray.search.service import MAX_PATH, SearchService
 from htcl_ray.serving.api_keys import Key
 from htcl_ray.serving.backend import Backend
 from htcl_ray.serving.prometheus import IngressMeasurements
@@ -33,7 +35,7 @@ from htcl_ray.serving.subsonic.subsonic_responses import (
 
 EXTENSIONS = ("apiKeyAuthentication", "sonicSimilarity")
 SIMILAR_COUNT, PATH_COUNT = 10, 25
-SongId = Annotated[str, Query(min_length=1, max_length=1_000)]
+SongId = Annotated[str, Query(min_length=1, max_length=1_000, description="Id of an indexed song.")]
 Form = Annotated[str | None, Query(alias="f", description="Form of the reply: json or xml.")]
 AS_XML: dict[int | str, dict[str, Any]] = {200: {"content": {"application/xml": {}}}}
 
@@ -75,10 +77,10 @@ def subsonic_routes(backend: Backend, measurements: IngressMeasurements | None =
 
         return add
 
-    async def matches(question: Callable[[SearchService], Answer], form: str | None) -> Response:
+    async def matches(question: Callable[[SearchService], SearchResults], form: str | None) -> Response:
         service = backend.live.active.service
 
-        def search() -> tuple[Answer, Response]:
+        def search() -> tuple[SearchResults, Response]:
             with measurements.stage("search") if measurements else nullcontext():
                 found = question(service)
             return found, write(SonicMatches.of(found), form)

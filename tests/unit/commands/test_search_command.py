@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from htcl_ray.api.requests import Filter
 from htcl_ray.cli import main
-from htcl_ray.search.filters import Filter
 from htcl_ray.search.service import SearchService
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.evaluated_workspace import write_evaluated
@@ -92,7 +92,7 @@ def test_a_table_for_people(workspace: Path, capsys: pytest.CaptureFixture):
     ("flags", "said"),
     [
         (["--filter", "{"], "--filter: Invalid JSON"),
-        (["--filter", '{"genres": ["x"]}'], "--filter: there is no column 'genres' to filter by"),
+        (["--filter", '{"genres": ["x"]}'], "--filter: 'genres' is not a column to filter by"),
         (["--filter", '{"year": "soon"}'], "--filter.year"),
         (["--max-per-artist", "0"], "max_per_artist is 0; expected at least 1"),
         (["-k", "0"], "k is 0; expected 1 to 1000"),

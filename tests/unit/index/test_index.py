@@ -1,4 +1,4 @@
-"""The index against brute force, the same tests over every kind; and what `load` refuses."""
+"""Every index kind against brute force, and the folders that `load` rejects."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.unit
 DIM = 8
 KINDS = ("auto", "flat", "hnsw", "ivf", "ivf_pq")
 EVERY_LIST = {"ivf": {"ivf_probes": 1000}, "ivf_pq": {"ivf_probes": 1000}}
-"""With few songs spread at random a nearest song may lie in any list; what fewer lists find is measured in
-test_index_kinds.py."""
+"""Among few random songs a nearest song may be in any list; test_index_kinds.py measures recall with fewer lists."""
 BLENDS = (0.0, 0.3, 1.0)
 
 
@@ -51,7 +50,7 @@ def settings_of(kind: str) -> IndexSettings:
 def brute_force(
     ids: list[str], stored: Vectors, query: Vectors, row: int, k: int, blend: float, exclude: set[str] = frozenset()
 ):
-    """The definition, one song at a time: (id, score) of the k best, ties by id."""
+    """The definition, one song at a time: (id, score) of the k best, ties sorted by id."""
     scored = []
     for i, song_id in enumerate(ids):
         if song_id in exclude:
@@ -66,7 +65,7 @@ def brute_force(
     return [(song_id, -score) for score, song_id in sorted(scored)[:k]]
 
 
-def found(hits) -> list[str]:
+def song_ids(hits) -> list[str]:
     return [hit.song_id for hit in hits]
 
 
@@ -83,10 +82,10 @@ class TestEveryKind:
     @pytest.mark.parametrize("blend", BLENDS)
     def test_equals_brute_force(self, kind: str, blend: float):
         stored, queries = vectors(0, 300), vectors(1, 5)
-        answers = build(kind).search(queries, 10, blend=blend)
-        for row, hits in enumerate(answers):
+        results = build(kind).search(queries, 10, blend=blend)
+        for row, hits in enumerate(results):
             expected = brute_force(names(300), stored, queries, row, 10, blend)
-            assert found(hits) == [song_id for song_id, _ in expected]
+            assert song_ids(hits) == [song_id for song_id, _ in expected]
             assert [hit.score for hit in hits] == pytest.approx([score for _, score in expected], abs=1e-6)
 
     def test_scores_are_cosines_and_their_blend(self, kind: str):
@@ -102,9 +101,9 @@ class TestEveryKind:
         alone = [index.search(queries.rows(slice(i, i + 1)), 7)[0] for i in range(30)]
         assert index.search(queries, 7) == alone
 
-    def test_more_than_there_are(self, kind: str):
+    def test_k_above_the_number_of_songs_returns_all(self, kind: str):
         hits = build(kind, 6).search(vectors(1, 1), 50)[0]
-        assert sorted(found(hits)) == names(6)
+        assert sorted(song_ids(hits)) == names(6)
         assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
     def test_empty_index(self, kind: str):
@@ -112,24 +111,24 @@ class TestEveryKind:
         assert len(index) == 0
         assert index.search(vectors(1, 3), 5) == [[], [], []]
 
-    def test_no_query(self, kind: str):
+    def test_empty_batch_returns_no_results(self, kind: str):
         assert build(kind).search(vectors(1, 0), 5) == []
 
     def test_excluded_songs_are_replaced_by_the_next(self, kind: str):
         index, stored, queries = build(kind), vectors(0, 300), vectors(1, 2)
-        left_out = {*found(index.search(queries, 40)[0]), "not-in-the-index"}
-        first, second = index.search(queries, 40, exclude=[left_out, ()])
-        assert found(first) == [
-            song_id for song_id, _ in brute_force(names(300), stored, queries, 0, 40, 0.5, left_out)
+        excluded = {*song_ids(index.search(queries, 40)[0]), "not-in-the-index"}
+        first, second = index.search(queries, 40, exclude=[excluded, ()])
+        assert song_ids(first) == [
+            song_id for song_id, _ in brute_force(names(300), stored, queries, 0, 40, 0.5, excluded)
         ]
-        assert found(second) == found(index.search(queries, 40)[1])
+        assert song_ids(second) == song_ids(index.search(queries, 40)[1])
 
     def test_excluding_all_but_a_few(self, kind: str):
         hits = build(kind).search(vectors(1, 1), 10, exclude=[names(297)])[0]
-        assert sorted(found(hits)) == names(3, start=297)
+        assert sorted(song_ids(hits)) == names(3, start=297)
 
-    def test_equal_songs_are_in_the_order_of_their_ids(self, kind: str):
-        """30 identical vectors under ids in random order: the k best of them are the k smallest ids, whatever k."""
+    def test_equal_scores_are_sorted_by_song_id(self, kind: str):
+        """The k best of 30 identical vectors in random order are the k smallest ids, for every k."""
         one, other = vectors(2, 1), vectors(3, 10)
         rows = Vectors(np.repeat(one.semantic, 30, axis=0), np.repeat(one.preference, 30, axis=0))
         both = Vectors(
@@ -138,33 +137,33 @@ class TestEveryKind:
         shuffled = [f"same-{i:02d}" for i in np.random.default_rng(0).permutation(30)]
         index = SongIndex.build([*shuffled, *names(10)], both, settings=settings_of(kind))
         for k in (1, 3, 12, 30):
-            assert found(index.search(one, k)[0]) == [f"same-{i:02d}" for i in range(k)]
+            assert song_ids(index.search(one, k)[0]) == [f"same-{i:02d}" for i in range(k)]
 
-    def test_removed_songs_never_come_back(self, kind: str):
+    def test_removed_songs_are_never_returned(self, kind: str):
         index, stored, query = build(kind), vectors(0, 300), vectors(1, 1)
-        gone = found(index.search(query, 250)[0])
-        index.remove(gone)
+        deleted = song_ids(index.search(query, 250)[0])
+        index.remove(deleted)
         assert len(index) == 50
-        assert gone[0] not in index
-        expected = [song_id for song_id, _ in brute_force(names(300), stored, query, 0, 50, 0.5, set(gone))]
-        assert found(index.search(query, 60)[0]) == expected
+        assert deleted[0] not in index
+        expected = [song_id for song_id, _ in brute_force(names(300), stored, query, 0, 50, 0.5, set(deleted))]
+        assert song_ids(index.search(query, 60)[0]) == expected
         index.compact()
-        assert found(index.search(query, 60)[0]) == expected
-        with pytest.raises(SongNotFoundError, match=gone[0]):
-            index.vectors_of([gone[0]])
+        assert song_ids(index.search(query, 60)[0]) == expected
+        with pytest.raises(SongNotFoundError, match=deleted[0]):
+            index.vectors_of([deleted[0]])
 
-    def test_a_few_songs_left_among_many_removed_are_all_found(self, kind: str):
-        """A graph search that may pass only through the songs that are left would stop after two or three of them."""
+    def test_few_live_songs_among_many_tombstones_are_all_returned(self, kind: str):
+        """A graph search that visits only live nodes would stop after two or three of them."""
         index = build(kind, 1000)
-        left = names(1000)[::100]
-        index.remove([song_id for song_id in names(1000) if song_id not in left])
+        kept = names(1000)[::100]
+        index.remove([song_id for song_id in names(1000) if song_id not in kept])
         for hits in index.search(vectors(1, 20), 10):
-            assert sorted(found(hits)) == left
+            assert sorted(song_ids(hits)) == kept
 
-    def test_removing_an_unknown_song_removes_none(self, kind: str):
+    def test_removing_an_unknown_song_removes_nothing(self, kind: str):
         index = build(kind, 5)
-        with pytest.raises(SongNotFoundError, match="nobody"):
-            index.remove([names(1)[0], "nobody"])
+        with pytest.raises(SongNotFoundError, match="missing"):
+            index.remove([names(1)[0], "missing"])
         assert len(index) == 5
 
     def test_upsert_adds_and_replaces(self, kind: str):
@@ -195,28 +194,28 @@ class TestEveryKind:
         assert index.default_blend == 0
         query = vectors(1, 1, preference=False)
         hits = index.search(query, 10)[0]
-        assert found(hits) == [song_id for song_id, _ in brute_force(names(300), stored, query, 0, 10, 0.0)]
+        assert song_ids(hits) == [song_id for song_id, _ in brute_force(names(300), stored, query, 0, 10, 0.0)]
         assert {hit.preference_score for hit in hits} == {None}
         assert all(hit.score == hit.semantic_score for hit in hits)
         with pytest.raises(QueryError, match=r"0\.5.*expected 0"):
             index.search(query, 10, blend=0.5)
 
-    def test_a_semantic_query_of_an_index_with_both(self, kind: str):
+    def test_semantic_query_on_an_index_with_preference(self, kind: str):
         query = vectors(1, 1)
         semantic_only = Vectors(query.semantic)
         index = build(kind)
-        assert found(index.search(semantic_only, 10, blend=0)[0]) == found(index.search(query, 10, blend=0)[0])
+        assert song_ids(index.search(semantic_only, 10, blend=0)[0]) == song_ids(index.search(query, 10, blend=0)[0])
         with pytest.raises(QueryError, match="no preference vector"):
             index.search(semantic_only, 10)
 
 
 @pytest.mark.parametrize("blend", [-0.1, 1.1, float("nan")])
-def test_blend_out_of_range(blend: float):
+def test_blend_out_of_range_is_rejected(blend: float):
     with pytest.raises(QueryError, match="expected 0"):
         build("flat", 5).search(vectors(1, 1), blend=blend)
 
 
-def test_queries_that_do_not_fit():
+def test_mismatched_queries_are_rejected():
     index = build("flat", 5)
     with pytest.raises(QueryError, match=r"\b3\b.*\b8\b"):
         index.search(Vectors(np.ones((1, 3), np.float32)))
@@ -229,14 +228,14 @@ def test_queries_that_do_not_fit():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0, 0.0])
-def test_rows_that_are_not_of_unit_norm_are_refused(bad: float):
+def test_rows_without_unit_norm_are_rejected(bad: float):
     rows = vectors(0, 3)
     rows.semantic[1] *= bad
     with pytest.raises(ValueError, match="unit norm"):
         SongIndex.build(names(3), rows)
 
 
-def test_build_refuses_what_does_not_match():
+def test_build_rejects_mismatched_arguments():
     with pytest.raises(ValueError, match="1 song ids are repeated"):
         SongIndex.build(["a", "a"], vectors(0, 2))
     with pytest.raises(ValueError, match="2 vectors for 3 songs"):
@@ -247,8 +246,8 @@ def test_build_refuses_what_does_not_match():
         build("flat", 2).upsert(["x"], vectors(0, 1, preference=False))
 
 
-def test_every_way_of_removing_and_adding_gives_the_same_answers():
-    """Adding songs in any order, with detours, answers as one build does."""
+def test_results_do_not_depend_on_the_order_of_changes():
+    """Songs upserted in any order, with detours, give the results of a single build."""
     stored, queries = vectors(0, 12), vectors(1, 3)
     expected = SongIndex.build(names(12), stored).search(queries, 12)
     for seed in range(6):
@@ -260,7 +259,7 @@ def test_every_way_of_removing_and_adding_gives_the_same_answers():
         assert index.search(queries, 12) == expected
 
 
-class TestLoadRefuses:
+class TestLoadRejects:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         versions = {"semantic": "aaaa", "preference": "bbbb"}
@@ -271,7 +270,7 @@ class TestLoadRefuses:
         manifest = json.loads((folder / "manifest.json").read_text())
         (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
-    def test_a_missing_or_unfinished_index(self, folder: Path):
+    def test_missing_or_unfinished_index(self, folder: Path):
         (folder / "manifest.json").unlink()
         with pytest.raises(WorkspaceError, match="no finished index"):
             SongIndex.load(folder)
@@ -282,9 +281,9 @@ class TestLoadRefuses:
 
     @pytest.mark.parametrize("stage", ["semantic", "preference"])
     def test_another_model(self, folder: Path, stage: str):
-        theirs = {"semantic": "aaaa", "preference": "bbbb"}
-        with pytest.raises(MismatchError, match=rf"{stage} model {theirs[stage]}.*cccc"):
-            SongIndex.load(folder, model_versions=theirs | {stage: "cccc"})
+        versions = {"semantic": "aaaa", "preference": "bbbb"}
+        with pytest.raises(MismatchError, match=rf"{stage} model {versions[stage]}.*cccc"):
+            SongIndex.load(folder, model_versions=versions | {stage: "cccc"})
 
     def test_a_missing_stage(self, folder: Path):
         with pytest.raises(MismatchError, match=r"preference model bbbb.*None"):
@@ -326,7 +325,7 @@ class TestLoadRefuses:
             SongIndex.load(folder)
 
 
-def test_a_save_that_was_interrupted_looks_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_save_looks_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     index = build("flat", 5)
     index.save(tmp_path)
     monkeypatch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -1,7 +1,8 @@
-"""What every kind writes: mapped and shared when it is read, refused when it is damaged."""
+"""Files of every kind: memory-mapped and shared by readers, rejected when damaged."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -29,9 +30,10 @@ import numpy as np
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
 
-index = SongIndex.load(sys.argv[1])
-stored = index.vectors_of(index.songs["song_id"].to_pylist())
-index.search(stored.rows(slice(0, 64)), 10)
+indexes = [SongIndex.load(folder) for folder in sys.argv[1:]]
+for index in indexes:
+    stored = index.vectors_of(index.songs["song_id"].to_pylist())
+    index.search(stored.rows(slice(0, 64)), 10)
 print("loaded", flush=True)
 sys.stdin.readline()
 """
@@ -49,9 +51,8 @@ def saved(folder: Path, kind: str, rows: int = 300, dim: int = 8) -> Path:
 
 
 def mapped_kb(process: int, file: Path) -> dict[str, int]:
-    """Of a file's mappings in a process: kB in memory, kB shared with other processes, kB that are the process's own
-    copies."""
-    found = {"Rss": 0, "Shared": 0, "Anonymous": 0}
+    """Resident, shared and private kB of a file's mappings in a process."""
+    sizes = {"Rss": 0, "Shared": 0, "Anonymous": 0}
     inside = False
     for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -59,23 +60,22 @@ def mapped_kb(process: int, file: Path) -> dict[str, int]:
         elif inside:
             field, value = line.split(":", 1)
             if field.startswith("Shared_"):
-                found["Shared"] += int(value.split()[0])
-            elif field in found:
-                found[field] += int(value.split()[0])
-    return found
+                sizes["Shared"] += int(value.split()[0])
+            elif field in sizes:
+                sizes[field] += int(value.split()[0])
+    return sizes
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/smaps is Linux's")
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_share_the_pages_of_the_vectors(tmp_path: Path, kind: str):
-    folder = saved(tmp_path / kind, kind, SONGS, DIM)
-    exact = folder / (VECTORS_FILE if kind == "flat" else EXACT_FILE)
-    command = [sys.executable, "-c", READER, str(folder)]
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/smaps exists on Linux only")
+def test_two_processes_share_mapped_pages(tmp_path: Path):
+    folders = {kind: saved(tmp_path / kind, kind, SONGS, DIM) for kind in KINDS}
+    command = [sys.executable, "-c", READER, *map(str, folders.values())]
     readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         assert [reader.stdout.readline() for reader in readers] == ["loaded\n"] * 2
         size = SONGS * 2 * DIM * 4 // 1024
-        for reader in readers:
+        for reader, (kind, folder) in itertools.product(readers, folders.items()):
+            exact = folder / (VECTORS_FILE if kind == "flat" else EXACT_FILE)
             vectors, structure = mapped_kb(reader.pid, exact), mapped_kb(reader.pid, folder / VECTORS_FILE)
             assert vectors["Rss"] >= size
             assert vectors["Shared"] >= 0.95 * size
@@ -88,7 +88,7 @@ def test_two_processes_share_the_pages_of_the_vectors(tmp_path: Path, kind: str)
 
 
 def trust(folder: Path) -> None:
-    """Write the changed files' hashes into the manifest, so that only what is in them can be refused."""
+    """Write the hashes of changed files into the manifest, so that only their content can be rejected."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: file_sha256(folder / name) for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -100,7 +100,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in FILES[kind]])
-def test_refuses_a_changed_file(tmp_path: Path, kind: str, name: str):
+def test_changed_file_is_rejected(tmp_path: Path, kind: str, name: str):
     folder = saved(tmp_path, kind)
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -111,7 +111,7 @@ def test_refuses_a_changed_file(tmp_path: Path, kind: str, name: str):
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("damage", ["empty", "cut", "rows", "double", "objects"])
-def test_refuses_exact_vectors_that_do_not_fit(tmp_path: Path, kind: str, damage: str):
+def test_mismatched_exact_vectors_are_rejected(tmp_path: Path, kind: str, damage: str):
     path = saved(tmp_path, kind) / EXACT_FILE
     data, rows = path.read_bytes(), np.load(path)
     if damage in ("empty", "cut"):
@@ -125,9 +125,9 @@ def test_refuses_exact_vectors_that_do_not_fit(tmp_path: Path, kind: str, damage
 
 
 @pytest.mark.parametrize("kind", KINDS)
-class TestRefuses:
+class TestRejects:
     @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "half", "songs"])
-    def test_a_structure_that_cannot_be_read(self, tmp_path: Path, kind: str, damage: str):
+    def test_unreadable_structure(self, tmp_path: Path, kind: str, damage: str):
         folder = saved(tmp_path, kind)
         data = (folder / VECTORS_FILE).read_bytes()
         changed = {
@@ -158,7 +158,7 @@ class TestRefuses:
             SongIndex.load(folder)
 
 
-def test_an_index_that_does_not_name_its_structure(tmp_path: Path):
+def test_manifest_without_structure_is_rejected(tmp_path: Path):
     folder = saved(tmp_path, "flat")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["structure"]
@@ -168,7 +168,7 @@ def test_an_index_that_does_not_name_its_structure(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_writes_are_atomic(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     index = SongIndex.load(saved(tmp_path, kind))
     before = (tmp_path / VECTORS_FILE).read_bytes()
 

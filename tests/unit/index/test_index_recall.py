@@ -1,7 +1,8 @@
-"""Recall measured on songs that the index has not seen, and a build that stops when it is too low."""
+"""Recall on songs that the index has not seen, and a build that stops when it is too low."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ WEAK = IndexSettings(kind="ivf", ivf_lists=50, ivf_probes=2)
 
 
 def scattered(rows: int, seed: int = 0, dim: int = 12, preference: bool = True) -> Vectors:
-    """Without clusters: one list holds few of a song's neighbours."""
+    """Vectors without clusters, so that one list holds few of a song's neighbours."""
     values = np.random.default_rng(seed).normal(size=(2, rows, dim))
     unit = (values / np.linalg.norm(values, axis=2, keepdims=True)).astype(np.float32)
     return Vectors(unit[0], unit[1] if preference else None)
@@ -37,8 +38,8 @@ def names(count: int) -> list[str]:
     return [f"song-{i:05d}" for i in range(count)]
 
 
-def test_equals_counting_by_hand():
-    """The share of the true 10 best, of songs held out, over sorted scores of every song."""
+def test_recall_equals_a_manual_count():
+    """The share of the 10 best by exhaustive scores among the 10 hits."""
     stored, queries = scattered(3000), scattered(100, seed=1)
     index = SongIndex.build(names(3000), stored, settings=WEAK)
     measured = measure_recall(index, stored, queries)
@@ -48,10 +49,10 @@ def test_equals_counting_by_hand():
         scores = (1 - share) * queries.semantic.astype(float) @ stored.semantic.T.astype(float)
         scores += share * queries.preference.astype(float) @ stored.preference.T.astype(float)
         best = np.argsort(-scores, axis=1)[:, :10]
-        answers = index.search(queries, 10, blend=share)
+        results = index.search(queries, 10, blend=share)
         counted = [
             len({hit.song_id for hit in hits} & {names(3000)[i] for i in rows})
-            for hits, rows in zip(answers, best, strict=True)
+            for hits, rows in zip(results, best, strict=True)
         ]
         assert value == pytest.approx(np.sum(counted) / 1000, abs=1e-12)
         assert 0.05 < value < 0.9
@@ -59,12 +60,12 @@ def test_equals_counting_by_hand():
     assert list(measured.by_blend) == ["0.0", "0.5", "1.0"]
 
 
-def test_the_queries_are_not_in_the_index_that_is_measured(monkeypatch: pytest.MonkeyPatch):
-    asked = []
+def test_queries_are_not_in_the_measured_index(monkeypatch: pytest.MonkeyPatch):
+    batches = []
     original = SongIndex.search
 
     def search(index: SongIndex, queries: Vectors, *rest: object, **options: object):
-        asked.append(len(queries))
+        batches.append(len(queries))
         best = original(index, queries, 1, blend=0)
         assert max(hits[0].score for hits in best) < 1 - 1e-3
         return original(index, queries, *rest, **options)
@@ -72,7 +73,7 @@ def test_the_queries_are_not_in_the_index_that_is_measured(monkeypatch: pytest.M
     monkeypatch.setattr(SongIndex, "search", search)
     index, recall = build_measured(names(1000), scattered(1000))
     monkeypatch.undo()
-    assert asked == [100] * 3
+    assert batches == [100] * 3
     assert recall.queries == 100
     assert len(index) == 1000
     assert [hits[0].song_id for hits in index.search(scattered(1000), 1)] == names(1000)
@@ -85,7 +86,7 @@ def test_at_most_256_songs_and_a_tenth_are_held_out(songs: int, queries: int):
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf", "ivf_pq"])
-def test_automatic_numbers_reach_the_default_bound_where_nothing_clusters(kind: str):
+def test_automatic_parameters_reach_the_default_recall_without_clusters(kind: str):
     index, recall = build_measured(names(4000), scattered(4000), settings=IndexSettings(kind=kind))
     assert index.kind == kind
     assert recall.worst >= IndexSettings().min_recall
@@ -105,10 +106,13 @@ def test_without_stage_2_one_blend_is_measured():
 
 
 class TestPipeline:
-    def configured(self, tmp_path: Path, **overrides: object) -> Config:
-        config = small_config(tmp_path / "workspace", **overrides)
+    @pytest.fixture(scope="class")
+    def embedded(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Workspace with models, features and embeddings; tests build indexes in copies."""
+        folder = tmp_path_factory.mktemp("embedded")
+        config = small_config(folder / "workspace")
         workspace = Workspace(config.workspace)
-        write_models(config, tmp_path)
+        write_models(config, folder)
         songs = pa.table(
             {"song_id": names(3000), **{field.name: pa.nulls(3000, field.type) for field in list(INDEX_SONGS)[1:]}}
         )
@@ -120,17 +124,21 @@ class TestPipeline:
         columns = {"song_id": names(3000), "semantic": list(vectors.semantic), "preference": list(vectors.preference)}
         workspace.write_table(f"{job.path}/shard-00000.parquet", pa.table(columns, schema=embeddings_schema(12)))
         workspace.finish(job.path, build_manifest("embeddings", config={}, inputs=job.inputs))
-        return config
+        return folder / "workspace"
 
-    def test_too_low_a_recall_publishes_nothing(self, tmp_path: Path):
-        config = self.configured(tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2)
+    def configured(self, embedded: Path, tmp_path: Path, **overrides: object) -> Config:
+        shutil.copytree(embedded, tmp_path / "workspace")
+        return small_config(tmp_path / "workspace", **overrides)
+
+    def test_recall_below_the_bound_publishes_nothing(self, embedded: Path, tmp_path: Path):
+        config = self.configured(embedded, tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2)
         with pytest.raises(StepError, match=r"finds 0\.\d{3} .* index\.min_recall is 0\.95; raise index\.ivf_probes"):
             build_index(config)
         assert Workspace(config.workspace).children("index") == []
 
-    def test_what_was_measured_is_in_the_manifest(self, tmp_path: Path):
+    def test_manifest_contains_the_measured_recall(self, embedded: Path, tmp_path: Path):
         config = self.configured(
-            tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2, index__min_recall=0.1
+            embedded, tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2, index__min_recall=0.1
         )
         result = build_index(config)
         manifest = Workspace(result.location).manifest("")

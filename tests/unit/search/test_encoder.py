@@ -1,4 +1,4 @@
-"""The encoder that batch embedding, serving and evaluation share, with real (untrained) models."""
+"""Encoder of batch embedding, serving and evaluation, with real (untrained) models."""
 
 from __future__ import annotations
 
@@ -40,55 +40,55 @@ def encoder(folders: tuple[Path, Path]) -> SongEncoder:
     return SongEncoder.load(*folders)
 
 
-def sounds(config: Config, count: int = 9) -> list[np.ndarray]:
+def clips_of(config: Config, count: int = 9) -> list[np.ndarray]:
     return [sound(i, config.audio) for i in range(count)]
 
 
-def test_each_half_is_what_its_model_gives_alone(encoder: SongEncoder, folders: tuple[Path, Path], config: Config):
-    clips, texts = sounds(config), [text_of(i) for i in range(5)]
-    audio, words = encoder.encode_waveforms(clips), encoder.encode_texts(texts)
-    for folder, got_audio, got_words in (
-        (folders[0], audio.semantic, words.semantic),
-        (folders[1], audio.preference, words.preference),
+def test_each_half_equals_its_model_alone(encoder: SongEncoder, folders: tuple[Path, Path], config: Config):
+    clips, texts = clips_of(config), [text_of(i) for i in range(5)]
+    audio, text_vectors = encoder.encode_waveforms(clips), encoder.encode_texts(texts)
+    for folder, actual_audio, actual_text in (
+        (folders[0], audio.semantic, text_vectors.semantic),
+        (folders[1], audio.preference, text_vectors.preference),
     ):
         model = HTCL.from_pretrained(folder)
         for i, clip in enumerate(clips):
             np.testing.assert_allclose(
-                got_audio[i], model.embed_audio(clip, config.audio.sample_rate).numpy(), atol=1e-5
+                actual_audio[i], model.embed_audio(clip, config.audio.sample_rate).numpy(), atol=1e-5
             )
         for i, text in enumerate(texts):
-            np.testing.assert_allclose(got_words[i], model.embed_text([text]).numpy()[0], atol=1e-5)
+            np.testing.assert_allclose(actual_text[i], model.embed_text([text]).numpy()[0], atol=1e-5)
     assert audio.semantic.dtype == audio.preference.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(audio.preference, axis=1), 1, atol=1e-5)
 
 
 def test_vectors_do_not_depend_on_the_batch(encoder: SongEncoder, config: Config):
-    clips, texts = sounds(config), [text_of(i) for i in range(7)] + ["a much longer text " * 6]
+    clips, texts = clips_of(config), [text_of(i) for i in range(7)] + ["a much longer text " * 6]
     together = encoder.encode_waveforms(clips)
     backwards = encoder.encode_waveforms(clips[::-1])
     for i, clip in enumerate(clips):
         alone = encoder.encode_waveforms([clip])
         np.testing.assert_allclose(together.semantic[i], alone.semantic[0], atol=1e-5)
         np.testing.assert_allclose(backwards.preference[-1 - i], alone.preference[0], atol=1e-5)
-    words = encoder.encode_texts(texts)
+    text_vectors = encoder.encode_texts(texts)
     for i, text in enumerate(texts):
-        np.testing.assert_allclose(words.semantic[i], encoder.encode_texts([text]).semantic[0], atol=1e-5)
+        np.testing.assert_allclose(text_vectors.semantic[i], encoder.encode_texts([text]).semantic[0], atol=1e-5)
 
 
-def test_texts_come_with_their_coverage_and_clips_without(encoder: SongEncoder, config: Config):
+def test_only_texts_have_coverage(encoder: SongEncoder, config: Config):
     texts = [text_of(0), "\U0001f3b5\U0001f3b6", f"{text_of(0)} \U0001f3b5\U0001f3b6"]
     vectors = encoder.encode_texts(texts)
     letters = sum(character.isalnum() for character in text_of(0))
     assert vectors.text_coverage == pytest.approx([1, 0, letters / (letters + 2)])
     assert vectors.rows(slice(1, 2)).text_coverage.tolist() == [0]
     assert concatenate([vectors.rows(slice(1, 2)), vectors.rows(slice(0, 1))]).text_coverage.tolist() == [0, 1]
-    audio = encoder.encode_waveforms(sounds(config, 2))
+    audio = encoder.encode_waveforms(clips_of(config, 2))
     assert audio.text_coverage is None
     assert concatenate([audio, audio]).text_coverage is None
 
 
-def test_batch_embedding_equals_online_for_the_same_mel(encoder: SongEncoder, config: Config):
-    """The stored log-mel, through Ray Data's function in batches of 4 and through the query path one by one."""
+def test_batch_embedding_equals_online_embedding(encoder: SongEncoder, config: Config):
+    """Stored log-mels, embedded in batches of 4 as by Ray Data, and one by one as queries."""
     write_features(config)
     features = Workspace(config.workspace).read_tables("features/features-1")
     table = embed_table(features, encoder, batch_size=4)
@@ -101,7 +101,7 @@ def test_batch_embedding_equals_online_for_the_same_mel(encoder: SongEncoder, co
 
 
 class Broken:
-    """An encoder that gives one song another row."""
+    """Encoder that scales the preference vector of one song."""
 
     def __init__(self, encoder: SongEncoder, mel: np.ndarray, value: float) -> None:
         self.encoder, self.mel, self.value = encoder, mel, value
@@ -115,26 +115,26 @@ class Broken:
 
 
 @pytest.mark.parametrize(
-    ("value", "found"), [(np.nan, "numbers that are not finite"), (0.0, "length 0"), (1.1, "length 1.1")]
+    ("value", "actual"), [(np.nan, "numbers that are not finite"), (0.0, "length 0"), (1.1, "length 1.1")]
 )
-def test_no_row_is_written_that_is_not_of_unit_norm(encoder: SongEncoder, config: Config, value: float, found: str):
+def test_rows_without_unit_norm_are_not_written(encoder: SongEncoder, config: Config, value: float, actual: str):
     write_features(config)
     features = Workspace(config.workspace).read_tables("features/features-1")
     mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
     with pytest.raises(
-        InputError, match=f"the preference vector of song '{song_id(6)}' has {found}; expected unit norm"
+        InputError, match=f"the preference vector of song '{song_id(6)}' has {actual}; expected unit norm"
     ):
         embed_table(features, Broken(encoder, mels[6], value), batch_size=4)
 
 
-def test_a_song_that_cannot_be_embedded_is_named(encoder: SongEncoder, config: Config, folders: tuple[Path, Path]):
-    """Features that were damaged, and a model whose vectors are not finite though its weights are."""
+def test_song_with_invalid_embedding_is_named(encoder: SongEncoder, config: Config, folders: tuple[Path, Path]):
+    """Damaged features, and a model with finite weights and vectors that are not finite."""
     write_features(config)
     features = Workspace(config.workspace).read_tables("features/features-1")
     mels = features["log_mel"].combine_chunks().to_numpy_ndarray().copy()
     mels[9, 1, 3] = np.nan
-    place = features.schema.get_field_index("log_mel")
-    damaged = features.set_column(place, "log_mel", pa.FixedShapeTensorArray.from_numpy_ndarray(mels))
+    position = features.schema.get_field_index("log_mel")
+    damaged = features.set_column(position, "log_mel", pa.FixedShapeTensorArray.from_numpy_ndarray(mels))
     with pytest.raises(InputError, match=rf"song '{song_id(9)}' cannot be embedded: the log-mel of clip 0 holds NaN"):
         embed_table(damaged, encoder, batch_size=4)
     model = HTCL.from_pretrained(folders[0])
@@ -146,7 +146,7 @@ def test_a_song_that_cannot_be_embedded_is_named(encoder: SongEncoder, config: C
         embed_table(features, SongEncoder(model, None, {"semantic": "x", "preference": None}), batch_size=4)
 
 
-def test_stored_vectors_that_are_not_of_unit_norm_are_not_indexed(encoder: SongEncoder, config: Config):
+def test_stored_vectors_without_unit_norm_are_not_indexed(encoder: SongEncoder, config: Config):
     write_features(config)
     workspace = Workspace(config.workspace)
     table = embed_table(workspace.read_tables("features/features-1"), encoder, batch_size=4)
@@ -162,7 +162,7 @@ def test_stored_vectors_that_are_not_of_unit_norm_are_not_indexed(encoder: SongE
         read_vectors(workspace, "embeddings/e")
 
 
-def test_noise_is_not_the_song(encoder: SongEncoder, config: Config):
+def test_noise_differs_from_the_song(encoder: SongEncoder, config: Config):
     clip = sound(3, config.audio)
     noise = np.random.default_rng(0).normal(scale=clip.std(), size=len(clip)).astype(np.float32)
     song, other = encoder.encode_waveforms([clip]), encoder.encode_waveforms([noise])
@@ -170,7 +170,7 @@ def test_noise_is_not_the_song(encoder: SongEncoder, config: Config):
     assert float(song.preference[0] @ other.preference[0]) < 0.999
 
 
-def test_versions_are_those_of_the_weights(encoder: SongEncoder, folders: tuple[Path, Path]):
+def test_versions_are_weight_fingerprints(encoder: SongEncoder, folders: tuple[Path, Path]):
     assert encoder.model_versions == {
         "semantic": weights_fingerprint(folders[0]),
         "preference": weights_fingerprint(folders[1]),
@@ -188,7 +188,7 @@ def test_versions_are_those_of_the_weights(encoder: SongEncoder, folders: tuple[
         ({"audio.f_min": 20.0}, r"audio\.f_min=0\.0.*20\.0"),
     ],
 )
-def test_two_models_that_do_not_fit_each_other(
+def test_mismatched_models_are_rejected(
     tmp_path: Path, folders: tuple[Path, Path], config: Config, change, message: str
 ):
     other = config.with_overrides({**change, "workspace": str(tmp_path / "workspace")})

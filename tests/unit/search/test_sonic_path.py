@@ -36,7 +36,7 @@ def ids(service: SearchService, start: str, end: str, count: int, **options: flo
 
 
 def naive_slerp(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
-    """Turning `a` towards `b` in the plane of both."""
+    """Rotation of `a` towards `b` in their plane."""
     a, b = a.astype(float), b.astype(float)
     angle = np.arccos(np.clip(a @ b, -1, 1))
     across = b - (a @ b) * a
@@ -54,105 +54,105 @@ def naive_path(service: SearchService, start: str, end: str, count: int, blend: 
     def scores(queries: list[np.ndarray]) -> np.ndarray:
         return (1 - blend) * halves[0] @ queries[0] + blend * halves[1] @ queries[1]
 
-    taken: list[int] = []
+    selected: list[int] = []
     for step in range(1, count - 1):
         values = scores([naive_slerp(half[first], half[last], step / (count - 1)) for half in halves])
-        values[[first, last, *taken]] = -np.inf
-        taken.append(int(values.argmax()))
+        values[[first, last, *selected]] = -np.inf
+        selected.append(int(values.argmax()))
     progress = scores([half[last] for half in halves]) - scores([half[first] for half in halves])
-    return [start, *(names[i] for i in sorted(taken, key=lambda i: progress[i])), end]
+    return [start, *(names[i] for i in sorted(selected, key=lambda i: progress[i])), end]
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_path_is_that_of_a_naive_search(seed: int, blend: float):
+def test_path_equals_a_naive_search(seed: int, blend: float):
     service = catalogue(seed)
     start, end = "s007", "s123"
     assert ids(service, start, end, 12, blend=blend) == naive_path(service, start, end, 12, blend)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 25, MAX_PATH])
-def test_a_path_has_its_ends_and_its_length_and_no_song_twice(count: int):
-    found = ids(catalogue(1), "s010", "s020", count)
-    assert (found[0], found[-1], len(found)) == ("s010", "s020", count)
-    assert len(set(found)) == count
+def test_path_has_distinct_songs_and_both_ends(count: int):
+    path = ids(catalogue(1), "s010", "s020", count)
+    assert (path[0], path[-1], len(path)) == ("s010", "s020", count)
+    assert len(set(path)) == count
 
 
-def test_a_path_grows_from_the_start_to_the_end():
+def test_path_moves_from_start_to_end():
     service = catalogue(2)
-    found = ids(service, "s010", "s020", 20)
-    vectors = service.index.vectors_of(found)
+    path = ids(service, "s010", "s020", 20)
+    vectors = service.index.vectors_of(path)
     joined = np.concatenate([vectors.semantic, vectors.preference], axis=1) / np.sqrt(2)
     progress = joined @ joined[-1] - joined @ joined[0]
     assert (np.diff(progress) >= -1e-6).all()
 
 
-def test_neighbours_on_a_path_are_nearer_than_songs_at_random():
+def test_path_neighbours_are_closer_than_random_songs():
     near, far = [], []
     for seed in range(5):
         service = catalogue(seed)
-        found = ids(service, "s001", "s002", 15)
-        vectors = service.index.vectors_of(found)
+        path = ids(service, "s001", "s002", 15)
+        vectors = service.index.vectors_of(path)
         joined = np.concatenate([vectors.semantic, vectors.preference], axis=1) / np.sqrt(2)
         near.append((joined[1:] * joined[:-1]).sum(axis=1).mean())
         rng = np.random.default_rng(seed)
-        drawn = service.index.vectors_of([f"s{i:03d}" for i in rng.choice(SONGS, 15, replace=False)])
-        other = np.concatenate([drawn.semantic, drawn.preference], axis=1) / np.sqrt(2)
+        random_songs = service.index.vectors_of([f"s{i:03d}" for i in rng.choice(SONGS, 15, replace=False)])
+        other = np.concatenate([random_songs.semantic, random_songs.preference], axis=1) / np.sqrt(2)
         far.append((other[1:] * other[:-1]).sum(axis=1).mean())
     assert min(near) > max(far) + 0.1
 
 
 def test_scores_are_relative_to_the_start():
     service = catalogue(3)
-    answer = service.path("s005", "s050", 6, blend=0.25)
+    results = service.path("s005", "s050", 6, blend=0.25)
     expected = {hit.song_id: hit for hit in service.search_songs(["s005"], k=SONGS, blend=0.25).hits}
-    assert answer.hits[0].score == pytest.approx(1)
-    for hit in answer.hits[1:]:
+    assert results.hits[0].score == pytest.approx(1)
+    for hit in results.hits[1:]:
         assert (hit.score, hit.semantic_score) == pytest.approx(
             (expected[hit.song_id].score, expected[hit.song_id].semantic_score)
         )
-    assert [song["song_id"] for song in answer.metadata] == [hit.song_id for hit in answer.hits]
+    assert [song["song_id"] for song in results.metadata] == [hit.song_id for hit in results.hits]
 
 
-def test_a_small_catalogue_gives_all_its_songs():
+def test_small_catalogue_returns_all_songs():
     assert sorted(ids(catalogue(4, songs=5), "s000", "s003", 25)) == [f"s{i:03d}" for i in range(5)]
 
 
-def test_a_song_leads_to_itself_alone():
+def test_equal_ends_return_one_song():
     assert ids(catalogue(4), "s001", "s001", 10) == ["s001"]
 
 
-def test_both_ends_are_there_however_few_songs_are_wanted():
+def test_both_ends_are_returned_for_any_count():
     assert ids(catalogue(4), "s001", "s002", 1) == ["s001", "s002"]
 
 
-def test_no_recording_is_heard_twice():
+def test_path_has_no_duplicate_recordings():
     groups = [f"recording {i // 2}" for i in range(20)]
-    found = ids(catalogue(5, songs=20, groups=groups), "s000", "s019", 25)
-    assert len(found) == 10
-    assert len({int(song[1:]) // 2 for song in found}) == 10
+    path = ids(catalogue(5, songs=20, groups=groups), "s000", "s019", 25)
+    assert len(path) == 10
+    assert len({int(song[1:]) // 2 for song in path}) == 10
 
 
-def test_songs_without_stage_2_have_paths_too():
+def test_path_without_stage_2():
     hits = catalogue(6, preference=False).path("s001", "s002", 8).hits
     assert len(hits) == 8
     assert all(hit.preference_score is None for hit in hits)
 
 
-@pytest.mark.parametrize(("start", "end"), [("nobody", "s001"), ("s001", "nobody")])
-def test_a_song_that_is_not_there_is_an_error(start: str, end: str):
-    with pytest.raises(SongNotFoundError, match="nobody"):
+@pytest.mark.parametrize(("start", "end"), [("missing", "s001"), ("s001", "missing")])
+def test_unknown_song_raises(start: str, end: str):
+    with pytest.raises(SongNotFoundError, match="missing"):
         catalogue(0).path(start, end, 5)
 
 
 @pytest.mark.parametrize("count", [0, -1, MAX_PATH + 1])
-def test_a_count_out_of_range_is_an_error(count: int):
+def test_count_out_of_range_raises(count: int):
     with pytest.raises(QueryError, match="count"):
         catalogue(0).path("s001", "s002", count)
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-9, 0.3, 2.0, np.pi - 1e-9, np.pi])
-def test_points_of_an_arc_are_of_unit_norm_and_in_equal_angles(angle: float):
+def test_arc_points_have_unit_norm_and_equal_angles(angle: float):
     a = np.zeros(DIM)
     a[0] = 1
     b = np.zeros(DIM)

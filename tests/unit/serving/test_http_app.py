@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from htcl_ray.api.requests import Filter, Play
 from htcl_ray.config.sections import AudioRecipe, ServeSettings
 from htcl_ray.errors import AudioError, HtclError, InputError, NoResponseError, RequestError
 from htcl_ray.index.live.live_index import Active
@@ -23,8 +24,6 @@ from htcl_ray.index.live.update_log import UpdateLog
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.schemas import Reason
-from htcl_ray.search.filters import Filter
-from htcl_ray.search.profiles import Heard
 from htcl_ray.search.service import SearchService
 from htcl_ray.serving.http_app import create_app
 from htcl_ray.serving.middleware.request_checks import MAX_JSON_BYTES
@@ -206,7 +205,7 @@ def test_negatives_and_histories(client: Client):
         {"song_id": "zz"},
     ]
     response = client("POST", "/v1/recommend", json={"history": history, "half_life_days": 7})
-    heard = [Heard("a", 2, 1_700_000_000), Heard("b", -0.5)]
+    heard = [Play("a", 2, 1_700_000_000), Play("b", -0.5)]
     assert found(response) == [hit.song_id for hit in service.recommend(heard, half_life_days=7).hits]
     assert response.json()["unknown_song_ids"] == ["zz"]
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import AudioError, InputError
-from htcl_ray.index.live.live_index import LiveIndex, SwitchUnderWay
+from htcl_ray.index.live.live_index import LiveIndex, SwitchInProgress
 from htcl_ray.index.live.update_log import Update, UpdateLog
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.schemas import Reason
@@ -281,7 +281,7 @@ def test_no_response_shows_where_the_workspace_is(tmp_path: Path, name: str):
 
 def test_a_second_switch_at_a_time_is_told_to_wait(client: Client, monkeypatch: pytest.MonkeyPatch):
     def busy(version: str) -> None:
-        raise SwitchUnderWay
+        raise SwitchInProgress
 
     monkeypatch.setattr(client.live, "activate", busy)
     response = client("POST", "/v1/index/activate", json={"version": "v1"})

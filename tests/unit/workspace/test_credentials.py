@@ -17,7 +17,7 @@ from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
 from htcl_ray.config.sections import TrackingSettings
 from htcl_ray.errors import AudioError, ConfigError, HtclError, RequestError, WorkspaceError
-from htcl_ray.index.live import uploads
+from htcl_ray.index.live.update_log import store_upload
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.schemas import Reason
 from htcl_ray.training.trackers import MlflowTracker, Trackers, check_tracking
@@ -194,7 +194,7 @@ def test_a_workspace_is_opened_with_them_and_named_without():
 
 def test_an_upload_is_found_where_it_was_stored(tmp_path: Path):
     workspace = Workspace(str(tmp_path))
-    assert Path(uploads.store_upload(workspace, b"sound", "a.wav")).read_bytes() == b"sound"
+    assert Path(store_upload(workspace, b"sound", "a.wav")).read_bytes() == b"sound"
 
 
 def test_tables_of_rejected_rows_name_their_source_without():

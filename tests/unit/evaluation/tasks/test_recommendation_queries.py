@@ -12,13 +12,12 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from htcl_ray.api.requests import Filter, Play
 from htcl_ray.config.sections import IndexSettings
 from htcl_ray.errors import QueryError, SongNotFoundError
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.schemas import INDEX_SONGS
-from htcl_ray.search.filters import Filter
-from htcl_ray.search.profiles import Heard
 from htcl_ray.search.service import SearchService
 from htcl_ray.search.song_columns import SongColumns
 
@@ -222,7 +221,7 @@ def test_a_narrow_filter_still_fills_the_answer(service: SearchService):
 @pytest.mark.parametrize(
     ("conditions", "said"),
     [
-        ({"genres": ["rock"]}, "there is no column 'genres' to filter by; did you mean 'genre'"),
+        ({"genres": ["rock"]}, "'genres' is not a column to filter by; did you mean 'genre'"),
         ({"year": {"from": 1990}}, "year\n.*expected a year, a list of 1 to 1000 years, or a range"),
         ({"year": {}}, "expected a year"),
         ({"year": "1990s"}, "expected a year"),
@@ -262,12 +261,12 @@ DAY = 86_400.0
 
 def test_a_history_is_its_decayed_mean_and_is_left_out(service: SearchService):
     history = [
-        Heard("s001", 2.0, 1_700_000_000.0),
-        Heard("gone", 5.0, 1_700_000_000.0 + 90 * DAY),
-        Heard("s002", 1.0, 1_700_000_000.0 - 30 * DAY),
-        Heard("s003", -1.0, 1_700_000_000.0 - 60 * DAY),
-        Heard("s004"),
-        Heard("s001", 1.0, 1_700_000_000.0 - 15 * DAY),
+        Play("s001", 2.0, 1_700_000_000.0),
+        Play("gone", 5.0, 1_700_000_000.0 + 90 * DAY),
+        Play("s002", 1.0, 1_700_000_000.0 - 30 * DAY),
+        Play("s003", -1.0, 1_700_000_000.0 - 60 * DAY),
+        Play("s004"),
+        Play("s001", 1.0, 1_700_000_000.0 - 15 * DAY),
     ]
     ids = ["s001", "s002", "s003", "s004", "s001"]
     weights = np.array([2.0, 0.5, -0.25, 1.0, 2 ** (-0.5)])
@@ -280,17 +279,17 @@ def test_a_history_is_its_decayed_mean_and_is_left_out(service: SearchService):
 
 
 def test_times_far_apart_do_not_overflow(service: SearchService):
-    answer = service.recommend([Heard("s001", 1e6, -2e11), Heard("s002", 1e-6, 2e11)], half_life_days=1e-6)
-    assert found(answer) == found(service.recommend([Heard("s002"), Heard("s001", 0.0)]))
+    answer = service.recommend([Play("s001", 1e6, -2e11), Play("s002", 1e-6, 2e11)], half_life_days=1e-6)
+    assert found(answer) == found(service.recommend([Play("s002"), Play("s001", 0.0)]))
 
 
 def test_histories_that_say_nothing(service: SearchService):
     with pytest.raises(SongNotFoundError, match="none of the 2 songs of the history is in the index"):
-        service.recommend([Heard("x"), Heard("y")])
+        service.recommend([Play("x"), Play("y")])
     with pytest.raises(QueryError, match="no song of the history has weight"):
-        service.recommend([Heard("s001", 0.0), Heard("x", 1.0)])
+        service.recommend([Play("s001", 0.0), Play("x", 1.0)])
     with pytest.raises(QueryError, match="zero"):
-        service.recommend([Heard("s001", 1.0), Heard("s001", -1.0)])
+        service.recommend([Play("s001", 1.0), Play("s001", -1.0)])
 
 
 def test_tags_shared_with_the_question(service: SearchService):

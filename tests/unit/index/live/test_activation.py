@@ -1,5 +1,4 @@
-"""Which index counts: the order of activations, whatever the clocks say and however many activate, and refusals that
-pass or stay."""
+"""Precedence of activations, with wrong clocks and concurrent writers, and transient and permanent rejections."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ pytestmark = pytest.mark.unit
 
 
 class Clocks:
-    """The wall clock of this process, as one that is wrong by some time, and the steady clock, which stands still
-    unless told."""
+    """Wall clock of this process with a settable error, and a monotonic clock that only the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wrong_by = timedelta()
@@ -80,11 +78,9 @@ def live(workspace: Workspace, version: str | None = None, **settings: object) -
     return LiveIndex(workspace, ServeSettings(**settings), VERSIONS, starting_pointer(workspace, version))
 
 
-class TestOrder:
+class TestPrecedence:
     @pytest.mark.parametrize("hours", [-24_000, -1, 1, 240_000])
-    def test_the_later_activation_counts_whatever_the_clocks_say(
-        self, workspace: Workspace, clocks: Clocks, hours: int
-    ):
+    def test_later_activation_wins_despite_wrong_clocks(self, workspace: Workspace, clocks: Clocks, hours: int):
         one, other = live(workspace, "v1"), live(workspace, "v1")
         one.activate("v2")
         clocks.wrong_by = timedelta(hours=hours)
@@ -99,31 +95,26 @@ class TestOrder:
         assert [replica.version for replica in (one, other, live(workspace))] == ["v2"] * 3
 
     @pytest.mark.parametrize("hours", [-24_000, 240_000])
-    def test_what_a_command_names_counts_until_a_later_activation(
-        self, workspace: Workspace, clocks: Clocks, hours: int
-    ):
+    def test_started_index_is_served_until_a_later_activation(self, workspace: Workspace, clocks: Clocks, hours: int):
         other = live(workspace, "v1")
         clocks.wrong_by = timedelta(hours=hours)
         other.activate("v2")
         clocks.wrong_by = timedelta()
-        named = live(workspace, "v3")
+        started = starting_pointer(workspace, "v3")
+        named = LiveIndex(workspace, ServeSettings(), VERSIONS, started)
         named.poll()
         assert named.version == "v3"
-        restarted = LiveIndex(workspace, ServeSettings(), VERSIONS, named._started)
+        restarted = LiveIndex(workspace, ServeSettings(), VERSIONS, started)
         assert restarted.version == "v3"
         clocks.wrong_by = timedelta(hours=hours)
         other.activate("v1")
         for replica in (named, restarted):
             replica.poll()
             assert replica.version == "v1"
-        assert LiveIndex(workspace, ServeSettings(), VERSIONS, named._started).version == "v1", (
-            "a replica that starts later"
-        )
+        assert LiveIndex(workspace, ServeSettings(), VERSIONS, started).version == "v1", "a replica that starts later"
 
     @pytest.mark.parametrize("hours", [-24_000, 240_000])
-    def test_an_index_that_was_built_later_is_followed_whatever_the_clocks_say(
-        self, tmp_path: Path, clocks: Clocks, hours: int
-    ):
+    def test_newer_index_is_followed_despite_wrong_clocks(self, tmp_path: Path, clocks: Clocks, hours: int):
         workspace = Workspace(str(tmp_path / "workspace"))
         write_index(workspace, "v1", {"a": 1})
         clocks.wrong_by = timedelta(hours=-hours)
@@ -132,7 +123,7 @@ class TestOrder:
         following, named = live(workspace, activate_newest=True), live(workspace, "v1", activate_newest=True)
         for replica in (following, named):
             replica.poll()
-            assert replica.version == "v1", "the other was there when v1 was chosen"
+            assert replica.version == "v1", "the other index existed when v1 was activated"
         clocks.wrong_by = timedelta(hours=hours)
         for version in ("v2", "v3"):
             write_index(workspace, version, {"a": 1})
@@ -141,7 +132,7 @@ class TestOrder:
                 replica.poll()
                 assert replica.version == version
 
-    def test_the_newest_artifact_is_the_one_that_was_finished_last(self, tmp_path: Path):
+    def test_newest_artifact_is_the_last_finished(self, tmp_path: Path):
         workspace = Workspace(str(tmp_path))
         made = build_manifest("thing", config={}, inputs={})
         workspace.write_json("things/odd/manifest.json", [1])
@@ -157,7 +148,7 @@ class TestOrder:
         workspace.finish("things/c", judged)
         assert workspace.manifest("things/c") == judged, "a manifest that is written again keeps its time"
 
-    def test_the_log_of_activations_stays_short(self, workspace: Workspace):
+    def test_old_activations_are_deleted(self, workspace: Workspace):
         activations = Activations(workspace)
         for turn in range(KEPT + 5):
             activations.append(f"v{turn}")
@@ -183,18 +174,18 @@ for turn in range(5):
 
 
 def check_order(workspace: Workspace, activated: list[list[tuple[str, str]]]) -> None:
-    """None is lost, and each comes after all that its writer had seen."""
+    """No activation is lost, and each sorts after all that its writer had read."""
     orders = [order for steps in activated for _, order in steps]
-    assert len(set(orders)) == len(orders) == 20
+    assert len(set(orders)) == len(orders) == 5 * len(activated)
     assert sorted(orders) == workspace.children(FOLDER)
     for steps in activated:
         assert all(before < order for before, order in steps)
         assert [order for _, order in steps] == sorted(order for _, order in steps)
-    found = list(Activations(workspace).latest_first())
-    assert [pointer.order for pointer in found] == sorted(orders, reverse=True)
+    pointers = list(Activations(workspace).latest_first())
+    assert [pointer.order for pointer in pointers] == sorted(orders, reverse=True)
 
 
-class TestAtTheSameTime:
+class TestConcurrency:
     def test_threads(self, uri: str):
         start = threading.Barrier(4)
         activated: list[list[tuple[str, str]]] = [[] for _ in range(4)]
@@ -216,17 +207,17 @@ class TestAtTheSameTime:
     def test_processes(self, uri: str):
         command = [sys.executable, "-c", APPEND, uri]
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
-        running = [subprocess.Popen([*command, str(number)], **options) for number in range(4)]
+        running = [subprocess.Popen([*command, str(number)], **options) for number in range(2)]
         for process in running:
             assert process.stdout.readline() == "ready\n"
         for process in running:
             process.stdin.write("go\n")
             process.stdin.flush()
-        said = [process.communicate(timeout=120)[0].splitlines() for process in running]
-        check_order(Workspace(uri), [[tuple(json.loads(line)) for line in lines] for lines in said])
+        outputs = [process.communicate(timeout=120)[0].splitlines() for process in running]
+        check_order(Workspace(uri), [[tuple(json.loads(line)) for line in lines] for lines in outputs])
 
-    def test_two_that_have_seen_the_same(self, store: ObjectStore):
-        """Both write the same number; the store has both, and one counts, for everyone."""
+    def test_concurrent_activations_with_the_same_number_are_both_kept(self, store: ObjectStore):
+        """Both writers use the same number; the store keeps both, and all readers select the same one."""
         one, other = (Activations(Workspace("s3://bucket/workspace")) for _ in range(2))
         between = []
 
@@ -236,14 +227,14 @@ class TestAtTheSameTime:
                 between.append(other.append("other").order)
 
         store.before_write = meanwhile
-        mine = one.append("one").order
-        assert mine[:20] == between[1][:20]
-        assert len({mine, between[1]}) == 2
+        own = one.append("one").order
+        assert own[:20] == between[1][:20]
+        assert len({own, between[1]}) == 2
         latest = [next(Activations(Workspace("s3://bucket/workspace")).latest_first()) for _ in range(2)]
         assert latest[0] == latest[1]
-        assert latest[0].order == max(mine, between[1])
+        assert latest[0].order == max(own, between[1])
 
-    def test_replicas_that_activate_different_indexes_come_to_agree(self, workspace: Workspace):
+    def test_replicas_agree_after_concurrent_activations(self, workspace: Workspace):
         replicas = [live(workspace, "v1") for _ in range(3)]
         threads = [
             threading.Thread(target=replica.activate, args=(version,))
@@ -259,9 +250,7 @@ class TestAtTheSameTime:
         expected = next(Activations(workspace).latest_first()).version
         assert {replica.version for replica in (*replicas, live(workspace))} == {expected}
 
-    def test_a_replica_that_dies_between_writing_and_switching(
-        self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-    ):
+    def test_crash_between_activation_and_switch(self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
         one, other = live(workspace, "v1"), live(workspace, "v1")
         with monkeypatch.context() as killed:
             killed.setattr(LiveIndex, "_switch", lambda *_: 1 / 0)
@@ -272,7 +261,7 @@ class TestAtTheSameTime:
             replica.poll()
         assert [replica.version for replica in (one, other, live(workspace))] == ["v2"] * 3
 
-    def test_one_that_dies_before_writing_changed_nothing(self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    def test_crash_before_the_activation_changes_nothing(self, workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
         one, other = live(workspace, "v1"), live(workspace, "v1")
         with monkeypatch.context() as killed:
             killed.setattr("htcl_ray.workspace.local_copies.os.replace", lambda *_: 1 / 0)
@@ -285,20 +274,20 @@ class TestAtTheSameTime:
 
 
 def damage(workspace: Workspace, version: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reason to refuse an index that passes; `mend` ends it."""
+    """Damage an index in a way that `repair` reverts."""
     folder = Path(workspace.full(f"index/{version}"))
-    if kind == "models not there":
+    if kind == "missing models":
         Path(workspace.full("models")).rename(workspace.full("away"))
     elif kind == "half-copied":
         (folder / "index.faiss").rename(folder / ".index.faiss")
         (folder / "index.faiss").write_bytes(b"half")
-    elif kind == "manifest not there":
+    elif kind == "missing manifest":
         (folder / "manifest.json").rename(folder / ".manifest.json")
     elif kind == "half a manifest":
         (folder / "manifest.json").rename(folder / ".manifest.json")
         (folder / "manifest.json").write_text("{")
     else:
-        error = {"storage": OSError(5, "the disk is away"), "memory": MemoryError("no memory")}[kind]
+        error = {"storage": OSError(5, "the disk is gone"), "memory": MemoryError("no memory")}[kind]
 
         def failing(*_: object, **__: object) -> None:
             raise error
@@ -306,7 +295,7 @@ def damage(workspace: Workspace, version: str, kind: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(live_index, "load_accepted", failing)
 
 
-def mend(workspace: Workspace, version: str, monkeypatch: pytest.MonkeyPatch, load: object) -> None:
+def repair(workspace: Workspace, version: str, monkeypatch: pytest.MonkeyPatch, load: object) -> None:
     folder = Path(workspace.full(f"index/{version}"))
     for hidden in folder.glob(".[im]*"):
         hidden.rename(hidden.with_name(hidden.name[1:]))
@@ -315,24 +304,26 @@ def mend(workspace: Workspace, version: str, monkeypatch: pytest.MonkeyPatch, lo
     monkeypatch.setattr(live_index, "load_accepted", load)
 
 
-PASSING = ["models not there", "half-copied", "manifest not there", "half a manifest", "storage", "memory"]
+TRANSIENT = ["missing models", "half-copied", "missing manifest", "half a manifest", "storage", "memory"]
 
 
-class TestRefusals:
-    @pytest.mark.parametrize("kind", PASSING)
-    def test_one_that_passes(self, kind: str, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch):
+class TestRejections:
+    @pytest.mark.parametrize("kind", TRANSIENT)
+    def test_transient_rejection_is_retried(
+        self, kind: str, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+    ):
         load = live_index.load_accepted
         replica = live(workspace, "v1")
         Activations(workspace).append("v2")
         damage(workspace, "v2", kind, monkeypatch)
         replica.poll()
         assert replica.version == "v1"
-        mend(workspace, "v2", monkeypatch, load)
+        repair(workspace, "v2", monkeypatch, load)
         clocks.steady += 2.1
         replica.poll()
         assert replica.version == "v2"
 
-    def test_one_of_an_index_that_is_half_copied_to_object_storage(self, store: ObjectStore, clocks: Clocks):
+    def test_half_copied_index_on_object_storage_is_retried(self, store: ObjectStore, clocks: Clocks):
         workspace = Workspace("s3://bucket/workspace")
         for version in ("v1", "v2"):
             write_index(workspace, version, {"a": 1, "b": 2})
@@ -347,7 +338,7 @@ class TestRefusals:
         replica.poll()
         assert replica.version == "v2"
 
-    def test_one_that_stays_is_tried_less_and_less_often_and_reported_once(
+    def test_permanent_rejection_backs_off_and_is_logged_once(
         self, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ):
         replica = live(workspace, "v1")
@@ -369,9 +360,9 @@ class TestRefusals:
         tries.clear()
         Activations(workspace).append("v2")
         replica.poll()
-        assert len(tries) == 1, "activated again: tried again at once"
+        assert len(tries) == 1, "activated again: retried immediately"
 
-    def test_the_activation_before_one_that_is_refused_counts(
+    def test_previous_activation_is_served_while_one_is_rejected(
         self, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
     ):
         replica = live(workspace, "v1")
@@ -381,20 +372,20 @@ class TestRefusals:
         replica.poll()
         assert (replica.version, live(workspace).version) == ("v3", "v3")
 
-    def test_an_application_that_starts_while_the_active_index_is_refused_follows_later(
+    def test_restart_during_a_rejection_switches_later(
         self, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
     ):
         Activations(workspace).append("v1")
         damage(workspace, "v1", "half a manifest", monkeypatch)
         replica = LiveIndex(workspace, ServeSettings(), VERSIONS)
         assert replica.version == "v3", "the newest"
-        mend(workspace, "v1", monkeypatch, live_index.load_accepted)
+        repair(workspace, "v1", monkeypatch, live_index.load_accepted)
         clocks.steady += 2.1
         replica.poll()
         assert replica.version == "v1"
 
     @pytest.mark.parametrize("kind", ["half a manifest", "half-copied"])
-    def test_the_newest_index_that_was_half_copied_is_followed_when_it_is_whole(
+    def test_half_copied_newest_index_is_followed_when_complete(
         self, kind: str, workspace: Workspace, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
     ):
         replica = live(workspace, "v1", activate_newest=True)
@@ -402,12 +393,12 @@ class TestRefusals:
         damage(workspace, "v4", kind, monkeypatch)
         replica.poll()
         assert replica.version == "v1"
-        mend(workspace, "v4", monkeypatch, live_index.load_accepted)
+        repair(workspace, "v4", monkeypatch, live_index.load_accepted)
         clocks.steady += 2.1
         replica.poll()
         assert replica.version == "v4"
 
-    def test_an_activation_that_cannot_be_read(self, workspace: Workspace, caplog: pytest.LogCaptureFixture):
+    def test_unreadable_activations_are_skipped(self, workspace: Workspace, caplog: pytest.LogCaptureFixture):
         replica = live(workspace, "v1")
         replica.activate("v2")
         files = {
@@ -426,7 +417,7 @@ class TestRefusals:
         replica.activate("v3")
         assert live(workspace).version == "v3"
 
-    def test_a_version_that_is_none_is_not_written(self, workspace: Workspace):
+    def test_invalid_version_is_not_written(self, workspace: Workspace):
         with pytest.raises(IndexRefusedError, match="no index version"):
             Activations(workspace).append("../v1")
         assert workspace.children(FOLDER) == []

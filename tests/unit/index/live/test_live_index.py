@@ -1,4 +1,4 @@
-"""What a replica serves: its log of updates, its switches, and its agreement with other replicas."""
+"""The served index of a replica: the update log, switches, and agreement with other replicas."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import IndexNotFoundError, IndexRefusedError, SongNotFoundError
+from htcl_ray.index.live import live_index
 from htcl_ray.index.live.activation import FOLDER as ACTIVATIONS
 from htcl_ray.index.live.activation import Activations, starting_pointer
-from htcl_ray.index.live.live_index import LiveIndex, SwitchUnderWay
+from htcl_ray.index.live.live_index import LiveIndex, SwitchInProgress
 from htcl_ray.index.live.update_log import FOLDER, Update, UpdateLog
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.live import VERSIONS, content_of, contents, unit_vectors, write_index
@@ -30,7 +31,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def activate(workspace: Workspace, version: str) -> None:
-    """As a replica of another machine does when it has loaded the index."""
+    """Activate an index as a replica of another machine."""
     Activations(workspace).append(version)
 
 
@@ -39,7 +40,7 @@ def live(workspace: Workspace, version: str | None = None, **settings: object) -
     return LiveIndex(workspace, ServeSettings(**settings), VERSIONS, started)
 
 
-def test_another_replica_sees_an_update_after_its_poll(workspace: Workspace):
+def test_replica_sees_an_update_after_its_poll(workspace: Workspace):
     one, other = live(workspace), live(workspace)
     one.upsert("new", unit_vectors(9), {"title": "New"})
     one.remove("b")
@@ -50,7 +51,7 @@ def test_another_replica_sees_an_update_after_its_poll(workspace: Workspace):
     assert contents(live(workspace).service.index) == contents(one.service.index)
 
 
-def test_a_song_that_is_put_again_is_replaced_and_its_title_stays_when_none_is_given(workspace: Workspace):
+def test_upsert_replaces_vectors_and_keeps_absent_metadata(workspace: Workspace):
     one = live(workspace)
     one.upsert("a", unit_vectors(10), {"album": "Debut"})
     assert contents(one.service.index)["a"] == content_of(10, "Aria")
@@ -59,20 +60,18 @@ def test_a_song_that_is_put_again_is_replaced_and_its_title_stays_when_none_is_g
     assert one.service.index.metadata_of("a")["album"] == "Debut"
 
 
-def test_unknown_songs_are_refused_after_the_log_was_read(workspace: Workspace):
+def test_unknown_songs_are_rejected_after_catching_up(workspace: Workspace):
     one, other = live(workspace), live(workspace)
     with pytest.raises(SongNotFoundError):
-        one.remove("nobody")
+        one.remove("missing")
     with pytest.raises(SongNotFoundError):
-        one.describe("nobody", {"title": "x"})
+        one.describe("missing", {"title": "x"})
     other.upsert("late", unit_vectors(4), {})
     one.remove("late")
     assert "late" not in one.service.index
 
 
-def test_writes_that_follow_one_another_count_in_that_order_though_a_clock_is_slow(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-):
+def test_sequential_writes_keep_their_order_despite_a_slow_clock(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     fast, slow = live(workspace), live(workspace)
     monkeypatch.setattr(time, "time_ns", lambda: 2_000_000_000_000_000_000)
     fast.upsert("x", unit_vectors(5), {})
@@ -86,7 +85,7 @@ def test_writes_that_follow_one_another_count_in_that_order_though_a_clock_is_sl
     assert "x" not in fast.service.index
 
 
-def test_upserts_of_other_models_are_skipped_and_removals_count(workspace: Workspace):
+def test_upserts_of_other_models_are_skipped_and_removals_apply(workspace: Workspace):
     log = UpdateLog(workspace)
     log.append(Update("foreign", unit_vectors(1), {"semantic": "others", "preference": "weights-p"}, {}))
     log.append(Update("half", unit_vectors(1), {"semantic": "weights-s", "preference": None}, {}))
@@ -96,7 +95,7 @@ def test_upserts_of_other_models_are_skipped_and_removals_count(workspace: Works
     assert (one.active.replay.skipped, one.active.replay.applied) == (2, 1)
 
 
-def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(
+def test_damaged_and_foreign_files_are_logged_once_and_the_rest_is_applied(
     workspace: Workspace, caplog: pytest.LogCaptureFixture
 ):
     one = live(workspace)
@@ -114,10 +113,8 @@ def test_broken_and_foreign_files_are_reported_once_and_the_rest_is_applied(
     assert len(caplog.records) == 2
 
 
-def test_a_file_of_the_log_that_was_half_copied_is_applied_when_it_is_whole(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-):
-    """It is read less and less often while it is not."""
+def test_half_copied_log_file_is_applied_when_complete(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """It is read with exponential backoff meanwhile."""
     clock, reads = [1000.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     one, read = live(workspace), Workspace.read_bytes
@@ -144,7 +141,7 @@ def test_a_file_of_the_log_that_was_half_copied_is_applied_when_it_is_whole(
     assert (one.broken, len(reads), one.active.replay.applied) == ({}, 7, 1)
 
 
-def test_switching_applies_the_whole_log_and_tells_the_other_replicas(workspace: Workspace):
+def test_activation_applies_the_log_and_reaches_other_replicas(workspace: Workspace):
     one, other = live(workspace), live(workspace)
     one.upsert("new", unit_vectors(9), {})
     one.remove("c")
@@ -161,7 +158,7 @@ def test_switching_applies_the_whole_log_and_tells_the_other_replicas(workspace:
 
 
 @pytest.mark.parametrize("version", ["..", ".", "a/b", "../v1", "", "x" * 65, "v1\n", "ü"])
-def test_a_version_is_never_a_path(workspace: Workspace, version: str):
+def test_version_is_never_a_path(workspace: Workspace, version: str):
     one = live(workspace)
     with pytest.raises(IndexRefusedError, match="no index version"):
         one.activate(version)
@@ -169,7 +166,7 @@ def test_a_version_is_never_a_path(workspace: Workspace, version: str):
 
 
 def refused_indexes(workspace: Workspace) -> dict[str, str]:
-    """Indexes that must not be served, and what the refusal says."""
+    """Versions of indexes that must not be served, each with a part of the error message."""
     write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
     for version in ("cut", "unfinished", "failed", "damaged", "odd"):
         write_index(workspace, version, {"a": 1, "b": 2})
@@ -201,7 +198,7 @@ def refused_indexes(workspace: Workspace) -> dict[str, str]:
     }
 
 
-def test_a_bad_index_is_refused_and_the_old_one_stays(workspace: Workspace, caplog: pytest.LogCaptureFixture):
+def test_invalid_index_is_rejected_and_the_old_one_stays(workspace: Workspace, caplog: pytest.LogCaptureFixture):
     one, other = live(workspace), live(workspace)
     before = contents(one.service.index)
     for version, message in refused_indexes(workspace).items():
@@ -220,20 +217,20 @@ def test_a_bad_index_is_refused_and_the_old_one_stays(workspace: Workspace, capl
         workspace.remove(ACTIVATIONS)
 
 
-def test_what_an_application_starts_with(workspace: Workspace):
+def test_starting_pointer_precedence(workspace: Workspace):
     write_index(workspace, "v2", {"a": 1})
     assert starting_pointer(workspace, None).version == "v2", "the newest"
     activate(workspace, "v1")
-    assert starting_pointer(workspace, None).version == "v1", "what was activated"
-    assert starting_pointer(workspace, "v2").version == "v2", "what the command names"
+    assert starting_pointer(workspace, None).version == "v1", "the last activation"
+    assert starting_pointer(workspace, "v2").version == "v2", "the version of the command"
     activate(workspace, "gone")
-    assert starting_pointer(workspace, None).version == "v1", "an activation of nothing is passed over"
+    assert starting_pointer(workspace, None).version == "v1", "an activation of a missing index is skipped"
     newest = workspace.children(ACTIVATIONS)[-1]
     Path(workspace.full(f"{ACTIVATIONS}/{newest}")).write_text("{")
     assert starting_pointer(workspace, None).version == "v1"
 
 
-def test_a_named_index_counts_until_another_is_activated_later(workspace: Workspace):
+def test_named_index_is_served_until_a_later_activation(workspace: Workspace):
     write_index(workspace, "v2", {"a": 1})
     activate(workspace, "v1")
     named = live(workspace, "v2")
@@ -244,7 +241,7 @@ def test_a_named_index_counts_until_another_is_activated_later(workspace: Worksp
     assert named.version == "v1"
 
 
-def test_a_newer_index_is_followed_only_when_asked(workspace: Workspace):
+def test_newer_index_is_followed_only_with_activate_newest(workspace: Workspace):
     still, following = live(workspace, "v1"), live(workspace, "v1", activate_newest=True)
     write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
     write_index(workspace, "v2", {"a": 1, "z": 2})
@@ -253,24 +250,24 @@ def test_a_newer_index_is_followed_only_when_asked(workspace: Workspace):
     assert (still.version, following.version) == ("v1", "v2")
 
 
-def test_one_switch_at_a_time(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_only_one_switch_at_a_time(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     write_index(workspace, "v2", {"a": 1})
     one = live(workspace)
-    load, second = one._load, []
+    load, second = live_index.load_accepted, []
 
-    def while_loading(version: str) -> object:
-        with pytest.raises(SwitchUnderWay):
+    def while_loading(workspace: Workspace, version: str, *args: object, **options: object) -> object:
+        with pytest.raises(SwitchInProgress):
             one.activate("v2")
         second.append(version)
-        return load(version)
+        return load(workspace, version, *args, **options)
 
-    monkeypatch.setattr(one, "_load", while_loading)
+    monkeypatch.setattr(live_index, "load_accepted", while_loading)
     one.activate("v2")
     assert (one.version, len(second)) == ("v2", 1)
 
 
-def test_searches_beside_updates_and_switches_see_one_state(workspace: Workspace):
-    """Every answer is the one of some moment: `x` and `y` are put in together, so to speak, and `x` first."""
+def test_searches_during_updates_and_switches_read_one_state(workspace: Workspace):
+    """Each result is of one state, while a song is upserted and removed and the index is switched."""
     write_index(workspace, "v2", {"a": 1, "b": 2, "c": 3})
     one = live(workspace)
     stop, problems = threading.Event(), []
@@ -278,20 +275,20 @@ def test_searches_beside_updates_and_switches_see_one_state(workspace: Workspace
     def search() -> None:
         while not stop.is_set():
             active = one.active
-            answer = active.service.search_songs(["a"], k=10)
-            ids = [hit.song_id for hit in answer.hits]
+            results = active.service.search_songs(["a"], k=10)
+            ids = [hit.song_id for hit in results.hits]
             if (
                 len(ids) != len(set(ids))
                 or not {"b", "c"} <= set(ids)
-                or [song["song_id"] for song in answer.metadata] != ids
+                or [song["song_id"] for song in results.metadata] != ids
             ):
                 problems.append(ids)
 
-    threads = [threading.Thread(target=search) for _ in range(3)]
+    threads = [threading.Thread(target=search) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
-        for turn in range(30):
+        for turn in range(12):
             one.upsert("x", unit_vectors(turn), {"title": str(turn)})
             one.activate("v1" if turn % 2 else "v2")
             one.remove("x")
@@ -303,19 +300,19 @@ def test_searches_beside_updates_and_switches_see_one_state(workspace: Workspace
     assert set(contents(one.service.index)) == {"a", "b", "c"}
 
 
-def test_the_watcher_survives_a_storage_that_fails(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+def test_polling_survives_failing_storage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     one, other = live(workspace), live(workspace, poll_seconds=0.01)
-    polls, files, told = [], UpdateLog.files, []
+    polls, files, callbacks = [], UpdateLog.files, []
 
     def failing(log: UpdateLog) -> list[str]:
         polls.append(1)
         if len(polls) < 3:
-            raise OSError("the disk is away")
+            raise OSError("the disk is gone")
         return files(log)
 
     one.upsert("x", unit_vectors(5), {})
     monkeypatch.setattr(UpdateLog, "files", failing)
-    other.start(lambda: told.append(1))
+    other.start(lambda: callbacks.append(1))
     try:
         deadline = time.monotonic() + 20
         while "x" not in other.service.index:
@@ -324,7 +321,7 @@ def test_the_watcher_survives_a_storage_that_fails(workspace: Workspace, monkeyp
     finally:
         other.stop()
     assert other.failed_polls == 2
-    assert len(told) >= 2
+    assert len(callbacks) >= 2
 
 
 def contents_of(songs: dict[str, tuple[int, str | None]]) -> dict[str, tuple[bytes, str | None]]:
