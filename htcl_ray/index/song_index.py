@@ -332,7 +332,7 @@ def _joined_rows(song_ids: Sequence[str], vectors: Vectors) -> NDArray[np.float3
     if repeated:
         raise ValueError(f"{repeated} song ids are repeated; expected each once")
     if len(vectors) != len(song_ids):
-        raise ValueError(f"vectors has {len(vectors)} rows for {len(song_ids)} songs; expected one each")
+        raise ValueError(f"got {len(vectors)} vectors for {len(song_ids)} songs; expected one each")
     halves = [half for half in (vectors.semantic, vectors.preference) if half is not None]
     if not all((np.abs(np.linalg.norm(half, axis=1) - 1) < UNIT_NORM_TOLERANCE).all() for half in halves):
         raise ValueError("a vector is not of unit norm; expected finite rows of length 1")
