@@ -29,8 +29,8 @@ from benchmarks.environment import write_result
 from htcl_ray.config import Config, resolve
 from htcl_ray.demo_world import TEXT_COLUMNS, SampleTables, write_sample
 from htcl_ray.evaluation.report.ablation_table import ablation_table, ablation_tree
-from htcl_ray.evaluation.report.resamples import Key, from_table
 from htcl_ray.evaluation.stats.bootstrap import Estimate
+from htcl_ray.evaluation.task_result import MetricKey, from_table
 from htcl_ray.pipelines.ablate import ablate
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate
@@ -114,7 +114,7 @@ def average(estimates: list[Estimate]) -> Estimate:
     return Estimate(value, sum(item.n for item in estimates), mean, "all seeds")
 
 
-def ablation_estimates(folder: Path, reports: dict[str, str]) -> dict[str, dict[Key, Estimate]]:
+def ablation_estimates(folder: Path, reports: dict[str, str]) -> dict[str, dict[MetricKey, Estimate]]:
     """Read the estimates of each variant from the reports below the workspace's `ablations/`."""
     places = {path.parent.name: path.parent for path in folder.glob("ablations/*/*/reports/*/figures.parquet")}
     return {
@@ -133,7 +133,7 @@ def main() -> None:
     out = options.out or Path(tempfile.mkdtemp(prefix="sample-world-"))
     results: dict[int, dict[str, float]] = {}
     sizes: dict[int, dict[str, Any]] = {}
-    ablations: dict[int, dict[str, dict[Key, Estimate]]] = {}
+    ablations: dict[int, dict[str, dict[MetricKey, Estimate]]] = {}
     for seed in options.seeds:
         folder = out.absolute() / f"seed-{seed}"
         started = time.monotonic()

@@ -30,8 +30,8 @@ from benchmarks import synthetic_songs
 from benchmarks.gpu.units import Part, Precision, embedding_precision, precisions_of, training_precision
 from benchmarks.steps import Step
 from benchmarks.synthetic_songs import World
-from htcl_ray.evaluation.evaluated_songs import Songs
-from htcl_ray.evaluation.vector_checks import soundness_tasks
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs
+from htcl_ray.evaluation.vector_checks import vector_check_tasks
 from htcl_ray.losses import collectives
 from htcl_ray.losses.false_negatives import false_negatives, pair_codes
 from htcl_ray.models import HTCL
@@ -296,7 +296,7 @@ def release_gate(part: Part, world: World) -> dict[str, Any]:
     lines = []
     for precision in precisions_of(part):
         with embedding_precision(precision, part.device):
-            tasks = soundness_tasks(encoder, songs, mels, chosen, [], [None] * GATE_CLIPS, seed=0)
+            tasks = vector_check_tasks(encoder, songs, mels, chosen, [], [None] * GATE_CLIPS, seed=0)
         figures = next(task for task in tasks if task.name == "determinism").methods["semantic"]
         measured = {name: figures[name].value for name in bounds}
         accepted = all(measured[name] <= bound for name, bound in bounds.items())
@@ -503,10 +503,10 @@ def _gate_bounds() -> dict[str, float]:
     return {name: bound for name, bound in bounds.items() if name != "from_audio_difference"}
 
 
-def _evaluation_songs(vectors: np.ndarray) -> Songs:
+def _evaluation_songs(vectors: np.ndarray) -> EvaluatedSongs:
     ids = [f"{i:06d}" for i in range(len(vectors))]
     metadata = pa.table({field.name: pa.nulls(len(ids), field.type) for field in METADATA}, schema=METADATA)
-    return Songs(
+    return EvaluatedSongs(
         ids,
         ids,
         np.array(["test"] * len(ids)),

@@ -1,6 +1,5 @@
-"""How good the vectors are: ranking metrics, semantic tasks, recommendation of cold songs, the controls beside them,
-the report.
+"""Evaluation of embeddings: ranking metrics, semantic and recommendation tasks with controls, gate, and report.
 
-Everything here is a pure function of arrays and tables; `htcl_ray.pipelines.evaluate` brings them from the workspace
-and back.
+Everything here is a pure function of arrays and tables; `htcl_ray.pipelines.evaluate` reads them from the workspace and
+writes the report.
 """

@@ -1,4 +1,4 @@
-"""The catalogue as an evaluation sees it."""
+"""The catalogue of an evaluation: songs with their metadata, splits and vectors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ BLEND = "blend_0.5"
 
 
 @dataclass(frozen=True)
-class Songs:
-    """The catalogue, sorted by id; row i of each space is song i's unit-norm vector."""
+class EvaluatedSongs:
+    """The catalogue, sorted by song id; row i of each space is the unit-norm vector of song i."""
 
     ids: list[str]
     texts: list[str]
@@ -26,13 +26,13 @@ class Songs:
     spaces: dict[str, np.ndarray]
     """`semantic` (stage 1); with stage 2 `preference` and `blend_0.5`. float32 [songs, dim]."""
     log_mel: np.ndarray
-    """float32 [songs, 2·mels], unit norm: mean and deviation of each mel band, standardised over the training songs. No
-    model saw it."""
+    """float32 [songs, 2·mels], unit norm: mean and standard deviation of each mel band, standardised over the training
+    songs; computed without a model."""
 
-    def without(self, left_out: np.ndarray) -> Songs:
-        """The songs but for those of a bool mask [songs]."""
-        rows = np.flatnonzero(~left_out)
-        return Songs(
+    def without(self, excluded: np.ndarray) -> EvaluatedSongs:
+        """All songs except those of a bool mask [songs]."""
+        rows = np.flatnonzero(~excluded)
+        return EvaluatedSongs(
             [self.ids[row] for row in rows],
             [self.texts[row] for row in rows],
             self.splits[rows],
@@ -44,27 +44,24 @@ class Songs:
 
     @cached_property
     def artists(self) -> list[str]:
-        """Artist group of each song: songs that share a credited artist have one; a song without an artist is its
-        own.
-        """
+        """Artist group of each song, shared by songs with a common credited artist; its own without an artist."""
         groups = artist_groups(self.metadata["artist"]).to_pylist()
         return [group or f"song {song}" for group, song in zip(groups, self.ids, strict=True)]
 
     def values(self, column: str) -> list[list[str]]:
-        """All values of a metadata column, a list a song, empty where there is none."""
-        found = self.metadata[column].to_pylist()
+        """All values of a metadata column, one list for each song, empty for no value."""
         return [
             [str(v) for v in value] if isinstance(value, list) else [] if value in (None, "") else [str(value)]
-            for value in found
+            for value in self.metadata[column].to_pylist()
         ]
 
     def labels(self, column: str) -> list[str | None]:
-        """A metadata column as one label a song: of several values the first, None when there is none."""
+        """A metadata column as one label for each song: the first of several values, None for no value."""
         return [values[0] if values else None for values in self.values(column)]
 
 
 def with_blend(spaces: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adds to semantic and preference vectors the space whose inner product is the mean of both cosines."""
+    """Add the space whose inner product is the mean of the semantic and the preference cosine, if there is stage 2."""
     if "preference" not in spaces:
         return spaces
     return {**spaces, BLEND: blended(spaces, 0.5)}

@@ -14,7 +14,7 @@ from typing import Any
 
 from htcl_ray.config.sections import Require
 from htcl_ray.errors import GateError, MismatchError, WorkspaceError
-from htcl_ray.evaluation.gate import Result, Verdict
+from htcl_ray.evaluation.gate import BoundResult, GateVerdict
 from htcl_ray.schemas import FORMAT_VERSION
 from htcl_ray.workspace.artifacts import Artifact, Models
 from htcl_ray.workspace.manifest import DESCRIPTIONS
@@ -26,7 +26,7 @@ AGAIN = "judge it again with 'htcl evaluate --gate'"
 
 
 def record_verdicts(
-    workspace: Workspace, models: Models, index: Artifact | None, verdict: Verdict, report_run: str
+    workspace: Workspace, models: Models, index: Artifact | None, verdict: GateVerdict, report_run: str
 ) -> None:
     """Write the verdict into the model that was judged (the preference model if there is one) and into its index, if
     there is one.
@@ -43,7 +43,7 @@ def record_verdicts(
 
 
 def record_verdict(
-    workspace: Workspace, path: str, verdict: Verdict, report_run: str, others: Mapping[str, str | None]
+    workspace: Workspace, path: str, verdict: GateVerdict, report_run: str, others: Mapping[str, str | None]
 ) -> None:
     """Write `gate.json` into an artifact's folder, and the verdict into its manifest, which is written last.
 
@@ -76,7 +76,7 @@ def check_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) 
     return None if verdict is None else verdict.passed
 
 
-def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> Verdict | None:
+def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> GateVerdict | None:
     """The checked verdict on an artifact; see `check_verdict`."""
     where = workspace.uri_of(path)
     if "gate" not in manifest:
@@ -96,7 +96,7 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
                 raise MismatchError(f"{where}/{name} has SHA-256 {found}, but its manifest says {recorded}; {AGAIN}")
     evidence = workspace.read_json(f"{path}/{EVIDENCE}")
     try:
-        verdict = Verdict(tuple(Result.from_json(item) for item in evidence["bounds"]))
+        verdict = GateVerdict(tuple(BoundResult.from_json(item) for item in evidence["bounds"]))
         judged = evidence["files"]
     except (KeyError, TypeError, ValueError) as error:
         raise MismatchError(
@@ -134,7 +134,7 @@ def check_gates(workspace: Workspace, models: Models, index: Artifact | None, re
             first = verdict.failed[0]
             measured = first.note or "not measured" if first.value is None else f"measured {_measured(first)}"
             raise GateError(
-                f"the gate of {kind} {artifact.version} failed: {first.bound.asked}, {measured}; use another, or this one all the same "
+                f"the gate of {kind} {artifact.version} failed: {first.bound.description}, {measured}; use another, or this one all the same "
                 "with --set gate.require=off"
             )
         if needed == "unjudged":
@@ -160,6 +160,6 @@ def _word(passed: Any) -> str:
     return "passed" if passed is True else "failed" if passed is False else f"'{passed}'"
 
 
-def _measured(result: Result) -> str:
+def _measured(result: BoundResult) -> str:
     interval = "" if result.low is None or result.high is None else f" [{result.low:.4g}, {result.high:.4g}]"
     return f"{result.value:.4g}{interval}"

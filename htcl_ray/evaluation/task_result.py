@@ -1,91 +1,96 @@
-"""What every task of an evaluation gives: figures of several methods on the same questions, each with its
-uncertainty.
-"""
+"""Results of evaluation tasks: the metrics of several methods on the same queries, with their resamples."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from htcl_ray.evaluation.stats.bootstrap import Estimate
 
-LOWER_IS_BETTER = (
-    "loss",
-    "median_rank",
-    "gini",
-    "popularity_lift",
-    "audio_mean_cosine",
-    "text_mean_cosine",
-    "repeat_difference",
-    "batch_difference",
-    "padding_difference",
-    "stored_difference",
-    "from_audio_difference",
+MetricKey = tuple[str, str, str]
+"""Task, method, metric."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("figure", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("population", pa.string(), nullable=False),
+        pa.field("resampled", pa.list_(pa.float32())),
+    ]
 )
-"""Metrics, without `@k`, of which less is better; `lower_is_better` reads any metric's name."""
-HIGHER_IS_BETTER = (
-    "recall",
-    "hit_rate",
-    "ndcg",
-    "mrr",
-    "auc",
-    "user_auc",
-    "item_auc",
-    "roc_auc",
-    "map",
-    "accuracy",
-    "coverage",
-    "artist_diversity",
-    "audio_effective_rank",
-    "text_effective_rank",
-)
-"""Metrics, without `@k`, of which more is better."""
-
-
-def lower_is_better(metric: str) -> bool:
-    """Direction of a metric: of an evaluation (`gini@10`, `knn_map_folds`) or of training
-    (`validation_pair_median_rank`).
-
-    A name that is in neither list, such as a mistyped one in a gate file, has no values and counts as higher is better.
-    """
-    name = (
-        metric.partition("@")[0]
-        .removeprefix("validation_")
-        .removeprefix("pair_")
-        .removeprefix("knn_")
-        .removesuffix("_folds")
-    )
-    return name in LOWER_IS_BETTER
+"""`reports/<run>/figures.parquet`, a row for each metric of each method; see `bootstrap.Estimate`."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task: the same questions put to several methods."""
+class TaskResult:
+    """Metrics of several methods on the same queries."""
 
     name: str
-    """Key in the report and in a gate's bounds, such as `text_to_audio`."""
+    """Key in the report and in the bounds of a gate, such as `text_to_audio`."""
     title: str
     """For people, such as `text → audio`."""
     unit: str
-    """What `n` counts, in the plural: texts, songs, users."""
+    """Unit of `n`, in the plural: texts, songs, users."""
     over: str
-    """What the intervals resample: artists or users."""
+    """Clusters that the intervals resample: artists or users."""
     control: str | None
-    """The method that knows nothing: a figure is shown when its paired difference from this one's is."""
+    """The method without information: a metric is significant when its paired difference from this method is."""
     methods: dict[str, dict[str, Estimate]]
-    """By method (a space of the model, a baseline or a control) and figure."""
+    """By method (a space of the model, a baseline or a control) and metric."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What the questions are made of, and what was left out."""
+    """Number of queries, candidates and excluded rows."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What an evaluation found, before it becomes a report."""
+class EvaluationResult:
+    """Everything that an evaluation measures, before it becomes a report."""
 
     data: dict[str, Any]
-    """How many songs, artists and texts were asked about."""
+    """Numbers of songs, artists and texts, and the spaces."""
     leakage: dict[str, Any]
-    tasks: list[Task]
-    pictures: dict[str, Any]
-    """What the plots show, as plain numbers: see pictures.py; `blend_curve` is null without stage 2 or without a
-    log."""
+    """See `leakage.leakage`."""
+    tasks: list[TaskResult]
+    plot_data: dict[str, Any]
+    """See `plot_data.plot_data`; in addition `blend_curve`, None without stage 2 or without a log."""
+
+
+def estimates(tasks: Iterable[TaskResult]) -> dict[MetricKey, Estimate]:
+    """Every metric of the tasks by its key."""
+    return {
+        (task.name, method, metric): estimate
+        for task in tasks
+        for method, metrics in task.methods.items()
+        for metric, estimate in metrics.items()
+    }
+
+
+def to_table(metrics: dict[MetricKey, Estimate]) -> pa.Table:
+    """Write metrics and their resamples as rows of `SCHEMA`."""
+    rows = [
+        (
+            *key,
+            float(item.value),
+            item.n,
+            item.population,
+            None if item.resampled is None else item.resampled.astype(np.float32),
+        )
+        for key, item in metrics.items()
+    ]
+    return pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> dict[MetricKey, Estimate]:
+    """Read the rows of `to_table`."""
+    metrics = {}
+    for row in table.to_pylist():
+        resampled = None if row["resampled"] is None else np.array(row["resampled"], dtype=np.float32)
+        key = (row["task"], row["method"], row["figure"])
+        metrics[key] = Estimate(row["value"], row["n"], resampled, row["population"])
+    return metrics

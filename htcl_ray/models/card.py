@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from htcl_ray.config.sections import Settings
 from htcl_ray.errors import MismatchError
-from htcl_ray.evaluation.task_result import Task
+from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.models.record import ModelRecord
 from htcl_ray.workspace.credentials import without_credentials
 
@@ -57,7 +57,7 @@ class Evaluation(Settings):
     figures: tuple[Measured, ...]
 
 
-def evaluation_of(tasks: Iterable[Task], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
+def evaluation_of(tasks: Iterable[TaskResult], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
     """Every figure of the tasks that has a value; see `Evaluation` for the rest."""
     figures = [
         Measured(

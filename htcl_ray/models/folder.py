@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from htcl_ray.errors import MismatchError, WorkspaceError
-from htcl_ray.evaluation.task_result import Task
+from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.models.card import Evaluation, evaluation_of, model_card
 from htcl_ray.models.record import ModelRecord, TextRecord, parse_record
 from htcl_ray.models.towers.text import check_tokenizer
@@ -209,7 +209,7 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 
 def write_evaluation(
-    workspace: Workspace, path: str, tasks: Iterable[Task], report: str, data: Mapping[str, Any]
+    workspace: Workspace, path: str, tasks: Iterable[TaskResult], report: str, data: Mapping[str, Any]
 ) -> None:
     """Write `evaluation.json` and a README.md with its figures into a model of the workspace; its manifest, which names
     both, last.

@@ -1,9 +1,8 @@
-"""`htcl evaluate --ablate`: what each part of the method is worth, by training without it.
+"""`htcl evaluate --ablate`: measure the contribution of each part of the method by training without it.
 
-Every variant is trained with the configuration as it is but for the part that is left out, embedded, and evaluated on
-the same held-out songs and users. Variants live in workspaces of their own below `ablations/`, so that none is ever
-served by mistake; a variant that is done is skipped, and one that was interrupted goes on, when the command is given
-again.
+Every variant is trained with the given configuration except for the part that is left out, embedded, and evaluated on
+the same held-out songs and users. Variants live in separate workspaces below `ablations/`, so that none is served by
+mistake. When the command is repeated, finished variants are skipped and an interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from htcl_ray.evaluation.report.ablation_table import FULL, ablation_table, abla
 from htcl_ray.evaluation.report.comparison_page import ablation_html
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.embed import embed
-from htcl_ray.pipelines.evaluate import evaluate, read_figures
+from htcl_ray.pipelines.evaluate import evaluate, read_metrics
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.schemas import FORMAT_VERSION, Split
 from htcl_ray.workspace.artifacts import Artifact, StepResult
@@ -38,18 +37,18 @@ from htcl_ray.workspace.storage import Workspace
 
 @dataclass(frozen=True)
 class Variant:
-    """The method without one of its parts, or with one that learned from wrong data."""
+    """The method without one of its parts, or trained on permuted data."""
 
     name: str
-    """As the table shows it."""
+    """Name in the table."""
     stage_one: bool = True
-    """False starts stage 2 from an untrained model."""
+    """False: stage 2 starts from an untrained model."""
     stage_two: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Over the configuration."""
+    """Overrides of the configuration."""
     data: str = "true"
-    """`shuffled_captions`: training texts dealt out to the wrong training songs. `shuffled_pairs`: recalled songs dealt
-    out to the wrong triggers. Evaluation asks about the true data in every case."""
+    """`shuffled_captions`: training texts randomly permuted across training songs. `shuffled_pairs`: recalled songs
+    randomly permuted across triggers. The evaluation always uses the true data."""
 
 
 WITHOUT_TEXT = {"finetune.text_loss_weight": 0.0, "finetune.fusion_loss_weight": 0.0}
@@ -64,21 +63,22 @@ VARIANTS = (
     Variant("shuffled captions", data="shuffled_captions"),
     Variant("shuffled pairs", data="shuffled_pairs"),
 )
-"""The last two are controls: what they gain, chance gains."""
+"""The last two are controls, which measure chance."""
 
 
 def ablate(config: Config) -> StepResult:
-    """Train and evaluate every variant, and write reports/ablation-<fingerprint>/. Raises InputError before anything is
-    trained.
+    """Train and evaluate every variant, and write reports/ablation-<fingerprint>/.
+
+    Raises InputError before anything is trained.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
-    reports, figures = {}, {}
-    for variant, ours, version in train_variants(config):
-        result = evaluate(ours, version)
+    reports, metrics = {}, {}
+    for variant, variant_config, version in train_variants(config):
+        result = evaluate(variant_config, version)
         reports[variant.name] = _version(result.location)
-        figures[variant.name] = read_figures(Workspace(ours.workspace), reports[variant.name])
-    tree = ablation_tree(figures)
+        metrics[variant.name] = read_metrics(Workspace(variant_config.workspace), reports[variant.name])
+    tree = ablation_tree(metrics)
     path = f"reports/ablation-{fingerprint(reports)}"
     manifest = build_manifest("ablation", config=config.model_dump(mode="json"), inputs=reports)
     tree = {"created": manifest["created"], "config": manifest["config"], "reports": reports, **tree}
@@ -90,8 +90,8 @@ def ablate(config: Config) -> StepResult:
 
 
 def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
-    """Train and embed every variant; returns each with the configuration and the model version that evaluate it."""
-    config = config.with_overrides({"gate.require": "off"})  # what is compared here is served by nobody
+    """Train and embed every variant; return each with its configuration and the version of its model."""
+    config = config.with_overrides({"gate.require": "off"})  # variants are never served
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
     pairs, events = (
@@ -100,20 +100,20 @@ def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
     )
     if pairs is None or events is None:
         raise ConfigError(
-            "ablations compare both stages, and the workspace holds no preference pairs of these features; name the log table(s) in "
-            "data.interactions and run 'htcl preprocess'"
+            "ablations compare both stages, and the workspace holds no preference pairs of these features; name the "
+            "log table(s) in data.interactions and run 'htcl preprocess'"
         )
-    made = []
+    trained = []
     for number, variant in enumerate(VARIANTS, 1):
         started = time.monotonic()
         print(f"ablation {number} of {len(VARIANTS)}: {variant.name}", flush=True)
         target = prepare(workspace, variant.data, features, pairs, events, config.evaluate.seed)
-        ours = config.with_overrides({**variant.settings, "workspace": target.location})
-        version = _train(ours, target, variant)
-        embed(ours, version)
+        variant_config = config.with_overrides({**variant.settings, "workspace": target.location})
+        version = _train(variant_config, target, variant)
+        embed(variant_config, version)
         print(f"ablation {number} of {len(VARIANTS)}: {variant.name}: {time.monotonic() - started:.0f} s", flush=True)
-        made.append((variant, ours, version))
-    return made
+        trained.append((variant, variant_config, version))
+    return trained
 
 
 def _train(config: Config, workspace: Workspace, variant: Variant) -> str:
@@ -126,14 +126,14 @@ def _version(location: str) -> str:
 
 
 def _untrained(config: Config, workspace: Workspace) -> str:
-    """A semantic model with the weights that stage 1 would begin with."""
+    """Publish a semantic model with the initial weights of stage 1, and return its version."""
     from htcl_ray.models import HTCL
     from htcl_ray.models.towers.vocabulary import train_wordpiece
 
     features = inputs.features(workspace, config)
-    made_of = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
+    settings = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
     version = "untrained-" + fingerprint(
-        FORMAT_VERSION, features.version, made_of, config.pretrain.seed, config.pretrain.loss
+        FORMAT_VERSION, features.version, settings, config.pretrain.seed, config.pretrain.loss
     )
     path = f"models/semantic/{version}"
     if workspace.manifest(path) is not None:
@@ -157,28 +157,29 @@ def _untrained(config: Config, workspace: Workspace) -> str:
 def prepare(
     workspace: Workspace, data: str, features: Artifact, pairs: Artifact, events: Artifact, seed: int
 ) -> Workspace:
-    """A workspace below `ablations/` with these inputs, the training texts or pairs shuffled if `data` says so.
+    """A workspace below `ablations/` with these inputs; `data` selects shuffled training texts or pairs.
 
-    It also has the models that were trained on what it does not shuffle, which need not be trained again.
+    Models that were trained on data that is not shuffled are copied too, so that they are not trained again.
     """
     target = Workspace(workspace.location_of(f"ablations/{fingerprint(features.version, pairs.version, seed)}/{data}"))
-    wrong = {"shuffled_captions": (features.path, "text"), "shuffled_pairs": (pairs.path, "song_id")}.get(
-        data, (None, "")
-    )
+    shuffled_path, column = {
+        "shuffled_captions": (features.path, "text"),
+        "shuffled_pairs": (pairs.path, "song_id"),
+    }.get(data, (None, ""))
     copied = [features.path, events.path, f"negatives/{pairs.version}", pairs.path]
-    trained = {"true": ("models/semantic", "models/preference"), "shuffled_pairs": ("models/semantic",)}
-    for kind in trained.get(data, ()):
+    reusable = {"true": ("models/semantic", "models/preference"), "shuffled_pairs": ("models/semantic",)}
+    for kind in reusable.get(data, ()):
         copied += [
             f"{kind}/{name}"
-            for name, made in workspace.finished(kind)
-            if made["inputs"].get("features") == features.version
+            for name, manifest in workspace.finished(kind)
+            if manifest["inputs"].get("features") == features.version
         ]
     for path in copied:
         manifest = workspace.manifest(path)
         if manifest is None or target.manifest(path) is not None:
             continue
-        if path == wrong[0]:
-            _shuffle(workspace, target, path, wrong[1], seed)
+        if path == shuffled_path:
+            _shuffle(workspace, target, path, column, seed)
         else:
             _copy(workspace, target, path)
         target.finish(path, manifest)
@@ -186,31 +187,30 @@ def prepare(
 
 
 def _copy(source: Workspace, target: Workspace, path: str) -> None:
-    """An artifact without its manifest: hard links where they work, since artifacts are never changed in place."""
+    """Copy an artifact without its manifest, by hard links where possible: artifacts never change in place."""
     for info in source.fs.get_file_info(pafs.FileSelector(source.full(path), recursive=True)):
         name = info.path.removeprefix(source.full(path) + "/")
         if info.type != pafs.FileType.File or name == MANIFEST:
             continue
-        there = target.full(f"{path}/{name}")
-        target.fs.create_dir(os.path.dirname(there), recursive=True)
-        if not (source.is_local and _link(info.path, there)):
-            pafs.copy_files(info.path, there, source_filesystem=source.fs, destination_filesystem=target.fs)
+        copy = target.full(f"{path}/{name}")
+        target.fs.create_dir(os.path.dirname(copy), recursive=True)
+        if not (source.is_local and _link(info.path, copy)):
+            pafs.copy_files(info.path, copy, source_filesystem=source.fs, destination_filesystem=target.fs)
 
 
 def _link(source: str, target: str) -> bool:
     try:
         Path(target).unlink(missing_ok=True)
         os.link(source, target)
-    except OSError:  # another disk, or one without links
+    except OSError:  # another disk, or a file system without links
         return False
     return True
 
 
 def _shuffle(source: Workspace, target: Workspace, path: str, column: str, seed: int) -> None:
-    """Copies of the tables in which the values of the training rows' `column` are exchanged by one permutation of its
-    distinct values.
+    """Copy tables with the distinct values of `column` in the training rows randomly permuted.
 
-    So each value stays as frequent as it was, and no row keeps its own unless chance says so.
+    Equal values stay equal, so the distribution of their frequencies is unchanged.
     """
     table = source.read_tables(path, [column, "split"])
     values = np.array(table[column].to_pylist(), dtype=object)
@@ -226,11 +226,11 @@ def _shuffle(source: Workspace, target: Workspace, path: str, column: str, seed:
         with source.fs.open_input_file(source.full(f"{path}/{name}")) as file:
             rows = pq.read_table(file)
         splits = rows["split"].to_pylist()
-        found = [
+        permuted = [
             other[value] if split == Split.TRAIN else value
             for value, split in zip(rows[column].to_pylist(), splits, strict=True)
         ]
         place = rows.schema.get_field_index(column)
         target.write_table(
-            f"{path}/{name}", rows.set_column(place, rows.schema.field(column), pa.array(found, pa.string()))
+            f"{path}/{name}", rows.set_column(place, rows.schema.field(column), pa.array(permuted, pa.string()))
         )

@@ -1,6 +1,4 @@
-"""`htcl evaluate --gate`: the newest model is evaluated, held against bounds, and the verdict recorded where serving
-looks for it.
-"""
+"""`htcl evaluate --gate`: evaluate the newest model, apply a gate, and record the verdict for serving."""
 
 from __future__ import annotations
 
@@ -12,27 +10,28 @@ from rich.table import Table
 
 from htcl_ray.config import Config
 from htcl_ray.errors import InputError, StepError
-from htcl_ray.evaluation.gate import DEFAULT, Verdict, judge, read_gate
+from htcl_ray.evaluation.gate import DEFAULT, GateVerdict, judge, read_gate
 from htcl_ray.evaluation.release_gate import record_verdicts
 from htcl_ray.evaluation.report.report_page import html
 from htcl_ray.evaluation.report.report_tree import number
-from htcl_ray.evaluation.report.resamples import Key, estimates
 from htcl_ray.evaluation.stats.bootstrap import Estimate
+from htcl_ray.evaluation.task_result import MetricKey, estimates
 from htcl_ray.evaluation.vector_checks import index_task
-from htcl_ray.pipelines.evaluate import Inputs, evaluate, evaluate_reference, find_inputs, read_figures
+from htcl_ray.pipelines.evaluate import evaluate, evaluate_reference, read_metrics
+from htcl_ray.pipelines.evaluation_inputs import EvaluationInputs, find_inputs
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.paths import absolute
 from htcl_ray.workspace.storage import Workspace
 
-Figures = dict[Key, Estimate]
+Metrics = dict[MetricKey, Estimate]
 
 
 def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> StepResult:
-    """Evaluate, judge, and record the verdict in the model, in its index, and in the report.
+    """Evaluate, apply the gate, and record the verdict in the model, in its index, and in the report.
 
-    `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for a gate that cannot be used, before
-    anything is measured, and StepError when a bound does not hold, after everything is written.
+    `gate_file`: YAML, or `default` for the shipped gate. Raises ConfigError for an invalid gate, before the evaluation,
+    and StepError when a bound does not hold, after everything is written.
     """
     result, verdict = judged_evaluation(config, model, gate_file)
     if not verdict.passed:
@@ -40,8 +39,8 @@ def evaluate_and_judge(config: Config, model: str | None, gate_file: str) -> Ste
     return result
 
 
-def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tuple[StepResult, Verdict]:
-    """As `evaluate_and_judge`, but a gate that failed is a result whose summary says so."""
+def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tuple[StepResult, GateVerdict]:
+    """Like `evaluate_and_judge`, but return a failed gate as a result with the failure in its summary."""
     gate_file = gate_file if gate_file == DEFAULT else absolute(gate_file)
     gate = read_gate(gate_file)
     workspace = Workspace(config.workspace)
@@ -50,14 +49,14 @@ def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tupl
     run = result.location.rstrip("/").rpartition("/")[2]
     index = _served_index(workspace, inputs) if any(bound.over_served for bound in gate.bounds) else None
     served, against, unmeasured = (None, None, None) if index is None else _served(workspace, config, inputs, index)
-    verdict = judge(gate, read_figures(workspace, run), served, unmeasured=unmeasured)
+    verdict = judge(gate, read_metrics(workspace, run), served, unmeasured=unmeasured)
     record_verdicts(workspace, inputs.models, inputs.index, verdict, run)
     compared = {"index": index.version if index else None, "report": against}
     tree = {
         "passed": verdict.passed,
         "gate": gate_file,
         "served": compared,
-        "results": [found.as_json() for found in verdict.results],
+        "results": [result.as_json() for result in verdict.results],
     }
     workspace.write_json(f"reports/{run}/gate.json", tree)
     workspace.write_bytes(
@@ -69,16 +68,15 @@ def judged_evaluation(config: Config, model: str | None, gate_file: str) -> tupl
     else:
         first = verdict.failed[0]
         summary = (
-            f"the gate failed: {len(verdict.failed)} of {len(verdict.results)} bounds do not hold, first {first.bound.asked}"
-            f" ({first.note if first.value is None else f'found {first.value:.4g}'}); {result.location}/report.html has all of them"
+            f"the gate failed: {len(verdict.failed)} of {len(verdict.results)} bounds do not hold, first "
+            f"{first.bound.description} ({first.note if first.value is None else f'measured {first.value:.4g}'}); "
+            f"{result.location}/report.html has all of them"
         )
     return dataclasses.replace(result, step="gate", skipped=False, summary=summary), verdict
 
 
-def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
-    """The newest other index that its gate let through, or that no gate has judged: what `htcl serve` would take
-    without this one.
-    """
+def _served_index(workspace: Workspace, inputs: EvaluationInputs) -> Artifact | None:
+    """The index that `htcl serve` would load without this one: the newest other one that no gate has rejected."""
     for name, manifest in reversed(workspace.finished("index")):
         if manifest["inputs"].get("embeddings") == inputs.embeddings.version:
             continue
@@ -99,13 +97,12 @@ def _served_index(workspace: Workspace, inputs: Inputs) -> Artifact | None:
 
 
 def _served(
-    workspace: Workspace, config: Config, inputs: Inputs, index: Artifact
-) -> tuple[Figures | None, str | None, str | None]:
-    """The figures of the models of this index on the test set of `inputs`, the report that holds them, or why there are
-    none.
-    """
+    workspace: Workspace, config: Config, inputs: EvaluationInputs, index: Artifact
+) -> tuple[Metrics | None, str | None, str | None]:
+    """Metrics of the models of this index on the test set of `inputs`, their report, or the reason for neither."""
     print(
-        f"gate  compared with index {index.version}, whose models are evaluated on the same songs, users and candidates",
+        f"gate  compared with index {index.version}, whose models are evaluated on the same songs, users and "
+        "candidates",
         flush=True,
     )
     try:
@@ -113,17 +110,16 @@ def _served(
     except InputError as error:
         print(f"gate  the models of index {index.version} cannot be evaluated on this test set: {error}", flush=True)
         return None, None, str(error)
-    figures = read_figures(workspace, run)
-    own = index_task(index.manifest)  # of the index as it is served, whatever songs are asked about
-    return figures | estimates([own]), run, None
+    metrics = read_metrics(workspace, run)
+    own = index_task(index.manifest)  # of the index as it is served, independent of the test set
+    return metrics | estimates([own]), run, None
 
 
-def _table(verdict: Verdict) -> Table:
-    result = Table("bound", "found", "", box=rich.box.SIMPLE, show_edge=False, pad_edge=False)
-    for found in verdict.results:
-        between = "" if found.low is None else f" ({number(found.low)} to {number(found.high)})"
-        value = found.note if found.value is None else number(found.value, found.bound.figure) + between
-        result.add_row(
-            found.bound.asked, value, "holds" if found.passed else "fails", style=None if found.passed else "bold"
-        )
+def _table(verdict: GateVerdict) -> Table:
+    result = Table("bound", "measured", "", box=rich.box.SIMPLE, show_edge=False, pad_edge=False)
+    for item in verdict.results:
+        between = "" if item.low is None else f" ({number(item.low)} to {number(item.high)})"
+        value = item.note if item.value is None else number(item.value, item.bound.figure) + between
+        style = None if item.passed else "bold"
+        result.add_row(item.bound.description, value, "holds" if item.passed else "fails", style=style)
     return result

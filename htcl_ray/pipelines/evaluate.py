@@ -1,84 +1,52 @@
-"""Evaluation of the newest models on held-out songs and users: workspace in, reports/<run>/ out. Needs no Ray."""
+"""Evaluation of the newest models on held-out songs and users, written to reports/<run>/. Needs no Ray."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from htcl_ray.config import Config
-from htcl_ray.config.sections import nearest
-from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
-from htcl_ray.evaluation.evaluated_songs import Songs, with_blend
-from htcl_ray.evaluation.measure import measure
+from htcl_ray.config.sections import EvaluateSettings, nearest
+from htcl_ray.errors import ConfigError, WorkspaceError
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs, with_blend
+from htcl_ray.evaluation.leakage import leakage, without_copies
 from htcl_ray.evaluation.report import report_tree as reports
+from htcl_ray.evaluation.report.plot_data import plot_data
 from htcl_ray.evaluation.report.report_page import html
 from htcl_ray.evaluation.report.report_schema import report_schema
-from htcl_ray.evaluation.report.resamples import Key, from_table, to_table
 from htcl_ray.evaluation.stats.bootstrap import Estimate
-from htcl_ray.evaluation.task_result import Measured, Task
+from htcl_ray.evaluation.task_result import EvaluationResult, MetricKey, TaskResult, from_table, to_table
+from htcl_ray.evaluation.tasks.recommendation import blend_curve, recommendation_tasks
+from htcl_ray.evaluation.tasks.semantic import Encode, semantic_tasks
 from htcl_ray.evaluation.vector_checks import index_task
-from htcl_ray.index.vectors import concatenate, matrix_of
+from htcl_ray.index.vectors import concatenate
 from htcl_ray.models.folder import write_evaluation
-from htcl_ray.pipelines import inputs as step_inputs
-from htcl_ray.pipelines.check_vectors import check_soundness
-from htcl_ray.pipelines.embed import embed_job, embeddings, job_of, plan
+from htcl_ray.pipelines.embed import embed_job, embeddings, job_of
+from htcl_ray.pipelines.evaluation_inputs import EvaluationInputs, check_vectors, find_inputs, read_songs
 from htcl_ray.pipelines.index import find_index
-from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
-from htcl_ray.schemas import FORMAT_VERSION, METADATA
+from htcl_ray.schemas import FORMAT_VERSION, METADATA, Split
 from htcl_ray.search.encoder import SongEncoder
-from htcl_ray.workspace import artifacts
-from htcl_ray.workspace.artifacts import Artifact, Models, StepResult
+from htcl_ray.workspace.artifacts import Models, StepResult
 from htcl_ray.workspace.manifest import build_manifest, fingerprint
 from htcl_ray.workspace.storage import Workspace
 
 TEXTS_AT_ONCE = 256
-FIGURES = "figures.parquet"
+METRICS_TABLE = "figures.parquet"
 MEASURED_AS = 3
-"""Raised when the same inputs give other content of a report, so that an earlier report is not taken for a new one."""
+"""Increased when the same inputs give a different report, so that an earlier report is not taken for a new one."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is evaluated."""
+def evaluate(config: Config, model: str | None = None, inputs: EvaluationInputs | None = None) -> StepResult:
+    """Evaluate the models of `find_inputs`, or of `inputs` if they are known, and write reports/<run>/.
 
-    features: Artifact
-    models: Models
-    embeddings: Artifact
-    events: Artifact | None
-    pairs: Artifact | None
-    index: Artifact | None
-    """The index of these embeddings with the configured settings."""
-
-    @property
-    def versions(self) -> dict[str, str | None]:
-        """For the report and its fingerprint."""
-        preference = self.models.preference
-        return {
-            "features": self.features.version,
-            "semantic": self.models.semantic.version,
-            "preference": preference.version if preference else None,
-            "embeddings": self.embeddings.version,
-            "events": self.events.version if self.events else None,
-            "pairs": self.pairs.version if self.pairs else None,
-            "index": self.index.version if self.index else None,
-        }
-
-    @property
-    def last(self) -> Artifact:
-        """The model of the last stage: the one that is judged."""
-        return self.models.preference or self.models.semantic
-
-
-def evaluate(config: Config, model: str | None = None, inputs: Inputs | None = None) -> StepResult:
-    """Measure the models of `find_inputs`, or of `inputs` if they are known, and write reports/<run>/.
-
-    Raises InputError when the workspace lacks what is measured, LeakageError when training saw what is evaluated.
+    Raises InputError when the workspace lacks an input, LeakageError when training used what is evaluated.
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
@@ -87,18 +55,17 @@ def evaluate(config: Config, model: str | None = None, inputs: Inputs | None = N
     path = f"reports/{_run(config, inputs)}"
     skipped = workspace.manifest(path) is not None
     if not skipped:
-        _measure(workspace, config, inputs, path)
+        _evaluate(workspace, config, inputs, path)
     report = workspace.read_json(f"{path}/report.json")
     Console().print(reports.table(report))
     return StepResult("evaluate", workspace.uri_of(path), reports.phrase(report), time.monotonic() - started, skipped)
 
 
-def evaluate_reference(config: Config, models: Models, inputs: Inputs) -> str:
-    """Evaluate a reference, such as the models being served, on the test set of `inputs`. Returns the name of its
-    report.
+def evaluate_reference(config: Config, models: Models, inputs: EvaluationInputs) -> str:
+    """Evaluate reference models, such as those being served, on the test set of `inputs`; return the report's name.
 
     The test set is the same songs, users and candidates, so that differences are paired. Songs that these models have
-    not embedded yet are embedded first, which starts Ray. The figures in the models' own folders stay as they are.
+    not embedded yet are embedded first, which starts Ray. The metrics in the folders of the models stay as they are.
     Raises InputError when the models cannot embed these songs.
     """
     workspace = Workspace(config.workspace)
@@ -110,55 +77,23 @@ def evaluate_reference(config: Config, models: Models, inputs: Inputs) -> str:
         )
     run = _run(config, inputs)
     if workspace.manifest(f"reports/{run}") is None:
-        _measure(workspace, config, inputs, f"reports/{run}", into_models=False)
+        _evaluate(workspace, config, inputs, f"reports/{run}", into_models=False)
     return run
+
+
+def read_metrics(workspace: Workspace, run: str) -> dict[MetricKey, Estimate]:
+    """All metrics of a finished report. Raises WorkspaceError when the report does not exist."""
+    if workspace.manifest(f"reports/{run}") is None:
+        known = ", ".join(name for name, _ in workspace.finished("reports")) or "none"
+        raise WorkspaceError(f"report '{run}' does not exist in {workspace.uri}/reports; expected one of {known}")
+    return from_table(workspace.read_tables(f"reports/{run}"))
 
 
 def _versions(models: Models) -> tuple[str, str | None]:
     return models.semantic.version, models.preference.version if models.preference else None
 
 
-def find_inputs(workspace: Workspace, config: Config, model: str | None = None) -> Inputs:
-    """The artifacts that the configuration determines, or the models `model` and what they made, whatever gates say.
-    Raises InputError.
-    """
-    job = plan(workspace, config, model, require="off")
-    features = job.features.version
-    return Inputs(
-        job.features,
-        job.models,
-        embeddings(workspace, job),
-        step_inputs.events(workspace, config, features),
-        step_inputs.pairs(workspace, config, features),
-        find_index(workspace, config, job),
-    )
-
-
-def inputs_of(workspace: Workspace, run: str) -> Inputs:
-    """What a finished report evaluated. Raises WorkspaceError when an artifact is missing by now."""
-    versions = workspace.read_json(f"reports/{run}/manifest.json")["inputs"]
-
-    def artifact(kind: str) -> Artifact:
-        path = f"{kind}/{versions[kind]}"
-        manifest = workspace.manifest(path)
-        if manifest is None:
-            raise WorkspaceError(f"{workspace.uri_of(path)}, which report {run} evaluated, does not exist any more")
-        return Artifact(path, versions[kind], manifest)
-
-    models = artifacts.named_models(workspace, versions["preference"] or versions["semantic"])
-    events, pairs, index = (artifact(kind) if versions[kind] else None for kind in ("events", "pairs", "index"))
-    return Inputs(artifact("features"), models, artifact("embeddings"), events, pairs, index)
-
-
-def read_figures(workspace: Workspace, run: str) -> dict[Key, Estimate]:
-    """Every figure of a finished report. Raises WorkspaceError when there is none."""
-    if workspace.manifest(f"reports/{run}") is None:
-        known = ", ".join(name for name, _ in workspace.finished("reports")) or "none"
-        raise WorkspaceError(f"there is no report '{run}' in {workspace.uri}/reports; expected one of {known}")
-    return from_table(workspace.read_tables(f"reports/{run}"))
-
-
-def _run(config: Config, inputs: Inputs) -> str:
+def _run(config: Config, inputs: EvaluationInputs) -> str:
     return fingerprint(FORMAT_VERSION, MEASURED_AS, inputs.versions, config.evaluate.model_dump(mode="json"))
 
 
@@ -169,52 +104,89 @@ def _check_columns(columns: Sequence[str]) -> None:
             raise ConfigError(f"evaluate.probe_columns names '{column}', which is no catalogue column; {hint}")
 
 
-def _measure(workspace: Workspace, config: Config, inputs: Inputs, path: str, *, into_models: bool = True) -> None:
-    """Evaluate and write the report; `into_models`: also write the figures into the folders of the models."""
-    songs = _songs(workspace, inputs)
+def _evaluate(
+    workspace: Workspace, config: Config, inputs: EvaluationInputs, path: str, *, into_models: bool = True
+) -> None:
+    """Evaluate and write the report; `into_models`: also write the metrics into the folders of the models."""
+    songs = read_songs(workspace, inputs)
     settings = config.evaluate
     if not (songs.splits == settings.split).any():
         raise WorkspaceError(
-            f"no song of the catalogue is in the {settings.split} split; choose the other with evaluate.split, or give this one songs "
-            "with data.split_shares or data.split_column and run 'htcl preprocess' again"
+            f"no song of the catalogue is in the {settings.split} split; choose the other with evaluate.split, or give "
+            "this one songs with data.split_shares or data.split_column and run 'htcl preprocess' again"
         )
     encoder = SongEncoder.from_workspace(workspace, *inputs.models.paths)
     log = workspace.read_tables(inputs.events.path).to_pandas() if inputs.events else None
     pairs = workspace.read_tables(inputs.pairs.path).to_pandas() if inputs.pairs else None
-    encode = _Encode(encoder)
     with threadpool_limits(1, "blas"):  # small matrices: threads cost more than they save
-        measured = measure(songs, encode, log, pairs, settings)
-        more = check_soundness(workspace, inputs.features, encoder, songs, settings)
+        result = run_tasks(songs, _CachedEncoder(encoder), log, pairs, settings)
+        more = check_vectors(workspace, inputs.features, encoder, songs, settings)
     if inputs.index is not None:
         more.append(index_task(inputs.index.manifest))
-    _write(workspace, config, inputs, path, measured, more)
+    _write_report(workspace, config, inputs, path, result, more)
     if into_models:
         for artifact in (inputs.models.semantic, inputs.models.preference):
             if artifact is not None:
-                write_evaluation(
-                    workspace, artifact.path, [*measured.tasks, *more], path.rpartition("/")[2], measured.data
-                )
+                write_evaluation(workspace, artifact.path, [*result.tasks, *more], path.rpartition("/")[2], result.data)
 
 
-def _write(
-    workspace: Workspace, config: Config, inputs: Inputs, path: str, measured: Measured, more: Sequence[Task]
+def run_tasks(
+    songs: EvaluatedSongs,
+    encode: Encode,
+    log: pd.DataFrame | None,
+    pairs: pd.DataFrame | None,
+    settings: EvaluateSettings,
+) -> EvaluationResult:
+    """Semantic and recommendation tasks of every space of `songs`, with controls and baselines.
+
+    `log`: columns of schemas.EVENTS, `pairs`: columns of schemas.PAIRS; None without an interaction log. Raises
+    LeakageError when training used what is evaluated.
+    """
+    overlap = leakage(songs, log, pairs, settings)
+    copies = ~without_copies(songs, settings.split) & (songs.splits == settings.split)
+    evaluated = songs.without(copies)
+    held_out = np.flatnonzero(evaluated.splits == settings.split)
+    tasks = semantic_tasks(evaluated, encode, settings)
+    curve = None
+    if log is not None:
+        tasks += recommendation_tasks(evaluated, log, settings)
+        curve = blend_curve(evaluated, log, settings) or None
+    data = {
+        "split": settings.split,
+        "songs": len(held_out),
+        "copies_left_out": len(songs.ids) - len(evaluated.ids),
+        "unique_texts": len({evaluated.texts[row] for row in held_out}),
+        "artists": len({evaluated.artists[row] for row in held_out}),
+        "training_songs": int((evaluated.splits == Split.TRAIN).sum()),
+        "spaces": list(evaluated.spaces),
+    }
+    return EvaluationResult(data, overlap, tasks, {**plot_data(evaluated, encode, settings), "blend_curve": curve})
+
+
+def _write_report(
+    workspace: Workspace,
+    config: Config,
+    inputs: EvaluationInputs,
+    path: str,
+    result: EvaluationResult,
+    more: Sequence[TaskResult],
 ) -> None:
     run = path.rpartition("/")[2]
     manifest = build_manifest("report", config=config.model_dump(mode="json"), inputs=inputs.versions)
     described = {key: manifest[key] for key in ("format_version", "created", "config", "inputs", "libraries")}
     command = ["htcl", "evaluate", "--config", workspace.uri_of(f"{path}/config.yaml"), "--model", inputs.last.version]
-    report, figures = reports.report_tree({"run": run, "command": shlex.join(command), **described}, measured, more)
+    report, metrics = reports.report_tree({"run": run, "command": shlex.join(command), **described}, result, more)
     manifest["quality"] = {"summary": reports.phrase(report)}
     workspace.write_json(f"{path}/report.json", report)
     workspace.write_json(f"{path}/report.schema.json", report_schema())
     workspace.write_bytes(f"{path}/report.html", html(report).encode())
     workspace.write_bytes(f"{path}/config.yaml", config.as_yaml().encode())
-    workspace.write_table(f"{path}/{FIGURES}", to_table(figures))
+    workspace.write_table(f"{path}/{METRICS_TABLE}", to_table(metrics))
     workspace.finish(path, manifest)
 
 
-class _Encode:
-    """Texts → vectors in every space; what was encoded once is remembered."""
+class _CachedEncoder:
+    """Encode texts in every space, each list of texts once."""
 
     def __init__(self, encoder: SongEncoder) -> None:
         self._encoder = encoder
@@ -230,27 +202,3 @@ class _Encode:
                 spaces if vectors.preference is None else {**spaces, "preference": vectors.preference}
             )
         return self._known[key]
-
-
-def _songs(workspace: Workspace, inputs: Inputs) -> Songs:
-    columns = ["song_id", "text", "split", "duplicate_group", *METADATA.names]
-    table = workspace.read_tables(inputs.features.path, columns).sort_by("song_id")
-    vectors = workspace.read_tables(inputs.embeddings.path).sort_by("song_id")
-    ids = table["song_id"].to_pylist()
-    if vectors["song_id"].to_pylist() != ids:
-        raise MismatchError(
-            f"the embeddings {inputs.embeddings.version} hold {len(vectors)} songs, but the features {inputs.features.version} hold "
-            f"{len(ids)} or others; remove the embeddings and run 'htcl embed' again"
-        )
-    spaces = {"semantic": matrix_of(vectors["semantic"])}
-    if not vectors["preference"].null_count:
-        spaces["preference"] = matrix_of(vectors["preference"])
-    return Songs(
-        ids,
-        table["text"].to_pylist(),
-        np.array(table["split"].to_pylist()),
-        table["duplicate_group"].to_pylist(),
-        table.select(METADATA.names),
-        with_blend(spaces),
-        log_mel_statistics(workspace, inputs.features),
-    )

@@ -25,8 +25,9 @@ from htcl_ray import errors
 from htcl_ray.cluster import connection
 from htcl_ray.cluster.capacity import capacity, check_fits, use_gpu, worker_resources
 from htcl_ray.config import Config
-from htcl_ray.config.sections import LOWER_IS_BETTER, FinetuneSettings, StageSettings
+from htcl_ray.config.sections import FinetuneSettings, StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
+from htcl_ray.evaluation.metrics import lower_is_better
 from htcl_ray.pipelines import inputs
 from htcl_ray.training.trackers import check_tracking
 from htcl_ray.workspace.artifacts import Artifact, StepResult
@@ -358,7 +359,7 @@ def _checkpoint_config(settings: StageSettings) -> Any:
 
     if settings.best_metric is None:
         return CheckpointConfig(num_to_keep=settings.keep_checkpoints)
-    order = "min" if settings.best_metric in LOWER_IS_BETTER else "max"
+    order = "min" if lower_is_better(settings.best_metric) else "max"
     return CheckpointConfig(
         num_to_keep=settings.keep_checkpoints,
         checkpoint_score_attribute=settings.best_metric,
@@ -371,7 +372,7 @@ def _best(checkpoints: list[tuple[Any, dict[str, Any]]], metric: str) -> tuple[A
     epochs = [
         (checkpoint, metrics) for checkpoint, metrics in checkpoints if not math.isnan(metrics.get(metric, math.nan))
     ]
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+    sign = 1 if lower_is_better(metric) else -1
     return min(epochs, key=lambda item: (sign * item[1][metric], item[1]["epoch"]))
 
 

@@ -79,7 +79,7 @@ def song_map(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     count = len(vectors)
     if count >= MIN_TSNE_SONGS and np.ptp(vectors, axis=0).any():
-        spread = _scaled_to_square(_spread(vectors))
+        spread = _scaled_to_square(tsne(vectors, NEIGHBOURS, ITERATIONS, seed=0))
         ranks = _scaled_to_square(rankdata(spread, axis=0).astype(np.float32))
         return _scaled_to_square((1 - EVENNESS) * spread + EVENNESS * ranks)
     centred = vectors - vectors.mean(axis=0) if count else vectors
@@ -91,14 +91,18 @@ def song_map(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return _scaled_to_square(coordinates)
 
 
-def _spread(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    from sklearn.manifold import TSNE  # slow to import, and only the map needs it
+def tsne(vectors: NDArray[np.float32], perplexity: float, iterations: int, seed: int) -> NDArray[np.float32]:
+    """Project vectors [n, width] to a plane by t-SNE, starting from their principal components; float32 [n, 2].
+
+    `perplexity` is reduced for few vectors. The result is the same for the same arguments.
+    """
+    from sklearn.manifold import TSNE  # slow to import, and only the maps need it
     from threadpoolctl import threadpool_limits
 
-    perplexity = min(NEIGHBOURS, (len(vectors) - 1) / 3)
+    perplexity = min(perplexity, (len(vectors) - 1) / 3)
     with threadpool_limits(1):  # searches run at the same time
-        tsne = TSNE(init="pca", perplexity=perplexity, max_iter=ITERATIONS, random_state=0, n_jobs=1)
-        return np.asarray(tsne.fit_transform(vectors))
+        projection = TSNE(init="pca", perplexity=perplexity, max_iter=iterations, random_state=seed, n_jobs=1)
+        return np.asarray(projection.fit_transform(vectors))
 
 
 def _scaled_to_square(coordinates: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from htcl_ray.evaluation.evaluated_songs import Songs, with_blend
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs, with_blend
 from htcl_ray.schemas import METADATA
 
 GENRES = ("rock", "jazz", "folk", "ambient")
@@ -24,7 +24,7 @@ def metadata(songs: int, **columns: list) -> pa.Table:
     )
 
 
-def made_up(songs: int = 240, noise: float = 0.3, preference: bool = False, seed: int = 0) -> Songs:
+def made_up(songs: int = 240, noise: float = 0.3, preference: bool = False, seed: int = 0) -> EvaluatedSongs:
     """Half of the songs train, half test; twelve artists on each side; text names the genre and, in part, the song."""
     generator = np.random.default_rng(seed)
     genre = generator.integers(0, len(GENRES), songs)
@@ -33,7 +33,7 @@ def made_up(songs: int = 240, noise: float = 0.3, preference: bool = False, seed
     spaces = {"semantic": unit(np.eye(DIM)[genre] + noise * generator.normal(size=(songs, DIM)))}
     if preference:
         spaces["preference"] = unit(np.eye(DIM)[genre] + noise * generator.normal(size=(songs, DIM)))
-    return Songs(
+    return EvaluatedSongs(
         [f"s{i:04}" for i in range(songs)],
         [f"{GENRES[g]} {i // 16}" for i, g in enumerate(genre)],
         split,

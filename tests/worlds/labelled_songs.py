@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from htcl_ray.evaluation.evaluated_songs import Songs, with_blend
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs, with_blend
 from htcl_ray.schemas import METADATA
 
 GENRES = ("rock", "jazz", "folk")
@@ -25,7 +25,7 @@ def songs_of(
     groups: Sequence[str] | None = None,
     preference: np.ndarray | None = None,
     **columns: Sequence[object],
-) -> Songs:
+) -> EvaluatedSongs:
     """Songs s0000, s0001, …; `columns` of metadata by name, `vectors` the semantic space; the log-mel statistics are
     noise."""
     count = len(splits)
@@ -36,7 +36,7 @@ def songs_of(
         if preference is None
         else {"semantic": unit(vectors), "preference": unit(preference)}
     )
-    return Songs(
+    return EvaluatedSongs(
         [f"s{i:04d}" for i in range(count)],
         list(texts or (f"text {i}" for i in range(count))),
         np.array(splits),
@@ -47,7 +47,9 @@ def songs_of(
     )
 
 
-def labelled_world(seed: int = 0, count: int = 300, signal: float = 4.0) -> tuple[Songs, dict[str, np.ndarray]]:
+def labelled_world(
+    seed: int = 0, count: int = 300, signal: float = 4.0
+) -> tuple[EvaluatedSongs, dict[str, np.ndarray]]:
     """Songs by 30 artists whose vectors hold their genre and tags as strongly as `signal`, and the direction of each
     label.
 

@@ -12,7 +12,7 @@ from htcl_ray.config import Config, resolve
 from htcl_ray.demo_world import TEXT_COLUMNS, SampleTables
 from htcl_ray.evaluation.gate import judge, read_gate
 from htcl_ray.pipelines.embed import embed
-from htcl_ray.pipelines.evaluate import evaluate, read_figures
+from htcl_ray.pipelines.evaluate import evaluate, read_metrics
 from htcl_ray.pipelines.index import build_index, determined_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
@@ -81,7 +81,7 @@ def run_every_step(
 
 
 def failed_bounds(config: Config, location: str) -> list[str]:
-    figures = read_figures(Workspace(config.workspace), location.rsplit("/", 1)[1])
+    figures = read_metrics(Workspace(config.workspace), location.rsplit("/", 1)[1])
     return [result.bound.figure for result in judge(read_gate("default"), figures).failed]
 
 

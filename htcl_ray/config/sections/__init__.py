@@ -13,7 +13,6 @@ from htcl_ray.config.sections.steps import (
     Require,
 )
 from htcl_ray.config.sections.training import (
-    LOWER_IS_BETTER,
     NOT_IN_MODEL,
     BestMetric,
     FinetuneSettings,
@@ -25,7 +24,6 @@ from htcl_ray.config.sections.training import (
 from htcl_ray.config.sections.tune import Dimension, Objective, TuneSettings
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "NOT_IN_MODEL",
     "AudioRecipe",
     "BestMetric",

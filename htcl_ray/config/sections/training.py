@@ -36,7 +36,6 @@ BestMetric = Literal[
     "validation_pair_ndcg@10",
     "validation_pair_median_rank",
 ]
-LOWER_IS_BETTER = ("loss", "validation_median_rank", "validation_pair_median_rank")
 NOT_IN_MODEL = (
     "accelerator",
     "num_workers",

@@ -1,4 +1,4 @@
-"""Several runs beside each other as a page that opens offline: two reports compared, and the table of an ablation."""
+"""Self-contained HTML pages that compare several runs: two reports, or the variants of an ablation."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from typing import Any
 
 import jinja2
 
-from htcl_ray.evaluation.report.report_tree import NOT_SHOWN, TITLES, figure_title, number
+from htcl_ray.evaluation.metrics import metric_label
+from htcl_ray.evaluation.report.report_tree import (
+    IMPROVED,
+    METHOD_LABELS,
+    NOT_COMPARABLE,
+    NOT_SIGNIFICANT,
+    VERDICT_LABELS,
+    WORSE,
+    number,
+)
 
-SHADES = {"improved": "good", "worse": "bad", "not shown": "faint", "not comparable": "faint"}
+SHADES = {IMPROVED: "good", WORSE: "bad", NOT_SIGNIFICANT: "faint", NOT_COMPARABLE: "faint"}
 
 
 def comparison_html(tree: Mapping[str, Any]) -> str:
-    """Two reports: what each figure was, what it is, and the paired difference."""
+    """Two reports: both values of each metric, and the paired difference."""
     reports = tree["reports"]
     rows = [
         [
-            _cell(f"{row['task']} {figure_title(row['figure'])}"),
-            _cell(TITLES.get(row["method"], row["method"])),
+            _cell(f"{row['task']} {metric_label(row['figure'])}"),
+            _cell(METHOD_LABELS.get(row["method"], row["method"])),
             _cell(number(row["second"], row["figure"])),
             _cell(number(row["first"], row["figure"])),
             _cell(f"{row['value']:+.3f}", _between(row)),
-            _cell(row["verdict"], shade=SHADES[row["verdict"]]),
+            _cell(VERDICT_LABELS[row["verdict"]], shade=SHADES[row["verdict"]]),
         ]
         for row in tree["differences"]
     ]
@@ -32,31 +41,37 @@ def comparison_html(tree: Mapping[str, Any]) -> str:
         for name, version in tree["inputs"]["second"].items()
         if tree["inputs"]["first"].get(name) != version and name in tree["inputs"]["first"]
     ]
-    lead = f"{tree['created']}. Intervals: 95 %, paired. Changed: {', '.join(changed) or 'nothing but settings'}. {tree['test_set']}"
-    header = ["figure", "method", reports["first"], reports["second"], "difference", ""]
+    lead = (
+        f"{tree['created']}. Intervals: 95 %, paired. Changed: {', '.join(changed) or 'nothing but settings'}. "
+        f"{tree['test_set']}"
+    )
+    header = ["metric", "method", reports["first"], reports["second"], "difference", ""]
     return _page(f"From report {reports['first']} to {reports['second']}", lead, header, rows)
 
 
 def ablation_html(tree: Mapping[str, Any]) -> str:
-    """The table of an ablation: a row a variant, a column a figure, below each figure its difference from the full
-    method.
-    """
+    """The table of an ablation: variants as rows, metrics as columns, with the difference from the full method."""
     columns: Sequence[Mapping[str, str]] = tree["columns"]
     rows = []
     for variant in tree["variants"]:
         cells = [_cell(variant["name"])]
-        for column, figure in zip(columns, variant["figures"], strict=True):
-            if figure is None:
+        for column, item in zip(columns, variant["figures"], strict=True):
+            if item is None:
                 cells.append(_cell("–"))
                 continue
-            against = figure["against_full"]
-            small = "" if against is None else f"{against['value']:+.3f} {_between(against)} {against['verdict']}"
-            if figure["against_chance"] and figure["against_chance"]["verdict"] == NOT_SHOWN:
+            against = item["against_full"]
+            small = ""
+            if against is not None:
+                small = f"{against['value']:+.3f} {_between(against)} {VERDICT_LABELS[against['verdict']]}"
+            if item["against_chance"] and item["against_chance"]["verdict"] == NOT_SIGNIFICANT:
                 small += ", not above chance"
             shade = SHADES[against["verdict"]] if against else ""
-            cells.append(_cell(number(figure["value"], column["figure"]), small, shade))
+            cells.append(_cell(number(item["value"], column["figure"]), small, shade))
         rows.append(cells)
-    lead = f"{tree['created']}. Small print: difference from the full method with its paired 95 % interval. n: {tree['n']}."
+    lead = (
+        f"{tree['created']}. Small print: difference from the full method with its paired 95 % interval. "
+        f"n: {tree['n']}."
+    )
     return _page("Ablations", lead, ["variant", *(column["title"] for column in columns)], rows)
 
 

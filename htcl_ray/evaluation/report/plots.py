@@ -1,4 +1,4 @@
-"""The plots of a report as inline SVG that follows the page's colours, light or dark."""
+"""The plots of a report as inline SVG in the colours of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"
-"""Drawn in this colour, and then handed to the page: `currentColor`."""
+"""Placeholder colour that is replaced by the text colour of the page, `currentColor`."""
 COLORS = {
     "semantic": "#3b7dd8",
     "preference": "#d9662c",
@@ -25,12 +25,12 @@ COLORS = {
     "share of songs": "#8a8f98",
 }
 GENRES = 40
-"""Genres in a plot, the commonest ones."""
+"""Limit of the genres in a plot; the most frequent ones are shown."""
 PALETTE = ("#3b7dd8", "#d9662c", "#6f9e3f", "#b04fb5", "#c9a227", "#2aa198", "#d64561", "#7a6fd0", "#8c6d46", "#5b8c9e")
 
 
 def recall_curves(curves: Mapping[str, Sequence[float]], titles: Mapping[str, str]) -> str:
-    """Recall@k against k, a line for each space."""
+    """Plot recall@k against k, one line for each space."""
     figure, axes = _figure(1)
     for space, values in curves.items():
         style = ":" if space == "random" else "-"
@@ -42,22 +42,22 @@ def recall_curves(curves: Mapping[str, Sequence[float]], titles: Mapping[str, st
     return inline_svg(figure, "recall")
 
 
-def blend_curve(points: Sequence[Mapping[str, Any]], figures: Sequence[str], titles: Mapping[str, str]) -> str:
-    """Each figure against the blend, with its interval as a band."""
-    figure, axes = _figure(len(figures))
+def blend_curve(points: Sequence[Mapping[str, Any]], metrics: Sequence[str], labels: Mapping[str, str]) -> str:
+    """Plot each metric against the blend, with its interval as a band."""
+    figure, axes = _figure(len(metrics))
     blends = [point["blend"] for point in points]
-    for axis, name in zip(axes, figures, strict=True):
-        found = [point["cold"][name] for point in points]
-        axis.plot(blends, [item["value"] for item in found], "o-", color=COLORS["preference"], markersize=4)
-        if all(item["low"] is not None for item in found):
-            lows, highs = [item["low"] for item in found], [item["high"] for item in found]
+    for axis, name in zip(axes, metrics, strict=True):
+        values = [point["cold"][name] for point in points]
+        axis.plot(blends, [item["value"] for item in values], "o-", color=COLORS["preference"], markersize=4)
+        if all(item["low"] is not None for item in values):
+            lows, highs = [item["low"] for item in values], [item["high"] for item in values]
             axis.fill_between(blends, lows, highs, color=COLORS["preference"], alpha=0.15, linewidth=0)
-        _finish(axis, "blend: 0 semantic … 1 preference", f"cold songs, {titles.get(name, name)}", legend=False)
+        _finish(axis, "blend: 0 semantic … 1 preference", f"cold songs, {labels.get(name, name)}", legend=False)
     return inline_svg(figure, "blend")
 
 
 def genre_bars(agreement: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
-    """For each genre, the share of nearest songs of the same genre, a bar for each space."""
+    """Plot the share of nearest songs of the same genre, for each genre a bar for each space."""
     spaces = list(agreement)
     share = agreement.get("share of songs", agreement[spaces[0]])
     genres = sorted(sorted(share, key=lambda genre: (-share[genre], genre))[:GENRES])
@@ -70,28 +70,28 @@ def genre_bars(agreement: Mapping[str, Mapping[str, float]], titles: Mapping[str
     axes[0].set_yticks(range(len(genres)), [_plain(genre) for genre in genres])
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 1)
-    left_out = f" (the {GENRES} commonest of {len(share)} genres)" if len(share) > GENRES else ""
-    _finish(axes[0], f"share of the 10 nearest songs by other artists that are of the song's genre{left_out}", "")
+    left_out = f" (the {GENRES} most frequent of {len(share)} genres)" if len(share) > GENRES else ""
+    _finish(axes[0], f"share of the 10 nearest songs by other artists with the song's genre{left_out}", "")
     return inline_svg(figure, "genres")
 
 
 def song_map(points: Sequence[Mapping[str, Any]]) -> str:
-    """Songs near each other sound alike or are liked alike; coloured by genre, the ten commonest by name."""
+    """Plot the places of songs, coloured by genre; the ten most frequent genres are in the legend."""
     genres = [point["genre"] or "none" for point in points]
     names, counts = np.unique(genres, return_counts=True)
     common = [str(name) for name in names[np.argsort(-counts, kind="stable")][: len(PALETTE)]]
     figure, axes = _figure(1, height=5.2)
     for name in [*common, None]:
-        mine = [
+        members = [
             point
             for point, genre in zip(points, genres, strict=True)
             if genre == name or (name is None and genre not in common)
         ]
         color = PALETTE[common.index(name)] if name in common else COLORS["random"]
-        if mine:
+        if members:
             axes[0].scatter(
-                [p["x"] for p in mine],
-                [p["y"] for p in mine],
+                [p["x"] for p in members],
+                [p["y"] for p in members],
                 s=14,
                 color=color,
                 label=_plain(name or "other"),
@@ -104,17 +104,17 @@ def song_map(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def similarity_histograms(similarities: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str]) -> str:
-    """Cosine of songs with their own text, and with other texts: a model that tells them apart has two hills."""
+    """Plot the cosine of songs with their own text and with other texts: separate peaks for a good model."""
     figure, axes = _figure(len(similarities))
-    for axis, (space, found) in zip(axes, similarities.items(), strict=True):
-        for (name, shares), color in zip(found.items(), (COLORS["preference"], COLORS["random"]), strict=True):
+    for axis, (space, histograms) in zip(axes, similarities.items(), strict=True):
+        for (name, shares), color in zip(histograms.items(), (COLORS["preference"], COLORS["random"]), strict=True):
             axis.stairs(shares, BINS, fill=True, color=color, alpha=0.6, label=name)
         _finish(axis, f"cosine, {titles.get(space, space)}", "share")
     return inline_svg(figure, "similarity")
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The SVG element alone, the same for the same numbers; ids carry `name`, so that several stand in one page."""
+    """Render the SVG element, reproducibly; ids start with `name`, so that one page can hold several."""
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}):
@@ -132,7 +132,7 @@ def inline_svg(figure: Figure, name: str) -> str:
 
 
 def _plain(label: str) -> str:
-    """A label that matplotlib shows as it is: no mathematics, no hidden legend entry."""
+    """Escape a label for matplotlib: no mathematics, no hidden legend entry."""
     return label.replace("$", r"\$").removeprefix("_")
 
 

@@ -1,6 +1,4 @@
-"""The report as one page that opens offline: the verdict, and folded behind it every metric, the plots, and how to
-repeat it.
-"""
+"""The report as a self-contained HTML page: the verdict, and folded below it all metrics, plots and settings."""
 
 from __future__ import annotations
 
@@ -12,52 +10,70 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from htcl_ray.evaluation.metrics import headline_metrics, lower_is_better, metric_label
 from htcl_ray.evaluation.report import plots
 from htcl_ray.evaluation.report.conclusions import draw_conclusions
 from htcl_ray.evaluation.report.report_tree import (
     IMPROVED,
-    NOT_SHOWN,
-    TITLES,
+    METHOD_LABELS,
+    NOT_SIGNIFICANT,
     WORSE,
-    figure_title,
     heading_of,
-    headline_figures,
     number,
 )
-from htcl_ray.evaluation.task_result import lower_is_better
 
 DEFINITIONS = {
-    "stage 1, stage 2, blend 0.5": "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same "
-    "model as the songs.",
-    "verdict": "Of each task the first metric of the space that is best by it, chosen on these same songs, against methods that need no "
-    "model. Better or significant: the paired 95 % interval of the difference excludes 0.",
-    "interval, °": "95 % of 1,000 (or as configured) resamples of whole artists, for recommendation of users and of artists with all their "
-    "songs. A metric marked ° does not differ significantly from the task's control: the paired interval of the difference contains 0.",
-    "text→audio, audio→text": "Each unique text of a held-out song asks for its songs among all held-out songs, and each of these songs "
-    "for its text among the unique texts. Songs with the same text are one correct set. recall@k: share of queries with a correct answer "
-    "among the first k.",
-    "zero-shot": "A label is named by the text that is nearest to the song; nothing is trained on labels.",
-    "probe": "Logistic regression, and the nearest training songs (kNN), on vectors. Without 'folds' trained on the training songs and "
-    "asked about held-out artists; with 'folds' trained and asked among the held-out songs alone, no artist in two folds, so that it "
-    "never saw a song that the model trained on.",
-    "cold, hot": "Cold songs are in the held-out split: no training pair contains them, and every method is told nothing of their past. "
-    "Hot songs have training listeners. A user is the unit-norm mean of the vectors of what they liked before; the questions are what "
-    "they liked next. New users are in no training pair, known users are.",
-    "user AUC, item AUC": "User AUC: probability that a song the user liked ranks above another one. Item AUC: for each cold song, the "
-    "probability that a user who liked it scores higher than one who did not, mean over songs. A method that only knows which songs are "
-    "popular has an item AUC of 0.5.",
-    "random, shuffled, popularity, log-mel, genre labels, item-kNN, ALS": "A random order (exact expectation), the vectors randomly "
-    "permuted across songs, positive training events (for cold songs: of their genre), mean and deviation of the raw mel bands, "
-    "genre labels as vectors, and two collaborative methods that see training listeners and no audio.",
+    "stage 1, stage 2, blend 0.5": (
+        "The semantic space, the preference space, and the mean of both scores. Text is encoded by the same model "
+        "as the songs."
+    ),
+    "verdict": (
+        "For each task, the primary metric of the space that is best by it (chosen on these same songs) is compared "
+        "with methods that need no model. Better or significant: the paired 95 % confidence interval of the "
+        "difference excludes 0."
+    ),
+    "interval, °": (
+        "95 % confidence interval from 1,000 (or as configured) bootstrap resamples of whole artists; for "
+        "recommendation, of users and of artists with all their songs. A metric marked ° does not differ "
+        "significantly from the control of the task: the paired interval of the difference contains 0."
+    ),
+    "text→audio, audio→text": (
+        "Each unique text of a held-out song is a query for its songs among all held-out songs, and each of these "
+        "songs a query for its text among the unique texts. Songs with the same text form one correct set. "
+        "recall@k: share of queries with a correct item among the first k."
+    ),
+    "zero-shot": ("The label whose text is nearest to the song is predicted; nothing is trained on labels."),
+    "probe": (
+        "Logistic regression, and the nearest training songs (kNN), on frozen vectors. Without 'folds': trained on "
+        "the training songs and tested on held-out artists. With 'folds': trained and tested within the held-out "
+        "songs, cross-validated with all songs of an artist in one fold, so that no song of the model's training is "
+        "used."
+    ),
+    "cold, hot": (
+        "Cold-start songs are in the held-out split: no training pair contains them, and no method sees earlier "
+        "events on them. Hot songs have events of training users. A user is the unit-norm mean of the vectors of "
+        "their earlier positive songs; the targets are their later positive songs. New users are in no training "
+        "pair, known users are."
+    ),
+    "user AUC, item AUC": (
+        "User AUC: probability that a song the user liked ranks above another one. Item AUC: for each cold-start "
+        "song, the probability that a user who liked it scores higher than one who did not, averaged over songs. A "
+        "method that knows only the popularity of songs has an item AUC of 0.5."
+    ),
+    "random, shuffled, popularity, log-mel, genre labels, item-kNN, ALS": (
+        "A random order (exact expectation), the vectors randomly permuted across songs, positive training events "
+        "(for cold-start songs: of their genre), mean and standard deviation of the raw mel bands, genre labels as "
+        "vectors, and two collaborative methods that see training users and no audio."
+    ),
 }
 
 
 def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> str:
-    """The page; `verdict`: of a gate, as `Verdict.model_dump()` gives it."""
+    """Render the page; `verdict`: content of gate.json."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(title=lambda name: TITLES.get(name, name), figure=figure_title, plain=plain)
+    environment.filters.update(title=lambda name: METHOD_LABELS.get(name, name), metric=metric_label, plain=plain)
     template = environment.from_string(
         resources.files("htcl_ray.evaluation.report").joinpath("report.html").read_text(encoding="utf-8")
     )
@@ -75,7 +91,7 @@ def html(report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) ->
 
 
 def plain(value: Any) -> str:
-    """A value of report.json for people."""
+    """Format a value of report.json for people."""
     if value is None or value == "" or value == []:
         return "none"
     if isinstance(value, bool):
@@ -90,16 +106,17 @@ def plain(value: Any) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What improved, what got worse and what is not shown from stage 1 to stage 2, a line a figure; without stage 2,
-    against controls.
+    """Headline metrics by verdict on stage 2 against stage 1, or without stage 2 on stage 1 against the controls.
+
+    One line for each metric.
     """
-    lines: dict[str, list[str]] = {IMPROVED: [], WORSE: [], NOT_SHOWN: []}
+    lines: dict[str, list[str]] = {IMPROVED: [], WORSE: [], NOT_SIGNIFICANT: []}
     of_task = {
-        name: headline_figures(list(task["methods"].get("semantic", {}))) for name, task in report["tasks"].items()
+        name: headline_metrics(list(task["methods"].get("semantic", {}))) for name, task in report["tasks"].items()
     }
     for row in report["differences"]:
         if row["figure"] in of_task[row["task"]]:
-            title = f"{report['tasks'][row['task']]['title']}, {figure_title(row['figure'])}"
+            title = f"{report['tasks'][row['task']]['title']}, {metric_label(row['figure'])}"
             before, after = number(row["second"], row["figure"]), number(row["first"], row["figure"])
             between = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f})"
             lines[row["verdict"]].append(f"{title}: {before} → {after}{between}")
@@ -107,32 +124,40 @@ def summary(report: Mapping[str, Any]) -> dict[str, list[str]]:
         return lines
     for task_name, task in report["tasks"].items():
         for name in of_task[task_name]:
-            found, control = task["methods"]["semantic"][name], task["methods"].get(task["control"], {}).get(name)
-            if control is not None and found["shown"] is not None:
-                line = f"{task['title']}, {figure_title(name)}: {number(found['value'], name)}, {task['control']} "
-                better = (found["value"] < control["value"]) == lower_is_better(name)
-                lines[NOT_SHOWN if not found["shown"] else IMPROVED if better else WORSE].append(
+            own, control = task["methods"]["semantic"][name], task["methods"].get(task["control"], {}).get(name)
+            if control is not None and own["shown"] is not None:
+                line = f"{task['title']}, {metric_label(name)}: {number(own['value'], name)}, {task['control']} "
+                better = (own["value"] < control["value"]) == lower_is_better(name)
+                lines[NOT_SIGNIFICANT if not own["shown"] else IMPROVED if better else WORSE].append(
                     line + number(control["value"], name)
                 )
     return lines
 
 
-def _plots(pictures: Mapping[str, Any]) -> list[tuple[str, Markup]]:
-    found = []
-    if pictures.get("recall_curves"):
-        found.append(
-            ("How far down the list the song of a text stands", plots.recall_curves(pictures["recall_curves"], TITLES))
+def _plots(data: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    drawings = []
+    if data.get("recall_curves"):
+        drawings.append(
+            ("Recall of text-to-audio retrieval at k", plots.recall_curves(data["recall_curves"], METHOD_LABELS))
         )
-    if pictures.get("blend_curve"):
-        names = {name: figure_title(name) for name in pictures["blend_curve"][0]["cold"]}
-        found.append(("From semantic to preference", plots.blend_curve(pictures["blend_curve"], list(names), names)))
-    if pictures.get("genre_agreement"):
-        found.append(("Which genres stay together", plots.genre_bars(pictures["genre_agreement"], TITLES)))
-    if pictures.get("map"):
-        found.append(("The held-out songs on a map (t-SNE of the last stage)", plots.song_map(pictures["map"])))
-    if pictures.get("similarities"):
-        found.append(
-            ("Songs and texts: own against others", plots.similarity_histograms(pictures["similarities"], TITLES))
+    if data.get("blend_curve"):
+        names = {name: metric_label(name) for name in data["blend_curve"][0]["cold"]}
+        drawings.append(
+            (
+                "Cold-start metrics by blend of semantic and preference",
+                plots.blend_curve(data["blend_curve"], list(names), names),
+            )
         )
-    # Our own SVG; every text in it was escaped by matplotlib.
-    return [(caption, Markup(drawn.replace("<svg ", f'<svg aria-label="{caption}" ', 1))) for caption, drawn in found]
+    if data.get("genre_agreement"):
+        drawings.append(("Genre agreement of nearest songs", plots.genre_bars(data["genre_agreement"], METHOD_LABELS)))
+    if data.get("map"):
+        drawings.append(("The held-out songs on a map (t-SNE of the last stage)", plots.song_map(data["map"])))
+    if data.get("similarities"):
+        drawings.append(
+            (
+                "Similarity of songs to their own text and to other texts",
+                plots.similarity_histograms(data["similarities"], METHOD_LABELS),
+            )
+        )
+    # The SVG is generated here, and matplotlib escapes every text in it.
+    return [(caption, Markup(svg.replace("<svg ", f'<svg aria-label="{caption}" ', 1))) for caption, svg in drawings]

@@ -1,4 +1,4 @@
-"""What `report.json` holds, as typed models: its JSON Schema lies beside it as `report.schema.json`."""
+"""Typed models of `report.json`; its JSON Schema is written next to it as `report.schema.json`."""
 
 from __future__ import annotations
 
@@ -12,54 +12,55 @@ class _Part(BaseModel):
 
 
 class Figure(_Part):
-    """One figure of one method."""
+    """One metric of one method."""
 
     value: float | None
-    """Null when nothing could be measured. Every accuracy, rate and share is in [0, 1]."""
+    """Null when the metric has no value. Accuracies, rates and shares are in [0, 1]."""
     low: float | None = None
-    """Low end of the 95 % interval; null where resampling has no meaning."""
+    """Low end of the 95 % confidence interval; null for metrics that are not resampled."""
     high: float | None = None
+    """High end of the interval."""
     n: int
-    """How many texts, songs or users it is the figure of."""
+    """Number of texts, songs or users that the metric is computed over."""
     shown: bool | None = None
-    """Whether it differs from the control of its task: the paired 95 % interval of the difference does not hold 0. Null
-    without one."""
+    """Whether the difference from the control of the task is significant: its paired 95 % interval excludes 0. Null
+    without an interval."""
 
 
 class TaskReport(_Part):
-    """The same questions put to several methods."""
+    """Several methods on the same queries."""
 
     title: str
     unit: str
-    """What n counts."""
+    """Unit of `n`."""
     over: str
-    """What the intervals resample."""
+    """Clusters that the intervals resample."""
     control: str | None
-    """The method that knows nothing."""
+    """The method without information."""
     counts: dict[str, int]
-    """What the questions are made of, and what was left out."""
+    """Number of queries, candidates and excluded rows."""
     methods: dict[str, dict[str, Figure]]
-    """By method (`semantic`: stage 1; `preference`: stage 2; `blend_0.5`; baselines; controls) and figure."""
+    """By method (`semantic`: stage 1; `preference`: stage 2; `blend_0.5`; baselines; controls) and metric."""
 
 
 class Difference(_Part):
-    """One figure of stage 2 minus the same of stage 1, of a space minus a baseline, or of one report minus another."""
+    """Difference of one metric: stage 2 minus stage 1, a space minus a baseline, or one report minus another."""
 
     task: str
     figure: str
     method: str
     against: str
     first: float
-    """The figure of `method`."""
+    """The metric of `method`."""
     second: float
-    """The figure of `against`."""
+    """The metric of `against`."""
     value: float
     low: float | None
     high: float | None
     n: int
     verdict: str
-    """`improved`, `worse`, `not shown`, or `not comparable` when the two were measured on other songs, users or
-    candidates."""
+    """`improved`, `worse`, `not shown` (not significant), or `not comparable` when the two were measured on different
+    songs, users or candidates."""
 
 
 class Report(_Part):
@@ -70,23 +71,23 @@ class Report(_Part):
     format_version: int
     created: str
     command: str
-    """Repeats the evaluation."""
+    """Command that repeats the evaluation."""
     config: dict[str, Any]
     inputs: dict[str, str | None]
     """Versions of the artifacts."""
     libraries: dict[str, str | None]
     data: dict[str, Any]
-    """How many songs, artists and texts were asked about, and the spaces."""
+    """Numbers of songs, artists and texts, and the spaces."""
     leakage: dict[str, Any]
-    """What training and evaluation share."""
+    """Overlap of training and evaluation."""
     tasks: dict[str, TaskReport]
     differences: list[Difference]
     """Stage 2 against stage 1; empty without stage 2."""
     baselines: list[Difference]
-    """For each task with a control its first metric (NDCG, accuracy, ROC-AUC or recall): the space that is best by it
-    against each method that needs no model."""
+    """For each task with a control its primary metric (NDCG, accuracy, ROC-AUC or recall): the best space against each
+    method that needs no model."""
     pictures: dict[str, Any] = Field(default_factory=dict)
-    """What the plots of report.html show, as numbers."""
+    """Data of the plots of report.html."""
 
 
 def report_schema() -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""The report of one evaluation as a tree: `report.json`, its headline, and its table for a terminal."""
+"""Content of `report.json`, its one-line summary, and its table for a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.box
 from rich.table import Table
 
 from htcl_ray.evaluation.evaluated_songs import BLEND
-from htcl_ray.evaluation.report.resamples import Key, estimates
-from htcl_ray.evaluation.stats.bootstrap import Estimate, comparable, difference, is_shown
-from htcl_ray.evaluation.task_result import Measured, Task, lower_is_better
+from htcl_ray.evaluation.metrics import headline_metrics, lower_is_better, metric_label, primary_metric
+from htcl_ray.evaluation.stats.bootstrap import Estimate, comparable, difference, is_significant
+from htcl_ray.evaluation.task_result import EvaluationResult, MetricKey, TaskResult, estimates
 
-TITLES = {
+METHOD_LABELS = {
     "semantic": "stage 1",
     "preference": "stage 2",
     BLEND: "blend 0.5",
@@ -23,128 +23,107 @@ TITLES = {
     "item_knn": "item-kNN",
     "als": "ALS",
 }
-"""Of methods; others go by their own name."""
-FIGURES = {
-    "median_rank": "median rank",
-    "mrr": "MRR",
-    "hit_rate": "HR",
-    "ndcg": "NDCG",
-    "user_auc": "user AUC",
-    "item_auc": "item AUC",
-    "roc_auc": "ROC-AUC",
-    "map": "mAP",
-    "accuracy_folds": "accuracy, folds",
-    "knn_accuracy": "kNN accuracy",
-    "knn_accuracy_folds": "kNN accuracy, folds",
-    "knn_roc_auc": "kNN ROC-AUC",
-    "knn_map": "kNN mAP",
-}
-HEADLINES = ("recall", "median_rank", "accuracy", "roc_auc", "map", "ndcg", "user_auc", "item_auc")
-"""Figures of which the summary and the terminal speak, of several k the largest; all others are in the tables of the
-page."""
-PRIMARY = ("ndcg", "accuracy", "roc_auc", "recall")
-"""Of HEADLINES, the metrics that a task is judged by, the first that it has; more is better of each."""
-IMPROVED, WORSE, NOT_SHOWN = "improved", "worse", "not shown"
+"""Labels of methods; others go by their own name."""
+IMPROVED, WORSE, NOT_SIGNIFICANT = "improved", "worse", "not shown"
+"""Values of `verdict` in report.json; for people see `VERDICT_LABELS`."""
 NOT_COMPARABLE = "not comparable"
-"""Of a difference between two test sets: other songs, users or candidates."""
+"""Verdict of a difference between two test sets: other songs, users or candidates."""
+VERDICT_LABELS = {
+    IMPROVED: "improved",
+    WORSE: "worse",
+    NOT_SIGNIFICANT: "not significant",
+    NOT_COMPARABLE: "not comparable",
+}
 
 
 def report_tree(
-    described: Mapping[str, Any], measured: Measured, more_tasks: Sequence[Task] = ()
-) -> tuple[dict[str, Any], dict[Key, Estimate]]:
-    """The content of report.json (see report_model.py), and every figure with its resamples.
+    described: Mapping[str, Any], result: EvaluationResult, more_tasks: Sequence[TaskResult] = ()
+) -> tuple[dict[str, Any], dict[MetricKey, Estimate]]:
+    """The content of report.json (see report_schema.py), and every metric with its resamples.
 
     `described`: run, format_version, created, command, config, inputs, libraries.
     """
-    tasks = [*measured.tasks, *more_tasks]
-    found = estimates(tasks)
+    tasks = [*result.tasks, *more_tasks]
+    metrics = estimates(tasks)
     tree = {
         **described,
-        "data": measured.data,
-        "leakage": measured.leakage,
+        "data": result.data,
+        "leakage": result.leakage,
         "tasks": {task.name: _task_tree(task) for task in tasks},
-        "differences": differences(found, found, "preference", "semantic"),
-        "baselines": baseline_differences(found, tasks, measured.data["spaces"]),
-        "pictures": measured.pictures,
+        "differences": differences(metrics, metrics, "preference", "semantic"),
+        "baselines": baseline_differences(metrics, tasks, result.data["spaces"]),
+        "pictures": result.plot_data,
     }
-    return tree, found
+    return tree, metrics
 
 
 def differences(
-    first: Mapping[Key, Estimate], second: Mapping[Key, Estimate], method: str, against: str
+    first: Mapping[MetricKey, Estimate], second: Mapping[MetricKey, Estimate], method: str, against: str
 ) -> list[dict[str, Any]]:
-    """Figures of `method` in `first` minus those of `against` in `second`: paired, and in the order of `first`."""
+    """Metrics of `method` in `first` minus those of `against` in `second`: paired, in the order of `first`."""
     rows = []
-    for (task, of, figure), ours in first.items():
-        theirs = second.get((task, against, figure))
-        if of == method and theirs is not None and task not in ("collapse", "determinism"):
-            rows += _difference(task, figure, method, against, ours, theirs)
+    for (task, of, metric), own in first.items():
+        other = second.get((task, against, metric))
+        if of == method and other is not None and task not in ("collapse", "determinism"):
+            rows += _difference(task, metric, method, against, own, other)
     return rows
 
 
 def baseline_differences(
-    found: Mapping[Key, Estimate], tasks: Sequence[Task], spaces: Sequence[str]
+    metrics: Mapping[MetricKey, Estimate], tasks: Sequence[TaskResult], spaces: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """For each task with a control: the first metric of the best space minus that of each method that needs no
-    model.
-    """
+    """For each task with a control: the primary metric of the best space minus that of each baseline."""
     rows = []
     for task in tasks:
-        ours = [space for space in spaces if space in task.methods]
-        figure = primary_figure(task.methods[ours[0]]) if ours and task.control is not None else None
+        own = [space for space in spaces if space in task.methods]
+        metric = primary_metric(task.methods[own[0]]) if own and task.control is not None else None
         values = (
-            {space: found[task.name, space, figure].value for space in ours if figure in task.methods[space]}
-            if figure
+            {space: metrics[task.name, space, metric].value for space in own if metric in task.methods[space]}
+            if metric
             else {}
         )
         known = [space for space, value in values.items() if not math.isnan(value)]
-        if figure is None or not known:
+        if metric is None or not known:
             continue
         best = max(known, key=lambda space: values[space])
-        for against, figures in task.methods.items():
-            if against not in (*spaces, "shuffled") and figure in figures:
-                rows += _difference(task.name, figure, best, against, found[task.name, best, figure], figures[figure])
+        for against, of_method in task.methods.items():
+            if against not in (*spaces, "shuffled") and metric in of_method:
+                rows += _difference(
+                    task.name, metric, best, against, metrics[task.name, best, metric], of_method[metric]
+                )
     return rows
 
 
-def primary_figure(figures: Iterable[str]) -> str | None:
-    """The metric by which a task is judged: NDCG, accuracy, ROC-AUC or recall, of several k the largest; None without
-    any of them.
-    """
-    headlines = headline_figures(list(figures))
-    return next((figure for name in PRIMARY for figure in headlines if figure.partition("@")[0] == name), None)
-
-
 def _difference(
-    task: str, figure: str, method: str, against: str, ours: Estimate, theirs: Estimate
+    task: str, metric: str, method: str, against: str, own: Estimate, other: Estimate
 ) -> list[dict[str, Any]]:
     """One row, or none when a value is missing."""
-    if math.isnan(ours.value - theirs.value):
+    if math.isnan(own.value - other.value):
         return []
-    gain = difference(ours, theirs)
+    gain = difference(own, other)
     low, high = gain.interval or (None, None)
     row = {
         "task": task,
-        "figure": figure,
+        "figure": metric,
         "method": method,
         "against": against,
-        "first": ours.value,
-        "second": theirs.value,
+        "first": own.value,
+        "second": other.value,
     }
     row |= {"value": gain.value, "low": low, "high": high, "n": gain.n}
-    return [{**row, "verdict": verdict(figure, gain) if comparable(ours, theirs) else NOT_COMPARABLE}]
+    return [{**row, "verdict": verdict(metric, gain) if comparable(own, other) else NOT_COMPARABLE}]
 
 
-def verdict(figure: str, gain: Estimate) -> str:
-    """What a difference says: improved or worse only when its interval does not hold 0."""
-    if not is_shown(gain):
-        return NOT_SHOWN
-    better = gain.value < 0 if lower_is_better(figure) else gain.value > 0
+def verdict(metric: str, gain: Estimate) -> str:
+    """Verdict on a difference: improved or worse only when its interval excludes 0."""
+    if not is_significant(gain):
+        return NOT_SIGNIFICANT
+    better = gain.value < 0 if lower_is_better(metric) else gain.value > 0
     return IMPROVED if better else WORSE
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The headlines for a terminal: for each task with a control the figures of every space beside it."""
+    """The headline metrics for a terminal: every space and the control of each task with a control."""
     heading = heading_of(report)
     result = Table(
         "",
@@ -157,7 +136,7 @@ def table(report: Mapping[str, Any]) -> Table:
     )
     columns = [*report["data"]["spaces"], "control"]
     for name in columns:
-        result.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
+        result.add_column(METHOD_LABELS.get(name, name), justify="right", no_wrap=True)
     result.add_column("n", justify="right", no_wrap=True)
     for task in report["tasks"].values():
         methods = {name: task["methods"].get(task["control"] if name == "control" else name, {}) for name in columns}
@@ -165,83 +144,62 @@ def table(report: Mapping[str, Any]) -> Table:
             continue
         result.add_section()
         result.add_row(task["title"], style="bold")
-        for figure in headline_figures(list(dict.fromkeys(figure for found in methods.values() for figure in found))):
-            cells = [cell(found.get(figure), figure) for found in methods.values()]
-            count = max(found[figure]["n"] for found in methods.values() if figure in found)
-            result.add_row(f"  {figure_title(figure)}", *cells, str(count))
+        for metric in headline_metrics(list(dict.fromkeys(metric for of in methods.values() for metric in of))):
+            cells = [cell(of.get(metric), metric) for of in methods.values()]
+            count = max(of[metric]["n"] for of in methods.values() if metric in of)
+            result.add_row(f"  {metric_label(metric)}", *cells, str(count))
     return result
 
 
-def headline_figures(figures: Sequence[str]) -> list[str]:
-    """Those of HEADLINES, in the order given; of `recall@1`, `recall@5` the last."""
-    largest: dict[str, int] = {}
-    for figure in figures:
-        name, _, k = figure.partition("@")
-        largest[name] = max(largest.get(name, 0), int(k or 0))
-    return [
-        figure
-        for figure in figures
-        if (name := figure.partition("@")[0]) in HEADLINES and int(figure.partition("@")[2] or 0) == largest[name]
-    ]
-
-
-def cell(figure: Mapping[str, Any] | None, name: str) -> str:
-    """A figure in a terminal: with ° when it is not shown to differ from the control."""
-    if figure is None:
+def cell(item: Mapping[str, Any] | None, metric: str) -> str:
+    """A metric in a terminal, marked ° when its difference from the control is not significant."""
+    if item is None:
         return "–"
-    return number(figure["value"], name) + ("°" if figure["shown"] is False else "")
+    return number(item["value"], metric) + ("°" if item["shown"] is False else "")
 
 
 def phrase(report: Mapping[str, Any]) -> str:
-    """The headline: text → audio of stage 1, then probe and cold songs of the last stage beside stage 1."""
+    """One-line summary: text-to-audio of stage 1, then probe and cold-start songs of the last stage and of stage 1."""
     tasks = report["tasks"]
     last = "preference" if "preference" in report["data"]["spaces"] else "semantic"
     retrieval = tasks["text_to_audio"]["methods"]["semantic"]
     parts = [
-        f"text→audio median rank {number(retrieval['median_rank']['value'], 'median_rank')} of {report['data']['songs']}"
+        f"text→audio median rank {number(retrieval['median_rank']['value'], 'median_rank')} "
+        f"of {report['data']['songs']}"
     ]
-    for task, figure, title in (
+    for task, metric, title in (
         ("probe_genre", "accuracy", "genre probe"),
-        ("cold", _largest_ndcg(report), "cold {figure}"),
+        ("cold", _largest_ndcg(report), "cold {metric}"),
     ):
         methods = tasks.get(task, {}).get("methods", {})
-        if figure in methods.get(last, {}):
-            title = title.format(figure=figure_title(figure))
-            beside = f" (stage 1: {methods['semantic'][figure]['value']:.2f})" if last != "semantic" else ""
-            parts.append(f"{title} {methods[last][figure]['value']:.2f}{beside}")
+        if metric in methods.get(last, {}):
+            title = title.format(metric=metric_label(metric))
+            stage_1 = f" (stage 1: {methods['semantic'][metric]['value']:.2f})" if last != "semantic" else ""
+            parts.append(f"{title} {methods[last][metric]['value']:.2f}{stage_1}")
     return ", ".join(parts)
 
 
-def number(value: float | None, figure: str = "") -> str:
-    """A figure as people read it: rates with three decimals, ranks with at most one, tiny differences as powers of
-    ten.
-    """
+def number(value: float | None, metric: str = "") -> str:
+    """Format a value for people: three decimals, at most one for ranks, powers of ten for tiny differences."""
     if value is None or math.isnan(value):
         return "–"
-    if "rank" in figure:
+    if "rank" in metric:
         return f"{value:.1f}".removesuffix(".0")
     return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"
 
 
-def figure_title(figure: str) -> str:
-    """A figure's name for people."""
-    name, _, k = figure.partition("@")
-    short = FIGURES.get(name, name.replace("_", " "))
-    return f"{short}@{k}" if k else short
-
-
 def heading_of(report: Mapping[str, Any]) -> str:
-    """What was asked, in a line."""
+    """One line that describes the test set."""
     data = report["data"]
     return f"{data['songs']} {data['split']} songs by {data['artists']} artists, {data['unique_texts']} unique texts"
 
 
 def _largest_ndcg(report: Mapping[str, Any]) -> str:
-    figures = report["tasks"].get("cold", {}).get("methods", {}).get("semantic", {})
-    return max((name for name in figures if name.startswith("ndcg@")), key=lambda name: int(name[5:]), default="")
+    metrics = report["tasks"].get("cold", {}).get("methods", {}).get("semantic", {})
+    return max((name for name in metrics if name.startswith("ndcg@")), key=lambda name: int(name[5:]), default="")
 
 
-def _task_tree(task: Task) -> dict[str, Any]:
+def _task_tree(task: TaskResult) -> dict[str, Any]:
     control = task.methods.get(task.control or "", {})
     return {
         "title": task.title,
@@ -251,16 +209,16 @@ def _task_tree(task: Task) -> dict[str, Any]:
         "counts": task.counts,
         "methods": {
             method: {
-                figure: _figure_tree(item, None if method == task.control else control.get(figure))
-                for figure, item in figures.items()
+                metric: _metric_tree(item, None if method == task.control else control.get(metric))
+                for metric, item in metrics.items()
             }
-            for method, figures in task.methods.items()
+            for method, metrics in task.methods.items()
         },
     }
 
 
-def _figure_tree(item: Estimate, control: Estimate | None) -> dict[str, Any]:
+def _metric_tree(item: Estimate, control: Estimate | None) -> dict[str, Any]:
     low, high = item.interval or (None, None)
     value = None if math.isnan(item.value) else item.value
-    shown = None if control is None else is_shown(difference(item, control))
-    return {"value": value, "low": low, "high": high, "n": item.n, "shown": shown}
+    significant = None if control is None else is_significant(difference(item, control))
+    return {"value": value, "low": low, "high": high, "n": item.n, "shown": significant}

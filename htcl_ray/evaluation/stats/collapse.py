@@ -1,4 +1,4 @@
-"""How far vectors have collapsed: the mean cosine between them, and how many directions they use."""
+"""Measures of collapsed vectors: their mean cosine, and their effective rank."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from numpy.typing import NDArray
 
 
 def mean_cosine(vectors: NDArray[np.floating]) -> float:
-    """Mean cosine between different rows of [n, d], n at least 2; 1 when all point one way."""
+    """Mean cosine between different rows of [n, d], n at least 2; 1 when all have the same direction."""
     unit = _unit(vectors)
     count = len(unit)
     return float((np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (count * (count - 1)))
 
 
 def effective_rank(vectors: NDArray[np.floating]) -> float:
-    """Exponential of the entropy of the singular values of the centred unit vectors [n, d], from 1 to min(n − 1, d).
+    """Exponential of the entropy of the singular values of the centred unit vectors, from 1 to min(n − 1, d).
 
-    Roy and Vetterli, "The effective rank", 2007. Vectors that are all equal have rank 1.
+    `vectors`: [n, d]. Roy and Vetterli, "The effective rank", 2007. Vectors that are all equal have rank 1.
     """
     unit = _unit(vectors)
     values = np.linalg.svd(unit - unit.mean(axis=0), compute_uv=False)
@@ -27,6 +27,7 @@ def effective_rank(vectors: NDArray[np.floating]) -> float:
 
 
 def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Rows of unit norm in double precision; a row of zeros stays one."""
+    """Scale rows to unit norm in double precision; a row of zeros stays zero."""
     wide = np.asarray(vectors, dtype=np.float64)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    scaled: NDArray[np.float64] = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return scaled

@@ -1,8 +1,7 @@
-"""How well scores rank the songs that have a label above those that do not: ROC-AUC and average precision, also on each
-resample.
+"""ROC-AUC and average precision of label scores, with their resamples.
 
 Definitions are those of scikit-learn's `roc_auc_score` and `average_precision_score` with the draws as sample weights;
-here all resamples are computed at once. Tied songs enter a ranking together: for the AUC each such pair counts half.
+all resamples are computed at once. Tied songs enter a ranking together: for the AUC each such pair counts half.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ def auc_and_precision(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray
     """ROC-AUC and average precision, both float64 [resamples], in [0, 1].
 
     `scores`: float [songs], higher is likelier; `truth`: bool [songs]; `weights`: float32 [songs, resamples], at least
-    0. A resample without a positive or without a negative song has no AUC (nan), one without a positive no average
-    precision.
+    0. The AUC of a resample without a positive or without a negative song is nan, and so is the average precision of
+    one without a positive song.
     """
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     positives = np.flatnonzero(truth[order])
     tie_of_positive = np.searchsorted(starts, positives, side="right") - 1
-    ties, first_positive = np.unique(tie_of_positive, return_index=True)  # the tied groups that hold a positive song
+    ties, first_positive = np.unique(tie_of_positive, return_index=True)  # tied groups with a positive song
     ends = np.r_[starts[1:], len(ordered)][ties] - 1
     auc, precision = np.full((2, weights.shape[1]), np.nan)
     step = max(1, CELLS // max(1, len(scores)))
@@ -37,34 +36,33 @@ def auc_and_precision(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray
         hits = np.add.reduceat(drawn[positives], first_positive, axis=0).astype(np.float64)
         passed = np.cumsum(drawn, axis=0, out=drawn)[ends].astype(np.float64)
         passed_before = np.where(starts[ties, None] > 0, drawn[starts[ties] - 1], 0)
-        found = np.cumsum(hits, axis=0)
-        misses_above = passed_before - (found - hits)
-        misses = passed - found
-        all_misses = drawn[-1] - found[-1]
-        pairs = found[-1] * all_misses
+        true_positives = np.cumsum(hits, axis=0)
+        misses_above = passed_before - (true_positives - hits)
+        misses = passed - true_positives
+        all_misses = drawn[-1] - true_positives[-1]
+        pairs = true_positives[-1] * all_misses
         won = (hits * (all_misses - (misses_above + misses) / 2)).sum(axis=0)
         np.divide(won, pairs, out=auc[columns], where=pairs > 0)
-        summed = np.divide(hits * found, passed, out=np.zeros_like(hits), where=passed > 0).sum(axis=0)
-        np.divide(summed, found[-1], out=precision[columns], where=found[-1] > 0)
+        summed = np.divide(hits * true_positives, passed, out=np.zeros_like(hits), where=passed > 0).sum(axis=0)
+        np.divide(summed, true_positives[-1], out=precision[columns], where=true_positives[-1] > 0)
     return auc, precision
 
 
-def macro_figures(scores: np.ndarray, truth: np.ndarray, draws: Draws) -> dict[str, Estimate]:
-    """`roc_auc` and `map` (mean average precision): the means over labels; of a resample over the labels that it has a
-    figure of.
+def macro_metrics(scores: np.ndarray, truth: np.ndarray, draws: Draws) -> dict[str, Estimate]:
+    """`roc_auc` and `map` (mean average precision), averaged over labels.
 
-    `scores`: float [songs, labels]; `truth`: bool [songs, labels], each label with a positive and a negative song;
-    `draws` of the songs.
+    In a resample, labels without a value are left out of the mean. `scores`: float [songs, labels]; `truth`: bool
+    [songs, labels], each label with a positive and a negative song; `draws` of the songs.
     """
     once = np.ones((len(scores), 1), dtype=np.float32)
     both = np.concatenate([once, draws.weights.T], axis=1)
     per_label = np.array(
         [auc_and_precision(scores[:, label], truth[:, label], both) for label in range(truth.shape[1])]
     )
-    there = ~np.isnan(per_label)
-    count = there.sum(axis=0)
+    known = ~np.isnan(per_label)
+    count = known.sum(axis=0)
     means = np.divide(
-        np.where(there, per_label, 0).sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0
+        np.where(known, per_label, 0).sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0
     )
     return {
         name: Estimate(float(row[0]), len(scores), row[1:].astype(np.float32), draws.population)

@@ -1,6 +1,6 @@
-"""Item AUC: for a cold song, whether users who liked it score higher for it than users who did not.
+"""Item AUC: for a cold-start song, whether users who liked it score higher for it than users who did not.
 
-Popularity, the same for all users, orders no users: it scores exactly 0.5, however skewed a log is.
+Popularity, which scores a song alike for all users, has an item AUC of exactly 0.5, however skewed the log is.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 from scipy import sparse
 
 from htcl_ray.config.sections import EvaluateSettings
-from htcl_ray.evaluation.tasks.baselines import Scorer
-from htcl_ray.evaluation.tasks.recommendation_queries import Listening, lengths, named, without
+from htcl_ray.evaluation.tasks.recommendation_queries import UserActivity, by_id, exclude, row_counts
+from htcl_ray.evaluation.tasks.scorers import Scorer
 from htcl_ray.interactions.splits import hash_fraction
 from htcl_ray.workspace.manifest import fingerprint
 
@@ -21,57 +21,57 @@ CELLS = 2**22
 
 
 @dataclass(frozen=True)
-class ItemQuestions:
-    """One question for each song that enough users liked and enough did not. Matrices: bool [users, songs]."""
+class ItemQueries:
+    """One query for each song with enough positive and enough negative users. Matrices: bool [users, songs]."""
 
     songs: np.ndarray
     """int [songs], catalogue rows."""
     history: sparse.csr_matrix
     """bool [users, catalogue]."""
     positive: sparse.csr_matrix
-    left_out: sparse.csr_matrix
+    excluded: sparse.csr_matrix
     """Users who met the song before the period."""
     negative: sparse.csr_matrix | None
-    """None: all users who are neither positive nor left out."""
+    """None: all users who are neither positive nor excluded."""
     users: tuple[str, ...] = ()
     """Ids."""
-    asked: str = ""
-    """Fingerprint of users, histories, songs and answers, by id."""
+    population: str = ""
+    """Fingerprint of users, histories, songs and labels, by id."""
 
 
-def item_questions(
-    heard: Listening, candidates: np.ndarray, settings: EvaluateSettings, *, known_users: bool = False
-) -> ItemQuestions:
-    """The candidates, bool [catalogue], with at least `evaluate.min_item_users` positive and as many negative users in
-    the period.
+def item_queries(
+    activity: UserActivity, candidates: np.ndarray, settings: EvaluateSettings, *, known_users: bool = False
+) -> ItemQueries:
+    """Queries of the candidates, bool [catalogue], with at least `evaluate.min_item_users` users of each label.
 
     Users have a history of at least `evaluate.min_history` songs and have not met the song before the period. When the
     log has events that are not positive (feedback), negatives are users who were exposed to the song in the period and
-    not positive; otherwise all others. Of more than `evaluate.max_users` users who can say something, those who answer
-    for songs in the order of a hash: a sample of users by themselves would leave few songs of a large catalogue with
-    enough answers.
+    not positive; otherwise all others. Beyond `evaluate.max_users`, users are chosen song by song in the order of a
+    hash: a sample of users by themselves would leave few songs of a large catalogue with enough labels.
     """
     rows = np.flatnonzero(candidates)
-    able = (heard.held_out != known_users) & (lengths(heard.history) >= settings.min_history)
-    if heard.has_feedback:
-        able &= lengths(heard.exposed[:, rows]) > 0
-    users = np.flatnonzero(able)
-    met = heard.met[users][:, rows]
-    positive = without(heard.liked[users][:, rows], met)
-    negative = without(without(heard.exposed[users][:, rows], met), positive) if heard.has_feedback else None
+    eligible = (activity.held_out != known_users) & (row_counts(activity.history) >= settings.min_history)
+    if activity.has_feedback:
+        eligible &= row_counts(activity.exposed[:, rows]) > 0
+    users = np.flatnonzero(eligible)
+    met = activity.met[users][:, rows]
+    positive = exclude(activity.liked[users][:, rows], met)
+    negative = exclude(exclude(activity.exposed[users][:, rows], met), positive) if activity.has_feedback else None
     if settings.max_users is not None and len(users) > settings.max_users:
-        chosen = _users_of_songs(heard.users[users].tolist(), heard.songs[rows].tolist(), positive, negative, settings)
+        chosen = _users_of_songs(
+            activity.users[users].tolist(), activity.songs[rows].tolist(), positive, negative, settings
+        )
         users, met, positive = users[chosen], met[chosen], positive[chosen]
         negative = None if negative is None else negative[chosen]
     liked = positive.getnnz(axis=0)
     others = len(users) - liked - met.getnnz(axis=0) if negative is None else negative.getnnz(axis=0)
     kept = np.flatnonzero(np.minimum(liked, others) >= settings.min_item_users)
-    of_kept = None if negative is None else negative[:, kept]
-    history, positive, met, ids = heard.history[users], positive[:, kept], met[:, kept], heard.songs[rows[kept]]
-    marks = [None if marked is None else named(marked, ids) for marked in (positive, met, of_kept)]
-    names = tuple(heard.users[users].tolist())
-    asked = fingerprint(names, ids.tolist(), named(history, heard.songs), marks)
-    return ItemQuestions(rows[kept], history, positive, met, of_kept, names, asked)
+    negative = None if negative is None else negative[:, kept]
+    history, positive, met, ids = activity.history[users], positive[:, kept], met[:, kept], activity.songs[rows[kept]]
+    labels = [None if marks is None else by_id(marks, ids) for marks in (positive, met, negative)]
+    names = tuple(activity.users[users].tolist())
+    population = fingerprint(names, ids.tolist(), by_id(history, activity.songs), labels)
+    return ItemQueries(rows[kept], history, positive, met, negative, names, population)
 
 
 def _users_of_songs(
@@ -81,56 +81,56 @@ def _users_of_songs(
     negative: sparse.csr_matrix | None,
     settings: EvaluateSettings,
 ) -> np.ndarray:
-    """Rows, sorted, of `evaluate.max_users` users: those that the AUC of song after song needs, then others; in the
-    order of a hash.
+    """Rows, sorted, of `evaluate.max_users` users: those that the AUC of song after song needs, then others.
+
+    Songs and users are taken in the order of a hash.
     """
     order = np.argsort([hash_fraction(user, "evaluated user") for user in users], kind="stable")
-    needed, most = settings.min_item_users, settings.max_users or len(users)
-    answers = [matrix[order].tocsc().sorted_indices() for matrix in (positive, negative) if matrix is not None]
+    needed, limit = settings.min_item_users, settings.max_users or len(users)
+    labels = [matrix[order].tocsc().sorted_indices() for matrix in (positive, negative) if matrix is not None]
     chosen = np.zeros(len(users), dtype=bool)
     for song in np.argsort([hash_fraction(song, "evaluated song") for song in songs], kind="stable"):
-        of_song = [matrix.indices[matrix.indptr[song] : matrix.indptr[song + 1]] for matrix in answers]
+        of_song = [matrix.indices[matrix.indptr[song] : matrix.indptr[song + 1]] for matrix in labels]
         if min(map(len, of_song)) < needed:
             continue
         wanted = np.unique(np.concatenate([rows[:needed] for rows in of_song]))
-        if chosen.sum() + (~chosen[wanted]).sum() > most:
+        if chosen.sum() + (~chosen[wanted]).sum() > limit:
             break
         chosen[wanted] = True
-    chosen[np.flatnonzero(~chosen)[: most - chosen.sum()]] = True
+    chosen[np.flatnonzero(~chosen)[: limit - chosen.sum()]] = True
     return np.sort(order[chosen])
 
 
-def item_auc(asked: ItemQuestions, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
-    """Of each song, the probability that a positive user scores higher for it than a negative one, ties half; of each
-    user, the influence.
+def item_auc(queries: ItemQueries, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
+    """AUC of each song, and the influence of each user; float64 [songs] and [users].
 
-    Both float64, [songs] and [users]. A user's influence is the change of the sum of the songs' AUC per unit of the
-    user's weight (the first term of Hájek's projection): for a song, how far their share of won comparisons is from the
-    song's AUC.
+    The AUC is the probability that a positive user scores higher for the song than a negative one, a tie counting half.
+    A user's influence is the change of the sum of all AUCs per unit of the user's weight (the first term of Hájek's
+    projection): for a song, the difference of the user's share of won comparisons from the song's AUC.
     """
-    users = asked.history.shape[0]
+    users = queries.history.shape[0]
     at_once = max(1, CELLS // max(1, users))
-    found, influence = np.empty(len(asked.songs)), np.zeros(users)
-    for start in range(0, len(asked.songs), at_once):
+    aucs, influence = np.empty(len(queries.songs)), np.zeros(users)
+    for start in range(0, len(queries.songs), at_once):
         part = slice(start, start + at_once)
-        positive = asked.positive[:, part].toarray()
+        positive = queries.positive[:, part].toarray()
         negative = (
-            ~(asked.left_out[:, part].toarray() | positive)
-            if asked.negative is None
-            else asked.negative[:, part].toarray()
+            ~(queries.excluded[:, part].toarray() | positive)
+            if queries.negative is None
+            else queries.negative[:, part].toarray()
         )
-        scores = scorer(asked.history, asked.songs[part])
-        for number in range(positive.shape[1]):
-            liked, others = np.flatnonzero(positive[:, number]), np.flatnonzero(negative[:, number])
-            of_liked, of_others = scores[liked, number], scores[others, number]
+        scores = scorer(queries.history, queries.songs[part])
+        for column in range(positive.shape[1]):
+            liked, others = np.flatnonzero(positive[:, column]), np.flatnonzero(negative[:, column])
+            of_liked, of_others = scores[liked, column], scores[others, column]
             won, lost = _share_below(of_liked, of_others), 1 - _share_below(of_others, of_liked)
-            auc = found[start + number] = won.mean()
+            auc = aucs[start + column] = won.mean()
             influence[liked] += (won - auc) / len(liked)
             influence[others] += (lost - auc) / len(others)
-    return found, influence
+    return aucs, influence
 
 
 def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of each value the share of the others that are lower, an equal one counting half."""
-    rising = np.sort(others)
-    return (rising.searchsorted(values, "left") + rising.searchsorted(values, "right")) / (2 * len(others))
+    """Share of `others` below each value, an equal one counting half."""
+    ordered = np.sort(others)
+    return (ordered.searchsorted(values, "left") + ordered.searchsorted(values, "right")) / (2 * len(others))

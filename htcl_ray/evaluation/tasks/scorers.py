@@ -1,20 +1,45 @@
-"""How vectors or song scores answer a recommendation question: a user's history in, a score of each candidate out."""
+"""Scorers of recommendation tasks: the model's vectors, controls, and baselines that need no model.
+
+A scorer takes the history of each user and returns a score for each candidate. The collaborative baselines, item-kNN
+and implicit ALS, see the events of training users and no audio.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
+from htcl_ray.config.sections import EvaluateSettings
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs
+from htcl_ray.evaluation.tasks.recommendation_queries import training_positives
+from htcl_ray.schemas import Split
+
+PERMUTATIONS = 3
+"""Permutations that the shuffled control is averaged over."""
+ITEM_NEIGHBORS = 100
+ALS_REGULARIZATION, ALS_ITERATIONS, ALS_ALPHA = 10.0, 15, 10.0
+ROWS = 128
+"""Songs whose similarities to all others are held at once."""
+
 Scorer = Callable[[sparse.csr_matrix, np.ndarray], np.ndarray]
-"""Histories of some users, bool [users, catalogue], and candidates, catalogue rows → float [users, candidates]; higher
-is better."""
+"""(histories, bool [users, catalogue]; candidates, catalogue rows) → float [users, candidates]; higher is better."""
 
 
 def vector_scorer(vectors: np.ndarray) -> Scorer:
-    """Inner product of a user's unit-norm mean vector with a song's; `vectors`: [catalogue, dim]."""
+    """Inner product of the user vector (see `user_vectors`) with the song's; `vectors`: [catalogue, dim]."""
     return lambda history, candidates: user_vectors(vectors, history) @ vectors[candidates].T
+
+
+def user_vectors(vectors: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
+    """Mean of the vectors of each user's history, scaled to unit norm (zero stays zero); [users, dim]."""
+    sums = history @ vectors
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    scaled: np.ndarray = sums / np.where(norms > 0, norms, 1)
+    return scaled
 
 
 def blended_scorer(first: Scorer, second: Scorer, blend: float) -> Scorer:
@@ -22,21 +47,147 @@ def blended_scorer(first: Scorer, second: Scorer, blend: float) -> Scorer:
     return lambda history, candidates: (1 - blend) * first(history, candidates) + blend * second(history, candidates)
 
 
-def user_vectors(vectors: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
-    """[users, dim]: the mean of the vectors of a user's songs, scaled to unit norm (zero stays zero)."""
-    sums = history @ vectors
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return sums / np.where(norms > 0, norms, 1)
-
-
-def shared_scorer(of_song: np.ndarray) -> Scorer:
-    """The same scores for every user; `of_song`: [catalogue]."""
-    return lambda history, candidates: np.broadcast_to(of_song[candidates], (history.shape[0], len(candidates)))
+def shared_scorer(song_scores: np.ndarray) -> Scorer:
+    """The same scores for every user; `song_scores`: [catalogue]."""
+    return lambda history, candidates: np.broadcast_to(song_scores[candidates], (history.shape[0], len(candidates)))
 
 
 def shuffled_scorers(vectors: np.ndarray, times: int, seed: int) -> list[Scorer]:
-    """`vectors` [catalogue, dim] dealt out to the wrong songs, so many times: the same geometry, without its
-    meaning.
-    """
+    """Scorers of `vectors` [catalogue, dim] randomly permuted across songs, `times` of them."""
     generator = np.random.default_rng(seed)
     return [vector_scorer(vectors[generator.permutation(len(vectors))]) for _ in range(times)]
+
+
+def baseline_scorers(
+    songs: EvaluatedSongs, events: pd.DataFrame, settings: EvaluateSettings, *, hot: bool
+) -> tuple[dict[str, list[Scorer]], dict[str, int]]:
+    """Scorers of the controls and baselines by name, and a count for each one whose library is missing.
+
+    random      all candidates tied, so that metrics are exact expectations over random orders
+    popularity  training positives of the song; for cold-start songs, which have none, those of its genre per song
+    shuffled    the vectors of the model's last stage, randomly permuted across songs
+    log_mel     raw log-mel statistics as vectors;  genre  genre labels as vectors
+    item_knn, als  collaborative filtering, for hot songs
+    """
+    positives = training_positives(songs, events, settings.split)
+    plays = positives["song_id"].value_counts().reindex(songs.ids, fill_value=0).to_numpy(dtype=np.float64)
+    last = songs.spaces.get("preference", songs.spaces["semantic"])
+    scorers = {
+        "random": [shared_scorer(np.zeros(len(songs.ids)))],
+        "popularity": [shared_scorer(plays if hot else genre_popularity(songs, plays))],
+        "shuffled": shuffled_scorers(last, PERMUTATIONS, settings.seed),
+        "log_mel": [vector_scorer(songs.log_mel)],
+        "genre": [vector_scorer(genre_vectors(songs))],
+    }
+    missing = {}
+    if hot:
+        interactions = interaction_matrix(songs, positives)
+        scorers["item_knn"] = [item_knn_scorer(interactions)]
+        als = als_scorer(interactions, settings.seed)
+        if als is None:
+            missing["als_missing"] = 1
+        else:
+            scorers["als"] = [als]
+    return scorers, missing
+
+
+def genre_popularity(songs: EvaluatedSongs, plays: np.ndarray) -> np.ndarray:
+    """Mean of `plays` over the training songs of each song's (first) genre; float64 [catalogue].
+
+    Songs without a genre form a class of their own; a genre without training songs has 0.
+    """
+    frame = pd.DataFrame({"genre": [genre or "" for genre in songs.labels("genre")], "plays": plays})
+    rate = frame[songs.splits == Split.TRAIN].groupby("genre")["plays"].mean()
+    return frame["genre"].map(rate).fillna(0.0).to_numpy(dtype=np.float64)
+
+
+def genre_vectors(songs: EvaluatedSongs) -> np.ndarray:
+    """Genre indicators of each song, unit norm, zero without a genre; float32 [catalogue, genres]."""
+    values = songs.values("genre")
+    place = {genre: number for number, genre in enumerate(sorted({genre for genres in values for genre in genres}))}
+    indicators = np.zeros((len(values), max(1, len(place))), dtype=np.float32)
+    for row, genres in enumerate(values):
+        indicators[row, [place[genre] for genre in genres]] = 1
+    norms = np.linalg.norm(indicators, axis=1, keepdims=True)
+    scaled: np.ndarray = indicators / np.where(norms > 0, norms, 1)
+    return scaled
+
+
+def interaction_matrix(songs: EvaluatedSongs, positives: pd.DataFrame) -> sparse.csr_matrix:
+    """1 where a training user has a training positive; float32 [training users, catalogue].
+
+    `positives`: see `training_positives`.
+    """
+    pairs = positives[["user_id", "song_id"]].drop_duplicates()
+    number, users = pd.factorize(pairs["user_id"], sort=True)
+    columns = pd.Index(songs.ids).get_indexer(pd.Index(pairs["song_id"]))
+    return sparse.csr_matrix(
+        (np.ones(len(pairs), dtype=np.float32), (number, columns)), shape=(len(users), len(songs.ids))
+    )
+
+
+def item_knn_scorer(interactions: sparse.csr_matrix, neighbors: int = ITEM_NEIGHBORS) -> Scorer:
+    """Sum of the cosines, over training users, between the candidate and each song of the history.
+
+    Only the `neighbors` nearest songs of each song count, of equally near ones the first of the catalogue.
+    `implicit.nearest_neighbours.CosineRecommender` computes the same cosines but resolves these ties in no defined
+    order, so its metrics are not those of the same catalogue in another order.
+    """
+    norms = np.sqrt(interactions.power(2).sum(axis=0).A1)
+    scaled = (interactions @ sparse.diags(1 / np.where(norms > 0, norms, 1))).astype(np.float32).tocsc()
+    parts = [
+        _nearest(scaled[:, start : start + ROWS].T.tocsr() @ scaled, start, neighbors)
+        for start in range(0, scaled.shape[1], ROWS)
+    ]
+    similar = sparse.vstack(parts).tocsr()
+
+    def score(history: sparse.csr_matrix, candidates: np.ndarray) -> np.ndarray:
+        scores: np.ndarray = (history.astype(np.float32) @ similar[:, candidates]).toarray()
+        return scores
+
+    return score
+
+
+def _nearest(cosines: sparse.csr_matrix, first: int, count: int) -> sparse.csr_matrix:
+    """The `count` highest cosines of each row to other songs; row i is song `first` + i."""
+    entries = cosines.tocoo()
+    other = entries.col != entries.row + first
+    rows, columns, values = entries.row[other], entries.col[other], entries.data[other]
+    order = np.lexsort((columns, -values, rows))
+    rows, columns, values = rows[order], columns[order], values[order]
+    kept = np.arange(len(rows)) - np.searchsorted(rows, rows) < count
+    return sparse.csr_matrix((values[kept], (rows[kept], columns[kept])), shape=entries.shape)
+
+
+def als_factors(users: int) -> int:
+    """64, or one for every ten training users when they are few: more would memorise single users."""
+    return min(64, max(4, users // 10))
+
+
+def als_scorer(interactions: sparse.csr_matrix, seed: int) -> Scorer | None:
+    """Implicit ALS (Hu, Koren and Volinsky 2008), with user factors solved from the history.
+
+    None without the library `implicit`.
+    """
+    try:
+        from implicit.cpu.als import AlternatingLeastSquares
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return None
+    with threadpool_limits(1, "blas"):  # implicit warns when BLAS has threads of its own
+        model: Any = AlternatingLeastSquares(
+            factors=als_factors(interactions.shape[0]),
+            regularization=ALS_REGULARIZATION,
+            alpha=ALS_ALPHA,
+            iterations=ALS_ITERATIONS,
+            num_threads=1,
+            random_state=seed,
+        )
+        model.fit(interactions, show_progress=False)
+
+    def score(history: sparse.csr_matrix, candidates: np.ndarray) -> np.ndarray:
+        users = model.recalculate_user(np.arange(history.shape[0]), history.astype(np.float32))
+        scores: np.ndarray = users @ model.item_factors[candidates].T
+        return scores
+
+    return score

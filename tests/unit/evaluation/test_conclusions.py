@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from htcl_ray.evaluation.metrics import primary_metric
 from htcl_ray.evaluation.report.conclusions import BETTER, CHANCE, NOT_BETTER, Conclusion, draw_conclusions
 from htcl_ray.evaluation.report.report_page import html, plain
 from htcl_ray.evaluation.report.report_schema import Report
-from htcl_ray.evaluation.report.report_tree import baseline_differences, primary_figure, report_tree
-from htcl_ray.evaluation.report.resamples import estimates
+from htcl_ray.evaluation.report.report_tree import baseline_differences, report_tree
 from htcl_ray.evaluation.stats import bootstrap
-from htcl_ray.evaluation.task_result import Measured, Task
+from htcl_ray.evaluation.task_result import EvaluationResult, TaskResult, estimates
 from htcl_ray.pipelines import evaluate as step
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.evaluated_workspace import write_evaluated
@@ -32,16 +32,16 @@ NOISE = np.random.default_rng(0).normal(0, 0.02, size=(12, len(UNITS)))
 DRAWS = bootstrap.draw(UNITS, 400, 0)
 
 
-def task(name: str, figure: str, control: str | None, **values: float) -> Task:
+def task(name: str, figure: str, control: str | None, **values: float) -> TaskResult:
     """A task of one metric; each method has its value with a little noise of its own on every artist."""
     methods = {
         method.replace("blend", "blend_0.5"): {figure: bootstrap.mean(value + noise - noise.mean(), DRAWS)}
         for (method, value), noise in zip(values.items(), NOISE, strict=False)
     }
-    return Task(name, name.replace("_", " "), "songs", "artists", control, methods)
+    return TaskResult(name, name.replace("_", " "), "songs", "artists", control, methods)
 
 
-def report_of(*tasks: Task, stage_2: bool = True) -> dict[str, Any]:
+def report_of(*tasks: TaskResult, stage_2: bool = True) -> dict[str, Any]:
     spaces = ["semantic", "preference", "blend_0.5"] if stage_2 else ["semantic"]
     described = {
         "run": "r",
@@ -51,7 +51,7 @@ def report_of(*tasks: Task, stage_2: bool = True) -> dict[str, Any]:
     }
     described |= {"config": {}, "inputs": {"pairs": None}, "libraries": {}}
     data = {"split": "test", "songs": 80, "artists": 80, "unique_texts": 80, "spaces": spaces}
-    return report_tree(described, Measured(data, {}, list(tasks), {}))[0]
+    return report_tree(described, EvaluationResult(data, {}, list(tasks), {}))[0]
 
 
 SEARCH = task(
@@ -78,21 +78,21 @@ def test_each_use_is_judged_by_its_best_space_against_every_baseline():
     assert [(one.use, one.verdict) for one in draw_conclusions(report).conclusions] == [
         ("mood from the text of its labels", CHANCE),
         ("genre by a classifier on the vectors", NOT_BETTER),
-        ("songs with listeners, for new listeners", NOT_BETTER),
+        ("songs with listeners, for new users", NOT_BETTER),
         ("search by text", BETTER),
-        ("new songs for new listeners", BETTER),
+        ("cold-start songs for new users", BETTER),
     ]
     search = conclusion(report, "search by text")
     assert search.finding == "Recall@10 0.900 (stage 1, blend 0); the best baseline, a random order, has 0.100."
     assert search.advice == "Use it with blend=0"
-    assert conclusion(report, "new songs for new listeners").advice == "Use it with blend=1"
+    assert conclusion(report, "cold-start songs for new users").advice == "Use it with blend=1"
     probe = conclusion(report, "genre by a classifier on the vectors")
     assert (
         probe.finding
         == "Accuracy 0.800 (stage 1, blend 0); raw log-mel statistics 0.950 (1.2 times as much), significantly better."
     )
     assert "mel bands" in probe.advice
-    hot = conclusion(report, "songs with listeners, for new listeners")
+    hot = conclusion(report, "songs with listeners, for new users")
     assert "item-kNN 0.300 (3.0 times as much), significantly better" in hot.finding
     assert "ALS 0.100, no significant difference" in hot.finding
     assert "collaborative filtering" in hot.advice
@@ -102,12 +102,14 @@ def test_each_use_is_judged_by_its_best_space_against_every_baseline():
 def test_sentences_name_what_is_good_what_is_not_and_why():
     sentences = draw_conclusions(report_of(SEARCH, PROBE, COLD, HOT, LOST)).sentences
     assert sentences == [
-        "Better than every simple baseline: search by text; new songs for new listeners.",
+        "Better than every simple baseline: search by text; cold-start songs for new users.",
         "Not better than a simple baseline: genre by a classifier on the vectors (raw log-mel statistics); "
-        "songs with listeners, for new listeners (item-kNN).",
+        "songs with listeners, for new users (item-kNN).",
         "Not significantly better than chance: mood from the text of its labels (a random order).",
-        "Stage 2 alone, against stage 1, improves new songs for new listeners (NDCG@10 0.050 → 0.300); "
-        "songs with listeners, for new listeners (NDCG@10 0.050 → 0.100), and worsens search by text (recall@10 0.900 → 0.800); "
+        "Stage 2 alone, compared with stage 1, significantly improves "
+        "cold-start songs for new users (NDCG@10 0.050 → 0.300); "
+        "songs with listeners, for new users (NDCG@10 0.050 → 0.100), "
+        "and significantly worsens search by text (recall@10 0.900 → 0.800); "
         "genre by a classifier on the vectors (accuracy 0.800 → 0.780).",
     ]
 
@@ -116,13 +118,14 @@ def test_what_is_not_there_is_said():
     report = report_of(task("text_to_audio", "recall@10", "random", semantic=0.9, random=0.1), stage_2=False)
     assert draw_conclusions(report).sentences == [
         "Better than every simple baseline: search by text.",
-        "There is no stage 2: nothing of what listeners like is known; 'htcl finetune' trains it on an interaction log.",
-        "Not measured: recommendation (no interaction log, or too few listeners in the held-out period); "
+        "The model has no stage 2 and contains no preferences of listeners; 'htcl finetune' trains it on an "
+        "interaction log.",
+        "Not measured: recommendation (no interaction log, or too few users in the held-out period); "
         "labels (no column of evaluate.probe_columns has enough values).",
     ]
-    nothing = report_of(Task("text_to_audio", "text", "texts", "artists", None, SEARCH.methods))
+    nothing = report_of(TaskResult("text_to_audio", "text", "texts", "artists", None, SEARCH.methods))
     assert draw_conclusions(nothing).conclusions == []
-    assert "says nothing about what the model is good for" in html(nothing)
+    assert "draws no conclusion about the uses of the model" in html(nothing)
 
 
 def test_a_gate_is_told_first():
@@ -135,8 +138,8 @@ def test_a_gate_is_told_first():
         draw_conclusions(report, gate)
         for gate in (None, {"passed": False, "results": bounds}, {"passed": True, "results": bounds[2:]})
     )
-    assert (none.good, failed.good, passed.good) == (None, False, True)
-    assert none.served == "No gate has judged this model; 'htcl evaluate --gate default' does."
+    assert (none.gate_passed, failed.gate_passed, passed.gate_passed) == (None, False, True)
+    assert none.served == "No gate was applied to this model; 'htcl evaluate --gate default' applies the shipped one."
     assert failed.served == "The gate failed: 2 of 5 bounds do not hold. Do not serve this model."
     assert passed.served == "The gate passed: all 3 bounds hold. This model may be served."
 
@@ -172,10 +175,10 @@ def test_a_space_or_baseline_without_a_value_is_left_out():
 
 
 def test_a_task_is_judged_by_its_ranking_before_its_recall():
-    assert primary_figure(["recall@1", "ndcg@5", "ndcg@10", "user_auc"]) == "ndcg@10"
-    assert primary_figure(["map", "roc_auc", "accuracy_folds"]) == "roc_auc"
-    assert primary_figure(["mrr", "recall@1", "recall@10"]) == "recall@10"
-    assert primary_figure(["mrr", "median_rank"]) is None
+    assert primary_metric(["recall@1", "ndcg@5", "ndcg@10", "user_auc"]) == "ndcg@10"
+    assert primary_metric(["map", "roc_auc", "accuracy_folds"]) == "roc_auc"
+    assert primary_metric(["mrr", "recall@1", "recall@10"]) == "recall@10"
+    assert primary_metric(["mrr", "median_rank"]) is None
 
 
 @pytest.mark.parametrize(
@@ -254,6 +257,6 @@ def test_the_page_opens_with_the_verdict_and_holds_no_python(tmp_path: Path, mad
         assert seen.order[:2] == ["h2", "details"], "the verdict comes first, and no table before it"
         assert seen.order.count("table") < seen.order.count("details")
         assert sum(seen.open) == ("The gate failed" in text), "all are folded but a gate that failed"
-        assert re.search("The gate failed: 1 of 1 bounds do not hold|No gate has judged this model", text)
-        assert ("There is no stage 2" in text) == (made.get("preference") is False)
+        assert re.search("The gate failed: 1 of 1 bounds do not hold|No gate was applied to this model", text)
+        assert ("The model has no stage 2" in text) == (made.get("preference") is False)
         assert ("Not measured: recommendation" in text) == (made.get("log") is False)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from htcl_ray.config import PRESETS
-from htcl_ray.config.sections import LOWER_IS_BETTER as TRAINED_LOWER
-from htcl_ray.config.sections.training import BestMetric
 from htcl_ray.errors import ConfigError
-from htcl_ray.evaluation.gate import Bound, Gate, Result, judge, read_gate
+from htcl_ray.evaluation.gate import Bound, BoundResult, Gate, judge, read_gate
 from htcl_ray.evaluation.report.report_tree import verdict
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.stats.bootstrap import Estimate
-from htcl_ray.evaluation.task_result import HIGHER_IS_BETTER, LOWER_IS_BETTER, lower_is_better
 
 pytestmark = pytest.mark.unit
 
@@ -29,7 +25,7 @@ def of_users(values: np.ndarray, seed: int = 0) -> Estimate:
     return bootstrap.mean(values, bootstrap.draw(USERS, 500, seed))
 
 
-def one(bound: dict, figures: dict, served: dict | None = None) -> Result:
+def one(bound: dict, figures: dict, served: dict | None = None) -> BoundResult:
     (result,) = judge(Gate(bounds=(Bound(**bound),)), figures, served).results
     return result
 
@@ -119,7 +115,7 @@ def test_against_the_model_being_served():
 
 
 NDCG, MRR = ("cold", "preference", "ndcg@10"), ("text_to_audio", "semantic", "mrr")
-OTHER_USERS = bootstrap.mean(np.zeros(60), bootstrap.draw(USERS, 500, 0).about("one user more"))
+OTHER_USERS = bootstrap.mean(np.zeros(60), bootstrap.draw(USERS, 500, 0).for_task("one user more"))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +147,9 @@ def test_a_bound_never_passes_for_lack_of_a_value_once_a_model_is_served(own, se
     (result,) = judge(Gate(bounds=(bound,)), own, served, unmeasured=unmeasured).results
     assert (result.passed, result.value) == (False, None)
     assert note in result.note
-    assert not Result.from_json(json.loads(json.dumps(result.as_json()))).passed, "nor when the verdict is read again"
+    assert not BoundResult.from_json(json.loads(json.dumps(result.as_json()))).passed, (
+        "nor when the verdict is read again"
+    )
     assert judge(Gate(bounds=(bound,)), own if NDCG not in own else {}, None).passed, (
         "nothing is served: optional holds"
     )
@@ -185,12 +183,6 @@ def test_shown_is_judged_in_the_metric_s_direction_whatever_its_k(figure: str):
     assert verdict(figure, bootstrap.difference(figures["t", worse, figure], figures["t", better, figure])) == "worse"
 
 
-def test_every_metric_has_a_direction_and_training_has_the_same():
-    assert not set(LOWER_IS_BETTER) & set(HIGHER_IS_BETTER)
-    for metric in get_args(BestMetric):
-        assert (metric in TRAINED_LOWER) == lower_is_better(metric), metric
-
-
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_what_was_not_measured_fails_unless_it_is_optional(value: float | None):
     figures = {("cold", "preference", "ndcg@5"): Estimate(0.5, 3)}
@@ -216,18 +208,18 @@ def test_a_result_survives_its_json_and_is_judged_anew():
     ):
         result = one({"figure": "a.b.c", **bound}, figures)
         tree = json.loads(json.dumps(result.as_json(), allow_nan=False))
-        assert Result.from_json(tree) == result
-        assert Result.from_json({**tree, "passed": not tree["passed"]}).passed == result.passed
+        assert BoundResult.from_json(tree) == result
+        assert BoundResult.from_json({**tree, "passed": not tree["passed"]}).passed == result.passed
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bounds:\n- {figure: a.b.c, at_lest: 1}", "there is no key 'bounds.0.at_lest'; did you mean 'at_least'?"),
+        ("bounds:\n- {figure: a.b.c, at_lest: 1}", "unknown key 'bounds.0.at_lest'; did you mean 'at_least'?"),
         ("bound:\n- {figure: a.b.c, at_least: 1}", "bounds"),
         ("bounds: []", "bounds"),
         ("", "expected a list 'bounds:'"),
-        ("bounds:\n- {figure: cold.ndcg, at_least: 1}", "expected TASK.METHOD.FIGURE"),
+        ("bounds:\n- {figure: cold.ndcg, at_least: 1}", "expected TASK.METHOD.METRIC"),
         ("bounds:\n- {figure: a.b.c}", "needs at_least, at_most or shown"),
         ("bounds:\n- {figure: a.b.c, shown: true}", "nothing to compare with"),
         ("bounds:\n- {figure: a.b.c, ratio_at_least: 0.9}", "nothing to compare with"),
@@ -263,7 +255,7 @@ def test_the_shipped_gate_covers_what_the_documentation_says():
         "index",
     }
     assert all(bound.optional for bound in bounds if bound.over_served or bound.key[1] == "preference")
-    assert len({bound.asked for bound in bounds}) == len(bounds)
+    assert len({bound.description for bound in bounds}) == len(bounds)
     assert "gate" not in PRESETS
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score, roc_auc_score
 
+from htcl_ray.config.sections.training import BestMetric
 from htcl_ray.evaluation import metrics
 
 pytestmark = pytest.mark.unit
@@ -109,3 +111,28 @@ def test_wrong_use_is_refused():
         metrics.ndcg_at_k(RANKED, [{"a"}], 3)
     with pytest.raises(ValueError, match="shape"):
         metrics.auc([[0.1, 0.2]], [[True]])
+
+
+def test_every_metric_of_training_has_a_record_with_its_direction():
+    lower = {name for name in get_args(BestMetric) if metrics.lower_is_better(name)}
+    assert lower == {"loss", "validation_median_rank", "validation_pair_median_rank"}
+    for name in get_args(BestMetric):
+        assert name.partition("@")[0].removeprefix("validation_").removeprefix("pair_") in metrics.METRICS
+
+
+def test_labels_name_the_metric_the_probe_and_k():
+    names = ["ndcg@10", "knn_accuracy", "map_folds", "knn_roc_auc_folds", "popularity_lift@5", "unknown_name"]
+    assert [metrics.metric_label(name) for name in names] == [
+        "NDCG@10",
+        "kNN accuracy",
+        "mAP, folds",
+        "kNN ROC-AUC, folds",
+        "popularity lift@5",
+        "unknown name",
+    ]
+
+
+def test_primary_metrics_are_headlines_for_which_higher_is_better():
+    judging = [metric for metric in metrics.METRICS.values() if metric.judges is not None]
+    assert all(metric.headline and not metric.lower_is_better for metric in judging)
+    assert len({metric.judges for metric in judging}) == len(judging)

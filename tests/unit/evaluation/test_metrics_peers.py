@@ -9,7 +9,7 @@ import pytest
 from ir_measures import RR, R, Success, nDCG
 
 from htcl_ray.evaluation import metrics
-from htcl_ray.evaluation.stats.ties import expected_metrics
+from htcl_ray.evaluation.metrics import expected_metrics
 
 pytestmark = pytest.mark.unit
 

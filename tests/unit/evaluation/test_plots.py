@@ -11,8 +11,8 @@ import pytest
 
 from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.evaluation.report import plots
-from htcl_ray.evaluation.report.plot_data import BINS, pictures
-from htcl_ray.evaluation.report.report_tree import TITLES
+from htcl_ray.evaluation.report.plot_data import BINS, plot_data
+from htcl_ray.evaluation.report.report_tree import METHOD_LABELS
 from tests.worlds.evaluation_songs import GENRES, encode_genre, made_up, metadata
 
 pytestmark = pytest.mark.unit
@@ -20,18 +20,18 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture(scope="module")
 def shown() -> dict:
-    return pictures(made_up(noise=0.15), encode_genre, EvaluateSettings())
+    return plot_data(made_up(noise=0.15), encode_genre, EvaluateSettings())
 
 
 def drawings(shown: dict) -> dict[str, str]:
     point = {"value": 0.2, "low": 0.1, "high": 0.3}
     curve = [{"blend": blend, "cold": {"ndcg@10": point}} for blend in (0, 0.5, 1)]
     return {
-        "recall": plots.recall_curves(shown["recall_curves"], TITLES),
+        "recall": plots.recall_curves(shown["recall_curves"], METHOD_LABELS),
         "blend": plots.blend_curve(curve, ["ndcg@10"], {"ndcg@10": "NDCG@10"}),
-        "genres": plots.genre_bars(shown["genre_agreement"], TITLES),
+        "genres": plots.genre_bars(shown["genre_agreement"], METHOD_LABELS),
         "map": plots.song_map(shown["map"]),
-        "similarity": plots.similarity_histograms(shown["similarities"], TITLES),
+        "similarity": plots.similarity_histograms(shown["similarities"], METHOD_LABELS),
     }
 
 
@@ -63,7 +63,7 @@ def test_names_from_the_catalogue_are_only_names():
     assert "hidden" in text
     assert "<b>" not in svg
     agreement = {"semantic": {"<i>": 0.5, "a$b": 0.1}}
-    assert "<i>" in "".join(ElementTree.fromstring(plots.genre_bars(agreement, TITLES)).itertext())
+    assert "<i>" in "".join(ElementTree.fromstring(plots.genre_bars(agreement, METHOD_LABELS)).itertext())
 
 
 def test_what_is_drawn_is_what_was_measured(shown: dict):
@@ -100,7 +100,7 @@ def test_genre_agreement_leaves_out_the_songs_own_artist():
     songs = dataclasses.replace(
         songs, spaces={"semantic": vectors}, metadata=metadata(len(artist), artist=songs.artists, genre=genres)
     )
-    found = pictures(
+    found = plot_data(
         songs, lambda texts: {"semantic": np.ones((len(texts), vectors.shape[1]), np.float32)}, EvaluateSettings()
     )
     assert np.mean(list(found["genre_agreement"]["semantic"].values())) < 0.6

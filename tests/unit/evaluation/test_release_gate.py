@@ -14,7 +14,7 @@ from htcl_ray.cli import main
 from htcl_ray.config import Config
 from htcl_ray.config.sections import Require
 from htcl_ray.errors import GateError, MismatchError, WorkspaceError
-from htcl_ray.evaluation.gate import Bound, Gate, Verdict, judge
+from htcl_ray.evaluation.gate import Bound, Gate, GateVerdict, judge
 from htcl_ray.evaluation.release_gate import check_gates, check_verdict, record_verdict, record_verdicts
 from htcl_ray.evaluation.stats.bootstrap import Estimate
 from htcl_ray.index.folder import read_manifest
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.unit
 SEMANTIC, PREFERENCE, INDEX = "models/semantic/semantic-0", "models/preference/preference-0", "index/index-0"
 
 
-def verdict(value: float) -> Verdict:
+def verdict(value: float) -> GateVerdict:
     """Passed from 0.5 up."""
     bounds = (
         Bound(figure="cold.preference.ndcg@10", at_least=0.5),

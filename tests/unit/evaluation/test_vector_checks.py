@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from htcl_ray.audio import log_mel
 from htcl_ray.config.sections import AudioRecipe
-from htcl_ray.evaluation.evaluated_songs import Songs
-from htcl_ray.evaluation.gate import Verdict, judge, read_gate
-from htcl_ray.evaluation.report.resamples import Key, estimates
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs
+from htcl_ray.evaluation.gate import GateVerdict, judge, read_gate
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.stats.bootstrap import Estimate
-from htcl_ray.evaluation.vector_checks import index_task, soundness_tasks
+from htcl_ray.evaluation.task_result import MetricKey, estimates
+from htcl_ray.evaluation.vector_checks import index_task, vector_check_tasks
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.models import HTCL
 from htcl_ray.search.encoder import SongEncoder
@@ -34,7 +34,7 @@ TEXTS = [text_of(i) for i in range(SONGS)]
 class World:
     """Songs as an evaluation has them: what an encoder made of features, and the sounds themselves."""
 
-    songs: Songs
+    songs: EvaluatedSongs
     mels: list[np.ndarray]
     waveforms: list[np.ndarray | None]
 
@@ -72,7 +72,7 @@ def world(encoder: SongEncoder, recipe: AudioRecipe | None = None, seconds: floa
     assert vectors.preference is not None
     spaces = {"semantic": vectors.semantic, "preference": vectors.preference}
     groups = [f"group {i}" for i in range(SONGS)]
-    songs = Songs(
+    songs = EvaluatedSongs(
         [song_id(i) for i in range(SONGS)],
         TEXTS,
         np.array(["test"] * SONGS),
@@ -84,12 +84,12 @@ def world(encoder: SongEncoder, recipe: AudioRecipe | None = None, seconds: floa
     return World(songs, mels, waveforms)
 
 
-def figures(encoder: SongEncoder, of: World) -> dict[Key, Estimate]:
-    tasks = soundness_tasks(encoder, of.songs, of.mels, ROWS, TEXTS, of.waveforms, seed=0)
+def figures(encoder: SongEncoder, of: World) -> dict[MetricKey, Estimate]:
+    tasks = vector_check_tasks(encoder, of.songs, of.mels, ROWS, TEXTS, of.waveforms, seed=0)
     return estimates(tasks) | text_to_audio(encoder, of)
 
 
-def text_to_audio(encoder: SongEncoder, of: World) -> dict[Key, Estimate]:
+def text_to_audio(encoder: SongEncoder, of: World) -> dict[MetricKey, Estimate]:
     """MRR and recall@10 of each text for its own song, equal scores at the middle of their ranks, and of a random
     order."""
     draws = bootstrap.draw(TEXTS, 200, seed=0)
@@ -109,7 +109,7 @@ def text_to_audio(encoder: SongEncoder, of: World) -> dict[Key, Estimate]:
     return found
 
 
-def failed(verdict: Verdict) -> set[str]:
+def failed(verdict: GateVerdict) -> set[str]:
     return {result.bound.figure for result in verdict.failed}
 
 
@@ -253,7 +253,7 @@ def test_collapse_is_over_the_songs_of_the_split_one_of_each_duplicate_group(enc
     groups = [f"group {i}" for i in range(SONGS)]
     groups[-1] = groups[-2]
     songs = dataclasses.replace(of.songs, splits=splits, duplicate_groups=groups)
-    tasks = soundness_tasks(encoder, songs, of.mels[5:7], np.array([5, 6]), TEXTS, of.waveforms[5:7], seed=0)
+    tasks = vector_check_tasks(encoder, songs, of.mels[5:7], np.array([5, 6]), TEXTS, of.waveforms[5:7], seed=0)
     found = estimates(tasks)
     unit = songs.spaces["semantic"][4:-1].astype(np.float64)
     cosines = [unit[a] @ unit[b] for a in range(len(unit)) for b in range(len(unit)) if a != b]

@@ -12,7 +12,7 @@ import pytest
 
 from htcl_ray.config.sections import EvaluateSettings, PairSettings
 from htcl_ray.errors import TableError
-from htcl_ray.evaluation.tasks.recommendation_queries import listening, questions
+from htcl_ray.evaluation.tasks.recommendation_queries import user_activity, user_queries
 from htcl_ray.interactions.log_summary import LogSummary
 from htcl_ray.interactions.logs import LogShape, complete, detect_shape, feedback_value, normalise
 from htcl_ray.interactions.occurrences import occurrences, rejections, session_starts, triggers
@@ -179,7 +179,7 @@ def test_low_ratings_are_not_evaluation_targets() -> None:
     events, _ = normalise(pa.Table.from_pylist(rows), LogShape.RATINGS, pa.array(songs), SETTINGS, "log", 0)
     log = complete(events, (np.inf, np.inf), 0.5).to_pandas()
     cold = np.array([False] * 4 + [True] * 4)
-    queries = questions(listening(songs, cold, log, Split.TEST), cold, EvaluateSettings())
+    queries = user_queries(user_activity(songs, cold, log, Split.TEST), cold, EvaluateSettings())
     assert queries.users
     for row, user in enumerate(queries.users):
         of_user = ratings[int(user[1:])]

@@ -16,7 +16,7 @@ from htcl_ray.evaluation.gate import Bound, Gate, judge
 from htcl_ray.evaluation.release_gate import check_verdict, record_verdict
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.stats.bootstrap import Estimate
-from htcl_ray.evaluation.task_result import Task
+from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.models.folder import HUB_FILES, write_evaluation
 from htcl_ray.workspace import artifacts
@@ -31,7 +31,7 @@ DATA = {"split": "test", "songs": 40}
 RECALL = bootstrap.mean(np.linspace(0, 1, 40), bootstrap.draw([str(i % 8) for i in range(40)], 200, seed=0))
 
 
-def tasks() -> list[Task]:
+def tasks() -> list[TaskResult]:
     def methods(semantic: dict[str, Estimate], preference: dict[str, Estimate]) -> dict[str, dict[str, Estimate]]:
         return {
             "semantic": semantic,
@@ -42,7 +42,7 @@ def tasks() -> list[Task]:
     retrieval = {"recall@10": RECALL, "median_rank": Estimate(3.0, 40), "recall@1": Estimate(0.1, 40)}
     probe, other = {"accuracy": Estimate(0.75, 30)}, {"accuracy": Estimate(0.7, 30)}
     return [
-        Task(
+        TaskResult(
             "text_to_audio",
             "text → audio",
             "texts",
@@ -50,9 +50,9 @@ def tasks() -> list[Task]:
             "random",
             methods(retrieval, {"recall@10": Estimate(0.4, 40)}),
         ),
-        Task("probe_genre", "genre probe", "songs", "artists", "random", methods(probe, other)),
-        Task("probe_language", "language probe", "songs", "artists", "random", methods(other, probe)),
-        Task(
+        TaskResult("probe_genre", "genre probe", "songs", "artists", "random", methods(probe, other)),
+        TaskResult("probe_language", "language probe", "songs", "artists", "random", methods(other, probe)),
+        TaskResult(
             "cold",
             "cold songs",
             "users",

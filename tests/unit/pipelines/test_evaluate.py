@@ -17,6 +17,7 @@ import pytest
 from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, LeakageError, MismatchError, StepError, WorkspaceError
+from htcl_ray.evaluation.metrics import headline_metrics
 from htcl_ray.evaluation.report import report_tree as reports
 from htcl_ray.evaluation.report.report_schema import Report
 from htcl_ray.evaluation.stats import bootstrap
@@ -24,9 +25,8 @@ from htcl_ray.models import HTCL
 from htcl_ray.pipelines import evaluate as step
 from htcl_ray.pipelines.apply_gate import evaluate_and_judge
 from htcl_ray.pipelines.compare import compare
-from htcl_ray.pipelines.evaluate import find_inputs
+from htcl_ray.pipelines.evaluation_inputs import find_inputs, log_mel_statistics
 from htcl_ray.pipelines.index import build_index
-from htcl_ray.pipelines.log_mel_statistics import log_mel_statistics
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
@@ -125,7 +125,7 @@ def test_the_report_fits_its_schema_and_its_figures_their_table(evaluated: tuple
     broken = report | {"tasks": {"cold": {"methods": {}}}}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(schema).validate(broken)
-    figures = step.read_figures(Workspace(config.workspace), report["run"])
+    figures = step.read_metrics(Workspace(config.workspace), report["run"])
     for (task, method, figure), item in figures.items():
         written = report["tasks"][task]["methods"][method][figure]
         assert written["value"] == (None if np.isnan(item.value) else item.value)
@@ -282,8 +282,8 @@ def test_two_reports_are_compared_with_paired_intervals(evaluated: tuple[Config,
     )
     assert (cold["value"], cold["low"], cold["high"], cold["verdict"]) == (0, 0, 0, "not shown")
     check_page(Path(comparison.location) / "report.html")
-    assert "not shown" in comparison.summary
-    with pytest.raises(WorkspaceError, match=f"there is no report 'nothing' in .*; expected one of .*{first}"):
+    assert "not significant" in comparison.summary
+    with pytest.raises(WorkspaceError, match=f"report 'nothing' does not exist in .*; expected one of .*{first}"):
         compare(config, first, "nothing")
     assert main(["evaluate", "--workspace", config.workspace, "--compare", first, second, "--gate", "default"]) == 2
     assert "goes with neither" in capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
     assert "gate" in capsys.readouterr().err
     assert main(["search", *arguments, "--song-id", "song-001", "--set", "gate.require=off"]) == 0
     gate.write_text("bounds:\n- {figure: cold.ndcg@10, at_least: 0.1}\n")
-    with pytest.raises(ConfigError, match=r"names no figure; expected TASK\.METHOD\.FIGURE"):
+    with pytest.raises(ConfigError, match=r"names no metric; expected TASK\.METHOD\.METRIC"):
         evaluate_and_judge(config, None, str(gate))
 
 
@@ -462,4 +462,4 @@ def test_less_is_better_for_ranks():
 
 def test_headlines_are_of_the_largest_k():
     figures = ["recall@1", "recall@10", "recall@5", "mrr", "median_rank", "ndcg@5", "gini@10"]
-    assert reports.headline_figures(figures) == ["recall@10", "median_rank", "ndcg@5"]
+    assert headline_metrics(figures) == ["recall@10", "median_rank", "ndcg@5"]

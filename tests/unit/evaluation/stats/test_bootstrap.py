@@ -8,11 +8,10 @@ import pytest
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
-from htcl_ray.evaluation.report.resamples import estimates, from_table, to_table
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.stats.bootstrap import Draws, Estimate
-from htcl_ray.evaluation.task_result import Task
-from htcl_ray.evaluation.tasks.item_auc import ItemQuestions, item_auc
+from htcl_ray.evaluation.task_result import TaskResult, estimates, from_table, to_table
+from htcl_ray.evaluation.tasks.item_auc import ItemQueries, item_auc
 
 pytestmark = pytest.mark.unit
 
@@ -147,7 +146,7 @@ def test_a_metric_that_compares_users_is_resampled_over_both():
     positive = np.arange(40) < 15
     scores = generator.normal(size=40) + positive
     marks = [sparse.csr_matrix(which[:, None]) for which in (positive, np.zeros(40, dtype=bool))]
-    asked = ItemQuestions(np.array([0]), sparse.csr_matrix((40, 1), dtype=bool), *marks, None)
+    asked = ItemQueries(np.array([0]), sparse.csr_matrix((40, 1), dtype=bool), *marks, None)
     aucs, influence = item_auc(asked, lambda history, songs: scores[:, None])
     assert influence.sum() == pytest.approx(0)
     draws = bootstrap.draw_two_way([str(i) for i in range(40)], ["one"], 4000, 0)
@@ -169,12 +168,12 @@ def test_a_difference_is_paired():
     assert first.interval[0] < second.interval[1]
     gain = bootstrap.difference(first, second)
     assert gain.interval == pytest.approx((0.01, 0.01), abs=1e-5)
-    assert bootstrap.is_shown(gain)
-    assert bootstrap.is_shown(bootstrap.difference(second, second)) is False
+    assert bootstrap.is_significant(gain)
+    assert bootstrap.is_significant(bootstrap.difference(second, second)) is False
     other = bootstrap.mean(values, bootstrap.draw([f"u{i}" for i in range(50)], 500, seed=0))
     unpaired = bootstrap.difference(first, other)
     assert unpaired.interval is None
-    assert bootstrap.is_shown(unpaired) is None
+    assert bootstrap.is_significant(unpaired) is None
 
 
 def test_the_order_of_units_does_not_change_the_draws():
@@ -189,7 +188,7 @@ def test_the_order_of_units_does_not_change_the_draws():
 
 
 def test_a_group_weighs_the_mean_of_its_units():
-    draws = Draws(np.array([[1, 3, 0], [0, 0, 2]], dtype=np.float32), "p").merged(np.array([0, 0, 1]), 2)
+    draws = Draws(np.array([[1, 3, 0], [0, 0, 2]], dtype=np.float32), "p").merge(np.array([0, 0, 1]), 2)
     assert draws.weights.tolist() == [[2, 0], [0, 2]]
 
 
@@ -207,7 +206,7 @@ def test_figures_survive_the_table():
         "semantic": {"ndcg@10": bootstrap.mean(np.array([0.0, 0.5, 1.0]), draws)},
         "random": {"worst": Estimate(0.25, 3)},
     }
-    found = estimates([Task("cold", "cold songs", "users", "users", "random", methods)])
+    found = estimates([TaskResult("cold", "cold songs", "users", "users", "random", methods)])
     again = from_table(to_table(found))
     assert again.keys() == found.keys()
     for key, item in found.items():

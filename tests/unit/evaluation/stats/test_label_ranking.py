@@ -38,7 +38,7 @@ def test_macro_figures_are_means_over_labels_and_resamples_repeat_songs():
     scores = generator.normal(size=(80, 4))
     truth = scores + 2 * generator.normal(size=(80, 4)) > 0.5
     draws = bootstrap.draw(artists, 100, seed=1)
-    figures = label_ranking.macro_figures(scores, truth, draws)
+    figures = label_ranking.macro_metrics(scores, truth, draws)
     assert figures["roc_auc"].value == pytest.approx(roc_auc_score(truth, scores, average="macro"))
     assert figures["map"].value == pytest.approx(average_precision_score(truth, scores, average="macro"))
     assert figures["map"].n == 80
@@ -54,6 +54,6 @@ def test_macro_figures_are_means_over_labels_and_resamples_repeat_songs():
 
 def test_a_constant_score_has_auc_one_half_and_the_share_of_positives_as_precision():
     truth = np.array([[True], [False], [False], [False]])
-    figures = label_ranking.macro_figures(np.zeros((4, 1)), truth, bootstrap.draw(list("abcd"), 100, seed=0))
+    figures = label_ranking.macro_metrics(np.zeros((4, 1)), truth, bootstrap.draw(list("abcd"), 100, seed=0))
     assert (figures["roc_auc"].value, figures["map"].value) == (0.5, 0.25)
     assert figures["roc_auc"].interval == (0.5, 0.5)

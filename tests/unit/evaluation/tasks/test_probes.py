@@ -14,11 +14,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from htcl_ray.config.sections import EvaluateSettings
-from htcl_ray.evaluation.evaluated_songs import Songs
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs
 from htcl_ray.evaluation.stats import bootstrap
-from htcl_ray.evaluation.task_result import Task
+from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.evaluation.tasks import probes
-from htcl_ray.evaluation.tasks.labels import Labels, labels
+from htcl_ray.evaluation.tasks.labels import Labels, column_labels
 from tests.worlds.labelled_songs import labelled_world, songs_of
 
 pytestmark = pytest.mark.unit
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.unit
 SETTINGS = EvaluateSettings(resamples=200)
 
 
-def probe(songs: Songs, column: str, settings: EvaluateSettings = SETTINGS) -> Task | None:
+def probe(songs: EvaluatedSongs, column: str, settings: EvaluateSettings = SETTINGS) -> TaskResult | None:
     training, held_out = np.flatnonzero(songs.splits == "train"), np.flatnonzero(songs.splits == "test")
-    of_column = labels(songs, column, training, held_out)
+    of_column = column_labels(songs, column, training, held_out)
     assert of_column is not None
     draws = bootstrap.draw([songs.artists[row] for row in of_column.held_out], settings.resamples, 0)
     methods = {"semantic": songs.spaces["semantic"], "log_mel": songs.log_mel}
@@ -36,11 +36,11 @@ def probe(songs: Songs, column: str, settings: EvaluateSettings = SETTINGS) -> T
 
 
 @pytest.fixture(scope="module")
-def songs() -> Songs:
+def songs() -> EvaluatedSongs:
     return labelled_world(signal=2.0)[0]
 
 
-def test_the_probes_of_one_label_are_scikit_learns(songs: Songs):
+def test_the_probes_of_one_label_are_scikit_learns(songs: EvaluatedSongs):
     x, y = songs.spaces["semantic"], np.array(songs.labels("genre"))
     train, test = songs.splits == "train", songs.splits == "test"
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
@@ -62,7 +62,7 @@ def test_the_probes_of_one_label_are_scikit_learns(songs: Songs):
     }  # fmt: skip
 
 
-def test_the_probes_of_several_labels_are_scikit_learns(songs: Songs):
+def test_the_probes_of_several_labels_are_scikit_learns(songs: EvaluatedSongs):
     tags = songs.values("tags")
     has, names = np.array([bool(of_song) for of_song in tags]), [f"tag {j}" for j in range(4)]
     y = np.array([[name in of_song for name in names] for of_song in tags])
@@ -87,12 +87,12 @@ def test_the_probes_of_several_labels_are_scikit_learns(songs: Songs):
     assert task.control == "random"
 
 
-def test_a_probe_reads_what_is_there_and_only_that(songs: Songs):
+def test_a_probe_reads_what_is_there_and_only_that(songs: EvaluatedSongs):
     genre, mood, tags = (probe(songs, column) for column in ("genre", "mood", "tags"))
     for task, figure in ((genre, "accuracy"), (tags, "roc_auc")):
         for name in (figure, f"{figure}_folds", f"knn_{figure}", f"knn_{figure}_folds"):
             gain = bootstrap.difference(task.methods["semantic"][name], task.methods[task.control][name])
-            assert bootstrap.is_shown(gain), name
+            assert bootstrap.is_significant(gain), name
             assert gain.value > 0.1
             nothing = bootstrap.difference(task.methods["log_mel"][name], task.methods[task.control][name])
             assert nothing.value < 0.1
@@ -166,7 +166,7 @@ def test_of_one_artist_there_are_no_folds():
     assert task.counts["folds"] == 0
 
 
-def test_a_big_catalogue_trains_on_a_sample(songs: Songs, monkeypatch: pytest.MonkeyPatch):
+def test_a_big_catalogue_trains_on_a_sample(songs: EvaluatedSongs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(probes, "MAX_TRAINING_SONGS", 50)
     first, again = probe(songs, "genre"), probe(songs, "genre")
     assert first.counts["train_songs"] == 50
@@ -197,12 +197,11 @@ def test_a_fold_that_learns_one_label_answers_with_it():
     assert task.methods["semantic"]["accuracy_folds"].value == task.methods["semantic"]["knn_accuracy_folds"].value == 0
 
 
-def test_rare_labels_stay_in_a_sample_of_many_training_songs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(probes, "MAX_TRAINING_SONGS", 300)
+def test_rare_labels_stay_in_a_sample_of_many_training_songs():
     values = [("common",)] * 9_000 + [("rare",)] * 30 + [("single", "common")]
     of = Labels("tags", values, True, np.arange(len(values)), np.arange(3))
-    rows = probes._sample(of, seed=0)
+    rows = probes.sample_training_songs(of, 300, seed=0)
     assert len(rows) == len(np.unique(rows)) == 300
     assert ((rows >= 9_000) & (rows < 9_030)).sum() >= 20
     assert 9_030 in rows
-    assert rows.tolist() == probes._sample(of, seed=0).tolist()
+    assert rows.tolist() == probes.sample_training_songs(of, 300, seed=0).tolist()

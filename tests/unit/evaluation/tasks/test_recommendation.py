@@ -13,8 +13,8 @@ from scipy import sparse
 from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.evaluation.evaluated_songs import blended, with_blend
 from htcl_ray.evaluation.stats import bootstrap
-from htcl_ray.evaluation.tasks.recommendation import answers, blend_curve, recommendation_tasks
-from htcl_ray.evaluation.tasks.recommendation_queries import Questions, chosen_users, listening, questions
+from htcl_ray.evaluation.tasks.recommendation import blend_curve, rank_users, recommendation_tasks
+from htcl_ray.evaluation.tasks.recommendation_queries import UserQueries, sample_users, user_activity, user_queries
 from htcl_ray.evaluation.tasks.scorers import blended_scorer, shared_scorer, user_vectors, vector_scorer
 from tests.worlds.evaluation_songs import made_up, unit
 
@@ -42,10 +42,10 @@ def ask(
     songs: list[str] = SONGS,
     known_users: bool = False,
     **settings,
-) -> Questions:
+) -> UserQueries:
     made = EvaluateSettings(**settings)
     cold = splits == made.split
-    return questions(listening(songs, cold, events, made.split), cold, made, known_users=known_users)
+    return user_queries(user_activity(songs, cold, events, made.split), cold, made, known_users=known_users)
 
 
 def marked(marks: sparse.csr_matrix) -> list[list[int]]:
@@ -75,7 +75,7 @@ def test_history_targets_and_candidates():
     assert marked(asked.history) == [[0, 2]]
     assert marked(asked.targets) == [[1]]
     assert marked(asked.met) == [[0]]
-    figures, lists = answers(asked, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
+    figures, lists = rank_users(asked, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
     assert figures["hit_rate@1"].values.tolist() == [1.0], "the met song ranks first by score but is no candidate"
     assert marked(lists) == [[1]]
 
@@ -138,11 +138,11 @@ def test_logs_without_times_use_all_positives():
 
 def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
     users = [f"u{i}" for i in range(200)]
-    kept = {users[row] for row in chosen_users(users, 50)}
+    kept = {users[row] for row in sample_users(users, 50)}
     assert len(kept) == 50
     fewer = [user for user in users if user in kept or int(user[1:]) % 2]
-    assert {fewer[row] for row in chosen_users(fewer, 50)} == kept
-    assert chosen_users(users, None) == chosen_users(users, 200) == list(range(200))
+    assert {fewer[row] for row in sample_users(fewer, 50)} == kept
+    assert sample_users(users, None) == sample_users(users, 200) == list(range(200))
 
 
 def test_user_vectors_are_unit_means():
@@ -210,7 +210,7 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
     assert list(tasks) == ["cold", "cold_known_users", "hot", "hot_known_users"]
     for name, task in tasks.items():
         gain = bootstrap.difference(task.methods["preference"]["ndcg@10"], task.methods["random"]["ndcg@10"])
-        assert bootstrap.is_shown(gain), name
+        assert bootstrap.is_significant(gain), name
         for blind in ("semantic", "shuffled", "log_mel", "genre"):
             assert task.methods[blind]["user_auc"].value == pytest.approx(0.5, abs=0.06), (name, blind)
         assert task.methods["random"]["user_auc"].value == 0.5
@@ -230,7 +230,7 @@ def test_every_interval_holds_the_uncertainty_of_the_songs_too(listeners: Listen
     asked = ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits)
     task = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
     assert task.over == "users and artists"
-    found, _ = answers(asked, vector_scorer(listeners.songs.spaces["preference"]), SETTINGS.ks, 0)
+    found, _ = rank_users(asked, vector_scorer(listeners.songs.spaces["preference"]), SETTINGS.ks, 0)
     draws = bootstrap.draw(asked.users, SETTINGS.resamples, SETTINGS.seed)
     for name, metric in found.items():
         ours, alone = task.methods["preference"][name], bootstrap.mean(metric.values, draws)

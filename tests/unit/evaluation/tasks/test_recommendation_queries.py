@@ -1,330 +1,198 @@
-"""Filters, variety, negatives, histories and shared tags against a naive reference that looks at every song, one at a
-time."""
+"""UserQueries and item AUC read from random logs by loops over their rows, and what methods may not see of a log."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
-from typing import Any
+import sys
 
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import pytest
-from pydantic import ValidationError
+from sklearn.metrics import roc_auc_score
 
-from htcl_ray.api.requests import Filter, Play
-from htcl_ray.config.sections import IndexSettings
-from htcl_ray.errors import QueryError, SongNotFoundError
-from htcl_ray.index.song_index import SongIndex
-from htcl_ray.index.vectors import Vectors
-from htcl_ray.schemas import INDEX_SONGS
-from htcl_ray.search.service import SearchService
-from htcl_ray.search.song_columns import SongColumns
+from htcl_ray.config.sections import EvaluateSettings
+from htcl_ray.evaluation.tasks.item_auc import item_auc, item_queries
+from htcl_ray.evaluation.tasks.recommendation import recommendation_tasks
+from htcl_ray.evaluation.tasks.recommendation_queries import user_activity, user_queries
+from htcl_ray.evaluation.tasks.scorers import vector_scorer
+from tests.unit.evaluation.tasks.test_recommendation import SETTINGS, Listeners, listeners, log, marked  # noqa: F401 (a fixture)
+from tests.worlds.evaluation_songs import unit
 
 pytestmark = pytest.mark.unit
 
-SONGS, DIM = 300, 6
-GENRES = ["Rock", "jazz", "Ambient", "folk"]
+SONGS = [f"s{i:02}" for i in range(24)]
+SPLITS = np.array(["train", "test", "validation"])[np.arange(24) % 3]
+COLD = SPLITS == "test"
 
 
-def catalogue(seed: int = 0) -> list[dict[str, Any]]:
-    """Songs of 12 artists, some unknown and some of two; every fifth has a twin in its duplicate group."""
-    rng = np.random.default_rng(seed)
-    songs = []
-    for row in range(SONGS):
-        songs.append(
-            {
-                "song_id": f"s{row:03d}",
-                "title": f"Title {row % 50}",
-                "artist": None
-                if row % 11 == 0
-                else f"Artist {row % 12}" + (f"; artist {row % 5}" if row % 7 == 0 else ""),
-                "album": None,
-                "licence": ["CC0", "CC-BY", None][row % 3],
-                "genre": None if row % 13 == 0 else [GENRES[i] for i in rng.permutation(4)[: 1 + row % 2]],
-                "mood": [["calm"], [], None, ["Bright", "calm"]][row % 4],
-                "tags": [f"tag {row % 7}", "piano"] if row % 3 else None,
-                "language": ["en"] if row % 2 else ["de", "en"],
-                "year": None if row % 17 == 0 else 1980 + row % 40,
-                "duplicate_group": f"g{row // 10}" if row % 5 == 0 else None,
-            }
+def random_log(seed: int, feedback: bool, timeless: bool) -> pd.DataFrame:
+    generator = np.random.default_rng(seed)
+    events = log(
+        *(
+            (
+                f"{'U' if generator.random() < 0.5 else 'u'}{generator.integers(40)}",
+                f"s{generator.integers(26):02}",  # two songs are not in the catalogue
+                float(generator.choice([-1, 0, 1, 2] if feedback else [1, 2])),
+                str(generator.choice(["train", "validation", "test"], p=[0.3, 0.2, 0.5])),
+                f"s{generator.integers(26):02}" if generator.random() < 0.3 else None,
+            )
+            for _ in range(1800)
         )
-    return songs
-
-
-CATALOGUE = catalogue()
-
-
-@pytest.fixture(scope="module")
-def service() -> SearchService:
-    halves = np.random.default_rng(1).normal(size=(2, SONGS, DIM))
-    halves /= np.linalg.norm(halves, axis=2, keepdims=True)
-    names = [name for name in INDEX_SONGS.names if name != "song_id"]
-    metadata = pa.table(
-        {name: pa.array([song.get(name) for song in CATALOGUE], INDEX_SONGS.field(name).type) for name in names}
     )
-    vectors = Vectors(*halves.astype(np.float32))
-    index = SongIndex.build(
-        [song["song_id"] for song in CATALOGUE], vectors, metadata=metadata, settings=IndexSettings(kind="flat")
-    )
-    return SearchService(index)
+    return events.assign(timestamp=np.nan) if timeless else events
 
 
-def holds(song: dict[str, Any], conditions: dict[str, Any]) -> bool:
-    for name, wanted in conditions.items():
-        value = song[name]
-        if isinstance(wanted, dict):
-            if value is None or not wanted.get("gte", -math.inf) <= value <= wanted.get("lte", math.inf):
-                return False
-            continue
-        wanted = wanted if isinstance(wanted, list) else [wanted]
-        values = value if isinstance(value, list) else [value]
-        if name == "artist" and value:
-            values = [value, *value.split("; ")]
-        if name not in ("song_id", "year"):
-            wanted, values = [word.lower() for word in wanted], [word.lower() for word in values if word is not None]
-        if not set(values) & set(wanted):
-            return False
-    return True
+class Read:
+    """What one user of a log met and liked, event by event."""
+
+    def __init__(self, events: pd.DataFrame, user: str, timeless: bool) -> None:
+        self.history, self.met, self.liked, self.exposed = (set() for _ in range(4))
+        for event in events[events["user_id"] == user].itertuples():
+            early, late = timeless or event.period != "test", timeless or event.period == "test"
+            if early and not timeless:
+                self.met |= {event.song_id, event.trigger_song_id}
+            if early and event.value > 0 and event.song_id in SONGS and SPLITS[SONGS.index(event.song_id)] != "test":
+                self.history.add(event.song_id)
+            if late:
+                self.exposed.add(event.song_id)
+                if event.value > 0:
+                    self.liked.add(event.song_id)
 
 
-def naive(
-    service: SearchService,
-    query: tuple[np.ndarray, np.ndarray],
-    blend: float,
-    k: int,
-    *,
-    exclude: Collection[str] = (),
-    conditions: dict[str, Any] | None = None,
-    most: int | None = None,
-    collapse: bool = True,
-) -> list[str]:
-    ids = [song["song_id"] for song in CATALOGUE]
-    own = service.index.vectors_of(ids)
-    semantic, preference = (half.astype(np.float64) / np.linalg.norm(half) for half in query)
-    scores = (1 - blend) * (own.semantic.astype(np.float64) @ semantic) + blend * (
-        own.preference.astype(np.float64) @ preference
-    )
-    artists: dict[str, int] = {}
-    groups = (
-        {song["duplicate_group"] for song in CATALOGUE if song["song_id"] in exclude} - {None} if collapse else set()
-    )
-    taken: list[str] = []
-    for row in sorted(range(SONGS), key=lambda row: (-scores[row], ids[row])):
-        song = CATALOGUE[row]
-        credited, group = set((song["artist"] or "").lower().split("; ")) - {""}, song["duplicate_group"]
-        if song["song_id"] in exclude or not holds(song, conditions or {}):
-            continue
-        if collapse and group is not None and group in groups:
-            continue
-        if most is not None and any(artists.get(artist, 0) >= most for artist in credited):
-            continue
-        taken.append(song["song_id"])
-        for artist in credited:
-            artists[artist] = artists.get(artist, 0) + 1
-        groups.add(group)
-        if len(taken) == k:
-            break
-    return taken
-
-
-def found(answer: Any) -> list[str]:
-    return [hit.song_id for hit in answer.hits]
-
-
-CONDITIONS: list[dict[str, Any]] = [
-    {},
-    {"genre": ["rock"]},
-    {"genre": "JAZZ", "mood": ["Calm", "bright"]},
-    {"artist": "artist 3"},
-    {"year": {"gte": 1990, "lte": 1999}},
-    {"year": {"gte": 2010}},
-    {"year": {"lte": 1985}, "licence": ["cc0", "cc-by"]},
-    {"year": 1999},
-    {"year": [1999, 1981, 3000]},
-    {"tags": ["tag 4"], "language": ["DE"]},
-    {"song_id": ["s004", "s005", "S006", "nobody"]},
-    {"title": "title 7", "genre": ["rock", "folk", "jazz"]},
-    {"artist": "nobody"},
+CASES = [
+    (feedback, timeless, known) for feedback in (False, True) for timeless in (False, True) for known in (False, True)
 ]
 
 
-@pytest.mark.parametrize("conditions", CONDITIONS)
-@pytest.mark.parametrize(
-    ("most", "collapse", "k"), [(None, False, 10), (None, True, 10), (1, True, 40), (2, False, 300), (3, True, 300)]
-)
-def test_every_option_at_once(service: SearchService, conditions: dict, most: int | None, collapse: bool, k: int):
-    options = {"filter": Filter.model_validate(conditions), "max_per_artist": most, "collapse_duplicates": collapse}
-    for seed, blend in (("s000", 0.0), ("s010", 0.5), ("s123", 1.0)):
-        own = service.index.vectors_of([seed])
-        expected = naive(
-            service,
-            (own.semantic[0], own.preference[0]),
-            blend,
-            k,
-            exclude=[seed],
-            conditions=conditions,
-            most=most,
-            collapse=collapse,
-        )
-        assert found(service.search_songs([seed], k=k, blend=blend, **options)) == expected
-
-
-CREDITS = [
-    "Queen",
-    "Queen; David Bowie",
-    "David Bowie feat. Guest",
-    None,
-    "Earth, Wind & Fire",
-    "QUEEN (feat. Guest)",
-    ";",
-]
-
-
-def test_every_credited_artist_is_found_and_counted():
-    songs = pa.table(
-        {
-            name: pa.array(CREDITS if name == "artist" else [None] * len(CREDITS), INDEX_SONGS.field(name).type)
-            for name in INDEX_SONGS.names
-        }
-    )
-    columns = SongColumns(songs)
-
-    def rows(artist: str) -> list[int]:
-        return np.flatnonzero(columns.allowed(Filter(artist=artist))).tolist()
-
-    assert rows("queen") == [0, 1, 5]
-    assert rows("David Bowie") == [1, 2]
-    assert rows("GUEST") == [2, 5]
-    assert rows("Queen; David Bowie") == [1]
-    assert rows("earth, wind & fire") == [4]
-    assert rows("Earth") == []
-    of_row = [set(columns.artists_of(row)) for row in range(len(CREDITS))]
-    for first in range(len(CREDITS)):
-        for second in (row for row in range(len(CREDITS)) if row != first):
-            assert bool(of_row[first] & of_row[second]) == (frozenset((first, second)) in SHARED)
-        assert np.flatnonzero(columns.credits_any(of_row[first])).tolist() == [
-            row for row in range(len(CREDITS)) if of_row[row] & of_row[first]
+@pytest.mark.parametrize(("feedback", "timeless", "known"), CASES)
+def test_questions_are_those_of_a_loop_over_the_events(feedback: bool, timeless: bool, known: bool):
+    events = random_log(0, feedback, timeless)
+    candidates = COLD if timeless else ~COLD & (np.arange(24) % 2 == 0)
+    settings = EvaluateSettings(min_history=3)
+    asked = user_queries(user_activity(SONGS, COLD, events, "test"), candidates, settings, known_users=known)
+    names = [song for song, there in zip(SONGS, candidates, strict=True) if there]
+    expected = {}
+    for user in sorted(set(events["user_id"])):
+        read = Read(events, user, timeless)
+        targets = {song for song in read.liked - read.met if song in names}
+        if user.isupper() != known and len(read.history) >= 3 and targets:
+            expected[user] = (read.history, targets, {song for song in read.met if song in names})
+    assert asked.users == list(expected)
+    assert asked.users
+    for part, names_of, marks in ((0, SONGS, asked.history), (1, names, asked.targets), (2, names, asked.met)):
+        assert [{names_of[place] for place in row} for row in marked(marks)] == [
+            sets[part] for sets in expected.values()
         ]
-    assert [len(artists) for artists in of_row] == [1, 2, 2, 0, 1, 2, 0]
 
 
-SHARED = {frozenset(rows) for rows in ((0, 1), (0, 5), (1, 2), (1, 5), (2, 5))}
-
-
-def test_a_narrow_filter_still_fills_the_answer(service: SearchService):
-    answer = service.search_songs(["s001"], k=4, filter=Filter(artist="Artist 3"))
-    assert len(answer.hits) == 4
-    assert all("artist 3" in song["artist"].lower().split("; ") for song in answer.metadata)
-
-
-@pytest.mark.parametrize(
-    ("conditions", "said"),
-    [
-        ({"genres": ["rock"]}, "'genres' is not a column to filter by; did you mean 'genre'"),
-        ({"year": {"from": 1990}}, "year\n.*expected a year, a list of 1 to 1000 years, or a range"),
-        ({"year": {}}, "expected a year"),
-        ({"year": "1990s"}, "expected a year"),
-        ({"year": []}, "expected a year"),
-        ({"year": 10**9}, "expected a year"),
-        ({"genre": []}, "genre\n.*expected a text, or a list of 1 to 1000"),
-        ({"genre": ["x"] * 1001}, "expected a text"),
-        ({"genre": 7}, "expected a text"),
-        ({"genre": ["a", None]}, "expected a text"),
-        ({"artist": {"a": 1}}, "artist\n.*expected a text"),
-    ],
-)
-def test_filters_that_cannot_be_used(conditions: dict, said: str):
-    with pytest.raises(ValidationError, match=said):
-        Filter.model_validate(conditions)
-
-
-def test_negatives_push_away(service: SearchService):
-    seeds, negatives = ["s001", "s002"], ["s050", "s051", "s052"]
-    liked, disliked = service.index.vectors_of(seeds), service.index.vectors_of(negatives)
-    query = [
-        liked_half.mean(0) - 0.5 * away.mean(0)
-        for liked_half, away in zip(halves(liked), halves(disliked), strict=True)
-    ]
-    expected = naive(service, (query[0], query[1]), 0.3, 20, exclude=[*seeds, *negatives])
-    assert found(service.search_songs(seeds, negatives, k=20, blend=0.3)) == expected
-    assert found(service.search_songs(seeds, [], k=20, blend=0.3)) != expected
-
-
-def halves(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-    assert vectors.preference is not None
-    return vectors.semantic.astype(np.float64), vectors.preference.astype(np.float64)
-
-
-DAY = 86_400.0
-
-
-def test_a_history_is_its_decayed_mean_and_is_left_out(service: SearchService):
-    history = [
-        Play("s001", 2.0, 1_700_000_000.0),
-        Play("gone", 5.0, 1_700_000_000.0 + 90 * DAY),
-        Play("s002", 1.0, 1_700_000_000.0 - 30 * DAY),
-        Play("s003", -1.0, 1_700_000_000.0 - 60 * DAY),
-        Play("s004"),
-        Play("s001", 1.0, 1_700_000_000.0 - 15 * DAY),
-    ]
-    ids = ["s001", "s002", "s003", "s004", "s001"]
-    weights = np.array([2.0, 0.5, -0.25, 1.0, 2 ** (-0.5)])
-    own = halves(service.index.vectors_of(ids))
-    expected = naive(service, (weights @ own[0], weights @ own[1]), 0.5, 15, exclude=ids)
-    answer = service.recommend(history, k=15)
-    assert found(answer) == expected
-    assert answer.unknown_song_ids == ["gone"]
-    assert found(service.recommend(history, k=15, half_life_days=1)) != expected
-
-
-def test_times_far_apart_do_not_overflow(service: SearchService):
-    answer = service.recommend([Play("s001", 1e6, -2e11), Play("s002", 1e-6, 2e11)], half_life_days=1e-6)
-    assert found(answer) == found(service.recommend([Play("s002"), Play("s001", 0.0)]))
-
-
-def test_histories_that_say_nothing(service: SearchService):
-    with pytest.raises(SongNotFoundError, match="none of the 2 songs of the history is in the index"):
-        service.recommend([Play("x"), Play("y")])
-    with pytest.raises(QueryError, match="no song of the history has weight"):
-        service.recommend([Play("s001", 0.0), Play("x", 1.0)])
-    with pytest.raises(QueryError, match="zero"):
-        service.recommend([Play("s001", 1.0), Play("s001", -1.0)])
-
-
-def test_tags_shared_with_the_question(service: SearchService):
-    own = service.index.vectors_of(["s004"])
-    answer = service.search_encoded_text("A CALM piano piece, tag 4; not rocky", own, k=300, collapse_duplicates=False)
-    for song, shared in zip(answer.metadata, answer.shared_tags, strict=True):
-        words = [*(song["genre"] or []), *(song["mood"] or []), *(song["tags"] or [])]
-        assert shared == [word for word in words if word in ("calm", "piano", "tag 4")]
-    asked = {"rock", "jazz", "bright", "calm", "tag 2", "piano"}
-    seed = next(
-        song
-        for song in CATALOGUE
-        if {tag.lower() for name in ("genre", "mood", "tags") for tag in song[name] or ()} <= asked and song["tags"]
+@pytest.mark.parametrize(("feedback", "timeless", "known"), CASES)
+def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless: bool, known: bool):
+    events = random_log(1, feedback, timeless)
+    vectors = unit(np.random.default_rng(2).normal(size=(24, 4)))
+    asked = item_queries(
+        user_activity(SONGS, COLD, events, "test"),
+        COLD,
+        EvaluateSettings(min_item_users=2, min_history=2),
+        known_users=known,
     )
-    tags = {tag.lower() for name in ("genre", "mood", "tags") for tag in seed[name] or ()}
-    answer = service.search_songs([seed["song_id"]], k=300)
-    assert any(answer.shared_tags)
-    for song, shared in zip(answer.metadata, answer.shared_tags, strict=True):
-        words = [*(song["genre"] or []), *(song["mood"] or []), *(song["tags"] or [])]
-        assert shared == [word for word in words if word.lower() in tags]
-    assert service.search_vector([1.0] * 2 * DIM).shared_tags == [[]] * 10
+    found = dict(zip(asked.songs.tolist(), item_auc(asked, vector_scorer(vectors))[0], strict=True))
+    read = {user: Read(events, user, timeless) for user in sorted(set(events["user_id"])) if user.isupper() != known}
+    expected = {}
+    for row in np.flatnonzero(COLD).tolist():
+        labels, scores = [], []
+        for one in read.values():
+            if len(one.history) < 2 or SONGS[row] in one.met or (feedback and SONGS[row] not in one.exposed):
+                continue
+            mean = vectors[[SONGS.index(song) for song in one.history]].mean(axis=0)
+            labels.append(SONGS[row] in one.liked)
+            scores.append(vectors[row] @ mean / np.linalg.norm(mean))
+        if min(sum(labels), len(labels) - sum(labels)) >= 2:
+            expected[row] = roc_auc_score(labels, scores)
+    assert found == pytest.approx(expected)
+    assert found
 
 
-def test_options_out_of_range(service: SearchService):
-    with pytest.raises(QueryError, match="max_per_artist is 0; expected at least 1"):
-        service.search_songs(["s001"], max_per_artist=0)
+def test_users_who_met_a_song_before_are_no_negatives_to_be_counted():
+    """Without feedback all others are negatives: here everybody else knew the song, so there is nobody to compare
+    with."""
+    events = log(
+        *((f"U{i}", "s00", 1, "train") for i in range(6)),
+        *((f"U{i}", "s01", 1, "test") for i in range(3)),
+        *((f"U{i}", "s01", 1, "train") for i in range(3, 6)),
+    )
+    heard = user_activity(SONGS, COLD, events, "test")
+    assert not len(item_queries(heard, COLD, EvaluateSettings(min_item_users=1)).songs)
 
 
-def test_what_is_filtered_follows_the_songs(service: SearchService):
-    """A mask is remembered for one state of the index only."""
-    index = service.index.snapshot()
-    asked = SearchService(index)
-    only = Filter(artist="Newcomer")
-    assert asked.search_songs(["s001"], filter=only).hits == []
-    index.upsert(["new"], index.vectors_of(["s001"]), metadata=pa.table({"artist": ["Newcomer"]}))
-    assert found(asked.search_songs(["s001"], filter=only)) == ["new"]
-    index.remove(["new"])
-    assert asked.search_songs(["s001"], filter=only).hits == []
+def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(listeners: Listeners):  # noqa: F811
+    """Training users who liked held-out songs early: no score, and so no figure of a new user's, changes by them."""
+    cold = [song for song, split in zip(listeners.songs.ids, listeners.songs.splits, strict=True) if split == "test"]
+    early = log(*((f"early{i}", song, 1.0, "train") for i in range(5) for song in cold[:20]))
+    before, after = (
+        recommendation_tasks(listeners.songs, events, SETTINGS)[0]
+        for events in (listeners.log, pd.concat([listeners.log, early], ignore_index=True))
+    )
+    assert before.methods.keys() == after.methods.keys()
+    for method, figures in before.methods.items():
+        assert {name: item.value for name, item in figures.items()} == {
+            name: item.value for name, item in after.methods[method].items()
+        }
+
+
+def test_no_more_users_than_allowed_are_asked_and_the_rest_is_counted(listeners: Listeners):  # noqa: F811
+    settings = SETTINGS.model_copy(update={"max_users": 12})
+    every = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)
+    for all_of_them, task in zip(every, recommendation_tasks(listeners.songs, listeners.log, settings), strict=True):
+        assert task.methods["random"]["mrr"].n == task.counts["users"] == 12
+        assert task.counts["users"] + task.counts["users_not_drawn"] == all_of_them.counts["users"]
+
+
+def test_without_implicit_als_is_left_out_and_counted(listeners: Listeners, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
+    tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
+    assert tasks["hot"].counts["als_missing"] == 1
+    assert "als_missing" not in tasks["cold"].counts
+    assert "als" not in tasks["hot"].methods
+    assert "item_knn" in tasks["hot"].methods
+
+
+def test_methods_come_in_one_order_and_every_figure_has_its_n(listeners: Listeners):  # noqa: F811
+    tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
+    cold = ["semantic", "preference", "blend_0.5", "random", "popularity", "shuffled", "log_mel", "genre"]
+    assert list(tasks["cold"].methods) == cold
+    assert list(tasks["hot"].methods) == [*cold, "item_knn", "als"]
+    for name, task in tasks.items():
+        per_user = [f"{figure}@{k}" for k in SETTINGS.ks for figure in ("hit_rate", "recall", "ndcg")] + [
+            "mrr",
+            "user_auc",
+        ]
+        breadth = [f"{figure}@10" for figure in ("coverage", "gini", "artist_diversity", "popularity_lift")]
+        for figures in task.methods.values():
+            assert list(figures) == per_user + breadth + (["item_auc"] if name.startswith("cold") else [])
+            assert all(figures[figure].n == task.counts["users"] and figures[figure].interval for figure in per_user)
+            assert figures["coverage@10"].interval is None
+            assert figures["coverage@10"].n == task.counts["candidates"]
+            if "item_auc" in figures:
+                assert figures["item_auc"].n == task.counts["item_auc_songs"]
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_songs_keep_their_answers_when_there_are_more_users_than_are_asked(feedback: bool):
+    """40,000 users with 2 songs each of 2,000: 100 users drawn by themselves leave no song with five positive ones."""
+    generator = np.random.default_rng(0)
+    songs = [f"s{i:04}" for i in range(2_000)] + ["past"]
+    cold = np.arange(2_001) < 2_000
+    rows = [(f"U{user}", "past", 1.0, "train") for user in range(40_000)]
+    for user in range(40_000):
+        first, second = generator.integers(2_000, size=2)
+        rows += [
+            (f"U{user}", songs[first], 1.0, "test"),
+            (f"U{user}", songs[second], -1.0 if feedback else 1.0, "test"),
+        ]
+    heard = user_activity(songs, cold, log(*rows), "test")
+    asked = item_queries(heard, cold, EvaluateSettings(max_users=200))
+    assert asked.history.shape[0] == len(set(asked.users)) == 200
+    assert len(asked.songs) >= 15
+    assert asked.positive.getnnz(axis=0).min() >= 5
+    assert asked.negative is None or asked.negative.getnnz(axis=0).min() >= 5
+    again = item_queries(heard, cold, EvaluateSettings(max_users=200))
+    assert (again.users, again.population) == (asked.users, asked.population)

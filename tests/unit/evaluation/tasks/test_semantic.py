@@ -7,11 +7,11 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from htcl_ray.config.sections import EvaluateSettings
-from htcl_ray.evaluation.evaluated_songs import Songs
-from htcl_ray.evaluation.measure import measure
+from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs
 from htcl_ray.evaluation.stats import bootstrap
-from htcl_ray.evaluation.task_result import Task
+from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.evaluation.tasks import semantic
+from htcl_ray.pipelines.evaluate import run_tasks
 from tests.worlds.labelled_songs import labelled_world, songs_of, unit
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.unit
 SETTINGS = EvaluateSettings(resamples=200)
 
 
-def tasks_of(songs: Songs, words: dict[str, np.ndarray], settings: EvaluateSettings = SETTINGS) -> dict[str, Task]:
+def tasks_of(
+    songs: EvaluatedSongs, words: dict[str, np.ndarray], settings: EvaluateSettings = SETTINGS
+) -> dict[str, TaskResult]:
     """Tasks with texts whose vector is that of the first known word in them, or noise."""
     generator = np.random.default_rng(1)
 
@@ -37,12 +39,12 @@ def tasks_of(songs: Songs, words: dict[str, np.ndarray], settings: EvaluateSetti
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[Songs, dict[str, np.ndarray]]:
+def world() -> tuple[EvaluatedSongs, dict[str, np.ndarray]]:
     return labelled_world()
 
 
 @pytest.fixture(scope="module")
-def tasks(world: tuple[Songs, dict[str, np.ndarray]]) -> dict[str, Task]:
+def tasks(world: tuple[EvaluatedSongs, dict[str, np.ndarray]]) -> dict[str, TaskResult]:
     return tasks_of(*world)
 
 
@@ -73,8 +75,8 @@ def test_tied_rank_is_its_mean_over_random_orders():
 def test_figures_of_tied_items_are_means_over_random_orders():
     """Two items stand above a tie of five, two of which are correct."""
     generator = np.random.default_rng(0)
-    place = semantic.FirstCorrect(np.array([2]), np.array([5]), np.array([2]))
-    figures = semantic.query_figures(place, bootstrap.draw(["a"], 100, seed=0), (2, 3, 5, 9))
+    place = semantic.FirstRelevant(np.array([2]), np.array([5]), np.array([2]))
+    figures = semantic.retrieval_metrics(place, bootstrap.draw(["a"], 100, seed=0), (2, 3, 5, 9))
     drawn = np.array([3 + generator.permutation(5)[:2].min() for _ in range(20_000)])
     for k in (2, 3, 5, 9):
         assert figures[f"recall@{k}"].value == pytest.approx((drawn <= k).mean(), abs=0.01)
@@ -111,7 +113,7 @@ def test_chance_equals_random_orders():
     generator = np.random.default_rng(5)
     correct = np.array([1, 1, 3, 8])
     drawn = np.array([[1 + generator.permutation(30)[:count].min() for count in correct] for _ in range(4000)]).ravel()
-    expected = semantic.chance(30, correct, (1, 5, 50))
+    expected = semantic.chance_metrics(30, correct, (1, 5, 50))
     assert expected["recall@1"] == pytest.approx((drawn <= 1).mean(), abs=0.01)
     assert expected["recall@5"] == pytest.approx((drawn <= 5).mean(), abs=0.015)
     assert expected["recall@50"] == 1
@@ -129,29 +131,31 @@ def test_rank_summary():
     }
 
 
-def test_the_random_control_of_retrieval_is_chance(tasks: dict[str, Task], world: tuple[Songs, dict[str, np.ndarray]]):
+def test_the_random_control_of_retrieval_is_chance(
+    tasks: dict[str, TaskResult], world: tuple[EvaluatedSongs, dict[str, np.ndarray]]
+):
     held_out = int((world[0].splits == "test").sum())
     for name in ("text_to_audio", "audio_to_text"):
-        expected = semantic.chance(held_out, np.ones(held_out, dtype=int), SETTINGS.ks)
+        expected = semantic.chance_metrics(held_out, np.ones(held_out, dtype=int), SETTINGS.ks)
         assert {figure: estimate.value for figure, estimate in tasks[name].methods["random"].items()} == pytest.approx(
             expected
         )
 
 
-def test_shuffled_vectors_are_at_chance_and_real_ones_are_not(tasks: dict[str, Task]):
+def test_shuffled_vectors_are_at_chance_and_real_ones_are_not(tasks: dict[str, TaskResult]):
     """Captions name the genre, one of three."""
     for name in ("text_to_audio", "audio_to_text"):
         methods = tasks[name].methods
         assert list(methods) == ["semantic", "preference", "blend_0.5", "shuffled", "random"]
         assert methods["semantic"]["median_rank"].value < methods["random"]["median_rank"].value * 0.6
-        assert bootstrap.is_shown(bootstrap.difference(methods["semantic"]["mrr"], methods["random"]["mrr"]))
+        assert bootstrap.is_significant(bootstrap.difference(methods["semantic"]["mrr"], methods["random"]["mrr"]))
         assert methods["shuffled"]["median_rank"].value == pytest.approx(
             methods["random"]["median_rank"].value, rel=0.15
         )
         assert methods["shuffled"]["mrr"].value == pytest.approx(methods["random"]["mrr"].value, rel=0.3)
 
 
-def test_tasks_come_in_order_and_empty_columns_have_none(tasks: dict[str, Task]):
+def test_tasks_come_in_order_and_empty_columns_have_none(tasks: dict[str, TaskResult]):
     columns = ("genre", "mood", "tags")
     assert list(tasks) == [
         "text_to_audio",
@@ -164,7 +168,7 @@ def test_copies_of_training_recordings_are_not_asked_about():
     vectors = np.random.default_rng(0).normal(size=(4, 8))
     songs = songs_of(["train", "test", "test", "test"], list("abcd"), vectors, groups=["r", "r", "s", "t"])
     texts = {"semantic": np.eye(8, dtype=np.float32)}
-    measured = measure(
+    measured = run_tasks(
         songs,
         lambda asked: {"semantic": texts["semantic"][: len(asked)]},
         None,
@@ -176,7 +180,9 @@ def test_copies_of_training_recordings_are_not_asked_about():
     assert semantic.semantic_tasks(songs, lambda texts: {}, EvaluateSettings(split="validation")) == []
 
 
-def test_zero_shot_names_the_genre_and_not_the_mood(tasks: dict[str, Task], world: tuple[Songs, dict[str, np.ndarray]]):
+def test_zero_shot_names_the_genre_and_not_the_mood(
+    tasks: dict[str, TaskResult], world: tuple[EvaluatedSongs, dict[str, np.ndarray]]
+):
     songs, words = world
     held_out = songs.splits == "test"
     genre, mood = tasks["zero_shot_genre"], tasks["zero_shot_mood"]
@@ -190,7 +196,7 @@ def test_zero_shot_names_the_genre_and_not_the_mood(tasks: dict[str, Task], worl
     assert np.mean(right) > 0.9
     assert genre.methods["random"]["accuracy"].value == pytest.approx(1 / 3)
     assert mood.methods["random"]["accuracy"].value == 1 / 2
-    assert not bootstrap.is_shown(
+    assert not bootstrap.is_significant(
         bootstrap.difference(mood.methods["semantic"]["accuracy"], mood.methods["random"]["accuracy"])
     )
     training = np.array(songs.labels("genre"))[songs.splits == "train"]
@@ -200,7 +206,7 @@ def test_zero_shot_names_the_genre_and_not_the_mood(tasks: dict[str, Task], worl
 
 
 def test_zero_shot_of_several_labels_is_scikit_learns(
-    tasks: dict[str, Task], world: tuple[Songs, dict[str, np.ndarray]]
+    tasks: dict[str, TaskResult], world: tuple[EvaluatedSongs, dict[str, np.ndarray]]
 ):
     songs, words = world
     tagged = np.array([bool(tags) for tags in songs.values("tags")])

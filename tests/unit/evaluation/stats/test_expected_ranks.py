@@ -10,7 +10,8 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from htcl_ray.evaluation import metrics
-from htcl_ray.evaluation.stats.ties import credited_metrics, expected_metrics, first_hit_distribution
+from htcl_ray.evaluation.metrics import expected_metrics, query_metrics
+from htcl_ray.evaluation.stats.expected_ranks import first_hit_distribution
 
 pytestmark = pytest.mark.unit
 
@@ -45,7 +46,7 @@ def test_equal_to_the_mean_over_all_orders(seed: int):
         assert ours[f"ndcg@{k}"] == pytest.approx(metrics.ndcg_at_k(orders, wanted, k).mean())
         assert ours[f"ndcg@{k}"] == pytest.approx(ndcg_score([relevant], [scores], k=k))
     assert ours["mrr"] == pytest.approx(metrics.mrr(orders, wanted).mean())
-    assert ours["auc"] == pytest.approx(metrics.auc([scores], [relevant])[0])
+    assert ours["user_auc"] == pytest.approx(metrics.auc([scores], [relevant])[0])
 
 
 def test_without_ties_equal_to_the_sorted_list():
@@ -62,7 +63,7 @@ def test_without_ties_equal_to_the_sorted_list():
 def test_all_equal_scores_are_a_random_order():
     relevant = np.arange(200) < 6
     ours = one_query(np.zeros(200), relevant, (10,))
-    assert ours["auc"] == 0.5
+    assert ours["user_auc"] == 0.5
     assert ours["recall@10"] == pytest.approx(10 / 200)
     assert ours["hit_rate@10"] == pytest.approx(1 - np.prod([(194 - i) / (200 - i) for i in range(10)]))
 
@@ -97,7 +98,7 @@ def test_many_queries_at_once_are_each_as_alone_among_their_own_candidates():
         assert {name: values[query] for name, values in together.items()} == pytest.approx(alone, nan_ok=True)
     assert np.isnan(together["ndcg@5"][3])
     assert together["ndcg@5"][4] == pytest.approx(1)
-    assert np.isnan(together["auc"][4])
+    assert np.isnan(together["user_auc"][4])
 
 
 def test_what_items_are_credited_with_adds_up_to_the_values():
@@ -105,9 +106,9 @@ def test_what_items_are_credited_with_adds_up_to_the_values():
     generator = np.random.default_rng(0)
     scores = np.stack([generator.permutation(30) for _ in range(20)]).astype(float)
     relevant = generator.random((20, 30)) < 0.15
-    found = credited_metrics(scores, relevant, (5,))
+    found = query_metrics(scores, relevant, (5,))
     ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(axis=2)
-    gain = {name: np.zeros(30) for name in ("recall@5", "ndcg@5", "auc", "hit_rate@5")}
+    gain = {name: np.zeros(30) for name in ("recall@5", "ndcg@5", "user_auc", "hit_rate@5")}
     mass = np.zeros(30)
     for query in np.flatnonzero(relevant.any(axis=1)):
         mine, others = np.flatnonzero(relevant[query]), np.flatnonzero(~relevant[query])
@@ -118,12 +119,12 @@ def test_what_items_are_credited_with_adds_up_to_the_values():
             mass[item] += 1 / len(mine)
             gain["recall@5"][item] += (rank <= 5) / len(mine)
             gain["ndcg@5"][item] += (rank <= 5) / np.log2(1 + rank) / ideal
-            gain["auc"][item] += (scores[query, others] < scores[query, item]).mean() / len(mine)
+            gain["user_auc"][item] += (scores[query, others] < scores[query, item]).mean() / len(mine)
             gain["hit_rate@5"][item] += (rank <= 5) / max(hits, 1)
     for name, expected in gain.items():
         np.testing.assert_allclose(found[name].gain, expected, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(found[name].mass, mass, err_msg=name)
-    tied = credited_metrics(generator.integers(0, 4, (20, 30)).astype(float), relevant, (1, 5, 30))
+    tied = query_metrics(generator.integers(0, 4, (20, 30)).astype(float), relevant, (1, 5, 30))
     for name, metric in tied.items():
         assert metric.gain.sum() == pytest.approx(np.nansum(metric.values)), name
         assert metric.gain.min() >= 0, name

@@ -13,11 +13,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.evaluation.stats import bootstrap
-from htcl_ray.evaluation.tasks import baselines, collaborative
-from htcl_ray.evaluation.tasks.item_auc import ItemQuestions, item_auc, item_questions
-from htcl_ray.evaluation.tasks.list_coverage import breadth, gini, top
-from htcl_ray.evaluation.tasks.periods import training_positives
-from htcl_ray.evaluation.tasks.recommendation_queries import listening
+from htcl_ray.evaluation.tasks import scorers
+from htcl_ray.evaluation.tasks.item_auc import ItemQueries, item_auc, item_queries
+from htcl_ray.evaluation.tasks.list_coverage import gini, list_metrics, top_k
+from htcl_ray.evaluation.tasks.recommendation_queries import training_positives, user_activity
 from htcl_ray.evaluation.tasks.scorers import shared_scorer
 from tests.unit.evaluation.tasks.test_recommendation import SONGS, SPLITS, histories, log, marked
 from tests.worlds.evaluation_songs import made_up, metadata
@@ -39,9 +38,7 @@ def test_item_knn_equals_the_dense_cosine():
             ]
             pruned[song, nearest] = dense[song, nearest]
         expected = np.stack([pruned[rows][:, candidates].sum(axis=0) for rows in ([0, 3], [7])])
-        np.testing.assert_allclose(
-            collaborative.item_knn_scorer(listened, neighbors)(users, candidates), expected, atol=1e-6
-        )
+        np.testing.assert_allclose(scorers.item_knn_scorer(listened, neighbors)(users, candidates), expected, atol=1e-6)
 
 
 def test_als_folds_a_user_in_by_the_closed_form():
@@ -50,17 +47,16 @@ def test_als_folds_a_user_in_by_the_closed_form():
     listened = sparse.csr_matrix((generator.random((40, 20)) < 0.3).astype(np.float32))
     history = np.array([2, 5, 11])
     first, second = (
-        collaborative.als_scorer(listened, seed=1)(histories(history.tolist(), songs=20), np.arange(20))
-        for _ in range(2)
+        scorers.als_scorer(listened, seed=1)(histories(history.tolist(), songs=20), np.arange(20)) for _ in range(2)
     )
     np.testing.assert_array_equal(first, second)
     from implicit.cpu.als import AlternatingLeastSquares
 
     model = AlternatingLeastSquares(
-        factors=collaborative.als_factors(40),
-        regularization=collaborative.ALS_REGULARIZATION,
-        alpha=collaborative.ALS_ALPHA,
-        iterations=collaborative.ALS_ITERATIONS,
+        factors=scorers.als_factors(40),
+        regularization=scorers.ALS_REGULARIZATION,
+        alpha=scorers.ALS_ALPHA,
+        iterations=scorers.ALS_ITERATIONS,
         num_threads=1,
         random_state=1,
     )
@@ -69,10 +65,10 @@ def test_als_folds_a_user_in_by_the_closed_form():
     liked = items[history]
     left = (
         items.T @ items
-        + (collaborative.ALS_ALPHA - 1) * liked.T @ liked
-        + collaborative.ALS_REGULARIZATION * np.eye(items.shape[1])
+        + (scorers.ALS_ALPHA - 1) * liked.T @ liked
+        + scorers.ALS_REGULARIZATION * np.eye(items.shape[1])
     )
-    user = np.linalg.solve(left, collaborative.ALS_ALPHA * liked.sum(axis=0))
+    user = np.linalg.solve(left, scorers.ALS_ALPHA * liked.sum(axis=0))
     np.testing.assert_allclose(first[0], items @ user, atol=2e-3)
 
 
@@ -97,13 +93,13 @@ def test_a_cold_song_is_as_popular_as_its_genre():
     songs = dataclasses.replace(
         made_up(6), splits=SPLITS, metadata=metadata(6, genre=[["rock"], ["rock"], ["jazz"], ["rock"], ["jazz"], None])
     )
-    found = baselines.genre_popularity(songs, np.array([4.0, 2.0, 9.0, 7.0, 0.0, 0.0]))
+    found = scorers.genre_popularity(songs, np.array([4.0, 2.0, 9.0, 7.0, 0.0, 0.0]))
     assert found.tolist() == [3, 3, 0, 3, 0, 0], "mean of training songs only; no training song is jazz"
 
 
 def test_genre_vectors_compare_labels():
     songs = dataclasses.replace(made_up(4), metadata=metadata(4, genre=[["rock"], ["jazz", "rock"], ["jazz"], None]))
-    cosines = baselines.genre_vectors(songs) @ baselines.genre_vectors(songs).T
+    cosines = scorers.genre_vectors(songs) @ scorers.genre_vectors(songs).T
     expected = [[1, 0.5**0.5, 0, 0], [0.5**0.5, 1, 0.5**0.5, 0], [0, 0.5**0.5, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(cosines, expected, atol=1e-6)
 
@@ -114,7 +110,7 @@ def test_item_auc_equals_scikit_learn_song_by_song():
     positive = [generator.choice(30, 8, replace=False) for _ in range(6)]
     negative = [np.setdiff1d(np.arange(30), users)[:12] for users in positive]
     marks = [histories(*(users.tolist() for users in which), songs=30).T.tocsr() for which in (positive, negative)]
-    asked = ItemQuestions(
+    asked = ItemQueries(
         np.arange(6), histories(*[[0]] * 30, songs=6), marks[0], sparse.csr_matrix((30, 6), dtype=bool), marks[1]
     )
     found, _ = item_auc(asked, lambda history, songs: scores[:, songs])
@@ -142,8 +138,8 @@ def item_log(feedback: bool) -> pd.DataFrame:
 def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: list[int]):
     """U7 met the song before the period, one user has no history, and known users are asked apart."""
     cold = SPLITS == "test"
-    heard = listening(SONGS, cold, item_log(feedback), "test")
-    asked = item_questions(heard, cold, EvaluateSettings(min_item_users=2))
+    heard = user_activity(SONGS, cold, item_log(feedback), "test")
+    asked = item_queries(heard, cold, EvaluateSettings(min_item_users=2))
     assert asked.songs.tolist() == [3]
     users = range(
         asked.history.shape[0]
@@ -155,13 +151,13 @@ def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: lis
         assert marked(asked.negative.T)[0] == negatives
     else:
         assert asked.negative is None
-        left_out = marked(asked.left_out.T)[0]
+        left_out = marked(asked.excluded.T)[0]
         assert [user for user in users if user not in positive and user not in left_out] == negatives
         scores = np.array([[5.0], [1], [2], [2], [1], [0], [0], [99]])  # U7 does not count
         assert item_auc(asked, lambda history, songs: scores)[0][0] == pytest.approx(
             roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0])
         )
-    assert not len(item_questions(heard, cold, EvaluateSettings()).songs), "five of each are needed by default"
+    assert not len(item_queries(heard, cold, EvaluateSettings()).songs), "five of each are needed by default"
 
 
 def test_gini_in_closed_form():
@@ -177,7 +173,7 @@ def test_breadth_of_lists_written_out():
     draws = bootstrap.draw_two_way(list("abc"), ["x", "x", "y", "z"], 100, 0)
     found = {
         name: item.value
-        for name, item in breadth([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()
+        for name, item in list_metrics([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()
     }
     assert found["coverage@2"] == 3 / 4
     assert found["gini@2"] == pytest.approx(gini(np.array([3, 1, 1, 0])))
@@ -189,7 +185,7 @@ def test_breadth_of_lists_written_out():
         percentiles[0] / 0.5,
     ]
     assert found["popularity_lift@2"] == pytest.approx(np.mean(lifts))
-    twice = breadth(
+    twice = list_metrics(
         [lists, histories([0, 1], [0, 1], [0, 1], songs=4)], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws
     )
     assert twice["coverage@2"].value == pytest.approx((3 / 4 + 2 / 4) / 2)
@@ -197,13 +193,13 @@ def test_breadth_of_lists_written_out():
 
 def test_the_best_are_listed_and_ties_at_the_end_drawn():
     scores, candidate = np.array([[5.0, 1.0, 1.0, 1.0, 9.0]] * 60), np.array([[True, True, True, True, False]] * 60)
-    listed = marked(top(scores, candidate, 2, seed=0))
+    listed = marked(top_k(scores, candidate, 2, seed=0))
     assert {tuple(row) for row in listed} == {(0, 1), (0, 2), (0, 3)}, "the best of theirs, and one of three equals"
-    assert marked(top(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], (
+    assert marked(top_k(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], (
         "whatever block a user is in"
     )
-    assert marked(top(scores, candidate, 9, seed=0))[0] == [0, 1, 2, 3]
+    assert marked(top_k(scores, candidate, 9, seed=0))[0] == [0, 1, 2, 3]
     generator = np.random.default_rng(0)
     drawn = generator.normal(size=(20, 50))
     expected = [sorted(np.argsort(-row)[:7].tolist()) for row in drawn]
-    assert marked(top(drawn, np.ones(drawn.shape, dtype=bool), 7, seed=0)) == expected
+    assert marked(top_k(drawn, np.ones(drawn.shape, dtype=bool), 7, seed=0)) == expected
