@@ -61,7 +61,10 @@ class EvaluatedSongs:
 
 
 def with_blend(spaces: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Add the space whose inner product is the mean of the semantic and the preference cosine, if there is stage 2."""
+    """Add the space whose inner product is the mean of the semantic and the preference cosine.
+
+    Without stage 2 the spaces stay as they are.
+    """
     if "preference" not in spaces:
         return spaces
     return {**spaces, BLEND: blended(spaces, 0.5)}

@@ -1,5 +1,4 @@
-"""A workspace with short sounds, untrained models of the real kind, a log and an index: all that an evaluation reads,
-within seconds."""
+"""A workspace with short audio, untrained models, a log and an index: all inputs of an evaluation, within seconds."""
 
 from __future__ import annotations
 

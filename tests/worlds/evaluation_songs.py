@@ -18,9 +18,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def metadata(songs: int, **columns: list) -> pa.Table:
-    found = {name: columns.get(name, [None] * songs) for name in METADATA.names}
+    complete = {name: columns.get(name, [None] * songs) for name in METADATA.names}
     return pa.table(
-        {name: pa.array(values, METADATA.field(name).type) for name, values in found.items()}, schema=METADATA
+        {name: pa.array(values, METADATA.field(name).type) for name, values in complete.items()}, schema=METADATA
     )
 
 

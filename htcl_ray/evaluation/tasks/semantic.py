@@ -35,7 +35,7 @@ Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 def semantic_tasks(songs: EvaluatedSongs, encode: Encode, settings: EvaluateSettings) -> list[TaskResult]:
     """`text_to_audio`, `audio_to_text`, and for each probe column with labels `zero_shot_COLUMN` and `probe_COLUMN`.
 
-    Held-out songs are those of the split of the settings; without any there are no tasks. Methods: each space of the
+    Held-out songs are those of the split of the settings; without held-out songs the list is empty. Methods: each space of the
     songs, and the controls: `shuffled`, the vectors of the last stage randomly permuted across songs, and `log_mel`,
     statistics of the audio without a model. `encode` is called once.
     """

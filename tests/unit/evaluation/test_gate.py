@@ -1,4 +1,4 @@
-"""The gate's bounds against hand-computed cases, its refusals, and a stage 2 that learned nothing."""
+"""Bounds of the gate against hand-computed cases, invalid gates, and a stage 2 of shuffled pairs."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def of_users(values: np.ndarray, seed: int = 0) -> Estimate:
     return bootstrap.mean(values, bootstrap.draw(USERS, 500, seed))
 
 
-def one(bound: dict, figures: dict, served: dict | None = None) -> BoundResult:
-    (result,) = judge(Gate(bounds=(Bound(**bound),)), figures, served).results
+def one(bound: dict, metrics: dict, served: dict | None = None) -> BoundResult:
+    (result,) = judge(Gate(bounds=(Bound(**bound),)), metrics, served).results
     return result
 
 
-def passes(bound: dict, figures: dict, served: dict | None = None) -> bool:
-    return one(bound, figures, served).passed
+def passes(bound: dict, metrics: dict, served: dict | None = None) -> bool:
+    return one(bound, metrics, served).passed
 
 
-def test_a_name_is_split_at_its_ends():
+def test_method_names_may_contain_dots():
     assert Bound(figure="cold.blend_0.5.ndcg@10", at_least=0).key == ("cold", "blend_0.5", "ndcg@10")
     assert Bound(figure="index.index.recall@10", at_least=0).key == ("index", "index", "recall@10")
 
 
-def test_an_absolute_bound_holds_for_the_value_and_not_for_the_interval():
+def test_absolute_bounds_apply_to_the_value():
     estimate = of_users(np.linspace(0, 1, 60))
     low, high = estimate.interval
     assert low < 0.5 < high
-    figures = {("cold", "semantic", "ndcg@10"): estimate}
+    metrics = {("cold", "semantic", "ndcg@10"): estimate}
     name = "cold.semantic.ndcg@10"
-    assert passes({"figure": name, "at_least": 0.5 - 1e-9}, figures)
-    assert not passes({"figure": name, "at_least": 0.5 + 1e-9}, figures)
-    assert passes({"figure": name, "at_most": 0.5 + 1e-9}, figures)
-    assert not passes({"figure": name, "at_most": 0.5 - 1e-9}, figures)
-    assert not passes({"figure": name, "at_least": 0.2, "at_most": 0.3}, figures)
+    assert passes({"figure": name, "at_least": 0.5 - 1e-9}, metrics)
+    assert not passes({"figure": name, "at_least": 0.5 + 1e-9}, metrics)
+    assert passes({"figure": name, "at_most": 0.5 + 1e-9}, metrics)
+    assert not passes({"figure": name, "at_most": 0.5 - 1e-9}, metrics)
+    assert not passes({"figure": name, "at_least": 0.2, "at_most": 0.3}, metrics)
 
 
-def test_a_difference_is_bounded_by_the_ends_of_its_paired_interval():
+def test_difference_bounds_apply_to_the_ends_of_the_paired_interval():
     rng = np.random.default_rng(0)
     base, gain = rng.uniform(size=60), rng.normal(0.05, 0.05, size=60)
-    figures = {
+    metrics = {
         ("cold", "semantic", "ndcg@10"): of_users(base),
         ("cold", "preference", "ndcg@10"): of_users(base + gain),
     }
@@ -63,51 +63,51 @@ def test_a_difference_is_bounded_by_the_ends_of_its_paired_interval():
     paired = (weights @ gain) / weights.sum(axis=1)
     low, high = np.percentile(paired, [2.5, 97.5])
     bound = {"figure": "cold.preference.ndcg@10", "over": "semantic"}
-    result = one({**bound, "shown": True}, figures)
+    result = one({**bound, "shown": True}, metrics)
     assert (result.value, result.low, result.high) == pytest.approx((gain.mean(), low, high), abs=1e-4)
     for key, sign, end in (("at_least", -1, low), ("at_most", 1, high)):
-        assert passes({**bound, key: end + sign * 1e-3}, figures)
-        assert not passes({**bound, key: end - sign * 1e-3}, figures)
+        assert passes({**bound, key: end + sign * 1e-3}, metrics)
+        assert not passes({**bound, key: end - sign * 1e-3}, metrics)
 
 
-def test_shown_asks_for_the_better_side():
+def test_shown_requires_a_significant_improvement():
     better = {"lower": np.full(60, 0.1), "higher": np.full(60, 0.9)}
-    figures = {
+    metrics = {
         (task, method, name): of_users(v)
         for task in "t"
         for method, v in better.items()
         for name in ("mrr", "median_rank")
     }
-    assert passes({"figure": "t.higher.mrr", "over": "lower", "shown": True}, figures)
-    assert not passes({"figure": "t.lower.mrr", "over": "higher", "shown": True}, figures)
-    assert passes({"figure": "t.lower.median_rank", "over": "higher", "shown": True}, figures)
-    assert not passes({"figure": "t.higher.median_rank", "over": "lower", "shown": True}, figures)
-    assert not passes({"figure": "t.lower.mrr", "over": "lower", "shown": True}, figures)
+    assert passes({"figure": "t.higher.mrr", "over": "lower", "shown": True}, metrics)
+    assert not passes({"figure": "t.lower.mrr", "over": "higher", "shown": True}, metrics)
+    assert passes({"figure": "t.lower.median_rank", "over": "higher", "shown": True}, metrics)
+    assert not passes({"figure": "t.higher.median_rank", "over": "lower", "shown": True}, metrics)
+    assert not passes({"figure": "t.lower.mrr", "over": "lower", "shown": True}, metrics)
 
 
-def test_a_share_of_another_figure():
-    figures = {("p", "preference", "accuracy"): Estimate(0.57, 9), ("p", "semantic", "accuracy"): Estimate(0.6, 9)}
+def test_ratio_bounds():
+    metrics = {("p", "preference", "accuracy"): Estimate(0.57, 9), ("p", "semantic", "accuracy"): Estimate(0.6, 9)}
     bound = {"figure": "p.preference.accuracy", "over": "semantic"}
-    assert passes({**bound, "ratio_at_least": 0.95 - 1e-9}, figures)
-    assert not passes({**bound, "ratio_at_least": 0.951}, figures)
-    assert one({**bound, "ratio_at_least": 0.9}, figures).value == pytest.approx(0.95)
-    zero = figures | {("p", "semantic", "accuracy"): Estimate(0.0, 9)}
+    assert passes({**bound, "ratio_at_least": 0.95 - 1e-9}, metrics)
+    assert not passes({**bound, "ratio_at_least": 0.951}, metrics)
+    assert one({**bound, "ratio_at_least": 0.9}, metrics).value == pytest.approx(0.95)
+    zero = metrics | {("p", "semantic", "accuracy"): Estimate(0.0, 9)}
     assert not passes({**bound, "ratio_at_least": 0.9}, zero)
 
 
-def test_against_the_model_being_served():
+def test_bounds_against_the_model_being_served():
     key = ("cold", "preference", "ndcg@10")
-    ours, theirs = of_users(np.linspace(0.4, 0.6, 60)), of_users(np.linspace(0.41, 0.61, 60))
+    own, other = of_users(np.linspace(0.4, 0.6, 60)), of_users(np.linspace(0.41, 0.61, 60))
     bound = {"figure": "cold.preference.ndcg@10", "over_served": True, "at_least": -0.02}
-    assert one(bound, {key: ours}, {key: theirs}).value == pytest.approx(-0.01)
-    assert passes(bound, {key: ours}, {key: theirs})
-    assert not passes({**bound, "at_least": -0.005}, {key: ours}, {key: theirs})
-    elsewhere = one(bound, {key: ours}, {key: of_users(np.linspace(0, 0.1, 60), seed=1)})
+    assert one(bound, {key: own}, {key: other}).value == pytest.approx(-0.01)
+    assert passes(bound, {key: own}, {key: other})
+    assert not passes({**bound, "at_least": -0.005}, {key: own}, {key: other})
+    elsewhere = one(bound, {key: own}, {key: of_users(np.linspace(0, 0.1, 60), seed=1)})
     assert not elsewhere.passed
     assert "other songs, users or candidates" in elsewhere.note
-    alone = one(bound, {key: ours})
+    alone = one(bound, {key: own})
     assert (alone.passed, alone.value, alone.note) == (False, None, "no model is being served")
-    assert passes({**bound, "optional": True}, {key: ours})
+    assert passes({**bound, "optional": True}, {key: own})
     worst = {("collapse", "semantic", "audio_effective_rank"): Estimate(9.0, 5)}
     assert passes(
         {"figure": "collapse.semantic.audio_effective_rank", "over_served": True, "at_least": -1}, worst, worst
@@ -142,20 +142,20 @@ OTHER_USERS = bootstrap.mean(np.zeros(60), bootstrap.draw(USERS, 500, 0).for_tas
     ],
 )
 @pytest.mark.parametrize("wanted", [{"at_least": -0.02}, {"ratio_at_least": 0.9}, {"shown": True}])
-def test_a_bound_never_passes_for_lack_of_a_value_once_a_model_is_served(own, served, unmeasured, note, wanted):
+def test_missing_values_fail_while_a_model_is_served(own, served, unmeasured, note, wanted):
     bound = Bound(figure=".".join(NDCG), over_served=True, optional=True, **wanted)
     (result,) = judge(Gate(bounds=(bound,)), own, served, unmeasured=unmeasured).results
     assert (result.passed, result.value) == (False, None)
     assert note in result.note
     assert not BoundResult.from_json(json.loads(json.dumps(result.as_json()))).passed, (
-        "nor when the verdict is read again"
+        "still fails when the verdict is read again"
     )
     assert judge(Gate(bounds=(bound,)), own if NDCG not in own else {}, None).passed, (
         "nothing is served: optional holds"
     )
 
 
-def test_stages_that_a_model_lacks():
+def test_bounds_on_missing_stages():
     """Stage 1 alone on both sides: the bound does not apply. A first stage 2 is compared with the stage 1 that is
     served."""
     bound = {"figure": ".".join(NDCG), "over_served": True, "at_least": -0.02, "optional": True}
@@ -171,42 +171,42 @@ def test_stages_that_a_model_lacks():
 @pytest.mark.parametrize(
     "figure", ["gini@10", "popularity_lift@10", "median_rank", "ndcg@10", "coverage@5", "knn_map_folds"]
 )
-def test_shown_is_judged_in_the_metric_s_direction_whatever_its_k(figure: str):
-    figures = {("t", "low", figure): of_users(np.full(60, 0.2)), ("t", "high", figure): of_users(np.full(60, 0.6))}
+def test_shown_uses_the_direction_of_the_metric_for_any_k(figure: str):
+    metrics = {("t", "low", figure): of_users(np.full(60, 0.2)), ("t", "high", figure): of_users(np.full(60, 0.6))}
     falls = figure.startswith(("gini", "popularity_lift", "median_rank"))
     better, worse = ("low", "high") if falls else ("high", "low")
-    assert passes({"figure": f"t.{better}.{figure}", "over": worse, "shown": True}, figures)
-    assert not passes({"figure": f"t.{worse}.{figure}", "over": better, "shown": True}, figures)
+    assert passes({"figure": f"t.{better}.{figure}", "over": worse, "shown": True}, metrics)
+    assert not passes({"figure": f"t.{worse}.{figure}", "over": better, "shown": True}, metrics)
     assert (
-        verdict(figure, bootstrap.difference(figures["t", better, figure], figures["t", worse, figure])) == "improved"
+        verdict(figure, bootstrap.difference(metrics["t", better, figure], metrics["t", worse, figure])) == "improved"
     )
-    assert verdict(figure, bootstrap.difference(figures["t", worse, figure], figures["t", better, figure])) == "worse"
+    assert verdict(figure, bootstrap.difference(metrics["t", worse, figure], metrics["t", better, figure])) == "worse"
 
 
 @pytest.mark.parametrize("value", [None, math.nan])
-def test_what_was_not_measured_fails_unless_it_is_optional(value: float | None):
-    figures = {("cold", "preference", "ndcg@5"): Estimate(0.5, 3)}
+def test_missing_values_fail_unless_optional(value: float | None):
+    metrics = {("cold", "preference", "ndcg@5"): Estimate(0.5, 3)}
     if value is not None:
-        figures["cold", "preference", "ndcg@10"] = Estimate(value, 0)
-    result = one({"figure": "cold.preference.ndcg@10", "at_least": 0}, figures)
+        metrics["cold", "preference", "ndcg@10"] = Estimate(value, 0)
+    result = one({"figure": "cold.preference.ndcg@10", "at_least": 0}, metrics)
     assert not result.passed
     assert ("did you mean 'cold.preference.ndcg@5'" if value is None else "has no value") in result.note
-    assert passes({"figure": "cold.preference.ndcg@10", "at_least": 0, "optional": True}, figures)
+    assert passes({"figure": "cold.preference.ndcg@10", "at_least": 0, "optional": True}, metrics)
     assert not passes(
         {"figure": "cold.preference.ndcg@10", "at_least": 0.6, "optional": True},
         {("cold", "preference", "ndcg@10"): of_users(np.zeros(60))},
     )
 
 
-def test_a_result_survives_its_json_and_is_judged_anew():
-    figures = {("a", "b", "c"): of_users(np.linspace(0, 1, 60)), ("a", "d", "c"): of_users(np.linspace(0, 2, 60))}
+def test_json_round_trip_computes_passed_again():
+    metrics = {("a", "b", "c"): of_users(np.linspace(0, 1, 60)), ("a", "d", "c"): of_users(np.linspace(0, 2, 60))}
     for bound in (
         {"at_least": 0.1},
         {"over": "d", "shown": True},
         {"over": "d", "ratio_at_least": 0.3},
         {"over": "x", "at_most": 1},
     ):
-        result = one({"figure": "a.b.c", **bound}, figures)
+        result = one({"figure": "a.b.c", **bound}, metrics)
         tree = json.loads(json.dumps(result.as_json(), allow_nan=False))
         assert BoundResult.from_json(tree) == result
         assert BoundResult.from_json({**tree, "passed": not tree["passed"]}).passed == result.passed
@@ -230,7 +230,7 @@ def test_a_result_survives_its_json_and_is_judged_anew():
         ("bounds: [", "is not YAML"),
     ],
 )
-def test_gates_that_cannot_be_used(tmp_path: Path, text: str, message: str):
+def test_invalid_gates_are_refused(tmp_path: Path, text: str, message: str):
     file = tmp_path / "gate.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -239,12 +239,12 @@ def test_gates_that_cannot_be_used(tmp_path: Path, text: str, message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_a_gate_that_is_not_there(tmp_path: Path):
+def test_a_missing_gate_file_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot read the gate .*No such file"):
         read_gate(str(tmp_path / "gate.yaml"))
 
 
-def test_the_shipped_gate_covers_what_the_documentation_says():
+def test_the_shipped_gate_covers_the_documented_tasks():
     bounds = read_gate("default").bounds
     assert {bound.key[0] for bound in bounds} >= {
         "determinism",
@@ -259,16 +259,15 @@ def test_the_shipped_gate_covers_what_the_documentation_says():
     assert "gate" not in PRESETS
 
 
-def test_a_stage_2_of_shuffled_pairs_is_caught():
-    """A vector of each user's taste; stage 1 hears none of it, a sound stage 2 most of it, one of shuffled pairs that
-    of others."""
+def test_a_stage_2_of_shuffled_pairs_fails():
+    """Stage 1 knows no taste, an intact stage 2 most of it, one of shuffled pairs that of other users."""
     rng = np.random.default_rng(0)
     songs, dim = 300, 8
     taste, users = rng.normal(size=(songs, dim)), rng.normal(size=(len(USERS), dim))
     taste /= np.linalg.norm(taste, axis=1, keepdims=True)
     liked = (users @ taste.T).argsort(axis=1)[:, -5:]
 
-    def found(vectors: np.ndarray) -> Estimate:
+    def ndcg_of(vectors: np.ndarray) -> Estimate:
         """NDCG@10 of one target a user, from the mean of four liked songs."""
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         history, target = liked[:, :4], liked[:, 4]
@@ -278,13 +277,13 @@ def test_a_stage_2_of_shuffled_pairs_is_caught():
         return of_users(np.where(rank <= 10, 1 / np.log2(1 + rank), 0.0))
 
     key = ("cold", "semantic", "ndcg@10"), ("cold", "preference", "ndcg@10")
-    semantic = found(rng.normal(size=(songs, dim)))
-    shuffled = found(rng.permutation(taste))
-    sound = found(taste + 0.1 * rng.normal(size=(songs, dim)))
+    semantic = ndcg_of(rng.normal(size=(songs, dim)))
+    shuffled = ndcg_of(rng.permutation(taste))
+    intact = ndcg_of(taste + 0.1 * rng.normal(size=(songs, dim)))
     gate = Gate(
         bounds=tuple(bound for bound in read_gate("default").bounds if bound.key == key[1] and not bound.over_served)
     )
-    assert judge(gate, {key[0]: semantic, key[1]: sound}).passed
+    assert judge(gate, {key[0]: semantic, key[1]: intact}).passed
     verdict = judge(gate, {key[0]: semantic, key[1]: shuffled})
     assert [result.bound.over for result in verdict.failed] == ["semantic"]
     assert verdict.results[0].low < 0 < verdict.results[0].high

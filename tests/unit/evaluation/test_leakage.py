@@ -1,5 +1,4 @@
-"""Every kind of overlap between training and evaluation, made on purpose: found, counted, refused unless it is
-allowed."""
+"""Every kind of leakage between training and evaluation is detected, counted, and refused unless allowed."""
 
 from __future__ import annotations
 
@@ -40,15 +39,15 @@ def pairs(**columns: list) -> pd.DataFrame:
 
 
 def test_clean_splits_share_nothing():
-    found = leakage(made_up(), log(), pairs(), SETTINGS)
-    assert {kind: overlap["shared"] for kind, overlap in found.items()} == dict.fromkeys(
+    report = leakage(made_up(), log(), pairs(), SETTINGS)
+    assert {kind: overlap["shared"] for kind, overlap in report.items()} == dict.fromkeys(
         ("songs", "artists", "joint_credits", "duplicate_groups", "users", "times"), 0
     )
-    assert found["artists"]["training"] == found["artists"]["held_out"] == 12
-    assert found["users"] == {"training": 1, "held_out": 1, "shared": 0, "examples": [], "forbidden": True}
+    assert report["artists"]["training"] == report["artists"]["held_out"] == 12
+    assert report["users"] == {"training": 1, "held_out": 1, "shared": 0, "examples": [], "forbidden": True}
 
 
-def test_without_a_log_users_and_times_are_left_out():
+def test_users_and_times_are_omitted_without_a_log():
     assert set(leakage(made_up(), None, None, SETTINGS)) == {"songs", "artists", "joint_credits", "duplicate_groups"}
 
 
@@ -67,9 +66,9 @@ def test_a_shared_artist_is_refused_unless_allowed():
         LeakageError, match=r"1 of 120 artists of the test split are in the train split too \(for instance prince\)"
     ):
         leakage(songs, log(), pairs(), SETTINGS)
-    found = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
-    assert found["artists"]["shared"] == 1
-    assert found["artists"]["forbidden"] is False
+    report = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
+    assert report["artists"]["shared"] == 1
+    assert report["artists"]["forbidden"] is False
 
 
 @pytest.mark.parametrize(
@@ -87,12 +86,12 @@ def test_a_shared_artist_is_refused_unless_allowed():
         ("का", "की", None),
     ],
 )
-def test_artists_are_compared_apart_from_the_grouping(training: str, held_out: str, shared: str | None):
+def test_artists_are_compared_independently_of_the_grouping(training: str, held_out: str, shared: str | None):
     songs = made_up()
     names = [training, held_out] + [f"artist {i % 2} {i}" for i in range(2, len(songs.ids))]
     songs = dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names))
-    found = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
-    assert found["artists"]["examples"] == ([shared] if shared else [])
+    report = leakage(songs, log(), pairs(), EvaluateSettings(allowed_overlaps="artists"))
+    assert report["artists"]["examples"] == ([shared] if shared else [])
     if shared:
         with pytest.raises(LeakageError, match=f"for instance {shared}"):
             leakage(songs, log(), pairs(), SETTINGS)
@@ -101,11 +100,11 @@ def test_artists_are_compared_apart_from_the_grouping(training: str, held_out: s
 def test_joint_credits_are_counted_and_allowed():
     songs = made_up()
     names = ["Earth", "Earth, Wind & Fire"] + [f"artist {i % 2} {i}" for i in range(2, len(songs.ids))]
-    found = leakage(
+    report = leakage(
         dataclasses.replace(songs, metadata=metadata(len(songs.ids), artist=names)), log(), pairs(), SETTINGS
     )
-    assert (found["joint_credits"]["shared"], found["joint_credits"]["examples"]) == (1, ["earth"])
-    assert found["joint_credits"]["forbidden"] is False
+    assert (report["joint_credits"]["shared"], report["joint_credits"]["examples"]) == (1, ["earth"])
+    assert report["joint_credits"]["forbidden"] is False
 
 
 def test_songs_without_an_artist_share_none():
@@ -114,12 +113,12 @@ def test_songs_without_an_artist_share_none():
     assert leakage(songs, log(), pairs(), SETTINGS)["artists"]["shared"] == 0
 
 
-def test_a_user_on_both_sides_is_refused():
+def test_a_user_in_both_training_and_held_out_is_refused():
     with pytest.raises(LeakageError, match=r"1 users are both held out and in training \(for instance a\)"):
         leakage(made_up(), log(held_out_user=[True, False, False]), pairs(), SETTINGS)
 
 
-def test_a_training_pair_from_after_the_training_period_is_refused():
+def test_a_training_pair_after_the_training_period_is_refused():
     with pytest.raises(
         LeakageError, match=r"1 of 1 training pairs last occurred after .* \(for instance s0000 → s0002\)"
     ):
@@ -127,13 +126,13 @@ def test_a_training_pair_from_after_the_training_period_is_refused():
 
 
 def test_a_log_without_times_has_no_late_pairs():
-    found = leakage(
+    report = leakage(
         made_up(), log(timestamp=[np.nan] * 3, period=["train"] * 3), pairs(last_timestamp=[np.nan] * 2), SETTINGS
     )
-    assert found["times"]["shared"] == 0
+    assert report["times"]["shared"] == 0
 
 
-def test_copies_of_training_recordings_are_left_out_and_counted():
+def test_duplicates_of_training_recordings_are_excluded_and_counted():
     songs = made_up()
     groups = list(songs.duplicate_groups)
     groups[1], groups[3], groups[5] = groups[0], groups[2], groups[0]
@@ -141,5 +140,5 @@ def test_copies_of_training_recordings_are_left_out_and_counted():
     songs = dataclasses.replace(songs, duplicate_groups=groups)
     kept = without_copies(songs, "test")
     assert np.flatnonzero(~kept).tolist() == [1, 3, 5]
-    found = leakage(songs, log(), pairs(), SETTINGS)["duplicate_groups"]
-    assert (found["shared"], found["songs_left_out"], found["forbidden"]) == (2, 3, False)
+    report = leakage(songs, log(), pairs(), SETTINGS)["duplicate_groups"]
+    assert (report["shared"], report["songs_left_out"], report["forbidden"]) == (2, 3, False)

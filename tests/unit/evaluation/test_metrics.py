@@ -32,7 +32,7 @@ def naive(ranked: list, relevant: set, k: int) -> dict[str, float]:
     }
 
 
-def test_hand_computed():
+def test_metrics_equal_hand_computed_values():
     nan = math.nan
     np.testing.assert_allclose(metrics.recall_at_k(RANKED, RELEVANT, 2), [1 / 2, 0, 2 / 3, nan, 0])
     np.testing.assert_allclose(metrics.recall_at_k(RANKED, RELEVANT, 100), [1, 0, 2 / 3, nan, 0])
@@ -51,7 +51,7 @@ def test_hand_computed():
     assert math.isnan(metrics.median_rank([["a"]], [set()]))
 
 
-def test_equal_to_naive_reference_and_scikit_learn():
+def test_metrics_equal_a_naive_reference_and_scikit_learn():
     generator = np.random.default_rng(0)
     ranked, relevant, truth, scores = [], [], [], []
     for _ in range(200):
@@ -70,11 +70,11 @@ def test_equal_to_naive_reference_and_scikit_learn():
         ):
             np.testing.assert_allclose(function(ranked, relevant, k), [row[name] for row in expected])
         np.testing.assert_allclose(metrics.mrr(ranked, relevant), [row["mrr"] for row in expected])
-        ours = metrics.ndcg_at_k(ranked, relevant, k)
-        theirs = [
+        actual = metrics.ndcg_at_k(ranked, relevant, k)
+        peers = [
             ndcg_score([row], [score], k=k) if any(row) else np.nan for row, score in zip(truth, scores, strict=True)
         ]
-        np.testing.assert_allclose(ours, theirs)
+        np.testing.assert_allclose(actual, peers)
 
 
 def test_auc_equals_scikit_learn_with_ties():
@@ -82,13 +82,13 @@ def test_auc_equals_scikit_learn_with_ties():
     scores = generator.integers(0, 5, (50, 20)).astype(float)
     relevant = generator.random((50, 20)) < 0.3
     relevant[0], relevant[1] = False, True
-    ours = metrics.auc(scores, relevant)
-    assert np.isnan(ours[:2]).all()
-    np.testing.assert_allclose(ours[2:], [roc_auc_score(r, s) for s, r in zip(scores[2:], relevant[2:], strict=True)])
+    actual = metrics.auc(scores, relevant)
+    assert np.isnan(actual[:2]).all()
+    np.testing.assert_allclose(actual[2:], [roc_auc_score(r, s) for s, r in zip(scores[2:], relevant[2:], strict=True)])
     assert metrics.auc([[0.9, 0.1], [0.5, 0.5]], [[True, False], [True, False]]).tolist() == [1.0, 0.5]
 
 
-def test_result_is_one_float_a_query():
+def test_result_is_one_float_per_query():
     for result in (
         metrics.recall_at_k(RANKED, RELEVANT, 1),
         metrics.ndcg_at_k(RANKED, RELEVANT, 1),

@@ -19,25 +19,25 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(scope="module")
-def shown() -> dict:
+def plotted() -> dict:
     return plot_data(made_up(noise=0.15), encode_genre, EvaluateSettings())
 
 
-def drawings(shown: dict) -> dict[str, str]:
+def draw_all(plotted: dict) -> dict[str, str]:
     point = {"value": 0.2, "low": 0.1, "high": 0.3}
     curve = [{"blend": blend, "cold": {"ndcg@10": point}} for blend in (0, 0.5, 1)]
     return {
-        "recall": plots.recall_curves(shown["recall_curves"], METHOD_LABELS),
+        "recall": plots.recall_curves(plotted["recall_curves"], METHOD_LABELS),
         "blend": plots.blend_curve(curve, ["ndcg@10"], {"ndcg@10": "NDCG@10"}),
-        "genres": plots.genre_bars(shown["genre_agreement"], METHOD_LABELS),
-        "map": plots.song_map(shown["map"]),
-        "similarity": plots.similarity_histograms(shown["similarities"], METHOD_LABELS),
+        "genres": plots.genre_bars(plotted["genre_agreement"], METHOD_LABELS),
+        "map": plots.song_map(plotted["map"]),
+        "similarity": plots.similarity_histograms(plotted["similarities"], METHOD_LABELS),
     }
 
 
-def test_every_plot_is_one_svg_element_that_fetches_nothing(shown: dict):
+def test_every_plot_is_one_self_contained_svg_element(plotted: dict):
     ids: list[str] = []
-    for name, svg in drawings(shown).items():
+    for name, svg in draw_all(plotted).items():
         tree = ElementTree.fromstring(svg)
         assert tree.tag == "svg", name
         assert "http" not in svg
@@ -50,11 +50,11 @@ def test_every_plot_is_one_svg_element_that_fetches_nothing(shown: dict):
     assert len(ids) == len(set(ids)), "several stand in one page"
 
 
-def test_the_same_numbers_give_the_same_drawing(shown: dict):
-    assert drawings(shown) == drawings(shown)
+def test_plots_are_reproducible(plotted: dict):
+    assert draw_all(plotted) == draw_all(plotted)
 
 
-def test_names_from_the_catalogue_are_only_names():
+def test_names_from_the_catalogue_are_escaped():
     points = [{"x": i / 9, "y": 0.5, "genre": genre} for i, genre in enumerate(["<b>&", "_hidden", "r$b$", None] * 2)]
     svg = plots.song_map(points)
     text = "".join(ElementTree.fromstring(svg).itertext())
@@ -66,31 +66,31 @@ def test_names_from_the_catalogue_are_only_names():
     assert "<i>" in "".join(ElementTree.fromstring(plots.genre_bars(agreement, METHOD_LABELS)).itertext())
 
 
-def test_what_is_drawn_is_what_was_measured(shown: dict):
+def test_plot_data_match_the_measurements(plotted: dict):
     songs = made_up(noise=0.15)
-    held = songs.without(songs.splits != "test")
-    curve = shown["recall_curves"]["semantic"]
+    held_out = songs.without(songs.splits != "test")
+    curve = plotted["recall_curves"]["semantic"]
     assert curve == sorted(curve)
-    texts = sorted(set(held.texts))
+    texts = sorted(set(held_out.texts))
     queries = encode_genre(texts)["semantic"]
-    best = [np.argsort(-(held.spaces["semantic"] @ query)) for query in queries]
+    best = [np.argsort(-(held_out.spaces["semantic"] @ query)) for query in queries]
     first = [
-        1 + min(place for place, row in enumerate(order) if held.texts[row] == text)
+        1 + min(place for place, row in enumerate(order) if held_out.texts[row] == text)
         for order, text in zip(best, texts, strict=True)
     ]
     assert curve[4] == pytest.approx(np.mean(np.array(first) <= 5), abs=0.1)
-    agreement = shown["genre_agreement"]
+    agreement = plotted["genre_agreement"]
     assert min(agreement["semantic"].values()) > 0.8, "vectors name the genre"
     assert sum(agreement["share of songs"].values()) == pytest.approx(1)
-    similarities = shown["similarities"]["semantic"]
+    similarities = plotted["similarities"]["semantic"]
     centres = (BINS[1:] + BINS[:-1]) / 2
     means = {name: float(np.dot(shares, centres)) for name, shares in similarities.items()}
     assert means["own text"] > 0.7 > 0.5 > means["other texts"]
-    assert len(shown["map"]) == len(held.ids)
-    assert all(0 <= point["x"] <= 1 and 0 <= point["y"] <= 1 for point in shown["map"])
+    assert len(plotted["map"]) == len(held_out.ids)
+    assert all(0 <= point["x"] <= 1 and 0 <= point["y"] <= 1 for point in plotted["map"])
 
 
-def test_genre_agreement_leaves_out_the_songs_own_artist():
+def test_genre_agreement_excludes_songs_by_the_same_artist():
     """Every artist has a genre and a corner of the space: with their own songs agreement would be 1, without them it is
     chance."""
     songs = made_up(noise=0.0)
@@ -100,7 +100,7 @@ def test_genre_agreement_leaves_out_the_songs_own_artist():
     songs = dataclasses.replace(
         songs, spaces={"semantic": vectors}, metadata=metadata(len(artist), artist=songs.artists, genre=genres)
     )
-    found = plot_data(
+    data = plot_data(
         songs, lambda texts: {"semantic": np.ones((len(texts), vectors.shape[1]), np.float32)}, EvaluateSettings()
     )
-    assert np.mean(list(found["genre_agreement"]["semantic"].values())) < 0.6
+    assert np.mean(list(data["genre_agreement"]["semantic"].values())) < 0.6

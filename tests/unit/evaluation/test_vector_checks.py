@@ -1,4 +1,4 @@
-"""The checks of a model on real, tiny models, sound and broken, judged by the shipped gate."""
+"""Vector checks on tiny models, intact and broken, judged by the shipped gate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXTS = [text_of(i) for i in range(SONGS)]
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Songs as an evaluation has them: what an encoder made of features, and the sounds themselves."""
+    """Songs of an evaluation: vectors that an encoder computed from features, and the waveforms."""
 
     songs: EvaluatedSongs
     mels: list[np.ndarray]
@@ -40,18 +40,18 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> SongEncoder:
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[HTCL]:
     """Two stages whose last layers are fitted in closed form: audio vectors lie around 0, and each text's is that of
     its song."""
     folder = tmp_path_factory.mktemp("models")
     config = small_config(folder / "workspace")
     write_models(config, folder)
-    models = folder / "workspace" / "models"
-    encoder = SongEncoder.load(models / "semantic" / "semantic-0", models / "preference" / "preference-0")
+    stages = ("semantic", "preference")
+    models = [HTCL.from_pretrained(str(folder / "workspace" / "models" / name / f"{name}-0")).eval() for name in stages]
     mels = [
         torch.from_numpy(log_mel(sound(i, config.audio), config.audio.sample_rate, config.audio)) for i in range(SONGS)
     ]
-    for model in encoder._models:
+    for model in models:
         with torch.no_grad():
             audio = torch.cat([model.encode_audio(mel[None], torch.tensor([len(mel)])) for mel in mels])
             model.audio_head[-1].bias -= audio.mean(dim=0)
@@ -60,14 +60,23 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> SongEncoder:
             fitted = torch.linalg.lstsq(with_one, (audio - audio.mean(dim=0)).double(), driver="gelsd").solution.float()
             model.text_head[-1].weight.copy_(fitted[:-1].T)
             model.text_head[-1].bias.copy_(fitted[-1])
-    return encoder
+    return models
+
+
+def encoder_of(models: list[HTCL], kind: type[SongEncoder] = SongEncoder) -> SongEncoder:
+    return kind(*models, {"semantic": "s", "preference": "p"})
+
+
+@pytest.fixture(scope="module")
+def encoder(models: list[HTCL]) -> SongEncoder:
+    return encoder_of(models)
 
 
 def world(encoder: SongEncoder, recipe: AudioRecipe | None = None, seconds: float | None = None) -> World:
     """`recipe`: of the features, where it is not the encoder's."""
-    ours, theirs = encoder.recipe, recipe or encoder.recipe
-    waveforms = [sound(i, ours, seconds) for i in range(SONGS)]
-    mels = [log_mel(waveform, ours.sample_rate, theirs).astype(np.float16).astype(np.float32) for waveform in waveforms]
+    own, stored = encoder.recipe, recipe or encoder.recipe
+    waveforms = [sound(i, own, seconds) for i in range(SONGS)]
+    mels = [log_mel(waveform, own.sample_rate, stored).astype(np.float16).astype(np.float32) for waveform in waveforms]
     vectors = encoder.encode_mels(mels)
     assert vectors.preference is not None
     spaces = {"semantic": vectors.semantic, "preference": vectors.preference}
@@ -84,7 +93,7 @@ def world(encoder: SongEncoder, recipe: AudioRecipe | None = None, seconds: floa
     return World(songs, mels, waveforms)
 
 
-def figures(encoder: SongEncoder, of: World) -> dict[MetricKey, Estimate]:
+def measure(encoder: SongEncoder, of: World) -> dict[MetricKey, Estimate]:
     tasks = vector_check_tasks(encoder, of.songs, of.mels, ROWS, TEXTS, of.waveforms, seed=0)
     return estimates(tasks) | text_to_audio(encoder, of)
 
@@ -93,10 +102,10 @@ def text_to_audio(encoder: SongEncoder, of: World) -> dict[MetricKey, Estimate]:
     """MRR and recall@10 of each text for its own song, equal scores at the middle of their ranks, and of a random
     order."""
     draws = bootstrap.draw(TEXTS, 200, seed=0)
-    words = encoder.encode_texts(TEXTS)
-    found = {}
+    text_vectors = encoder.encode_texts(TEXTS)
+    metrics = {}
     ranks = {"random": np.full(SONGS, np.nan)}
-    for space, vectors in (("semantic", words.semantic), ("preference", words.preference)):
+    for space, vectors in (("semantic", text_vectors.semantic), ("preference", text_vectors.preference)):
         scores = np.round(vectors @ of.songs.spaces[space].T, 5)
         own = scores.diagonal()[:, None]
         ranks[space] = 1 + (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) - 1) / 2
@@ -104,9 +113,9 @@ def text_to_audio(encoder: SongEncoder, of: World) -> dict[MetricKey, Estimate]:
         chance = method == "random"
         reciprocal = np.full(SONGS, (1 / np.arange(1, SONGS + 1)).mean()) if chance else 1 / rank
         recall = np.full(SONGS, 10 / SONGS) if chance else (rank <= 10).astype(float)
-        found["text_to_audio", method, "mrr"] = bootstrap.mean(reciprocal, draws)
-        found["text_to_audio", method, "recall@10"] = bootstrap.mean(recall, draws)
-    return found
+        metrics["text_to_audio", method, "mrr"] = bootstrap.mean(reciprocal, draws)
+        metrics["text_to_audio", method, "recall@10"] = bootstrap.mean(recall, draws)
+    return metrics
 
 
 def failed(verdict: GateVerdict) -> set[str]:
@@ -116,47 +125,51 @@ def failed(verdict: GateVerdict) -> set[str]:
 GATE = read_gate("default")
 
 
-def test_a_sound_model_passes(encoder: SongEncoder):
-    verdict = judge(GATE, figures(encoder, world(encoder)))
+def test_an_intact_model_passes(encoder: SongEncoder):
+    verdict = judge(GATE, measure(encoder, world(encoder)))
     assert failed(verdict) == set()
     judged = {result.bound.figure for result in verdict.results if result.value is not None}
     assert {name for name in judged if name.startswith("determinism")} == {
-        f"determinism.{space}.{figure}_difference"
+        f"determinism.{space}.{metric}_difference"
         for space in ("semantic", "preference")
-        for figure in ("repeat", "batch", "padding", "stored", "from_audio")
+        for metric in ("repeat", "batch", "padding", "stored", "from_audio")
     }
     assert len([name for name in judged if name.startswith("collapse")]) == 8
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_collapsed_text_tower_is_caught(encoder: SongEncoder, stage: int):
-    broken = copy.deepcopy(encoder)
+def test_a_collapsed_text_tower_is_detected(models: list[HTCL], stage: int):
+    models = copy.deepcopy(models)
+    broken = encoder_of(models)
     with torch.no_grad():
-        broken._models[stage].text_head[-1].weight.zero_()
+        models[stage].text_head[-1].weight.zero_()
     space = ("semantic", "preference")[stage]
-    found = failed(judge(GATE, figures(broken, world(broken))))
-    assert {f"collapse.{space}.text_mean_cosine", f"collapse.{space}.text_effective_rank"} <= found
-    assert {"text_to_audio.semantic.mrr"} <= found if stage == 0 else {"text_to_audio.preference.recall@10"} <= found
-    assert not any("audio_mean" in name or "determinism" in name for name in found)
+    failures = failed(judge(GATE, measure(broken, world(broken))))
+    assert {f"collapse.{space}.text_mean_cosine", f"collapse.{space}.text_effective_rank"} <= failures
+    assert (
+        {"text_to_audio.semantic.mrr"} <= failures if stage == 0 else {"text_to_audio.preference.recall@10"} <= failures
+    )
+    assert not any("audio_mean" in name or "determinism" in name for name in failures)
 
 
-def test_a_collapsed_audio_tower_is_caught(encoder: SongEncoder):
-    broken = copy.deepcopy(encoder)
+def test_a_collapsed_audio_tower_is_detected(models: list[HTCL]):
+    models = copy.deepcopy(models)
+    broken = encoder_of(models)
     with torch.no_grad():
-        broken._models[0].audio_head[-1].weight.zero_()
-        broken._models[0].audio_head[-1].bias.fill_(1)
-    found = failed(judge(GATE, figures(broken, world(broken))))
-    assert {"collapse.semantic.audio_mean_cosine", "collapse.semantic.audio_effective_rank"} <= found
+        models[0].audio_head[-1].weight.zero_()
+        models[0].audio_head[-1].bias.fill_(1)
+    failures = failed(judge(GATE, measure(broken, world(broken))))
+    assert {"collapse.semantic.audio_mean_cosine", "collapse.semantic.audio_effective_rank"} <= failures
 
 
 class ReadsPadding(SongEncoder):
-    """Takes every frame for sound."""
+    """Treats padding as audio."""
 
     def encode_mel(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
         return super().encode_mel(mel, np.full(len(mel), mel.shape[1]))
 
 
-class HearsOneFrameMore(SongEncoder):
+class UsesOneFrameMore(SongEncoder):
     """Adds a tenth of the frame behind the clip to its last frame: silent while padding is zeros."""
 
     def encode_mel(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
@@ -178,91 +191,89 @@ class Unmasked(nn.Module):
         return self.layer(x, None)
 
 
-def without_mask(encoder: SongEncoder) -> SongEncoder:
-    broken = copy.deepcopy(encoder)
-    model: HTCL = broken._models[0]
+def without_mask(models: list[HTCL]) -> SongEncoder:
+    models = copy.deepcopy(models)
+    model = models[0]
     model.audio_encoder.layers = nn.ModuleList(Unmasked(layer) for layer in model.audio_encoder.layers)
-    return broken
+    return encoder_of(models)
 
 
-def test_padding_that_is_read_is_caught(encoder: SongEncoder):
-    broken = ReadsPadding(*encoder._models, encoder.model_versions)
-    found = failed(judge(GATE, figures(broken, world(broken))))
+def test_use_of_padding_is_detected(models: list[HTCL]):
+    broken = encoder_of(models, ReadsPadding)
+    failures = failed(judge(GATE, measure(broken, world(broken))))
     assert {
         f"determinism.{space}.{name}_difference"
         for space in ("semantic", "preference")
         for name in ("batch", "padding")
-    } <= found
+    } <= failures
 
 
-def test_padding_that_is_read_is_caught_though_zeros_would_hide_it(encoder: SongEncoder):
-    broken = HearsOneFrameMore(*encoder._models, encoder.model_versions)
-    assert failed(judge(GATE, figures(broken, world(broken)))) == {
+def test_use_of_padding_is_detected_although_zeros_would_hide_it(models: list[HTCL]):
+    broken = encoder_of(models, UsesOneFrameMore)
+    assert failed(judge(GATE, measure(broken, world(broken)))) == {
         "determinism.semantic.padding_difference",
         "determinism.preference.padding_difference",
     }
 
 
 @pytest.mark.parametrize("seconds", [None, 1.5])
-def test_attention_to_padding_is_caught_also_when_all_clips_are_equally_long(
-    encoder: SongEncoder, seconds: float | None
-):
-    sound_world = world(encoder, seconds=seconds)
-    assert (len({len(mel) for mel in sound_world.mels}) == 1) == (seconds is not None)
-    assert figures(encoder, sound_world)["determinism", "semantic", "padding_difference"].value < 1e-4
-    broken = without_mask(encoder)
-    found = failed(judge(GATE, figures(broken, world(broken, seconds=seconds))))
-    assert "determinism.semantic.padding_difference" in found
-    assert not any(name.startswith("determinism.preference") for name in found)
+def test_attention_to_padding_is_detected_for_clips_of_equal_length_too(encoder: SongEncoder, seconds: float | None):
+    intact = world(encoder, seconds=seconds)
+    assert (len({len(mel) for mel in intact.mels}) == 1) == (seconds is not None)
+    assert measure(encoder, intact)["determinism", "semantic", "padding_difference"].value < 1e-4
+    broken = without_mask(models)
+    failures = failed(judge(GATE, measure(broken, world(broken, seconds=seconds))))
+    assert "determinism.semantic.padding_difference" in failures
+    assert not any(name.startswith("determinism.preference") for name in failures)
 
 
 @pytest.mark.parametrize("change", [{"n_fft": 512}, {"hop_length": 768}, {"top_db": 40.0}])
-def test_features_of_another_mel_recipe_are_caught(encoder: SongEncoder, change: dict):
+def test_features_with_other_audio_settings_are_detected(encoder: SongEncoder, change: dict):
     wrong = encoder.recipe.model_copy(update=change)
-    found = failed(judge(GATE, figures(encoder, world(encoder, wrong))))
-    assert {name for name in found if name.startswith("determinism")} == {
+    failures = failed(judge(GATE, measure(encoder, world(encoder, wrong))))
+    assert {name for name in failures if name.startswith("determinism")} == {
         "determinism.semantic.from_audio_difference",
         "determinism.preference.from_audio_difference",
     }
 
 
-def test_vectors_of_another_model_are_caught(encoder: SongEncoder):
+def test_vectors_of_another_model_are_detected(encoder: SongEncoder):
     of = world(encoder)
     swapped = dataclasses.replace(
         of.songs, spaces={"semantic": of.songs.spaces["semantic"][::-1], "preference": of.songs.spaces["preference"]}
     )
-    found = failed(judge(GATE, figures(encoder, dataclasses.replace(of, songs=swapped))))
-    assert "determinism.semantic.stored_difference" in found
-    assert "determinism.preference.stored_difference" not in found
+    failures = failed(judge(GATE, measure(encoder, dataclasses.replace(of, songs=swapped))))
+    assert "determinism.semantic.stored_difference" in failures
+    assert "determinism.preference.stored_difference" not in failures
 
 
-def test_files_that_cannot_be_read_are_left_out(encoder: SongEncoder):
+def test_unreadable_files_are_left_out(encoder: SongEncoder):
     of = world(encoder)
     some = dataclasses.replace(of, waveforms=[None, *of.waveforms[1:]])
-    found = figures(encoder, some)
-    assert found["determinism", "semantic", "from_audio_difference"].n == SONGS - 1
-    assert found["determinism", "semantic", "from_audio_difference"].value < 0.05
-    none = figures(encoder, dataclasses.replace(of, waveforms=[None] * SONGS))
+    metrics = measure(encoder, some)
+    assert metrics["determinism", "semantic", "from_audio_difference"].n == SONGS - 1
+    assert metrics["determinism", "semantic", "from_audio_difference"].value < 0.05
+    none = measure(encoder, dataclasses.replace(of, waveforms=[None] * SONGS))
     assert ("determinism", "semantic", "from_audio_difference") not in none
     assert judge(GATE, none).passed
 
 
-def test_collapse_is_over_the_songs_of_the_split_one_of_each_duplicate_group(encoder: SongEncoder):
+def test_collapse_uses_one_song_of_each_duplicate_group_of_the_split(encoder: SongEncoder):
     of = world(encoder)
     splits = np.array(["train"] * 4 + ["test"] * (SONGS - 4))
     groups = [f"group {i}" for i in range(SONGS)]
     groups[-1] = groups[-2]
     songs = dataclasses.replace(of.songs, splits=splits, duplicate_groups=groups)
     tasks = vector_check_tasks(encoder, songs, of.mels[5:7], np.array([5, 6]), TEXTS, of.waveforms[5:7], seed=0)
-    found = estimates(tasks)
+    metrics = estimates(tasks)
     unit = songs.spaces["semantic"][4:-1].astype(np.float64)
     cosines = [unit[a] @ unit[b] for a in range(len(unit)) for b in range(len(unit)) if a != b]
-    assert found["collapse", "semantic", "audio_mean_cosine"].value == pytest.approx(np.mean(cosines), abs=1e-6)
-    assert found["collapse", "semantic", "audio_mean_cosine"].n == len(unit)
-    assert found["collapse", "semantic", "text_mean_cosine"].n == len(TEXTS)
+    assert metrics["collapse", "semantic", "audio_mean_cosine"].value == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert metrics["collapse", "semantic", "audio_mean_cosine"].n == len(unit)
+    assert metrics["collapse", "semantic", "text_mean_cosine"].n == len(TEXTS)
 
 
-def test_the_index_task_is_what_its_manifest_measured():
+def test_index_task_reports_the_recall_of_the_manifest():
     task = index_task({"quality": {"recall_at_10": 0.97}, "songs": 40})
     assert estimates([task])["index", "index", "recall@10"] == Estimate(0.97, 40)
     assert "index.index.recall@10" not in failed(judge(GATE, estimates([task])))

@@ -1,4 +1,4 @@
-"""What the variants of an ablation are made of, and the table of their figures; training them is the ray tier's."""
+"""Inputs of ablation variants and the table of their metrics; the ray tier trains them."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ SPLITS = ("train", "train", "train", "validation", "test")
 
 @pytest.fixture
 def workspace(tmp_path) -> Workspace:
-    made = Workspace(str(tmp_path / "workspace"))
+    created = Workspace(str(tmp_path / "workspace"))
 
     def finish(path: str, **inputs: str) -> None:
-        made.finish(path, build_manifest("test", config={}, inputs=inputs))
+        created.finish(path, build_manifest("test", config={}, inputs=inputs))
 
     songs = [
         {"song_id": f"s{i:02}", "text": f"text {i // 2}", "split": SPLITS[i % 5], "log_mel": float(i)}
         for i in range(40)
     ]
-    made.write_table("features/f/shard-0.parquet", pa.Table.from_pylist(songs[:20]))
-    made.write_table("features/f/shard-1.parquet", pa.Table.from_pylist(songs[20:]))
+    created.write_table("features/f/shard-0.parquet", pa.Table.from_pylist(songs[:20]))
+    created.write_table("features/f/shard-1.parquet", pa.Table.from_pylist(songs[20:]))
     pairs = [
         {"trigger_song_id": f"s{i:02}", "song_id": f"s{(i * 7) % 40:02}", "split": SPLITS[i % 5], "weight": 1.0}
         for i in range(40)
     ]
-    made.write_table("pairs/p/part-0.parquet", pa.Table.from_pylist(pairs))
-    made.write_table("negatives/p/part-0.parquet", pa.Table.from_pylist(pairs[:3]))
-    made.write_table("events/e/part-0.parquet", pa.table({"user_id": ["u"]}))
+    created.write_table("pairs/p/part-0.parquet", pa.Table.from_pylist(pairs))
+    created.write_table("negatives/p/part-0.parquet", pa.Table.from_pylist(pairs[:3]))
+    created.write_table("events/e/part-0.parquet", pa.table({"user_id": ["u"]}))
     for path in ("features/f", "pairs/p", "negatives/p", "events/e"):
         finish(path)
-    made.write_bytes("models/semantic/m/tokenizer/vocab.txt", b"words")
-    made.write_bytes("models/semantic/other/model.safetensors", b"0")
+    created.write_bytes("models/semantic/m/tokenizer/vocab.txt", b"words")
+    created.write_bytes("models/semantic/other/model.safetensors", b"0")
     finish("models/semantic/m", features="f")
     finish("models/semantic/other", features="elsewhere")
-    return made
+    return created
 
 
 def prepared(workspace: Workspace, data: str) -> Workspace:
@@ -56,7 +56,7 @@ def prepared(workspace: Workspace, data: str) -> Workspace:
     return prepare(workspace, data, *named, seed=0)
 
 
-def test_the_true_workspace_has_the_same_inputs_and_the_models_that_were_trained_on_them(workspace: Workspace):
+def test_true_workspace_has_the_same_inputs_and_their_models(workspace: Workspace):
     target = prepared(workspace, "true")
     for path in ("features/f", "pairs/p", "negatives/p", "events/e"):
         assert target.read_tables(path).equals(workspace.read_tables(path))
@@ -72,17 +72,19 @@ def test_the_true_workspace_has_the_same_inputs_and_the_models_that_were_trained
 @pytest.mark.parametrize(
     ("data", "path", "column"), [("shuffled_captions", "features/f", "text"), ("shuffled_pairs", "pairs/p", "song_id")]
 )
-def test_only_the_training_rows_of_one_column_are_exchanged(workspace: Workspace, data: str, path: str, column: str):
+def test_shuffling_changes_only_training_rows_of_one_column(workspace: Workspace, data: str, path: str, column: str):
     before, target = workspace.read_tables(path).to_pandas(), prepared(workspace, data)
     after = target.read_tables(path).to_pandas()
     training = (before["split"] == "train").to_numpy()
     assert after[~training].equals(before[~training])
     assert after.drop(columns=column).equals(before.drop(columns=column))
     counts = [sorted(Counter(table.loc[training, column]).values()) for table in (before, after)]
-    assert counts[0] == counts[1], "each value stays as frequent as another one was"
+    assert counts[0] == counts[1], "the distribution of frequencies is unchanged"
     assert (after.loc[training, column].to_numpy() == before.loc[training, column].to_numpy()).mean() < 0.4
     trained = {"shuffled_captions": [], "shuffled_pairs": ["semantic"]}
-    assert target.children("models") == trained[data], "what was trained on true data does not belong to shuffled ones"
+    assert target.children("models") == trained[data], (
+        "models that were trained on true data do not belong to shuffled data"
+    )
     for other in {"features/f", "pairs/p", "events/e"} - {path}:
         assert target.read_tables(other).equals(workspace.read_tables(other))
 
@@ -92,18 +94,18 @@ def test_preparing_again_changes_nothing(workspace: Workspace):
     assert prepared(workspace, "shuffled_captions").read_tables("features/f").equals(first)
 
 
-def test_every_variant_is_a_valid_configuration_and_has_a_name_of_its_own():
+def test_every_variant_has_a_valid_configuration_and_a_unique_name():
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
     for variant in VARIANTS:
         settings = resolve("demo").with_overrides(dict(variant.settings)).finetune
         assert settings.text_loss_weight + settings.preference_loss_weight + settings.fusion_loss_weight > 0
 
 
-def test_the_table_holds_differences_from_the_full_method():
+def test_table_contains_differences_from_the_full_method():
     draws = bootstrap.draw([f"u{i}" for i in range(60)], 400, seed=0)
     values = np.random.default_rng(0).random(60)
 
-    def found(shift: float, method: str = "preference") -> dict:
+    def metrics_of(shift: float, method: str = "preference") -> dict:
         return {
             ("cold", method, "ndcg@10"): bootstrap.mean(values + shift, draws),
             ("cold", "semantic", "ndcg@10"): bootstrap.mean(values - 0.3, draws),
@@ -111,13 +113,13 @@ def test_the_table_holds_differences_from_the_full_method():
         }
 
     noise = np.random.default_rng(1).normal(0, 0.3, 60)
-    figures = {
-        "full": found(0),
-        "worse": found(-0.2),
+    metrics = {
+        "full": metrics_of(0),
+        "worse": metrics_of(-0.2),
         "alike": {("cold", "preference", "ndcg@10"): bootstrap.mean(values + noise - noise.mean(), draws)},
         "without stage 2": {("cold", "semantic", "ndcg@10"): bootstrap.mean(values - 0.3, draws)},
     }
-    tree = ablation_tree(figures)
+    tree = ablation_tree(metrics)
     assert [column["title"] for column in tree["columns"]] == ["cold NDCG@10"]
     cells = {variant["name"]: variant["figures"][0] for variant in tree["variants"]}
     assert cells["full"]["against_full"] is None

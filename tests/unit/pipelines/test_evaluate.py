@@ -1,5 +1,4 @@
-"""The evaluation step on real, tiny models: what it finds, refuses, writes and repeats; comparison and gate over its
-reports."""
+"""The evaluation step on tiny models: report, page, errors, repetition, and comparison and gate over its reports."""
 
 from __future__ import annotations
 
@@ -18,7 +17,9 @@ from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
 from htcl_ray.errors import ConfigError, LeakageError, MismatchError, StepError, WorkspaceError
 from htcl_ray.evaluation.metrics import headline_metrics
+from htcl_ray.evaluation.report import plots
 from htcl_ray.evaluation.report import report_tree as reports
+from htcl_ray.evaluation.report.report_page import html
 from htcl_ray.evaluation.report.report_schema import Report
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.models import HTCL
@@ -38,23 +39,50 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, StepResult]:
-    """One workspace and its report, for tests that only read."""
+    """A workspace and its report; tests that write take a copy."""
     folder = tmp_path_factory.mktemp("evaluated")
     config = write_evaluated(folder / "workspace", folder)
     return config, step.evaluate(config)
+
+
+@pytest.fixture(scope="module")
+def semantic_only(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, StepResult]:
+    """A workspace without stage 2, log and index, and its report."""
+    folder = tmp_path_factory.mktemp("semantic-only")
+    config = write_evaluated(folder / "workspace", folder, log=False, preference=False, index=False)
+    return config, step.evaluate(config)
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch: pytest.MonkeyPatch):
+    """Drawing takes half of the time of an evaluation; the reports of the fixtures above are drawn."""
+    for name in ("recall_curves", "blend_curve", "genre_bars", "song_map", "similarity_histograms"):
+        monkeypatch.setattr(plots, name, lambda *arguments: "<svg></svg>")
+
+
+def copied(
+    world: tuple[Config, StepResult], folder: Path, without: tuple[str, ...] = (), **overrides: object
+) -> Config:
+    """A copy of a workspace for a test that writes, without these kinds of artifacts."""
+    shutil.copytree(
+        world[0].workspace, folder / "workspace", ignore=lambda at, _: without if at == world[0].workspace else ()
+    )
+    return world[0].with_overrides({"workspace": str(folder / "workspace"), **overrides})
 
 
 def read(result: StepResult) -> dict:
     return json.loads((Path(result.location) / "report.json").read_text(encoding="utf-8"))
 
 
-def values(report: dict, task: str, figure: str) -> dict[str, float]:
+def values(report: dict, task: str, metric: str) -> dict[str, float]:
     return {
-        method: found[figure]["value"] for method, found in report["tasks"][task]["methods"].items() if figure in found
+        method: of_method[metric]["value"]
+        for method, of_method in report["tasks"][task]["methods"].items()
+        if metric in of_method
     }
 
 
-def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Config, StepResult]):
+def test_report_holds_every_task_and_method(evaluated: tuple[Config, StepResult]):
     report = read(evaluated[1])
     spaces, controls = ["semantic", "preference", "blend_0.5"], ["random", "popularity", "shuffled", "log_mel", "genre"]
     collaborative = ["item_knn", "als"]
@@ -75,7 +103,7 @@ def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Co
     }
     assert report["data"]["songs"] == SONGS // 2
     assert report["data"]["artists"] == 4
-    assert {kind: found["shared"] for kind, found in report["leakage"].items()}.keys() >= {
+    assert {kind: of_method["shared"] for kind, of_method in report["leakage"].items()}.keys() >= {
         "songs",
         "artists",
         "users",
@@ -85,23 +113,23 @@ def test_every_task_and_every_method_stand_beside_each_other(evaluated: tuple[Co
     assert values(report, "cold", "user_auc")["random"] == 0.5
     assert values(report, "cold", "user_auc")["genre"] > 0.8, "the users of this log like genres"
     assert len(report["pictures"]["blend_curve"]) == 11
-    for figure in ("repeat_difference", "padding_difference", "stored_difference"):
-        assert max(values(report, "determinism", figure).values()) < 1e-5
+    for metric in ("repeat_difference", "padding_difference", "stored_difference"):
+        assert max(values(report, "determinism", metric).values()) < 1e-5
     assert max(values(report, "determinism", "from_audio_difference").values()) < 0.05
 
 
-def test_every_figure_has_its_n_and_those_of_samples_their_interval(evaluated: tuple[Config, StepResult]):
+def test_every_metric_has_n_and_resampled_ones_an_interval(evaluated: tuple[Config, StepResult]):
     for name, task in read(evaluated[1])["tasks"].items():
-        for method, found in task["methods"].items():
-            for figure, item in found.items():
-                assert item["n"] > 0, (name, method, figure)
-                if task["control"] and figure.partition("@")[0] not in ("coverage", "gini"):
-                    assert item["low"] <= item["value"] + 1e-6, (name, method, figure)
-                    assert item["high"] >= item["value"] - 1e-6, (name, method, figure)
-                    assert (item["shown"] is None) == (method == task["control"]), (name, method, figure)
+        for method, of_method in task["methods"].items():
+            for metric, item in of_method.items():
+                assert item["n"] > 0, (name, method, metric)
+                if task["control"] and metric.partition("@")[0] not in ("coverage", "gini"):
+                    assert item["low"] <= item["value"] + 1e-6, (name, method, metric)
+                    assert item["high"] >= item["value"] - 1e-6, (name, method, metric)
+                    assert (item["shown"] is None) == (method == task["control"]), (name, method, metric)
 
 
-def test_both_stages_answer_with_their_own_towers(evaluated: tuple[Config, StepResult]):
+def test_each_stage_is_evaluated_with_its_own_towers(evaluated: tuple[Config, StepResult]):
     config, result = evaluated
     workspace = Workspace(config.workspace)
     texts = (
@@ -116,7 +144,7 @@ def test_both_stages_answer_with_their_own_towers(evaluated: tuple[Config, StepR
         assert values(read(result), "text_to_audio", "mrr")[space] == pytest.approx(np.mean(1 / np.array(ranks)))
 
 
-def test_the_report_fits_its_schema_and_its_figures_their_table(evaluated: tuple[Config, StepResult]):
+def test_report_matches_its_schema_and_its_table(evaluated: tuple[Config, StepResult]):
     config, result = evaluated
     report = read(result)
     schema = json.loads((Path(result.location) / "report.schema.json").read_text(encoding="utf-8"))
@@ -125,17 +153,17 @@ def test_the_report_fits_its_schema_and_its_figures_their_table(evaluated: tuple
     broken = report | {"tasks": {"cold": {"methods": {}}}}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(schema).validate(broken)
-    figures = step.read_metrics(Workspace(config.workspace), report["run"])
-    for (task, method, figure), item in figures.items():
-        written = report["tasks"][task]["methods"][method][figure]
+    metrics = step.read_metrics(Workspace(config.workspace), report["run"])
+    for (task, method, metric), item in metrics.items():
+        written = report["tasks"][task]["methods"][method][metric]
         assert written["value"] == (None if np.isnan(item.value) else item.value)
     assert {row["method"] for row in report["differences"]} == {"preference"}
     row = next(row for row in report["differences"] if (row["task"], row["figure"]) == ("cold", "ndcg@10"))
-    gain = bootstrap.difference(figures["cold", "preference", "ndcg@10"], figures["cold", "semantic", "ndcg@10"])
+    gain = bootstrap.difference(metrics["cold", "preference", "ndcg@10"], metrics["cold", "semantic", "ndcg@10"])
     assert (row["value"], (row["low"], row["high"])) == (gain.value, gain.interval)
 
 
-def test_the_command_in_the_report_repeats_it(evaluated: tuple[Config, StepResult], capsys):
+def test_command_of_the_report_repeats_it(evaluated: tuple[Config, StepResult], capsys):
     config, result = evaluated
     report = read(result)
     assert resolve(assignments=[]).model_validate(report["config"]) == config
@@ -144,7 +172,7 @@ def test_the_command_in_the_report_repeats_it(evaluated: tuple[Config, StepResul
     assert "evaluate: already done" in capsys.readouterr().out
 
 
-def test_a_second_run_is_skipped_and_says_the_same(evaluated: tuple[Config, StepResult], monkeypatch, capsys):
+def test_second_run_is_skipped_with_the_same_summary(evaluated: tuple[Config, StepResult], monkeypatch, capsys):
     config, first = evaluated
     monkeypatch.setattr(step, "SongEncoder", None)  # nothing is encoded again
     second = step.evaluate(config)
@@ -152,22 +180,24 @@ def test_a_second_run_is_skipped_and_says_the_same(evaluated: tuple[Config, Step
     printed = capsys.readouterr().out
     assert "stage 2" in printed
     assert "°" in printed
-    match = r"text→audio median rank [\d.]+ of 20, genre probe \d\.\d\d \(stage 1: .*\), cold NDCG@10 0\.\d\d \(stage 1: 0\.\d\d\)"
+    match = (
+        r"text→audio median rank [\d.]+ of 20, genre probe \d\.\d\d \(stage 1: .*\), "
+        r"cold NDCG@10 0\.\d\d \(stage 1: 0\.\d\d\)"
+    )
     assert re.fullmatch(match, second.summary)
     with pytest.raises(AttributeError):
         step.evaluate(config.with_overrides({"evaluate.seed": 9}))  # other settings are another run
 
 
-def test_the_same_run_twice_gives_the_same_figures(evaluated: tuple[Config, StepResult], tmp_path: Path):
-    again = read(step.evaluate(write_evaluated(tmp_path / "workspace", tmp_path)))
+def test_repeated_evaluation_gives_the_same_report(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    again = read(step.evaluate(copied(evaluated, tmp_path, without=("reports", "statistics"))))
     first = read(evaluated[1])
     for key in ("data", "tasks", "differences", "pictures"):
         assert again[key] == first[key]
 
 
-def test_without_logs_only_semantic_tasks(tmp_path: Path):
-    config = write_evaluated(tmp_path / "workspace", tmp_path, log=False, preference=False, index=False)
-    result = step.evaluate(config)
+def test_without_logs_only_semantic_tasks_are_evaluated(semantic_only: tuple[Config, StepResult]):
+    result = semantic_only[1]
     report = read(result)
     assert list(report["tasks"]) == [
         "text_to_audio", "audio_to_text", "zero_shot_genre", "probe_genre", "zero_shot_tags", "probe_tags", "collapse", "determinism"
@@ -179,15 +209,16 @@ def test_without_logs_only_semantic_tasks(tmp_path: Path):
     assert "Stage 1 against the controls" in (Path(result.location) / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_unfinished_report_is_made_again(tmp_path: Path):
-    config = write_evaluated(tmp_path / "workspace", tmp_path, log=False, preference=False, index=False)
+def test_an_unfinished_report_is_written_again(semantic_only: tuple[Config, StepResult], tmp_path: Path):
+    config = copied(semantic_only, tmp_path)
     result = step.evaluate(config)
+    assert result.skipped
     (Path(result.location) / "manifest.json").unlink()
     assert not step.evaluate(config).skipped
 
 
-def test_wrong_input_is_one_sentence(tmp_path: Path):
-    config = write_evaluated(tmp_path / "workspace", tmp_path, index=False)
+def test_wrong_input_is_refused_in_one_sentence(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    config = copied(evaluated, tmp_path, without=("reports", "index"))
     with pytest.raises(ConfigError, match="did you mean 'genre'"):
         step.evaluate(config.with_overrides({"evaluate.probe_columns": ["genres"]}))
     with pytest.raises(ConfigError, match=r"label_prompt.*expected a text with \{label\}"):
@@ -214,7 +245,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path):
 
 
 class Page(HTMLParser):
-    """What a browser would fetch, and whether every element closes."""
+    """Collects the URLs that a browser would load, and checks that every element is closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,32 +275,99 @@ def check_page(file: Path) -> str:
     return text
 
 
-def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path):
-    config = write_evaluated(tmp_path / "workspace", tmp_path, data__text_columns=["<script>alert(1)</script>"])
-    result = step.evaluate(config)
-    text = check_page(Path(result.location) / "report.html")
-    report = read(result)
+def test_page_is_complete_self_contained_and_escaped(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    report = read(evaluated[1])
+    text = check_page(Path(evaluated[1].location) / "report.html")
     for task in report["tasks"].values():
-        for found in task["methods"].values():
-            for figure, item in found.items():
-                assert reports.number(item["value"], figure) in text
+        for of_method in task["methods"].values():
+            for metric, item in of_method.items():
+                assert reports.number(item["value"], metric) in text
     assert text.count("<svg") == 5
     assert report["command"] in text.replace("&#39;", "'")
     assert json.dumps(report, allow_nan=False)
+    report["config"]["data"]["text_columns"] = ["<script>alert(1)</script>"]
+    (tmp_path / "report.html").write_text(html(report), encoding="utf-8")
+    assert "alert(1)" in check_page(tmp_path / "report.html")
 
 
-def test_the_model_folders_carry_the_figures(evaluated: tuple[Config, StepResult]):
+class VisibleText(HTMLParser):
+    """Text outside of scripts, styles, SVG and <pre>, and the open <details> elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.order: list[str] = []
+        self.open: list[bool] = []
+        self._hidden: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("style", "script", "svg", "pre"):
+            self._hidden.append(tag)
+        if tag == "details":
+            self.open.append("open" in dict(attrs))
+        if tag in ("h2", "table", "details"):
+            self.order.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._hidden and self._hidden[-1] == tag:
+            self._hidden.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.text.append(data)
+
+
+@pytest.mark.parametrize("kind", ["everything", "without a log", "semantic only"])
+def test_page_opens_with_the_verdict_and_contains_no_python(
+    evaluated: tuple[Config, StepResult], semantic_only: tuple[Config, StepResult], tmp_path: Path, kind: str
+):
+    config, result = semantic_only if kind == "semantic only" else evaluated
+    if kind == "without a log":
+        config = copied(evaluated, tmp_path, without=("events", "pairs", "reports"))
+        result = step.evaluate(config)
+    run = result.location.rpartition("/")[2]
+    report = Workspace(config.workspace).read_json(f"reports/{run}/report.json")
+    bound = {
+        "figure": "a.b.c",
+        "asked": "a.b.c: at least 1",
+        "value": None,
+        "low": None,
+        "high": None,
+        "passed": False,
+        "note": "",
+        "required": False,
+    }
+    stored = Path(result.location, "report.html").read_text(encoding="utf-8")
+    report["leakage"]["artists"] |= {"shared": 1, "examples": ["it's 'one'"]}
+    for page in (stored, html(report), html(report, {"passed": False, "results": [bound]})):
+        seen = VisibleText()
+        seen.feed(page)
+        text = " ".join(" ".join(seen.text).split())
+        assert not re.search(
+            r"\bNone\b|\bTrue\b|\bFalse\b|\bnan\b|\[\]|\{\}|\['|\{'|np\.|dict\(|array\(|<class", text
+        ), text
+        assert text.index("Verdict") < text.index("Metrics") < text.index("How it was measured")
+        assert seen.order[:2] == ["h2", "details"], "the verdict comes first, and no table before it"
+        assert seen.order.count("table") < seen.order.count("details")
+        assert sum(seen.open) == ("The gate failed" in text), "all are folded but a gate that failed"
+        assert re.search("The gate failed: 1 of 1 bounds do not hold|No gate was applied to this model", text)
+        assert ("The model has no stage 2" in text) == (kind == "semantic only")
+        assert ("Not measured: recommendation" in text) == (kind != "everything")
+
+
+def test_model_folders_contain_the_metrics(evaluated: tuple[Config, StepResult]):
     config, result = evaluated
-    found = values(read(result), "cold", "ndcg@10")["preference"]
+    of_method = values(read(result), "cold", "ndcg@10")["preference"]
     model = HTCL.from_pretrained(Path(config.workspace) / "models" / "preference" / "preference-0")
     assert model.evaluation is not None
     card = (Path(config.workspace) / "models" / "preference" / "preference-0" / "README.md").read_text(encoding="utf-8")
     assert "model-index:" in card
-    assert str(found) in card
+    assert str(of_method) in card
 
 
 def test_two_reports_are_compared_with_paired_intervals(evaluated: tuple[Config, StepResult], tmp_path: Path, capsys):
-    config, result = evaluated
+    config = copied(evaluated, tmp_path)
+    result = step.evaluate(config)
     other = step.evaluate(config.with_overrides({"evaluate.min_history": 2}))
     first, second = (one.location.rpartition("/")[2] for one in (result, other))
     comparison = compare(config, result.location, second)
@@ -289,8 +387,8 @@ def test_two_reports_are_compared_with_paired_intervals(evaluated: tuple[Config,
     assert "goes with neither" in capsys.readouterr().err
 
 
-def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
-    config = write_evaluated(tmp_path / "workspace", tmp_path)
+def test_gate_is_applied_recorded_and_fails_the_command(evaluated: tuple[Config, StepResult], tmp_path: Path, capsys):
+    config = copied(evaluated, tmp_path)
     gate = tmp_path / "gate.yaml"
     gate.write_text("bounds:\n- {figure: determinism.semantic.repeat_difference, at_most: 1.0e-4}\n")
     result = evaluate_and_judge(config, None, str(gate))
@@ -315,8 +413,8 @@ def test_the_gate_judges_records_and_fails_the_command(tmp_path: Path, capsys):
         evaluate_and_judge(config, None, str(gate))
 
 
-def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
-    config = write_evaluated(tmp_path / "workspace", tmp_path)
+def test_gate_compares_with_the_newest_accepted_model(evaluated: tuple[Config, StepResult], tmp_path: Path, capsys):
+    config = copied(evaluated, tmp_path)
     gate = tmp_path / "gate.yaml"
     gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, over_served: true, at_least: -1}\n")
     with pytest.raises(
@@ -335,8 +433,8 @@ def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
     assert second.location != first.location
     assert "gate  compared with index" in capsys.readouterr().out
     judged = json.loads((Path(second.location) / "gate.json").read_text(encoding="utf-8"))["results"][0]
-    figures = [values(read(result), "text_to_audio", "mrr")["preference"] for result in (first, second)]
-    assert judged["value"] == pytest.approx(figures[1] - figures[0])
+    metrics = [values(read(result), "text_to_audio", "mrr")["preference"] for result in (first, second)]
+    assert judged["value"] == pytest.approx(metrics[1] - metrics[0])
     assert judged["low"] < judged["value"] < judged["high"]
     gate.write_text("bounds:\n- {figure: text_to_audio.preference.mrr, at_least: 2}\n")
     with pytest.raises(StepError):
@@ -352,10 +450,11 @@ def test_the_gate_compares_with_the_newest_accepted(tmp_path: Path, capsys):
     )
 
 
-def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, capsys):
-    """The model being served is evaluated on the new songs: the bounds have values, paired, and fail when it cannot
-    be."""
-    config = write_evaluated(tmp_path / "workspace", tmp_path)
+def test_models_are_compared_on_the_test_set_of_a_grown_catalogue(
+    evaluated: tuple[Config, StepResult], tmp_path: Path, capsys
+):
+    """The model being served is evaluated on the new songs; bounds have paired values, and fail when it cannot be."""
+    config = copied(evaluated, tmp_path)
     workspace = Workspace(config.workspace)
     gate = tmp_path / "gate.yaml"
     bounds = "bounds:\n" + "".join(
@@ -384,8 +483,8 @@ def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, c
     assert workspace.read_bytes("models/preference/preference-0/evaluation.json") == before
     judged = json.loads((Path(changed.location) / "gate.json").read_text(encoding="utf-8"))
     assert judged["served"]["report"] == unchanged.location.rpartition("/")[2]
-    ours, theirs = (values(read(result), "cold", "ndcg@10")["preference"] for result in (changed, unchanged))
-    assert judged["results"][1]["value"] == pytest.approx(ours - theirs)
+    own, other = (values(read(result), "cold", "ndcg@10")["preference"] for result in (changed, unchanged))
+    assert judged["results"][1]["value"] == pytest.approx(own - other)
     assert judged["results"][1]["low"] < judged["results"][1]["value"] < judged["results"][1]["high"]
 
     compared = read(compare(config, first.location, changed.location))
@@ -396,7 +495,7 @@ def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, c
         for row in compared["differences"]
         if (row["task"], row["method"], row["figure"]) == ("cold", "preference", "ndcg@10")
     )
-    assert (row["first"], row["second"]) == (ours, theirs)
+    assert (row["first"], row["second"]) == (own, other)
     assert row["low"] < row["value"] < row["high"]
 
     for artifact in (
@@ -422,9 +521,9 @@ def test_a_catalogue_that_grew_is_compared_on_the_new_test_set(tmp_path: Path, c
     assert "there is no model 'preference-0'" in " ".join(read(compared)["test_set"].split())
 
 
-def test_the_index_that_is_judged_is_the_configured_one(tmp_path: Path):
-    """Of two indexes of the same vectors, and of what one became when updates were folded in."""
-    config = write_evaluated(tmp_path / "workspace", tmp_path, index=False)
+def test_the_configured_index_is_evaluated(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    """Two indexes of the same vectors, and the compacted successor of one of them."""
+    config = copied(evaluated, tmp_path, without=("index", "reports"))
     hnsw, flat = (config.with_overrides({"index.kind": kind}) for kind in ("hnsw", "flat"))
     made = [build_index(one).location.rpartition("/")[2] for one in (hnsw, flat)]
     workspace = Workspace(config.workspace)
@@ -440,7 +539,7 @@ def test_the_index_that_is_judged_is_the_configured_one(tmp_path: Path):
     assert find_inputs(workspace, config.with_overrides({"index.kind": "ivf"})).index is None
 
 
-def test_log_mel_statistics_are_those_of_the_valid_frames(evaluated: tuple[Config, StepResult]):
+def test_log_mel_statistics_cover_the_valid_frames(evaluated: tuple[Config, StepResult]):
     config, _ = evaluated
     workspace = Workspace(config.workspace)
     table = workspace.read_tables("features/features-1").sort_by("song_id")
@@ -454,12 +553,12 @@ def test_log_mel_statistics_are_those_of_the_valid_frames(evaluated: tuple[Confi
     np.testing.assert_allclose(log_mel_statistics(workspace, features), naive, atol=2e-3)
 
 
-def test_less_is_better_for_ranks():
+def test_lower_ranks_are_better():
     worse, better = (bootstrap.Estimate(sign * 2.0, 9, np.full(100, sign * 2.0, np.float32), "p") for sign in (1, -1))
     assert (reports.verdict("median_rank", worse), reports.verdict("median_rank", better)) == ("worse", "improved")
     assert (reports.verdict("recall@5", worse), reports.verdict("recall@5", better)) == ("improved", "worse")
 
 
-def test_headlines_are_of_the_largest_k():
-    figures = ["recall@1", "recall@10", "recall@5", "mrr", "median_rank", "ndcg@5", "gini@10"]
-    assert headline_metrics(figures) == ["recall@10", "median_rank", "ndcg@5"]
+def test_headline_metrics_have_the_largest_k():
+    metrics = ["recall@1", "recall@10", "recall@5", "mrr", "median_rank", "ndcg@5", "gini@10"]
+    assert headline_metrics(metrics) == ["recall@10", "median_rank", "ndcg@5"]

@@ -16,7 +16,7 @@ from htcl_ray.evaluation.tasks.item_auc import ItemQueries, item_auc
 pytestmark = pytest.mark.unit
 
 
-def test_the_mean_and_median_of_each_resample_are_those_of_the_repeated_values():
+def test_resampled_mean_and_median_match_repeated_values():
     generator = np.random.default_rng(0)
     clusters = [f"a{i % 7}" for i in range(40)]
     values = generator.normal(size=40)
@@ -34,11 +34,11 @@ def test_the_mean_and_median_of_each_resample_are_those_of_the_repeated_values()
     assert of_mean.n == of_median.n == 38
 
 
-def test_with_one_unit_a_cluster_the_interval_is_scipys():
+def test_interval_of_single_unit_clusters_matches_scipy():
     values = np.random.default_rng(0).exponential(size=300)
-    ours = bootstrap.mean(values, bootstrap.draw([str(i) for i in range(300)], 10_000, seed=0)).interval
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=0).confidence_interval
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    actual = bootstrap.mean(values, bootstrap.draw([str(i) for i in range(300)], 10_000, seed=0)).interval
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=0).confidence_interval
+    assert actual == pytest.approx((expected.low, expected.high), abs=0.01)
 
 
 def test_clusters_widen_the_interval_by_the_square_root_of_their_size():
@@ -53,7 +53,7 @@ def test_clusters_widen_the_interval_by_the_square_root_of_their_size():
     assert (alone[1] - alone[0]) / (naive[1] - naive[0]) == pytest.approx(np.sqrt(10), rel=0.1)
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+def test_interval_has_its_nominal_coverage():
     generator = np.random.default_rng(0)
     draws = bootstrap.draw([str(i) for i in range(100)], 400, seed=0)
     inside = 0
@@ -86,42 +86,42 @@ class Crossed:
         return bootstrap.two_way_mean(values, gain, mass, self.draws), bootstrap.mean(values, self.draws.users)
 
 
-def test_users_and_songs_resampled_cover_the_truth_and_users_alone_do_not():
-    """The true mean of new users and new songs is 0.5. Of 300 worlds, the interval of users alone holds it in far less
+def test_two_way_interval_covers_the_truth_and_user_interval_does_not():
+    """The true mean of new users and new songs is 0.5. Of 200 worlds, the interval of users alone holds it in far less
     than 95 %."""
     inside = np.zeros(2)
     widths = np.zeros(2)
     means = []
-    for seed in range(300):
+    for seed in range(200):
         estimates = Crossed(seed).estimates()
         means.append(estimates[0].value)
         for which, estimate in enumerate(estimates):
             low, high = estimate.interval
             inside[which] += low <= 0.5 <= high
             widths[which] += high - low
-    both, users = inside / 300
+    both, users = inside / 200
     assert 0.92 <= both <= 0.99, both
     assert users < 0.75, users
-    assert (widths / 300 / (2 * 1.96 * np.std(means)))[0] == pytest.approx(1, abs=0.15)
+    assert (widths / 200 / (2 * 1.96 * np.std(means)))[0] == pytest.approx(1, abs=0.15)
 
 
-def test_a_paired_difference_of_two_models_covers_its_truth():
+def test_paired_difference_of_two_models_covers_the_truth():
     """The second model is better by 0.1 on songs of some artists: which artists are held out decides how much is
     seen."""
     inside = np.zeros(2)
-    for seed in range(300):
+    for seed in range(200):
         world = Crossed(seed)
         better = np.random.default_rng((seed, 1)).random(world.artist.max() + 1) < 0.3
         first = world.estimates()
         world.hits = world.hits + 0.1 * better[world.artist[world.song]]
         gains = [bootstrap.difference(after, before) for after, before in zip(world.estimates(), first, strict=True)]
         inside += [low <= 0.03 + 1e-6 and high >= 0.03 - 1e-6 for low, high in (gain.interval for gain in gains)]
-    both, users = inside / 300
+    both, users = inside / 200
     assert both >= 0.9, both
     assert users < 0.7, users
 
 
-def test_each_way_is_the_mean_of_the_repeated_units():
+def test_two_way_resamples_match_repeated_units():
     world = Crossed(0, users=20, artists=6)
     both, of_users = world.estimates()
     hits, song = world.hits, world.song
@@ -139,29 +139,28 @@ def test_each_way_is_the_mean_of_the_repeated_units():
     assert abs(correlation) < 0.1, "users and artists are drawn independently"
 
 
-def test_a_metric_that_compares_users_is_resampled_over_both():
-    """Item AUC: with one song, all that is uncertain is who was asked; the width is that of a bootstrap of the users,
-    written out."""
+def test_item_auc_is_resampled_over_users_and_artists():
+    """With one song, only the users vary: the interval is as wide as that of an explicit bootstrap of users."""
     generator = np.random.default_rng(0)
     positive = np.arange(40) < 15
     scores = generator.normal(size=40) + positive
     marks = [sparse.csr_matrix(which[:, None]) for which in (positive, np.zeros(40, dtype=bool))]
-    asked = ItemQueries(np.array([0]), sparse.csr_matrix((40, 1), dtype=bool), *marks, None)
-    aucs, influence = item_auc(asked, lambda history, songs: scores[:, None])
+    queries = ItemQueries(np.array([0]), sparse.csr_matrix((40, 1), dtype=bool), *marks, None)
+    aucs, influence = item_auc(queries, lambda history, songs: scores[:, None])
     assert influence.sum() == pytest.approx(0)
     draws = bootstrap.draw_two_way([str(i) for i in range(40)], ["one"], 4000, 0)
-    found = bootstrap.two_way_mean_of_songs(aucs, influence, draws)
-    assert found.value == pytest.approx(roc_auc_score(positive, scores))
+    estimate = bootstrap.two_way_mean_of_songs(aucs, influence, draws)
+    assert estimate.value == pytest.approx(roc_auc_score(positive, scores))
     naive = [
         roc_auc_score(positive, scores, sample_weight=weights)
-        for weights in draws.users.weights[:1000]
+        for weights in draws.users.weights[:400]
         if weights[positive].sum()
     ]
-    assert found.resampled.std() == pytest.approx(np.std(naive), rel=0.15)
+    assert estimate.resampled.std() == pytest.approx(np.std(naive), rel=0.15)
 
 
 def test_a_difference_is_paired():
-    """Two figures that move together: each is uncertain, their difference is not."""
+    """Two correlated metrics: each has a wide interval, their difference has not."""
     values = np.random.default_rng(0).normal(size=50)
     draws = bootstrap.draw([str(i) for i in range(50)], 500, seed=0)
     first, second = bootstrap.mean(values + 0.01, draws), bootstrap.mean(values, draws)
@@ -176,7 +175,7 @@ def test_a_difference_is_paired():
     assert bootstrap.is_significant(unpaired) is None
 
 
-def test_the_order_of_units_does_not_change_the_draws():
+def test_draws_do_not_depend_on_the_order_of_units():
     names = [f"a{i}" for i in range(9)]
     values = np.arange(9.0)
     order = np.random.default_rng(0).permutation(9)
@@ -187,12 +186,12 @@ def test_the_order_of_units_does_not_change_the_draws():
     assert straight.population != bootstrap.draw(names, 100, seed=4).population
 
 
-def test_a_group_weighs_the_mean_of_its_units():
+def test_weight_of_a_group_is_the_mean_of_its_units():
     draws = Draws(np.array([[1, 3, 0], [0, 0, 2]], dtype=np.float32), "p").merge(np.array([0, 0, 1]), 2)
     assert draws.weights.tolist() == [[2, 0], [0, 2]]
 
 
-def test_without_values_there_is_no_figure():
+def test_estimates_without_values_are_nan():
     draws = bootstrap.draw(["a", "b"], 100, seed=0)
     for empty in (bootstrap.mean(np.full(2, np.nan), draws), bootstrap.median(np.full(2, np.nan), draws)):
         assert np.isnan(empty.value)
@@ -200,16 +199,16 @@ def test_without_values_there_is_no_figure():
         assert empty.n == 0
 
 
-def test_figures_survive_the_table():
+def test_table_round_trip_preserves_metrics():
     draws = bootstrap.draw(["a", "b", "c"], 100, seed=0)
     methods = {
         "semantic": {"ndcg@10": bootstrap.mean(np.array([0.0, 0.5, 1.0]), draws)},
         "random": {"worst": Estimate(0.25, 3)},
     }
-    found = estimates([TaskResult("cold", "cold songs", "users", "users", "random", methods)])
-    again = from_table(to_table(found))
-    assert again.keys() == found.keys()
-    for key, item in found.items():
+    estimate = estimates([TaskResult("cold", "cold songs", "users", "users", "random", methods)])
+    again = from_table(to_table(estimate))
+    assert again.keys() == estimate.keys()
+    for key, item in estimate.items():
         assert (again[key].value, again[key].n, again[key].population) == (item.value, item.n, item.population)
         np.testing.assert_array_equal(again[key].resampled, item.resampled)
     assert from_table(to_table({})) == {}

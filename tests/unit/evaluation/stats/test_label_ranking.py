@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 9])
-def test_figures_of_weighted_songs_are_scikit_learns(decimals: int, monkeypatch: pytest.MonkeyPatch):
+def test_weighted_metrics_match_scikit_learn(decimals: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(label_ranking, "CELLS", 150)  # several chunks of resamples
     generator = np.random.default_rng(decimals)
     scores, truth = generator.normal(size=60).round(decimals), generator.random(60) < 0.3
@@ -32,28 +32,28 @@ def test_resamples_without_positives_or_negatives_have_no_auc():
     np.testing.assert_array_equal(precision, [1, np.nan, 1])
 
 
-def test_macro_figures_are_means_over_labels_and_resamples_repeat_songs():
+def test_macro_metrics_are_means_over_labels_and_resamples_repeat_songs():
     generator = np.random.default_rng(0)
     artists = [f"a{i % 12}" for i in range(80)]
     scores = generator.normal(size=(80, 4))
     truth = scores + 2 * generator.normal(size=(80, 4)) > 0.5
     draws = bootstrap.draw(artists, 100, seed=1)
-    figures = label_ranking.macro_metrics(scores, truth, draws)
-    assert figures["roc_auc"].value == pytest.approx(roc_auc_score(truth, scores, average="macro"))
-    assert figures["map"].value == pytest.approx(average_precision_score(truth, scores, average="macro"))
-    assert figures["map"].n == 80
+    metrics = label_ranking.macro_metrics(scores, truth, draws)
+    assert metrics["roc_auc"].value == pytest.approx(roc_auc_score(truth, scores, average="macro"))
+    assert metrics["map"].value == pytest.approx(average_precision_score(truth, scores, average="macro"))
+    assert metrics["map"].n == 80
     for row in (0, 50):
         drawn = np.repeat(np.arange(80), draws.weights[row].astype(int))
-        assert figures["roc_auc"].resampled[row] == pytest.approx(
+        assert metrics["roc_auc"].resampled[row] == pytest.approx(
             roc_auc_score(truth[drawn], scores[drawn], average="macro"), abs=1e-6
         )
-        assert figures["map"].resampled[row] == pytest.approx(
+        assert metrics["map"].resampled[row] == pytest.approx(
             average_precision_score(truth[drawn], scores[drawn], average="macro"), abs=1e-6
         )
 
 
-def test_a_constant_score_has_auc_one_half_and_the_share_of_positives_as_precision():
+def test_constant_scores_have_chance_auc_and_precision():
     truth = np.array([[True], [False], [False], [False]])
-    figures = label_ranking.macro_metrics(np.zeros((4, 1)), truth, bootstrap.draw(list("abcd"), 100, seed=0))
-    assert (figures["roc_auc"].value, figures["map"].value) == (0.5, 0.25)
-    assert figures["roc_auc"].interval == (0.5, 0.5)
+    metrics = label_ranking.macro_metrics(np.zeros((4, 1)), truth, bootstrap.draw(list("abcd"), 100, seed=0))
+    assert (metrics["roc_auc"].value, metrics["map"].value) == (0.5, 0.25)
+    assert metrics["roc_auc"].interval == (0.5, 0.5)

@@ -40,7 +40,7 @@ def songs() -> EvaluatedSongs:
     return labelled_world(signal=2.0)[0]
 
 
-def test_the_probes_of_one_label_are_scikit_learns(songs: EvaluatedSongs):
+def test_single_label_probes_match_scikit_learn(songs: EvaluatedSongs):
     x, y = songs.spaces["semantic"], np.array(songs.labels("genre"))
     train, test = songs.splits == "train", songs.splits == "test"
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
@@ -52,17 +52,17 @@ def test_the_probes_of_one_label_are_scikit_learns(songs: EvaluatedSongs):
         out_of_fold = cross_val_predict(model, x[test], y[test], groups=groups, cv=GroupKFold(5))
         expected[f"{name}_folds"] = (out_of_fold == y[test]).mean()
     task = probe(songs, "genre")
-    assert {figure: estimate.value for figure, estimate in task.methods["semantic"].items()} == pytest.approx(expected)
+    assert {metric: estimate.value for metric, estimate in task.methods["semantic"].items()} == pytest.approx(expected)
     assert len(set(expected.values())) > 1
-    commonest = max(sorted(set(y)), key=lambda label: (y[train] == label).sum())
-    assert {estimate.value for estimate in task.methods["commonest"].values()} == {(y[test] == commonest).mean()}
+    most_frequent = max(sorted(set(y)), key=lambda label: (y[train] == label).sum())
+    assert {estimate.value for estimate in task.methods["commonest"].values()} == {(y[test] == most_frequent).mean()}
     assert task.control == "commonest"
     assert task.counts == {
         "classes": 3, "unseen_label_songs": 0, "train_songs": train.sum(), "test_songs": test.sum(), "folds": 5,
     }  # fmt: skip
 
 
-def test_the_probes_of_several_labels_are_scikit_learns(songs: EvaluatedSongs):
+def test_multi_label_probes_match_scikit_learn(songs: EvaluatedSongs):
     tags = songs.values("tags")
     has, names = np.array([bool(of_song) for of_song in tags]), [f"tag {j}" for j in range(4)]
     y = np.array([[name in of_song for name in names] for of_song in tags])
@@ -75,10 +75,12 @@ def test_the_probes_of_several_labels_are_scikit_learns(songs: EvaluatedSongs):
         model, x[test], y[test], groups=np.array(songs.artists)[test], cv=GroupKFold(5), method="decision_function"
     )
     task = probe(songs, "tags")
-    found = {figure: estimate.value for figure, estimate in task.methods["semantic"].items()}
+    values = {metric: estimate.value for metric, estimate in task.methods["semantic"].items()}
     for prefix, suffix, of in (("", "", scores), ("knn_", "", shares), ("", "_folds", out_of_fold)):
-        assert found[f"{prefix}roc_auc{suffix}"] == pytest.approx(roc_auc_score(y[test], of, average="macro"), abs=1e-4)
-        assert found[f"{prefix}map{suffix}"] == pytest.approx(
+        assert values[f"{prefix}roc_auc{suffix}"] == pytest.approx(
+            roc_auc_score(y[test], of, average="macro"), abs=1e-4
+        )
+        assert values[f"{prefix}map{suffix}"] == pytest.approx(
             average_precision_score(y[test], of, average="macro"), abs=1e-3
         )
     assert task.methods["random"].keys() == task.methods["semantic"].keys()
@@ -87,10 +89,10 @@ def test_the_probes_of_several_labels_are_scikit_learns(songs: EvaluatedSongs):
     assert task.control == "random"
 
 
-def test_a_probe_reads_what_is_there_and_only_that(songs: EvaluatedSongs):
+def test_probes_detect_only_information_in_the_vectors(songs: EvaluatedSongs):
     genre, mood, tags = (probe(songs, column) for column in ("genre", "mood", "tags"))
-    for task, figure in ((genre, "accuracy"), (tags, "roc_auc")):
-        for name in (figure, f"{figure}_folds", f"knn_{figure}", f"knn_{figure}_folds"):
+    for task, metric in ((genre, "accuracy"), (tags, "roc_auc")):
+        for name in (metric, f"{metric}_folds", f"knn_{metric}", f"knn_{metric}_folds"):
             gain = bootstrap.difference(task.methods["semantic"][name], task.methods[task.control][name])
             assert bootstrap.is_significant(gain), name
             assert gain.value > 0.1
@@ -100,7 +102,7 @@ def test_a_probe_reads_what_is_there_and_only_that(songs: EvaluatedSongs):
         assert estimate.value == pytest.approx(0.5, abs=0.15), name
 
 
-def test_songs_without_a_label_take_no_part_and_unseen_labels_are_errors():
+def test_unlabelled_songs_are_excluded_and_unseen_labels_are_errors():
     vectors = np.tile([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1], [0.5, 0.5]], (2, 1))
     genre = [["a"], ["a"], ["b"], ["b"], None, ["a"], ["a"], ["b"], ["new"], None]
     songs = songs_of(["train"] * 5 + ["test"] * 5, list("abcdefghij"), vectors, genre=genre)
@@ -111,14 +113,14 @@ def test_songs_without_a_label_take_no_part_and_unseen_labels_are_errors():
 
 
 @pytest.mark.parametrize("genre", [["a"] * 4 + ["a", "b"] * 2, [None] * 4 + ["a", "b"] * 2])
-def test_without_two_training_labels_there_is_no_probe(genre: list[str | None]):
+def test_probe_needs_two_training_labels(genre: list[str | None]):
     songs = songs_of(
         ["train"] * 4 + ["test"] * 4, list("abcdefgh"), np.eye(8), genre=[value and [value] for value in genre]
     )
     assert probe(songs, "genre") is None
 
 
-def test_a_label_of_several_that_training_lacks_is_left_out():
+def test_labels_without_training_songs_are_left_out():
     generator = np.random.default_rng(0)
     tags = [["x", "y"] if i % 2 else ["x"] for i in range(20)]
     tags[15] = ["y", "new"]
@@ -141,7 +143,7 @@ def test_a_label_of_several_that_training_lacks_is_left_out():
     )
 
 
-def test_an_artist_is_in_one_fold_however_it_is_written():
+def test_spellings_of_an_artist_share_a_fold():
     """Every artist has its own label and direction: who sees the artist in training names every label, who does not
     none."""
     artists = ["Ann", "ann ", "Bob", "BOB; Guest", "cy", "Cÿ feat. Other"]
@@ -159,14 +161,14 @@ def test_an_artist_is_in_one_fold_however_it_is_written():
     assert task.methods["semantic"]["accuracy_folds"].value == task.methods["semantic"]["knn_accuracy_folds"].value == 0
 
 
-def test_of_one_artist_there_are_no_folds():
+def test_songs_by_one_artist_have_no_folds():
     songs = songs_of(["train"] * 4 + ["test"] * 4, list("abcd") + ["e"] * 4, np.eye(8), genre=[["x"], ["y"]] * 4)
     task = probe(songs, "genre")
     assert set(task.methods["semantic"]) == set(task.methods["commonest"]) == {"accuracy", "knn_accuracy"}
     assert task.counts["folds"] == 0
 
 
-def test_a_big_catalogue_trains_on_a_sample(songs: EvaluatedSongs, monkeypatch: pytest.MonkeyPatch):
+def test_large_catalogues_train_on_a_sample(songs: EvaluatedSongs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(probes, "MAX_TRAINING_SONGS", 50)
     first, again = probe(songs, "genre"), probe(songs, "genre")
     assert first.counts["train_songs"] == 50
@@ -189,7 +191,7 @@ def test_a_label_that_all_held_out_songs_have_cannot_be_ranked():
     }
 
 
-def test_a_fold_that_learns_one_label_answers_with_it():
+def test_fold_with_one_training_label_predicts_it():
     """Two artists with a label each: out of fold, the other's is all that was seen."""
     songs = songs_of(["train"] * 4 + ["test"] * 4, list("abcdeeff"), np.eye(8), genre=[["x"], ["x"], ["y"], ["y"]] * 2)
     task = probe(songs, "genre")
@@ -197,7 +199,7 @@ def test_a_fold_that_learns_one_label_answers_with_it():
     assert task.methods["semantic"]["accuracy_folds"].value == task.methods["semantic"]["knn_accuracy_folds"].value == 0
 
 
-def test_rare_labels_stay_in_a_sample_of_many_training_songs():
+def test_training_sample_keeps_rare_labels():
     values = [("common",)] * 9_000 + [("rare",)] * 30 + [("single", "common")]
     of = Labels("tags", values, True, np.arange(len(values)), np.arange(3))
     rows = probes.sample_training_songs(of, 300, seed=0)

@@ -1,5 +1,4 @@
-"""Who is asked about which songs, and how worlds with known taste score, on logs of a few rows and on made-up
-listeners."""
+"""Queries of the recommendation tasks on small logs, and metrics of synthetic users with known taste."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def log(*rows: tuple) -> pd.DataFrame:
     return table
 
 
-def ask(
+def queries_of(
     events: pd.DataFrame,
     *,
     splits: np.ndarray = SPLITS,
@@ -43,12 +42,12 @@ def ask(
     known_users: bool = False,
     **settings,
 ) -> UserQueries:
-    made = EvaluateSettings(**settings)
-    cold = splits == made.split
-    return user_queries(user_activity(songs, cold, events, made.split), cold, made, known_users=known_users)
+    configured = EvaluateSettings(**settings)
+    cold = splits == configured.split
+    return user_queries(user_activity(songs, cold, events, configured.split), cold, configured, known_users=known_users)
 
 
-def marked(marks: sparse.csr_matrix) -> list[list[int]]:
+def columns_of_rows(marks: sparse.csr_matrix) -> list[list[int]]:
     """The columns of each row."""
     return [np.flatnonzero(row).tolist() for row in marks.toarray()]
 
@@ -69,24 +68,24 @@ def test_history_targets_and_candidates():
         ("U", "f", -1, "test"),  # a candidate, no target
         ("U", "b", 1, "test"),  # no held-out song
     )
-    asked = ask(events)
-    assert asked.users == ["U"]
-    assert asked.candidates.tolist() == [3, 4, 5]
-    assert marked(asked.history) == [[0, 2]]
-    assert marked(asked.targets) == [[1]]
-    assert marked(asked.met) == [[0]]
-    figures, lists = rank_users(asked, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
-    assert figures["hit_rate@1"].values.tolist() == [1.0], "the met song ranks first by score but is no candidate"
-    assert marked(lists) == [[1]]
+    queries = queries_of(events)
+    assert queries.users == ["U"]
+    assert queries.candidates.tolist() == [3, 4, 5]
+    assert columns_of_rows(queries.history) == [[0, 2]]
+    assert columns_of_rows(queries.targets) == [[1]]
+    assert columns_of_rows(queries.met) == [[0]]
+    metrics, lists = rank_users(queries, shared_scorer(np.array([0, 0, 0, 9.0, 2.0, 1.0])), (1,), seed=0)
+    assert metrics["hit_rate@1"].values.tolist() == [1.0], "the met song ranks first by score but is no candidate"
+    assert columns_of_rows(lists) == [[1]]
 
 
-def test_a_song_met_as_trigger_is_no_candidate():
-    asked = ask(log(("U", "a", 1, "train", "f"), ("U", "e", 1, "test"), ("U", "f", 1, "test")))
-    assert marked(asked.targets) == [[1]]
-    assert marked(asked.met) == [[2]]
+def test_songs_met_as_trigger_are_no_candidates():
+    queries = queries_of(log(("U", "a", 1, "train", "f"), ("U", "e", 1, "test"), ("U", "f", 1, "test")))
+    assert columns_of_rows(queries.targets) == [[1]]
+    assert columns_of_rows(queries.met) == [[2]]
 
 
-def test_who_is_left_out_is_counted():
+def test_excluded_users_are_counted():
     events = log(
         ("U", "a", 1, "train"),
         ("U", "d", 1, "test"),
@@ -98,7 +97,7 @@ def test_who_is_left_out_is_counted():
         ("seen", "d", 1, "test"),
         ("U", "gone", 1, "test"),  # not in the catalogue
     )
-    assert ask(events).counts == {
+    assert queries_of(events).counts == {
         "users": 1,
         "candidates": 3,
         "targets": 1,
@@ -108,11 +107,11 @@ def test_who_is_left_out_is_counted():
         "users_not_drawn": 0,
         "events_of_unknown_songs": 1,
     }
-    assert ask(events, min_history=2).users == []
-    assert ask(events, known_users=True).users == ["seen"]
+    assert queries_of(events, min_history=2).users == []
+    assert queries_of(events, known_users=True).users == ["seen"]
 
 
-def test_the_validation_period_ends_and_uses_only_what_came_before_it():
+def test_validation_period_uses_only_earlier_events():
     songs, splits = [*SONGS, "g"], np.array([*SPLITS, "validation"])
     events = log(
         ("U", "a", 1, "train"),
@@ -121,22 +120,22 @@ def test_the_validation_period_ends_and_uses_only_what_came_before_it():
         ("U", "d", 1, "test"),
         ("U", "g", 1, "test"),
     )
-    asked = ask(events, songs=songs, splits=splits, split="validation")
-    assert marked(asked.history) == [[0]]
-    assert asked.candidates.tolist() == [2, 6]
-    assert asked.candidates[marked(asked.targets)[0]].tolist() == [2]
+    queries = queries_of(events, songs=songs, splits=splits, split="validation")
+    assert columns_of_rows(queries.history) == [[0]]
+    assert queries.candidates.tolist() == [2, 6]
+    assert queries.candidates[columns_of_rows(queries.targets)[0]].tolist() == [2]
 
 
 def test_logs_without_times_use_all_positives():
     events = log(("U", "a", 3, "train"), ("U", "d", 1, "train"), ("U", "e", -1, "train"))
     events["timestamp"] = np.nan
-    asked = ask(events)
-    assert marked(asked.history) == [[0]]
-    assert marked(asked.targets) == [[0]]
-    assert marked(asked.met) == [[]]
+    queries = queries_of(events)
+    assert columns_of_rows(queries.history) == [[0]]
+    assert columns_of_rows(queries.targets) == [[0]]
+    assert columns_of_rows(queries.met) == [[]]
 
 
-def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
+def test_user_sample_does_not_depend_on_other_users():
     users = [f"u{i}" for i in range(200)]
     kept = {users[row] for row in sample_users(users, 50)}
     assert len(kept) == 50
@@ -147,8 +146,8 @@ def test_of_many_users_the_same_are_drawn_whoever_else_there_is():
 
 def test_user_vectors_are_unit_means():
     vectors = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    found = user_vectors(vectors, histories([0], [0, 1], [0, 2], songs=3))
-    np.testing.assert_allclose(found, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)], [0, 0]])
+    vectors_of_users = user_vectors(vectors, histories([0], [0, 1], [0, 2], songs=3))
+    np.testing.assert_allclose(vectors_of_users, [[1, 0], [np.sqrt(0.5), np.sqrt(0.5)], [0, 0]])
 
 
 def test_the_blended_vectors_inner_product_is_the_weighted_sum_of_both_cosines():
@@ -205,7 +204,7 @@ def listeners() -> Listeners:
     return Listeners()
 
 
-def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
+def test_methods_with_knowledge_of_taste_beat_chance_and_others_do_not(listeners: Listeners):
     tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
     assert list(tasks) == ["cold", "cold_known_users", "hot", "hot_known_users"]
     for name, task in tasks.items():
@@ -224,28 +223,28 @@ def test_taste_is_found_where_it_is_and_nowhere_else(listeners: Listeners):
         assert tasks[name].methods["preference"]["item_auc"].value > 0.85
 
 
-def test_every_interval_holds_the_uncertainty_of_the_songs_too(listeners: Listeners):
+def test_intervals_include_the_uncertainty_of_the_songs(listeners: Listeners):
     """Twelve artists are held out: with the artists of all songs resampled, intervals are wider than those of users
     alone."""
-    asked = ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits)
+    queries = queries_of(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits)
     task = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)[0]
     assert task.over == "users and artists"
-    found, _ = rank_users(asked, vector_scorer(listeners.songs.spaces["preference"]), SETTINGS.ks, 0)
-    draws = bootstrap.draw(asked.users, SETTINGS.resamples, SETTINGS.seed)
-    for name, metric in found.items():
-        ours, alone = task.methods["preference"][name], bootstrap.mean(metric.values, draws)
-        assert ours.value == pytest.approx(alone.value)
-        (low, high), (before, after) = ours.interval, alone.interval
+    vectors_of_users, _ = rank_users(queries, vector_scorer(listeners.songs.spaces["preference"]), SETTINGS.ks, 0)
+    draws = bootstrap.draw(queries.users, SETTINGS.resamples, SETTINGS.seed)
+    for name, metric in vectors_of_users.items():
+        both, alone = task.methods["preference"][name], bootstrap.mean(metric.values, draws)
+        assert both.value == pytest.approx(alone.value)
+        (low, high), (before, after) = both.interval, alone.interval
         assert high - low > 1.05 * (after - before), name
-        assert low <= ours.value <= high
+        assert low <= both.value <= high
     assert {
         estimate.population for estimate in task.methods["preference"].values() if estimate.resampled is not None
     } != {""}
 
 
-def test_new_and_known_users_are_different_people(listeners: Listeners):
+def test_new_and_known_users_are_disjoint(listeners: Listeners):
     new, known = (
-        ask(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits, known_users=flag)
+        queries_of(listeners.log, songs=listeners.songs.ids, splits=listeners.songs.splits, known_users=flag)
         for flag in (False, True)
     )
     assert new.users
@@ -274,6 +273,6 @@ def test_hot_songs_have_training_listeners_and_no_task_without_times(listeners: 
     assert [t.name for t in recommendation_tasks(listeners.songs, timeless, SETTINGS)] == ["cold", "cold_known_users"]
 
 
-def test_nobody_to_ask_is_no_task(listeners: Listeners):
+def test_an_empty_log_has_no_tasks(listeners: Listeners):
     assert recommendation_tasks(listeners.songs, listeners.log[:0], SETTINGS) == []
     assert blend_curve(listeners.songs, listeners.log[:0], SETTINGS) == []

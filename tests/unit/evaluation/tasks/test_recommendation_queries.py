@@ -1,4 +1,4 @@
-"""UserQueries and item AUC read from random logs by loops over their rows, and what methods may not see of a log."""
+"""Queries and item AUC of random logs against loops over their rows, and events that methods must not use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from htcl_ray.evaluation.tasks.item_auc import item_auc, item_queries
 from htcl_ray.evaluation.tasks.recommendation import recommendation_tasks
 from htcl_ray.evaluation.tasks.recommendation_queries import user_activity, user_queries
 from htcl_ray.evaluation.tasks.scorers import vector_scorer
-from tests.unit.evaluation.tasks.test_recommendation import SETTINGS, Listeners, listeners, log, marked  # noqa: F401 (a fixture)
+from tests.unit.evaluation.tasks.test_recommendation import SETTINGS, Listeners, columns_of_rows, listeners, log  # noqa: F401 (a fixture)
 from tests.worlds.evaluation_songs import unit
 
 pytestmark = pytest.mark.unit
@@ -41,7 +41,7 @@ def random_log(seed: int, feedback: bool, timeless: bool) -> pd.DataFrame:
     return events.assign(timestamp=np.nan) if timeless else events
 
 
-class Read:
+class UserEvents:
     """What one user of a log met and liked, event by event."""
 
     def __init__(self, events: pd.DataFrame, user: str, timeless: bool) -> None:
@@ -64,42 +64,44 @@ CASES = [
 
 
 @pytest.mark.parametrize(("feedback", "timeless", "known"), CASES)
-def test_questions_are_those_of_a_loop_over_the_events(feedback: bool, timeless: bool, known: bool):
+def test_user_queries_match_a_loop_over_the_events(feedback: bool, timeless: bool, known: bool):
     events = random_log(0, feedback, timeless)
     candidates = COLD if timeless else ~COLD & (np.arange(24) % 2 == 0)
     settings = EvaluateSettings(min_history=3)
-    asked = user_queries(user_activity(SONGS, COLD, events, "test"), candidates, settings, known_users=known)
-    names = [song for song, there in zip(SONGS, candidates, strict=True) if there]
+    queries = user_queries(user_activity(SONGS, COLD, events, "test"), candidates, settings, known_users=known)
+    names = [song for song, is_candidate in zip(SONGS, candidates, strict=True) if is_candidate]
     expected = {}
     for user in sorted(set(events["user_id"])):
-        read = Read(events, user, timeless)
-        targets = {song for song in read.liked - read.met if song in names}
-        if user.isupper() != known and len(read.history) >= 3 and targets:
-            expected[user] = (read.history, targets, {song for song in read.met if song in names})
-    assert asked.users == list(expected)
-    assert asked.users
-    for part, names_of, marks in ((0, SONGS, asked.history), (1, names, asked.targets), (2, names, asked.met)):
-        assert [{names_of[place] for place in row} for row in marked(marks)] == [
+        events_of = UserEvents(events, user, timeless)
+        targets = {song for song in events_of.liked - events_of.met if song in names}
+        if user.isupper() != known and len(events_of.history) >= 3 and targets:
+            expected[user] = (events_of.history, targets, {song for song in events_of.met if song in names})
+    assert queries.users == list(expected)
+    assert queries.users
+    for part, ids_of, marks in ((0, SONGS, queries.history), (1, names, queries.targets), (2, names, queries.met)):
+        assert [{ids_of[place] for place in row} for row in columns_of_rows(marks)] == [
             sets[part] for sets in expected.values()
         ]
 
 
 @pytest.mark.parametrize(("feedback", "timeless", "known"), CASES)
-def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless: bool, known: bool):
+def test_item_auc_matches_loops_over_songs_and_users(feedback: bool, timeless: bool, known: bool):
     events = random_log(1, feedback, timeless)
     vectors = unit(np.random.default_rng(2).normal(size=(24, 4)))
-    asked = item_queries(
+    queries = item_queries(
         user_activity(SONGS, COLD, events, "test"),
         COLD,
         EvaluateSettings(min_item_users=2, min_history=2),
         known_users=known,
     )
-    found = dict(zip(asked.songs.tolist(), item_auc(asked, vector_scorer(vectors))[0], strict=True))
-    read = {user: Read(events, user, timeless) for user in sorted(set(events["user_id"])) if user.isupper() != known}
+    aucs = dict(zip(queries.songs.tolist(), item_auc(queries, vector_scorer(vectors))[0], strict=True))
+    events_of = {
+        user: UserEvents(events, user, timeless) for user in sorted(set(events["user_id"])) if user.isupper() != known
+    }
     expected = {}
     for row in np.flatnonzero(COLD).tolist():
         labels, scores = [], []
-        for one in read.values():
+        for one in events_of.values():
             if len(one.history) < 2 or SONGS[row] in one.met or (feedback and SONGS[row] not in one.exposed):
                 continue
             mean = vectors[[SONGS.index(song) for song in one.history]].mean(axis=0)
@@ -107,24 +109,23 @@ def test_item_auc_is_that_of_loops_over_songs_and_users(feedback: bool, timeless
             scores.append(vectors[row] @ mean / np.linalg.norm(mean))
         if min(sum(labels), len(labels) - sum(labels)) >= 2:
             expected[row] = roc_auc_score(labels, scores)
-    assert found == pytest.approx(expected)
-    assert found
+    assert aucs == pytest.approx(expected)
+    assert aucs
 
 
-def test_users_who_met_a_song_before_are_no_negatives_to_be_counted():
-    """Without feedback all others are negatives: here everybody else knew the song, so there is nobody to compare
-    with."""
+def test_users_who_met_a_song_before_are_no_negatives():
+    """Without feedback all other users are negatives; here all of them met the song before."""
     events = log(
         *((f"U{i}", "s00", 1, "train") for i in range(6)),
         *((f"U{i}", "s01", 1, "test") for i in range(3)),
         *((f"U{i}", "s01", 1, "train") for i in range(3, 6)),
     )
-    heard = user_activity(SONGS, COLD, events, "test")
-    assert not len(item_queries(heard, COLD, EvaluateSettings(min_item_users=1)).songs)
+    activity = user_activity(SONGS, COLD, events, "test")
+    assert not len(item_queries(activity, COLD, EvaluateSettings(min_item_users=1)).songs)
 
 
 def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(listeners: Listeners):  # noqa: F811
-    """Training users who liked held-out songs early: no score, and so no figure of a new user's, changes by them."""
+    """Early events of training users on held-out songs do not change the metrics of new users."""
     cold = [song for song, split in zip(listeners.songs.ids, listeners.songs.splits, strict=True) if split == "test"]
     early = log(*((f"early{i}", song, 1.0, "train") for i in range(5) for song in cold[:20]))
     before, after = (
@@ -132,13 +133,13 @@ def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(lis
         for events in (listeners.log, pd.concat([listeners.log, early], ignore_index=True))
     )
     assert before.methods.keys() == after.methods.keys()
-    for method, figures in before.methods.items():
-        assert {name: item.value for name, item in figures.items()} == {
+    for method, metrics in before.methods.items():
+        assert {name: item.value for name, item in metrics.items()} == {
             name: item.value for name, item in after.methods[method].items()
         }
 
 
-def test_no_more_users_than_allowed_are_asked_and_the_rest_is_counted(listeners: Listeners):  # noqa: F811
+def test_max_users_limits_queries_and_the_rest_is_counted(listeners: Listeners):  # noqa: F811
     settings = SETTINGS.model_copy(update={"max_users": 12})
     every = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)
     for all_of_them, task in zip(every, recommendation_tasks(listeners.songs, listeners.log, settings), strict=True):
@@ -155,28 +156,28 @@ def test_without_implicit_als_is_left_out_and_counted(listeners: Listeners, monk
     assert "item_knn" in tasks["hot"].methods
 
 
-def test_methods_come_in_one_order_and_every_figure_has_its_n(listeners: Listeners):  # noqa: F811
+def test_methods_have_a_fixed_order_and_every_metric_has_n(listeners: Listeners):  # noqa: F811
     tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
     cold = ["semantic", "preference", "blend_0.5", "random", "popularity", "shuffled", "log_mel", "genre"]
     assert list(tasks["cold"].methods) == cold
     assert list(tasks["hot"].methods) == [*cold, "item_knn", "als"]
     for name, task in tasks.items():
-        per_user = [f"{figure}@{k}" for k in SETTINGS.ks for figure in ("hit_rate", "recall", "ndcg")] + [
+        per_user = [f"{metric}@{k}" for k in SETTINGS.ks for metric in ("hit_rate", "recall", "ndcg")] + [
             "mrr",
             "user_auc",
         ]
-        breadth = [f"{figure}@10" for figure in ("coverage", "gini", "artist_diversity", "popularity_lift")]
-        for figures in task.methods.values():
-            assert list(figures) == per_user + breadth + (["item_auc"] if name.startswith("cold") else [])
-            assert all(figures[figure].n == task.counts["users"] and figures[figure].interval for figure in per_user)
-            assert figures["coverage@10"].interval is None
-            assert figures["coverage@10"].n == task.counts["candidates"]
-            if "item_auc" in figures:
-                assert figures["item_auc"].n == task.counts["item_auc_songs"]
+        of_lists = [f"{metric}@10" for metric in ("coverage", "gini", "artist_diversity", "popularity_lift")]
+        for metrics in task.methods.values():
+            assert list(metrics) == per_user + of_lists + (["item_auc"] if name.startswith("cold") else [])
+            assert all(metrics[metric].n == task.counts["users"] and metrics[metric].interval for metric in per_user)
+            assert metrics["coverage@10"].interval is None
+            assert metrics["coverage@10"].n == task.counts["candidates"]
+            if "item_auc" in metrics:
+                assert metrics["item_auc"].n == task.counts["item_auc_songs"]
 
 
 @pytest.mark.parametrize("feedback", [True, False])
-def test_songs_keep_their_answers_when_there_are_more_users_than_are_asked(feedback: bool):
+def test_user_sample_keeps_enough_labels_of_each_song(feedback: bool):
     """40,000 users with 2 songs each of 2,000: 100 users drawn by themselves leave no song with five positive ones."""
     generator = np.random.default_rng(0)
     songs = [f"s{i:04}" for i in range(2_000)] + ["past"]
@@ -188,11 +189,11 @@ def test_songs_keep_their_answers_when_there_are_more_users_than_are_asked(feedb
             (f"U{user}", songs[first], 1.0, "test"),
             (f"U{user}", songs[second], -1.0 if feedback else 1.0, "test"),
         ]
-    heard = user_activity(songs, cold, log(*rows), "test")
-    asked = item_queries(heard, cold, EvaluateSettings(max_users=200))
-    assert asked.history.shape[0] == len(set(asked.users)) == 200
-    assert len(asked.songs) >= 15
-    assert asked.positive.getnnz(axis=0).min() >= 5
-    assert asked.negative is None or asked.negative.getnnz(axis=0).min() >= 5
-    again = item_queries(heard, cold, EvaluateSettings(max_users=200))
-    assert (again.users, again.population) == (asked.users, asked.population)
+    activity = user_activity(songs, cold, log(*rows), "test")
+    queries = item_queries(activity, cold, EvaluateSettings(max_users=200))
+    assert queries.history.shape[0] == len(set(queries.users)) == 200
+    assert len(queries.songs) >= 15
+    assert queries.positive.getnnz(axis=0).min() >= 5
+    assert queries.negative is None or queries.negative.getnnz(axis=0).min() >= 5
+    again = item_queries(activity, cold, EvaluateSettings(max_users=200))
+    assert (again.users, again.population) == (queries.users, queries.population)

@@ -1,4 +1,4 @@
-"""Baselines, item AUC and breadth against dense references, closed forms and scikit-learn."""
+"""Scorers, item AUC and list metrics against dense references, closed forms and scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from htcl_ray.evaluation.tasks.item_auc import ItemQueries, item_auc, item_queri
 from htcl_ray.evaluation.tasks.list_coverage import gini, list_metrics, top_k
 from htcl_ray.evaluation.tasks.recommendation_queries import training_positives, user_activity
 from htcl_ray.evaluation.tasks.scorers import shared_scorer
-from tests.unit.evaluation.tasks.test_recommendation import SONGS, SPLITS, histories, log, marked
+from tests.unit.evaluation.tasks.test_recommendation import SONGS, SPLITS, columns_of_rows, histories, log
 from tests.worlds.evaluation_songs import made_up, metadata
 
 pytestmark = pytest.mark.unit
@@ -41,7 +41,22 @@ def test_item_knn_equals_the_dense_cosine():
         np.testing.assert_allclose(scorers.item_knn_scorer(listened, neighbors)(users, candidates), expected, atol=1e-6)
 
 
-def test_als_folds_a_user_in_by_the_closed_form():
+def test_item_knn_equals_implicit_where_no_tie_is_cut():
+    """`implicit` keeps arbitrary ones of equally near neighbours, so the two are compared without a limit."""
+    from implicit.nearest_neighbours import CosineRecommender
+
+    generator = np.random.default_rng(1)
+    interactions = sparse.csr_matrix((generator.random((60, 80)) < 0.1).astype(np.float32))
+    history = sparse.csr_matrix(generator.random((9, 80)) < 0.1)
+    model = CosineRecommender(K=80, num_threads=1)
+    model.fit(interactions, show_progress=False)
+    cosines = model.similarity.toarray()
+    np.fill_diagonal(cosines, 0)
+    scores = scorers.item_knn_scorer(interactions)(history, np.arange(80))
+    np.testing.assert_allclose(scores, history.toarray().astype(np.float64) @ cosines, atol=1e-5)
+
+
+def test_als_folds_in_users_by_the_closed_form():
     """(YᵀY + Σ (α − 1) y yᵀ + λI)⁻¹ Σ α y over the history (Hu, Koren and Volinsky 2008, equation 4, confidence α)."""
     generator = np.random.default_rng(0)
     listened = sparse.csr_matrix((generator.random((40, 20)) < 0.3).astype(np.float32))
@@ -72,7 +87,7 @@ def test_als_folds_a_user_in_by_the_closed_form():
     np.testing.assert_allclose(first[0], items @ user, atol=2e-3)
 
 
-def test_training_positives_leave_out_the_future_held_out_users_and_held_out_songs():
+def test_training_positives_exclude_the_future_and_held_out_users_and_songs():
     songs = dataclasses.replace(made_up(6), ids=SONGS, splits=SPLITS)
     events = log(
         ("u", "a", 1, "train"),
@@ -93,8 +108,8 @@ def test_a_cold_song_is_as_popular_as_its_genre():
     songs = dataclasses.replace(
         made_up(6), splits=SPLITS, metadata=metadata(6, genre=[["rock"], ["rock"], ["jazz"], ["rock"], ["jazz"], None])
     )
-    found = scorers.genre_popularity(songs, np.array([4.0, 2.0, 9.0, 7.0, 0.0, 0.0]))
-    assert found.tolist() == [3, 3, 0, 3, 0, 0], "mean of training songs only; no training song is jazz"
+    actual = scorers.genre_popularity(songs, np.array([4.0, 2.0, 9.0, 7.0, 0.0, 0.0]))
+    assert actual.tolist() == [3, 3, 0, 3, 0, 0], "mean of training songs only; no training song is jazz"
 
 
 def test_genre_vectors_compare_labels():
@@ -110,14 +125,14 @@ def test_item_auc_equals_scikit_learn_song_by_song():
     positive = [generator.choice(30, 8, replace=False) for _ in range(6)]
     negative = [np.setdiff1d(np.arange(30), users)[:12] for users in positive]
     marks = [histories(*(users.tolist() for users in which), songs=30).T.tocsr() for which in (positive, negative)]
-    asked = ItemQueries(
+    queries = ItemQueries(
         np.arange(6), histories(*[[0]] * 30, songs=6), marks[0], sparse.csr_matrix((30, 6), dtype=bool), marks[1]
     )
-    found, _ = item_auc(asked, lambda history, songs: scores[:, songs])
+    actual, _ = item_auc(queries, lambda history, songs: scores[:, songs])
     for song in range(6):
         users = np.r_[positive[song], negative[song]]
-        assert found[song] == pytest.approx(roc_auc_score(np.isin(users, positive[song]), scores[users, song]))
-    same, _ = item_auc(asked, shared_scorer(generator.random(6)))
+        assert actual[song] == pytest.approx(roc_auc_score(np.isin(users, positive[song]), scores[users, song]))
+    same, _ = item_auc(queries, shared_scorer(generator.random(6)))
     assert same.tolist() == [0.5] * 6, "what is equal for all users tells none apart"
 
 
@@ -135,29 +150,29 @@ def item_log(feedback: bool) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("feedback", "negatives"), [(True, [3, 4]), (False, [3, 4, 5, 6])])
-def test_negatives_were_exposed_or_are_all_others(feedback: bool, negatives: list[int]):
-    """U7 met the song before the period, one user has no history, and known users are asked apart."""
+def test_negatives_are_exposed_users_or_all_others(feedback: bool, negatives: list[int]):
+    """U7 met the song before the period, one user has no history, and known users have separate queries."""
     cold = SPLITS == "test"
-    heard = user_activity(SONGS, cold, item_log(feedback), "test")
-    asked = item_queries(heard, cold, EvaluateSettings(min_item_users=2))
-    assert asked.songs.tolist() == [3]
+    activity = user_activity(SONGS, cold, item_log(feedback), "test")
+    queries = item_queries(activity, cold, EvaluateSettings(min_item_users=2))
+    assert queries.songs.tolist() == [3]
     users = range(
-        asked.history.shape[0]
+        queries.history.shape[0]
     )  # U0 …; of feedback logs only those who were exposed to a cold song in the period
     assert len(users) == (6 if feedback else 8)
-    positive = marked(asked.positive.T)[0]
+    positive = columns_of_rows(queries.positive.T)[0]
     assert positive == [0, 1, 2]
     if feedback:
-        assert marked(asked.negative.T)[0] == negatives
+        assert columns_of_rows(queries.negative.T)[0] == negatives
     else:
-        assert asked.negative is None
-        left_out = marked(asked.excluded.T)[0]
+        assert queries.negative is None
+        left_out = columns_of_rows(queries.excluded.T)[0]
         assert [user for user in users if user not in positive and user not in left_out] == negatives
         scores = np.array([[5.0], [1], [2], [2], [1], [0], [0], [99]])  # U7 does not count
-        assert item_auc(asked, lambda history, songs: scores)[0][0] == pytest.approx(
+        assert item_auc(queries, lambda history, songs: scores)[0][0] == pytest.approx(
             roc_auc_score([1, 1, 1, 0, 0, 0, 0], scores[:7, 0])
         )
-    assert not len(item_queries(heard, cold, EvaluateSettings()).songs), "five of each are needed by default"
+    assert not len(item_queries(activity, cold, EvaluateSettings()).songs), "five of each are needed by default"
 
 
 def test_gini_in_closed_form():
@@ -167,39 +182,39 @@ def test_gini_in_closed_form():
     assert gini(np.zeros(3)) == 0
 
 
-def test_breadth_of_lists_written_out():
+def test_list_metrics_match_hand_computed_values():
     lists, met = histories([0, 1], [0, 2], [0], songs=4), histories([], [3], [], songs=4)
     popularity = np.array([4.0, 3.0, 2.0, 1.0])
     draws = bootstrap.draw_two_way(list("abc"), ["x", "x", "y", "z"], 100, 0)
-    found = {
+    actual = {
         name: item.value
         for name, item in list_metrics([lists], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws).items()
     }
-    assert found["coverage@2"] == 3 / 4
-    assert found["gini@2"] == pytest.approx(gini(np.array([3, 1, 1, 0])))
-    assert found["artist_diversity@2"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert actual["coverage@2"] == 3 / 4
+    assert actual["gini@2"] == pytest.approx(gini(np.array([3, 1, 1, 0])))
+    assert actual["artist_diversity@2"] == pytest.approx((0.5 + 1 + 1) / 3)
     percentiles = np.array([0.875, 0.625, 0.375, 0.125])
     lifts = [
         percentiles[[0, 1]].mean() / 0.5,
         percentiles[[0, 2]].mean() / percentiles[:3].mean(),
         percentiles[0] / 0.5,
     ]
-    assert found["popularity_lift@2"] == pytest.approx(np.mean(lifts))
+    assert actual["popularity_lift@2"] == pytest.approx(np.mean(lifts))
     twice = list_metrics(
         [lists, histories([0, 1], [0, 1], [0, 1], songs=4)], met, np.array(["x", "x", "y", "z"]), popularity, 2, draws
     )
     assert twice["coverage@2"].value == pytest.approx((3 / 4 + 2 / 4) / 2)
 
 
-def test_the_best_are_listed_and_ties_at_the_end_drawn():
+def test_top_k_lists_the_best_and_draws_among_ties():
     scores, candidate = np.array([[5.0, 1.0, 1.0, 1.0, 9.0]] * 60), np.array([[True, True, True, True, False]] * 60)
-    listed = marked(top_k(scores, candidate, 2, seed=0))
-    assert {tuple(row) for row in listed} == {(0, 1), (0, 2), (0, 3)}, "the best of theirs, and one of three equals"
-    assert marked(top_k(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], (
+    listed = columns_of_rows(top_k(scores, candidate, 2, seed=0))
+    assert {tuple(row) for row in listed} == {(0, 1), (0, 2), (0, 3)}, "the best candidate, and one of three tied ones"
+    assert columns_of_rows(top_k(scores[:5], candidate[:5], 2, seed=0, first_user=30)) == listed[30:35], (
         "whatever block a user is in"
     )
-    assert marked(top_k(scores, candidate, 9, seed=0))[0] == [0, 1, 2, 3]
+    assert columns_of_rows(top_k(scores, candidate, 9, seed=0))[0] == [0, 1, 2, 3]
     generator = np.random.default_rng(0)
     drawn = generator.normal(size=(20, 50))
     expected = [sorted(np.argsort(-row)[:7].tolist()) for row in drawn]
-    assert marked(top_k(drawn, np.ones(drawn.shape, dtype=bool), 7, seed=0)) == expected
+    assert columns_of_rows(top_k(drawn, np.ones(drawn.shape, dtype=bool), 7, seed=0)) == expected

@@ -1,4 +1,4 @@
-"""Text ↔ sound retrieval and zero-shot classification, on vectors whose answers are known."""
+"""Text-to-audio and audio-to-text retrieval and zero-shot classification on vectors with known results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = EvaluateSettings(resamples=200)
 
 
 def tasks_of(
-    songs: EvaluatedSongs, words: dict[str, np.ndarray], settings: EvaluateSettings = SETTINGS
+    songs: EvaluatedSongs, vector_of_word: dict[str, np.ndarray], settings: EvaluateSettings = SETTINGS
 ) -> dict[str, TaskResult]:
     """Tasks with texts whose vector is that of the first known word in them, or noise."""
     generator = np.random.default_rng(1)
@@ -28,7 +28,7 @@ def tasks_of(
     def encode(texts: list[str]) -> dict[str, np.ndarray]:
         assert len(set(texts)) == len(texts)
         noise = generator.normal(size=(len(texts), songs.spaces["semantic"].shape[1]))
-        known = [next((vector for word, vector in words.items() if word in text), None) for text in texts]
+        known = [next((vector for word, vector in vector_of_word.items() if word in text), None) for text in texts]
         vectors = unit(np.array([noise[i] if vector is None else vector for i, vector in enumerate(known)]))
         return {
             space: vectors if of.shape[1] == vectors.shape[1] else np.hstack([vectors] * 2) / 2**0.5
@@ -72,24 +72,24 @@ def test_tied_rank_is_its_mean_over_random_orders():
     assert rank == pytest.approx(np.mean(drawn), abs=0.03)
 
 
-def test_figures_of_tied_items_are_means_over_random_orders():
+def test_metrics_of_tied_items_are_means_over_random_orders():
     """Two items stand above a tie of five, two of which are correct."""
     generator = np.random.default_rng(0)
     place = semantic.FirstRelevant(np.array([2]), np.array([5]), np.array([2]))
-    figures = semantic.retrieval_metrics(place, bootstrap.draw(["a"], 100, seed=0), (2, 3, 5, 9))
+    metrics = semantic.retrieval_metrics(place, bootstrap.draw(["a"], 100, seed=0), (2, 3, 5, 9))
     drawn = np.array([3 + generator.permutation(5)[:2].min() for _ in range(20_000)])
     for k in (2, 3, 5, 9):
-        assert figures[f"recall@{k}"].value == pytest.approx((drawn <= k).mean(), abs=0.01)
-    assert figures["mrr"].value == pytest.approx((1 / drawn).mean(), abs=0.005)
-    assert figures["median_rank"].value == pytest.approx(drawn.mean(), abs=0.03)
+        assert metrics[f"recall@{k}"].value == pytest.approx((drawn <= k).mean(), abs=0.01)
+    assert metrics["mrr"].value == pytest.approx((1 / drawn).mean(), abs=0.005)
+    assert metrics["median_rank"].value == pytest.approx(drawn.mean(), abs=0.03)
 
 
-def test_a_collapsed_model_is_the_random_control():
+def test_a_collapsed_model_equals_the_random_control():
     songs = songs_of(["test"] * 9, list("aabbccdde"), np.ones((9, 4)), texts=list("xxyzuvwqr"))
     for task in tasks_of(songs, {letter: np.ones(4) for letter in "xyzuvwqr"}).values():
-        for figure, estimate in task.methods["semantic"].items():
-            control = task.methods["random"][figure]
-            if figure != "median_rank":
+        for metric, estimate in task.methods["semantic"].items():
+            control = task.methods["random"][metric]
+            if metric != "median_rank":
                 assert estimate.value == pytest.approx(control.value)
                 np.testing.assert_allclose(estimate.resampled, control.resampled)
     assert task.methods["semantic"]["median_rank"].value == pytest.approx((8 + 1) / 2)
@@ -137,7 +137,7 @@ def test_the_random_control_of_retrieval_is_chance(
     held_out = int((world[0].splits == "test").sum())
     for name in ("text_to_audio", "audio_to_text"):
         expected = semantic.chance_metrics(held_out, np.ones(held_out, dtype=int), SETTINGS.ks)
-        assert {figure: estimate.value for figure, estimate in tasks[name].methods["random"].items()} == pytest.approx(
+        assert {metric: estimate.value for metric, estimate in tasks[name].methods["random"].items()} == pytest.approx(
             expected
         )
 
@@ -164,13 +164,13 @@ def test_tasks_come_in_order_and_empty_columns_have_none(tasks: dict[str, TaskRe
     ]
 
 
-def test_copies_of_training_recordings_are_not_asked_about():
+def test_duplicates_of_training_recordings_are_excluded():
     vectors = np.random.default_rng(0).normal(size=(4, 8))
     songs = songs_of(["train", "test", "test", "test"], list("abcd"), vectors, groups=["r", "r", "s", "t"])
     texts = {"semantic": np.eye(8, dtype=np.float32)}
     measured = run_tasks(
         songs,
-        lambda asked: {"semantic": texts["semantic"][: len(asked)]},
+        lambda batch: {"semantic": texts["semantic"][: len(batch)]},
         None,
         None,
         EvaluateSettings(probe_columns=()),
@@ -180,14 +180,14 @@ def test_copies_of_training_recordings_are_not_asked_about():
     assert semantic.semantic_tasks(songs, lambda texts: {}, EvaluateSettings(split="validation")) == []
 
 
-def test_zero_shot_names_the_genre_and_not_the_mood(
+def test_zero_shot_predicts_genre_and_not_mood(
     tasks: dict[str, TaskResult], world: tuple[EvaluatedSongs, dict[str, np.ndarray]]
 ):
-    songs, words = world
+    songs, vector_of_word = world
     held_out = songs.splits == "test"
     genre, mood = tasks["zero_shot_genre"], tasks["zero_shot_mood"]
     names = sorted(set(songs.labels("genre")))
-    scores = songs.spaces["semantic"][held_out] @ np.array([words[name] for name in names]).T
+    scores = songs.spaces["semantic"][held_out] @ np.array([vector_of_word[name] for name in names]).T
     right = [
         names[best] == label
         for best, label in zip(scores.argmax(axis=1), np.array(songs.labels("genre"))[held_out], strict=True)
@@ -200,20 +200,20 @@ def test_zero_shot_names_the_genre_and_not_the_mood(
         bootstrap.difference(mood.methods["semantic"]["accuracy"], mood.methods["random"]["accuracy"])
     )
     training = np.array(songs.labels("genre"))[songs.splits == "train"]
-    commonest = max(names, key=lambda name: (training == name).sum())
-    share = (np.array(songs.labels("genre"))[held_out] == commonest).mean()
+    most_frequent = max(names, key=lambda name: (training == name).sum())
+    share = (np.array(songs.labels("genre"))[held_out] == most_frequent).mean()
     assert genre.methods["commonest"]["accuracy"].value == pytest.approx(share)
 
 
-def test_zero_shot_of_several_labels_is_scikit_learns(
+def test_zero_shot_of_several_labels_matches_scikit_learn(
     tasks: dict[str, TaskResult], world: tuple[EvaluatedSongs, dict[str, np.ndarray]]
 ):
-    songs, words = world
+    songs, vector_of_word = world
     tagged = np.array([bool(tags) for tags in songs.values("tags")])
     rows = np.flatnonzero((songs.splits == "test") & tagged)
     names = [f"tag {j}" for j in range(4)]
     truth = np.array([[name in songs.values("tags")[row] for name in names] for row in rows])
-    scores = songs.spaces["semantic"][rows] @ np.array([words[name] for name in names]).T
+    scores = songs.spaces["semantic"][rows] @ np.array([vector_of_word[name] for name in names]).T
     task = tasks["zero_shot_tags"]
     assert task.methods["semantic"]["roc_auc"].value == pytest.approx(
         roc_auc_score(truth, scores, average="macro"), abs=1e-6
