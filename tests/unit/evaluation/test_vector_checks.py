@@ -217,7 +217,9 @@ def test_use_of_padding_is_detected_although_zeros_would_hide_it(models: list[HT
 
 
 @pytest.mark.parametrize("seconds", [None, 1.5])
-def test_attention_to_padding_is_detected_for_clips_of_equal_length_too(encoder: SongEncoder, seconds: float | None):
+def test_attention_to_padding_is_detected_for_clips_of_equal_length_too(
+    encoder: SongEncoder, models: list[HTCL], seconds: float | None
+):
     intact = world(encoder, seconds=seconds)
     assert (len({len(mel) for mel in intact.mels}) == 1) == (seconds is not None)
     assert measure(encoder, intact)["determinism", "semantic", "padding_difference"].value < 1e-4

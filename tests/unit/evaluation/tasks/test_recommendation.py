@@ -7,31 +7,19 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
 
 from htcl_ray.config.sections import EvaluateSettings
-from htcl_ray.evaluation.evaluated_songs import blended, with_blend
+from htcl_ray.evaluation.evaluated_songs import blended
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.tasks.recommendation import blend_curve, rank_users, recommendation_tasks
 from htcl_ray.evaluation.tasks.recommendation_queries import UserQueries, sample_users, user_activity, user_queries
 from htcl_ray.evaluation.tasks.scorers import blended_scorer, shared_scorer, user_vectors, vector_scorer
 from tests.worlds.evaluation_songs import made_up, unit
+from tests.worlds.recommendation_logs import SONGS, SPLITS, Listeners, columns_of_rows, histories, log
 
 pytestmark = pytest.mark.unit
 
-SONGS = ["a", "b", "c", "d", "e", "f"]
-SPLITS = np.array(["train", "train", "validation", "test", "test", "test"])
 SETTINGS = EvaluateSettings(resamples=200)
-
-
-def log(*rows: tuple) -> pd.DataFrame:
-    """Rows of user, song, value, period and, optionally, trigger; users in capitals are held out."""
-    table = pd.DataFrame(
-        [(*row, None)[:5] for row in rows], columns=["user_id", "song_id", "value", "period", "trigger_song_id"]
-    )
-    table["timestamp"] = table["period"].map({"train": 1.0, "validation": 2.0, "test": 3.0})
-    table["held_out_user"] = table["user_id"].str.isupper()
-    return table
 
 
 def queries_of(
@@ -45,15 +33,6 @@ def queries_of(
     configured = EvaluateSettings(**settings)
     cold = splits == configured.split
     return user_queries(user_activity(songs, cold, events, configured.split), cold, configured, known_users=known_users)
-
-
-def columns_of_rows(marks: sparse.csr_matrix) -> list[list[int]]:
-    """The columns of each row."""
-    return [np.flatnonzero(row).tolist() for row in marks.toarray()]
-
-
-def histories(*users: list[int], songs: int) -> sparse.csr_matrix:
-    return sparse.csr_matrix([[song in user for song in range(songs)] for user in users])
 
 
 def test_history_targets_and_candidates():
@@ -166,42 +145,6 @@ def test_blending_is_the_weighted_sum_of_both_cosines():
     history, candidates = histories([0, 1], [2], songs=9), np.arange(3, 9)
     blended = blended_scorer(first, second, 0.3)(history, candidates)
     np.testing.assert_allclose(blended, 0.7 * first(history, candidates) + 0.3 * second(history, candidates))
-
-
-class Listeners:
-    """Users who like songs of one hidden taste; `preference` vectors know it, `semantic` ones do not. A third is
-    popular with all."""
-
-    def __init__(self, users: int = 160, feedback: bool = True) -> None:
-        generator = np.random.default_rng(7)
-        songs = made_up(preference=True)
-        self.taste = generator.integers(0, 4, len(songs.ids))
-        spaces = {
-            **songs.spaces,
-            "preference": unit(np.eye(8)[4 + self.taste] + 0.2 * generator.normal(size=(len(songs.ids), 8))),
-        }
-        spaces.pop("blend_0.5")
-        self.songs = dataclasses.replace(songs, spaces=with_blend(spaces))
-        rows = []
-        for user in range(users):
-            for number, song in enumerate(generator.choice(len(songs.ids), 80, replace=False)):
-                late = number >= 40
-                likes = self.taste[song] == user // 2 % 4
-                if likes or feedback:
-                    rows.append(
-                        (
-                            f"{'U' if user % 2 else 'u'}{user}",
-                            songs.ids[song],
-                            1.0 if likes else -1.0,
-                            "test" if late else "train",
-                        )
-                    )
-        self.log = log(*rows)
-
-
-@pytest.fixture(scope="module")
-def listeners() -> Listeners:
-    return Listeners()
 
 
 def test_methods_with_knowledge_of_taste_beat_chance_and_others_do_not(listeners: Listeners):

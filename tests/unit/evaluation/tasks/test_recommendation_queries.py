@@ -14,11 +14,12 @@ from htcl_ray.evaluation.tasks.item_auc import item_auc, item_queries
 from htcl_ray.evaluation.tasks.recommendation import recommendation_tasks
 from htcl_ray.evaluation.tasks.recommendation_queries import user_activity, user_queries
 from htcl_ray.evaluation.tasks.scorers import vector_scorer
-from tests.unit.evaluation.tasks.test_recommendation import SETTINGS, Listeners, columns_of_rows, listeners, log  # noqa: F401 (a fixture)
 from tests.worlds.evaluation_songs import unit
+from tests.worlds.recommendation_logs import Listeners, columns_of_rows, log
 
 pytestmark = pytest.mark.unit
 
+SETTINGS = EvaluateSettings(resamples=200)
 SONGS = [f"s{i:02}" for i in range(24)]
 SPLITS = np.array(["train", "test", "validation"])[np.arange(24) % 3]
 COLD = SPLITS == "test"
@@ -124,7 +125,7 @@ def test_users_who_met_a_song_before_are_no_negatives():
     assert not len(item_queries(activity, COLD, EvaluateSettings(min_item_users=1)).songs)
 
 
-def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(listeners: Listeners):  # noqa: F811
+def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(listeners: Listeners):
     """Early events of training users on held-out songs do not change the metrics of new users."""
     cold = [song for song, split in zip(listeners.songs.ids, listeners.songs.splits, strict=True) if split == "test"]
     early = log(*((f"early{i}", song, 1.0, "train") for i in range(5) for song in cold[:20]))
@@ -139,7 +140,7 @@ def test_events_on_cold_songs_before_the_period_are_hidden_from_every_method(lis
         }
 
 
-def test_max_users_limits_queries_and_the_rest_is_counted(listeners: Listeners):  # noqa: F811
+def test_max_users_limits_queries_and_the_rest_is_counted(listeners: Listeners):
     settings = SETTINGS.model_copy(update={"max_users": 12})
     every = recommendation_tasks(listeners.songs, listeners.log, SETTINGS)
     for all_of_them, task in zip(every, recommendation_tasks(listeners.songs, listeners.log, settings), strict=True):
@@ -147,7 +148,7 @@ def test_max_users_limits_queries_and_the_rest_is_counted(listeners: Listeners):
         assert task.counts["users"] + task.counts["users_not_drawn"] == all_of_them.counts["users"]
 
 
-def test_without_implicit_als_is_left_out_and_counted(listeners: Listeners, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_without_implicit_als_is_left_out_and_counted(listeners: Listeners, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
     tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
     assert tasks["hot"].counts["als_missing"] == 1
@@ -156,7 +157,7 @@ def test_without_implicit_als_is_left_out_and_counted(listeners: Listeners, monk
     assert "item_knn" in tasks["hot"].methods
 
 
-def test_methods_have_a_fixed_order_and_every_metric_has_n(listeners: Listeners):  # noqa: F811
+def test_methods_have_a_fixed_order_and_every_metric_has_n(listeners: Listeners):
     tasks = {task.name: task for task in recommendation_tasks(listeners.songs, listeners.log, SETTINGS)}
     cold = ["semantic", "preference", "blend_0.5", "random", "popularity", "shuffled", "log_mel", "genre"]
     assert list(tasks["cold"].methods) == cold
