@@ -16,8 +16,10 @@ TWO_POINTS: dict[str, BaseDistribution] = {"a": CategoricalDistribution((1, 2))}
 def test_a_space_of_two_points_is_exhausted_after_two_trials() -> None:
     trials: list[Trial] = []
     study = optuna_study(trials, TWO_POINTS, ["semantic"])
-    while (suggestion := suggest(study, TWO_POINTS, trials, seed=0, number=len(trials))) is not None:
-        trials.append(Trial(len(trials), suggestion.params))
+    for _ in range(3):
+        suggestion = suggest(study, TWO_POINTS, trials, seed=0, number=len(trials))
+        if suggestion is not None:
+            trials.append(Trial(len(trials), suggestion.params))
     assert sorted(trial.parameters["a"] for trial in trials) == [1, 2]
     states = [trial.state for trial in study.trials]
     assert states.count(optuna.trial.TrialState.RUNNING) == 2
