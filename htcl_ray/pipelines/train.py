@@ -8,8 +8,6 @@ within it.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 import signal
@@ -17,62 +15,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from htcl_ray import errors
 from htcl_ray.cluster import connection
 from htcl_ray.cluster.capacity import capacity, check_fits, use_gpu, worker_resources
 from htcl_ray.config import Config
-from htcl_ray.config.sections import FinetuneSettings, StageSettings
-from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
-from htcl_ray.evaluation.metrics import lower_is_better
+from htcl_ray.config.sections import StageSettings
+from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines import inputs
+from htcl_ray.training.runs import CHECKPOINT_LIST, best_epoch, is_resumable, score_order
+from htcl_ray.training.stage_run import StageRun, check_data, check_parent
 from htcl_ray.training.trackers import check_tracking
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import build_manifest, file_sha256
-from htcl_ray.workspace.paths import canonical
 from htcl_ray.workspace.storage import Workspace
-
-if TYPE_CHECKING:
-    from htcl_ray.training.song_numbers import Pairs, Songs
-
-PAPER_ROWS_PER_WORKER = 32
-CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
-"""Ray Train's own record, in the folder of the run."""
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """One stage to run: what it reads, and where its model and its run go."""
-
-    step: str
-    space: str
-    """`semantic` or `preference`: the folder below models/."""
-    settings: StageSettings
-    features: Artifact
-    pairs: Artifact | None
-    parent: Artifact | None
-    version: str
-    folder: str = ""
-    """Prefix of the two paths below: empty, or the folder of a search's trial, with a slash at its end."""
-
-    @property
-    def model_path(self) -> str:
-        """Folder of the model, below the workspace's root."""
-        return f"{self.folder}models/{self.space}/{self.version}"
-
-    @property
-    def runs_path(self) -> str:
-        """Folder that holds the stage's runs."""
-        return f"{self.folder}runs/{self.step}"
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Versions for the manifest."""
-        named = {"features": self.features, "pairs": self.pairs, "model": self.parent}
-        return {name: artifact.version for name, artifact in named.items() if artifact is not None}
 
 
 def pretrain(config: Config) -> StepResult:
@@ -108,38 +66,6 @@ def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -
     return pairs
 
 
-def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
-    """Raise MismatchError when the stage-1 model is of another recipe, size or text tower than the configuration
-    says.
-    """
-    from htcl_ray.models.record import parse_record
-
-    file = f"{parent.path}/config.json"
-    record = parse_record(workspace.read_json(file), workspace.uri_of(file))
-    if record.text is None:
-        raise MismatchError(
-            f"the semantic model {parent.version} is an audio encoder alone, without heads or a text tower; stage 2 needs a model that "
-            "'htcl pretrain' made or that was imported from a whole stage-1 file"
-        )
-    if workspace.is_local:  # of a remote one, a worker checks it before it trains
-        from htcl_ray.models.folder import read_tokenizer
-        from htcl_ray.models.towers.text import tokenizer_from_name
-
-        if read_tokenizer(workspace.local_copy(parent.path), record.text) is None:
-            tokenizer_from_name(record.text.settings.name_or_path, record.text.transformer)
-    theirs = {"audio": record.audio, "model": record.model, "text": record.text.settings}
-    for section, made in theirs.items():
-        ours = getattr(config, section).model_dump(mode="json")
-        for key, value in made.model_dump(mode="json").items():
-            if value != ours[key] and not (
-                key == "name_or_path" and value and ours[key] and canonical(value) == canonical(ours[key])
-            ):
-                raise MismatchError(
-                    f"the semantic model {parent.version} was made with {section}.{key}={value}, but the configuration says {ours[key]}; "
-                    "run 'htcl pretrain' with this configuration or give the one that it was made with"
-                )
-
-
 def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     started = time.monotonic()
     manifest = workspace.manifest(stage.model_path)
@@ -173,87 +99,6 @@ def _check_cpus(config: Config, stage: StageRun) -> None:
             f"{stage.step}.num_workers × {stage.step}.cpus_per_worker is {wanted:g} CPUs, but the private cluster has {there}; "
             f"lower one of them, or raise ray.num_cpus"
         )
-
-
-def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | None:
-    """Read what training will read, and refuse what cannot be trained on. Returns the vocabulary of a text tower from
-    scratch.
-    """
-    from htcl_ray.training.order import global_batch
-    from htcl_ray.training.song_numbers import read_songs
-
-    songs = read_songs(workspace, stage.features.path)
-    pairs = None if stage.pairs is None else _check_pairs(workspace, config.finetune, stage.pairs, songs)
-    rows = len(songs.train) if pairs is None else config.finetune.pairs_per_epoch or len(pairs.train)
-    wanted, workers = stage.settings.global_batch_size, stage.settings.num_workers
-    batch = global_batch(rows, wanted, workers)
-    _check_best_metric(stage, songs, pairs)
-    if batch < wanted:
-        print(
-            f"{stage.step}  {rows} training rows are fewer than a batch of {wanted}; batches have {batch}", flush=True
-        )
-    elif wanted // workers < PAPER_ROWS_PER_WORKER:
-        print(
-            f"{stage.step}  WARNING: each of {workers} worker(s) has {wanted // workers} of the {wanted} rows of a batch; the paper has "
-            f"{PAPER_ROWS_PER_WORKER} per GPU, which {stage.step}.batch_size_per_worker={PAPER_ROWS_PER_WORKER} would give",
-            flush=True,
-        )
-    if stage.parent is not None:
-        return None
-    from htcl_ray.models.towers.text import check_song_texts, check_text_settings, fast_tokenizer
-    from htcl_ray.models.towers.vocabulary import train_wordpiece
-    from htcl_ray.training.health import distinct_texts
-
-    tower = check_text_settings(config.text)
-    if tower is not None:
-        check_song_texts(tower.tokenizer, distinct_texts(songs), config.text)
-    if config.text.name_or_path is not None:
-        return None
-    vocabulary = train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
-    check_song_texts(fast_tokenizer(vocabulary), distinct_texts(songs), config.text)
-    return vocabulary
-
-
-def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> None:
-    """Raise ConfigError when no epoch would have the metric."""
-    metric = stage.settings.best_metric or ""
-    if metric.startswith("validation") and not len(songs.validation):
-        raise ConfigError(
-            f"{stage.step}.best_metric is {metric}, but no song is in the validation split; give data.split_shares a validation share "
-            "and run 'htcl preprocess', or choose loss"
-        )
-    if not metric.startswith("validation_pair"):
-        return
-    if pairs is None:
-        raise ConfigError(
-            f"{stage.step}.best_metric is {metric}, but stage 1 has no pairs; expected loss or validation_recall@10"
-        )
-    from htcl_ray.training.validation import validation_gallery
-
-    if not len(validation_gallery(songs.validation, pairs.validation).pairs):
-        raise ConfigError(
-            f"{stage.step}.best_metric is {metric}, but no pair has both songs in the validation gallery; "
-            "expected loss or validation_recall@10, or more interactions between validation songs"
-        )
-
-
-def _check_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> Pairs:
-    from htcl_ray.training.song_numbers import read_pairs
-
-    pairs = read_pairs(workspace, artifact.path, songs, rejected=settings.explicit_negatives)
-    if pairs.missing:
-        print(f"finetune  {pairs.missing} pairs are left out: a song has no features in the pair's split", flush=True)
-    if pairs.rejected_left_out:
-        print(
-            f"finetune  {pairs.rejected_left_out} negatives are left out: a song has no training features, or the two are a pair",
-            flush=True,
-        )
-    if len(pairs.train) < 2:
-        raise WorkspaceError(
-            f"{workspace.uri_of(artifact.path)} has {len(pairs.train)} usable training pair(s); expected at least 2: "
-            "give more interactions, or lower pairs.min_support, and run 'htcl preprocess' again"
-        )
-    return pairs
 
 
 def fit_stage(
@@ -292,7 +137,7 @@ def fit_stage(
         f"{stage.step}  {settings.num_workers} worker(s) on {'GPU' if gpu else 'CPU'}; run {workspace.uri_of(run)}",
         flush=True,
     )
-    _forget_unusable_checkpoints(workspace, run, stage.step)
+    discard_unusable_checkpoints(workspace, run, stage.step)
     with _own_interrupt_handler():
         trainer = TorchTrainer(
             train_worker,
@@ -328,7 +173,7 @@ def fit_stage(
         )
     checkpoint, metrics = result.checkpoint, result.metrics
     if settings.best_metric is not None:
-        checkpoint, metrics = _best(result.best_checkpoints, settings.best_metric)
+        checkpoint, metrics = best_epoch(result.best_checkpoints, settings.best_metric)
         print(
             f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: {metrics[settings.best_metric]:.4g}",
             flush=True,
@@ -336,19 +181,16 @@ def fit_stage(
     return checkpoint, metrics
 
 
-def _forget_unusable_checkpoints(workspace: Workspace, run: str, step: str) -> None:
-    """Ray Train refuses to start on a list of checkpoints that a kill has cut short, or whose folders were removed."""
+def discard_unusable_checkpoints(workspace: Workspace, run: str, step: str) -> None:
+    """Delete Ray Train's list of checkpoints in the folder `run` when it cannot be resumed from; see `is_resumable`."""
     record = f"{run}/{CHECKPOINT_LIST}"
     if not workspace.exists(record):
         return
-    try:
-        listed = json.loads(workspace.read_bytes(record))["checkpoint_results"]
-        if all(workspace.exists(f"{run}/{item['checkpoint_dir_name']}") for item in listed):
-            return
-    except (ValueError, KeyError, TypeError):
-        pass
+    if is_resumable(workspace.read_bytes(record), lambda name: workspace.exists(f"{run}/{name}")):
+        return
     print(
-        f"{step}  the list of checkpoints in {workspace.uri_of(record)} is damaged or names missing ones; training begins anew",
+        f"{step}  the list of checkpoints in {workspace.uri_of(record)} is damaged or names missing ones; "
+        "training starts again from its first step",
         flush=True,
     )
     workspace.fs.delete_file(workspace.full(record))
@@ -359,21 +201,11 @@ def _checkpoint_config(settings: StageSettings) -> Any:
 
     if settings.best_metric is None:
         return CheckpointConfig(num_to_keep=settings.keep_checkpoints)
-    order = "min" if lower_is_better(settings.best_metric) else "max"
     return CheckpointConfig(
         num_to_keep=settings.keep_checkpoints,
         checkpoint_score_attribute=settings.best_metric,
-        checkpoint_score_order=order,
+        checkpoint_score_order=score_order(settings.best_metric),
     )
-
-
-def _best(checkpoints: list[tuple[Any, dict[str, Any]]], metric: str) -> tuple[Any, dict[str, Any]]:
-    """The checkpoint of the epoch that was best; of equals the first."""
-    epochs = [
-        (checkpoint, metrics) for checkpoint, metrics in checkpoints if not math.isnan(metrics.get(metric, math.nan))
-    ]
-    sign = 1 if lower_is_better(metric) else -1
-    return min(epochs, key=lambda item: (sign * item[1][metric], item[1]["epoch"]))
 
 
 class _own_interrupt_handler:

@@ -19,7 +19,8 @@ from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
-from htcl_ray.pipelines.train import _best, _forget_unusable_checkpoints, finetune, pretrain
+from htcl_ray.pipelines.train import discard_unusable_checkpoints, finetune, pretrain
+from htcl_ray.training.runs import best_epoch
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.manifest import file_sha256
 from htcl_ray.workspace.storage import Workspace
@@ -318,8 +319,8 @@ def test_best_of_reported_checkpoints():
         ("c", {"step": 4}),
     ]
     reported += [("d", {"epoch": 2, "loss": 2.0, "recall": 0.5}), ("e", {"epoch": 3, "loss": 2.5, "recall": 0.5})]
-    assert _best(reported, "loss")[0] == "d"
-    assert _best(reported[::-1], "recall")[0] == "d", "of equals the first epoch"
+    assert best_epoch(reported, "loss")[0] == "d"
+    assert best_epoch(reported[::-1], "recall")[0] == "d", "of equals the first epoch"
 
 
 def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -331,12 +332,12 @@ def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Pa
     run = model.manifest["run"]
     record = Path(workspace.full(run)) / "checkpoint_manager_snapshot.json"
     intact = record.read_text()
-    _forget_unusable_checkpoints(workspace, run, "pretrain")
+    discard_unusable_checkpoints(workspace, run, "pretrain")
     assert record.read_text() == intact
     record.write_text(intact[:40])
-    _forget_unusable_checkpoints(workspace, run, "pretrain")
+    discard_unusable_checkpoints(workspace, run, "pretrain")
     assert not record.exists()
     record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names a folder that is not there
     workspace.remove(model.path)
     assert not pretrain(config).skipped
-    assert capsys.readouterr().out.count("is damaged or names missing ones; training begins anew") == 2
+    assert capsys.readouterr().out.count("is damaged or names missing ones; training starts again") == 2

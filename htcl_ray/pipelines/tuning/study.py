@@ -22,10 +22,10 @@ from rich.console import Console
 from htcl_ray.cluster.ray_internals import optuna_study as optuna_study_of
 from htcl_ray.cluster.ray_internals import optuna_trials as optuna_trials_of
 from htcl_ray.config.sections import TuneSettings
-from htcl_ray.pipelines.train import CHECKPOINT_LIST
 from htcl_ray.pipelines.tuning.report_to_tune import CONTROLLER
 from htcl_ray.progress import Throttle, print_line
 from htcl_ray.training.metrics_log import METRICS
+from htcl_ray.training.runs import CHECKPOINT_LIST
 from htcl_ray.tuning.budget import Budget
 from htcl_ray.tuning.labels import short_names, value_text
 from htcl_ray.tuning.live_table import live_table, progress_line

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from htcl_ray.config import Config
-from htcl_ray.pipelines.train import StageRun, check_data, fit_stage, publish
+from htcl_ray.pipelines.train import fit_stage, publish
+from htcl_ray.training.stage_run import StageRun, check_data
 from htcl_ray.tuning.budget import Budget, trial_config
 from htcl_ray.tuning.space import Parameters
 from htcl_ray.tuning.study_folder import read_trials, trial_folder, trial_version

@@ -20,10 +20,11 @@ from htcl_ray.cluster.ray_internals import HEAD_RESOURCE
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines import inputs
-from htcl_ray.pipelines.train import StageRun, check_data, check_parent, preference_pairs
+from htcl_ray.pipelines.train import preference_pairs
 from htcl_ray.pipelines.tuning.trial import TrialJob, run_trial
 from htcl_ray.progress import print_line
 from htcl_ray.training.song_numbers import Pairs, Songs, read_pairs, read_songs
+from htcl_ray.training.stage_run import StageRun, check_data, check_parent
 from htcl_ray.training.trackers import check_tracking
 from htcl_ray.tuning.budget import Budget, stage_budget
 from htcl_ray.tuning.search_report import StudyReport, report_html

@@ -19,7 +19,6 @@ from htcl_ray.losses.stages import total_loss
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.pipelines.inputs import determining_settings
-from htcl_ray.pipelines.train import StageRun, check_data
 from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 from htcl_ray.training.batches import BatchLoader, encode
 from htcl_ray.training.checkpoint import TrainingState, load_state
@@ -30,6 +29,7 @@ from htcl_ray.training.micro_batch import compute_gradients
 from htcl_ray.training.optimization import build_optimizer, learning_rate_factor
 from htcl_ray.training.randomness import get_rng_state, seed_worker, set_rng_state
 from htcl_ray.training.song_numbers import Pairs, Songs, read_pairs, read_songs
+from htcl_ray.training.stage_run import StageRun, check_data
 from htcl_ray.training.stage_tasks import Task, finetune_task, pretrain_task
 from htcl_ray.training.validation import Gallery, pair_ranks, pairs_inside, validate, validation_gallery
 from htcl_ray.workspace.artifacts import Artifact
