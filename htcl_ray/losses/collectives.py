@@ -1,4 +1,4 @@
-"""Everything that training workers say to each other. The only file with collectives.
+"""Collectives of the training workers; the only module of the package that uses torch.distributed.
 
 Without a process group every function is the one-worker case. All workers must call each function equally often and in
 the same order.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import platform
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from htcl_ray.errors import HtclError
 
 PREPARATION = timedelta(days=1)
-"""Longest wait for a worker that copies its data. torch gives up on collectives after half an hour."""
+"""Longest wait for a worker that prepares its data; torch's own timeout of a collective is 30 minutes."""
 BUCKET_BYTES = 32 * 2**20
+"""Gradients are summed over workers in buckets of at most this size."""
 
 
 def world_size() -> int:
@@ -30,16 +31,16 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this worker, from 0."""
+    """Rank of this worker, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows [n, …] of every worker, in order of rank, [W·n, …]; n is the same on every worker.
+    """Gather the rows [n, …] of every worker in order of rank, [W·n, …]; n is the same on every worker.
 
-    The gradient comes back: each worker's rows get the sum of what all workers' losses say about them.
+    Differentiable: the gradient of a worker's rows is the sum of the gradients of all workers' losses.
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows)
+    return rows if world_size() == 1 else cast("Callable[[Tensor], Tensor]", _GatherRows.apply)(rows)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -52,13 +53,13 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)  # gloo has no reduce-scatter; rows·dim numbers are little beside the model
+        dist.all_reduce(gradient)  # gloo has no reduce-scatter; rows·dim numbers are few next to the model
         own = len(gradient) // world_size()
         return gradient[rank() * own : (rank() + 1) * own]
 
 
 def sum_over_workers(values: Tensor) -> Tensor:
-    """Element-wise sum over workers; no gradient."""
+    """Sum element-wise over workers, without gradient."""
     total = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -66,7 +67,7 @@ def sum_over_workers(values: Tensor) -> Tensor:
 
 
 def least_over_workers(value: int, device: torch.device) -> int:
-    """The smallest of all workers' numbers; `device` is one that they can talk about."""
+    """The smallest of all workers' numbers; `device` is one that their backend supports."""
     least = torch.tensor(value, device=device)
     if world_size() > 1:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
@@ -74,15 +75,15 @@ def least_over_workers(value: int, device: torch.device) -> int:
 
 
 def workers_on_this_machine(device: torch.device) -> int:
-    """How many workers share this one's machine, itself included: those with the same host name."""
+    """Number of workers on this worker's machine, itself included: those with the same host name."""
     name = torch.tensor([zlib.crc32(platform.node().encode())], device=device)
     return int((gather_rows(name) == name).sum())
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up every parameter's gradient over workers, in buckets; once a step.
+    """Sum every parameter's gradient over workers, in buckets; called once per step.
 
-    Losses are divided by the global batch, so the sum is the gradient that one process would have on the whole batch.
+    Losses are divided by the global batch, so the sum is the gradient of one process on the whole batch.
     """
     if world_size() == 1:
         return
@@ -101,30 +102,29 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def _sum_in_place(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
 def copy_from_first(module: nn.Module) -> None:
-    """Give every worker the first worker's parameters and buffers."""
+    """Copy the parameters and buffers of the first worker to all workers."""
     if world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
 
 
 def wait_for_all() -> None:
-    """Return when every worker has come here."""
+    """Block until every worker has called this function."""
     if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
 def prepared_together() -> Iterator[None]:
-    """End this block when every worker has ended it, however much longer the slowest takes. What one worker refuses,
-    all refuse.
+    """Wait at the end of this block until every worker has ended it; an HtclError of one worker is raised on all.
 
-    Without it a worker that copies a large data set lets the others' first collective time out, and one that raises
-    leaves them waiting.
+    Without it, a worker that copies a large data set makes the first collective of the others time out, and one that
+    raises leaves them waiting.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION) if world_size() > 1 else None
     failure: HtclError | None = None
@@ -136,6 +136,6 @@ def prepared_together() -> Iterator[None]:
         failures: list[HtclError | None] = [None] * world_size()
         dist.all_gather_object(failures, failure, group=group)
         dist.destroy_process_group(group)
-        failure = next((found for found in failures if found is not None), None)
+        failure = next((reported for reported in failures if reported is not None), None)
     if failure is not None:
         raise failure

@@ -43,7 +43,10 @@ class InfoNCE(ContrastiveLoss):
 
 @dataclass(frozen=True)
 class SigmoidLoss(ContrastiveLoss):
-    """−log σ(z · (cosine · exp(s) + b)) of every pair of rows; z = 1 where they match, else −1 (SigLIP, arXiv 2303.15343)."""
+    """−log σ(z · (cosine · exp(s) + b)) of every pair of rows; z = 1 where they match, else −1.
+
+    SigLIP, arXiv 2303.15343.
+    """
 
     logit_bias: Tensor
     """b."""

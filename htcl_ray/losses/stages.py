@@ -41,7 +41,7 @@ class TermModel(Protocol):
 class Side:
     """One side of a contrastive term: unit-norm vectors and ids of this worker's rows, and the keys of all workers.
 
-    The keys of one side are the candidates of the other side's rows. There may be more keys than rows; those after the
+    The keys of one side are the candidates of the other side's rows. Keys may outnumber rows; those after the
     rows of all workers match no query.
     """
 

@@ -1,6 +1,4 @@
-"""The model card: what a model is, how to use it, and what an evaluation measured, in the Hugging Face model-index
-format too.
-"""
+"""The model card: description, usage and measured metrics of a model, also in the Hugging Face model-index format."""
 
 from __future__ import annotations
 
@@ -26,21 +24,21 @@ HEADLINES = {
     ("cold", "ndcg@10"): "recommendation",
     ("cold", "item_auc"): "recommendation",
 }
-"""Task and figure that a card shows of the model's own space → task type of the model-index."""
+"""Task and metric that a card shows of the model's own space → task type of the model-index."""
 SPACES = {1: "semantic", 2: "preference"}
 
 
 class Measured(Settings):
-    """One figure of an evaluation."""
+    """One metric of an evaluation."""
 
     task: str
     title: str
-    """Of the task, for people."""
+    """Title of the task."""
     method: str
     figure: str
     value: float
     low: float | None
-    """Of the 95 % interval; null where there is none."""
+    """Lower bound of the 95 % confidence interval, or null."""
     high: float | None
     n: int
 
@@ -51,38 +49,42 @@ class Evaluation(Settings):
     report: str
     """Version of the report that holds everything."""
     data: dict[str, Any]
-    """What it was measured on, such as `split` and `songs`."""
+    """The data of the evaluation, such as `split` and `songs`."""
     weights: str
-    """SHA-256 of the `model.safetensors` that was evaluated: the figures of other weights are not written again."""
+    """SHA-256 of the `model.safetensors` that was evaluated: metrics of other weights are not written again."""
     figures: tuple[Measured, ...]
 
 
+<<<<<<< HEAD
 def evaluation_of(tasks: Iterable[TaskResult], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
     """Every figure of the tasks that has a value; see `Evaluation` for the rest."""
     figures = [
+=======
+def evaluation_of(tasks: Iterable[Task], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
+    """Collect every metric of the tasks that has a value; the other arguments are fields of `Evaluation`."""
+    measured = [
+>>>>>>> 28634d1 (models, losses, training: plain language in docstrings, names and messages)
         Measured(
             task=task.name,
             title=task.title,
             method=method,
-            figure=figure,
-            value=found.value,
+            figure=metric,
+            value=result.value,
             low=low,
             high=high,
-            n=found.n,
+            n=result.n,
         )
         for task in tasks
         for method, of_method in task.methods.items()
-        for figure, found in of_method.items()
-        if not math.isnan(found.value)
-        for low, high in [found.interval or (None, None)]
+        for metric, result in of_method.items()
+        if not math.isnan(result.value)
+        for low, high in [result.interval or (None, None)]
     ]
-    return Evaluation(report=report, data=dict(data), weights=weights, figures=tuple(figures))
+    return Evaluation(report=report, data=dict(data), weights=weights, figures=tuple(measured))
 
 
 def read_evaluation(file: Path) -> Evaluation | None:
-    """The evaluation of a model folder, or None when it has none. Raises MismatchError when the file is something
-    else.
-    """
+    """Read the `evaluation.json` of a model folder, None without one. Raises MismatchError for another file."""
     try:
         return Evaluation.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -95,25 +97,26 @@ def read_evaluation(file: Path) -> Evaluation | None:
 
 
 def headlines(record: ModelRecord, evaluation: Evaluation) -> list[tuple[str, Measured]]:
-    """The figures of the model's own space that a card shows, each with its task type."""
+    """The metrics of the model's own space that a card shows, each with its task type."""
     return [
         (kind, item)
-        for (task, figure), kind in HEADLINES.items()
+        for (task, metric), kind in HEADLINES.items()
         for item in evaluation.figures
-        if item.method == SPACES[record.stage] and item.figure == figure and fnmatch.fnmatchcase(item.task, task)
+        if item.method == SPACES[record.stage] and item.figure == metric and fnmatch.fnmatchcase(item.task, task)
     ]
 
 
 def model_card(record: ModelRecord, parameters: int, evaluation: Evaluation | None = None) -> str:
-    """README.md of a model folder."""
+    """Write the README.md of a model folder."""
     stage = {
         1: "stage 1: audio and text in one semantic space, learned from songs and their descriptions",
         2: "stage 2: a preference space, fine-tuned from a stage-1 model on songs that listeners like together",
     }[record.stage]
     audio = record.audio
+    mel = f"{audio.n_mels} mel bands every {audio.hop_length} samples"
     seconds = record.model.window_seconds
     windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
-    text = "none: it hears, but cannot read"
+    text = "none: the model embeds audio only"
     if record.text is not None:
         text = (
             without_credentials(record.text.settings.name_or_path or "")
@@ -133,7 +136,7 @@ Hierarchical two-stage contrastive learning of music representations (arXiv 2505
 | | |
 |---|---|
 | Embedding | {record.model.dim} numbers, unit norm; compare by inner product |
-| Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {audio.n_mels} mel bands every {audio.hop_length} samples |
+| Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {mel} |
 | Input | {record.input}{windows} |
 | Audio encoder | {record.model.layers} layers, width {record.model.width} |
 | Text encoder | {text} |
@@ -145,9 +148,10 @@ from htcl_ray.models import HTCL
 model = HTCL.from_pretrained("path/to/this/folder")
 song = model.embed_audio(waveform, sample_rate){words}
 ```
-{_figures(record, evaluation)}
-The model has heard only the catalogue that it was trained on; how well it does there is in `manifest.json` beside this file, when it
-was made by `htcl pretrain` or `htcl finetune`. Similarities reflect that catalogue's descriptions and listeners, with their gaps.
+{_metrics_table(record, evaluation)}
+The model was trained on one catalogue only; if it was made by `htcl pretrain` or `htcl finetune`, the metrics of its
+training are in `manifest.json` next to this file. Similarities reflect the descriptions and listeners of that
+catalogue, with their gaps.
 """
 
 
@@ -184,7 +188,7 @@ def _front_matter(record: ModelRecord, evaluation: Evaluation | None) -> str:
     ).to_yaml()
 
 
-def _figures(record: ModelRecord, evaluation: Evaluation | None) -> str:
+def _metrics_table(record: ModelRecord, evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return ""
     lines = [
@@ -193,7 +197,7 @@ def _figures(record: ModelRecord, evaluation: Evaluation | None) -> str:
     ]
     if not lines:
         return ""
-    head = "| Task | Figure | Value | 95 % interval | n |\n|---|---|---|---|---|"
+    head = "| Task | Metric | Value | 95 % interval | n |\n|---|---|---|---|---|"
     return f"\nMeasured on {_data_name(evaluation)} (report {evaluation.report}):\n\n{head}\n" + "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
-"""A model folder on disk: weights, config.json, tokenizer/, evaluation.json, README.md. Nothing in it is ever executed
-or unpickled.
+"""A model folder on disk: weights, config.json, tokenizer/, evaluation.json, README.md.
+
+Nothing in a model folder is ever executed or unpickled.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of a model; a hub id is downloaded (only the files named above). Raises WorkspaceError."""
+    """Return the local folder of a model; of a hub id, only `HUB_FILES` are downloaded. Raises WorkspaceError."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -45,7 +46,8 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None, token: 
     name = str(path_or_hub_id)
     if not HUB_ID.fullmatch(name):
         raise WorkspaceError(
-            f"there is no model folder '{name}'; expected one with {WEIGHTS} and {CONFIG}, or a hub id such as name/model"
+            f"the model folder '{name}' does not exist; expected one with {WEIGHTS} and {CONFIG}, "
+            "or a hub id such as name/model"
         )
     from huggingface_hub import snapshot_download
 
@@ -72,7 +74,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | Non
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
-    except Exception as error:  # as above
+    except Exception as error:  # as in find_folder
         raise WorkspaceError(
             f"the model cannot be uploaded to the hub as '{repo_id}' ({_reason(error, token)})"
         ) from None
@@ -83,9 +85,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | Non
 
 
 def _checked(token: str | None) -> str | None:
-    """The hub's token without white space around it. Raises WorkspaceError, which does not show it, for one that no
-    header carries.
-    """
+    """Strip a token of the hub. Raises WorkspaceError, which does not show it, when it cannot be in a header."""
     if token is not None and not re.fullmatch("[!-~]+", token.strip()):
         raise WorkspaceError(
             "token holds characters that no token of the hub has; expected printable ASCII characters without spaces"
@@ -116,7 +116,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
-    """The tokenizer of a model folder, checked; None when it brings none and `text` names where one is.
+    """Read and check the tokenizer of a model folder; None without one when `text` names another source.
 
     Raises WorkspaceError or MismatchError.
     """
@@ -127,7 +127,7 @@ def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
     where = folder / TOKENIZER
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # what transformers and tokenizers raise depends on where a file stops to make sense
+    except Exception as error:  # a damaged file makes transformers and tokenizers raise any error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WorkspaceError(f"{where} cannot be read ({reason}); expected the model's tokenizer") from None
     check_tokenizer(tokenizer, text.transformer, f"the tokenizer in {where}")
@@ -137,42 +137,41 @@ def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
 def write_folder(
     path: Path, record: ModelRecord, weights: dict[str, Tensor], tokenizer: Any, evaluation: Evaluation | None
 ) -> None:
-    """Write a model folder beside `path`, then rename it: `path` is never half a model. An older folder there is
-    replaced.
+    """Write a model folder next to `path`, then rename it, so that `path` is never half a model; replace an older one.
 
-    `tokenizer` None leaves it out: nothing was embedded yet, or there is no text tower. `evaluation` is written when it
-    is of these weights.
+    `tokenizer` is None when no text was embedded yet and in models without a text tower; none is then written.
+    `evaluation` is written if it belongs to these weights.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
-    beside.mkdir()
+    new, old = (path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
+    new.mkdir()
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            beside / WEIGHTS,
+            new / WEIGHTS,
             {"format": "pt"},
         )
-        (beside / CONFIG).write_text(
+        (new / CONFIG).write_text(
             json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         if tokenizer is not None:
-            tokenizer.save_pretrained(beside / TOKENIZER)
-        if evaluation is not None and evaluation.weights != file_sha256(beside / WEIGHTS):
+            tokenizer.save_pretrained(new / TOKENIZER)
+        if evaluation is not None and evaluation.weights != file_sha256(new / WEIGHTS):
             evaluation = None
         if evaluation is not None:
-            (beside / EVALUATION).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (new / EVALUATION).write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
         card = model_card(record, sum(tensor.numel() for tensor in weights.values()), evaluation)
-        (beside / CARD).write_text(card, encoding="utf-8")
+        (new / CARD).write_text(card, encoding="utf-8")
         if path.exists():
             path.rename(old)
-        beside.rename(path)
+        new.rename(path)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """16 hex digits that change whenever the model would answer differently: weights, configuration, tokenizer.
+    """Fingerprint (16 hex digits) of the files that decide a model's vectors: weights, configuration, tokenizer.
 
     Raises WorkspaceError when one of these files cannot be read, MismatchError when the folder's manifest records
     another SHA-256 of it.
@@ -180,28 +179,27 @@ def weights_fingerprint(folder: str | Path) -> str:
     folder = Path(folder)
     files = [folder / WEIGHTS, folder / CONFIG, *sorted((folder / TOKENIZER).glob("*"))]
     try:
-        found = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+        actual = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
     except OSError as error:
         raise WorkspaceError(
             f"{error.filename} cannot be read ({error.strerror}); expected a model folder, so copy it again"
         ) from None
     recorded = _recorded(folder)
-    for name in sorted({*found, *recorded} if recorded else ()):
-        if found.get(name) != recorded.get(name):
+    for name in sorted({*actual, *recorded} if recorded else ()):
+        if actual.get(name) != recorded.get(name):
             has, said = (
-                f"SHA-256 {digests[name][:16]}…" if name in digests else "no such file" for digests in (found, recorded)
+                f"SHA-256 {digests[name][:16]}…" if name in digests else "no such file"
+                for digests in (actual, recorded)
             )
             raise MismatchError(
-                f"{folder / name} was changed or damaged after the model was made ({has}, but its {MANIFEST} records {said}); "
-                "copy the model again, or choose another one"
+                f"{folder / name} was changed or damaged after the model was made ({has}, but its {MANIFEST} "
+                f"records {said}); copy the model again, or choose another one"
             )
-    return fingerprint(found)
+    return fingerprint(actual)
 
 
 def _recorded(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of `weights_fingerprint` as the manifest of a workspace's model records them; empty without
-    one.
-    """
+    """SHA-256 that the manifest of a workspace's model records for the files of `weights_fingerprint`; may be empty."""
     if not (folder / MANIFEST).is_file():
         return {}
     files = Workspace(str(folder)).read_json(MANIFEST).get("files") or {}
@@ -211,11 +209,10 @@ def _recorded(folder: Path) -> dict[str, str]:
 def write_evaluation(
     workspace: Workspace, path: str, tasks: Iterable[TaskResult], report: str, data: Mapping[str, Any]
 ) -> None:
-    """Write `evaluation.json` and a README.md with its figures into a model of the workspace; its manifest, which names
-    both, last.
+    """Write `evaluation.json` and a README.md with its metrics into a model of the workspace, then update its manifest.
 
-    `report`: version of the report; `data`: what was measured on, with `split` and `songs`. Raises WorkspaceError when
-    there is no such model.
+    `report`: version of the report; `data`: the data of the evaluation, with `split` and `songs`. Raises WorkspaceError
+    when the model does not exist.
     """
     manifest = workspace.manifest(path)
     if manifest is None:
@@ -235,6 +232,6 @@ def write_evaluation(
 
 
 def _parameters(folder: Path) -> int:
-    """Numbers in `model.safetensors`, counted without reading them."""
+    """Number of parameters in `model.safetensors`, from its header."""
     with safe_open(folder / WEIGHTS, "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - safe_open is not a dict

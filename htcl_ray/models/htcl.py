@@ -49,8 +49,9 @@ class HTCL(nn.Module):
     """Audio and text → vectors of one space.
 
     `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a waveform becomes
-    the log-mel that the model expects. A `record` without text is an audio encoder alone: no heads, and words are
-    refused. The `embed_*` methods give unit-norm float32 tensors on the CPU; training uses the `encode_*` methods.
+    the log-mel that the model expects. A `record` without text is an audio encoder alone: it has no heads and raises
+    InputError for text. The `embed_*` methods give unit-norm float32 tensors on the CPU; training uses the `encode_*`
+    methods.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class HTCL(nn.Module):
         settings = record.model
         if record.input is InputRecipe.OFFICIAL and settings.window_seconds is not None:
             raise ConfigError(
-                f"model.window_seconds is {settings.window_seconds:g}, but the official input recipe takes full clips; set it to null"
+                f"model.window_seconds is {settings.window_seconds:g}, but the official input recipe takes full clips; "
+                "set it to null"
             )
         self.record = record
         self.evaluation: Evaluation | None = None
-        """What was measured on the weights that were loaded."""
+        """The evaluation of the weights that were loaded."""
         self.fingerprint: str | None = None
         """`weights_fingerprint` of the folder that the model was loaded from."""
         self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
@@ -118,10 +120,10 @@ class HTCL(nn.Module):
     def untrained(
         cls, config: Config, vocabulary: str | None = None, input_recipe: InputRecipe = InputRecipe.MASKED
     ) -> HTCL:
-        """A stage-1 model to train, with weights drawn from `pretrain.seed`; the text tower is pretrained if
-        `text.name_or_path` says so.
+        """Build a stage-1 model to train, with random weights from `pretrain.seed`.
 
-        `vocabulary`: what `train_wordpiece` returned, for a text tower from scratch.
+        The text tower is pretrained if `text.name_or_path` is set; otherwise it needs `vocabulary`, the JSON that
+        `train_wordpiece` returns.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.pretrain.seed)
@@ -167,17 +169,17 @@ class HTCL(nn.Module):
         """Load a model folder or a model on the hub, in evaluation mode.
 
         Weights that are not finite or zero are refused, and so are files that differ from the SHA-256 that the folder's
-        manifest records. `revision`: a branch, tag or commit of the hub's repository; `token`: the hub's, for a private
-        one (default: the one that its client finds). Raises WorkspaceError or MismatchError.
+        manifest records. `revision`: a branch, tag or commit of the hub's repository; `token`: of the hub, for a
+        private one (default: that of its client). Raises WorkspaceError or MismatchError.
         """
-        found = model_folder.find_folder(path_or_hub_id, revision, token)
-        record = model_folder.read_record(found)
-        fingerprint = model_folder.weights_fingerprint(found)
-        tokenizer = None if record.text is None else model_folder.read_tokenizer(found, record.text)
+        folder = model_folder.find_folder(path_or_hub_id, revision, token)
+        record = model_folder.read_record(folder)
+        fingerprint = model_folder.weights_fingerprint(folder)
+        tokenizer = None if record.text is None else model_folder.read_tokenizer(folder, record.text)
         model = cls._from_record(record, tokenizer)
-        model_folder.load_weights(model, found)
+        model_folder.load_weights(model, folder)
         model.fingerprint = fingerprint
-        model.evaluation = read_evaluation(found / model_folder.EVALUATION)
+        model.evaluation = read_evaluation(folder / model_folder.EVALUATION)
         return model.eval()
 
     @classmethod
@@ -190,30 +192,30 @@ class HTCL(nn.Module):
         tokenizer: str = TOKENIZER,
         audio: AudioRecipe | None = None,
     ) -> HTCL:
-        """The authors' state dict (`model-N.pth` of their stage 1 or 2), in evaluation mode: the same numbers as their
-        code.
+        """Load the authors' state dict (`model-N.pth` of their stage 1 or 2), in evaluation mode.
 
-        A file of their `AudioModel` alone gives a model whose vectors are the encoder's own (`dim` is its width) and
-        which refuses words. Sizes are those of the weights, with attention heads 64 wide as published; `text_config` (a
-        `BertConfig` or a dict of its keys) states those of the text tower instead. `tokenizer` is a hub name or a local
-        folder, loaded only when text is embedded. `audio` is how the log-mels that the weights were trained on were
-        made (default: as published). Raises InputError.
+        The model computes the same numbers as their code. A file of their `AudioModel` alone gives a model whose
+        vectors are the encoder's own (`dim` is its width) and which raises InputError for text. Sizes are those of the
+        weights, with attention heads 64 wide as published; `text_config` (a `BertConfig` or a dict of its keys) states
+        those of the text tower instead. `tokenizer` is a hub name or a local folder, loaded only when text is embedded.
+        `audio` is how the log-mels that the weights were trained on were made (default: as published). Raises
+        InputError.
         """
-        found = read_official(Path(path).expanduser(), stage, text_config=text_config, tokenizer=tokenizer, audio=audio)
-        check_numbers(found.weights, str(path))
-        model = cls._from_record(found.record, None)
-        model.load_state_dict(found.weights)
+        official = read_official(
+            Path(path).expanduser(), stage, text_config=text_config, tokenizer=tokenizer, audio=audio
+        )
+        check_numbers(official.weights, str(path))
+        model = cls._from_record(official.record, None)
+        model.load_state_dict(official.weights)
         return model.eval()
 
     @classmethod
     def _from_record(cls, record: ModelRecord, tokenizer: Any | None) -> HTCL:
-        """A model of this description with weights that are to be overwritten."""
+        """Build a model of this description, with weights that are to be overwritten."""
         return cls(record, NoTextEncoder() if record.text is None else text_encoder_from_record(record.text, tokenizer))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the model folder; it appears whole or not at all. The evaluation goes with it unless the weights have
-        changed since.
-        """
+        """Write the model folder atomically, with the evaluation unless the weights have changed since."""
         model_folder.write_folder(
             Path(path), self.record, self.state_dict(), self.text_encoder.loaded_tokenizer, self.evaluation
         )
@@ -221,12 +223,11 @@ class HTCL(nn.Module):
     def push_to_hub(
         self, repo_id: str, private: bool = True, revision: str | None = None, token: str | None = None
     ) -> None:
-        """Upload the model folder to the Hugging Face hub as `repo_id`, which is created when there is no such
-        repository.
+        """Upload the model folder to the repository `repo_id` of the Hugging Face hub, which is created if missing.
 
         `private`: only its owner may read it; a public repository that exists already is refused unless this is False.
-        `revision`: the branch, created when there is none (default: main). `token`: of the hub (default: the one that
-        its client finds). Raises WorkspaceError.
+        `revision`: the branch, created if missing (default: main). `token`: of the hub (default: that of its client).
+        Raises WorkspaceError.
         """
         with tempfile.TemporaryDirectory() as scratch:
             self.save_pretrained(Path(scratch) / "model")
@@ -246,7 +247,7 @@ class HTCL(nn.Module):
         return self.fusion(torch.cat([audio, text], dim=1))
 
     def temperatures(self) -> dict[str, float]:
-        """Temperature of each loss term."""
+        """Return the temperature of each loss term."""
         scales = self.loss_parameters("logit_scale")
         return {term: math.exp(-scales[term].item()) for term in TERMS[self.stage] if term in scales}
 
@@ -257,12 +258,11 @@ class HTCL(nn.Module):
             scale.clamp_(max=-math.log(MIN_TEMPERATURE))
 
     def embed_audio(self, waveform: Any, sample_rate: float) -> Tensor:
-        """Waveform, floats [samples] or [channels, samples] at `sample_rate` Hz → [dim]; only the first
-        `recipe.clip_seconds` are used.
+        """Embed a waveform, floats [samples] or [channels, samples] at `sample_rate` Hz, as a vector [dim].
 
-        Raises InputError for other types and shapes, [samples, channels] included, and for an impossible sample rate;
-        AudioError for less than `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large
-        samples (not_finite).
+        Only the first `recipe.clip_seconds` are used. Raises InputError for other types and shapes, [samples, channels]
+        included, and for an impossible sample rate; AudioError for less than `recipe.min_seconds` of audio (too_short)
+        and for NaN, infinite or absurdly large samples (not_finite).
         """
         from htcl_ray.audio import as_waveform, log_mel
 
@@ -276,9 +276,9 @@ class HTCL(nn.Module):
         return self.embed_mel(torch.as_tensor(mel)[None])[0]
 
     def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:
-        """Mel [B, F, M] in dB as `log_mel` gives it, valid_frames [B] (default: all F) → [B, dim].
+        """Embed log-mels [B, F, M] in dB, as `log_mel` gives them, with valid_frames [B] (default: all F), as [B, dim].
 
-        Frames behind a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip
+        Frames after a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip
         longer than the model's window is embedded in windows (see `window_starts`), and its vector is the normalised
         mean of their unit-norm vectors. Raises InputError for other types and shapes and when a vector is not finite or
         has no direction, AudioError (not_finite) for values that no log-mel has in a valid frame.
@@ -301,7 +301,7 @@ class HTCL(nn.Module):
                 f"valid_frames is {given.tolist()[:8]}; expected {len(mel)} whole numbers from 1 to {frames}"
             )
         inside = torch.arange(frames) < valid[:, None]
-        absurd = (~(mel.abs() <= LARGEST_DB).all(dim=2)).cpu() & inside  # true when there is a NaN
+        absurd = (~(mel.abs() <= LARGEST_DB).all(dim=2)).cpu() & inside  # true for a NaN
         if absurd.any():
             clip = int(absurd.any(dim=1).nonzero()[0])
             raise AudioError(
@@ -325,7 +325,7 @@ class HTCL(nn.Module):
         return vectors if len(clips) == len(mel) else self._checked(mean_direction(vectors, clips, len(mel)))
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts → [n, dim]. Raises InputError when a vector is not finite or has no direction."""
+        """Embed texts as [n, dim]. Raises InputError when a vector is not finite or has no direction."""
         if isinstance(texts, str):
             raise InputError("embed_text got one string; expected a list of texts")
         device = self.audio_encoder.cls.device
@@ -338,7 +338,7 @@ class HTCL(nn.Module):
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """Dropout off and no gradient; the mode is put back afterwards."""
+        """Turn dropout and gradients off; restore the mode afterwards."""
         was_training = self.training
         if was_training:
             self.eval()
@@ -355,11 +355,9 @@ class HTCL(nn.Module):
         return self._checked(F.normalize(torch.cat(parts).float(), dim=1).cpu())
 
     def _checked(self, vectors: Tensor) -> Tensor:
-        """The vectors, as they are. Raises InputError when one is not finite or not of unit norm: no score may be
-        computed from it.
-        """
+        """Return the vectors unchanged. Raises InputError when one is not finite or not of unit norm."""
         lengths = torch.linalg.vector_norm(vectors, dim=1)
-        wrong = ~((lengths - 1).abs() < UNIT_NORM_TOLERANCE)  # true when there is a NaN
+        wrong = ~((lengths - 1).abs() < UNIT_NORM_TOLERANCE)  # true for a NaN
         if wrong.any():
             row = int(wrong.nonzero()[0])
             what = "zero" if lengths[row] < UNIT_NORM_TOLERANCE else "not finite"
@@ -368,7 +366,7 @@ class HTCL(nn.Module):
 
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers of these widths, ReLU between them."""
+    """Stack linear layers of these widths, with ReLU between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]

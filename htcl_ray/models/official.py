@@ -1,8 +1,8 @@
-"""The authors' published weights: a state dict saved by their training scripts, checked and renamed to ours.
+"""The authors' published weights: a state dict saved by their training scripts, checked and renamed.
 
 Their files hold one of three models: the wrapper of stage 1, the wrapper of stage 2, or an audio encoder alone, which
-has no head and no text tower. The record that goes with the weights says `InputRecipe.OFFICIAL`, so the model computes
-what theirs computes wherever it runs.
+has no head and no text tower. The record of the model has `InputRecipe.OFFICIAL`, so it computes the same numbers as
+the authors' code.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ TABLE = """
     pooler.dense.weight                          pooler.dense.weight                             E,E
     pooler.dense.bias                            pooler.dense.bias                               E
 """
-"""Their name, our name, shape (- is a scalar), and the stage where only one has it. A line of two names gives the
-prefixes of the lines below it; {i} and {n} count layers. An audio encoder alone has the names of the audio_model
-section, without the prefix."""
+"""The authors' name, the name here, shape (- is a scalar), and the stage where only one has it. A line of two names
+gives the prefixes of the lines below it; {i} and {n} count layers. An audio encoder alone has the names of the
+audio_model section, without the prefix."""
 
 OLDER_NAMES = {
     "audio_model.pos_conv_embed.conv.weight_g": "audio_model.pos_conv_embed.conv.parametrizations.weight.original0",
@@ -153,14 +153,14 @@ class Row(NamedTuple):
     """One line of the table."""
 
     official: str
-    ours: str
+    name: str
     shape: tuple[str, ...]
     stages: str
     """`1`, `2`, or both."""
 
     def named(self, number: int) -> tuple[str, str]:
         """Both names in a layer."""
-        return self.official.format(i=number, n=number), self.ours.format(i=number, n=number)
+        return self.official.format(i=number, n=number), self.name.format(i=number, n=number)
 
     @property
     def counter(self) -> str | None:
@@ -170,8 +170,8 @@ class Row(NamedTuple):
     def matches(self, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The row's tensors by layer; 0 for a row outside layers."""
         pattern = re.compile(re.escape(self.official).replace(r"\{i\}", r"(\d+)").replace(r"\{n\}", r"(\d+)"))
-        found = [(pattern.fullmatch(name), tensor) for name, tensor in state.items()]
-        return {int(match[1]) if self.counter else 0: tensor for match, tensor in found if match}
+        matches = [(pattern.fullmatch(name), tensor) for name, tensor in state.items()]
+        return {int(match[1]) if self.counter else 0: tensor for match, tensor in matches if match}
 
 
 def _rows() -> list[Row]:
@@ -193,11 +193,11 @@ ROWS = _rows()
 
 @dataclass(frozen=True)
 class Official:
-    """What a file of the authors holds, in our terms."""
+    """The content of a file of the authors: record and weights of a model here."""
 
     record: ModelRecord
     weights: dict[str, Tensor]
-    """By our names."""
+    """By the names of the model here."""
 
 
 def read_official(
@@ -208,8 +208,9 @@ def read_official(
     tokenizer: str = TOKENIZER,
     audio: AudioRecipe | None = None,
 ) -> Official:
-    """Read and check a state dict of the authors; see `HTCL.from_official`. Raises ConfigError, InputError or
-    MismatchError.
+    """Read and check a state dict of the authors; see `HTCL.from_official`.
+
+    Raises ConfigError, InputError or MismatchError.
     """
     if stage not in (1, 2):
         raise ConfigError(f"stage is {stage!r}; expected 1 (audio ↔ text) or 2 (preference)")
@@ -239,16 +240,17 @@ EXPECTED = "expected model-N.pth as their training scripts save it, or the state
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name. Nothing in it is executed. Raises InputError when it is not a plain state dict of
-    finite numbers.
+    """Read the tensors of a file by name, without executing anything in it.
+
+    Raises InputError when it is not a plain state dict of finite numbers.
     """
     if not path.is_file():
-        raise InputError(f"there is no file {path}; {EXPECTED}")
+        raise InputError(f"the file {path} does not exist; {EXPECTED}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception:  # what torch raises depends on where a file stops to make sense
+    except Exception:  # a damaged file makes torch raise any error
         raise InputError(
             f"{path} is not a plain state dict of torch, and anything else in a pickle is never loaded; {EXPECTED}"
         ) from None
@@ -276,15 +278,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def sizes_of(state: Mapping[str, Tensor], rows: list[Row]) -> dict[str, int]:
-    """The letters of the table as most tensors of the file have them, so that one wrong tensor is found by the
-    others.
-    """
+    """Sizes by the letters of the table, by majority vote of the file's tensors, so that one wrong tensor is named."""
     votes = {letter: Counter({size: 1}) for letter, size in PUBLISHED.items()}
     for row in rows:
-        found = row.matches(state)
-        if row.counter and found:
-            votes[row.counter][max(found) + 1] += 2
-        for tensor in found.values():
+        layers = row.matches(state)
+        if row.counter and layers:
+            votes[row.counter][max(layers) + 1] += 2
+        for tensor in layers.values():
             if tensor.ndim == len(row.shape):
                 for letter, size in zip(row.shape, tensor.shape, strict=True):
                     if letter in votes:
@@ -301,14 +301,12 @@ def _size(dimension: str, sizes: Mapping[str, int]) -> int:
 def _renamed(
     path: Path, stage: int, state: Mapping[str, Tensor], rows: list[Row], sizes: Mapping[str, int], prefix: str
 ) -> dict[str, Tensor]:
-    """The tensors by our names. Raises MismatchError that lists every name that is missing, unknown or of another
-    shape.
-    """
+    """Rename the tensors. Raises MismatchError that lists every missing, unknown or misshaped one."""
     expected: dict[str, tuple[str, list[int]]] = {}
     for row in rows:
         for number in range(sizes[row.counter] if row.counter else 1):
-            official, ours = row.named(number)
-            expected[official] = ours, [_size(dimension, sizes) for dimension in row.shape]
+            official, name = row.named(number)
+            expected[official] = name, [_size(dimension, sizes) for dimension in row.shape]
     faults: list[tuple[str, object, object]] = []
     for name, (_, shape) in expected.items():
         if name not in state:
@@ -317,19 +315,19 @@ def _renamed(
             faults.append((name, list(state[name].shape), shape))
     faults += [(name, list(tensor.shape), "none") for name, tensor in state.items() if name not in expected]
     if faults:
-        listed = ", ".join(f"{name.removeprefix(prefix)} {found} (expected {shape})" for name, found, shape in faults)
+        listed = ", ".join(f"{name.removeprefix(prefix)} {actual} (expected {shape})" for name, actual, shape in faults)
         other = 3 - stage
-        only_there = {row.official for row in ROWS if row.stages == str(other)}
-        hint = f"; it is a file of stage {other}, so say stage {other}" if only_there <= set(state) else ""
+        only_in_other = {row.official for row in ROWS if row.stages == str(other)}
+        hint = f"; it is a file of stage {other}, so say stage {other}" if only_in_other <= set(state) else ""
         what = "an audio encoder alone" if prefix else f"their stage {stage}"
         raise MismatchError(f"{path} does not fit {what} in {len(faults)} weight(s): {listed}{hint}")
-    return {ours: state[name] for name, (ours, _) in expected.items()}
+    return {name: state[official] for official, (name, _) in expected.items()}
 
 
 def _what_else(state: Mapping[str, Tensor]) -> str:
     names = [name.removeprefix(AUDIO_MODEL) for name in state]
     if any(name.startswith("encoder.layer.") for name in names):
-        return ", only those of a text model, which is no model of sound"
+        return ", only those of a text model, which is no model of audio"
     return f" (the first of its {len(names)} names is '{names[0]}')"
 
 

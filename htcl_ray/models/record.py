@@ -1,6 +1,4 @@
-"""What `config.json` of a model folder says: everything that is needed to rebuild the model and to feed it what it was
-trained on.
-"""
+"""The `config.json` of a model folder: everything that is needed to rebuild the model and to prepare its inputs."""
 
 from __future__ import annotations
 
@@ -19,9 +17,9 @@ class InputRecipe(StrEnum):
     """How a log-mel spectrogram is padded, normalised and masked before the audio encoder."""
 
     MASKED = "masked"
-    """Statistics, attention and mean over the clip's own frames; see `audio_input.masked_input`."""
+    """Statistics, attention and mean over the clip's own frames; see `transformer.masked_input`."""
     OFFICIAL = "official"
-    """As the authors: padded to a full clip, normalised whole, no mask; see `audio_input.official_input`."""
+    """The authors' recipe: padded to a full clip, normalised whole, no mask; see `transformer.official_input`."""
 
 
 class TextRecord(Settings):
@@ -56,7 +54,8 @@ def parse_record(tree: Any, where: str) -> ModelRecord:
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise MismatchError(
-            f"{where} has format version {version}, but this htcl-ray reads up to {FORMAT_VERSION}; expected an HTCL model's"
+            f"{where} has format version {version}, but this htcl-ray reads up to {FORMAT_VERSION}; "
+            "expected an HTCL model's"
         )
     try:
         return ModelRecord.model_validate(tree)

@@ -1,4 +1,4 @@
-"""What one Ray Train worker does: read what it needs from the workspace, train, hand checkpoints to Ray."""
+"""A worker of Ray Train: reads its inputs from the workspace, trains, and hands checkpoints to Ray."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from htcl_ray.workspace.storage import Workspace
 
 @dataclass(frozen=True)
 class TrainJob:
-    """All that a worker is told."""
+    """The arguments of a worker."""
 
     config: Config
     workspace: Workspace
@@ -53,13 +53,11 @@ class TrainJob:
     parent: Artifact | None
     """Stage 2: the semantic model that it starts from."""
     label: str = ""
-    """Stands before every line, and only what is not plain progress is said: many runs share a terminal."""
+    """Prefix of every printed line, for runs that share a terminal; progress lines are then left out."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, str] | None:
-    """Train one stage in one worker of Ray Train. Returns None, or the error that ends the run: trying again would
-    repeat it.
-    """
+    """Train one stage in one worker of Ray Train; return the error that ends the run, if it would repeat, or None."""
     try:
         with contextlib.ExitStack() as opened:
             _train(arguments["job"], arguments["lines"].put_nowait, opened)
@@ -100,14 +98,14 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
             folder = private_folder() / f"checkpoint-{uuid.uuid4().hex}"
             save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        # Within an epoch there are no figures; NaN is the score that Ray ranks below every other, whichever way is
-        # better.
+        # Checkpoints within an epoch have no metrics; Ray ranks NaN below every other score, in either order.
         unranked: Metrics = {"step": float(step), **({settings.best_metric: math.nan} if settings.best_metric else {})}
         work = {"started": started, "seconds": time.time() - started, "nodes": _nodes()}
         ray.train.report(
             {**(metrics or unranked), "work": work},
             checkpoint=checkpoint,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,  # training goes on; the local copy is removed when it is stored
+            # Training continues meanwhile; the local copy is removed when it is stored.
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 
     loader = BatchLoader(songs, frames, model.text_encoder, Augmentation(settings, model.window_frames))
@@ -134,7 +132,7 @@ def _labelled(say: Callable[[str], None], label: str, line: str) -> None:
 
 
 def _nodes() -> float:
-    """Nodes that the run's workers are on, each holding as many as this worker's node."""
+    """Number of nodes of the run, if each has as many workers as this worker's node."""
     context = ray.train.get_context()
     return float(-(-context.get_world_size() // context.get_local_world_size()))
 
@@ -150,9 +148,7 @@ def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]
 
 
 def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
-    """The model to train: from the last checkpoint of this run, else new (stage 1), else grown from the parent (stage
-    2).
-    """
+    """Load the model: from the run's last checkpoint (resume), else new (stage 1) or from the parent (stage 2)."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:

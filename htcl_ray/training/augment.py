@@ -1,6 +1,6 @@
-"""What a training clip loses on purpose: a random crop of long clips, and hidden frames and mel bands. Needs no torch.
+"""Augmentation of training clips: random crops, and masks of frames and mel bands (SpecAugment). Needs no torch.
 
-Random numbers come from a generator of each clip's own, named by where the clip stands in training: see `generators`.
+Each clip has its own random generator, seeded by the position of the clip in training: see `generators`.
 """
 
 from __future__ import annotations
@@ -15,37 +15,33 @@ from htcl_ray.config.sections import StageSettings
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crops of `window` frames (None: clips whole) and the masks of SpecAugment (arXiv 1904.08779) as `settings`
-    say.
-    """
+    """Crops of `window` frames (None: whole clips) and the masks of SpecAugment (arXiv 1904.08779)."""
 
     settings: StageSettings
     window: int | None
 
     def generators(self, epoch: int, step: int, first: int, rows: int, songs_per_row: int) -> list[np.random.Generator]:
-        """One generator for each song of a worker's rows, in the order of its batch: every row's first song, then every
-        second song.
+        """Return one generator for each song of a worker's rows, in batch order: all first songs, then all second ones.
 
-        `step` counts within the epoch; `first` is the position of the worker's first row in the global batch. Nothing
-        else goes in, so a clip is altered alike with any number of workers, in micro-batches of any size, and in a
-        resumed run.
+        `step` counts within the epoch; `first` is the position of the worker's first row in the global batch. The
+        generators depend on nothing else, so augmentation is the same with any number of workers, with micro-batches
+        of any size, and in a resumed run.
         """
         positions = [(place, row) for place in range(songs_per_row) for row in range(first, first + rows)]
         return [np.random.default_rng([self.settings.seed, epoch, step, place, row]) for place, row in positions]
 
     def crop(self, random: np.random.Generator, frames: int) -> tuple[int, int]:
-        """First frame and end of what is kept of a clip; every offset is equally likely."""
+        """Draw the first frame and the end of a crop, uniformly over all offsets."""
         if self.window is None or frames <= self.window:
             return 0, frames
         start = int(random.integers(frames - self.window + 1))
         return start, start + self.window
 
     def mask(self, random: np.random.Generator, mel: npt.NDArray[np.float16]) -> None:
-        """Hide stretches of frames and groups of mel bands of a clip, in place. Mel [valid frames, n_mels] in dB,
-        without padding.
+        """Mask stretches of frames and groups of mel bands of a clip [valid frames, n_mels] in dB, in place.
 
-        Hidden cells take the mean of those that are left. The masked input recipe subtracts the clip's mean, which is
-        then the same number, so they become what padding is: zeros. Widths are uniform from 0 to the configured one,
+        Masked cells take the mean of the others. The masked input recipe subtracts the clip's mean, which is then the
+        same number, so they become zeros, as padding does. Widths are uniform from 0 to the configured one,
         then places are uniform. All time masks together hide at most half of the frames and all mel masks leave at
         least one band, so that some cells are left.
         """

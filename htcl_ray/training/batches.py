@@ -1,4 +1,4 @@
-"""From song numbers to tensors, and the next batch loaded while this one is computed."""
+"""Batches of songs as tensors; the next one is loaded while the current one is computed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from htcl_ray.training.features import Frames
 from htcl_ray.training.song_numbers import Rows, Songs
 
 AUTOCAST = {"cuda": torch.bfloat16}
-"""Kind of device → precision of matrix products and convolutions in the towers; a device that is not named computes in
-the weights' own."""
+"""Kind of device → type of matrix products and convolutions in the towers; other devices use the weights' own."""
 LONG_TEXTS = 64
-"""Songs with the most characters, among which the most tokens are looked for."""
+"""Number of songs with the most characters that are tokenized to determine the longest text."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class BatchLoader:
     frames: Frames
     text_encoder: TextEncoder
     augmentation: Augmentation | None
-    """What `stream` does to clips; None leaves them as they are."""
+    """Augmentation of the clips of `stream`; None leaves them unchanged."""
 
     def load(self, songs: Rows) -> Batch:
         """Songs [S] with their whole clips, in that order."""
@@ -115,7 +114,7 @@ class BatchLoader:
                 yield batch
 
     def longest(self) -> Batch:
-        """One song as large as training may meet it: the longest clip, cropped to the window, with the longest text."""
+        """One song of the largest size in training: the longest clip, cropped to the window, with the longest text."""
         train = self.songs.train
         song = self.load_first_windows(train[[self.frames.lengths(train).argmax()]])
         texts = sorted((self.songs.texts[song] for song in train.tolist()), key=len)[-LONG_TEXTS:]
@@ -129,9 +128,7 @@ class BatchLoader:
 
 
 def encode(model: HTCL, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Audio and text [S, dim], not normalised, at least fp32; the towers compute in the precision that `AUTOCAST`
-    names.
-    """
+    """Encode audio and text, each [S, dim], not normalised, at least fp32; towers compute in the `AUTOCAST` type."""
     device = batch.mel.device
     dtype = AUTOCAST.get(device.type)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

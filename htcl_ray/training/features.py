@@ -1,10 +1,9 @@
-"""Random access to log-mels: one uncompressed memory-mapped file a machine, made from the feature shards for the runs
-that need it.
+"""Random access to log-mels: one uncompressed, memory-mapped file per machine, written from the feature shards.
 
-Shards are compressed for storage and transport; a training batch wants songs in any order. Only the valid frames are
-kept. The file lies in this user's private folder below the directory for temporary files (TMPDIR). Every process that
+Shards are compressed for storage and transport, but a training batch needs songs in any order. Only valid frames are
+kept. The file is in this user's private folder below the directory for temporary files (TMPDIR). Every process that
 uses it holds a shared lock, which ends with the process, so a file without a lock belongs to no run: the last user
-removes it, and the next run removes what killed ones left.
+removes it, and the next run removes the files of killed ones.
 """
 
 from __future__ import annotations
@@ -31,20 +30,18 @@ from htcl_ray.workspace.manifest import fingerprint
 from htcl_ray.workspace.storage import Workspace
 
 FRAMES, OFFSETS, WHOLE = "frames.f16", "offsets.npy", "whole.json"
-"""WHOLE, the identity of the other two when they were finished, is written last: a folder without it is unfinished."""
+"""WHOLE, the identity of the two finished files, is written last: a folder without it is unfinished."""
 BYTES = 2
-"""Of a float16."""
+"""Size of a float16."""
 SECONDS_TO_AGREE = 60.0
-"""Processes that find no whole file try this long to become the one that writes it."""
+"""Longest time that a process tries to become the one that writes a missing file."""
 
 
 class Frames:
     """Log-mels by song number. Close it when training ends."""
 
     def __init__(self, folder: Path, n_mels: int, lock: int = -1) -> None:
-        """`lock`: descriptor of the folder's shared lock, which is kept until `close`; -1: the folder is the caller's
-        own and stays.
-        """
+        """`lock`: descriptor of the folder's shared lock, held until `close`; -1: the folder is the caller's."""
         self.folder, self._lock = folder, lock
         self.offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS)
         self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, n_mels)
@@ -56,21 +53,22 @@ class Frames:
         self.close()
 
     def close(self) -> None:
-        """Give up the file; it is removed when no process uses it."""
+        """Release the file; it is removed when no process uses it."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
             _remove_unused(self.folder)
 
     def lengths(self, songs: Rows) -> Rows:
-        """Frames of songs, [n]."""
+        """Number of frames of songs, [n]."""
         starts, stops = self.offsets[songs].T
-        return stops - starts
+        frames: Rows = stops - starts
+        return frames
 
     def batch(self, songs: Rows, parts: Rows | None = None) -> tuple[npt.NDArray[np.float16], Rows]:
-        """Log-mels of songs, [n, longest, n_mels] fp16 in dB with zeros behind each, and their frames [n].
+        """Read log-mels of songs, [n, longest, n_mels] fp16 in dB, padded with zeros, and their numbers of frames [n].
 
-        `parts` [n, 2]: first frame and end of what is read of each song; None reads songs whole.
+        `parts` [n, 2]: first frame and end of the part of each song to read; None reads whole songs.
         """
         starts, stops = self.offsets[songs].T
         if parts is not None:
@@ -82,16 +80,15 @@ class Frames:
 
 
 def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], songs: Songs) -> Frames:
-    """The frames of a features artifact; `songs` are the artifact's. The first process of a machine makes the file,
-    others wait.
+    """Open the frames of a features artifact, whose songs are `songs`; the first process of a machine writes the file.
 
-    What an interrupted process has copied is kept and completed. Files that no process uses are removed. Raises
-    StepError when the disk has not enough room.
+    Other processes wait. A partial copy of an interrupted process is completed, and files that no process uses are
+    removed. Raises StepError when the disk has too little space.
     """
     root = private_folder()
     folder = root / f"frames-{fingerprint(workspace.uri, path, manifest['created'])}"
     n_mels = int(manifest["config"]["audio"]["n_mels"])
-    for other in {found.with_suffix("") for found in root.glob("frames-*")} - {folder}:
+    for other in {path.with_suffix("") for path in root.glob("frames-*")} - {folder}:
         _remove_unused(other)
     tried_since = time.monotonic()
     while True:
@@ -104,7 +101,8 @@ def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], so
         if exclusive is None:  # another process looks at it, or is about to write
             if time.monotonic() - tried_since > SECONDS_TO_AGREE:
                 raise StepError(
-                    f"{folder} is damaged while another run uses it; expected all of its files: try again when that run has ended"
+                    f"{folder} is damaged while another run uses it; expected all of its files: "
+                    "try again when that run has ended"
                 )
             time.sleep(0.05)
             continue
@@ -129,17 +127,15 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether both files are those that were finished: cleaners of temporary directories remove old files one by one,
-    and disks fail.
-    """
+    """Whether both files are still the finished ones: cleaners of temporary directories remove old files singly."""
     try:
-        return json.loads((folder / WHOLE).read_text()) == [identity(folder / name) for name in (FRAMES, OFFSETS)]
+        return bool(json.loads((folder / WHOLE).read_text()) == [identity(folder / name) for name in (FRAMES, OFFSETS)])
     except (OSError, ValueError):
         return False
 
 
 def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: int) -> None:
-    """Copy the songs' valid frames, in the order of the shards, behind those that an interrupted process has copied."""
+    """Copy the songs' valid frames in the order of the shards, after those that an interrupted process has copied."""
     number = {song_id: row for row, song_id in enumerate(songs.song_ids)}
     table = workspace.read_tables(path, ["song_id", "valid_frames", "__filename"])
     rows = np.array([number.get(song_id, -1) for song_id in table["song_id"].to_pylist()], dtype=np.int64)
@@ -155,8 +151,8 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
     frame, copied = n_mels * BYTES, 0
     try:
         with open(folder / FRAMES, "ab") as out:
-            there = out.tell() // frame
-            copied = int(ends[ends <= there].max(initial=0))
+            complete = out.tell() // frame
+            copied = int(ends[ends <= complete].max(initial=0))
             out.truncate(copied * frame)
             free, needed = shutil.disk_usage(folder).free, (int(ends[-1]) - copied) * frame
             if free < needed:
@@ -170,7 +166,7 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
                         raise _changed(
                             workspace,
                             path,
-                            f"up to the end of {shard} there are {copied} frames instead of {ends[stop - 1]}",
+                            f"up to the end of {shard} it has {copied} frames instead of {ends[stop - 1]}",
                         )
         np.save(folder / OFFSETS, offsets)
         identities = [identity(folder / name) for name in (FRAMES, OFFSETS)]
@@ -202,7 +198,7 @@ def _changed(workspace: Workspace, path: str, what: str) -> WorkspaceError:
 
 def _no_room(folder: Path, songs: int, needed: int, free: int) -> StepError:
     return StepError(
-        f"the log-mels of {songs} songs need {needed:,} bytes in {folder.parent} on {platform.node()}, where {free:,} are free; make "
-        "room there, or set the environment variable TMPDIR to a folder on a larger disk before Ray starts on that machine (on a private "
-        "cluster, before this command)"
+        f"the log-mels of {songs} songs need {needed:,} bytes in {folder.parent} on {platform.node()}, "
+        f"where {free:,} are free; free some space, or set the environment variable TMPDIR to a folder on a larger "
+        "disk before Ray starts on that machine (on a private cluster, before this command)"
     )

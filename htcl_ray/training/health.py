@@ -1,8 +1,6 @@
-"""Whether a run goes wrong: collapse and plateau, watched on a fixed probe batch with dropout off; and what to do about
-it.
+"""Health of a run: detection of collapse and plateaus on a fixed probe batch, with dropout off.
 
-The probe is of training rows: on songs that were never seen, an overfitted model's loss may exceed that of a model that
-learned nothing.
+The probe is of training rows: on unseen songs, the loss of an overfitted model may exceed that of an untrained one.
 """
 
 from __future__ import annotations
@@ -26,31 +24,30 @@ from htcl_ray.training.song_numbers import Rows, Songs
 from htcl_ray.training.stage_tasks import Task
 
 PROBE_ROWS = 128
-"""Rows of the probe: enough for a rank of tens, little beside an epoch."""
+"""Rows of the probe: enough for a rank of tens, few next to an epoch."""
 ENCODED_AT_ONCE = 16
 COMPARED_TEXTS = 64
 EQUAL = 1e-5
-"""Largest difference of unit-norm vectors that are the same but for rounding; a narrow tower that is not trained yet
-differs by 1e-3."""
+"""Largest difference of unit-norm vectors that are equal up to rounding; an untrained, narrow tower differs by 1e-3."""
 
 REMEDIES = {
-    "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, or check that song texts differ",
+    "plateau": "raise {stage}.learning_rate or {stage}.warmup_share, lower {stage}.temperature, "
+    "or check that song texts differ",
     "collapse": "lower {stage}.learning_rate, raise the batch size, or check that audio and texts differ between songs",
 }
 
 
 def distinct_texts(songs: Songs) -> list[str]:
-    """Up to 64 texts of training songs, no two the same."""
+    """Up to 64 different texts of training songs."""
     _, first = np.unique(songs.ids[songs.train, 2], return_index=True)
     chosen: Rows = songs.train[np.sort(first)[:: max(1, len(first) // COMPARED_TEXTS)][:COMPARED_TEXTS]]
     return [songs.texts[song] for song in chosen.tolist()]
 
 
 def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
-    """Raise InputError when the model embeds different song texts alike or not at all, so that no training can tell
-    them apart.
+    """Raise InputError when the model embeds different song texts alike, or not at all.
 
-    For the start of a run: a tower that collapses later is `HealthWatch`'s affair.
+    For the start of a run; `HealthWatch` detects a tower that collapses later.
     """
     texts = distinct_texts(songs)
     if len(texts) < 2:
@@ -60,23 +57,22 @@ def refuse_equal_texts(model: HTCL, songs: Songs) -> None:
     if (vectors - vectors[0]).abs().max() <= EQUAL:
         name = model.text_encoder.settings.name_or_path
         raise MismatchError(
-            f"the text tower{f' (text.name_or_path {name})' if name else ''} embeds {len(texts)} different song texts alike, "
-            f"for instance '{texts[0][:80]}' and '{texts[1][:80]}'; expected different vectors: its weights are damaged or collapsed, "
-            "so train or choose another one"
+            f"the text tower{f' (text.name_or_path {name})' if name else ''} embeds {len(texts)} different song texts "
+            f"alike, for instance '{texts[0][:80]}' and '{texts[1][:80]}'; expected different vectors: its weights are "
+            "damaged or collapsed, so train or choose another one"
         )
 
 
 def probe_rows(rows: int, workers: int) -> Rows:
-    """Rows of an epoch that make up the probe, equally many for every worker and at least one; `rows` is at least
-    `workers`.
-    """
+    """Rows of an epoch that make up the probe, equally many per worker; `rows` is at least `workers`."""
     wanted = min(max(PROBE_ROWS, workers), rows)
     return np.sort(np.random.default_rng(0).choice(rows, wanted // workers * workers, replace=False))
 
 
 class HealthWatch:
-    """The probe of one run, its figures after each epoch, and how long each fault has lasted. Every worker must use it
-    alike.
+    """The probe of one run, its metrics after each epoch, and the duration of each fault.
+
+    Every worker must call the same methods.
     """
 
     def __init__(
@@ -93,7 +89,7 @@ class HealthWatch:
         has_plateau = loss_class(settings.loss).chance_level(PROBE_ROWS) is not None
         self.watched = [name for name, weight in task.weights.items() if weight] if has_plateau else []
         self.since: dict[str, int] = {}
-        """Fault → the last step at which all was well."""
+        """Fault → the last step without it."""
         self.healthy_at = step
         order = task.order(0)
         chosen = probe_rows(len(order), world_size())
@@ -101,8 +97,9 @@ class HealthWatch:
         self.batch = loader.load_first_windows(own.T.reshape(-1)).to(device)
 
     def measure(self, model: HTCL) -> dict[str, float]:
-        """Figures of the probe: mean cosine and effective rank of audio and text, each term's loss and that of equal
-        vectors.
+        """Measure the probe: mean cosine and effective rank of audio and text, loss and plateau of each term.
+
+        The plateau of a term is its loss for equal vectors.
         """
         was_training = model.training
         model.eval()
@@ -111,30 +108,29 @@ class HealthWatch:
                 self.batch.part(start, start + ENCODED_AT_ONCE) for start in range(0, len(self.batch), ENCODED_AT_ONCE)
             ]
             audio, text = (torch.cat(vectors) for vectors in zip(*(encode(model, part) for part in parts), strict=True))
-            found = self._losses("probe_loss", model, audio, text)
-            found |= self._losses("plateau_loss", model, torch.ones_like(audio), torch.ones_like(text))
+            metrics = self._losses("probe_loss", model, audio, text)
+            metrics |= self._losses("plateau_loss", model, torch.ones_like(audio), torch.ones_like(text))
         model.train(was_training)
         ids = gather_rows(self.batch.ids)
-        for name, vectors, kind in (
-            ("audio", audio, 1),
-            ("text", text, 2),
-        ):  # equal recordings or texts have equal vectors
-            everyone = gather_rows(vectors)[_first_of_each(ids[:, kind])].double().cpu().numpy()
-            if len(everyone) >= 2:
-                found[f"mean_cosine_{name}"] = mean_cosine(everyone)
-            if len(everyone) > 2 * self.settings.min_effective_rank:
-                found[f"effective_rank_{name}"] = effective_rank(everyone)
-        return found
+        # Duplicate recordings and equal texts have equal vectors, so one of each is compared.
+        for name, vectors, kind in (("audio", audio, 1), ("text", text, 2)):
+            distinct = gather_rows(vectors)[_first_of_each(ids[:, kind])].double().cpu().numpy()
+            if len(distinct) >= 2:
+                metrics[f"mean_cosine_{name}"] = mean_cosine(distinct)
+            if len(distinct) > 2 * self.settings.min_effective_rank:
+                metrics[f"effective_rank_{name}"] = effective_rank(distinct)
+        return metrics
 
     def _losses(self, prefix: str, model: HTCL, audio: Tensor, text: Tensor) -> dict[str, float]:
         terms = self.task.terms(model, audio, text, self.batch.ids)
         return {f"{prefix}_{name}": sum_over_workers(value).item() for name, value in terms.items()}
 
-    def check(self, figures: Mapping[str, float], step: int) -> list[str]:
-        """Faults that have lasted for `patience_steps`, as sentences: said, or raised as StepError when the action is
-        `stop`.
+    def check(self, metrics: Mapping[str, float], step: int) -> list[str]:
+        """Report the faults that have lasted for `patience_steps`, as sentences.
+
+        They are printed and returned, or raised as StepError if the action is `stop`.
         """
-        now = self._faults(figures)
+        now = self._faults(metrics)
         self.since = {fault: self.since.get(fault, self.healthy_at) for fault in now}
         self.healthy_at = step
         lasting = [text for fault, text in now.items() if step - self.since[fault] >= self.settings.patience_steps]
@@ -144,22 +140,25 @@ class HealthWatch:
             self.say(f"{self.task.name}  WARNING at step {step}: {text}")
         return lasting
 
-    def _faults(self, figures: Mapping[str, float]) -> dict[str, str]:
-        settings, found = self.settings, {}
+    def _faults(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        settings = self.settings
+        faults: dict[str, str] = {}
         for name in ("audio", "text"):
-            cosine, rank_now = figures.get(f"mean_cosine_{name}"), figures.get(f"effective_rank_{name}")
+            cosine, rank_now = metrics.get(f"mean_cosine_{name}"), metrics.get(f"effective_rank_{name}")
             if cosine is not None and cosine > settings.max_mean_cosine:
-                found[f"cosine {name}"] = self._advice("collapse", f"the mean cosine of {name} vectors is {cosine:.3f}")
+                faults[f"cosine {name}"] = self._advice(
+                    "collapse", f"the mean cosine of {name} vectors is {cosine:.3f}"
+                )
             elif rank_now is not None and rank_now < settings.min_effective_rank:
-                found[f"rank {name}"] = self._advice(
+                faults[f"rank {name}"] = self._advice(
                     "collapse", f"the effective rank of {name} vectors is {rank_now:.1f}"
                 )
         for term in self.watched:
-            loss, plateau = figures[f"probe_loss_{term}"], figures[f"plateau_loss_{term}"]
+            loss, plateau = metrics[f"probe_loss_{term}"], metrics[f"plateau_loss_{term}"]
             if plateau > 0 and abs(loss - plateau) <= settings.plateau_margin * plateau:
                 what = f"the {term} loss of the probe is {loss:.3f}, what equal vectors for all songs would have"
-                found[f"plateau {term}"] = self._advice("plateau", what)
-        return found
+                faults[f"plateau {term}"] = self._advice("plateau", what)
+        return faults
 
     def _advice(self, fault: str, what: str) -> str:
         return f"{what} ({fault}); {REMEDIES[fault].format(stage=self.task.name)}"

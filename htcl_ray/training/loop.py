@@ -1,4 +1,4 @@
-"""Training one stage, from its first step or a checkpoint to its last. No Ray: results leave through callbacks."""
+"""The training loop of one stage, from its first step or a checkpoint to its last, without Ray."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def train(
     resume: TrainingState | None = None,
     show_progress: bool = True,
 ) -> None:
-    """Train `model` in place for the steps that are left.
+    """Train `model` in place, from the first step or that of `resume` to the last.
 
     `on_checkpoint(metrics, step, save)` is called on every worker after each epoch, and within it every
-    `checkpoint_every_steps` with no metrics; `save(folder)` writes a checkpoint there and is for one worker to call.
-    `say` gets lines for a person, on the first worker only; those that only say how far it is are left out unless
-    `show_progress`. Raises ConfigError or MismatchError, before the first step, when the text tower embeds different
-    texts alike; StepError when a gradient is no longer a number, or when `settings.health` says to stop.
+    `checkpoint_every_steps` with no metrics; `save(folder)` writes a checkpoint to a folder; only one worker calls it.
+    `say` prints lines, on the first worker only; without `show_progress`, progress lines are left out. Raises
+    ConfigError or MismatchError, before the first step, when the text tower embeds different texts alike; StepError
+    when a gradient is no longer a number, or when `settings.health` says to stop.
     """
     say = say if rank() == 0 else lambda line: None
     model.to(device)
@@ -87,7 +87,7 @@ def train(
         optimizer.load_state_dict(resume.optimizer)
         sums = {name: value.to(device) for name, value in resume.sums_of(rank(), world_size()).items()}
         for difference in _differences(resume, micro_batch_size):
-            say(f"{task.name}  {difference}; the run goes on, but not bit for bit as it would have")
+            say(f"{task.name}  {difference}; the run resumes, but not bit for bit as without the interruption")
     rng = None if resume is None else resume.rng_of(rank(), world_size())
     seed_worker(settings.seed, rank(), step)
     gallery = validation_gallery(loader.songs.validation, task.validation_pairs)
@@ -137,9 +137,9 @@ def train(
         }
         progress.epoch(metrics)
         if watch is not None:
-            figures = watch.measure(model)
-            metrics |= figures
-            watch.check(figures, step)
+            probe = watch.measure(model)
+            metrics |= probe
+            watch.check(probe, step)
         sums = {name: torch.zeros_like(value) for name, value in sums.items()}
         on_checkpoint(
             metrics, step, _saver(model, gather_state(step, micro_batch_size, probed, optimizer, sums, device))
@@ -147,15 +147,15 @@ def train(
 
 
 def _differences(resume: TrainingState, micro_batch_size: int | None) -> Iterator[str]:
-    """What is not as it was when the checkpoint was made, and decides the order of random numbers or of sums."""
+    """Differences to the run of the checkpoint that change the order of random numbers or of sums."""
     if resume.workers != world_size():
-        yield f"the checkpoint was made by {resume.workers} worker(s), now there are {world_size()}"
+        yield f"the checkpoint was made by {resume.workers} worker(s), now the run has {world_size()}"
     if resume.micro_batch_size != micro_batch_size:
         yield f"the checkpoint was made with micro_batch_size {resume.micro_batch_size}, now it is {micro_batch_size}"
 
 
 def _timed(batches: Iterator[Batch], waited: Tensor) -> Iterator[Batch]:
-    """The batches; seconds that each was waited for are added to `waited`."""
+    """Yield the batches; add the seconds spent waiting for each to `waited`."""
     while True:
         started = time.monotonic()
         songs = next(batches, None)
@@ -166,12 +166,13 @@ def _timed(batches: Iterator[Batch], waited: Tensor) -> Iterator[Batch]:
 
 
 def _refuse_non_finite(task: Task, terms: Terms, norm: Tensor, step: int) -> None:
-    """The gradient is the sum over workers, so all of them stop at the same step, before the weights are touched."""
+    """Raise StepError for a gradient that is not finite, on all workers and before the weights change."""
     if not math.isfinite(norm.item()):
         losses = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
         raise StepError(
-            f"{task.name}: the gradient of step {step + 1} has norm {norm.item()} (this worker's share of the loss: {losses}); "
-            f"lower {task.name}.learning_rate, or set {task.name}.max_gradient_norm and {task.name}.warmup_share"
+            f"{task.name}: the gradient of step {step + 1} has norm {norm.item()} "
+            f"(this worker's share of the loss: {losses}); lower {task.name}.learning_rate, "
+            f"or set {task.name}.max_gradient_norm and {task.name}.warmup_share"
         )
 
 
@@ -180,7 +181,7 @@ def _saver(model: HTCL, state: TrainingState) -> SaveCheckpoint:
 
 
 def _epoch_metrics(task: Task, sums: dict[str, Tensor], steps: int) -> Metrics:
-    """Means over the epoch's steps; a worker's terms are shares of the global batch's, so they are added up."""
+    """Average over the epoch's steps; a worker's terms are shares of the global batch's, so they are summed."""
     total = sum_over_workers(torch.stack(list(sums.values())))
     of = dict(zip(sums, total.tolist(), strict=True))
     terms = {f"loss_{name}": of[name] / steps for name in task.weights}
@@ -190,7 +191,7 @@ def _epoch_metrics(task: Task, sums: dict[str, Tensor], steps: int) -> Metrics:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory in use so far, in GB: what torch has allocated on a GPU, the resident process on the CPU."""
+    """Peak memory so far, in GB: allocated by torch on a GPU, resident memory of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,6 +1,4 @@
-"""An epoch's figures: `metrics.jsonl`, one line an epoch, TensorBoard events, and the trackers. Written by the first
-worker.
-"""
+"""Metrics of each epoch: `metrics.jsonl`, TensorBoard events, and trackers. Written by the first worker."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """The log of one run, which goes on where a resumed run goes on. Closes the trackers that it is given."""
+    """The log of one run, continued when the run is resumed. Closes the trackers that it is given."""
 
     def __init__(self, workspace: Workspace, run: str, steps_done: int, trackers: Trackers | None = None) -> None:
         from tensorboardX import SummaryWriter
@@ -33,7 +31,7 @@ class MetricsLog:
         self.events = SummaryWriter(str(self.folder), purge_step=steps_done or None)
 
     def write(self, metrics: Metrics) -> None:
-        """Add one epoch."""
+        """Append the metrics of one epoch."""
         self.lines.append(metrics)
         self.workspace.write_bytes(
             f"{self.run}/{METRICS}", "".join(json.dumps(line) + "\n" for line in self.lines).encode()
@@ -54,7 +52,7 @@ class MetricsLog:
             self.trackers.catch_up(self.lines)
 
     def close(self, finished: bool = True) -> None:
-        """End the log: the run is finished, or will be continued."""
+        """End the log; `finished`: the run is complete, else it is to be resumed."""
         if self.trackers:
             self.trackers.close(finished)
         self.events.close()

@@ -1,4 +1,4 @@
-"""How many rows a worker can encode at a time: `micro_batch_size: auto`."""
+"""The gradient of a batch, in one pass or in micro-batches with gradient caching, and their size for `auto`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from htcl_ray.training.randomness import get_rng_state, set_rng_state
 from htcl_ray.training.stage_tasks import Task
 
 SHARE = {"cpu": 0.5, "cuda": 0.9}
-"""Of the memory that is available: on a CPU what one layer needs in passing is not counted, on a GPU it is measured."""
+"""Share of the available memory to use: on a CPU the temporary memory of a layer is not counted, on a GPU it is."""
 CGROUPS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Limit, use, and the part of the use that is given up on demand: version 2 and version 1, below /sys/fs/cgroup."""
+"""Files of limit and use and the reclaimable part of the use, of version 2 and version 1, below /sys/fs/cgroup."""
 
 
 def compute_gradients(model: HTCL, batch: Batch, task: Task, micro_batch_size: int | None = None) -> Terms:
-    """Fill every parameter's gradient with that of the loss of the global batch; return this worker's share of each
-    term.
+    """Compute every parameter's gradient of the loss of the global batch; return this worker's share of each term.
 
     `micro_batch_size`: rows encoded at a time, so memory does not grow with the batch; None encodes all at once.
-    Gradients must be empty before.
+    Gradients must be empty before the call.
     """
     songs_at_once = (micro_batch_size or len(batch)) * task.songs_per_row
     if songs_at_once >= len(batch):
         terms = task.terms(model, *encode(model, batch), batch.ids)
-        total_loss(terms, task.weights).backward()
+        torch.autograd.backward(total_loss(terms, task.weights))
     else:
         terms = _two_passes(model, batch, task, songs_at_once)
     sum_gradients(model.parameters())
@@ -47,11 +46,12 @@ def compute_gradients(model: HTCL, batch: Batch, task: Task, micro_batch_size: i
 
 
 def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Terms:
-    """Cached-embedding gradients: encode, take the loss's gradient of the embeddings, encode again and hand it on.
+    """Compute gradients in micro-batches with GradCache (arXiv 2101.06983).
 
-    The second encoding replays the first one's random numbers, so dropout is the same in both. The scheme is GradCache
-    (arXiv 2101.06983), but the first encoding records its graph too and drops it at once: what is computed for a
-    gradient may use other kernels than what is not, above all when compiled, and those may draw or round otherwise.
+    Encodes all micro-batches, takes the gradient of the loss with respect to the embeddings, encodes again and
+    backpropagates it. The second encoding replays the random numbers of the first, so dropout is the same in both.
+    Unlike GradCache, the first encoding also records its graph and drops it at once: with and without gradients, other
+    kernels may run, above all when compiled, which may draw or round differently.
     """
     parts = [batch.part(start, start + songs_at_once) for start in range(0, len(batch), songs_at_once)]
     device = batch.mel.device
@@ -62,11 +62,11 @@ def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Te
     after = get_rng_state(device)
     audio, text = (torch.cat(vectors).requires_grad_() for vectors in zip(*encoded, strict=True))
     terms = task.terms(model, audio, text, batch.ids)
-    total_loss(terms, task.weights).backward()
+    torch.autograd.backward(total_loss(terms, task.weights))
     assert audio.grad is not None
     assert text.grad is not None
     for part, state, *gradients in zip(
-        parts, states, audio.grad.split(songs_at_once), text.grad.split(songs_at_once), strict=True
+        parts, states, torch.split(audio.grad, songs_at_once), torch.split(text.grad, songs_at_once), strict=True
     ):
         set_rng_state(state, device)
         torch.autograd.backward(encode(model, part), gradients)
@@ -77,12 +77,13 @@ def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Te
 def probe_micro_batch_size(
     model: HTCL, longest: Batch, songs_per_row: int, local_rows: int, device: torch.device
 ) -> int:
-    """The most rows, a power of two or all `local_rows`, that fit the memory of every worker. All workers must call it.
+    """Measure the most rows, a power of two or all `local_rows`, that fit the memory of every worker.
 
-    `longest` is one song as large as training may meet it (`BatchLoader.longest`), on the CPU. On a GPU growing numbers
-    of such songs are encoded and differentiated until memory runs short. On a CPU, where running short would end the
-    process, what the graph of a few rows keeps is counted and extrapolated. Parameters, gradients and random numbers
-    are left as they were. To be called before compiling. Raises StepError, on every worker, when not even one row fits.
+    All workers must call it, before compiling. `longest` is one song of the largest size in training
+    (`BatchLoader.longest`), on the CPU. On a GPU, growing numbers of such songs are encoded and differentiated until
+    memory runs out. On a CPU, where that would end the process, the memory of the graph of a few rows is counted and
+    extrapolated. Parameters, gradients and random numbers are left unchanged. Raises StepError, on every worker, when
+    not even one row fits.
     """
     with _left_untouched(model, device):
         budget = SHARE[device.type] * _available(device) - _fixed(model, longest, songs_per_row * local_rows)
@@ -91,31 +92,29 @@ def probe_micro_batch_size(
             if device.type == "cuda"
             else _extrapolated(model, longest, device)
         )
-        found = most_rows(local_rows, lambda rows: peak(rows * songs_per_row), budget)
-    found = least_over_workers(found, device)
-    if found == 0:
+        rows = most_rows(local_rows, lambda rows: peak(rows * songs_per_row), budget)
+    rows = least_over_workers(rows, device)
+    if rows == 0:
         raise StepError(
             f"not one row with a clip of {longest.mel.shape[1]} frames fits the memory of every worker; "
             "set model.window_seconds, make the model smaller, or give the workers more memory"
         )
-    return found
+    return rows
 
 
 def most_rows(local_rows: int, peak_bytes: Callable[[int], float], budget: float) -> int:
-    """The most rows within the budget among 1, 2, 4, … and `local_rows`; 0 when one is too many. Asks from below, and
-    stops.
-    """
+    """The most rows within the budget among 1, 2, 4, … and `local_rows`, tried in rising order; 0 if none fits."""
     sizes = [2**power for power in range(local_rows.bit_length()) if 2**power < local_rows]
-    found = 0
+    most = 0
     for rows in [*sizes, local_rows]:
         if peak_bytes(rows) > budget:
             break
-        found = rows
-    return found
+        most = rows
+    return most
 
 
 def _measured(model: HTCL, longest: Batch, device: torch.device, songs: int) -> float:
-    """Bytes that encoding and differentiating takes at its peak, or infinity when the GPU has not as many."""
+    """Peak bytes of encoding and differentiating, or infinity if the GPU runs out of memory."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -129,8 +128,9 @@ def _measured(model: HTCL, longest: Batch, device: torch.device, songs: int) -> 
 
 
 def _extrapolated(model: HTCL, longest: Batch, device: torch.device) -> Callable[[int], float]:
-    """Songs → bytes that their graph keeps, from two small graphs. Two songs are the least that is laid out like
-    many.
+    """Extrapolate the bytes that the graph of a number of songs keeps from two small graphs.
+
+    Memory of two songs or more is laid out alike; that of one is not.
     """
     two, four = (_kept_bytes(model, _repeated(longest, count).to(device)) for count in (2, 4))
     return lambda songs: two + (songs - 2) * (four - two) / 2
@@ -145,9 +145,8 @@ def _kept_bytes(model: HTCL, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        encoded = encode(
-            model, batch
-        )  # named, so that the graph and the addresses that it keeps live until all are noted
+        # Named, so that the graph lives, and its addresses are not reused, until all are noted.
+        encoded = encode(model, batch)
     del encoded
     return sum(kept.values())
 
@@ -165,15 +164,13 @@ def _repeated(song: Batch, count: int) -> Batch:
 
 
 def _fixed(model: HTCL, longest: Batch, songs: int) -> int:
-    """Bytes that training holds whatever the micro-batch: gradients, two moments, and two batches, one being loaded."""
+    """Bytes that do not depend on the micro-batch: gradients, two moments, and two batches, one being loaded."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return 3 * trained + 2 * songs * longest.mel.nbytes
 
 
 def _available(device: torch.device) -> float:
-    """Bytes that this worker may take: what nobody uses, shared evenly by the workers of this machine where they share
-    it.
-    """
+    """Bytes that this worker may use: free memory, divided evenly among workers that share it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -181,11 +178,11 @@ def _available(device: torch.device) -> float:
 
 
 def _free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of memory that new allocations can have: of the machine, or of the container where that is less."""
+    """Bytes of memory available to new allocations: of the machine, or of the container if that is less."""
     try:
         fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-    except OSError:  # no Linux: all that is built in, as if half of it were in use
+    except OSError:  # not Linux: half of the installed memory
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     for limit_file, used_file, reclaimable in CGROUPS:
         limit, used = cgroup / limit_file, cgroup / used_file
@@ -200,7 +197,7 @@ def _free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/p
 
 @contextmanager
 def _left_untouched(model: HTCL, device: torch.device) -> Iterator[None]:
-    """Training mode, and gradients put aside; afterwards mode, gradients and random numbers are what they were."""
+    """Switch to training mode without gradients; restore mode, gradients and random numbers afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     state, was_training = get_rng_state(device), model.training
     model.train()

@@ -1,4 +1,4 @@
-"""Optimizer, its parameter groups, and the learning rate of a step."""
+"""Preparation of a model for training: frozen parameters, compiled towers, optimizer and learning rates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from htcl_ray.models.htcl import HTCL
 
 
 def freeze(model: HTCL, settings: StageSettings) -> None:
-    """Let gradients reach exactly the parameters that `settings` do not freeze; to be called before the optimizer is
-    built.
+    """Freeze the parameters that `settings` name; to be called before the optimizer is built.
 
-    With the first Transformer layers go the convolutions, the projection, the position embedding, its norm and [CLS]:
-    if what feeds a frozen layer moved, the layer would no longer get what it was trained on, and the gradient would
-    still have to pass through it. Heads always learn. Dropout stays on in frozen parts, as everywhere in training.
+    Freezing the first Transformer layers also freezes everything before them: convolutions, projection, position
+    embedding, its norm and [CLS]. If these moved, a frozen layer would get inputs that it was not trained on. Heads
+    always learn. Dropout stays on in frozen parts.
     """
     model.requires_grad_(True)
     model.loss_parameters("logit_scale").requires_grad_(settings.learn_temperature)
@@ -35,7 +34,7 @@ def freeze(model: HTCL, settings: StageSettings) -> None:
 
 
 def build_optimizer(model: HTCL, settings: StageSettings) -> torch.optim.Optimizer:
-    """Adam, or AdamW with `weight_decay` on matrices. Each group keeps its peak rate under `peak`."""
+    """Build Adam, or AdamW with `weight_decay` on matrices. Each group has its peak rate under `peak`."""
     groups = [group for group in _groups(model, settings) if group["params"]]
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     kind = torch.optim.AdamW if settings.weight_decay else torch.optim.Adam
@@ -64,9 +63,7 @@ def _groups(model: HTCL, settings: StageSettings) -> Iterator[dict[str, object]]
 
 
 def learning_rate_factor(step: int, total_steps: int, settings: StageSettings) -> float:
-    """Share of the peak rate at a step (from 0) of the whole run: a linear warm-up, then constant or half a cosine to
-    0.
-    """
+    """Share of the peak rate at a step (from 0) of the run: linear warm-up, then constant or half a cosine to 0."""
     warmup = round(settings.warmup_share * total_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -76,14 +73,13 @@ def learning_rate_factor(step: int, total_steps: int, settings: StageSettings) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's rate as a share of its peak."""
+    """Set every group's rate to a share of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
 
 
 def compile_towers(model: HTCL, device: torch.device) -> None:
-    """Compile the towers in place; names of parameters stay. Shapes are dynamic: lengths of clips and texts vary from
-    batch to batch.
+    """Compile the towers in place, with dynamic shapes; names of parameters stay.
 
     Raises ConfigError when the compiler of this kind of device is missing.
     """
@@ -93,8 +89,7 @@ def compile_towers(model: HTCL, device: torch.device) -> None:
             f"compile needs a C++ compiler, but this machine has no '{compiler}'; install one or set compile to false"
         )
     encoder = model.audio_encoder
-    # Equal layers share one compilation. The encoder as a whole would break at the lengths, which are decided on the
-    # CPU.
+    # Equal layers share one compilation. The encoder as a whole would break the graph at lengths computed on the CPU.
     parts: list[nn.Module] = [encoder.convolutions, encoder.position, *encoder.layers, model.text_encoder.transformer]
     for part in parts:
         part.compile(dynamic=True)

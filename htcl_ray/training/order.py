@@ -1,6 +1,4 @@
-"""Which rows are in which batch: pure functions of seed, epoch and step, so that a resumed run sees what it would have
-seen.
-"""
+"""The order of rows in batches: pure functions of seed, epoch and step, so that a resumed run gets the same batches."""
 
 from __future__ import annotations
 
@@ -13,13 +11,14 @@ Rows = npt.NDArray[np.int64]
 
 
 def global_batch(rows: int, batch_size: int, workers: int) -> int:
-    """Rows of a global batch: `batch_size`, or all that divide by the workers when there are fewer rows. Raises
-    WorkspaceError.
+    """Rows of a global batch: `batch_size`, or fewer if the data has fewer, divisible by the number of workers.
+
+    Raises WorkspaceError for fewer than 2.
     """
     size = min(batch_size, rows - rows % workers)
     if size < 2:
         raise WorkspaceError(
-            f"there are {rows} training rows for {workers} workers; expected at least 2 rows and one for each worker"
+            f"training has {rows} rows for {workers} workers; expected at least 2 rows and one for each worker"
         )
     return size
 
@@ -30,10 +29,10 @@ def steps_per_epoch(rows: int, batch: int) -> int:
 
 
 def song_order(seed: int, epoch: int, songs: Rows, length: int | None = None, *, stream: tuple[int, ...] = ()) -> Rows:
-    """Stage 1: the songs of an epoch, [length, 1].
+    """The songs of an epoch of stage 1, [length, 1].
 
-    Epochs follow each other in one endless order, in which every song comes once before any comes again; null makes
-    them that long. Each `stream` has an order of its own.
+    Epochs are consecutive parts of one endless order, in which every song comes once before any comes again; a length
+    of None is all songs. Each `stream` has its own order.
     """
     length = length or len(songs)
     rounds = range(epoch * length // len(songs), -(-(epoch + 1) * length // len(songs)))
@@ -43,16 +42,16 @@ def song_order(seed: int, epoch: int, songs: Rows, length: int | None = None, *,
 
 
 def pair_order(seed: int, epoch: int, pairs: Rows, weights: npt.NDArray[np.float64], draws: int) -> Rows:
-    """Stage 2: `draws` pairs, drawn by weight with replacement, [draws, 2]."""
+    """The pairs of an epoch of stage 2, drawn by weight with replacement, [draws, 2]."""
     chosen = np.random.default_rng([seed, epoch]).choice(len(pairs), size=draws, p=weights / weights.sum())
     return pairs[chosen]
 
 
 def with_rejected(seed: int, epoch: int, drawn: Rows, rejected: Rows, weights: npt.NDArray[np.float64]) -> Rows:
-    """Drawn pairs [draws, 2] with a song rejected after each trigger, drawn by weight, [draws, 3].
+    """Append an explicit negative, drawn by weight, to each of the drawn pairs [draws, 2], [draws, 3].
 
-    `rejected` [k, 2], sorted: trigger, rejected song; `weights` [k], above 0. Where a trigger has none, the recalled
-    song stands again.
+    `rejected` [k, 2], sorted: trigger, rejected song; `weights` [k], above 0. For a trigger without
+    one, the recalled song is repeated.
     """
     trigger, recalled = drawn.T
     first, behind = (np.searchsorted(rejected[:, 0], trigger, side=side) for side in ("left", "right"))
@@ -64,7 +63,7 @@ def with_rejected(seed: int, epoch: int, drawn: Rows, rejected: Rows, weights: n
 
 
 def with_rehearsed(seed: int, epoch: int, drawn: Rows, songs: Rows, count: int) -> Rows:
-    """Drawn rows [draws, c] with `count` songs of the whole training catalogue behind each, [draws, c + count].
+    """Append `count` songs of the whole training catalogue to each of the drawn rows [draws, c], [draws, c + count].
 
     Over the epochs every one of `songs` comes once before any comes again, however rarely pairs draw it.
     """

@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains."""
+"""Progress lines of a stage in training."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Progress:
             say(f"{task.name}  continues after step {start}/{epochs * steps} (epoch {start // steps + 1} of {epochs})")
 
     def songs_per_second(self, step: int) -> float:
-        """Songs of all workers, since this process began."""
+        """Songs per second of all workers since this process started."""
         return self.pace.rate(step) * self.batch * self.task.songs_per_row
 
     def step(self, epoch: int, step: int, sums: dict[str, Tensor], model: HTCL) -> None:
-        """A line every few seconds; between epochs the terms are this worker's rows only, scaled up."""
+        """Print a line every few seconds; within an epoch, terms are estimated from this worker's rows."""
         if not self.throttle.is_due():
             return
         done = step - epoch * self.steps
@@ -39,7 +39,7 @@ class Progress:
         self._line(epoch + 1, step, terms, model.temperatures(), "")
 
     def epoch(self, metrics: Metrics) -> None:
-        """A line at the end of an epoch, when the last one is some time ago or training ends."""
+        """Print a line at the end of an epoch, if the last one is some time ago or training ends."""
         if metrics["epoch"] < self.epochs and not self.throttle.is_due(0.5):
             return
         terms = {name: metrics[f"loss_{name}"] for name in self.task.weights}

@@ -1,4 +1,4 @@
-"""The random numbers of a device: dropout is the only use of them in training."""
+"""The random number generators of a device, which training uses for dropout only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ RngState = dict[str, Tensor]
 
 
 def seed_worker(seed: int, rank: int, step: int = 0) -> None:
-    """Different dropout on every worker and from every step that a run is resumed at with other workers; the same in
-    every run.
-    """
+    """Seed dropout, differently on every worker and, if a run is resumed with other workers, at every step."""
     base = seed * 1_000_003 + rank + 1
-    # The CPU's generator takes the lowest 32 bits of a seed alone, so the step is mixed into them.
+    # The CPU's generator uses only the lowest 32 bits of a seed, so the step is mixed into them.
     torch.manual_seed(base if step == 0 else int(np.random.SeedSequence([base, step]).generate_state(1)[0]))
 
 
@@ -28,7 +26,7 @@ def get_rng_state(device: torch.device) -> RngState:
 
 
 def set_rng_state(state: RngState, device: torch.device) -> None:
-    """Put a state back."""
+    """Restore the state of the generators."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""The songs and pairs that training may see, as integers: what order, masks and losses work with. Needs no torch."""
+"""Songs and pairs of the training and validation splits, as integers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Songs:
-    """Songs of the train and validation splits, sorted by id. A song's position here is its number everywhere in
-    training.
-    """
+    """Songs of the train and validation splits, sorted by id; a song's position is its number in training."""
 
     song_ids: list[str]
     texts: list[str]
@@ -47,8 +45,7 @@ class Pairs:
     missing: int
     """Training and validation pairs left out because a song has no features in that split."""
     rejected: Rows
-    """[k, 2]: trigger, song rejected after it; sorted, none of them a training pair in either order. Empty unless asked
-    for."""
+    """[k, 2]: trigger, song rejected after it; sorted, never a training pair. Empty unless requested."""
     rejected_weights: npt.NDArray[np.float64]
     """[k], above 0."""
     rejected_left_out: int
@@ -82,7 +79,7 @@ def read_songs(workspace: Workspace, path: str) -> Songs:
 def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool = False) -> Pairs:
     """The pairs of a pairs artifact whose songs both have features in the pair's split.
 
-    `rejected`: also read the negatives that were mined with them; WorkspaceError when there are none.
+    `rejected`: also read the negatives that were mined with them; WorkspaceError without any.
     """
     columns = ["trigger_song_id", "song_id", "weight", "split"]
     table = workspace.read_tables(path, columns)
@@ -93,23 +90,23 @@ def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool 
     negatives = f"negatives/{path.rpartition('/')[2]}"
     if workspace.manifest(negatives) is None:
         raise WorkspaceError(
-            f"{workspace.uri_of(negatives)}, which finetune.explicit_negatives needs, does not exist; run 'htcl preprocess'"
+            f"{workspace.uri_of(negatives)}, which finetune.explicit_negatives needs, does not exist; "
+            "run 'htcl preprocess'"
         )
     apart, apart_weights, unknown = _usable(workspace.read_tables(negatives, columns), Split.TRAIN, songs, songs.train)
     known = np.isin(_codes(apart), known_pair_codes(train))
     if known.all():
         raise WorkspaceError(
-            f"{workspace.uri_of(negatives)} has no song that was only rejected after its trigger, which finetune.explicit_negatives needs: "
-            "give a log with skips or dislikes (pairs.negative_feedback), or set it to false"
+            f"{workspace.uri_of(negatives)} has no song that was only rejected after its trigger, "
+            "which finetune.explicit_negatives needs: give a log with skips or dislikes "
+            "(pairs.negative_feedback), or set it to false"
         )
     left_out = unknown + int(known.sum())
     return Pairs(train, weights, validation, missing + more, apart[~known], apart_weights[~known], left_out)
 
 
 def _usable(table: pa.Table, split: Split, songs: Songs, members: Rows) -> tuple[Rows, npt.NDArray[np.float64], int]:
-    """Pairs of a split as sorted song numbers, their weights, and how many were left out because a song is not in
-    it.
-    """
+    """Pairs of a split as sorted song numbers, their weights, and the number of pairs with a song not in the split."""
     part = table.filter(pc.equal(table["split"], split))
     number = {songs.song_ids[row]: row for row in members.tolist()}
     rows = np.array(
@@ -123,27 +120,30 @@ def _usable(table: pa.Table, split: Split, songs: Songs, members: Rows) -> tuple
 
 
 def known_pair_codes(pairs: Rows) -> Rows:
-    """Sorted, unique codes of unordered pairs, as `objectives.masks.false_negatives` takes them."""
-    return np.unique(_codes(pairs))
+    """Sorted, unique codes of unordered pairs, as `losses.false_negatives` takes them."""
+    codes: Rows = np.unique(_codes(pairs))
+    return codes
 
 
 def _codes(pairs: Rows) -> Rows:
-    return (pairs.min(axis=1) << 32) | pairs.max(axis=1)
+    codes: Rows = (pairs.min(axis=1) << 32) | pairs.max(axis=1)
+    return codes
 
 
 def log_draw_probability(pairs: Rows, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Log of the probability that a pair drawn by weight has a song as its trigger, and as its recalled song: [songs,
-    2].
+    """Log of the probability that a song is drawn as trigger and as recalled song: [songs, 2].
 
-    As many songs as the largest number in `pairs` asks for; −inf for a song that is never drawn.
+    Pairs are drawn by weight. The result has a row for each song up to the largest number in `pairs`; −inf marks songs
+    that are never drawn.
     """
     count = int(pairs.max()) + 1
     drawn = np.stack([np.bincount(songs, weights, count) for songs in pairs.T], axis=1) / weights.sum()
-    return np.log(drawn, out=np.full_like(drawn, -np.inf), where=drawn > 0)
+    logs: npt.NDArray[np.float64] = np.log(drawn, out=np.full_like(drawn, -np.inf), where=drawn > 0)
+    return logs
 
 
 def normalized_text(text: str) -> str:
-    """Texts that a reader would call the same: compatible characters, case and white space unified."""
+    """Normalise a text for comparison: NFKC, case folding, single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

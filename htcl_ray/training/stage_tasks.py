@@ -1,4 +1,4 @@
-"""What the two stages train on: the order of an epoch, and the loss of a batch."""
+"""The tasks of the two stages: the order of an epoch and the loss terms of a batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Task:
     """Epoch → song numbers [rows, songs_per_row]."""
     terms: LossTerms
     weights: dict[str, float]
-    """Weight of each term in what is optimised."""
+    """Weight of each term in the total loss."""
     validation_pairs: Rows | None = None
 
 

@@ -1,9 +1,8 @@
-"""MLflow and Weights & Biases: the lines of `metrics.jsonl`, sent on to where a team looks at its runs. Both are
-optional extras.
+"""Experiment trackers, MLflow and Weights & Biases, which get the lines of `metrics.jsonl`. Both are optional extras.
 
-`metrics.jsonl` is the truth, and a tracker follows it: beside it, `trackers.json` says which run of the tracker
-continues this one and up to which step it was sent. So a resumed run goes on in the same place, nothing is sent twice,
-what could not be sent is sent later, and a tracker that is added to an interrupted run gets the epochs before.
+`metrics.jsonl` is authoritative and trackers follow it: `trackers.json` next to it records the tracker's run and the
+last step that was sent. So a resumed run continues in the same run of the tracker, no line is sent twice, lines that
+could not be sent are sent later, and a tracker that is added to an interrupted run gets the earlier epochs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TRACKED = "trackers.json"
 
 
 class Tracker(Protocol):
-    """One place that shows runs."""
+    """An experiment tracker."""
 
     name: str
     target: str
@@ -40,16 +39,14 @@ class Tracker(Protocol):
         """Begin a run, or continue the one called `run_id`; returns its id."""
 
     def write(self, metrics: Metrics) -> None:
-        """Add the figures of one epoch at `metrics["step"]`; steps rise."""
+        """Add the metrics of one epoch at `metrics["step"]`; steps rise."""
 
     def close(self, finished: bool) -> None:
-        """End the run: finished, or to be continued."""
+        """End the run; `finished`: it is complete, else it is to be resumed."""
 
 
 def check_tracking(settings: TrackingSettings) -> TrackingSettings:
-    """The settings as a worker in another folder understands them. Raises ConfigError when a package or MLflow's
-    address is missing.
-    """
+    """Resolve the settings for workers in other folders. Raises ConfigError for a missing package or MLflow address."""
     for name in settings.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -73,8 +70,9 @@ def open_trackers(
     parameters: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Trackers:
-    """The configured trackers of the run in the folder `run`, runs/<step>/<version>. `parameters`: sections of the
-    configuration.
+    """Open the configured trackers of the run in folder `run`, runs/<step>/<version>.
+
+    `parameters`: sections of the configuration.
     """
     settings = check_tracking(settings)
     step, version = run.split("/")[-2:]
@@ -87,7 +85,7 @@ def open_trackers(
 
 
 class Trackers:
-    """The trackers of one run, kept level with its lines. Raises ConfigError when one of them cannot be opened."""
+    """The trackers of one run. Raises ConfigError when one of them cannot be opened."""
 
     def __init__(self, workspace: Workspace, run: str, trackers: Sequence[Tracker], say: Callable[[str], None]) -> None:
         self.workspace, self.path, self.trackers, self.say = workspace, f"{run}/{TRACKED}", trackers, say
@@ -99,7 +97,7 @@ class Trackers:
             before = self.sent.get(tracker.target)
             try:
                 run_id = tracker.open(None if before is None else before["run"])
-            except Exception as error:  # whatever the tracker's client and its HTTP library raise
+            except Exception as error:  # errors of the tracker's client and its HTTP library
                 raise ConfigError(
                     f"{tracker.name} cannot be opened at {tracker.target} ({_reason(error)}); "
                     f"correct the tracking section, or take {tracker.name} out of tracking.trackers"
@@ -109,9 +107,7 @@ class Trackers:
                 self._save()
 
     def catch_up(self, lines: Sequence[Metrics]) -> None:
-        """Send what a tracker has not seen. When one fails, training goes on: a line is printed, and the next call
-        tries again.
-        """
+        """Send the lines that a tracker does not have yet; on failure, print a line and try again at the next call."""
         for tracker in self.trackers:
             sent = self.sent[tracker.target]
             try:
@@ -119,17 +115,17 @@ class Trackers:
                     if line["step"] > sent["step"]:
                         tracker.write(line)
                         sent["step"] = line["step"]
-            except Exception as error:
-                self.say(f"{tracker.name} cannot be reached ({_reason(error)}); its figures wait in metrics.jsonl")
+            except Exception as error:  # as in __init__; training continues
+                self.say(f"{tracker.name} cannot be reached ({_reason(error)}); its metrics wait in metrics.jsonl")
         if self.trackers:
             self._save()
 
     def close(self, finished: bool) -> None:
-        """End the trackers' runs; what fails is said, not raised."""
+        """End the trackers' runs; failures are printed, not raised."""
         for tracker in self.trackers:
             try:
                 tracker.close(finished)
-            except Exception as error:
+            except Exception as error:  # as in __init__; training continues
                 self.say(f"{tracker.name} could not close its run ({_reason(error)})")
 
     def _save(self) -> None:
@@ -152,7 +148,7 @@ class MlflowTracker:
         self.target = f"mlflow {without_credentials(self.uri or '')} {self.project}"
 
     def open(self, run_id: str | None) -> str:
-        """Parameters are written once: MLflow takes no second value."""
+        """Open or resume the run; parameters are written once, since MLflow takes no second value."""
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -180,7 +176,7 @@ class MlflowTracker:
         self.client.log_batch(self.run_id, metrics=named)
 
     def close(self, finished: bool) -> None:
-        """FINISHED or FAILED."""
+        """End the run as FINISHED or FAILED."""
         self.client.set_terminated(self.run_id, status="FINISHED" if finished else "FAILED")
 
 
@@ -192,7 +188,7 @@ class WandbTracker:
     def __init__(
         self, settings: TrackingSettings, step: str, version: str, parameters: Mapping[str, Any], folder: Path | None
     ) -> None:
-        """`folder`: the run's, when it is on this machine; W&B keeps its files in `wandb/` there."""
+        """`folder`: the run's, when it is on this machine; W&B keeps its files in its `wandb/`."""
         self.project, self.step, self.version, self.parameters, self.folder = (
             settings.project,
             step,
@@ -203,7 +199,7 @@ class WandbTracker:
         self.target = f"wandb {self.project}"
 
     def open(self, run_id: str | None) -> str:
-        """An offline run in a workspace on object storage would be lost with the worker's disk, so it is refused."""
+        """Open or resume the run; refuse an offline run whose files would be lost with the worker's disk."""
         import wandb
 
         if self.folder is not None:
@@ -221,7 +217,7 @@ class WandbTracker:
         if self.run.offline and self.folder is None:
             self.run.finish(exit_code=1)
             raise ConfigError("W&B is offline and the workspace is not on this machine")
-        return self.run.id
+        return str(self.run.id)
 
     def write(self, metrics: Metrics) -> None:
         """One row of the run's history."""

@@ -1,4 +1,4 @@
-"""How good the model is now: retrieval in one fixed gallery of validation songs, dropout off."""
+"""Validation during training: retrieval in one fixed gallery of validation songs, with dropout off."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from htcl_ray.training.batches import BatchLoader
 from htcl_ray.training.song_numbers import Rows
 
 GALLERY = 2048
-"""At most this many songs, so that an epoch's end costs little and figures of one catalogue stay comparable."""
+"""Most songs of a gallery, so that validation is cheap and metrics of one catalogue stay comparable."""
 PAIRS = 8 * GALLERY
-"""At most this many pairs, so that ranking them costs little."""
+"""Most pairs of a gallery, so that ranking them is cheap."""
 PAIRS_AT_ONCE = 2**20
 """Pairs that are looked up in the gallery at once."""
 RECALL_AT = 10
 
 
 class Gallery(NamedTuple):
-    """What a run is validated on: the same songs and pairs after every epoch, for every worker and in every trial of a
-    search.
-    """
+    """Songs and pairs for validation: the same after every epoch, for every worker and in every trial of a search."""
 
     songs: Rows
     """[songs], sorted."""
@@ -35,11 +33,10 @@ class Gallery(NamedTuple):
 
 
 def validation_gallery(validation: Rows, pairs: Rows | None = None) -> Gallery:
-    """All validation songs and the pairs among them, or the same sample of them every time.
+    """Choose all validation songs and the pairs among them, or a fixed sample of them.
 
-    `validation`: sorted; `pairs`: [p, 2], songs of `validation`. Of a larger catalogue pairs are drawn first and the
-    gallery is made of their songs, since few pairs would lie inside songs that are drawn by themselves; what is left is
-    filled with other songs.
+    `validation`: sorted; `pairs`: [p, 2], songs of `validation`. In a larger catalogue, pairs are drawn first and the
+    gallery is made of their songs, since few pairs would lie inside a sample of songs; other songs fill the rest.
     """
     random = np.random.default_rng(0)
     songs = validation
@@ -61,21 +58,21 @@ def validation_gallery(validation: Rows, pairs: Rows | None = None) -> Gallery:
 
 
 def pairs_inside(songs: Rows, pairs: Rows) -> Rows:
-    """The pairs [p, 2] whose songs both are among `songs` (sorted), as positions in it."""
-    found = [np.empty((0, 2), dtype=np.int64)]
+    """The pairs [p, 2] with both songs among `songs` (sorted), as positions in it."""
+    inside = [np.empty((0, 2), dtype=np.int64)]
     for start in range(0, len(pairs) if len(songs) else 0, PAIRS_AT_ONCE):
         part = pairs[start : start + PAIRS_AT_ONCE]
         place = np.searchsorted(songs, part).clip(max=len(songs) - 1)
-        found.append(place[(songs[place] == part).all(axis=1)])
-    return np.concatenate(found)
+        inside.append(place[(songs[place] == part).all(axis=1)])
+    return np.concatenate(inside)
 
 
 def validate(model: HTCL, loader: BatchLoader, gallery: Gallery) -> dict[str, float]:
-    """Metrics of the gallery; workers share the work and each gets the whole result. Empty when the gallery is.
+    """Compute the metrics of the gallery; workers share the work, each gets all metrics. Empty for an empty gallery.
 
     `validation_recall@10`, `validation_ndcg@10` and `validation_median_rank`: text → audio, songs with the same text
-    being one correct set, of which the first counts. With pairs, `validation_pair_recall@10` and so on: recalled song
-    found from the trigger's audio, itself left out.
+    being one correct set, of which the first counts. With pairs, `validation_pair_recall@10` and so on: rank of the
+    recalled song by the trigger's audio, the trigger itself left out.
     """
     songs, pairs = gallery
     if not len(songs):
@@ -90,15 +87,14 @@ def validate(model: HTCL, loader: BatchLoader, gallery: Gallery) -> dict[str, fl
 
 
 def pair_ranks(vectors: npt.NDArray[np.float32], pairs: Rows) -> npt.NDArray[np.float64]:
-    """Rank, from 1, of each pair's second song among all songs but the first, by similarity to the first; ties count
-    half.
-    """
+    """Rank, from 1, of each pair's second song among all songs but the first, by similarity; ties count half."""
     trigger, recalled = pairs.T
     scores = vectors[trigger] @ vectors.T
     row = np.arange(len(pairs))
     wanted = scores[row, recalled][:, None].copy()
     scores[row, trigger] = -np.inf
-    return (scores > wanted).sum(axis=1) + ((scores == wanted).sum(axis=1) + 1) / 2
+    ranks: npt.NDArray[np.float64] = (scores > wanted).sum(axis=1) + ((scores == wanted).sum(axis=1) + 1) / 2
+    return ranks
 
 
 def _named(prefix: str, ranks: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -121,5 +117,5 @@ def _embed(model: HTCL, loader: BatchLoader, songs: Rows) -> tuple[npt.NDArray[n
             batch = loader.load(own[start : start + 64])
             audio.append(model.embed_mel(batch.mel, batch.valid_frames))
             text.append(model.embed_text([loader.songs.texts[row] for row in own[start : start + 64].tolist()]))
-    everyone = [gather_rows(torch.cat(vectors).to(device)).cpu().numpy()[: len(songs)] for vectors in (audio, text)]
-    return everyone[0], everyone[1]
+    both = [gather_rows(torch.cat(vectors).to(device)).cpu().numpy()[: len(songs)] for vectors in (audio, text)]
+    return both[0], both[1]

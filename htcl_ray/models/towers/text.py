@@ -1,5 +1,6 @@
-"""The text tower: any BERT-like model of transformers, pretrained or from scratch. Code from a model's folder or hub
-page is never run.
+"""The text tower: any BERT-like model of transformers, pretrained or from scratch.
+
+Code from a model's folder or hub page is never executed.
 """
 
 from __future__ import annotations
@@ -27,20 +28,18 @@ Tokens = dict[str, Tensor]
 SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 """Special tokens whose ids a transformers configuration may state."""
 PADDED_ROWS = 128
-"""Embedding rows without a token that every text tower may have; larger ones may have as many as there are tokens."""
+"""Embedding rows without a token that every text tower may have; larger ones may have as many as tokens."""
 PROBED_TOKENS = 256
 UNKNOWN_TEXT = "\u2042 \u13a0 qxzj"
-"""Hardly in any vocabulary; a WordPiece tokenizer without [UNK] fails on it."""
+"""Text that is in hardly any vocabulary; a WordPiece tokenizer without [UNK] fails on it."""
 MAX_UNKNOWN_SHARE = 0.5
-"""Of the tokens of a catalogue's song texts."""
+"""Largest accepted share of unknown tokens in a catalogue's song texts."""
 SYLLABLES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL SYLLABLE")
 """Unicode names of characters that are a word or a syllable each begin with one of these."""
 
 
 class TextEncoder(nn.Module):
-    """Texts → one vector each, pooled as `settings.pooling` says. A pooler that is not used is taken off the
-    transformer.
-    """
+    """Text tower: maps texts to one vector each, pooled as `settings.pooling` says; an unused pooler is removed."""
 
     def __init__(self, transformer: nn.Module, tokenizer: Any | None, settings: TextSettings) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ class TextEncoder(nn.Module):
             transformer.pooler = None  # type: ignore[assignment]
         self.transformer = transformer
         self.loaded_tokenizer = tokenizer
-        """None until `tokenizer` is first asked for, when that of `settings.name_or_path` is to be used."""
+        """None until `tokenizer` is first used, if it is that of `settings.name_or_path`."""
         self.settings = settings
 
     @property
@@ -65,24 +64,23 @@ class TextEncoder(nn.Module):
 
     @property
     def record(self) -> TextRecord:
-        """What `config.json` says about this tower."""
+        """The record of this tower in `config.json`."""
         return TextRecord(settings=self.settings, transformer=self.transformer.config.to_dict())  # type: ignore[union-attr, operator]
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Padded to the longest of `texts`, cut at `max_tokens`."""
+        """Tokenize texts, padded to the longest of them and cut at `max_tokens`."""
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.settings.max_tokens, return_tensors="pt"
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     def coverage(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Share of the letters, digits and symbols of each text that the vocabulary knows: [n], 0 to 1, and 0 for a
-        text without any.
+        """Share of the letters, digits and symbols of each text that the vocabulary knows: [n], 0 to 1.
 
-        A character is unknown in an [UNK] token, and as a piece of its own inside a longer word: WordPiece spells out a
-        word of which it knows nothing. Such a piece is known where a character is a syllable or a word (Han, kana,
-        Hangul). What `max_tokens` cuts off does not count. A tokenizer without offsets (not a fast one) gives the share
-        of tokens that are not [UNK].
+        It is 0 for a text without any. A character is unknown in an [UNK] token, and as a piece of its own inside a
+        longer word: WordPiece spells out a word of which it knows nothing. Such a piece is known where a character is a
+        syllable or a word (Han, kana, Hangul). What `max_tokens` cuts off does not count. A tokenizer without offsets
+        (not a fast one) gives the share of tokens that are not [UNK].
         """
         tokenizer, special = self.tokenizer, set(self.tokenizer.all_special_ids)
         fast = tokenizer.is_fast
@@ -114,9 +112,7 @@ class TextEncoder(nn.Module):
 
 
 class NoTextEncoder(TextEncoder):
-    """Stands where a text tower would in a model that is an audio encoder alone: it has no weights, and words are
-    refused.
-    """
+    """Null text tower of a model that is an audio encoder alone: no weights, and InputError for texts."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -125,15 +121,17 @@ class NoTextEncoder(TextEncoder):
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Raise InputError."""
         raise InputError(
-            "this model is an audio encoder alone and has no text tower; expected sound, or a model of both to embed words"
+            "this model is an audio encoder alone and has no text tower; "
+            "expected audio, or a model of both to embed text"
         )
 
 
 def _known_share(
     text: str, words: Sequence[int | None], known: Sequence[bool], offsets: Sequence[tuple[int, int]]
 ) -> float:
-    """See `TextEncoder.coverage`. Per token: the word that it is of, whether it is no special token, and its place in
-    the text.
+    """Compute `TextEncoder.coverage` of one text.
+
+    Per token: `words`, the word it belongs to; `known`, whether it is not special; `offsets`, its place in the text.
     """
     tokens_of, tokens_at = Counter(words), Counter(offsets)
     counts = [unicodedata.category(character)[0] in "LNS" for character in text]
@@ -154,41 +152,41 @@ def _is_syllable(piece: str) -> bool:
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
-    """The pretrained model and tokenizer called `settings.name_or_path`: a local folder or a hub name. Raises
-    ConfigError or MismatchError.
+    """Load the pretrained model and tokenizer of `settings.name_or_path`, a local folder or a hub name.
 
-    Every weight that is used must be there: transformers would draw missing ones at random and only log it.
+    Raises ConfigError or MismatchError, also when a weight that is used is missing: transformers draws missing weights
+    at random and only logs it.
     """
     from transformers import AutoModel, AutoTokenizer
 
     name = settings.name_or_path
     _check_length(settings)
     try:
-        transformer, found = AutoModel.from_pretrained(
+        transformer, loading = AutoModel.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # what transformers, safetensors and tokenizers raise depends on where a file stops to make sense
+    except Exception as error:  # a damaged file makes transformers and safetensors raise any error
         raise _unusable(name, error) from None
     check_tokenizer(tokenizer, transformer.config.to_dict(), f"the tokenizer of the text model '{name}'")
     encoder = TextEncoder(transformer, tokenizer, settings)
-    missing = sorted(set(found["missing_keys"]) & set(transformer.state_dict()))
+    missing = sorted(set(loading["missing_keys"]) & set(transformer.state_dict()))
     if missing and all(key.startswith("pooler.") for key in missing):
         raise ConfigError(
-            f"the text model '{name}' has no weights for its pooler, but text.pooling is pooler; set text.pooling=mean or text.pooling=cls"
+            f"the text model '{name}' has no weights for its pooler, but text.pooling is pooler; "
+            "set text.pooling=mean or text.pooling=cls"
         )
     if missing:
         raise ConfigError(
-            f"the text model '{name}' has no weights for {missing[0]} and {len(missing) - 1} others; expected all of them"
+            f"the text model '{name}' has no weights for {missing[0]} and {len(missing) - 1} others; "
+            "expected all of them"
         )
     check_numbers(transformer.state_dict(), f"the text model '{name}'")
     return encoder
 
 
 def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEncoder:
-    """A small BERT with random weights. `vocabulary` is what `train_wordpiece` returned."""
+    """Build a small BERT with random weights; `vocabulary` is the JSON that `train_wordpiece` returns."""
     from transformers import BertConfig
 
     tokenizer = fast_tokenizer(vocabulary)
@@ -210,12 +208,12 @@ def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEn
 
 
 def text_encoder_from_record(record: TextRecord, tokenizer: Any | None) -> TextEncoder:
-    """The tower that `config.json` describes, with random weights."""
+    """Build the tower that a record describes, with random weights."""
     return TextEncoder(transformer_from_config(record.transformer), tokenizer, record.settings)
 
 
 def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
-    """A transformers model with random weights from its configuration, `model_type` included. Raises ConfigError."""
+    """Build a transformers model with random weights from its configuration and `model_type`. Raises ConfigError."""
     from transformers import AutoConfig, AutoModel
 
     tree = copy.deepcopy(tree)
@@ -229,9 +227,10 @@ def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
         ) from None
     try:
         return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    except Exception as error:  # sizes that contradict each other: what is raised depends on the type of model
+    except Exception as error:  # sizes that contradict each other make models raise any error
         raise ConfigError(
-            f"the text model's configuration describes no {model_type} model ({_reason(error)}); expected the one that its weights are of"
+            f"the text model's configuration describes no {model_type} model ({_reason(error)}); "
+            "expected the one that its weights are of"
         ) from None
 
 
@@ -251,37 +250,39 @@ def check_text_settings(settings: TextSettings) -> TextEncoder | None:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # see text_encoder_from_name
+    except Exception as error:  # as in text_encoder_from_name
         raise _unusable(name, error) from None
     check_tokenizer(tokenizer, config.to_dict(), f"the tokenizer of the text model '{name}'")
     return None
 
 
 def _check_length(settings: TextSettings) -> None:
-    """Raise ConfigError unless the model can be found and takes `max_tokens` tokens."""
+    """Raise ConfigError unless the model can be loaded and takes `max_tokens` tokens."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=False)
-    except Exception as error:  # see text_encoder_from_name
+    except Exception as error:  # as in text_encoder_from_name
         raise _unusable(settings.name_or_path, error) from None
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and settings.max_tokens > limit:
         raise ConfigError(
-            f"text.max_tokens is {settings.max_tokens}, but the text model '{settings.name_or_path}' takes at most {limit}"
+            f"text.max_tokens is {settings.max_tokens}, "
+            f"but the text model '{settings.name_or_path}' takes at most {limit}"
         )
 
 
 def tokenizer_from_name(name: str | None, transformer: Mapping[str, Any]) -> Any:
-    """The tokenizer that goes with a model folder without one. `transformer`: the configuration of the text tower."""
+    """Load the tokenizer of a model folder without one. `transformer`: the configuration of the text tower."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # see text_encoder_from_name
+    except Exception as error:  # as in text_encoder_from_name
         raise ConfigError(
-            f"words cannot be embedded yet, because the tokenizer '{name}' cannot be loaded ({_reason(error)}); make it reachable, "
-            "or import the weights again with the folder of a copy as tokenizer (htcl import-official: --set text.name_or_path=FOLDER)"
+            f"text cannot be embedded yet, because the tokenizer '{name}' cannot be loaded ({_reason(error)}); make it "
+            "reachable, or import the weights again with the folder of a copy as tokenizer "
+            "(htcl import-official: --set text.name_or_path=FOLDER)"
         ) from None
     check_tokenizer(tokenizer, transformer, f"the tokenizer '{name}'")
     return tokenizer
@@ -306,7 +307,8 @@ def check_tokenizer(tokenizer: Any, transformer: Mapping[str, Any], where: str) 
         )
     if max(vocabulary.values()) >= rows or rows - len(vocabulary) > max(PADDED_ROWS, rows // 2):
         raise MismatchError(
-            f"{where} has {len(vocabulary)} tokens, but the text tower knows {rows}, so they do not belong together; {files}"
+            f"{where} has {len(vocabulary)} tokens, but the text tower knows {rows}, so they do not belong together; "
+            f"{files}"
         )
     if tokenizer.pad_token_id is None:
         raise MismatchError(
@@ -323,19 +325,17 @@ def check_tokenizer(tokenizer: Any, transformer: Mapping[str, Any], where: str) 
             )
     probed = [tokenizer.convert_tokens_to_string([token]) for token in tokens[:: max(1, len(tokens) // PROBED_TOKENS)]]
     try:
-        found = tokenizer([*probed, UNKNOWN_TEXT], add_special_tokens=False)["input_ids"][:-1]
+        encoded = tokenizer([*probed, UNKNOWN_TEXT], add_special_tokens=False)["input_ids"][:-1]
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise MismatchError(f"{where} cannot tokenize texts ({_reason(error)}); {files}") from None
-    if len({tuple(ids) for ids in found if set(ids) - special}) < min(2, len(tokens)):
+    if len({tuple(ids) for ids in encoded if set(ids) - special}) < min(2, len(tokens)):
         raise MismatchError(
             f"{where} does not recognise its own vocabulary: every text becomes '{tokenizer.unk_token}'; {files}"
         )
 
 
 def check_song_texts(tokenizer: Any, texts: Sequence[str], settings: TextSettings) -> None:
-    """Raise ConfigError when a tokenizer leaves too little of a catalogue's texts, of which no two are the same, to
-    tell them apart.
-    """
+    """Raise ConfigError when a tokenizer cannot tell the texts of a catalogue, no two of which are equal, apart."""
     if len(texts) < 2:
         return
     encoded = tokenizer(list(texts), truncation=True, max_length=settings.max_tokens)["input_ids"]
@@ -345,20 +345,20 @@ def check_song_texts(tokenizer: Any, texts: Sequence[str], settings: TextSetting
     another = "another text.name_or_path" if settings.name_or_path is not None else "a larger text.vocab_size"
     if unknown > MAX_UNKNOWN_SHARE:
         raise ConfigError(
-            f"{unknown:.0%} of the tokens of the song texts are unknown to the tokenizer, for instance in '{texts[0][:80]}'; "
-            f"expected at most {MAX_UNKNOWN_SHARE:.0%}: choose {another}"
+            f"{unknown:.0%} of the tokens of the song texts are unknown to the tokenizer, "
+            f"for instance in '{texts[0][:80]}'; expected at most {MAX_UNKNOWN_SHARE:.0%}: choose {another}"
         )
     different = len({tuple(ids) for ids in encoded})
     if different < len(texts) / 2:
         raise ConfigError(
-            f"{len(texts)} different song texts become only {different} different sequences of tokens, for instance '{texts[0][:80]}'; "
-            f"expected at least half as many: raise text.max_tokens ({settings.max_tokens}), put what differs first with "
-            f"data.text_columns, or choose {another}"
+            f"{len(texts)} different song texts become only {different} different sequences of tokens, "
+            f"for instance '{texts[0][:80]}'; expected at least half as many: raise text.max_tokens "
+            f"({settings.max_tokens}), put what differs first with data.text_columns, or choose {another}"
         )
 
 
 def _default_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of the same type of model that states nothing."""
+    """The default configuration of the same type of model."""
     from transformers import AutoConfig
 
     try:
@@ -373,13 +373,13 @@ def _reason(error: Exception) -> str:
 
 def _unusable(name: str | None, error: Exception) -> ConfigError:
     return ConfigError(
-        f"the text model '{name}' cannot be loaded ({_reason(error)}); expected a hub name or folder of a BERT-like model "
-        "with safetensors weights and its tokenizer, or text.name_or_path=null to train one from scratch"
+        f"the text model '{name}' cannot be loaded ({_reason(error)}); expected a hub name or folder of a BERT-like "
+        "model with safetensors weights and its tokenizer, or text.name_or_path=null to train one from scratch"
     )
 
 
 def fast_tokenizer(vocabulary: str) -> Any:
-    """The tokenizer of a text tower from scratch; `vocabulary` is what `train_wordpiece` returned."""
+    """Build the tokenizer of a text tower from scratch; `vocabulary` is the JSON that `train_wordpiece` returns."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -18,13 +18,13 @@ KERNELS = (5, 3, 3)
 TOKEN_STRIDE = 8
 """Frames from one token to the next: three strides of 2."""
 RECEPTIVE_FIELD = 17
-"""Frames that one token sees: kernels 5, 3, 3."""
+"""Frames that one token depends on: kernels 5, 3, 3."""
 EPSILON = 1e-8
 """Added to the standard deviation, so that silence becomes zeros."""
 
 
 def masked_input(mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Normalise each clip by its own frames, and put zeros behind it.
+    """Normalise each clip by its own frames and pad it with zeros.
 
     mel [B, F, M] in dB; frames from `valid_frames` [B] (int64, on the CPU, 1 to F) on are never read. Returns the
     prepared frames [B, L, M] and the valid tokens [B, T] (None when all are). L = 8·(T − 1) + 17 with T = ceil(longest
@@ -47,8 +47,7 @@ def masked_input(mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def official_input(mel: Tensor, valid_frames: Tensor, *, frames: int, top_db: float) -> tuple[Tensor, None]:
-    """Pad every clip to `frames` at its maximum − `top_db`, then normalise the whole padded matrix: the published
-    recipe, no mask.
+    """Apply the published recipe: pad to `frames` at the maximum − `top_db`, normalise the whole matrix, no mask.
 
     mel [B, F, M] in dB, valid_frames [B] as in `masked_input` → [B, frames, M]; longer clips are cut.
     """
@@ -75,7 +74,7 @@ class ConvolutionLayer(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Position as a grouped convolution over neighbouring tokens, weight-normalised over its kernel."""
+    """Position embedding: a grouped convolution over neighbouring tokens, weight-normalised over its kernel."""
 
     def __init__(self, width: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -106,7 +105,7 @@ class TransformerLayer(nn.Module):
         nn.init.zeros_(self.attention_out.bias)
 
     def forward(self, x: Tensor, attended: Tensor | None) -> Tensor:
-        """X [B, S, D]; attended [B, 1, 1, S] bool, False for tokens that nobody attends to, None for none such."""
+        """X [B, S, D]; attended [B, 1, 1, S] bool, False for tokens that are not attended to; None: all are."""
         dropout = self.dropout if self.training else 0.0
         batch, tokens, width = x.shape
         q, k, v = self.attention_in(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -118,7 +117,7 @@ class TransformerLayer(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Log-mel spectrograms of different lengths → one vector each."""
+    """Audio tower: maps log-mel spectrograms of different lengths to one vector each."""
 
     def __init__(
         self, settings: ModelSettings, recipe: AudioRecipe, input_recipe: InputRecipe = InputRecipe.MASKED

@@ -209,7 +209,7 @@ def test_audio_encoder_alone(tmp_path: Path):
             assert (each.stage, each.dim, each.record.text, each.temperatures()) == (stage, 128, None, {})
             assert_close(each.embed_mel(mel, valid), expected)
             assert sum(p.numel() for p in each.parameters()) == sum(p.numel() for p in official.parameters())
-    assert "cannot read" in (tmp_path / "model-1" / "README.md").read_text()
+    assert "embeds audio only" in (tmp_path / "model-1" / "README.md").read_text()
     with pytest.raises(InputError, match="no text tower"):
         model.embed_text(TEXTS)
     with pytest.raises(InputError, match="an audio encoder alone"):
@@ -343,7 +343,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path):
 
 
 def test_files_and_stages_that_cannot_be(tmp_path: Path):
-    with pytest.raises(InputError, match="there is no file"):
+    with pytest.raises(InputError, match=r"the file .* does not exist"):
         HTCL.from_official(tmp_path / "absent.pth", 1)
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(InputError, match="not a plain state dict of torch"):
@@ -390,7 +390,7 @@ def test_command_refuses_in_one_sentence_and_leaves_nothing(
         ((file, tmp_path / "out", "--stage", 2), "say stage 1"),
         ((file, tmp_path / "out"), "the following arguments are required: --stage"),
         ((file, tmp_path / "out", "--stage", 3), "invalid choice: 3"),
-        ((tmp_path / "absent", tmp_path / "out", "--stage", 1), "there is no file"),
+        ((tmp_path / "absent", tmp_path / "out", "--stage", 1), "does not exist; expected model-N.pth"),
         ((file, tmp_path / "full", "--stage", 1), "exists already"),
         ((file, "s3://bucket/model", "--stage", 1), "expected a local folder"),
         ((file, "/proc/nowhere/model", "--stage", 1), "cannot be written"),

@@ -78,7 +78,7 @@ def test_what_could_not_be_sent_is_sent_later_and_training_goes_on(tmp_path: Pat
     log.write(line(1))
     server.down = True
     log.write(line(2))
-    assert said == ["server cannot be reached (no route to host); its figures wait in metrics.jsonl"]
+    assert said == ["server cannot be reached (no route to host); its metrics wait in metrics.jsonl"]
     assert len(workspace.read_bytes(f"{RUN}/metrics.jsonl").splitlines()) == 2
     server.down = False
     log.write(line(3))

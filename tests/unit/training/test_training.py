@@ -303,7 +303,7 @@ def test_what_another_run_cannot_repeat_is_said(world: World, tmp_path: Path):
         resume=load_state(tmp_path / "step-2"),
         say=lines.append,
     )
-    assert any("made with micro_batch_size 4, now it is 2; the run goes on" in line for line in lines)
+    assert any("made with micro_batch_size 4, now it is 2; the run resumes" in line for line in lines)
     assert any(line.startswith("pretrain  continues after step 2/4 (epoch 2 of 2)") for line in lines)
 
 

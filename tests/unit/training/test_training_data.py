@@ -253,7 +253,7 @@ def test_a_disk_without_room_is_refused_before_copying(source: Source, monkeypat
         size = frames.data.nbytes
     usage = shutil.disk_usage(source.root)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size - 1))
-    message = rf"^the log-mels of 48 songs need {size:,} bytes in {source.root} on .*, where {size - 1:,} are free; make room .* TMPDIR"
+    message = rf"^the log-mels of 48 songs need {size:,} bytes in {source.root} on .*, where {size - 1:,} are free; free .* TMPDIR"
     with pytest.raises(StepError, match=message):
         source.open()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size))
@@ -417,5 +417,5 @@ def test_workers_share_out_each_batch(workers: int):
 
 def test_a_small_catalogue_is_one_batch():
     assert [global_batch(rows, 32, 2) for rows in (100, 32, 31, 2)] == [32, 32, 30, 2]
-    with pytest.raises(WorkspaceError, match="2 training rows for 3 workers"):
+    with pytest.raises(WorkspaceError, match="2 rows for 3 workers"):
         global_batch(2, 33, 3)
