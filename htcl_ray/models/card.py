@@ -55,15 +55,9 @@ class Evaluation(Settings):
     figures: tuple[Measured, ...]
 
 
-<<<<<<< HEAD
 def evaluation_of(tasks: Iterable[TaskResult], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
-    """Every figure of the tasks that has a value; see `Evaluation` for the rest."""
-    figures = [
-=======
-def evaluation_of(tasks: Iterable[Task], report: str, data: Mapping[str, Any], weights: str) -> Evaluation:
     """Collect every metric of the tasks that has a value; the other arguments are fields of `Evaluation`."""
     measured = [
->>>>>>> 28634d1 (models, losses, training: plain language in docstrings, names and messages)
         Measured(
             task=task.name,
             title=task.title,
