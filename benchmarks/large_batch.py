@@ -93,18 +93,18 @@ def measure_equality(case: dict[str, Any]) -> dict[str, float]:
         model = synthetic_songs.make_model(world, stage, device).to(dtype).eval()  # evaluation mode: dropout is 0
         batch = synthetic_songs.first_batch(world, model, stage, EQUAL_AT, device)
         task = synthetic_songs.make_task(world, stage, device)
-        found = []
+        steps = []
         for micro in (None, case["micro_batch_size"]):
             model.zero_grad()
             compute_gradients(model, batch, task, micro)
-            found.append(
+            steps.append(
                 {
                     name: parameter.grad.clone()
                     for name, parameter in model.named_parameters()
                     if parameter.grad is not None
                 }
             )
-    once, twice = found
+    once, twice = steps
     assert set(once) == set(twice)
     largest = max(float(gradient.abs().max()) for gradient in once.values())
     difference = max(float((once[name] - twice[name]).abs().max()) for name in once)

@@ -1,4 +1,4 @@
-"""An imported model beside the authors' own code, at full size.
+"""An imported model compared with the authors' own code, at full size.
 
     python -m benchmarks.official_parity --code FOLDER
 
@@ -90,22 +90,22 @@ def compare(stage: int, scratch: Path) -> dict[str, Any]:
         importlib.import_module(name) for name in (f"train_stage{stage}", "models.audio_model", "models.mlp", "utils")
     )
     torch.manual_seed(stage)
-    theirs = their_model(scripts, models, mlp, stage)
+    official = their_model(scripts, models, mlp, stage)
     file, bare = scratch / f"stage-{stage}.pth", scratch / f"audio-model-{stage}.pth"
-    torch.save(theirs.state_dict(), file)
-    torch.save(theirs.audio_model.state_dict(), bare)
+    torch.save(official.state_dict(), file)
+    torch.save(official.audio_model.state_dict(), bare)
     tokens = {
         "input_ids": torch.randint(5, BERT.vocab_size, (TEXTS, TOKENS)),
         "attention_mask": torch.ones(TEXTS, TOKENS, dtype=torch.int64),
     }
     tokens["attention_mask"][1::2, TOKENS // 2 :] = 0
-    audio, text = their_audio(theirs, input_code, scripts.MEL_SPEC_MAX_LEN), their_text(theirs, tokens)
+    audio, text = their_audio(official, input_code, scripts.MEL_SPEC_MAX_LEN), their_text(official, tokens)
     with torch.no_grad():
-        fusion = theirs.fusion_mlp(torch.cat([audio[:4], text[:4]], dim=1)) if stage == 2 else None
-    theirs.audio_mlp = nn.Identity()
-    encoded = their_audio(theirs, input_code, scripts.MEL_SPEC_MAX_LEN)
-    parameters = sum(parameter.numel() for parameter in theirs.audio_model.parameters())
-    del theirs
+        fusion = official.fusion_mlp(torch.cat([audio[:4], text[:4]], dim=1)) if stage == 2 else None
+    official.audio_mlp = nn.Identity()
+    encoded = their_audio(official, input_code, scripts.MEL_SPEC_MAX_LEN)
+    parameters = sum(parameter.numel() for parameter in official.audio_model.parameters())
+    del official
 
     started = time.perf_counter()
     model = HTCL.from_official(file, stage)
@@ -113,11 +113,11 @@ def compare(stage: int, scratch: Path) -> dict[str, Any]:
     mel = torch.full((len(LENGTHS), max(LENGTHS), 128), torch.nan)
     for row, clip in zip(mel, clips(), strict=True):
         row[: len(clip)] = torch.from_numpy(clip)
-    ours = model.embed_mel(mel, torch.tensor(LENGTHS))
+    vectors = model.embed_mel(mel, torch.tensor(LENGTHS))
     with torch.no_grad():
         our_text = model.encode_text(tokens)
         differences = {
-            "audio": dict(zip(map(str, LENGTHS), (ours - unit(audio)).abs().amax(dim=1).tolist(), strict=True)),
+            "audio": dict(zip(map(str, LENGTHS), (vectors - unit(audio)).abs().amax(dim=1).tolist(), strict=True)),
             "text": (unit(our_text) - unit(text)).abs().max().item(),
         }
         if fusion is not None:
@@ -130,7 +130,7 @@ def compare(stage: int, scratch: Path) -> dict[str, Any]:
             "theirs": parameters,
             "ours": sum(p.numel() for p in model.audio_encoder.parameters()),
         },
-        "cosine_between_clips": {"lowest": (ours @ ours.T).min().item()},
+        "cosine_between_clips": {"lowest": (vectors @ vectors.T).min().item()},
         "import_seconds": round(seconds, 1),
     }
 
@@ -143,8 +143,8 @@ def main() -> None:
     sys.path.insert(0, str(options.code.resolve()))
     with tempfile.TemporaryDirectory() as scratch:
         result = {f"stage_{stage}": compare(stage, Path(scratch)) for stage in (1, 2)}
-    for stage, found in result.items():
-        print(stage, found)
+    for stage, values in result.items():
+        print(stage, values)
     path = write_result("official_parity", {"their_revision": options.revision, "clip_frames": list(LENGTHS), **result})
     print(f"→ {path}")
 

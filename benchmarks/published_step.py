@@ -1,9 +1,9 @@
-"""The published training step, restated plainly from its description (DESIGN.md §1 of the project): what ours is
-measured beside.
+"""The published training step, restated plainly from its description (DESIGN.md §1 of the project): the reference of
+the training benchmarks.
 
 Every clip padded to full length at its maximum − 80 dB and normalised whole, no mask anywhere, nn.TransformerEncoder
 layers, fp32, the batch in one pass, the full logits matrix, other workers' rows gathered without gradient (with one
-process there are none), Adam in the authors' groups, no clipping, no schedule. Not the authors' code.
+process has none), Adam in the authors' groups, no clipping, no schedule. Not the authors' code.
 
 Shapes: B clips, F frames as given, L frames of a full clip, M mel bands, T tokens, D width.
 """

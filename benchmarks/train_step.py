@@ -7,7 +7,7 @@ Demo model size, both stages, fp32; `python -m benchmarks.gpu` measures a GPU. B
 Every measurement is a process of its own; the two sides alternate, and a rate is the median over the steps of all
 rounds. A size that does not fit is recorded as such.
 
-Memory: peak resident memory beyond what there was when model, optimizer and data were made. Reading: batches loaded
+Memory: peak resident memory beyond that when model, optimizer and data were made. Reading: batches loaded
 (memory-mapped log-mels, the file in the page cache; tokenisation) without training, and the share of an epoch that the
 loop waits for them. TFLOP/s: `model_flops.forward_flops` times 3 for forward and backward. Prints tables and writes
 benchmarks/results/train_step.json.

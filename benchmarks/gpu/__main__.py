@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole run ends within this time")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, in this order")
     parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where there is one"
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if the machine has one"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -103,7 +103,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of the part is ended too
     chosen = options.parts.split(",")
     if unknown := set(chosen) - set(PARTS):
-        parser.error(f"--parts: there is no part '{min(unknown)}'; expected some of {','.join(PARTS)}")
+        parser.error(f"--parts: unknown part '{min(unknown)}'; expected some of {','.join(PARTS)}")
     chosen = [name for name in PARTS if name in chosen]
     end = time.time() + 60 * options.minutes - RESERVE_SECONDS
     device = _device(options.device, parser)
@@ -126,7 +126,7 @@ def main() -> int:
 
 
 def _device(wanted: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """What the run is on, found out in a process of its own so that this one holds no memory of the GPU."""
+    """Describe the device, in a process of its own so that this one holds no memory of the GPU."""
     code = (
         "import json, torch; cuda = torch.cuda.is_available(); p = torch.cuda.get_device_properties(0) if cuda else None;"
         "print(json.dumps({'device': 'cuda', 'name': p.name, 'memory_gb': round(p.total_memory / 2**30), 'torch': torch.__version__,"
@@ -135,10 +135,14 @@ def _device(wanted: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         parser.error(f"torch does not work here: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    found = json.loads(done.stdout)
-    if wanted == "cuda" and found["device"] != "cuda":
+    environment = json.loads(done.stdout)
+    if wanted == "cuda" and environment["device"] != "cuda":
         parser.error("--device cuda: torch finds no GPU")
-    return found if wanted == "auto" or found["device"] == wanted else {"device": wanted, "torch": found["torch"]}
+    return (
+        environment
+        if wanted == "auto" or environment["device"] == wanted
+        else {"device": wanted, "torch": environment["torch"]}
+    )
 
 
 def _verdict(correctness: dict[str, Any] | None) -> int:

@@ -1,4 +1,4 @@
-"""The twenty kernels that take most of five training steps of ours, stage 1, full clips. On the CPU: the operations
+"""The twenty kernels that take most of five of our training steps, stage 1, full clips. On the CPU: the operations
 that take most time.
 """
 
@@ -38,13 +38,13 @@ def trace(part: Part, scratch: Path) -> dict[str, Any]:
         for _ in range(3):
             step(batch)
         wait(device)
-        with profile(activities=[ProfilerActivity.CUDA if part.on_gpu else ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CUDA if part.on_gpu else ProfilerActivity.CPU]) as profiled:
             started = time.perf_counter()
             for _ in range(STEPS):
                 step(batch)
             wait(device)
             elapsed = time.perf_counter() - started
-    events = [event for event in found.events() if on_gpu(event) == part.on_gpu]
+    events = [event for event in profiled.events() if on_gpu(event) == part.on_gpu]
     seconds: Counter[str] = Counter()
     calls = Counter(event.name for event in events)
     for event in events:

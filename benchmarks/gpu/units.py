@@ -93,12 +93,12 @@ def precisions_of(part: Part) -> tuple[Precision, ...]:
 
 def read_records(path: Path, ended: str) -> dict[str, dict[str, Any]]:
     """Measurement → its values; one that began and did not end has an error that says how its process `ended`."""
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            found[record["unit"]] = record.get("values", {"error": f"its process did not finish it ({ended})"})
-    return found
+            records[record["unit"]] = record.get("values", {"error": f"its process did not finish it ({ended})"})
+    return records
 
 
 @contextlib.contextmanager

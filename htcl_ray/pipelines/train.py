@@ -1,9 +1,8 @@
-"""Both training stages on Ray Train: features (and pairs, and a stage-1 model) in, an accepted model in the workspace
-out.
+"""Both training stages on Ray Train: from features, pairs and a stage-1 model to a model in the workspace.
 
-A run is named by the fingerprint of everything that determines its model, so the same command finds the same run:
-finished, it is skipped; interrupted, it goes on after its last checkpoint: of the last completed epoch, or a later one
-within it.
+A run is named by the fingerprint of everything that determines its model, so the same command continues the same run:
+a finished run is skipped, and an interrupted one resumes from its last checkpoint, made at the end of an epoch or
+within one.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ def pretrain(config: Config) -> StepResult:
 
 
 def finetune(config: Config, model: str | None = None) -> StepResult:
-    """Stage 2: train the preference model from the semantic model of `inputs.parent`. Raises InputError before Ray
-    starts.
-    """
+    """Stage 2: train the preference model from the semantic model `inputs.parent`. Raises InputError before Ray starts."""
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features)
@@ -57,11 +54,12 @@ def finetune(config: Config, model: str | None = None) -> StepResult:
 
 
 def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -> Artifact:
-    """The configured pairs of these features. Raises InputError when there are none."""
+    """Return the configured pairs of these features. Raises InputError without any."""
     pairs = inputs.pairs(workspace, config, features.version)
     if pairs is None:
         raise ConfigError(
-            "finetune learns from preference pairs, but data.interactions is empty; name the log table(s) there and run 'htcl preprocess'"
+            "finetune learns from preference pairs, but data.interactions is empty; "
+            "name the log table(s) in it and run 'htcl preprocess'"
         )
     return pairs
 
@@ -87,16 +85,17 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
 
 
 def _check_cpus(config: Config, stage: StageRun) -> None:
-    """A private cluster never grows, so workers that do not fit would wait for ever."""
+    """Raise ConfigError when the workers do not fit a private cluster, which never grows, and would wait forever."""
     if connection.address_of(config) != "local":
         return
-    wanted, there = (
+    needed, available = (
         stage.settings.num_workers * stage.settings.cpus_per_worker,
         config.ray.num_cpus or max(4, os.cpu_count() or 1),
     )
-    if wanted > there:
+    if needed > available:
         raise ConfigError(
-            f"{stage.step}.num_workers × {stage.step}.cpus_per_worker is {wanted:g} CPUs, but the private cluster has {there}; "
+            f"{stage.step}.num_workers × {stage.step}.cpus_per_worker is {needed:g} CPUs, but the private cluster has "
+            f"{available}; "
             f"lower one of them, or raise ray.num_cpus"
         )
 
@@ -111,8 +110,7 @@ def fit_stage(
     label: str = "",
     callbacks: Sequence[Any] = (),
 ) -> tuple[Any, dict[str, Any]]:
-    """Run Ray Train to the end, from its last checkpoint if there is one; returns the checkpoint to publish and its
-    epoch's figures.
+    """Run Ray Train to the end, from the last checkpoint if any; return the checkpoint to publish and its metrics.
 
     `lines`: see `connection.progress_lines`; `label`: see TrainJob. `callbacks`: of Ray Train.
     """
@@ -209,7 +207,7 @@ def _checkpoint_config(settings: StageSettings) -> Any:
 
 
 class _own_interrupt_handler:
-    """Ray Train installs a handler of Ctrl-C for the run; the caller's comes back afterwards."""
+    """Restore the caller's handler of Ctrl-C after the run, during which Ray Train installs its own."""
 
     def __enter__(self) -> None:
         self.handler = signal.getsignal(signal.SIGINT)
@@ -222,7 +220,7 @@ class _own_interrupt_handler:
 def publish(
     workspace: Workspace, config: Config, stage: StageRun, checkpoint: Any, metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make a checkpoint of Ray Train a model of the workspace; returns its manifest."""
+    """Publish a checkpoint of Ray Train as a model of the workspace; return its manifest."""
     from htcl_ray.training.checkpoint import TRAINING_STATE
 
     with tempfile.TemporaryDirectory() as scratch, checkpoint.as_directory() as trained:
@@ -248,5 +246,7 @@ def publish(
 
 def _summary(manifest: dict[str, Any]) -> str:
     quality = manifest["quality"]
-    found = f", validation recall@10 {quality['validation_recall@10']:.2f}" if "validation_recall@10" in quality else ""
-    return f"{manifest['kind']} model: {quality['epoch']} epochs, loss {quality['loss']:.3f}{found}"
+    recall = (
+        f", validation recall@10 {quality['validation_recall@10']:.2f}" if "validation_recall@10" in quality else ""
+    )
+    return f"{manifest['kind']} model: {quality['epoch']} epochs, loss {quality['loss']:.3f}{recall}"

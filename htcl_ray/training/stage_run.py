@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from htcl_ray.training.song_numbers import Pairs, Songs
 
 PAPER_ROWS_PER_WORKER = 32
+"""Rows that each GPU of the paper contributes to a batch."""
 
 
 @dataclass(frozen=True)

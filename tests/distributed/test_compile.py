@@ -39,16 +39,18 @@ def batch(model: HTCL, valid: list[int]) -> Batch:
 
 
 def gradients(model: HTCL) -> dict[str, Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    actual = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
-    return found
+    return actual
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(actual) == set(expected)
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max().item() <= 1e-4 * largest, name
+        assert (actual[name] - gradient).abs().max().item() <= 1e-4 * largest, name
 
 
 def test_compiled_towers():
@@ -66,12 +68,12 @@ def test_compiled_towers():
         torch.manual_seed(3)
         start = get_rng_state(CPU)
         compute_gradients(model.train(), batch(model, valid), task, 2)
-        found, after = gradients(model), get_rng_state(CPU)
+        actual, after = gradients(model), get_rng_state(CPU)
         set_rng_state(start, CPU)
         encoded = [encode(model, batch(model, valid).part(first, first + 2)) for first in (0, 2, 4)]
         audio, text = (torch.cat(vectors) for vectors in zip(*encoded, strict=True))
         pretrain_terms(model, audio, text, batch(model, valid).ids)["text"].backward()
-        assert_close(found, gradients(model))
+        assert_close(actual, gradients(model))
         assert torch.equal(after["cpu"], get_rng_state(CPU)["cpu"])
         assert not torch.equal(after["cpu"], start["cpu"]), "dropout drew nothing"
 

@@ -1,4 +1,4 @@
-"""Loss and gradients of 1, 2 and 3 real processes against one process that states the losses entry by entry."""
+"""Loss and gradients of 1, 2 and 3 processes against one process that computes the losses entry by entry."""
 
 from __future__ import annotations
 
@@ -139,11 +139,11 @@ def task(variant: Variant) -> Task:
 
 
 def compute(model: HTCL, variant: Variant, micro_batch_size: int | None = None) -> dict[str, Tensor]:
-    """What one worker of the group computes on its part: terms of the whole batch, and every gradient."""
+    """Compute the terms of the whole batch and every gradient, as one worker of the group."""
     own = worker_rows(song_rows(variant), 0, ROWS, rank(), world_size())
     terms = compute_gradients(model, load(model, own), task(variant), micro_batch_size)
-    found = {f"loss {name}": sum_over_workers(term) for name, term in terms.items()}
-    return found | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    actual = {f"loss {name}": sum_over_workers(term) for name, term in terms.items()}
+    return actual | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def excluded(a: int, b: int, variant: Variant) -> bool:
@@ -154,7 +154,7 @@ def excluded(a: int, b: int, variant: Variant) -> bool:
 
 
 class Entries:
-    """The terms stated entry by entry on full matrices, masks from Python loops."""
+    """The terms, computed entry by entry on full matrices, with masks from Python loops."""
 
     def __init__(self, model: HTCL, variant: Variant) -> None:
         self.model, self.variant = model, variant
@@ -189,10 +189,14 @@ class Entries:
             entries = torch.log(1 + torch.exp(-z * (logits + self.model.logit_bias[name])))
             return torch.where(keep, entries, 0).sum() / rows
         correct = torch.zeros(SONGS, 2) if not self.variant.corrected or name == "text" else LOG_Q
-        there = torch.where(keep, logits - correct[second_songs, drawn_as[1]], -torch.inf)
-        back = torch.where(keep, logits - correct[first_songs, drawn_as[0]][:, None], -torch.inf)[:, :rows]
+        forward = torch.where(keep, logits - correct[second_songs, drawn_as[1]], -torch.inf)
+        backward = torch.where(keep, logits - correct[first_songs, drawn_as[0]][:, None], -torch.inf)[:, :rows]
         return (
-            -(torch.log_softmax(there, dim=1).diagonal().mean() + torch.log_softmax(back, dim=0).diagonal().mean()) / 2
+            -(
+                torch.log_softmax(forward, dim=1).diagonal().mean()
+                + torch.log_softmax(backward, dim=0).diagonal().mean()
+            )
+            / 2
         )
 
 
@@ -208,8 +212,8 @@ def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:
         trigger, recalled, both = songs[:ROWS], songs[ROWS : 2 * ROWS], 2 * ROWS
         fused = model.fuse(audio, text)
         used = [songs[both + i] != recalled[i] for i in range(ROWS)] if variant.rejected else None
-        there = entries.term("fusion", audio[:ROWS], fused[ROWS:both], trigger, recalled)
-        back = entries.term("fusion", audio[ROWS:both], fused[:ROWS], recalled, trigger, drawn_as=(1, 0))
+        trigger_to_fusion = entries.term("fusion", audio[:ROWS], fused[ROWS:both], trigger, recalled)
+        recalled_to_fusion = entries.term("fusion", audio[ROWS:both], fused[:ROWS], recalled, trigger, drawn_as=(1, 0))
         end = (2 + variant.rejected) * ROWS  # behind it the rehearsed songs
         named, preferred = [*range(both), *range(end, len(songs))], slice(ROWS, end)
         named_songs = [songs[row] for row in named]
@@ -218,18 +222,18 @@ def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:
             "preference": entries.term(
                 "preference", audio[:ROWS], audio[preferred], trigger, songs[preferred], used=used
             ),
-            "fusion": (there + back) / 2,
+            "fusion": (trigger_to_fusion + recalled_to_fusion) / 2,
         }
     sum(WEIGHTS[variant.stage][name] * term for name, term in terms.items()).backward()
-    found = {f"loss {name}": term.detach() for name, term in terms.items()}
-    return found | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    actual = {f"loss {name}": term.detach() for name, term in terms.items()}
+    return actual | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert set(found) == set(expected)
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    assert set(actual) == set(expected)
     largest = max(tensor.abs().max().item() for name, tensor in expected.items() if not name.startswith("loss"))
     for name, tensor in expected.items():
-        difference = (found[name] - tensor).abs().max().item()
+        difference = (actual[name] - tensor).abs().max().item()
         assert difference <= TOLERANCE[dtype] * largest, (
             f"{name} differs by {difference:.2e}; the largest gradient entry is {largest:.2e}"
         )
@@ -242,8 +246,8 @@ CASES += [(variant, torch.float64, micro) for variant in VARIANTS for micro in (
 def work(folder: str) -> None:
     """Every case in one group of processes; starting one takes seconds."""
     for variant, dtype, micro in CASES:
-        found = compute(build(variant, dtype), variant, micro)
-        torch.save(found, Path(folder) / f"{variant.name}-{dtype}-{micro}-{world_size()}-{rank()}.pt")
+        actual = compute(build(variant, dtype), variant, micro)
+        torch.save(actual, Path(folder) / f"{variant.name}-{dtype}-{micro}-{world_size()}-{rank()}.pt")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -254,8 +258,8 @@ def test_gradients_equal_one_process(workers: int, tmp_path: Path):
         learned = ("logit_scale", "logit_bias") if variant.loss == "sigmoid" else ("logit_scale",)
         assert {f"{kind}.{term}" for kind in learned for term in WEIGHTS[variant.stage]} <= set(expected)
         for worker in range(workers):
-            found = torch.load(tmp_path / f"{variant.name}-{dtype}-{micro}-{workers}-{worker}.pt", weights_only=True)
-            assert_equal(found, expected, dtype)
+            actual = torch.load(tmp_path / f"{variant.name}-{dtype}-{micro}-{workers}-{worker}.pt", weights_only=True)
+            assert_equal(actual, expected, dtype)
 
 
 @functools.cache
@@ -279,9 +283,8 @@ def test_without_a_process_group():
         )
 
 
-def talk(folder: str) -> None:
-    """Every collective once."""
-
+def call_every_collective(folder: str) -> None:
+    """Call every collective once."""
     own = torch.full((2, 3), float(rank()), dtype=torch.float64, requires_grad=True)
     everyone = collectives.gather_rows(own)
     ((rank() + 1) * everyone).sum().backward()
@@ -313,14 +316,14 @@ def talk(folder: str) -> None:
 
 
 def test_collectives(tmp_path: Path):
-    run_workers(2, tmp_path, talk, str(tmp_path))
+    run_workers(2, tmp_path, call_every_collective, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{worker}.pt", weights_only=True) for worker in range(2))
-    for found in (first, second):
-        assert found["gathered"][:, 0].tolist() == [0, 0, 1, 1]
-        assert (found["gradient"] == 3).all()  # 1 from the first worker's loss, 2 from the second's
-        assert found["numbers"].flatten().tolist() == [0, 1]
-        assert (found["big"] == 3).all()
-        assert found["odd"].tolist() == [0, 3, 6, 9]
-        assert found["none"]
-        assert found["counted"].tolist() == [4, 2]
+    for actual in (first, second):
+        assert actual["gathered"][:, 0].tolist() == [0, 0, 1, 1]
+        assert (actual["gradient"] == 3).all()  # 1 from the first worker's loss, 2 from the second's
+        assert actual["numbers"].flatten().tolist() == [0, 1]
+        assert (actual["big"] == 3).all()
+        assert actual["odd"].tolist() == [0, 3, 6, 9]
+        assert actual["none"]
+        assert actual["counted"].tolist() == [4, 2]
     assert torch.equal(first["weight"], second["weight"])

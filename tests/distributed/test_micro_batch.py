@@ -1,4 +1,4 @@
-"""The probed micro-batch with several workers: what fits the poorest, and nobody waits for a worker that gave up."""
+"""The probed micro-batch with several workers: the least memory counts, and no worker waits for one that failed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def probe(folder: str) -> None:
     five_rows = (
         micro_batch._fixed(model, song, 16) + micro_batch._kept_bytes(model.train(), micro_batch._repeated(song, 5)) + 1
     )
-    found = []
+    sizes = []
     for memory in ((1e9, 1e9), (1e9, 2 * five_rows), (1e9, 1e3)):
         micro_batch._available = lambda device, memory=memory: memory[rank()]  # type: ignore[assignment]
         try:
-            found.append(micro_batch.probe_micro_batch_size(model, song, 1, 16, cpu))
+            sizes.append(micro_batch.probe_micro_batch_size(model, song, 1, 16, cpu))
         except StepError:
-            found.append(-1)
-    torch.save(torch.tensor(found), Path(folder) / f"{rank()}.pt")
+            sizes.append(-1)
+    torch.save(torch.tensor(sizes), Path(folder) / f"{rank()}.pt")
 
 
 def test_workers_agree(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Workers that prepare for a run: nobody runs into a time-out while another one copies, and what one refuses all
+"""Workers that prepare for a run: none times out while another one copies, and what one refuses all
 refuse."""
 
 from __future__ import annotations

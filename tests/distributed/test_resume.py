@@ -64,8 +64,8 @@ def train_stage(
 def whole(folder: str) -> None:
     world = World(Path(folder) / "world", write=False)
     for stage in STEPS:
-        found = train_stage(world, stage, Path(folder) / f"stage-{stage}")
-        torch.save(found, Path(folder) / f"whole-{stage}-{rank()}.pt")
+        actual = train_stage(world, stage, Path(folder) / f"stage-{stage}")
+        torch.save(actual, Path(folder) / f"whole-{stage}-{rank()}.pt")
 
 
 NO_DROPOUT = {"model.dropout": 0.0, "text.dropout": 0.0, "pretrain.epochs": 1}
@@ -86,8 +86,8 @@ def resumed(folder: str) -> None:
     world = World(Path(folder) / "world", write=False)
     for stage, steps in STEPS.items():
         for step in range(1, steps):
-            found = train_stage(world, stage, Path(folder) / f"stage-{stage}", resume_at=step)
-            torch.save(found, Path(folder) / f"resumed-{stage}-{step}-{rank()}.pt")
+            actual = train_stage(world, stage, Path(folder) / f"stage-{stage}", resume_at=step)
+            torch.save(actual, Path(folder) / f"resumed-{stage}-{step}-{rank()}.pt")
 
 
 def test_resumed_at_any_step_bit_for_bit(tmp_path: Path):
@@ -98,8 +98,8 @@ def test_resumed_at_any_step_bit_for_bit(tmp_path: Path):
         expected = torch.load(tmp_path / f"whole-{stage}-0.pt", weights_only=True)
         for step in range(1, steps):
             for worker in range(2):
-                found = torch.load(tmp_path / f"resumed-{stage}-{step}-{worker}.pt", weights_only=True)
-                different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+                actual = torch.load(tmp_path / f"resumed-{stage}-{step}-{worker}.pt", weights_only=True)
+                different = [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])]
                 assert not different, (
                     f"stage {stage} resumed after step {step}, worker {worker}: {different[:3]} differ"
                 )
@@ -110,8 +110,8 @@ def test_resumed_with_another_number_of_workers(tmp_path: Path):
     World(tmp_path / "world")
     run_workers(2, tmp_path, whole_without_dropout, str(tmp_path))
     run_workers(1, tmp_path, resumed_alone, str(tmp_path))
-    expected, found = (torch.load(tmp_path / name, weights_only=True) for name in ("two-0.pt", "one.pt"))
+    expected, actual = (torch.load(tmp_path / name, weights_only=True) for name in ("two-0.pt", "one.pt"))
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -36,18 +36,18 @@ def naive(first: Tensor, second: Tensor, scale: Tensor, bias: Tensor, excluded: 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4, 100])
-def test_equals_the_naive_statement(chunk_rows: int | None, masked: bool):
+def test_sigmoid_loss_equals_naive_computation(chunk_rows: int | None, masked: bool):
     tensors = inputs()
     mask = torch.rand(ROWS, ROWS, generator=torch.Generator().manual_seed(1)) < 0.3 if masked else None
     expected = naive(*tensors, mask)
     wanted = torch.autograd.grad(expected, tensors)
     loss = sigmoid_loss(*tensors, excluded=mask, chunk_rows=chunk_rows)
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
-    for ours, theirs in zip(torch.autograd.grad(loss, tensors), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for gradient, wanted_gradient in zip(torch.autograd.grad(loss, tensors), wanted, strict=True):
+        torch.testing.assert_close(gradient, wanted_gradient, atol=1e-12, rtol=0)
 
 
-def test_closed_forms():
+def test_sigmoid_loss_closed_forms():
     same, zero = torch.ones(7, 3), torch.tensor(0.0)
     assert sigmoid_loss(same, same, zero, torch.tensor(-1.0)).item() == pytest.approx(
         7 * math.log(2), abs=1e-5
@@ -59,7 +59,7 @@ def test_closed_forms():
     assert far.item() == pytest.approx(150, abs=1e-3)  # no overflow in fp32
 
 
-def test_the_positive_is_never_excluded():
+def test_positive_is_never_excluded():
     first, second, scale, bias = inputs()
     everything = torch.ones(ROWS, ROWS, dtype=torch.bool)
     logits = F.cosine_similarity(first, second) * scale.exp() + bias
@@ -68,7 +68,7 @@ def test_the_positive_is_never_excluded():
     )
 
 
-def test_rows_of_a_worker_add_up():
+def test_sum_rows_of_workers_add_up_to_the_whole_batch():
     first, second, scale, bias = inputs()
     queries, keys = F.normalize(first, dim=1), F.normalize(second, dim=1)
     loss = SigmoidLoss(scale, bias)
@@ -78,7 +78,7 @@ def test_rows_of_a_worker_add_up():
     )
 
 
-def test_the_initial_bias_is_the_log_odds_of_a_match():
+def test_initial_bias_is_the_log_odds_of_a_match():
     """Where nothing is learned, cosines are about 0, and no constant bias has a lower loss."""
     initial = SigmoidLoss.initial_parameters(temperature=0.074, batch_size=ROWS)
     assert initial == {"logit_scale": -math.log(0.074), "logit_bias": -math.log(ROWS - 1)}

@@ -54,7 +54,7 @@ def published(a: Tensor, b: Tensor, name: str) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def test_without_masks_it_is_the_published_loss():
+def test_unmasked_terms_equal_the_published_loss():
     """Although songs come twice, pairs are known and a song is on both sides."""
     songs = torch.tensor([0, 0, 3, 4, 1, 2, 1, 0])
     audio, text, ids = vectors(8), vectors(8, 1), same_ids(songs)
@@ -67,10 +67,10 @@ def test_without_masks_it_is_the_published_loss():
         "preference": published(audio[:4], audio[4:], "preference"),
         "fusion": (published(audio[:4], fused[4:], "fusion") + published(audio[4:], fused[:4], "fusion")) / 2,
     }
-    found = finetune_terms(model(), audio, text, ids, known, masked=False)
+    actual = finetune_terms(model(), audio, text, ids, known, masked=False)
     masked = finetune_terms(model(), audio, text, ids, known)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(actual[name], value)
         assert masked[name] < value - 0.01
 
 
@@ -81,8 +81,8 @@ def task(**settings: Any) -> Any:
     return finetune_task(pairs, CATALOGUE, FinetuneSettings(**settings), torch.device("cpu"))
 
 
-def test_corrected_for_popularity_it_is_the_softmax_over_all_songs():
-    """A batch that holds every pair as often as its weight says is what drawing tends to. There the gradient must be
+def test_popularity_correction_gives_the_softmax_over_all_songs():
+    """A batch that holds every pair as often as its weight says is the limit of drawing. Its gradient must be
     exactly that of −log softmax over the songs, each of them once, however often it is in the batch."""
     batch = torch.from_numpy(np.repeat(PAIRS, WEIGHTS.astype(int), axis=0).T.copy())
     audio, text = vectors(SONGS).requires_grad_(), vectors(SONGS, 1).requires_grad_()
@@ -117,18 +117,18 @@ def test_corrected_for_popularity_it_is_the_softmax_over_all_songs():
     corrected, plain = gradients(True), gradients(False)
     for name, term in expected.items():
         wanted = torch.autograd.grad(term, [audio, text], retain_graph=True, allow_unused=True)
-        for ours, uncorrected, theirs in zip(corrected[name], plain[name], wanted, strict=True):
-            if theirs is None:
-                assert ours is None
+        for gradient, uncorrected, wanted_gradient in zip(corrected[name], plain[name], wanted, strict=True):
+            if wanted_gradient is None:
+                assert gradient is None
             else:
-                torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-                assert (uncorrected - theirs).abs().max() > 1e-3
-    for ours, uncorrected in zip(corrected["text"], plain["text"], strict=True):
-        assert torch.equal(ours, uncorrected)
+                torch.testing.assert_close(gradient, wanted_gradient, atol=1e-12, rtol=0)
+                assert (uncorrected - wanted_gradient).abs().max() > 1e-3
+    for gradient, uncorrected in zip(corrected["text"], plain["text"], strict=True):
+        assert torch.equal(gradient, uncorrected)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_rejected_songs_are_keys_of_every_trigger_and_of_nothing_else(loss: str):
+def test_explicit_negatives_are_candidates_of_every_trigger_only(loss: str):
     pairs, rejected = (
         torch.tensor([[0, 1], [4, 5], [3, 1]]),
         torch.tensor([2, 5, 0]),
@@ -137,11 +137,11 @@ def test_rejected_songs_are_keys_of_every_trigger_and_of_nothing_else(loss: str)
     audio, text = vectors(9).requires_grad_(), vectors(9, 1).requires_grad_()
     known = torch.from_numpy(known_pair_codes(PAIRS))
     without = finetune_terms(model(loss), audio[:6], text[:6], ids[:6], known)
-    found = finetune_terms(model(loss), audio, text, ids, known, with_rejected=True)
-    assert torch.equal(found["text"], without["text"])
-    assert torch.equal(found["fusion"], without["fusion"])
-    assert found["preference"] > without["preference"]
-    gradient, of_text = torch.autograd.grad(sum(found.values()), [audio, text])
+    actual = finetune_terms(model(loss), audio, text, ids, known, with_rejected=True)
+    assert torch.equal(actual["text"], without["text"])
+    assert torch.equal(actual["fusion"], without["fusion"])
+    assert actual["preference"] > without["preference"]
+    gradient, of_text = torch.autograd.grad(sum(actual.values()), [audio, text])
     assert gradient[6].abs().max() > 0  # (0, 2) is a known pair, but 4 and 3 see song 2
     assert gradient[8].abs().max() > 0
     assert not gradient[7].any()  # stands for nothing
@@ -151,13 +151,13 @@ def test_rejected_songs_are_keys_of_every_trigger_and_of_nothing_else(loss: str)
     torch.testing.assert_close(same["preference"], without["preference"], atol=1e-12, rtol=0)
 
 
-def test_half_precision_is_widened():
+def test_side_widens_half_precision():
     assert (
         Side.of(torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int64)).own.dtype == torch.float32
     )
 
 
-def test_a_task_with_rejected_songs_has_three_songs_a_row():
+def test_task_with_explicit_negatives_has_three_songs_per_row():
     with_them = task(explicit_negatives=True)
     assert with_them.songs_per_row == 3
     order = with_them.order(2)
@@ -169,21 +169,21 @@ def test_a_task_with_rejected_songs_has_three_songs_a_row():
 
 
 @pytest.mark.parametrize("with_rejected", [False, True])
-def test_rehearsed_songs_are_in_the_text_term_alone(with_rejected: bool):
+def test_rehearsed_songs_enter_the_text_term_only(with_rejected: bool):
     rejected = 3 if with_rejected else 0
     songs = torch.tensor([0, 3, 4, 1, 2, 5, *[13, 14, 15][:rejected], 9, 8, 7, 6, 10, 11])
     audio, text = (vectors(len(songs), seed) for seed in (1, 2))
     without = finetune_terms(
         model(), *(v[: 6 + rejected] for v in (audio, text, same_ids(songs))), None, with_rejected=with_rejected
     )
-    found = finetune_terms(model(), audio, text, same_ids(songs), None, with_rejected=with_rejected, rehearsed=2)
-    assert torch.equal(found["preference"], without["preference"])
-    assert torch.equal(found["fusion"], without["fusion"])
+    actual = finetune_terms(model(), audio, text, same_ids(songs), None, with_rejected=with_rejected, rehearsed=2)
+    assert torch.equal(actual["preference"], without["preference"])
+    assert torch.equal(actual["fusion"], without["fusion"])
     named = [*range(6), *range(6 + rejected, len(songs))]
-    torch.testing.assert_close(found["text"], published(audio[named], text[named], "text"))
+    torch.testing.assert_close(actual["text"], published(audio[named], text[named], "text"))
 
 
-def test_rehearsal_goes_through_the_whole_training_catalogue():
+def test_rehearsal_covers_the_whole_training_catalogue():
     """Every training song comes equally often, whatever pairs draw; the pairs are those without rehearsal; an epoch can
     be repeated."""
     rehearsing = task(rehearsal_songs_per_pair=2, pairs_per_epoch=5)

@@ -1,4 +1,4 @@
-"""The figures of a model card, read back with the hub client's own parser."""
+"""The metrics of a model card, read back with the hub client's own parser."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("path", [SEMANTIC, PREFERENCE])
-def test_the_card_names_the_headline_figures_of_its_own_space(workspace: Workspace, tmp_path: Path, path: str):
+def test_card_shows_the_headline_metrics_of_its_own_space(workspace: Workspace, tmp_path: Path, path: str):
     folder = Path(workspace.full(path))
     before = weights_fingerprint(folder)
     parameters = next(
@@ -132,7 +132,7 @@ def test_the_card_names_the_headline_figures_of_its_own_space(workspace: Workspa
     assert (tmp_path / "again" / "evaluation.json").read_text() == (folder / "evaluation.json").read_text()
 
 
-def test_figures_are_not_written_for_other_weights(workspace: Workspace, tmp_path: Path):
+def test_metrics_of_other_weights_are_not_written(workspace: Workspace, tmp_path: Path):
     write_evaluation(workspace, SEMANTIC, tasks(), "report-1", DATA)
     model = HTCL.from_pretrained(workspace.full(SEMANTIC))
     with torch.no_grad():
@@ -161,5 +161,5 @@ def test_an_evaluation_that_is_something_else_is_refused(workspace: Workspace):
         write_evaluation(workspace, "models/semantic/none", tasks(), "report-1", DATA)
 
 
-def test_a_download_from_the_hub_brings_the_figures():
+def test_download_from_the_hub_includes_the_evaluation():
     assert "evaluation.json" in HUB_FILES

@@ -1,4 +1,4 @@
-"""The authors' files: every name and shape of theirs, their numbers, and what is refused."""
+"""Files of the authors: names, shapes, numbers, and errors for other files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def wrapper(stage: int, bert: BertConfig) -> Wrapper:
 
 
 @functools.cache
-def theirs(stage: int) -> Wrapper:
+def official_model(stage: int) -> Wrapper:
     return wrapper(stage, BERT)
 
 
@@ -97,12 +97,12 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
-def assert_close(ours: Tensor | np.ndarray, expected: Tensor) -> None:
-    torch.testing.assert_close(torch.as_tensor(ours), expected, atol=2e-6, rtol=0)
+def assert_close(actual: Tensor | np.ndarray, expected: Tensor) -> None:
+    torch.testing.assert_close(torch.as_tensor(actual), expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("stage", ["1", "2"])
-def test_table_is_their_full_model(stage: str):
+def test_table_covers_the_full_model_of_the_authors(stage: str):
     """Every name and shape of their modules at full size, and the paper's number of parameters."""
     with torch.device("meta"):
         module = Wrapper(int(stage), AudioModel(), BertConfig(vocab_size=105879))
@@ -119,10 +119,10 @@ def test_table_is_their_full_model(stage: str):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_numbers_are_theirs_wherever_the_model_runs(stage: int, tokenizer_folder: Path, tmp_path: Path):
-    """Imported, saved and loaded, and through the encoder of batch embedding and serving; alone and beside clips of
+def test_imported_model_computes_the_numbers_of_the_authors(stage: int, tokenizer_folder: Path, tmp_path: Path):
+    """Imported, saved and loaded, and through the encoder of batch embedding and serving; alone and in a batch with clips of
     other lengths."""
-    official = theirs(stage)
+    official = official_model(stage)
     with torch.no_grad():
         audio = official.audio(clips())
         words = official.text(
@@ -177,8 +177,8 @@ def test_text_config_states_what_weights_do_not_tell(tokenizer_folder: Path, tmp
 
 
 def test_tokenizer_is_loaded_only_for_words(tokenizer_folder: Path, tmp_path: Path):
-    """Sound works without the hub, also from a folder that was saved before any word was embedded."""
-    file = save(theirs(1).state_dict(), tmp_path)
+    """Audio is embedded without the hub, also from a folder that was saved before any word was embedded."""
+    file = save(official_model(1).state_dict(), tmp_path)
     absent = str(tmp_path / "absent")
     HTCL.from_official(file, 1, tokenizer=absent).save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
@@ -190,14 +190,14 @@ def test_tokenizer_is_loaded_only_for_words(tokenizer_folder: Path, tmp_path: Pa
     assert model.embed_mel(torch.zeros(1, 20, MELS)).shape == (1, 20)
     with pytest.raises(ConfigError, match=f"tokenizer '{absent}' cannot be loaded"):
         model.embed_text(TEXTS)
-    narrow = {**theirs(1).state_dict(), "text_model.embeddings.word_embeddings.weight": torch.ones(7, 64)}
+    narrow = {**official_model(1).state_dict(), "text_model.embeddings.word_embeddings.weight": torch.ones(7, 64)}
     with pytest.raises(MismatchError, match="has 10 tokens, but the text tower knows 7"):
         HTCL.from_official(save(narrow, tmp_path), 1, tokenizer=str(tokenizer_folder)).embed_text(TEXTS)
 
 
 def test_audio_encoder_alone(tmp_path: Path):
     """No head, no words: the vectors are the mean over the encoder's tokens."""
-    official = theirs(1).audio_model
+    official = official_model(1).audio_model
     file = save(official.state_dict(), tmp_path)
     with torch.no_grad():
         expected = unit(official(batch_of(clips())))
@@ -217,7 +217,7 @@ def test_audio_encoder_alone(tmp_path: Path):
 
 
 def test_names_of_older_libraries_and_of_distributed_training(tmp_path: Path):
-    state = theirs(1).state_dict()
+    state = official_model(1).state_dict()
     expected = read_official(save(state, tmp_path), 1).weights
     old = {
         name.replace("conv.parametrizations.weight.original0", "conv.weight_g").replace(
@@ -234,7 +234,7 @@ def test_names_of_older_libraries_and_of_distributed_training(tmp_path: Path):
 
 
 def test_every_fault_of_the_names_is_listed_with_both_shapes(tmp_path: Path):
-    state = theirs(2).state_dict()
+    state = official_model(2).state_dict()
     del state["tau_2"], state["audio_model.transformer_encoder.layers.0.norm1.bias"], state["fusion_mlp.3.weight"]
     state["audio_model.cls_token"] = torch.zeros(1, 1, 64)
     state["text_model.embeddings.LayerNorm.weight"] = torch.zeros(65)
@@ -261,7 +261,7 @@ def test_every_fault_of_the_names_is_listed_with_both_shapes(tmp_path: Path):
 
 def test_one_wrong_tensor_does_not_change_what_is_expected_of_the_others():
     """Whichever it is; but for sizes that only one or two tensors have."""
-    state = {name: tensor.to("meta") for name, tensor in theirs(2).state_dict().items()}
+    state = {name: tensor.to("meta") for name, tensor in official_model(2).state_dict().items()}
     rows = [row for row in ROWS if "2" in row.stages]
     right = sizes_of(state, rows)
     assert (right["D"], right["E"], right["K"], right["i"], right["n"], right["O"]) == (128, 64, 7, 2, 1, 20)
@@ -274,7 +274,7 @@ def test_one_wrong_tensor_does_not_change_what_is_expected_of_the_others():
 
 
 def test_an_audio_encoder_with_faults_is_named_as_its_file_does(tmp_path: Path):
-    state = theirs(1).audio_model.state_dict()
+    state = official_model(1).audio_model.state_dict()
     state["layer_norm.weight"] = torch.zeros(5)
     with pytest.raises(
         MismatchError, match=r"an audio encoder alone in 1 weight\(s\): layer_norm.weight \[5\] \(expected \[128\]\)$"
@@ -289,7 +289,7 @@ def test_the_other_stage_is_recognised(stage: int, tmp_path: Path):
         MismatchError,
         match=rf"does not fit their stage {other}.*tau.*; it is a file of stage {stage}, so say stage {stage}$",
     ):
-        HTCL.from_official(save(theirs(stage).state_dict(), tmp_path), other)
+        HTCL.from_official(save(official_model(stage).state_dict(), tmp_path), other)
 
 
 class Trap:
@@ -324,13 +324,13 @@ def _without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
             lambda state: {"conv1.weight": torch.zeros(1)},
             "no weights of the authors' audio encoder .the first of its 1 names is 'conv1.weight'",
         ),
-        (lambda state: theirs(1).text_model.state_dict(), "only those of a text model"),
+        (lambda state: official_model(1).text_model.state_dict(), "only those of a text model"),
         (lambda state: _without(state, "audio_model."), "no weights of the authors' audio encoder"),
     ],
 )
-def test_what_is_no_state_dict_of_theirs_is_refused(content, message: str, tmp_path: Path):
+def test_other_state_dicts_are_refused(content, message: str, tmp_path: Path):
     with pytest.raises(HtclError, match=message) as caught:
-        HTCL.from_official(save(content(theirs(1).state_dict()), tmp_path), 1)
+        HTCL.from_official(save(content(official_model(1).state_dict()), tmp_path), 1)
     assert isinstance(caught.value, InputError)
     assert str(caught.value).count("\n") == 0
     assert str(tmp_path / "model-20.pth") in str(caught.value)
@@ -349,7 +349,7 @@ def test_files_and_stages_that_cannot_be(tmp_path: Path):
     with pytest.raises(InputError, match="not a plain state dict of torch"):
         HTCL.from_official(tmp_path / "text.pth", 1)
     with pytest.raises(ConfigError, match="stage is 3; expected 1"):
-        HTCL.from_official(save(theirs(1).state_dict(), tmp_path), 3)
+        HTCL.from_official(save(official_model(1).state_dict(), tmp_path), 3)
     odd = AudioModel(channels=8, width=80, layers=1, feed_forward=8, kernel=3)
     with pytest.raises(MismatchError, match="80 wide; expected a multiple of 64"):
         HTCL.from_official(save(odd.state_dict(), tmp_path), 1)
@@ -365,7 +365,7 @@ def imported(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
 
 
 def test_command_makes_a_model_folder(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]):
-    file = save(theirs(1).state_dict(), tmp_path)
+    file = save(official_model(1).state_dict(), tmp_path)
     code, shown = imported(
         capsys, file, tmp_path / "a" / "model", "--stage", 1, "--set", f"text.name_or_path={tokenizer_folder}"
     )
@@ -383,7 +383,7 @@ def test_command_makes_a_model_folder(tmp_path: Path, tokenizer_folder: Path, ca
 def test_command_refuses_in_one_sentence_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    file = save(theirs(1).state_dict(), tmp_path)
+    file = save(official_model(1).state_dict(), tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("mine")
     for arguments, message in (
@@ -408,8 +408,8 @@ def test_command_refuses_in_one_sentence_and_leaves_nothing(
 def test_command_puts_both_stages_where_the_steps_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     workspace = tmp_path / "workspace"
     (tmp_path / "2").mkdir()
-    files = {1: save(theirs(1).state_dict(), tmp_path), 2: save(theirs(2).state_dict(), tmp_path / "2")}
-    semantic, preference = (workspace / "models" / space / "theirs" for space in ("semantic", "preference"))
+    files = {1: save(official_model(1).state_dict(), tmp_path), 2: save(official_model(2).state_dict(), tmp_path / "2")}
+    semantic, preference = (workspace / "models" / space / "official_model" for space in ("semantic", "preference"))
     common = ("--workspace", workspace)
     assert "is for the other stage" in imported(capsys, files[1], preference, "--stage", 1, *common)[1]
     assert (
@@ -423,12 +423,12 @@ def test_command_puts_both_stages_where_the_steps_look(tmp_path: Path, capsys: p
         "no stage-1 model 'other' as --parent"
         in imported(capsys, files[2], preference, "--stage", 2, "--parent", "other", *common)[1]
     )
-    assert imported(capsys, files[2], preference, "--stage", 2, "--parent", "theirs", *common)[0] == 0
-    found = artifacts.newest_semantic(Workspace(str(workspace)), "failed")
-    grown = artifacts.newest_preference(Workspace(str(workspace)), found, "failed")
-    assert (found.version, grown and grown.version) == ("theirs", "theirs")
-    assert found.manifest["config"]["model"]["dim"] == 20
+    assert imported(capsys, files[2], preference, "--stage", 2, "--parent", "official_model", *common)[0] == 0
+    semantic_model = artifacts.newest_semantic(Workspace(str(workspace)), "failed")
+    grown = artifacts.newest_preference(Workspace(str(workspace)), semantic_model, "failed")
+    assert (semantic_model.version, grown and grown.version) == ("official_model", "official_model")
+    assert semantic_model.manifest["config"]["model"]["dim"] == 20
     vectors = SongEncoder.load(semantic, preference).encode_mels(clips()[:2])
     with torch.no_grad():
         for stage, half in ((1, vectors.semantic), (2, vectors.preference)):
-            assert_close(half, unit(theirs(stage).audio(clips()[:2])))
+            assert_close(half, unit(official_model(stage).audio(clips()[:2])))

@@ -1,4 +1,4 @@
-"""Long clips in windows: which frames are heard, and the vector that comes of it."""
+"""Long clips in windows: covered frames, and the mean of the vectors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mels(lengths: list[int], bands: int = 16) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 17, 50])
-def test_fewest_windows_that_hear_every_frame_evenly(window: int):
+def test_fewest_evenly_spaced_windows_cover_every_frame(window: int):
     for frames in range(1, 160):
         starts = window_starts(frames, window)
         size = min(frames, window)
@@ -72,7 +72,7 @@ def test_vector_is_the_normalised_mean_over_windows(model: HTCL, whole: HTCL, mo
     encoded = []
     original = model.encode_audio
     monkeypatch.setattr(model, "encode_audio", lambda part, frames: encoded.append(len(part)) or original(part, frames))
-    found = model.embed_mel(mel, valid)
+    actual = model.embed_mel(mel, valid)
     assert encoded == [4, 4, 2]
     for clip, (starts, length) in enumerate(zip(by_hand, valid.tolist(), strict=True)):
         windows = [
@@ -80,8 +80,8 @@ def test_vector_is_the_normalised_mean_over_windows(model: HTCL, whole: HTCL, mo
             for start in starts
         ]
         mean = np.mean(windows, axis=0)
-        np.testing.assert_allclose(found[clip].numpy(), mean / np.linalg.norm(mean), atol=2e-6)
-    assert torch.equal(found, model.embed_mel(mel, valid))
+        np.testing.assert_allclose(actual[clip].numpy(), mean / np.linalg.norm(mean), atol=2e-6)
+    assert torch.equal(actual, model.embed_mel(mel, valid))
 
 
 def test_short_clips_are_untouched(model: HTCL, whole: HTCL):
@@ -90,12 +90,12 @@ def test_short_clips_are_untouched(model: HTCL, whole: HTCL):
     assert model.embed_mel(mel[:0], valid[:0]).shape == (0, model.dim)
 
 
-def test_audio_is_heard_in_the_same_windows(model: HTCL, whole: HTCL, config: Config):
+def test_audio_is_embedded_in_the_same_windows(model: HTCL, whole: HTCL, config: Config):
     from htcl_ray.audio import log_mel
 
     waveform = (
         np.random.default_rng(1).normal(0, 0.1, 5 * config.audio.sample_rate).astype(np.float32)
-    )  # 5 s, of which 3 are heard
+    )  # 5 s, of which 3 are used
     mel = torch.from_numpy(log_mel(waveform[: config.audio.max_samples], config.audio.sample_rate, config.audio))
     mean = sum(whole.embed_mel(mel[None, start : start + WINDOW])[0] for start in (0, 10, 21))
     torch.testing.assert_close(
@@ -112,7 +112,7 @@ def test_the_window_belongs_to_the_checkpoint(model: HTCL, tmp_path: Path):
     assert loaded.to_stage_2(0.1, seed=0).window_frames == WINDOW
 
 
-def test_checkpoints_from_before_windows_hear_clips_whole(whole: HTCL, tmp_path: Path):
+def test_checkpoints_without_window_embed_whole_clips(whole: HTCL, tmp_path: Path):
     whole.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     tree = json.loads(file.read_text())

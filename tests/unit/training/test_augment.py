@@ -58,10 +58,12 @@ def test_a_crop_is_a_slice_of_the_clip(plain: BatchLoader):
     for clip, frames, crop, count in zip(
         whole.mel, whole.valid_frames.tolist(), cropped.mel, cropped.valid_frames.tolist(), strict=True
     ):
-        found = [start for start in range(frames - count + 1) if torch.equal(clip[start : start + count], crop[:count])]
-        assert len(found) == 1, "the crop is no slice of the clip"
+        matches = [
+            start for start in range(frames - count + 1) if torch.equal(clip[start : start + count], crop[:count])
+        ]
+        assert len(matches) == 1, "the crop is no slice of the clip"
         assert not crop[count:].any()
-        offsets += found
+        offsets += matches
     assert len(set(offsets)) > 5
     assert torch.equal(whole.ids, cropped.ids)
     assert all(torch.equal(whole.tokens[name], tensor) for name, tensor in cropped.tokens.items())
@@ -82,7 +84,7 @@ def test_every_offset_is_equally_likely():
 
 
 def test_masks_hide_whole_rows_and_columns_within_bounds():
-    """What is hidden is found by comparing; it must be rows and columns, few enough, and hold the mean of what is
+    """Masked cells are determined by comparison; they must be rows and columns, few enough, and hold the mean of what is
     left."""
     augmentation = Augmentation(MASKS, None)
     bands_hidden, frames_hidden = [], []

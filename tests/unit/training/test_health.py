@@ -1,4 +1,4 @@
-"""Collapse and plateau: closed forms of the figures, and what the watch says and does."""
+"""Collapse and plateau: closed forms of the metrics, and the warnings and errors of the watch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_effective_rank_of_known_spectra():
 def test_the_plateau_is_the_mean_log_of_the_unmasked_candidates(world: World, stage: int):
     model, task = world.model(stage), world.task(stage)
     watch = HealthWatch(task, world.loader(model), world.config.finetune, CPU, step=0, say=print)
-    figures = watch.measure(model)
+    metrics = watch.measure(model)
     ids = watch.batch.ids.tolist()
     known = {frozenset(pair) for pair in world.pairs.train.tolist()} if stage == 2 else set()
 
@@ -69,24 +69,26 @@ def test_the_plateau_is_the_mean_log_of_the_unmasked_candidates(world: World, st
 
     every = range(len(ids))
     expected = sum(math.log(candidates(row, every, row)) for row in every) / len(ids)
-    assert figures["plateau_loss_text"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["plateau_loss_text"] == pytest.approx(expected, rel=1e-5)
     if stage == 2:
         half = len(ids) // task.songs_per_row
-        there = [math.log(candidates(row, range(half, 2 * half), row + half)) for row in range(half)]
-        back = [math.log(candidates(row + half, range(half), row)) for row in range(half)]
+        forward = [math.log(candidates(row, range(half, 2 * half), row + half)) for row in range(half)]
+        backward = [math.log(candidates(row + half, range(half), row)) for row in range(half)]
         first = sorted({of_song: row for row, (of_song, *_) in reversed(list(enumerate(ids)))}.values())
         assert len(first) < len(ids), "songs stand in the probe more than once"
         with torch.no_grad():
             audio, _ = encode(model.eval(), watch.batch)
         model.train()
-        assert figures["mean_cosine_audio"] == pytest.approx(mean_cosine(audio[first]), abs=1e-5)
-        assert figures["plateau_loss_preference"] == pytest.approx((sum(there) + sum(back)) / (2 * half), rel=1e-5)
-    assert watch.measure(model) == figures
+        assert metrics["mean_cosine_audio"] == pytest.approx(mean_cosine(audio[first]), abs=1e-5)
+        assert metrics["plateau_loss_preference"] == pytest.approx(
+            (sum(forward) + sum(backward)) / (2 * half), rel=1e-5
+        )
+    assert watch.measure(model) == metrics
     assert model.training
 
 
-def fault_after(watch: HealthWatch, figures: dict[str, float], steps: list[int]) -> list[bool]:
-    return [bool(watch.check(figures, step)) for step in steps]
+def fault_after(watch: HealthWatch, metrics: dict[str, float], steps: list[int]) -> list[bool]:
+    return [bool(watch.check(metrics, step)) for step in steps]
 
 
 def test_a_fault_counts_when_it_lasts(world: World):

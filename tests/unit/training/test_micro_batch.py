@@ -49,15 +49,15 @@ def kept(model: HTCL, songs: int) -> int:
 def test_largest_size_that_fits(local_rows: int):
     allowed = sorted({2**power for power in range(7) if 2**power <= local_rows} | {local_rows})
     for fitting in range(110):
-        asked: list[int] = []
+        tried: list[int] = []
 
-        def rows_as_bytes(rows: int, asked: list[int] = asked) -> float:
-            asked.append(rows)
+        def rows_as_bytes(rows: int, tried: list[int] = tried) -> float:
+            tried.append(rows)
             return rows
 
-        found = most_rows(local_rows, rows_as_bytes, fitting)
-        assert found == max((size for size in allowed if size <= fitting), default=0)
-        assert asked == allowed[: len(asked)], "nothing above the first that is too large is tried"
+        most = most_rows(local_rows, rows_as_bytes, fitting)
+        assert most == max((size for size in allowed if size <= fitting), default=0)
+        assert tried == allowed[: len(tried)], "nothing above the first that is too large is tried"
 
 
 @pytest.mark.parametrize("songs_per_row", [1, 2])
@@ -72,12 +72,12 @@ def test_cpu_finds_what_the_graph_of_so_many_songs_keeps(
     monkeypatch.setattr(
         micro_batch, "_available", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1)
     )
-    found = probe_micro_batch_size(model, song(model), songs_per_row, 16, CPU)
-    assert found == {1: 1, 5: 4, 16: 16, 99: 16}[rows_that_fit]
+    most = probe_micro_batch_size(model, song(model), songs_per_row, 16, CPU)
+    assert most == {1: 1, 5: 4, 16: 16, 99: 16}[rows_that_fit]
 
 
 def test_kept_bytes_of_a_closed_form():
-    """(x · p)² · p keeps x, x · p (which the square needs twice), its square and p; what nobody differentiates is not
+    """(x · p)² · p keeps x, x · p (which the square needs twice), its square and p; what is not differentiated is not
     kept."""
 
     class Product(torch.nn.Module):
@@ -131,7 +131,7 @@ def test_frozen_parts_need_less(model: HTCL):
     assert kept(model, 4) < 0.8 * everything
 
 
-def test_gpu_out_of_memory_is_an_answer(model: HTCL, monkeypatch: pytest.MonkeyPatch):
+def test_gpu_out_of_memory_counts_as_infinite(model: HTCL, monkeypatch: pytest.MonkeyPatch):
     """The part that runs on a GPU, with the device's counters replaced: a size that fails is too large, and leaves no
     gradient."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)

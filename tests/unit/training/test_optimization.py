@@ -86,14 +86,14 @@ def test_what_learns_has_the_gradient_that_it_had(
 ):
     """Freezing one part changes no other part's gradient, in one pass or two; frozen parts have none, and no optimizer
     state."""
-    model, settings, found = gradients(changes, micro_batch_size)
+    model, settings, actual = gradients(changes, micro_batch_size)
     largest = max(gradient.abs().max().item() for gradient in everything.values() if gradient is not None)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, settings.model_copy(update={"weight_decay": 0.1}))
     optimizer.step()
     in_groups = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        gradient, expected = found[name], everything[name]
+        gradient, expected = actual[name], everything[name]
         assert expected is not None
         if stays(name, changes):
             assert gradient is None, name

@@ -102,9 +102,9 @@ def test_a_tracker_that_does_not_open_is_one_sentence(tmp_path: Path):
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
-    there = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else there(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
     )
     with pytest.raises(
         ConfigError, match=r"names wandb, which is not installed here; run: pip install 'htcl-ray\[wandb\]'"
@@ -119,6 +119,6 @@ def test_mlflow_needs_an_address_that_workers_in_other_folders_find(monkeypatch:
         check_tracking(TrackingSettings(trackers=("mlflow",)))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert check_tracking(TrackingSettings(trackers=("mlflow",))).mlflow_uri == "http://host:5000"
-    found = check_tracking(TrackingSettings(trackers=("mlflow",), mlflow_uri="sqlite:///here.db"))
-    assert found.mlflow_uri == f"sqlite:///{os.getcwd()}/here.db"
-    assert check_tracking(found) == found
+    checked = check_tracking(TrackingSettings(trackers=("mlflow",), mlflow_uri="sqlite:///here.db"))
+    assert checked.mlflow_uri == f"sqlite:///{os.getcwd()}/here.db"
+    assert check_tracking(checked) == checked

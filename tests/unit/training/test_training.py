@@ -84,9 +84,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def gradients(model: HTCL) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    actual = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -97,7 +99,7 @@ def test_two_passes_with_dropout_equal_one_retained_graph(world: World, stage: i
     batch = world.loader(model).load(task.order(0)[:8].T.reshape(-1))
     start = get_rng_state(CPU)
     terms = compute_gradients(model, batch, task, micro_batch_size)
-    found, after = gradients(model), get_rng_state(CPU)
+    actual, after = gradients(model), get_rng_state(CPU)
     set_rng_state(start, CPU)
     songs = micro_batch_size * task.songs_per_row
     encoded = [encode(model, batch.part(a, a + songs)) for a in range(0, len(batch), songs)]
@@ -106,10 +108,10 @@ def test_two_passes_with_dropout_equal_one_retained_graph(world: World, stage: i
     total_loss(expected_terms, task.weights).backward()
     expected = gradients(model)
     assert torch.equal(after["cpu"], get_rng_state(CPU)["cpu"])
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     largest = max(tensor.abs().max().item() for tensor in expected.values())
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max().item() <= 1e-12 * largest, name
+        assert (actual[name] - tensor).abs().max().item() <= 1e-12 * largest, name
     for name, term in expected_terms.items():
         torch.testing.assert_close(terms[name], term.detach(), rtol=1e-12, atol=0)
 
@@ -182,9 +184,9 @@ def test_pairs_do_not_vanish_from_the_gallery_of_a_large_catalogue(validation: i
     assert (np.diff(gallery.songs) > 0).all()
     assert 800 <= len(gallery.pairs) <= 8 * 2048
     codes = pairs[:, 0] * 4 * validation + pairs[:, 1]
-    found = gallery.songs[gallery.pairs]
-    assert np.isin(found[:, 0] * 4 * validation + found[:, 1], codes).all()
-    assert np.mean(found[:, 0]) == pytest.approx(validation, rel=0.1), (
+    actual = gallery.songs[gallery.pairs]
+    assert np.isin(actual[:, 0] * 4 * validation + actual[:, 1], codes).all()
+    assert np.mean(actual[:, 0]) == pytest.approx(validation, rel=0.1), (
         "triggers come from the whole catalogue, not from its beginning"
     )
     again = validation_gallery(songs, pairs)
@@ -236,17 +238,17 @@ def test_ndcg_of_validation_is_scikit_learn_s(world: World):
     candidate."""
     model = world.model(2).eval()
     loader, both = world.loader(model), validation_gallery(world.songs.validation, world.pairs.validation)
-    found = validate(model, loader, both)
+    actual = validate(model, loader, both)
     gallery, inside = both
     batch = loader.load(gallery)
     audio = model.embed_mel(batch.mel, batch.valid_frames).numpy()
     text = model.embed_text([world.songs.texts[row] for row in gallery]).numpy()
     assert len(gallery) == 12
-    assert found["validation_ndcg@10"] == pytest.approx(ndcg_score(np.eye(12), text @ audio.T, k=10))
+    assert actual["validation_ndcg@10"] == pytest.approx(ndcg_score(np.eye(12), text @ audio.T, k=10))
     scores = np.array([np.delete(audio[trigger] @ audio.T, trigger) for trigger, _ in inside])
     wanted = np.array([np.delete(np.arange(12) == recalled, trigger) for trigger, recalled in inside])
-    assert found["validation_pair_ndcg@10"] == pytest.approx(ndcg_score(wanted, scores, k=10))
-    assert 0 < found["validation_pair_ndcg@10"] < found["validation_pair_recall@10"] < 1
+    assert actual["validation_pair_ndcg@10"] == pytest.approx(ndcg_score(wanted, scores, k=10))
+    assert 0 < actual["validation_pair_ndcg@10"] < actual["validation_pair_recall@10"] < 1
 
 
 def run(
@@ -313,7 +315,7 @@ def test_auto_probes_unless_the_checkpoint_was_probed(world: World, tmp_path: Pa
     probes: list[int] = []
     monkeypatch.setattr("htcl_ray.training.loop.probe_micro_batch_size", lambda *arguments: probes.append(4) or 4)
 
-    def go_on(settings: Any, start: str, into: str) -> TrainingState:
+    def resume_run(settings: Any, start: str, into: str) -> TrainingState:
         again = config.with_overrides({"pretrain.micro_batch_size": settings})
         run(
             world,
@@ -326,13 +328,13 @@ def test_auto_probes_unless_the_checkpoint_was_probed(world: World, tmp_path: Pa
         return load_state(tmp_path / into / "step-6")
 
     run(world, 1, config, tmp_path)
-    found = go_on("auto", "step-2", "auto")
-    assert (found.micro_batch_size, found.probed, len(probes)) == (4, True, 1)
-    assert go_on("auto", "auto/step-4", "again").micro_batch_size == 4
+    actual = resume_run("auto", "step-2", "auto")
+    assert (actual.micro_batch_size, actual.probed, len(probes)) == (4, True, 1)
+    assert resume_run("auto", "auto/step-4", "again").micro_batch_size == 4
     assert len(probes) == 1, "a probed size is taken over, so that random numbers are drawn as before"
 
 
-def test_each_worker_gets_its_own_random_numbers_and_figures_back():
+def test_each_worker_restores_its_own_random_numbers_and_sums():
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -404,7 +406,7 @@ def test_the_lowest_temperature_stays_too(world: World):
 
 
 def test_rows_seen_count_full_batches_of_all_epochs(world: World, tmp_path: Path):
-    """36 training songs are two batches of 16, and 48 are three; a run that goes on counts on."""
+    """36 training songs are two batches of 16, and 48 are three; a resumed run continues the count."""
     config = world.config.with_overrides({"finetune.pairs_per_epoch": 40})
     assert [metrics["rows_seen"] for metrics in run(world, 1, config, tmp_path)[1]] == [32, 64, 96]
     _, rest = run(

@@ -91,7 +91,7 @@ def test_frames_are_those_of_the_shards(tmp_path: Path):
         assert count == wanted[song_id]["valid_frames"]
         assert np.array_equal(row[:count], by_id[song_id][:count])
         assert not row[count:].any()
-    assert np.array_equal(open_frames(workspace, path, manifest, songs).batch(rows)[0], mel)  # the file that is there
+    assert np.array_equal(open_frames(workspace, path, manifest, songs).batch(rows)[0], mel)  # the existing file
     made = [file.name for file in (tmp_path / "tmp").rglob("*.f16")]
     assert made == ["frames.f16"]
 
@@ -111,7 +111,7 @@ class Source:
 
     def left(self) -> set[str]:
         """Kinds of files in the temporary directory."""
-        return {re.sub("-[0-9a-f]{16}", "", found.name) for found in self.root.rglob("*")}
+        return {re.sub("-[0-9a-f]{16}", "", path.name) for path in self.root.rglob("*")}
 
 
 WHOLE = {"frames", "frames.lock", "frames.f16", "offsets.npy", "whole.json"}
@@ -352,14 +352,14 @@ def test_negatives_are_rejected_songs_that_are_no_pair(tmp_path: Path):
 def test_rejected_songs_are_drawn_by_weight_for_their_trigger():
     rejected, weights = np.array([[2, 7], [2, 8], [2, 9], [5, 1], [9, 4]]), np.array([1.0, 2.0, 1.0, 0.3, 5.0])
     drawn = np.repeat([[2, 0], [5, 0], [3, 6], [9, 0], [10, 11], [0, 12]], [40_000, 10, 10, 10, 10, 10], axis=0)
-    found = with_rejected(1, 2, drawn, rejected, weights)
-    assert np.array_equal(found[:, :2], drawn)
-    share = [(found[:40_000, 2] == song).mean() for song in (7, 8, 9)]
+    actual = with_rejected(1, 2, drawn, rejected, weights)
+    assert np.array_equal(actual[:, :2], drawn)
+    share = [(actual[:40_000, 2] == song).mean() for song in (7, 8, 9)]
     np.testing.assert_allclose(share, [0.25, 0.5, 0.25], atol=0.01)
-    assert found[40_000:, 2].tolist() == [1] * 10 + [6] * 10 + [4] * 10 + [11] * 10 + [12] * 10
-    assert np.array_equal(found, with_rejected(1, 2, drawn, rejected, weights))
-    assert not np.array_equal(found, with_rejected(1, 3, drawn, rejected, weights))
-    assert not np.array_equal(found, with_rejected(2, 2, drawn, rejected, weights))
+    assert actual[40_000:, 2].tolist() == [1] * 10 + [6] * 10 + [4] * 10 + [11] * 10 + [12] * 10
+    assert np.array_equal(actual, with_rejected(1, 2, drawn, rejected, weights))
+    assert not np.array_equal(actual, with_rejected(1, 3, drawn, rejected, weights))
+    assert not np.array_equal(actual, with_rejected(2, 2, drawn, rejected, weights))
 
 
 def test_draw_probabilities_are_those_of_the_drawing():
@@ -391,8 +391,8 @@ def test_epochs_of_any_length_follow_each_other_in_one_endless_order(length: int
     assert len({tuple(order) for order in rounds.tolist()}) == 9
     epochs = [song_order(3, epoch, songs, length) for epoch in range(len(endless) // length)]
     assert {order.shape for order in epochs} == {(length, 1)}
-    found = np.concatenate(epochs)[:, 0]
-    assert np.array_equal(found, endless[: len(found)])
+    actual = np.concatenate(epochs)[:, 0]
+    assert np.array_equal(actual, endless[: len(actual)])
     old = np.random.default_rng([3, 5]).permutation(songs)[:, None]
     assert np.array_equal(song_order(3, 5, songs), old)
     assert np.array_equal(song_order(3, 5, songs, 50), old)

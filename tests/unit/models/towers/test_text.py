@@ -81,20 +81,20 @@ def without(folder: Path, to: Path, part: str) -> Path:
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
 def test_pretrained_tower_gives_berts_own_numbers(config: Config, bert_folder: Path, tmp_path: Path, pooling: str):
     """Padded together by us, one by one without padding by transformers."""
-    ours = HTCL.untrained(config.with_overrides({"text.pooling": pooling}))
-    theirs, tokenizer = BertModel.from_pretrained(bert_folder).eval(), BertTokenizerFast.from_pretrained(bert_folder)
+    model = HTCL.untrained(config.with_overrides({"text.pooling": pooling}))
+    reference, tokenizer = BertModel.from_pretrained(bert_folder).eval(), BertTokenizerFast.from_pretrained(bert_folder)
     with torch.no_grad():
-        outputs = [theirs(**tokenizer(text, return_tensors="pt")) for text in TEXTS]
+        outputs = [reference(**tokenizer(text, return_tensors="pt")) for text in TEXTS]
         pooled = {
             "pooler": [output.pooler_output[0] for output in outputs],
             "cls": [output.last_hidden_state[0, 0] for output in outputs],
             "mean": [output.last_hidden_state[0].mean(dim=0) for output in outputs],
         }
         torch.testing.assert_close(
-            ours.eval().text_encoder(ours.text_encoder.tokenize(TEXTS)), torch.stack(pooled[pooling])
+            model.eval().text_encoder(model.text_encoder.tokenize(TEXTS)), torch.stack(pooled[pooling])
         )
-    ours.save_pretrained(tmp_path / "model")
-    assert torch.equal(HTCL.from_pretrained(tmp_path / "model").embed_text(TEXTS), ours.embed_text(TEXTS))
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(HTCL.from_pretrained(tmp_path / "model").embed_text(TEXTS), model.embed_text(TEXTS))
 
 
 def test_every_weight_is_the_files_and_training_moves_it(config: Config, bert_folder: Path, tmp_path: Path):

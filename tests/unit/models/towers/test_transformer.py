@@ -52,13 +52,13 @@ def test_longer_neighbours_change_nothing(encoder: AudioEncoder, valid: int):
     torch.testing.assert_close(together[:1], alone, atol=2e-6, rtol=0)
 
 
-def test_every_valid_frame_is_heard(encoder: AudioEncoder):
+def test_every_valid_frame_changes_the_vector(encoder: AudioEncoder):
     mel = clip(43)
-    heard = encoder(mel, torch.tensor([43]))
+    baseline = encoder(mel, torch.tensor([43]))
     for frame in (0, 20, 42):
         changed = mel.clone()
         changed[0, frame] += 30
-        assert (encoder(changed, torch.tensor([43])) - heard).abs().max() > 1e-4, f"frame {frame} is not heard"
+        assert (encoder(changed, torch.tensor([43])) - baseline).abs().max() > 1e-4, f"frame {frame} has no effect"
 
 
 def test_masked_input_against_numpy():
@@ -99,32 +99,32 @@ def test_dropout_only_when_training(encoder: AudioEncoder):
 
 def test_layer_equals_torch():
     """One layer with the weights of nn.TransformerEncoderLayer gives its numbers, masked and not."""
-    theirs = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation="gelu", batch_first=True)
+    reference = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation="gelu", batch_first=True)
     torch.manual_seed(0)
-    for parameter in theirs.parameters():
+    for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = AudioEncoder(SMALL.model_copy(update={"dropout": 0.0}), RECIPE).layers[0]
+    layer = AudioEncoder(SMALL.model_copy(update={"dropout": 0.0}), RECIPE).layers[0]
     names = {
-        "attention_in": theirs.self_attn.in_proj_weight,
-        "attention_out": theirs.self_attn.out_proj.weight,
-        "feed_in": theirs.linear1.weight,
-        "feed_out": theirs.linear2.weight,
-        "attention_norm": theirs.norm1.weight,
-        "feed_norm": theirs.norm2.weight,
+        "attention_in": reference.self_attn.in_proj_weight,
+        "attention_out": reference.self_attn.out_proj.weight,
+        "feed_in": reference.linear1.weight,
+        "feed_out": reference.linear2.weight,
+        "attention_norm": reference.norm1.weight,
+        "feed_norm": reference.norm2.weight,
     }
     biases = {
-        "attention_in": theirs.self_attn.in_proj_bias,
-        "attention_out": theirs.self_attn.out_proj.bias,
-        "feed_in": theirs.linear1.bias,
-        "feed_out": theirs.linear2.bias,
-        "attention_norm": theirs.norm1.bias,
-        "feed_norm": theirs.norm2.bias,
+        "attention_in": reference.self_attn.in_proj_bias,
+        "attention_out": reference.self_attn.out_proj.bias,
+        "feed_in": reference.linear1.bias,
+        "feed_out": reference.linear2.bias,
+        "attention_norm": reference.norm1.bias,
+        "feed_norm": reference.norm2.bias,
     }
     state = {f"{name}.weight": tensor for name, tensor in names.items()} | {
         f"{name}.bias": tensor for name, tensor in biases.items()
     }
-    ours.load_state_dict(state)
+    layer.load_state_dict(state)
     x, valid = torch.randn(2, 9, 32), torch.tensor([[True] * 9, [True] * 5 + [False] * 4])
-    torch.testing.assert_close(ours(x, None), theirs(x), atol=1e-5, rtol=1e-5)
-    masked = theirs(x, src_key_padding_mask=~valid)
-    torch.testing.assert_close(ours(x, valid[:, None, None, :])[valid], masked[valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x, None), reference(x), atol=1e-5, rtol=1e-5)
+    masked = reference(x, src_key_padding_mask=~valid)
+    torch.testing.assert_close(layer(x, valid[:, None, None, :])[valid], masked[valid], atol=1e-5, rtol=1e-5)
