@@ -41,7 +41,10 @@ def pretrain(config: Config) -> StepResult:
 
 
 def finetune(config: Config, model: str | None = None) -> StepResult:
-    """Stage 2: train the preference model from the semantic model `inputs.parent`. Raises InputError before Ray starts."""
+    """Stage 2: train the preference model from the semantic model `inputs.parent`.
+
+    Raises InputError before Ray starts.
+    """
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features)
@@ -173,7 +176,8 @@ def fit_stage(
     if settings.best_metric is not None:
         checkpoint, metrics = best_epoch(result.best_checkpoints, settings.best_metric)
         print(
-            f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: {metrics[settings.best_metric]:.4g}",
+            f"{stage.step}  epoch {metrics['epoch']} had the best {settings.best_metric}: "
+            f"{metrics[settings.best_metric]:.4g}",
             flush=True,
         )
     return checkpoint, metrics

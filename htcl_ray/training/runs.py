@@ -1,4 +1,4 @@
-"""Bookkeeping of a run: the epoch to publish, and whether a list of checkpoints can be resumed from. No Ray, no torch."""
+"""Bookkeeping of a run, without Ray and torch: the epoch to publish, and lists of checkpoints that can be resumed."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
     record = parse_record(workspace.read_json(file), workspace.uri_of(file))
     if record.text is None:
         raise MismatchError(
-            f"the semantic model {parent.version} is an audio encoder alone, without heads or a text tower; stage 2 needs a model that "
-            "'htcl pretrain' made or that was imported from a whole stage-1 file"
+            f"the semantic model {parent.version} is an audio encoder alone, without heads or a text tower; "
+            "stage 2 needs a model that 'htcl pretrain' made or that was imported from a whole stage-1 file"
         )
     if workspace.is_local:  # of a remote one, a worker checks it before it trains
         from htcl_ray.models.folder import read_tokenizer
@@ -102,8 +102,9 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
         )
     elif wanted // workers < PAPER_ROWS_PER_WORKER:
         print(
-            f"{stage.step}  WARNING: each of {workers} worker(s) has {wanted // workers} of the {wanted} rows of a batch; the paper has "
-            f"{PAPER_ROWS_PER_WORKER} per GPU, which {stage.step}.batch_size_per_worker={PAPER_ROWS_PER_WORKER} would give",
+            f"{stage.step}  WARNING: each of {workers} worker(s) has {wanted // workers} of the {wanted} rows "
+            f"of a batch; the paper has {PAPER_ROWS_PER_WORKER} per GPU, "
+            f"which {stage.step}.batch_size_per_worker={PAPER_ROWS_PER_WORKER} would give",
             flush=True,
         )
     if stage.parent is not None:
@@ -127,8 +128,8 @@ def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> No
     metric = stage.settings.best_metric or ""
     if metric.startswith("validation") and not len(songs.validation):
         raise ConfigError(
-            f"{stage.step}.best_metric is {metric}, but no song is in the validation split; give data.split_shares a validation share "
-            "and run 'htcl preprocess', or choose loss"
+            f"{stage.step}.best_metric is {metric}, but no song is in the validation split; "
+            "give data.split_shares a validation share and run 'htcl preprocess', or choose loss"
         )
     if not metric.startswith("validation_pair"):
         return
@@ -154,7 +155,8 @@ def _usable_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Ar
         print(f"finetune  {pairs.missing} pairs are left out: a song has no features in the pair's split", flush=True)
     if pairs.rejected_left_out:
         print(
-            f"finetune  {pairs.rejected_left_out} negatives are left out: a song has no training features, or the two are a pair",
+            f"finetune  {pairs.rejected_left_out} negatives are left out: a song has no training features, "
+            "or the two are a pair",
             flush=True,
         )
     if len(pairs.train) < 2:
