@@ -15,7 +15,16 @@ from tests.worlds.extended_package import CHECKS, recipes, write_extended
 
 pytestmark = pytest.mark.unit
 
-MAX_FILES = {"A loss": 2, "An audio tower": 3, "A log shape": 1, "A route": 2, "A step": 3, "A tracker": 2}
+MAX_FILES = {
+    "A loss": 2,
+    "An audio tower": 3,
+    "A log shape": 1,
+    "A metadata column": 1,
+    "An index engine": 2,
+    "A route": 2,
+    "A step": 3,
+    "A tracker": 2,
+}
 """Files of the package that each recipe may touch."""
 
 

@@ -127,6 +127,52 @@ def check_log_shape(scratch: Path) -> None:
     assert rejected["reason"].to_pylist() == ["bad_feedback"]
 
 
+def check_metadata_column(scratch: Path) -> None:
+    import pyarrow as pa
+    from fastapi.testclient import TestClient
+
+    from htcl_ray.api.responses import SearchResponse
+    from htcl_ray.config.sections import ServeSettings
+    from htcl_ray.schemas import CATALOG_COLUMNS
+    from htcl_ray.serving.http_app import create_app
+    from tests.worlds.page_world import PageBackend, write_world
+
+    assert "instruments" in CATALOG_COLUMNS
+    settings = ServeSettings()
+    backend = PageBackend(write_world(scratch, songs=16), settings)
+    index = backend.live.active.service.index
+    index.upsert(
+        ["song-0001"],
+        index.vectors_of(["song-0001"]),
+        metadata=pa.table({"instruments": pa.array([["piano", "bass"]])}),
+    )
+    client = TestClient(create_app(backend, settings), base_url="http://127.0.0.1:8000")
+    response = client.post("/v1/search", json={"song_id": "song-0002", "filter": {"instruments": ["Piano"]}})
+    (result,) = SearchResponse.model_validate_json(response.content).results
+    assert (result.song_id, result.instruments) == ("song-0001", ["piano", "bass"])
+    assert "Instruments of the recording." in client.get("/openapi.json").text
+
+
+def check_index_engine(scratch: Path) -> None:
+    import numpy as np
+
+    from htcl_ray.config.sections import IndexSettings
+    from htcl_ray.index.song_index import SongIndex
+    from htcl_ray.index.vectors import ModelVersions, Vectors, unit_norm
+
+    vectors = Vectors(unit_norm(np.random.default_rng(0).normal(size=(300, 24))).astype(np.float32))
+    versions = ModelVersions(semantic="s", preference=None)
+    index = SongIndex.build(
+        [f"{i:03d}" for i in range(300)], vectors, settings=IndexSettings(kind="sq8"), model_versions=versions
+    )
+    assert index.kind == "sq8"
+    index.save(scratch / "index", inputs={}, quality={})
+    loaded = SongIndex.load(scratch / "index")
+    exact = vectors.semantic @ vectors.semantic.T
+    for row, hits in enumerate(loaded.search(vectors, 5)):
+        assert [hit.song_id for hit in hits] == [f"{i:03d}" for i in np.argsort(-exact[row])[:5]]
+
+
 def check_route(scratch: Path) -> None:
     from fastapi.testclient import TestClient
 
@@ -178,6 +224,8 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "A loss": check_loss,
     "An audio tower": check_audio_tower,
     "A log shape": check_log_shape,
+    "A metadata column": check_metadata_column,
+    "An index engine": check_index_engine,
     "A route": check_route,
     "A step": check_step,
     "A tracker": check_tracker,
