@@ -135,6 +135,7 @@ def test_mteb_classifies_the_vectors_of_embed_audio(clips: dict[str, list[dict[s
     assert 0 <= scores["accuracy"] <= 1
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 def test_mteb_asks_for_labels_in_words(clips: dict[str, list[dict[str, Any]]], model: HTCL):
     task, encoder = LocalZeroShot(), Recorder(model, "1")
     task.dataset = DatasetDict({"test": Dataset.from_list(clips["test"])})
