@@ -48,6 +48,7 @@ NOT_HERE = {
     r"ray (up|dashboard|down) ": "a cloud, or machines with SSH: tests/architecture/test_deploy.py",
     r"docker build |kubectl ": "Docker, Kubernetes: tests/architecture/test_deploy.py",
     r"python -m benchmarks\.gpu|PYTHONPATH=site |pip download ": "minutes of a GPU: tests/end_to_end/test_gpu_benchmark.py rehearses it",
+    r"htcl evaluate .*--ablate": "trains nine variants of both stages for minutes: tests/ray/test_ablate.py trains three",
     r"htcl serve .*serve\.host=0\.0\.0\.0": "opens a port to other machines: tests/serve/test_network.py, in a network of its own",
     r"htcl serve .*serve\.ingress_replicas=2": "tests/serve/test_platform.py has two replicas of each",
     r"serve deploy ": "a cluster that runs already: tests/serve/test_commands.py runs the same file",

@@ -24,7 +24,7 @@ from tests.worlds.synthetic_features import tiny_config, write_features, write_p
 pytestmark = pytest.mark.ray
 
 CHOSEN = ("full", "without stage 1", "shuffled captions")
-"""Every variant is trained by the command that docs/evaluation.md shows: tests/end_to_end/test_documented_commands.py."""
+"""The others change settings or data only: tests/unit/pipelines/test_ablate.py."""
 
 
 @pytest.fixture(scope="module")
