@@ -1,7 +1,6 @@
-"""Connecting to Ray, and keeping its noise out of the terminal.
+"""The connection to Ray, with Ray's own output kept out of the terminal.
 
-Ray's own logs go to files, whose folder is printed once. What a person should see of remote work arrives through
-`progress_lines`.
+Ray's logs go to files, whose folder is printed once. Remote workers print to the terminal through `progress_lines`.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from htcl_ray.workspace.paths import absolute_sqlite, is_relative
 
 
 def connect(config: Config, metrics_port: int | None = None) -> None:
-    """Connect this process to Ray, once: to `ray.address`, to the job's cluster, or to a private cluster on this
-    machine.
+    """Connect this process to Ray: to `ray.address`, to the cluster of the job, or to a private cluster.
 
-    A private cluster listens on loopback only. `metrics_port`: of its Prometheus exporter; default a free one.
+    A private cluster runs on this machine, is started here, and listens on loopback only. `metrics_port`: of its
+    Prometheus exporter; default a free one. Does nothing when the process is already connected.
     """
     if "ray" not in sys.modules:
-        # Ray reads this once, when it is imported; set later, it would reach only the processes that are started, and
-        # they would refuse their own driver. Unset, both sides choose tokens by themselves.
+        # Ray reads this once, when it is imported. Set later, it would reach only the processes that Ray starts, which
+        # would then refuse their own driver.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # Its remark that there are many processes for few CPUs comes past every other switch; training's waiting
-        # processes are meant.
+        # Ray warns of many processes for few CPUs, which no other switch suppresses. Training keeps idle processes on
+        # purpose.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
@@ -70,9 +69,7 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only
             )
-    except (
-        Exception
-    ) as error:  # of many types: no cluster there, a node that does not start in time, a folder that cannot be written
+    except Exception as error:
         ray.shutdown()
         if failure := storage_failure(error, f"Ray's folder {local_only.get('_temp_dir', 'for temporary files')}"):
             raise failure from error
@@ -85,22 +82,20 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
         raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
     _quiet_ray_data()
     session = session_folder() if address == "local" else "the cluster's head node"
-    print(
-        f"Ray: {'private cluster on this machine' if address == 'local' else without_credentials(address)}; its logs are in {session}",
-        flush=True,
-    )
+    named = "private cluster on this machine" if address == "local" else without_credentials(address)
+    print(f"Ray: {named}; its logs are in {session}", flush=True)
 
 
 CONNECT_SECONDS = 10.0
 
 
 def _check_reachable(address: str) -> None:
-    """Raise StepError when nothing listens at host:port, which Ray tries for minutes."""
-    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
-    if found is None:
+    """Raise StepError when nothing listens at host:port, to which Ray would try to connect for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if match is None:
         return
     try:
-        socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
+        socket.create_connection((match[1], int(match[2])), CONNECT_SECONDS).close()
     except OSError as error:
         raise StepError(
             f"cannot connect to Ray at '{address}': {error.strerror or error}; check ray.address or RAY_ADDRESS"
@@ -109,14 +104,14 @@ def _check_reachable(address: str) -> None:
 
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 SOCKET_PATH_BYTES = 103
-"""Of a Unix socket: 107 on Linux, 103 on macOS."""
+"""Longest path of a Unix socket: 107 bytes on Linux, 103 on macOS."""
 
 
 def ray_folder() -> str:
-    """Folder of a private cluster's sessions: in this user's private folder, since Ray lets every user write into a
-    session.
+    """Folder of the sessions of a private cluster.
 
-    That is below RAY_TMPDIR or TMPDIR, as in Ray, or below /tmp when socket paths would be too long.
+    It is in a private folder of this user, since Ray lets every user write into a session: below RAY_TMPDIR or TMPDIR,
+    as in Ray, or below /tmp when socket paths would be too long.
     """
     parent = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     with storage_errors(f"{parent}, the folder for temporary files"):
@@ -124,39 +119,39 @@ def ray_folder() -> str:
 
 
 def socket_folder(name: str, folder: str) -> str:
-    """`folder`, or /tmp when the path of the socket below it would be longer than the operating system allows."""
+    """Return `folder`, or /tmp when the path of the socket `name` below it would be too long."""
     folder = os.path.abspath(folder)
     return folder if len(os.fsencode(folder + name)) <= SOCKET_PATH_BYTES else "/tmp"
 
 
 def address_of(config: Config) -> str:
-    """Where `connect` will connect: a cluster's address, or `local` for a private cluster on this machine."""
+    """Address that `connect` uses: that of a cluster, or `local` for a private cluster."""
     return config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def refuse_relative_paths(config: Config) -> None:
-    """Raise ConfigError when something would be written relative to the working directory of a job on another machine.
+    """Raise ConfigError for a relative path of the workspace or of MLflow's file in a job on another machine.
 
-    That directory is temporary, so the workspace, or MLflow's file, would vanish with it. So is that of a task, in
+    The working directory of such a job is temporary, and the files would be lost with it. So is that of a task, in
     which `serve deploy` builds the application.
     """
     if address_of(config) == "local" and not _in_task():
         return
     if is_relative(config.workspace):
         raise ConfigError(
-            f"the workspace '{config.workspace}' is relative, and on a remote cluster the job's directory is temporary; "
-            "give an absolute path that every node sees, or s3:// or gs://, with --workspace"
+            f"the workspace '{config.workspace}' is relative, and on a remote cluster the job's directory is "
+            "temporary; give an absolute path that every node sees, or s3:// or gs://, with --workspace"
         )
     uri = config.tracking.mlflow_uri or ""
     if "mlflow" in config.tracking.trackers and absolute_sqlite(uri) != uri:
         raise ConfigError(
-            f"tracking.mlflow_uri is '{uri}', a relative file, and on a remote cluster the job's directory is temporary; "
-            "expected a server, or sqlite:////ABSOLUTE/FILE"
+            f"tracking.mlflow_uri is '{uri}', a relative file, and on a remote cluster the job's directory is "
+            "temporary; expected a server, or sqlite:////ABSOLUTE/FILE"
         )
 
 
 def _in_task() -> bool:
-    """Whether this code runs in a task or actor of Ray rather than in the process of a command."""
+    """Whether this code runs in a task or actor of Ray and not in the process of a command."""
     if "ray" not in sys.modules:
         return False
     import ray
@@ -165,7 +160,7 @@ def _in_task() -> bool:
 
 
 def _quiet_ray_data() -> None:
-    """Ray Data reports to the terminal through a handler of its own; its file keeps everything."""
+    """Keep the progress and the errors of Ray Data, which its log file has, out of the terminal."""
     from ray.data import DataContext
 
     DataContext.get_current().enable_progress_bars = False
@@ -174,7 +169,7 @@ def _quiet_ray_data() -> None:
 
 @contextlib.contextmanager
 def progress_lines() -> Iterator[Any]:
-    """A queue for remote workers: `queue.put_nowait("line")`; each line is printed here until the block ends."""
+    """Queue by which remote workers print here until the block ends: `queue.put_nowait("line")`."""
     from ray.util.queue import Empty, Queue
 
     queue = Queue(actor_options={"num_cpus": 0})
@@ -186,7 +181,9 @@ def progress_lines() -> Iterator[Any]:
                 print_line(queue.get_nowait())
 
     def print_until_stopped() -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads; the next line of the main thread ends the command
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # the reader is gone; the next line of the main thread ends the command
             while not stop.wait(0.3):
                 print_waiting()
             print_waiting()

@@ -105,10 +105,10 @@ def private_cluster_options(folder: str, metrics_port: int | None) -> dict[str, 
 
 @contextlib.contextmanager
 def loopback_node() -> Iterator[None]:
-    """Give a cluster that is started in this block the address 127.0.0.1, so that other machines reach none of its
-    ports.
+    """Give a cluster that is started in this block the address 127.0.0.1.
 
-    Ray reads the variable in every process of the cluster. In this process it has read it on import.
+    Other machines then reach none of its ports. Ray reads the variable in every process of the cluster; in this
+    process it has read it on import.
     """
     constants: Any = importlib.import_module("ray._private.ray_constants")
     before, read = os.environ.get(LOOPBACK_SWITCH), constants.ENABLE_RAY_CLUSTER
@@ -210,10 +210,10 @@ def serve_host() -> str | None:
 
 def optuna_study(search: Any) -> Any:
     """Study of a running `ray.tune.search.optuna.OptunaSearch`: an `optuna.Study`."""
-    return search._ot_study
+    return vars(search)["_ot_study"]
 
 
 def optuna_trials(search: Any) -> dict[str, Any]:
     """Trials of an `OptunaSearch` that have not ended, by Ray Tune's id; each is an `optuna.trial.Trial`."""
-    trials: dict[str, Any] = search._ot_trials
+    trials: dict[str, Any] = vars(search)["_ot_trials"]
     return trials

@@ -1,4 +1,4 @@
-"""API keys: which there are, what each may do, and the check of a request's own.
+"""API keys: the keys of a server, the scopes of each, and the authentication of requests.
 
 The file `serve.api_keys_file`, or the environment variable HTCL_API_KEYS, is a YAML (or JSON) list:
 
@@ -6,14 +6,14 @@ The file `serve.api_keys_file`, or the environment variable HTCL_API_KEYS, is a 
       key: 3vTq…                   # 16 or more characters; python -c 'import secrets; print(secrets.token_urlsafe(32))'
       scopes: [read]
     - name: catalogue
-      sha256: 9f86d0…              # instead of key: its SHA-256 in hexadecimal, so that who reads the file learns no key
+      sha256: 9f86d0…              # instead of key: its SHA-256 in hexadecimal, so that the file reveals no key
       scopes: [write]              # includes read
 
 Requests carry `Authorization: Bearer KEY`. Writing always needs a key with scope write. Reading needs a key when the
-application is bound to an address that other machines reach; there, no keys at all is a ConfigError. /, /openapi.json,
-the probes and the list of extensions for players never need one. A key that is sent and wrong is refused everywhere
-else, also where none is needed. Players send theirs otherwise (subsonic_keys.py), and a song's audio can be had without
-a key at an address that signed_urls.py made for the holder of one.
+application is bound to an address that other machines reach; without any keys, that is a ConfigError. The page,
+/openapi.json, the probes and the list of extensions for players never need one. Every other route rejects an unknown
+key, even where it needs none. Music players send their key as a parameter (`subsonic/subsonic_routes.py`), and the
+audio of a song needs no key at a signed URL that a client with a key requested (`signed_urls.py`).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, first_fault
-from htcl_ray.serving.responses import failure
+from htcl_ray.serving.error_responses import failure
 from htcl_ray.serving.signed_urls import SignedUrls
 
 ENVIRONMENT = "HTCL_API_KEYS"
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 PLAYERS_EXTENSIONS = "/rest/getOpenSubsonicExtensions"
 WITHOUT_KEY = frozenset({"/", "/openapi.json", "/healthz", "/readyz", PLAYERS_EXTENSIONS, f"{PLAYERS_EXTENSIONS}.view"})
-SHORTEST_KEY = 16
-LARGEST_FILE_BYTES = 1_000_000
-REQUEST_KEY = HTTPBearer(auto_error=False, description="A key of the file that serve.api_keys_file names.")
-"""As a dependency it only tells `/openapi.json` that a route takes a key; `Authentication` does the work."""
+MIN_KEY_LENGTH = 16
+MAX_FILE_BYTES = 1_000_000
+REQUEST_KEY = HTTPBearer(auto_error=False, description="An API key of the file serve.api_keys_file.")
+"""Dependency that declares in `/openapi.json` that a route takes a key; `Authentication` verifies it."""
 
-Scope_ = Literal["read", "write"]
+KeyScope = Literal["read", "write"]
 
 
 class _Entry(BaseModel):
@@ -58,14 +58,14 @@ class _Entry(BaseModel):
     name: str = Field(min_length=1, max_length=100)
     key: SecretStr | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
-    scopes: frozenset[Scope_] = Field(min_length=1)
+    scopes: frozenset[KeyScope] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.key is None) == (self.sha256 is None):
             raise ValueError("expected exactly one of key and sha256")
-        if self.key and not re.fullmatch(rf"[!-~]{{{SHORTEST_KEY},}}", self.key.get_secret_value()):
-            raise ValueError(f"key: expected {SHORTEST_KEY} or more printable ASCII characters without spaces")
+        if self.key and not re.fullmatch(rf"[!-~]{{{MIN_KEY_LENGTH},}}", self.key.get_secret_value()):
+            raise ValueError(f"key: expected {MIN_KEY_LENGTH} or more printable ASCII characters without spaces")
         return self
 
     @property
@@ -75,24 +75,25 @@ class _Entry(BaseModel):
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its name and what it may do. Knows its digest only."""
+    """An API key: its name, its scopes, and its SHA-256 digest in place of the key itself."""
 
     name: str
-    scopes: frozenset[Scope_]
+    scopes: frozenset[KeyScope]
     digest: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Keys:
-    """All keys, and whether reading needs one."""
+    """All keys of a server, and whether reading needs one."""
 
     keys: tuple[Key, ...] = ()
     reads_need_key: bool = False
 
     @classmethod
     def from_settings(cls, settings: ServeSettings) -> Self:
-        """The keys of `settings.api_keys_file` or of HTCL_API_KEYS. Raises ConfigError, also when there are none and
-        others reach us.
+        """Read the keys of `settings.api_keys_file` or of HTCL_API_KEYS.
+
+        Raises ConfigError for invalid keys, and when a server that other machines reach has none.
         """
         exposed = not is_loopback(settings.host)
         if settings.api_keys_file is not None:
@@ -101,24 +102,24 @@ class Keys:
             keys = _parse(os.environ.get(ENVIRONMENT, ""), ENVIRONMENT)
         if exposed and not keys:
             raise ConfigError(
-                f"the service listens on {settings.host}, which other machines reach, and there are no API keys; name a file of keys with "
-                f"serve.api_keys_file (or put them into {ENVIRONMENT}), or bind to 127.0.0.1"
+                f"the service listens on {settings.host}, which other machines reach, and has no API keys; name a file "
+                f"of keys with serve.api_keys_file (or put them into {ENVIRONMENT}), or bind to 127.0.0.1"
             )
         return cls(keys, reads_need_key=exposed)
 
     def find(self, presented: str) -> Key | None:
-        """The key that was presented. Takes as long for any other text, whatever it shares with a key."""
-        digest, found = _digest(presented), None
+        """The key with this text, or None. Takes constant time, whatever the text shares with a key."""
+        digest, match = _digest(presented), None
         for key in self.keys:
             if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+                match = key
+        return match
 
 
 class Authentication:
-    """ASGI middleware: puts the request's Key, or None, at scope["state"]["key"].
+    """ASGI middleware: store the request's Key, or None, in scope["state"]["key"].
 
-    Answers 401 to a key that is not known, and to none where one is needed, unless the address is signed for itself.
+    Responds with 401 to an unknown key, and to a request without the key that it needs, unless its URL is signed.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, signed_urls: SignedUrls | None = None) -> None:
@@ -127,16 +128,18 @@ class Authentication:
         self._signed_urls = signed_urls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or answer 401."""
+        """Pass the request on, or respond with 401."""
         if scope["type"] == "http":
             sent = [value for name, value in scope["headers"] if name == b"authorization"]
             key = self._keys.find(_bearer(sent)) if sent else None
             if scope["path"] not in WITHOUT_KEY:
                 if sent and key is None:
-                    await _refuse("the API key is not one that this server knows")(scope, receive, send)
+                    await _unauthorised("the API key is not one that this server knows")(scope, receive, send)
                     return
                 if key is None and self._keys.reads_need_key and not self._is_signed(scope):
-                    await _refuse("an API key is needed: send it as 'Authorization: Bearer KEY'")(scope, receive, send)
+                    await _unauthorised("an API key is needed: send it as 'Authorization: Bearer KEY'")(
+                        scope, receive, send
+                    )
                     return
             scope["state"] = {**scope.get("state", {}), "key": key}
         await self._app(scope, receive, send)
@@ -147,7 +150,7 @@ class Authentication:
 
 
 async def write_access(request: Request, _: Annotated[object, Depends(REQUEST_KEY)] = None) -> None:
-    """FastAPI dependency of every route that changes something: 401 unless the request's key has scope write."""
+    """FastAPI dependency of every route that writes: 401 unless the request's key has scope write."""
     key: Key | None = request.scope.get("state", {}).get("key")
     if key is None:
         raise HTTPException(
@@ -157,14 +160,12 @@ async def write_access(request: Request, _: Annotated[object, Depends(REQUEST_KE
         raise HTTPException(401, f"the API key '{key.name}' lacks scope write", CHALLENGE)
 
 
-def _refuse(message: str) -> ASGIApp:
+def _unauthorised(message: str) -> ASGIApp:
     return failure(401, message, headers=CHALLENGE)
 
 
 def _bearer(sent: list[bytes]) -> str:
-    """The key of the Authorization headers; empty, which is nobody's, unless there is one header and it is of this
-    kind.
-    """
+    """Key of a single Authorization header with the scheme Bearer; else empty, which is the text of no key."""
     scheme, _, key = sent[0].decode("latin-1").partition(" ")
     return key.strip() if len(sent) == 1 and scheme.lower() == "bearer" else ""
 
@@ -174,7 +175,7 @@ def _digest(key: str) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that is bound to `host`."""
+    """Whether a server that is bound to `host` can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -185,7 +186,7 @@ def _read(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
-            text = file.read(LARGEST_FILE_BYTES)
+            text = file.read(MAX_FILE_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
@@ -193,8 +194,8 @@ def _read(path: Path) -> str:
         ) from None
     if mode & stat.S_IWOTH or (mode & stat.S_IROTH and any(entry.key for entry in _entries(text, str(path)))):
         raise ConfigError(
-            f"serve.api_keys_file: every user of this machine may read or change {path}; make it yours with 'chmod 600 {path}', "
-            "or give sha256 instead of key in a file that nobody else may write"
+            f"serve.api_keys_file: every user of this machine may read or change {path}; make it yours with "
+            f"'chmod 600 {path}', or give sha256 instead of key in a file that no other user may write"
         )
     return text
 
@@ -204,7 +205,7 @@ def _parse(text: str, source: str) -> tuple[Key, ...]:
     for kind, values in (("name", [entry.name for entry in entries]), ("key", [entry.digest for entry in entries])):
         if len(set(values)) < len(values):
             raise ConfigError(f"{source}: two keys have the same {kind}; expected each once")
-    scopes = {"write": frozenset[Scope_](("read", "write")), "read": frozenset[Scope_](("read",))}
+    scopes = {"write": frozenset[KeyScope](("read", "write")), "read": frozenset[KeyScope](("read",))}
     return tuple(
         Key(entry.name, scopes["write" if "write" in entry.scopes else "read"], entry.digest) for entry in entries
     )

@@ -1,4 +1,4 @@
-"""The Serve application: what it consists of, and running it from this process."""
+"""The Ray Serve application: building it, and running it from this process."""
 
 from __future__ import annotations
 
@@ -36,22 +36,18 @@ from htcl_ray.workspace.storage import Workspace
 
 APPLICATION = "htcl"
 SHED_REQUESTS = 10_000
-"""Requests that Ray Serve lets into an ingress replica: more than may ever wait there, since it is the guard that
-answers 429."""
+"""Requests that Ray Serve sends to an ingress replica: more than ever wait, since `Admission` rejects the excess."""
 ONGOING_BATCHES = 4
-"""Batches' worth of requests that an encoder replica holds, so that the next batch is there when one ends; twice as
-many wait for it."""
+"""Requests of an encoder replica in batches, so that the next batch is ready when one ends; twice as many may queue."""
 START_SECONDS = 120
 HEALTH_CHECK_SECONDS = 1
-"""Ray notices a dead replica at its health check, by default after up to 10 s."""
+"""Period of Ray's health checks, which detect dead replicas; Ray's default is 10 s."""
 QUIET = {"enable_access_log": False, "encoding": "JSON"}
-"""Ray Serve's logging: JSON lines, without its own line for each request, since `serving/middleware/request_log.py`
-writes one."""
+"""Logging of Ray Serve: JSON lines, without its access log, since `serving/observability.py` logs each request."""
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
-    """The application, for `serve run serve.app:build_app workspace=/path preset=demo` and for the `args` of a Serve
-    config file.
+    """Build the application from the arguments of `serve run serve.app:build_app` or the `args` of a Serve config file.
 
     Keys: `workspace`, `preset`, `config` (a file), `index` (a version; default the active one), and any configuration
     key, such as `serve.max_batch_size`. Host and port are those of Ray Serve itself.
@@ -66,15 +62,14 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 
 def create(config: Config, index: str | None = None) -> Application:
-    """The application over an index of the workspace (default: what was activated last, else the newest accepted) and
-    its models.
+    """Create the application over an index of the workspace and its models, without loading or starting anything.
 
-    Checks that they fit each other and that `gate.require` allows them; loads neither and starts nothing.
+    `index`: a version; default the one activated last, else the newest accepted one. Raises an error unless index and
+    models fit each other and `gate.require` allows them.
     """
     settings = config.serve
     served = _served(config, index)
-    # Refuses what cannot be served before anything starts; a replica looks again, since `serve run` builds before Ray
-    # Serve runs.
+    # Fail before anything starts. A replica checks again, since `serve run` builds the application before Serve runs.
     Keys.from_settings(with_exposed_host(settings))
     at_a_time = ONGOING_BATCHES * settings.max_batch_size
     drain = settings.request_seconds + 1
@@ -99,7 +94,7 @@ def create(config: Config, index: str | None = None) -> Application:
 
 
 def _replicas(settings: ServeSettings) -> dict[str, Any]:
-    """How many encoders: a number, or as many as the requests under way need, about one batch for each."""
+    """Options for the number of encoders: fixed, or autoscaled to about one batch of ongoing requests each."""
     if settings.max_encoder_replicas is None:
         return {"num_replicas": settings.encoder_replicas}
     scaling = AutoscalingConfig(
@@ -116,15 +111,16 @@ class Running:
 
     url: str
     metrics: str
-    """URL of the metrics for Prometheus; empty without HAProxy, whose listener they need."""
+    """URL of the Prometheus metrics; empty without HAProxy, which serves them."""
     ready: dict[str, Any]
-    """What /readyz says: `index`, `songs`."""
+    """Response of /readyz: `index`, `songs`."""
 
 
 @contextlib.contextmanager
 def running(config: Config, index: str | None = None) -> Iterator[Running]:
-    """Start the application on `serve.host` and `serve.port` (0: a free one), say where once it is ready, and stop it
-    at the end.
+    """Run the application on `serve.host` and `serve.port` (0: a free port) until the block ends.
+
+    Yields once it is ready.
     """
     application = create(config, index)
     port = check_port(config.serve.host, config.serve.port)
@@ -134,11 +130,11 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
     connect(config, source)
     if serve.status().proxies:
         raise ConfigError(
-            "Ray Serve already runs on this cluster; use 'serve deploy' there, or another cluster with ray.address"
+            "Ray Serve already runs on this cluster; use 'serve deploy' on it, or another cluster with ray.address"
         )
     logging.getLogger("ray.serve").addFilter(_errors_only)
     try:
-        # HAProxy alone listens on serve.host; Ray's own proxy and the replicas stay behind it on loopback.
+        # Only HAProxy listens on serve.host; Ray's own proxy and the replicas stay behind it on loopback.
         host = config.serve.host if front is None else "127.0.0.1"
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
         try:
@@ -149,7 +145,7 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
         yield Running(url, metrics, _wait_until_ready(url))
         if front is not None:
             Path(front.stop_file).touch()
-        serve.delete(APPLICATION)  # replicas end what they have begun, while the front still carries their answers
+        serve.delete(APPLICATION)  # the replicas drain while HAProxy still forwards their responses
     finally:
         mute_serve_shutdown()
         serve.shutdown()
@@ -158,13 +154,13 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def serving(config: Config, index: str | None = None) -> Iterator[str]:
-    """`running`, for those who need the URL only."""
+    """Run the application as `running` does; yields its URL only."""
     with running(config, index) as started:
         yield started.url
 
 
 def serve_until_stopped(config: Config, index: str | None = None) -> None:
-    """`htcl serve`: serve until Ctrl-C or SIGTERM, then stop cleanly."""
+    """Serve until Ctrl-C or SIGTERM, then stop cleanly; the command `htcl serve`."""
     stop = threading.Event()
     with running(config, index) as started:
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -174,7 +170,8 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
         if started.metrics:
             print(f"metrics for Prometheus: {started.metrics}", flush=True)
         print(
-            f"""try: curl -s {url}/v1/search -H 'content-type: application/json' -d '{{"text": "calm piano", "k": 3}}'""",
+            f"try: curl -s {url}/v1/search -H 'content-type: application/json' "
+            """-d '{"text": "calm piano", "k": 3}'""",
             flush=True,
         )
         stop.wait()
@@ -182,18 +179,18 @@ def serve_until_stopped(config: Config, index: str | None = None) -> None:
 
 
 def _metrics(settings: ServeSettings, front: Front | None) -> tuple[str, int | None]:
-    """URL of the metrics, and the port that Ray's exporter is to use."""
+    """URL of the metrics, and the port for Ray's exporter (None: a free one)."""
     if front is not None and front.metrics:
         host, _, port = front.metrics.rpartition(":")
         return f"http://{_reachable(host.strip('[]'))}:{port}/metrics", front.metrics_source
     if not is_loopback(settings.metrics_host):
         raise ConfigError(
-            f"serve.metrics_host is {settings.metrics_host}, which needs HAProxy in front; install ray[serve] with its HAProxy, or leave "
-            "the metrics on 127.0.0.1"
+            f"serve.metrics_host is {settings.metrics_host}, which needs HAProxy in front; install ray[serve] with its "
+            "HAProxy, or leave the metrics on 127.0.0.1"
         )
-    return "", check_port(
-        settings.metrics_host, settings.metrics_port, "serve.metrics_"
-    ) if settings.metrics_port else None
+    if not settings.metrics_port:
+        return "", None
+    return "", check_port(settings.metrics_host, settings.metrics_port, "serve.metrics_")
 
 
 def _served(config: Config, index: str | None) -> Served:
@@ -219,14 +216,14 @@ def _served(config: Config, index: str | None) -> Served:
 
 
 def _reachable(host: str) -> str:
-    """The host of a URL that reaches a server bound to `host` from this machine."""
+    """Host of a URL by which this machine reaches a server that is bound to `host`."""
     if host == "0.0.0.0":
         return "127.0.0.1"
     return f"[{'::1' if host == '::' else host}]" if ":" in host else host
 
 
 def _wait_until_ready(url: str) -> dict[str, Any]:
-    """What /readyz says. Needs no key, and asks past a proxy that the environment names."""
+    """Response of /readyz once it succeeds; ignores proxies that the environment names."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -240,7 +237,7 @@ def _wait_until_ready(url: str) -> dict[str, Any]:
 
 
 def _errors_only(record: logging.LogRecord) -> bool:
-    """Ray Serve sets up its logger when it starts, level included; a filter stays."""
+    """Logging filter; unlike a level, it stays when Ray Serve configures its logger at its start."""
     return record.levelno >= logging.ERROR
 
 

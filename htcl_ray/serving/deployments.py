@@ -1,4 +1,4 @@
-"""The Ray Serve deployments: encoder replicas that batch, and the ingress that holds the index and speaks HTTP."""
+"""Ray Serve deployments: encoder replicas that batch, and ingress replicas that hold the index and serve HTTP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
@@ -27,36 +28,38 @@ from htcl_ray.search.recent_queries import QueryCache, QueryDrift, index_centroi
 from htcl_ray.serving.api_keys import is_loopback
 from htcl_ray.serving.haproxy import RETRY
 from htcl_ray.serving.http_app import create_app
-from htcl_ray.serving.prometheus import EncoderMeasurements, IngressMeasurements
+from htcl_ray.serving.observability import EncoderMetrics, IngressMetrics
 from htcl_ray.serving.signed_urls import new_signing_key
 from htcl_ray.workspace.storage import Workspace
 
 READY_SECONDS = 5.0
 ENCODER_RETRIES = 3
 RETRY_SECONDS = 0.1
+batched: Callable[[Callable[..., Any]], Any] = serve.batch
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is served, by place in the workspace, so that every replica loads the same."""
+    """Index and models to serve, by path in the workspace, so that all replicas load the same."""
 
     workspace: Workspace
     index: Pointer
-    """What the application was started with; what is activated later counts instead."""
+    """Index that the application was started with; a later activation replaces it."""
     semantic: str
     preference: str | None
     model_versions: ModelVersions
     require: Require = "failed"
     """`gate.require`."""
     signing_key: bytes = field(default_factory=new_signing_key, repr=False)
-    """See `signed_urls.py`."""
+    """Key of signed URLs, see `signed_urls.py`."""
     front_token: str = field(default="", repr=False)
-    """Of the HAProxy of this application; see `client_address.py`."""
+    """Secret of this application's HAProxy, see `client_address.py`; empty without HAProxy."""
 
 
 class Encoder:
-    """Holds the models. Requests that arrive together are encoded together; nobody's vector depends on who else was
-    there.
+    """Replica that holds the models and encodes concurrent requests in batches.
+
+    The vectors of a request do not depend on the other requests of its batch.
     """
 
     def __init__(self, served: Served, settings: ServeSettings) -> None:
@@ -70,7 +73,7 @@ class Encoder:
         device = "cuda" if settings.encoder_gpus else "cpu"
         self._encoder = SongEncoder.from_workspace(workspace, served.semantic, served.preference, device=device)
         self._encoder.check_versions(served.model_versions)
-        self._measurements = EncoderMeasurements()
+        self._metrics = EncoderMetrics()
         self._decoders = Decoders(
             self._encoder.recipe,
             processes=settings.decoders,
@@ -81,44 +84,46 @@ class Encoder:
             max_channels=settings.max_channels,
             max_sample_rate=settings.max_sample_rate,
         )
-        for batched in (self._encode_texts, self._encode_mels):
-            batched.set_max_batch_size(settings.max_batch_size)
-            batched.set_batch_wait_timeout_s(settings.batch_wait_seconds)
-        # The first call of a model is slow; nobody should wait for it.
+        for method in (self._encode_texts, self._encode_mels):
+            method.set_max_batch_size(settings.max_batch_size)
+            method.set_batch_wait_timeout_s(settings.batch_wait_seconds)
+        # The first call of a model is slow, so make it before the first request.
         self._encoder.encode_texts(["warm"])
         self._encoder.encode_waveforms([np.zeros(self._encoder.recipe.sample_rate, dtype=np.float32)])
 
     async def encode_text(self, text: str) -> Vectors:
-        """One row of vectors."""
-        return await self._encode_texts(text)
+        """Vectors of a text, one row."""
+        vectors: Vectors = await self._encode_texts(text)
+        return vectors
 
     async def encode_audio(self, data: bytes) -> Vectors:
-        """One row of vectors of an audio file's bytes: of its first clip, as the catalogue is embedded.
+        """Vectors of the first clip of an audio file, one row, as for songs of the catalogue.
 
-        Decoded before it joins a batch, so that a bad file fails alone.
+        The file is decoded before it joins a batch, so that an invalid file fails alone.
         """
-        with self._measurements.stage("decode"):
+        with self._metrics.stage("decode"):
             mel = await asyncio.to_thread(self._decoders.decode, data)
-        return await self._encode_mels(mel)
+        vectors: Vectors = await self._encode_mels(mel)
+        return vectors
 
     async def ready(self) -> bool:
-        """Answers once the models are loaded."""
+        """Return once the models are loaded."""
         return True
 
-    @serve.batch
+    @batched
     async def _encode_texts(self, texts: list[str]) -> list[Vectors]:
-        self._measurements.batch("text", len(texts))
-        with self._measurements.stage("encode_text"):
-            return _one_by_one(await asyncio.to_thread(self._encoder.encode_texts, texts))
+        self._metrics.record_batch("text", len(texts))
+        with self._metrics.stage("encode_text"):
+            return _rows(await asyncio.to_thread(self._encoder.encode_texts, texts))
 
-    @serve.batch
+    @batched
     async def _encode_mels(self, mels: list[NDArray[np.float32]]) -> list[Vectors]:
-        self._measurements.batch("audio", len(mels))
-        with self._measurements.stage("encode_audio"):
-            return _one_by_one(await asyncio.to_thread(self._encoder.encode_mels, mels))
+        self._metrics.record_batch("audio", len(mels))
+        with self._metrics.stage("encode_audio"):
+            return _rows(await asyncio.to_thread(self._encoder.encode_mels, mels))
 
     def __del__(self) -> None:
-        """Called by Ray Serve when a replica stops; the decoding processes end with it."""
+        """Called by Ray Serve when a replica stops; ends the decoder processes."""
         decoders = getattr(self, "_decoders", None)
         if decoders is not None:
             decoders.close()
@@ -126,33 +131,30 @@ class Encoder:
 
 @serve.ingress()
 class Ingress:
-    """Holds the index and answers HTTP; needs no torch."""
+    """Replica that holds the index and serves HTTP; does not import torch."""
 
     def __init__(self, encoder: DeploymentHandle, served: Served, settings: ServeSettings) -> None:
         use_peer_addresses()
         bind_grpc_to_loopback()
         self._encoder = encoder
-        # Behind HAProxy of ours it is serve.host that other machines reach; without it, the address that Ray Serve was
-        # given.
+        # Other machines reach serve.host behind this application's HAProxy, else the address of Ray Serve.
         self._settings = settings if served.front_token else with_exposed_host(settings)
         self._tokens = served.signing_key, served.front_token
         self._most_encoding = settings.max_waiting_requests
         self._encoding = 0
-        """Requests that wait for an encoder."""
+        """Number of requests that wait for an encoder."""
         self._cache = QueryCache(settings.cache_entries)
         self._drift = {"text": QueryDrift(), "audio": QueryDrift()}
-        self.measurements = IngressMeasurements()
+        self.metrics = IngressMetrics()
         self.live = LiveIndex(served.workspace, settings, served.model_versions, served.index, require=served.require)
         self._centre = self.live.version, index_centroid(self.live.service.index)
-        """Of the index of that version."""
+        """Version of an index, and the mean of its vectors."""
         self.live.start(self._measure_index)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
         signing_key, front_token = self._tokens
-        return create_app(
-            self, self._settings, measurements=self.measurements, signing_key=signing_key, front_token=front_token
-        )
+        return create_app(self, self._settings, metrics=self.metrics, signing_key=signing_key, front_token=front_token)
 
     async def encode_text(self, text: str) -> Vectors:
         """See `backend.Backend`."""
@@ -171,21 +173,19 @@ class Ingress:
 
     async def check_ready(self) -> None:
         """See `backend.Backend`."""
-        with contextlib.suppress(BackPressureError):  # who is too busy to answer is there
+        with contextlib.suppress(BackPressureError):  # an encoder that is too busy is ready
             await asyncio.wait_for(_wait(self._encoder), READY_SECONDS)
 
     async def _query(self, kind: str, content: bytes, encode: Callable[[], Awaitable[Vectors]]) -> Vectors:
         with contextlib.nullcontext() if self._cache.contains(kind, content) else self._one_encoding():
             vectors, hit = await self._cache.get(kind, content, encode)
-        self.measurements.remembered(hit)
-        self.measurements.drift(kind, self._drift[kind].add(vectors.semantic[0], self._centre[1]))
+        self.metrics.record_cache(hit)
+        self.metrics.set_drift(kind, self._drift[kind].add(vectors.semantic[0], self._centre[1]))
         return vectors
 
     @contextlib.contextmanager
     def _one_encoding(self) -> Iterator[None]:
-        """Count a request that waits for an encoder. Raises HTTPException (429) beyond their number, so that others
-        have places.
-        """
+        """Count a request that waits for an encoder. Raises HTTPException (429) beyond `serve.max_waiting_requests`."""
         if self._encoding >= self._most_encoding:
             message = (
                 f"{self._most_encoding} requests wait for an encoder, the most that this replica lets wait; try again"
@@ -198,13 +198,13 @@ class Ingress:
             self._encoding -= 1
 
     def _measure_index(self) -> None:
-        """Called in the thread of the live index."""
+        """Update the gauges; called in the thread of the live index."""
         active = self.live.active
         index = active.service.index
         if self._centre[0] != active.version:
             self._centre = active.version, index_centroid(index)
         age = datetime.now(UTC) - datetime.fromisoformat(index.manifest["created"])
-        self.measurements.state(len(index), age.total_seconds(), active.replay.applied)
+        self.metrics.set_state(len(index), age.total_seconds(), active.replay.applied)
 
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops."""
@@ -220,7 +220,7 @@ def with_exposed_host(settings: ServeSettings) -> ServeSettings:
 
 
 async def _encoded(encode: Callable[..., Awaitable[Vectors]], *arguments: object) -> Vectors:
-    """The encoder's result; a call whose replica died is made again, which is safe because encoding changes nothing."""
+    """Result of the encoder. A call whose replica died is repeated, since encoding is idempotent."""
     for _ in range(ENCODER_RETRIES):
         with contextlib.suppress(RayActorError):
             return await encode(*arguments)
@@ -232,5 +232,5 @@ async def _wait(encoder: DeploymentHandle) -> None:
     await encoder.ready.remote()
 
 
-def _one_by_one(vectors: Vectors) -> list[Vectors]:
+def _rows(vectors: Vectors) -> list[Vectors]:
     return [vectors.rows(slice(row, row + 1)) for row in range(len(vectors))]

@@ -1,10 +1,9 @@
-"""Ray's HAProxy in front of the replicas, set up before Ray starts: on `serve.host`, with private ports, limits and
-metrics.
+"""Setup of Ray's HAProxy as reverse proxy of the replicas: on `serve.host`, with private ports, limits and metrics.
 
-HAProxy hands a request to the replica's own HTTP server; without it every request passes through two more Python
-processes (docs/decisions/0018-front.md has measurements). Ray reads these settings when its Serve processes start, so
-they must be set before Ray starts, and they only reach a cluster that this process starts. On another cluster they
-belong into the environment of its nodes.
+HAProxy sends a request straight to the HTTP server of a replica; without it every request passes through two more
+Python processes (measurements: docs/decisions/0018-front.md). Ray reads these settings when its Serve processes start,
+so they must be set before Ray starts, and they reach only a cluster that this process starts. For another cluster, set
+them in the environment of its nodes.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ from htcl_ray.serving import haproxy
 from htcl_ray.serving.haproxy import Front
 
 IDLE_CLIENT_SECONDS = 30
-"""After which HAProxy closes a connection on which nothing arrives and nothing is read."""
+"""Time after which HAProxy closes an idle connection of a client."""
 REPLICA_PORTS = 100
-"""Ports of the replicas of one application; ranges of several on one machine rarely overlap, and tokens tell them apart
-if they do."""
+"""Number of ports for the replicas of one application. Ranges of several applications on one machine rarely overlap;
+tokens tell them apart if they do."""
 METRICS_PORT = 9464
-"""The default port of Prometheus exporters of OpenTelemetry."""
+"""Default port of OpenTelemetry's Prometheus exporters."""
 
 
 @contextmanager
 def haproxy_front(config: Config) -> Iterator[None]:
-    """Let the Ray that this process will start put HAProxy in front, unless the switch in the environment is off.
+    """Make the Ray that this process starts in the block use HAProxy, unless the environment switches it off.
 
-    Does nothing on a cluster that already runs, and where the HAProxy of `ray[serve]` is missing. Raises ConfigError
-    for a metrics port that is taken.
+    Does nothing for a cluster that already runs, and where the HAProxy of `ray[serve]` is not installed. Raises
+    ConfigError for a metrics port that is in use, and StepError when Ray Serve was already imported.
     """
     binary = haproxy.find_binary()
     if os.environ.get(HAPROXY_SWITCH, "1") != "1" or binary is None or address_of(config) != "local":
@@ -51,14 +50,12 @@ def haproxy_front(config: Config) -> Iterator[None]:
         return
     if "ray.serve" in sys.modules:
         raise StepError(
-            "the front was chosen after Ray Serve was imported, which reads the choice once; choose it first"
+            "HAProxy was set up after Ray Serve was imported, which reads the settings once; set it up first"
         )
     inside = socket_folder("/htcl-front-12345678/admin.sock", tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix="htcl-front-", dir=inside))  # of mode 0700
     metrics, fallback, fallback_grpc, metrics_source, haproxy_metrics, statistics = _ports(config.serve)
-    first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(
-        120
-    )  # below the ports that Linux gives to outgoing connections
+    first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(120)  # below Linux's ports of outgoing connections
     front = Front(
         binary=binary,
         host=_bracketed(config.serve.host),
@@ -83,9 +80,7 @@ def haproxy_front(config: Config) -> Iterator[None]:
         haproxy.OPTIONS: front.to_json(),
         haproxy.BINARY_PATH: str(_program(folder)),
     }
-    before = {
-        name: os.environ[name] for name in variables if name in os.environ
-    }  # such as those of the container's image
+    before = {name: os.environ[name] for name in variables if name in os.environ}  # such as those of an image
     os.environ.update(variables)
     try:
         yield
@@ -97,13 +92,14 @@ def haproxy_front(config: Config) -> Iterator[None]:
 
 
 def active_front() -> Front | None:
-    """The options of the HAProxy that `haproxy_front` set up, or None."""
+    """Options of the HAProxy that `haproxy_front` set up; None without one."""
     return Front.from_environment(os.environ) if haproxy.OPTIONS in os.environ else None
 
 
 def check_port(host: str, port: int, prefix: str = "serve.") -> int:
-    """The port, checked to be free, or a free one for 0. Raises ConfigError that names the keys `prefix`host and
-    `prefix`port.
+    """Return the port if it is free, or a free port for 0.
+
+    Raises ConfigError that names the configuration keys `prefix`host and `prefix`port.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -112,14 +108,14 @@ def check_port(host: str, port: int, prefix: str = "serve.") -> int:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host} port {port} ({error.strerror or error}); choose another with --set {prefix}port=N "
-                f"(0 picks a free one) or --set {prefix}host=ADDRESS"
+                f"cannot listen on {host} port {port} ({error.strerror or error}); choose another with "
+                f"--set {prefix}port=N (0 picks a free one) or --set {prefix}host=ADDRESS"
             ) from None
         return int(probe.getsockname()[1])
 
 
 def _ports(settings: ServeSettings) -> list[int]:
-    """The metrics port, and five free ports of loopback, all different."""
+    """The metrics port and five free ports of loopback, all different."""
     with contextlib.ExitStack() as held:
         free = []
         for _ in range(5):
@@ -135,7 +131,7 @@ def _ports(settings: ServeSettings) -> list[int]:
 
 
 def _program(folder: Path) -> Path:
-    """An executable that runs `haproxy.py` with this interpreter."""
+    """Create an executable that runs `haproxy.py` with this interpreter."""
     program = folder / "haproxy"
     program.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {shlex.quote(haproxy.__file__)} "$@"\n', encoding="utf-8"

@@ -24,7 +24,7 @@ COLUMNS = 24
 
 def measured() -> tuple[dict[str, set[str]], set[str], set[str]]:
     """Exported names with the labels of each, the measurements' own names, and all texts of the source."""
-    tree = ast.parse((REPOSITORY / "htcl_ray" / "serving" / "prometheus.py").read_text(encoding="utf-8"))
+    tree = ast.parse((REPOSITORY / "htcl_ray" / "serving" / "observability.py").read_text(encoding="utf-8"))
     exported: dict[str, set[str]] = {}
     own: set[str] = set()
     for node in ast.walk(tree):

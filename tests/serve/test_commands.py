@@ -120,8 +120,8 @@ def test_serve_run_on_every_address_needs_keys(indexed: Config, tmp_path: Path):
     with started(
         str(SCRIPTS / "serve"), "run", str(tmp_path / "config.yaml"), RAY_ADDRESS="local", HTCL_API_KEYS=""
     ) as process:
-        said = next((line for line in process.stdout if "there are no API keys" in line), "")
-    assert "the service listens on 0.0.0.0, which other machines reach, and there are no API keys" in said
+        said = next((line for line in process.stdout if "has no API keys" in line), "")
+    assert "the service listens on 0.0.0.0, which other machines reach, and has no API keys" in said
 
 
 def _is_ready(url: str) -> bool:
@@ -156,7 +156,7 @@ def test_the_builder_takes_configuration_keys(indexed: Config):
         _ = entry.nothing
 
 
-def test_app_is_built_when_it_is_asked_for(indexed: Config, monkeypatch: pytest.MonkeyPatch):
+def test_app_is_built_when_it_is_requested_bytes(indexed: Config, monkeypatch: pytest.MonkeyPatch):
     from serve import app as entry
 
     monkeypatch.chdir(Path(indexed.workspace).parent)

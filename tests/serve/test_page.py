@@ -135,7 +135,7 @@ def test_words_find_songs_with_their_scores_and_why(page: Page, server: Running)
     expect(cards(page)).to_have_count(12)
     first = cards(page).first
     expect(first.locator(".why").filter(has_text="jazz")).to_have_count(1)
-    assert re.search(r"Sounds like\s*[0-9.]+ %\s*Same listeners\s*[0-9.]+ %", first.inner_text())
+    assert re.search(r"Similar audio\s*[0-9.]+ %\s*Same listeners\s*[0-9.]+ %", first.inner_text())
     expect(page.locator("#results-title")).to_have_text("“calm jazz”")
     expected = server.backend.live.service
     assert found(page)[0] in expected.index
@@ -156,7 +156,7 @@ def test_a_search_can_be_shared_and_gone_back_to(page: Page, server: Running, ne
     expect(page.locator("#results-title")).to_have_text("“techno”")
     expect(cards(page).first).to_have_attribute("data-song", first[0])
     page.go_back()
-    expect(shown_state(page)).to_contain_text("What would you like to hear?")
+    expect(shown_state(page)).to_contain_text("What would you like to listen to?")
 
 
 def test_a_song_is_picked_by_its_name(page: Page):
@@ -170,7 +170,7 @@ def test_a_song_is_picked_by_its_name(page: Page):
 
 def test_a_recording_is_chosen_or_dropped_and_sent_once(page: Page, server: Running):
     upload(page, b"x" * 4_321)
-    expect(page.locator("#results-title")).to_have_text("Sounds like tune.wav")
+    expect(page.locator("#results-title")).to_have_text("Similar to tune.wav")
     expect(cards(page)).to_have_count(12)
     by_choice = found(page)
     sent = server.requests.count(("POST", "/v1/embeddings"))
@@ -186,7 +186,7 @@ def test_a_recording_is_chosen_or_dropped_and_sent_once(page: Page, server: Runn
     expect(page.locator("#drop")).to_be_visible()
     page.dispatch_event("body", "drop", {"dataTransfer": data})
     expect(page.locator("#drop")).to_be_hidden()
-    expect(page.locator("#results-title")).to_have_text("Sounds like dropped.wav")
+    expect(page.locator("#results-title")).to_have_text("Similar to dropped.wav")
     expect(cards(page).first).to_have_attribute("data-song", by_choice[0])
     assert found(page) == by_choice
 
@@ -263,14 +263,16 @@ def test_bars_show_how_many_pairs_of_songs_are_less_alike(page: Page, server: Ru
     page.goto(f"{server.url}/#song={song_id(8)}")
     page.reload()
     expect(cards(page)).to_have_count(12)
-    expect(page.locator("#bars")).to_have_text("Per cent: random pairs of songs of this catalogue that are less alike.")
+    expect(page.locator("#bars")).to_have_text(
+        "Per cent: random pairs of songs of this catalogue that are less similar."
+    )
     hits = server.backend.live.service.search_songs([song_id(8)], k=12).hits
     for shown, hit, text in zip(bars(page), hits, cards(page).all_inner_texts(), strict=True):
         scores = (hit.semantic_score, hit.preference_score)
         for width, value, half in zip(shown, scores, (vectors.semantic, vectors.preference), strict=True):
             below = [float(half[i] @ half[j]) < value for i in range(SONGS) for j in range(i)]
             assert width == pytest.approx(100 * sum(below) / len(below), abs=0.3)
-        assert f"Sounds like\n{math.floor(shown[0])}" in text
+        assert f"Similar audio\n{math.floor(shown[0])}" in text
 
 
 def test_a_text_that_nobody_can_read_has_no_bar_and_a_half_known_one_half_of_it(page: Page):
@@ -288,7 +290,7 @@ def test_a_text_that_nobody_can_read_has_no_bar_and_a_half_known_one_half_of_it(
         assert np.ravel(widths[words]) == pytest.approx(100 * known * np.ravel(whole), abs=0.5)
         assert min(np.ravel(whole)) > 0.1
     expect(page.locator("#bars")).to_contain_text("times the 0 % of the text that the model knows")
-    assert re.search(r"Sounds like\s*0 %\s*Same listeners\s*0 %", cards(page).first.inner_text())
+    assert re.search(r"Similar audio\s*0 %\s*Same listeners\s*0 %", cards(page).first.inner_text())
 
 
 def test_a_background_that_comes_late_changes_what_is_shown(page: Page, server: Running):
@@ -314,7 +316,7 @@ def test_without_a_background_the_cosines_are_shown(page: Page, server: Running)
     expect(cards(page)).to_have_count(12)
     best = server.backend.live.service.search_songs([song_id(8)], k=1).hits[0]
     expect(page.locator("#bars")).to_have_text("Numbers: cosines.")
-    assert f"Sounds like\n{best.semantic_score:.2f}" in cards(page).first.inner_text()
+    assert f"Similar audio\n{best.semantic_score:.2f}" in cards(page).first.inner_text()
     assert page.locator(".bar").count() == 0
 
 
@@ -466,7 +468,7 @@ def test_titles_that_are_markup_stay_words(page: Page, server: Running):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("静かなピアノ", "knows nothing of this text"),
+        ("静かなピアノ", "knows no part of this text"),
         ("静かなピアノ jazz", "knows only 40 % of this text"),
         ("ピアノ jazz", ""),
         ("jazz", ""),
@@ -492,7 +494,7 @@ def test_a_text_of_which_little_is_known_is_warned_of(page: Page, words: str, sa
     assert warning.is_visible() == bool(said)
     page.route("**/v1/search", lambda route: route.fulfill(status=422, json={"error": {"code": "x", "message": "no"}}))
     search(page, "quiet")
-    expect(shown_state(page)).to_contain_text("cannot be searched for")
+    expect(shown_state(page)).to_contain_text("is not possible")
     expect(warning).to_be_hidden()
 
 
@@ -503,20 +505,20 @@ def test_an_unknown_song(page: Page, server: Running):
     page.goto(f"{server.url}/#song=nobody")
     page.reload()
     expect(shown_state(page)).to_contain_text("not in the catalogue")
-    page.get_by_role("button", name="Start anew").click()
-    expect(shown_state(page)).to_contain_text("What would you like to hear?")
+    page.get_by_role("button", name="New search").click()
+    expect(shown_state(page)).to_contain_text("What would you like to listen to?")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"bad bytes", "could not be heard"), (b"long song", "too large"), (b"x" * 1_000_001, "1 MB at most")],
+    [(b"bad bytes", "cannot be decoded"), (b"long song", "too large"), (b"x" * 1_000_001, "1 MB at most")],
     ids=["415", "413", "too large to send"],
 )
 def test_recordings_that_cannot_be_used(page: Page, server: Running, content: bytes, said: str):
     before = len(server.requests)
     upload(page, content, "a.bin")
     expect(shown_state(page)).to_contain_text(said)
-    expect(shown_state(page).get_by_role("button", name="Choose another recording")).to_be_visible()
+    expect(shown_state(page).get_by_role("button", name="Choose another file")).to_be_visible()
     assert page.locator(BUSY).count() == 0
     if len(content) > 1_000_000:
         assert len(server.requests) == before, "it was sent all the same"
@@ -585,7 +587,7 @@ def test_a_server_that_stays_away_is_asked_five_times(page: Page, failure: dict 
     for _ in range(5):
         page.wait_for_timeout(60)
         page.clock.run_for(4_100)
-    expect(shown_state(page)).to_contain_text("The server does not answer")
+    expect(shown_state(page)).to_contain_text("The server does not respond")
     assert len(asked) == 5
     assert page.locator(BUSY).count() == 0
     page.unroute("**/v1/search")
@@ -642,7 +644,7 @@ def test_a_song_whose_file_is_gone_says_so(page: Page, server: Running):
     server.backend.live.describe(song_id(9), {"audio_path": "/nowhere/9.wav"})
     try:
         page.evaluate("id => play(songs.get(id))", song_id(9))
-        expect(page.locator("#player-said")).to_have_text("The sound of this song is not here.")
+        expect(page.locator("#player-said")).to_have_text("The audio of this song is missing.")
     finally:
         server.backend.live.describe(song_id(9), {"audio_path": path})
 
@@ -740,7 +742,7 @@ def test_every_state_fits_its_screen_and_is_accessible(
     check("map-and-player", full=False)
     page.get_by_role("button", name="Close the player").click()
     upload(page, b"bad bytes")
-    expect(shown_state(page)).to_contain_text("could not be heard")
+    expect(shown_state(page)).to_contain_text("cannot be decoded")
     check("error")
     page.route(
         "**/v1/search", lambda route: route.fulfill(status=429, headers={"Retry-After": "9"}, json={"error": {}})

@@ -1,1 +1,1 @@
-"""ASGI middleware: admission, rate limits, and checks of requests before routing."""
+"""ASGI middleware: request checks, client identity, and admission control."""

@@ -1,4 +1,4 @@
-"""The web page, and the map of the catalogue that it shows."""
+"""The web page, and the song map and score background that it shows."""
 
 from __future__ import annotations
 
@@ -25,63 +25,65 @@ from htcl_ray.serving.backend import Backend
 
 
 class MapSong(BaseModel):
-    """A song and its place."""
+    """A song and its position on the map."""
 
-    song_id: str
-    x: float = Field(ge=0, le=1)
-    y: float = Field(ge=0, le=1)
-    title: str | None
-    artist: str | None
-    genre: list[str] | None
+    song_id: str = Field(description="Id of the song.")
+    x: float = Field(ge=0, le=1, description="Horizontal position.")
+    y: float = Field(ge=0, le=1, description="Vertical position.")
+    title: str | None = Field(description="Title; null where the catalogue has none.")
+    artist: str | None = Field(description="Artist; null where the catalogue has none.")
+    genre: list[str] | None = Field(description="Genres; null where the catalogue has none.")
 
 
 class MapResponse(BaseModel):
-    """Songs on a plane, near each other when they are alike."""
+    """A two-dimensional map on which similar songs are near each other."""
 
-    index: str = Field(description="Version of the index whose songs these are.")
-    songs: list[MapSong] = Field(description="At most 5,000, evenly chosen from the index as it was loaded.")
+    index: str = Field(description="Version of the served index.")
+    songs: list[MapSong] = Field(description="At most 5,000 songs, sampled evenly from the index as it was loaded.")
 
 
 class BackgroundResponse(BaseModel):
-    """What a score means in this index: the cosines of random pairs of its songs."""
+    """Distribution of the cosines of random pairs of songs, which shows how high a score is in this index."""
 
-    index: str = Field(description="Version of the index whose songs these are.")
+    index: str = Field(description="Version of the served index.")
     semantic: list[float] | None = Field(
-        description="1,001 ascending quantiles: a semantic_score above number i is higher than that of i / 1,000 of the pairs. Null "
-        "when the index has fewer than two songs."
+        description="1,001 ascending quantiles of semantic_score: a score above entry i is higher than that of "
+        "i / 1,000 of the pairs. Null when the index has fewer than two songs."
     )
-    preference: list[float] | None = Field(description="The same of preference_score; null without stage 2.")
+    preference: list[float] | None = Field(
+        description="1,001 ascending quantiles of preference_score; null without stage 2."
+    )
 
 
 def page_routes(settings: ServeSettings) -> APIRouter:
-    """The page alone, which needs no key."""
+    """Route of the page, which needs no key."""
     router = APIRouter()
     content = _page(settings)
     headers = {"Content-Security-Policy": _policy(content)}
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        """Search, listen, and see why."""
+        """Return the page."""
         return HTMLResponse(content, headers=headers)
 
     return router
 
 
 def map_routes(backend: Backend) -> APIRouter:
-    """The map of the index, or where its build drew none, one drawn once in a thread of its own so that searches find
-    theirs.
+    """Routes of the song map and the score background.
 
-    And the background of its scores.
+    A map that the build of the index did not draw is drawn once, in a thread of its own.
     """
     router = APIRouter(tags=["songs"])
     maps = Maps()
     backgrounds: dict[str, bytes] = {}
-    """By version of the index; only that of the last."""
+    """Encoded response by version of the index; only that of the latest version."""
 
     @router.get("/v1/background", response_model=BackgroundResponse)
     async def score_background() -> Response:
-        """How high scores of random pairs of songs are, so that a score can be shown as the share of pairs that are
-        less alike.
+        """Return the distribution of the scores of random pairs of songs.
+
+        With it a score can be shown as the share of the pairs that are less similar.
         """
         active = backend.live.active
         body = backgrounds.get(active.version)
@@ -93,23 +95,22 @@ def map_routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/map", response_model=MapResponse)
     async def song_places() -> Response:
-        """A map of the catalogue, drawn when the index was built; without one the first request waits seconds for it to
-        be drawn.
+        """Return the map of the catalogue that the build of the index drew.
+
+        Without one, the first request waits seconds until it is drawn.
         """
         active = backend.live.active
         places = active.service.index.song_map
         if places is None:
             places = await asyncio.shield(asyncio.wrap_future(maps.of(active)))
-        body = await run_in_threadpool(lambda: _answer(active, places).model_dump_json().encode())
+        body = await run_in_threadpool(lambda: _map_response(active, places).model_dump_json().encode())
         return Response(body, media_type="application/json")
 
     return router
 
 
 class Maps:
-    """The places of the songs of the index that was asked about last. Whoever asks while they are computed waits for
-    the same.
-    """
+    """Song positions of the index that was requested last; concurrent requests share one computation."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -118,7 +119,7 @@ class Maps:
         self._places: Future[pa.Table] = Future()
 
     def of(self, active: Active) -> Future[pa.Table]:
-        """Of the index's songs at the time of the first call; one that failed is tried again."""
+        """Positions of the songs at the time of the first call; a computation that failed is tried again."""
         with self._lock:
             failed = self._places.done() and self._places.exception() is not None
             if self._version != active.version or failed:
@@ -126,18 +127,18 @@ class Maps:
             return self._places
 
 
-def _answer(active: Active, places: pa.Table) -> MapResponse:
-    """With what is said of the songs now; those taken out since are not there."""
+def _map_response(active: Active, places: pa.Table) -> MapResponse:
+    """The map with the current metadata, without songs that were removed since it was drawn."""
     service = active.service
     index = service.index.snapshot()
-    there = [
+    present = [
         place for place in zip(*(column.to_pylist() for column in places.columns), strict=True) if place[0] in index
     ]
-    rows = [index.row_of(song_id) for song_id, _, _ in there]
-    said = service.columns(index).metadata(rows, ["title", "artist", "genre"])
+    rows = [index.row_of(song_id) for song_id, _, _ in present]
+    metadata = service.columns(index).metadata(rows, ["title", "artist", "genre"])
     songs = [
         MapSong(song_id=song_id, x=round(x, 4), y=round(y, 4), **about)
-        for (song_id, x, y), about in zip(there, said, strict=True)
+        for (song_id, x, y), about in zip(present, metadata, strict=True)
     ]
     return MapResponse(index=active.version, songs=songs)
 
@@ -148,26 +149,26 @@ def _background(active: Active) -> BackgroundResponse:
 
 
 def _page(settings: ServeSettings) -> str:
-    """The page, told by attributes of its body what this server allows."""
+    """The page, with the settings of this server as data attributes of its body."""
     content = resources.files("htcl_ray.serving.routes").joinpath("page.html").read_text(encoding="utf-8")
-    told = {
+    attributes = {
         "max-upload-bytes": settings.max_upload_bytes,
         "play-audio": str(settings.play_audio).lower(),
         "little-coverage": LOW_COVERAGE,
     }
     return content.replace(
         "<body>",
-        "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in told.items()) + ">",
+        "<body " + " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in attributes.items()) + ">",
         1,
     )
 
 
 def _policy(content: str) -> str:
-    """What the page may do: run its own script and style, which are known by their hash, and talk to its own server."""
+    """Content-Security-Policy of the page: its own script and style, by their hash, and requests to its own server."""
     hashes = {tag: _hash(re.findall(rf"<{tag}>(.*?)</{tag}>", content, re.DOTALL)) for tag in ("script", "style")}
     return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; media-src 'self'; "
-        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+        "media-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 

@@ -1,4 +1,4 @@
-"""Searches by words, songs, vectors, recordings and histories, and the vectors of words and recordings."""
+"""Searches by text, songs, a vector, audio or a listening history, and the vectors of text and audio."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Depends, Form, Query, Request
 from starlette.responses import Response
 
 from htcl_ray.api.requests import (
@@ -31,40 +30,56 @@ from htcl_ray.index.live.live_index import Active
 from htcl_ray.search.results import SearchResults, embedding_response
 from htcl_ray.search.service import SearchService, check_text
 from htcl_ray.serving.backend import Backend
-from htcl_ray.serving.json_body import FORM, JSON, is_form, parse_part, takes
-from htcl_ray.serving.openapi_errors import JSON_ONLY, NOT_FOUND, UNSUPPORTED
-from htcl_ray.serving.prometheus import IngressMeasurements
+from htcl_ray.serving.error_responses import JSON_ONLY, NOT_FOUND, UNSUPPORTED
+from htcl_ray.serving.observability import IngressMetrics
+from htcl_ray.serving.request_body import (
+    FORM,
+    JSON,
+    AudioUpload,
+    OptionalAudioUpload,
+    is_form,
+    parse_part,
+    read_upload,
+    takes,
+)
 
-AudioFile = Annotated[UploadFile, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")]
 SEARCH_THREADS = 4
-"""Of an ingress replica: FAISS lets others run while it searches, Python does not, so more threads only wait for each
-other."""
-FILTER = "Filter as JSON."
-# The dependencies below are async so that FastAPI calls them where it is, and not in a thread.
+"""Search threads of an ingress replica. FAISS releases the interpreter lock and Python does not, so more would only
+wait."""
+SearchQuery = Callable[[SearchService], SearchResults]
+Convert = Callable[[SearchResults, str], SearchResponse]
+FILTER = "Conditions that every result meets, as a JSON object: see the schema Filter."
 EMBEDDINGS_BODY = {"requestBody": {"content": {"application/json": {"schema": EmbedTextRequest.model_json_schema()}}}}
 
 
-def search_routes(
-    backend: Backend, settings: ServeSettings, measurements: IngressMeasurements | None = None
-) -> APIRouter:
-    """Searches run in threads, so that a long one does not hold up the others."""
-    router = APIRouter()
-    threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="search")
+class _Searches:
+    """Runs searches in threads and serialises their results."""
+
+    def __init__(self, metrics: IngressMetrics | None) -> None:
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="search")
 
     async def respond(
-        query: Callable[[SearchService], SearchResults],
-        active: Active,
-        convert: Callable[[SearchResults, str], SearchResponse] = SearchResults.to_response,
+        self, query: SearchQuery, active: Active, convert: Convert = SearchResults.to_response
     ) -> Response:
-        def search() -> tuple[SearchResults, bytes]:
-            with measurements.stage("search") if measurements else nullcontext():
-                results = query(active.service)
-            return results, convert(results, active.version).model_dump_json().encode()
+        """Response with the results of `query`, in the form that `convert` gives them."""
+        num_results, body = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._run, query, active, convert
+        )
+        if self._metrics:
+            self._metrics.record_search(num_results)
+        return Response(body, media_type="application/json")  # already validated; FastAPI would validate it again
 
-        results, body = await asyncio.get_running_loop().run_in_executor(threads, search)
-        if measurements:
-            measurements.answer(len(results.hits))
-        return Response(body, media_type="application/json")  # validated when it was made; FastAPI would do it again
+    def _run(self, query: SearchQuery, active: Active, convert: Convert) -> tuple[int, bytes]:
+        with self._metrics.stage("search") if self._metrics else nullcontext():
+            results = query(active.service)
+        return len(results.hits), convert(results, active.version).model_dump_json().encode()
+
+
+def search_routes(backend: Backend, settings: ServeSettings, metrics: IngressMetrics | None = None) -> APIRouter:
+    """Routes of searches, which run in threads, so that a long one does not delay others."""
+    router = APIRouter()
+    respond = _Searches(metrics).respond
 
     @router.post(
         "/v1/search",
@@ -74,19 +89,9 @@ def search_routes(
         tags=["search"],
     )
     async def search(request: SearchRequest) -> Response:
-        """Songs near words, near one or several songs, or near a vector."""
-        active, options = backend.live.active, request.options
-        if request.vector is not None:
-            vector = request.vector
-            return await respond(lambda service: service.search_vector(vector, **options), active)
-        if request.text is not None:
-            text = check_text(request.text)
-            active.service.check(**options)
-            query = await backend.encode_text(text)
-            return await respond(lambda service: service.search_encoded_text(text, query, **options), active)
-        seeds = request.song_ids or [request.song_id or ""]
-        negatives = request.negative_song_ids
-        return await respond(lambda service: service.search_songs(seeds, negatives, **options), active)
+        """Search for songs near a text, near one or several songs, or near a vector."""
+        active = backend.live.active
+        return await respond(await _query_of(request, backend, active), active)
 
     @router.post(
         "/v1/search/audio",
@@ -95,8 +100,8 @@ def search_routes(
         dependencies=[takes(FORM)],
         tags=["search"],
     )
-    async def search_audio(file: AudioFile, options: Annotated[dict[str, Any], Depends(_form_options)]) -> Response:
-        """Songs that sound like a recording."""
+    async def search_audio(file: AudioUpload, options: Annotated[dict[str, Any], Depends(_form_options)]) -> Response:
+        """Search for songs near an audio file."""
         active = backend.live.active
         active.service.check(**options)
         query = await backend.encode_audio(await read_upload(file, settings))
@@ -110,8 +115,9 @@ def search_routes(
         tags=["search"],
     )
     async def recommend(request: RecommendRequest) -> Response:
-        """Songs for a listener who heard these, without them. Songs that the index does not hold are left out and
-        named.
+        """Recommend songs to a listener, given a listening history, without the songs of the history.
+
+        The response names the songs of the history that the index does not contain.
         """
         plays, half_life, options = request.plays, request.half_life_days, request.options
         return await respond(
@@ -124,7 +130,7 @@ def search_routes(
         "/v1/songs/{song_id:encoded}/similar", response_model=SearchResponse, responses=NOT_FOUND, tags=["songs"]
     )
     async def similar(song_id: PathSongId, options: Annotated[dict[str, Any], Depends(_query_options)]) -> Response:
-        """Songs near a song of the index, without itself."""
+        """Search for songs near a song of the index, without that song."""
         return await respond(lambda service: service.search_songs([song_id], **options), backend.live.active)
 
     @router.post(
@@ -136,16 +142,16 @@ def search_routes(
     )
     async def embeddings(
         request: Request,
-        file: Annotated[UploadFile | None, File(description="An audio file: WAV, FLAC, MP3, Ogg, …")] = None,
+        file: OptionalAudioUpload = None,
     ) -> EmbeddingResponse:
-        """The vectors of words (a JSON body) or of a recording (a form with a file)."""
+        """Return the vectors of a text (a JSON body) or of audio (a form with a file)."""
         if file is not None:
             vectors = await backend.encode_audio(await read_upload(file, settings))
         else:
             given = None if is_form(request) else parse_part(EmbedTextRequest, await request.body(), "body")
             if given is None:
                 raise QueryError(
-                    "there is neither a file nor a text; send a form with a file, or a JSON body with a text"
+                    "the request has neither a file nor a text; send a form with a file, or a JSON body with a text"
                 )
             vectors = await backend.encode_text(check_text(given.text))
         return embedding_response(vectors, backend.live.active.service.index.model_versions)
@@ -153,15 +159,23 @@ def search_routes(
     return router
 
 
-async def read_upload(file: UploadFile, settings: ServeSettings) -> bytes:
-    """The bytes of an uploaded file. Raises HTTPException (413) for too many."""
-    if file.size is None or file.size > settings.max_upload_bytes:
-        raise HTTPException(
-            413, f"the file is larger than {settings.max_upload_bytes} bytes; send a shorter part of it"
-        )
-    return await file.read()
+async def _query_of(request: SearchRequest, backend: Backend, active: Active) -> SearchQuery:
+    """The search of a request, whose text, if any, is encoded here."""
+    options = request.options
+    if request.vector is not None:
+        vector = request.vector
+        return lambda service: service.search_vector(vector, **options)
+    if request.text is not None:
+        text = check_text(request.text)
+        active.service.check(**options)
+        vectors = await backend.encode_text(text)
+        return lambda service: service.search_encoded_text(text, vectors, **options)
+    seeds = request.song_ids or [request.song_id or ""]
+    negatives = request.negative_song_ids
+    return lambda service: service.search_songs(seeds, negatives, **options)
 
 
+# Async, so that FastAPI calls the dependencies in the event loop and not in a thread.
 async def _form_options(
     k: Annotated[K, Form()] = DEFAULT_K,
     blend: Annotated[Blend | None, Form()] = None,

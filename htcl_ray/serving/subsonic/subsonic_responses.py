@@ -1,7 +1,7 @@
-"""Replies of the OpenSubsonic API, as typed models, and how they are written as JSON or XML.
+"""Responses of the OpenSubsonic API, as typed models, and their serialisation as JSON or XML.
 
-After the specification at https://opensubsonic.netlify.app: a failure is HTTP 200 with `status` "failed" and one of its
-error codes.
+Source: the specification at https://opensubsonic.netlify.app, in which an error is HTTP 200 with `status` "failed" and
+one of its error codes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from htcl_ray.schemas import METADATA_COLUMNS
 from htcl_ray.search.results import SearchResults
 
 PROTOCOL = "1.16.1"
-FORMS = (None, "", "json", "xml")
+FORMATS = (None, "", "json", "xml")
 NAMESPACE = "http://subsonic.org/restapi"
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Code(IntEnum):
-    """Error codes of the specification that this server gives."""
+    """Error codes of the specification that this server uses."""
 
     GENERIC = 0
     MISSING = 10
@@ -37,30 +37,30 @@ class Code(IntEnum):
 
 
 class Genre(BaseModel):
-    """One of several."""
+    """One genre of a song."""
 
-    name: str
+    name: str = Field(description="Name of the genre.")
 
 
 class Entry(BaseModel):
-    """A song, as the specification's `Child`; what is not known is left out."""
+    """A song, the `Child` of the specification; unknown fields are absent."""
 
-    id: str
-    title: str = Field(description="The song's id where it has no title.")
-    isDir: Literal[False] = False
-    isVideo: Literal[False] = False
-    type: Literal["music"] = "music"
-    mediaType: Literal["song"] = "song"
-    album: str | None = None
-    artist: str | None = None
-    year: int | None = None
-    genre: str | None = Field(None, description="The first of `genres`.")
-    genres: list[Genre] | None = None
-    moods: list[str] | None = None
+    id: str = Field(description="Id of the song.")
+    title: str = Field(description="Title of the song; its id where it has no title.")
+    isDir: Literal[False] = Field(False, description="Always false: the entry is a song.")
+    isVideo: Literal[False] = Field(False, description="Always false: the entry is audio.")
+    type: Literal["music"] = Field("music", description="Type of the media.")
+    mediaType: Literal["song"] = Field("song", description="Type of the entry.")
+    album: str | None = Field(None, description="Album of the song.")
+    artist: str | None = Field(None, description="Artist of the song.")
+    year: int | None = Field(None, description="Year of release.")
+    genre: str | None = Field(None, description="First genre of the song.")
+    genres: list[Genre] | None = Field(None, description="All genres of the song.")
+    moods: list[str] | None = Field(None, description="Moods of the song.")
 
     @classmethod
     def of(cls, song: dict[str, Any]) -> Self:
-        """Of a row with the service's metadata columns."""
+        """Entry of a song, from a row with the metadata columns of the search service."""
         genres = [Genre(name=name) for name in song["genre"] or ()]
         return cls(
             id=song["song_id"],
@@ -76,79 +76,79 @@ class Entry(BaseModel):
 
 
 class SonicMatch(BaseModel):
-    """A song and how near it is: (1 + score) / 2, so that 1 is the same and 0 the opposite."""
+    """A song and its similarity to the song of the request."""
 
-    entry: Entry
-    similarity: float = Field(ge=0, le=1)
+    entry: Entry = Field(description="The song.")
+    similarity: float = Field(ge=0, le=1, description="(1 + score) / 2: 1 for equal vectors, 0 for opposite ones.")
 
 
 class Body(BaseModel):
-    """What every reply holds."""
+    """Fields of every response."""
 
-    status: Literal["ok", "failed"] = "ok"
-    version: str = Field(PROTOCOL, description="Of the Subsonic protocol.")
-    type: Literal["htcl"] = "htcl"
-    serverVersion: str = __version__
-    openSubsonic: Literal[True] = True
+    status: Literal["ok", "failed"] = Field("ok", description="Whether the request succeeded.")
+    version: str = Field(PROTOCOL, description="Version of the Subsonic protocol.")
+    type: Literal["htcl"] = Field("htcl", description="Name of the server software.")
+    serverVersion: str = Field(__version__, description="Version of the server software.")
+    openSubsonic: Literal[True] = Field(True, description="Always true: the server supports OpenSubsonic.")
 
 
 class SonicMatches(Body):
-    """Songs, in order."""
+    """Songs in order: by similarity, or along a path."""
 
-    sonicMatch: list[SonicMatch]
+    sonicMatch: list[SonicMatch] = Field(description="The songs.")
 
     @classmethod
-    def of(cls, answer: SearchResults) -> Self:
-        """The reply that carries an answer."""
+    def of(cls, results: SearchResults) -> Self:
+        """Response with the results of a search."""
         return cls(
             sonicMatch=[
                 SonicMatch(entry=Entry.of(song), similarity=round((1 + hit.score) / 2, 6))
-                for hit, song in zip(answer.hits, answer.metadata, strict=True)
+                for hit, song in zip(results.hits, results.metadata, strict=True)
             ]
         )
 
 
 class Extension(BaseModel):
-    """Something that this server does beyond the protocol."""
+    """An extension of the Subsonic protocol."""
 
-    name: str
-    versions: list[int]
+    name: str = Field(description="Name of the extension.")
+    versions: list[int] = Field(description="Supported versions of the extension.")
 
 
 class Extensions(Body):
-    """What this server offers."""
+    """Extensions that this server supports."""
 
-    openSubsonicExtensions: list[Extension]
+    openSubsonicExtensions: list[Extension] = Field(description="The extensions.")
 
 
 class Token(BaseModel):
-    """Whose key it is."""
+    """Owner of an API key."""
 
-    username: str
+    username: str = Field(description="Name of the API key.")
 
 
 class TokenInfo(Body):
-    """The key that was sent."""
+    """Information about the API key of the request."""
 
-    tokenInfo: Token
+    tokenInfo: Token = Field(description="Owner of the key.")
 
 
 class Error(BaseModel):
-    """What went wrong."""
+    """An error."""
 
-    code: int
-    message: str
+    code: int = Field(description="Error code of the specification.")
+    message: str = Field(description="What is wrong, what was expected, and what to do.")
 
 
 class Failed(Body):
-    """Every reply that is not a success."""
+    """Response of a request that failed."""
 
-    status: Literal["ok", "failed"] = "failed"
-    error: Error
+    status: Literal["ok", "failed"] = Field("failed", description="Always failed.")
+    error: Error = Field(description="The error.")
 
     @classmethod
     def of(cls, code: Code, message: str) -> Self:
-        """The reply of a failure."""
+        """Response of an error."""
         return cls(error=Error(code=code, message=message.encode("utf-8", "backslashreplace").decode()))
 
 
@@ -156,7 +156,7 @@ Held = TypeVar("Held")
 
 
 class Reply(BaseModel, Generic[Held]):
-    """The envelope of every reply."""
+    """Envelope of every response."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -164,23 +164,24 @@ class Reply(BaseModel, Generic[Held]):
 
 
 def write(body: Body, form: str | None) -> Response:
-    """A reply in the form that `f` asks for: json (default) or xml; any other form is a failure, as JSON."""
+    """Serialise a response in the format of the parameter `f`: json (default) or xml; any other is an error."""
     if form == "xml":
         return Response(as_xml(body.model_dump(mode="json", exclude_none=True)), media_type="application/xml")
-    if form not in FORMS:
+    if form not in FORMATS:
         body = Failed.of(
             Code.GENERIC, f"f is '{form[:20]}', which this server does not write; expected json or xml"
-        )  # jsonp would let any web page read the reply
+        )  # jsonp would let any web page read the response
     return Response(
         Reply(**{"subsonic-response": body}).model_dump_json(exclude_none=True), media_type="application/json"
     )
 
 
 def as_xml(body: dict[str, Any]) -> bytes:
-    """The same content as XML: numbers, texts and truths are attributes, all else elements."""
+    """Serialise a response as XML: numbers, strings and booleans become attributes, everything else elements."""
     root = _element("subsonic-response", body)
     root.set("xmlns", NAMESPACE)
-    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return xml
 
 
 def _element(name: str, content: Any) -> ElementTree.Element:
@@ -201,4 +202,4 @@ def _element(name: str, content: Any) -> ElementTree.Element:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return _NOT_XML.sub("\ufffd", str(value))  # characters that XML has no way to write
+    return _NOT_XML.sub("\ufffd", str(value))  # XML cannot represent these characters

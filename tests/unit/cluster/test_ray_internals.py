@@ -187,7 +187,7 @@ def test_the_grpc_server_of_a_replica_is_bound_to_loopback_on_a_loopback_node(
     assert bound == [expected]
 
 
-def test_the_address_of_serve_is_asked_of_its_controller():
+def test_the_address_of_serve_comes_from_its_controller():
     assert ray_internals.serve_host() is None  # Ray is not initialised
     constants = importlib.import_module(SERVE_CONSTANTS)
     for name in ("SERVE_CONTROLLER_NAME", "SERVE_NAMESPACE"):
@@ -209,7 +209,7 @@ def test_the_study_and_trials_of_an_optuna_search_can_be_reached():
 
 
 def test_http_servers_report_the_address_of_their_peer(monkeypatch: pytest.MonkeyPatch):
-    """uvicorn replaces it by X-Forwarded-For of any connection from loopback, unless the environment says otherwise."""
+    """By default uvicorn replaces it by X-Forwarded-For for connections from loopback."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -241,7 +241,7 @@ def test_ray_starts_its_autoscaler_with_the_arguments_that_are_read():
 
 
 class Processes:
-    """A folder like /proc."""
+    """Folder in the form of /proc, with a process that has ended."""
 
     def __init__(self, folder: Path) -> None:
         self.proc = folder / "proc"
@@ -250,7 +250,7 @@ class Processes:
         self.config = self.work / "cluster.yaml"
         self.config.write_text("max_workers: 1\n")
         (self.proc / "self").mkdir(parents=True)
-        (self.proc / "7").mkdir()  # has ended: nothing to read
+        (self.proc / "7").mkdir()  # has ended, so it has no file
 
     def add(self, number: int, *command: str) -> None:
         process = self.proc / str(number)
@@ -273,25 +273,25 @@ class Processes:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Processes:
-    found = Processes(tmp_path)
-    found.add(8, "/usr/bin/python3", "/ray/_private/log_monitor.py", "--gcs-address=10.0.0.1:6379")
-    found.add(9, "grep", "--autoscaling-config=cluster.yaml", "--gcs-address=10.0.0.1:6379")
-    found.add(10)
-    return found
+    listed = Processes(tmp_path)
+    listed.add(8, "/usr/bin/python3", "/ray/_private/log_monitor.py", "--gcs-address=10.0.0.1:6379")
+    listed.add(9, "grep", "--autoscaling-config=cluster.yaml", "--gcs-address=10.0.0.1:6379")
+    listed.add(10)
+    return listed
 
 
 @pytest.mark.parametrize("form", ["cluster.yaml", "../work/cluster.yaml", "{folder}/cluster.yaml", "~/cluster.yaml"])
-def test_the_autoscaler_s_file_is_found_as_the_autoscaler_finds_it(
+def test_the_autoscaling_file_is_resolved_like_the_autoscaler_does(
     processes: Processes, form: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(processes.work))
     processes.monitor(11, form.format(folder=processes.work))
-    found = autoscaling_file("10.0.0.1:6379", processes.proc)
-    assert found is not None
-    assert found.samefile(processes.config)
+    file = autoscaling_file("10.0.0.1:6379", processes.proc)
+    assert file is not None
+    assert file.samefile(processes.config)
 
 
-def test_another_cluster_s_file_is_not_ours(processes: Processes):
+def test_the_autoscaling_file_of_another_cluster_is_ignored(processes: Processes):
     processes.monitor(11, "cluster.yaml", "10.0.0.2:6379")
     processes.monitor(12, None)
     assert autoscaling_file("10.0.0.1:6379", processes.proc) is None

@@ -17,8 +17,7 @@ from htcl_ray.index.song_index import SongIndex
 from htcl_ray.search.service import SearchService
 from htcl_ray.serving.api_keys import Keys
 from htcl_ray.serving.http_app import create_app
-from htcl_ray.serving.routes.audio_routes import MOST_OPEN_BYTES
-from htcl_ray.serving.routes.byte_ranges import NotSatisfiable, asked_for
+from htcl_ray.serving.routes.audio_routes import MAX_OPEN_RANGE_BYTES, NotSatisfiable, requested_bytes
 from htcl_ray.serving.signed_urls import LIFETIME_SECONDS, SignedUrls
 from tests.worlds.live import unit_vectors
 
@@ -41,7 +40,7 @@ class Client:
             ("empty.wav", b""),
         ):
             (folder / name).write_bytes(content)
-        self.large = np.random.default_rng(1).bytes(MOST_OPEN_BYTES + 70_000)
+        self.large = np.random.default_rng(1).bytes(MAX_OPEN_RANGE_BYTES + 70_000)
         (folder / "large.ogg").write_bytes(self.large)
         paths = ["a.mp3", "b.flac", "gone.mp3", None, "", "page.html", "large.ogg", "empty.wav"]
         whole = [None if name is None else str(folder / name) for name in paths]
@@ -164,15 +163,15 @@ def test_several_ranges_and_what_is_no_range_get_the_whole_file(client: Client, 
 
 def test_a_number_too_long_to_be_a_place_is_passed_over(client: Client):
     assert client(path_of("a"), range=f"bytes={'9' * 5_000}-").status_code == 200
-    assert asked_for("bytes=\u0663-", 100, 100) is None
+    assert requested_bytes("bytes=\u0663-", 100, 100) is None
 
 
-def test_a_range_without_an_end_is_answered_in_part_and_the_parts_make_the_file(client: Client):
+def test_ranges_without_an_end_are_cut_and_together_make_the_file(client: Client):
     parts, position = [], 0
     while position < len(client.large):
         response = client(path_of("large"), range=f"bytes={position}-")
         assert response.status_code == 206
-        assert len(response.content) <= MOST_OPEN_BYTES
+        assert len(response.content) <= MAX_OPEN_RANGE_BYTES
         parts.append(response.content)
         position += len(response.content)
     assert len(parts) == 2
@@ -188,13 +187,13 @@ def test_an_empty_file_has_no_range(client: Client):
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7])
-def test_every_small_range_is_what_slicing_gives(size: int):
+def test_every_small_range_equals_slicing(size: int):
     data = bytes(range(size))
     for first in [None, *range(size + 2)]:
         for last in [None, *range(size + 2)]:
             header = f"bytes={'' if first is None else first}-{'' if last is None else last}"
             if (first is None and last is None) or (first is not None and last is not None and last < first):
-                assert asked_for(header, size, 100) is None
+                assert requested_bytes(header, size, 100) is None
             else:
                 wanted = (
                     data[first : None if last is None else last + 1]
@@ -204,14 +203,14 @@ def test_every_small_range_is_what_slicing_gives(size: int):
                     else b""
                 )
                 if wanted:
-                    span = asked_for(header, size, 100)
+                    span = requested_bytes(header, size, 100)
                     assert data[span.start : span.stop] == wanted
                 else:
                     with pytest.raises(NotSatisfiable):
-                        asked_for(header, size, 100)
+                        requested_bytes(header, size, 100)
 
 
-def test_a_file_that_is_known_is_not_sent_again_and_a_range_of_another_state_is_passed_over(client: Client):
+def test_if_none_match_and_if_range(client: Client):
     etag = client(path_of("a")).headers["etag"]
     same = client(path_of("a"), if_none_match=etag)
     assert (same.status_code, same.content) == (304, b"")
@@ -220,25 +219,25 @@ def test_a_file_that_is_known_is_not_sent_again_and_a_range_of_another_state_is_
 
 
 @pytest.mark.parametrize("song_id", ["gone", "silent", "folder"])
-def test_audio_that_is_not_there_is_404(client: Client, song_id: str):
+def test_missing_audio_is_404(client: Client, song_id: str):
     assert_failure(client(path_of(song_id)), 404, "audio_not_found")
     assert_failure(client(f"{path_of(song_id)}-url", "POST"), 404, "audio_not_found")
 
 
 def test_only_songs_of_the_index_have_audio(client: Client, folder: Path):
-    for song_id in ("nobody", str(folder / "a.mp3"), "../a.mp3", folder.as_uri() + "/a.mp3"):
+    for song_id in ("missing", str(folder / "a.mp3"), "../a.mp3", folder.as_uri() + "/a.mp3"):
         response = client(path_of(song_id))
         assert response.status_code == 404
         assert CONTENT not in response.content
 
 
-def test_a_file_that_is_no_audio_is_no_page(client: Client):
+def test_a_file_that_is_not_audio_is_not_displayed_as_a_page(client: Client):
     response = client(path_of("page"))
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def test_nothing_is_played_when_the_server_does_not_play(folder: Path):
+def test_audio_is_404_when_play_audio_is_off(folder: Path):
     silent = Client(folder, ServeSettings(play_audio=False))
     assert_failure(silent(path_of("a")), 404, "audio_not_found")
     assert_failure(silent(f"{path_of('a')}-url", "POST"), 404, "audio_not_found")
@@ -249,23 +248,23 @@ def test_nothing_is_played_when_the_server_does_not_play(folder: Path):
 BEARER = {"authorization": f"Bearer {KEY}"}
 
 
-def test_a_signed_address_plays_without_a_key(guarded: Client):
+def test_a_signed_url_needs_no_key(guarded: Client):
     for song_id in ("a", "with/slash ü"):
-        answer = guarded(f"{path_of(song_id)}-url", "POST", **BEARER)
-        assert answer.status_code == 200, answer.text
-        response = guarded(answer.json()["url"], range="bytes=0-9")
+        created = guarded(f"{path_of(song_id)}-url", "POST", **BEARER)
+        assert created.status_code == 200, created.text
+        response = guarded(created.json()["url"], range="bytes=0-9")
         assert (response.status_code, response.content) == (206, CONTENT[:10])
     assert guarded(path_of("a"), **BEARER).content == CONTENT
 
 
-def test_reading_without_key_and_signature_is_refused(guarded: Client):
+def test_audio_without_key_and_signature_is_401(guarded: Client):
     assert_failure(guarded(path_of("a")), 401, "unauthorised")
     assert_failure(guarded(f"{path_of('a')}-url", "POST"), 401, "unauthorised")
     assert_failure(guarded("/v1/map"), 401, "unauthorised")
     assert guarded("/").status_code == 200
 
 
-def test_a_signature_is_for_one_song_one_moment_and_nothing_else(guarded: Client):
+def test_a_signature_is_valid_for_one_song_and_one_expiry(guarded: Client):
     url, expires = SignedUrls(SIGNING_KEY).make("a")
     assert guarded(url).status_code == 200
     query = url.partition("?")[2]
@@ -291,7 +290,7 @@ def test_a_signature_is_for_one_song_one_moment_and_nothing_else(guarded: Client
     assert_failure(guarded(url, authorization="Bearer wrong-0123456789abcdef"), 401, "unauthorised")
 
 
-def test_a_signed_address_expires(guarded: Client):
+def test_a_signed_url_expires(guarded: Client):
     import time
 
     now = time.time()

@@ -1,4 +1,4 @@
-"""What Ray is told of HAProxy before it starts."""
+"""Environment variables and options for HAProxy, set before Ray starts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(autouse=True)
-def no_choice_yet(monkeypatch: pytest.MonkeyPatch):
-    """As in a fresh process: nothing set, Ray Serve not imported, no cluster."""
+def fresh_process(monkeypatch: pytest.MonkeyPatch):
+    """State of a fresh process: no variable set, Ray Serve not imported, no cluster."""
     for name in (HAPROXY_SWITCH, "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
@@ -33,7 +33,7 @@ def config() -> Config:
     return resolve("demo")
 
 
-def test_ray_is_told_and_afterwards_nothing_is_left(config: Config):
+def test_haproxy_variables_are_set_inside_the_block_only(config: Config):
     before = dict(os.environ)
     with haproxy_front(config):
         assert os.environ[HAPROXY_SWITCH] == "1"
@@ -45,7 +45,7 @@ def test_ray_is_told_and_afterwards_nothing_is_left(config: Config):
     assert not folder.exists()
 
 
-def test_options_reach_the_program_that_ray_starts(config: Config):
+def test_options_reach_the_haproxy_program(config: Config):
     changed = config.with_overrides(
         {"serve.host": "::1", "serve.ingress_replicas": 3, "serve.max_waiting_requests": 7, "serve.metrics_port": 0}
     )
@@ -59,8 +59,8 @@ def test_options_reach_the_program_that_ray_starts(config: Config):
     assert active_front() is None
 
 
-def test_no_two_ports_are_the_same(config: Config):
-    """Ray's defaults are the same for all applications of a machine, and two share what one of them asks."""
+def test_ports_are_distinct(config: Config):
+    """Ray's default ports are the same for all applications of a machine, which would then share requests."""
     names = ("FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT", "HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT")
     ports = []
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_no_two_ports_are_the_same(config: Config):
     assert len(set(ports[:5])) == 5
 
 
-def test_a_metrics_port_that_is_taken_is_said_or_avoided(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_a_metrics_port_in_use_is_an_error_or_replaced(config: Config, monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with (
@@ -91,22 +91,21 @@ def test_a_metrics_port_that_is_taken_is_said_or_avoided(config: Config, monkeyp
             assert options.metrics != f"127.0.0.1:{port}"
 
 
-def test_a_choice_that_comes_too_late_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_setup_after_importing_ray_serve_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray.serve", sys)
     with pytest.raises(StepError, match="after Ray Serve was imported"), haproxy_front(config):
         pass
 
 
-def test_it_can_be_switched_off(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_switches_haproxy_off(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(HAPROXY_SWITCH, "0")
     before = dict(os.environ)
     with haproxy_front(config):
         assert dict(os.environ) == before
 
 
-def test_the_settings_of_an_image_are_replaced_and_put_back(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Those of deploy/Containerfile are for the nodes of a cluster; `htcl serve` in a container needs its own ports and
-    limits."""
+def test_the_settings_of_an_image_are_replaced_and_restored(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """The settings of deploy/Containerfile are for nodes of a cluster; `htcl serve` needs its own ports and limits."""
     monkeypatch.setenv(HAPROXY_SWITCH, "1")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/image/htcl-haproxy")
     before = dict(os.environ)
@@ -116,12 +115,12 @@ def test_the_settings_of_an_image_are_replaced_and_put_back(config: Config, monk
     assert dict(os.environ) == before
 
 
-def test_a_cluster_that_is_there_is_left_alone(config: Config):
+def test_an_existing_cluster_is_not_changed(config: Config):
     with haproxy_front(config.with_overrides({"ray.address": "auto"})):
         assert HAPROXY_SWITCH not in os.environ
 
 
-def test_without_its_program_ray_s_own_proxy_is_used(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_without_haproxy_ray_uses_its_own_proxy(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(front.haproxy, "find_binary", lambda: None)
     with haproxy_front(config):
         assert HAPROXY_SWITCH not in os.environ

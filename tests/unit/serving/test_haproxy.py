@@ -1,4 +1,4 @@
-"""The configuration of HAProxy: Ray's own template, edited, run by the real HAProxy before a server of this test."""
+"""HAProxy with Ray's own template, edited, in front of a server of this test."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,10 +29,12 @@ from htcl_ray.serving.haproxy import HEADERS, Front, edited
 pytestmark = pytest.mark.unit
 
 MOST = 3
+GENERATE = "_generate_config_file_internal"
+"""Method of Ray that writes the configuration; it has no public one."""
 
 
 def ray_configuration(folder: Path, port: int, backend_port: int | None, host: str = "127.0.0.1") -> str:
-    """What this Ray writes for one application with one replica, or for none."""
+    """Configuration that the installed Ray writes for one application with one replica, or for none."""
     from ray.serve._private.common import RequestProtocol
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
     from ray.serve.config import HTTPOptions, gRPCOptions
@@ -59,9 +62,9 @@ def ray_configuration(folder: Path, port: int, backend_port: int | None, host: s
             ingress_deployment_name="Ingress",
             protocol=RequestProtocol.HTTP,
         )
-    HAProxyApi(
-        cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg")
-    )._generate_config_file_internal()
+    api = HAProxyApi(cfg=config, backend_configs=backends, config_file_path=str(folder / "haproxy.cfg"))
+    assert hasattr(api, GENERATE), f"Ray has moved {GENERATE}, which writes the configuration of HAProxy"
+    methodcaller(GENERATE)(api)
     return (folder / "haproxy.cfg").read_text()
 
 
@@ -69,8 +72,7 @@ COUNTING = threading.Lock()
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Responds with the request's path and headers; /wait waits for `gate`. `begun` counts the requests of each
-    path."""
+    """Responds with the path and headers of a request; /wait waits for `gate`. `begun` counts requests by path."""
 
     protocol_version = "HTTP/1.1"
     gate = threading.Event()
@@ -91,7 +93,7 @@ class Replica(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_GET
 
     def log_message(self, *_: Any) -> None:
-        """Not in the terminal."""
+        """Log nothing."""
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -99,7 +101,7 @@ class QuietServer(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that a test broke."""
+        """Ignore connections that a test broke."""
 
 
 def free_port() -> int:
@@ -124,7 +126,7 @@ def running(folder: Path, configuration: str, front: Front, port: int) -> Iterat
                 socket.create_connection(("127.0.0.1", port), 1).close()
                 break
             except OSError:
-                assert process.poll() is None, "HAProxy does not take the file"
+                assert process.poll() is None, "HAProxy rejects the configuration"
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
@@ -135,7 +137,7 @@ def running(folder: Path, configuration: str, front: Front, port: int) -> Iterat
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """HAProxy before one replica."""
+    """URL of a HAProxy in front of one replica."""
     folder = tmp_path_factory.mktemp("haproxy")
     server = QuietServer(("127.0.0.1", 0), Replica)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -146,7 +148,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         token="a-token",
         metrics=f"127.0.0.1:{metrics}",
         metrics_source=backend,
-        arrival_seconds=2,
+        arrival_seconds=1,
     )
     with running(folder, ray_configuration(folder, port, backend, host="127.0.0.9"), front, port) as address:
         eventually(lambda: httpx.get(address).status_code == 200)
@@ -176,7 +178,7 @@ def whole_response(connection: socket.socket) -> bytes:
     return data
 
 
-def test_a_request_carries_the_peer_and_the_token_whatever_the_client_says(url: str):
+def test_requests_carry_the_peer_address_and_the_token(url: str):
     forged = {"x-forwarded-for": "1.2.3.4", "x-htcl-front": "guess"}
     seen = httpx.get(f"{url}/x?key=value", headers=forged).json()
     values = [(name.lower(), value) for name, value in seen["headers"]]
@@ -184,7 +186,7 @@ def test_a_request_carries_the_peer_and_the_token_whatever_the_client_says(url: 
     assert [value for name, value in values if name == "x-htcl-front"] == ["a-token"]
 
 
-def test_more_requests_than_the_replicas_take_are_429_and_probes_are_not(url: str):
+def test_excess_requests_are_429_and_probes_pass(url: str):
     Replica.gate.clear()
     with ThreadPoolExecutor(MOST) as pool:
         waiting = [pool.submit(httpx.get, f"{url}/wait", timeout=30) for _ in range(MOST)]
@@ -201,7 +203,7 @@ def test_more_requests_than_the_replicas_take_are_429_and_probes_are_not(url: st
         assert {response.result().status_code for response in waiting} == {200}
 
 
-def test_uploads_in_transit_take_no_place_of_other_requests_until_there_are_eight_times_as_many(url: str):
+def test_uploads_in_transit_have_a_separate_limit(url: str):
     head = b"POST /upload HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n" + b"x" * 20_000
     uploads = [stalled(url, head) for _ in range(8 * MOST)]
     try:
@@ -217,7 +219,7 @@ def test_uploads_in_transit_take_no_place_of_other_requests_until_there_are_eigh
             upload.close()
 
 
-def test_a_body_and_headers_that_never_come_are_408_and_hold_up_nobody(url: str):
+def test_stalled_headers_and_bodies_are_408_and_block_no_other_client(url: str):
     body = stalled(url, b"POST /healthz HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\nx")
     headers = [stalled(url, b"GET /healthz HTTP/1.1\r\nhost: ") for _ in range(300)]
     assert httpx.get(f"{url}/x").status_code == 200
@@ -231,11 +233,10 @@ def test_a_body_and_headers_that_never_come_are_408_and_hold_up_nobody(url: str)
 
 
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.1", "10.0.0.0/8")])
-def test_an_address_has_a_thousand_connections_unless_it_is_a_proxy(tmp_path: Path, trusted: tuple[str, ...]):
+def test_connections_of_an_address_are_limited_unless_it_is_a_trusted_proxy(tmp_path: Path, trusted: tuple[str, ...]):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (max(soft, 8_192), max(hard, 8_192))
-    )  # for the connections, here and in HAProxy
+    # For the connections of this process and of HAProxy.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8_192), max(hard, 8_192)))
     port = free_port()
     configuration = ray_configuration(tmp_path, port, free_port()).replace("maxconn 4096", "maxconn 1500")
     with running(tmp_path, configuration, Front(trusted_proxies=trusted), port) as url:
@@ -248,7 +249,7 @@ def test_an_address_has_a_thousand_connections_unless_it_is_a_proxy(tmp_path: Pa
 
 
 def is_closed(url: str, kept: list[socket.socket]) -> bool:
-    """Whether a new connection is closed at once; one that is not is kept open."""
+    """Whether a new connection is closed immediately; otherwise it is kept open in `kept`."""
     try:
         kept.append(stalled(url, b"GET / HTTP/1.1\r\n"))
         kept[-1].settimeout(0.05)
@@ -265,8 +266,8 @@ def test_the_metrics_address_serves_metrics_only(url: str):
     assert httpx.get(f"{address}/v1/index").status_code == 404
 
 
-def test_while_no_replica_is_up_clients_are_told_to_try_again(tmp_path: Path):
-    """Not deployed yet or any more; and deployed, with nothing that listens."""
+def test_without_a_running_replica_responses_are_503_with_retry_after(tmp_path: Path):
+    """No application is deployed, or its replica does not listen."""
     for backend in (None, free_port()):
         port = free_port()
         with running(tmp_path, ray_configuration(tmp_path, port, backend), Front(), port) as url:
@@ -279,7 +280,7 @@ def test_while_no_replica_is_up_clients_are_told_to_try_again(tmp_path: Path):
             assert response.json()["error"]["code"] == "unavailable"
 
 
-def test_a_service_that_stops_says_so_while_replicas_still_run(url: str, tmp_path: Path):
+def test_a_stopping_service_responds_503_while_replicas_still_run(url: str, tmp_path: Path):
     (tmp_path / "stop").touch()
     port = free_port()
     with running(
@@ -296,18 +297,18 @@ def binds(configuration: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("wanted", "open_on"), [("", "*:8000"), ("192.0.2.7", "192.0.2.7:8000"), ("[::]", "[::]:8000")]
 )
-def test_only_the_service_listens_on_an_address_that_others_reach(tmp_path: Path, wanted: str, open_on: str):
-    """`serve deploy` with 0.0.0.0 leaves it to Ray where; `htcl serve` says it."""
+def test_only_the_http_frontend_listens_on_the_public_address(tmp_path: Path, wanted: str, open_on: str):
+    """Without `host`, as for `serve deploy` with 0.0.0.0, the address is that of Ray's configuration."""
     configuration = ray_configuration(tmp_path, 8000, 30_000, host="0.0.0.0")
     assert binds(configuration)["prometheus"].startswith(":")  # open, as Ray writes it
-    found = binds(edited(configuration, Front(host=wanted), "/errors"))
-    assert found.pop("http_frontend") == open_on
-    assert {name for name, address in found.items() if not address.startswith("127.0.0.1:")} == set()
-    assert {"prometheus", "stats"} <= set(found)
+    addresses = binds(edited(configuration, Front(host=wanted), "/errors"))
+    assert addresses.pop("http_frontend") == open_on
+    assert {name for name, address in addresses.items() if not address.startswith("127.0.0.1:")} == set()
+    assert {"prometheus", "stats"} <= set(addresses)
 
 
 def test_the_admin_socket_is_private_and_the_log_has_no_query_strings(tmp_path: Path):
-    """In them players send their keys."""
+    """Players send their keys in the query string."""
     configuration = edited(ray_configuration(tmp_path, 8000, 30_000), Front(), "/errors")
     assert re.search(r"stats socket \S+ mode 600 ", configuration)
     formats = [line for line in configuration.splitlines() if line.strip().startswith(("log-format", "option httplog"))]
@@ -318,7 +319,7 @@ def test_the_admin_socket_is_private_and_the_log_has_no_query_strings(tmp_path: 
 @pytest.mark.parametrize(
     "line", ["option httplog", "stats socket", "bind :", "bind \\*:", "bind 127", "use_backend", "errorfile"]
 )
-def test_a_template_without_a_line_that_must_change_is_refused(tmp_path: Path, line: str):
+def test_a_template_without_a_required_line_is_an_error(tmp_path: Path, line: str):
     configuration = ray_configuration(tmp_path, 8000, 30_000)
     if line == "errorfile":
         configuration = configuration if "errorfile" in configuration else configuration + "    errorfile 503 /x\n"
@@ -328,14 +329,14 @@ def test_a_template_without_a_line_that_must_change_is_refused(tmp_path: Path, l
         edited(without, Front(), "/errors")
 
 
-def test_haproxy_is_found_also_where_ray_is_told_to_start_this_program(monkeypatch: pytest.MonkeyPatch):
+def test_the_haproxy_binary_is_never_this_program(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(haproxy.BINARY_PATH, raising=False)
     bundled = haproxy.find_binary()
     assert bundled is not None
     assert subprocess.run([bundled, "-v"], capture_output=True, text=True, check=True).stdout.startswith(
         "HAProxy version"
     )
-    for named, found in (("/usr/bin/htcl-haproxy", bundled), ("/opt/haproxy", "/opt/haproxy")):
+    for named, expected in (("/usr/bin/htcl-haproxy", bundled), ("/opt/haproxy", "/opt/haproxy")):
         monkeypatch.setenv(haproxy.BINARY_PATH, named)
-        assert haproxy.find_binary() == found
+        assert haproxy.find_binary() == expected
         assert os.environ[haproxy.BINARY_PATH] == named

@@ -1,5 +1,4 @@
-"""The benchmark of hostile uploads: its requests are repeatable and mean what they say, and its report sees what is
-wrong."""
+"""The benchmark of hostile uploads: its requests are reproducible and as described, its summary reports problems."""
 
 from __future__ import annotations
 
@@ -22,15 +21,15 @@ pytestmark = pytest.mark.unit
 
 def files() -> list[bytes]:
     rng = np.random.default_rng(0)
-    found = []
+    files = []
     for format in ("WAV", "FLAC", "OGG"):
         file = io.BytesIO()
         soundfile.write(file, rng.uniform(-0.5, 0.5, 4_000), 16_000, format=format)
-        found.append(file.getvalue())
-    return [*found, b"x"]
+        files.append(file.getvalue())
+    return [*files, b"x"]
 
 
-def test_the_same_seed_sends_the_same_requests():
+def test_requests_are_determined_by_the_seed():
     originals = files()
     count = len(list(handmade())) + 64
     first, second, other = (list(requests(originals, count, seed)) for seed in (1, 1, 2))
@@ -40,7 +39,7 @@ def test_the_same_seed_sends_the_same_requests():
     assert len(list(requests(originals, 5, 0))) == 5
 
 
-def test_lying_headers_lie():
+def test_false_headers_differ_from_the_file():
     made = dict(hostile_files())
     hour = soundfile.info(io.BytesIO(made["an hour of silence in little FLAC"]))
     assert hour.frames == 3_600 * 16_000
@@ -51,11 +50,11 @@ def test_lying_headers_lie():
     assert soundfile.info(io.BytesIO(made["WAV of 1,024 channels"])).channels == 1_024
 
 
-def test_every_kind_gets_a_documented_answer_from_the_routes():
-    """Without decoding: the backend of the routes' tests takes any bytes for sound."""
+def test_every_kind_gets_a_documented_response():
+    """The backend of these tests accepts any bytes as audio, without decoding."""
     client = Client()
     openapi = client("GET", "/openapi.json").json()
-    answers = []
+    exchanges = []
     for request in handmade():
         response = client(
             request.method,
@@ -63,54 +62,54 @@ def test_every_kind_gets_a_documented_answer_from_the_routes():
             content=request.content,
             headers={"content-type": request.content_type},
         )
-        answers.append(
+        exchanges.append(
             Exchange(request.kind, request.route, request.method, response.status_code, 0.0, shape_problem(response))
         )
-    assert not undocumented(answers, openapi)
-    assert not [answer for answer in answers if answer.problem]
-    assert {answer.status for answer in answers} >= {200, 400, 404, 413, 422}
+    assert not undocumented(exchanges, openapi)
+    assert not [exchange for exchange in exchanges if exchange.problem]
+    assert {exchange.status for exchange in exchanges} >= {200, 400, 404, 413, 422}
 
 
-def test_a_well_formed_upload_is_one():
+def test_a_well_formed_upload_is_accepted():
     client = Client()
-    request = upload("good", b"sound", "a.wav", [("k", "2")])
+    request = upload("good", b"audio", "a.wav", [("k", "2")])
     response = client("POST", AUDIO, content=request.content, headers={"content-type": request.content_type})
     assert response.status_code == 200
     assert response.json()["k"] == 2
 
 
-def test_the_report_sees_what_is_wrong():
+def test_the_summary_reports_problems():
     openapi = {"paths": {SEARCH: {"post": {"responses": {"200": {}, "400": {}}}}}}
-    answers = [
+    exchanges = [
         Exchange("fine", SEARCH, "POST", 400, 0.1, None),
         Exchange("odd", SEARCH, "POST", 500, 0.2, "not JSON"),
-        Exchange("gone", SEARCH, "POST", 0, 9.0, "no answer"),
+        Exchange("gone", SEARCH, "POST", 0, 9.0, "no response"),
         Exchange("elsewhere", "/v1/other", "POST", 404, 0.1, None),
     ]
-    found = summary(answers, openapi, [{1: 10_000_000}, {1: 12_000_000}], [{7, 8}, {8, 9}])
-    assert found["statuses"] == {"0": 1, "400": 1, "404": 1, "500": 1}
-    assert found["undocumented"] == {"POST /v1/search 500": 1}
-    assert found["problems"] == ["odd: not JSON", "gone: no answer"]
-    assert found["slowest"][0] == {"kind": "gone", "status": 0, "seconds": 9.0}
-    assert found["replica_megabytes"] == {"1": [10, 12]}
-    assert (found["replicas_restarted"], found["decoders_replaced_at_least"]) == (False, 1)
-    assert summary(answers, openapi, [{1: 1}, {2: 1}], [set(), set()])["replicas_restarted"]
+    report = summary(exchanges, openapi, [{1: 10_000_000}, {1: 12_000_000}], [{7, 8}, {8, 9}])
+    assert report["statuses"] == {"0": 1, "400": 1, "404": 1, "500": 1}
+    assert report["undocumented"] == {"POST /v1/search 500": 1}
+    assert report["problems"] == ["odd: not JSON", "gone: no response"]
+    assert report["slowest"][0] == {"kind": "gone", "status": 0, "seconds": 9.0}
+    assert report["replica_megabytes"] == {"1": [10, 12]}
+    assert (report["replicas_restarted"], report["decoders_replaced_at_least"]) == (False, 1)
+    assert summary(exchanges, openapi, [{1: 1}, {2: 1}], [set(), set()])["replicas_restarted"]
 
 
-def test_answers_are_judged_by_their_shape():
-    def answering(status: int, text: str) -> Exchange:
+def test_responses_are_checked_by_their_form():
+    def exchange_with(status: int, text: str) -> Exchange:
         transport = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
         with httpx.Client(transport=transport, base_url="http://localhost") as client:
             return send(client, upload("a", b""))
 
-    assert answering(200, "{}").problem is None
-    assert answering(400, '{"error": {"code": "a", "message": "b"}}').problem is None
+    assert exchange_with(200, "{}").problem is None
+    assert exchange_with(400, '{"error": {"code": "a", "message": "b"}}').problem is None
     for text in ("Internal Server Error", '{"detail": "x"}', '{"error": "x"}', "[]"):
-        assert answering(500, text).problem
+        assert exchange_with(500, text).problem
 
 
-def test_processes_are_found_by_name_and_parent():
-    name = "a-process-to-be-found"
+def test_processes_are_listed_by_name_and_parent():
+    name = "a-process-to-be-listed"
     command = [sys.executable, "-c", "print('started', flush=True); input()", name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None

@@ -43,8 +43,8 @@ def vectors(seed: int, rows: int) -> Vectors:
     return Vectors(*halves.astype(np.float32))
 
 
-class StandIn:
-    """Words and bytes → vectors drawn from their hash; raises what it is told to."""
+class FakeBackend:
+    """Backend that encodes text and bytes by their hash, or raises `error`."""
 
     def __init__(self) -> None:
         metadata = pa.table(
@@ -75,10 +75,10 @@ class StandIn:
 
 
 class Client:
-    """A synchronous face of httpx over ASGI."""
+    """Synchronous client over ASGI."""
 
     def __init__(self, settings: ServeSettings | None = None) -> None:
-        self.backend = StandIn()
+        self.backend = FakeBackend()
         self.app = create_app(self.backend, settings or ServeSettings(max_upload_bytes=200_000))
 
     def __call__(self, method: str, path: str, **options) -> httpx.Response:
@@ -111,12 +111,12 @@ def assert_failure(response: httpx.Response, status: int, code: str, message: st
     assert message in body["error"]["message"]
 
 
-def found(response: httpx.Response) -> list[str]:
+def result_ids(response: httpx.Response) -> list[str]:
     assert response.status_code == 200, response.text
     return [result["song_id"] for result in response.json()["results"]]
 
 
-def test_search_answers_what_the_service_answers(client: Client):
+def test_search_returns_the_results_of_the_service(client: Client):
     service = client.backend.service
     seeds, query = ["a", "b"], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     expected = {
@@ -127,7 +127,7 @@ def test_search_answers_what_the_service_answers(client: Client):
     }
     for name, value in (("text", "calm"), ("song_id", "a"), ("song_ids", seeds), ("vector", query)):
         response = client("POST", "/v1/search", json={name: value, "k": 3, "blend": 0.2})
-        assert found(response) == [hit.song_id for hit in expected[name].hits]
+        assert result_ids(response) == [hit.song_id for hit in expected[name].hits]
         body = response.json()
         assert (body["k"], body["blend"], body["index"]) == (3, 0.2, "v1")
         for result, hit in zip(body["results"], expected[name].hits, strict=True):
@@ -135,7 +135,7 @@ def test_search_answers_what_the_service_answers(client: Client):
             assert {"title", "artist", "genre", "year"} <= set(result)
 
 
-def test_the_coverage_of_a_text_is_told_and_nothing_else_has_one(client: Client):
+def test_only_text_queries_report_text_coverage(client: Client):
     assert client("POST", "/v1/search", json={"text": "calm"}).json()["text_coverage"] == 0.4
     assert client("POST", "/v1/embeddings", json={"text": "calm"}).json()["text_coverage"] == 0.4
     files = {"file": ("a.wav", b"123")}
@@ -160,7 +160,7 @@ def test_defaults(client: Client):
 def test_uploads(client: Client):
     data = wav(sound(0, RECIPE, seconds=0.5), RECIPE)
     response = client("POST", "/v1/search/audio", files={"file": ("a.wav", data)}, data={"k": "2", "blend": "1"})
-    assert found(response) == [
+    assert result_ids(response) == [
         hit.song_id for hit in client.backend.service.search(vectors(len(data), 1), k=2, blend=1).hits
     ]
     assert (response.json()["k"], response.json()["blend"]) == (2, 1)
@@ -178,25 +178,25 @@ OPTIONS = {
 }
 
 
-def test_options_mean_the_same_in_every_call(client: Client):
+def test_options_have_the_same_effect_in_every_route(client: Client):
     service = client.backend.service
     options = {**OPTIONS, "filter": Filter.model_validate(OPTIONS["filter"])}
     flat = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in OPTIONS.items()}
     file = {"file": ("a.wav", b"12345")}
     likes = [hit.song_id for hit in service.search_songs(["b"], **options).hits]
     assert likes, "the filter must leave something"
-    assert found(client("POST", "/v1/search", json={"song_id": "b", **OPTIONS})) == likes
-    assert found(client("GET", "/v1/songs/b/similar", params=flat)) == likes
-    assert found(client("POST", "/v1/recommend", json={"history": [{"song_id": "b"}], **OPTIONS})) == likes
+    assert result_ids(client("POST", "/v1/search", json={"song_id": "b", **OPTIONS})) == likes
+    assert result_ids(client("GET", "/v1/songs/b/similar", params=flat)) == likes
+    assert result_ids(client("POST", "/v1/recommend", json={"history": [{"song_id": "b"}], **OPTIONS})) == likes
     near = [hit.song_id for hit in service.search(vectors(5, 1), **options).hits]
-    assert found(client("POST", "/v1/search/audio", files=file, data=flat)) == near
-    assert found(client("POST", "/v1/search", json={"text": "\x05", **OPTIONS})) == near
+    assert result_ids(client("POST", "/v1/search/audio", files=file, data=flat)) == near
+    assert result_ids(client("POST", "/v1/search", json={"text": "\x05", **OPTIONS})) == near
 
 
 def test_negatives_and_histories(client: Client):
     service = client.backend.service
     body = {"song_ids": ["a"], "negative_song_ids": ["b"]}
-    assert found(client("POST", "/v1/search", json=body)) == [
+    assert result_ids(client("POST", "/v1/search", json=body)) == [
         hit.song_id for hit in service.search_songs(["a"], ["b"]).hits
     ]
     history = [
@@ -205,8 +205,8 @@ def test_negatives_and_histories(client: Client):
         {"song_id": "zz"},
     ]
     response = client("POST", "/v1/recommend", json={"history": history, "half_life_days": 7})
-    heard = [Play("a", 2, 1_700_000_000), Play("b", -0.5)]
-    assert found(response) == [hit.song_id for hit in service.recommend(heard, half_life_days=7).hits]
+    history = [Play("a", 2, 1_700_000_000), Play("b", -0.5)]
+    assert result_ids(response) == [hit.song_id for hit in service.recommend(history, half_life_days=7).hits]
     assert response.json()["unknown_song_ids"] == ["zz"]
 
 
@@ -219,11 +219,11 @@ def test_embeddings(client: Client):
         "text_coverage": 0.4,
         "model_versions": {"semantic": "s1", "preference": "p1"},
     }
-    by_sound = client("POST", "/v1/embeddings", files={"file": ("a.wav", b"123")}).json()
-    assert by_sound["semantic"] == vectors(3, 1).semantic[0].tolist()
-    vector = [*by_sound["semantic"], *by_sound["preference"]]
+    by_audio = client("POST", "/v1/embeddings", files={"file": ("a.wav", b"123")}).json()
+    assert by_audio["semantic"] == vectors(3, 1).semantic[0].tolist()
+    vector = [*by_audio["semantic"], *by_audio["preference"]]
     near = client("POST", "/v1/search/audio", files={"file": ("a.wav", b"123")})
-    assert found(client("POST", "/v1/search", json={"vector": vector})) == found(near)
+    assert result_ids(client("POST", "/v1/search", json={"vector": vector})) == result_ids(near)
 
 
 @pytest.mark.parametrize(
@@ -294,16 +294,16 @@ def test_embeddings(client: Client):
         ),
     ],
 )
-def test_bad_questions(client: Client, path: str, options: dict, status: int, code: str, message: str):
+def test_invalid_queries_are_errors(client: Client, path: str, options: dict, status: int, code: str, message: str):
     assert_failure(client("POST", path, **options), status, code, message)
 
 
 @pytest.mark.parametrize("song_id", IDS)
-def test_songs_by_any_id(client: Client, song_id: str):
+def test_songs_with_unusual_ids(client: Client, song_id: str):
     path = f"/v1/songs/{quote(song_id)}"
     assert client("GET", path).json()["song_id"] == song_id
-    assert sorted([*found(client("GET", f"{path}/similar", params={"k": 10})), song_id]) == sorted(IDS)
-    assert len(found(client("GET", f"{path}/similar?k=2&blend=0"))) == 2
+    assert sorted([*result_ids(client("GET", f"{path}/similar", params={"k": 10})), song_id]) == sorted(IDS)
+    assert len(result_ids(client("GET", f"{path}/similar?k=2&blend=0"))) == 2
 
 
 def test_operations(client: Client):
@@ -332,8 +332,8 @@ BAD_SEARCHES = [
     ({"vector": [0.0] * 6}, 422, "invalid_query", "zero"),
     ({"vector": [1e300] * 6}, 422, "invalid_query", "not finite"),
     ({"text": "a", "colour": "red"}, 422, "invalid_request", "colour"),
-    ({"song_id": "nobody"}, 404, "song_not_found", "'nobody'"),
-    ({"song_ids": ["a", "nobody"]}, 404, "song_not_found", "'nobody'"),
+    ({"song_id": "missing"}, 404, "song_not_found", "'missing'"),
+    ({"song_ids": ["a", "missing"]}, 404, "song_not_found", "'missing'"),
     ([], 422, "invalid_request", ""),
     ("text", 422, "invalid_request", ""),
     (None, 422, "invalid_request", ""),
@@ -341,7 +341,7 @@ BAD_SEARCHES = [
 
 
 @pytest.mark.parametrize(("body", "status", "code", "message"), BAD_SEARCHES)
-def test_bad_searches(client: Client, body, status: int, code: str, message: str):
+def test_invalid_search_bodies_are_errors(client: Client, body, status: int, code: str, message: str):
     content = json.dumps(body).encode()
     response = client("POST", "/v1/search", content=content, headers={"content-type": "application/json"})
     assert_failure(response, status, code, message)
@@ -362,22 +362,22 @@ def test_bad_searches(client: Client, body, status: int, code: str, message: str
         (b"", 422, "invalid_request"),
     ],
 )
-def test_bodies_that_are_not_json(client: Client, content: bytes, status: int, code: str | None):
+def test_malformed_json_bodies_are_errors(client: Client, content: bytes, status: int, code: str | None):
     response = client("POST", "/v1/search", content=content, headers={"content-type": "application/json"})
     assert_failure(response, status, code or response.json()["error"]["code"])
 
 
-def test_unknown_places(client: Client):
+def test_unknown_paths_and_songs_are_404(client: Client):
     assert_failure(client("GET", "/v1/nothing"), 404, "not_found", "/v1/nothing")
     assert_failure(client("GET", "/v2"), 404, "not_found")
     assert_failure(client("PUT", "/v1/search"), 405, "method_not_allowed")
-    assert_failure(client("GET", "/v1/songs/nobody"), 404, "song_not_found")
-    assert_failure(client("GET", "/v1/songs/nobody/similar"), 404, "song_not_found")
+    assert_failure(client("GET", "/v1/songs/missing"), 404, "song_not_found")
+    assert_failure(client("GET", "/v1/songs/missing/similar"), 404, "song_not_found")
     assert_failure(client("GET", "/v1/songs/a/similar?k=0"), 422, "invalid_request", "query.k")
     assert_failure(client("GET", "/v1/songs/a/similar?blend=nan"), 422, "invalid_request", "query.blend")
 
 
-def test_bad_uploads(client: Client):
+def test_invalid_uploads_are_errors(client: Client):
     wrong = "/v1/search/audio"
     good = wav(sound(0, RECIPE, seconds=0.2), RECIPE)
     assert_failure(client("POST", wrong, json={}), 415, "unsupported_media_type", "multipart/form-data")
@@ -399,13 +399,11 @@ def test_bad_uploads(client: Client):
 
 
 @pytest.mark.parametrize("reason", list(Reason))
-def test_audio_that_cannot_be_used(client: Client, reason: Reason):
-    client.backend.error = AudioError(reason, "what was found")
+def test_unusable_audio_has_a_status_and_code_for_each_reason(client: Client, reason: Reason):
+    client.backend.error = AudioError(reason, "reason")
     unusable = (Reason.TOO_SHORT, Reason.NOT_FINITE, Reason.TOO_MANY_CHANNELS, Reason.SAMPLE_RATE_TOO_HIGH)
     status = 422 if reason in unusable else 413 if reason is Reason.TOO_LONG else 415
-    assert_failure(
-        client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "what was found"
-    )
+    assert_failure(client("POST", "/v1/search/audio", files={"file": ("a", b"x")}), status, reason.value, "reason")
 
 
 def all_errors(kind: type = HtclError) -> Iterator[type[HtclError]]:
@@ -414,8 +412,10 @@ def all_errors(kind: type = HtclError) -> Iterator[type[HtclError]]:
         yield from all_errors(child)
 
 
-def test_every_error_of_ours_has_an_answer(client: Client):
-    kinds = [kind for kind in all_errors() if kind not in (RequestError, NoResponseError)]  # those are the client's
+def test_every_error_of_the_package_has_a_response(client: Client):
+    kinds = [
+        kind for kind in all_errors() if kind not in (RequestError, NoResponseError)
+    ]  # raised by the Python client only
     assert len(kinds) >= 9
     for kind in kinds:
         client.backend.error = AudioError(Reason.UNDECODABLE, "secret") if kind is AudioError else kind("secret")
@@ -426,21 +426,21 @@ def test_every_error_of_ours_has_an_answer(client: Client):
             assert "secret" not in response.text
 
 
-def test_errors_that_nobody_expected(client: Client):
+def test_unexpected_errors_are_500_without_details(client: Client):
     client.backend.error = ZeroDivisionError("secret")
     response = client("POST", "/v1/search", json={"text": "a"})
     assert_failure(response, 500, "internal")
     assert "secret" not in response.text
 
 
-def test_encoders_that_are_full_are_429(client: Client):
+def test_full_encoders_are_429(client: Client):
     client.backend.error = BackPressureError(num_queued_requests=9, max_queued_requests=8)
     response = client("POST", "/v1/search", json={"text": "calm"})
     assert_failure(response, 429, "overloaded", "try again")
     assert response.headers["retry-after"] == "1"
 
 
-def test_errors_from_another_replica_keep_their_meaning(client: Client):
+def test_errors_of_another_replica_keep_their_status(client: Client):
     from ray.exceptions import RayActorError, RayTaskError
 
     cause = AudioError(Reason.UNDECODABLE, "no format")
@@ -456,9 +456,7 @@ def test_errors_from_another_replica_keep_their_meaning(client: Client):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_an_encoder_that_gives_no_finite_vector_is_500_and_never_a_score(
-    client: Client, monkeypatch: pytest.MonkeyPatch, value: float
-):
+def test_an_invalid_vector_of_the_encoder_is_500(client: Client, monkeypatch: pytest.MonkeyPatch, value: float):
     async def damaged(content: object) -> Vectors:
         given = vectors(1, 1)
         given.preference[0, 1:] = value
@@ -475,7 +473,7 @@ def test_an_encoder_that_gives_no_finite_vector_is_500_and_never_a_score(
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]", "music.example:443", "192.0.2.7"]
 )
-def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
+def test_allowed_hosts(host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HTCL_API_KEYS", '[{"name": "a", "key": "0123456789abcdef", "scopes": ["read"]}]')
     client = Client(ServeSettings(host="192.0.2.7", allowed_hosts=("Music.example",)))
     assert client("GET", "/healthz", headers={"host": host}).status_code == 200
@@ -485,32 +483,45 @@ def test_hosts_that_are_allowed(host: str, monkeypatch: pytest.MonkeyPatch):
     "host",
     ["evil.example", "localhost.evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost:80:80"],
 )
-def test_hosts_that_are_not(host: str, client: Client):
+def test_hosts_that_are_not_allowed_are_400(host: str, client: Client):
     assert_failure(client("GET", "/healthz", headers={"host": host}), 400, "unknown_host", "serve.allowed_hosts")
 
 
 NO_TYPE = {"content": b'{"text": "calm piano"}'}
 AS_FIELDS = {**NO_TYPE, "headers": {"content-type": "application/x-www-form-urlencoded"}}
-FIELD = {"files": {"file": (None, b"sound"), "k": (None, b"3")}}
-SPOKEN = [
+FIELD = {"files": {"file": (None, b"audio"), "k": (None, b"3")}}
+MISTAKES = [
     *((path, NO_TYPE, 415, "no Content-Type") for path in ("/v1/search", "/v1/recommend", "/v1/embeddings")),
-    *((path, AS_FIELDS, 415, "'application/x-www-form-urlencoded'") for path in ("/v1/search", "/v1/recommend", "/v1/embeddings")),
+    *(
+        (path, AS_FIELDS, 415, "'application/x-www-form-urlencoded'")
+        for path in ("/v1/search", "/v1/recommend", "/v1/embeddings")
+    ),
     ("/v1/search/audio", NO_TYPE, 415, "no Content-Type of its body; expected multipart/form-data"),
     ("/v1/search/audio", {"json": {"k": 3}}, 415, "multipart/form-data"),
     ("/v1/search/audio", FIELD, 422, "file name"),
     ("/v1/embeddings", FIELD, 422, "file name"),
     ("/v1/search/audio", {"files": {"k": (None, b"3")}}, 422, "file name"),
-    ("/v1/search/audio", {"files": {"file": ("a", b"1")}, "data": {"filter": "{genre:rock}"}}, 400, "the form field filter is not JSON: "),
-    ("/v1/search/audio", {"files": {"file": ("a", b"1")}, "data": {"filter": "[1]"}}, 422, "form field filter: expected a JSON object"),
+    (
+        "/v1/search/audio",
+        {"files": {"file": ("a", b"1")}, "data": {"filter": "{genre:rock}"}},
+        400,
+        "the form field filter is not JSON: ",
+    ),
+    (
+        "/v1/search/audio",
+        {"files": {"file": ("a", b"1")}, "data": {"filter": "[1]"}},
+        422,
+        "form field filter: expected a JSON object",
+    ),
     ("/v1/search/audio", {"files": {"file": ("a", b"1"), "filter": ("f.json", b"{}")}}, 422, "form field filter: "),
     ("/v1/search", {"json": {"text": "a", "filter": 5}}, 422, "body.filter: expected a JSON object"),
     ("/v1/search", {"json": [1]}, 422, "body: expected a JSON object"),
     ("/v1/search", {"json": {"text": "a" * MAX_JSON_BYTES}}, 413, "the most of one that is not multipart/form-data"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("path", "options", "status", "said"), SPOKEN)
-def test_what_was_forgotten_is_named(client: Client, path: str, options: dict, status: int, said: str):
+@pytest.mark.parametrize(("path", "options", "status", "said"), MISTAKES)
+def test_errors_name_the_missing_or_wrong_part(client: Client, path: str, options: dict, status: int, said: str):
     response = client("POST", path, **options)
     assert response.status_code == status
     message = response.json()["error"]["message"]
@@ -529,13 +540,13 @@ def test_what_was_forgotten_is_named(client: Client, path: str, options: dict, s
         assert "body" not in message
 
 
-def test_a_filter_in_an_address_is_named(client: Client):
+def test_an_invalid_filter_parameter_is_named(client: Client):
     assert_failure(
         client("GET", "/v1/songs/a/similar?filter={"), 400, "malformed_json", "the parameter filter is not JSON"
     )
 
 
-def test_an_error_of_audio_shows_no_folder(client: Client):
+def test_audio_errors_show_no_folder(client: Client):
     client.backend.error = AudioError(
         Reason.UNDECODABLE, "/tmp/a/b/x.mp3: no audio, s3://bucket/ü/y.wav neither; 3/4 is fine"
     )
@@ -544,19 +555,19 @@ def test_an_error_of_audio_shows_no_folder(client: Client):
     assert "/tmp" not in response.text
 
 
-def test_too_large_an_upload_is_told_the_setting(client: Client):
+def test_an_oversized_upload_names_the_setting(client: Client):
     response = client("POST", "/v1/search/audio", files={"file": ("a", b"x" * 400_000)})
     assert_failure(response, 413, "too_large", "serve.max_upload_bytes")
 
 
-def test_any_host_on_request():
+def test_any_host_can_be_allowed():
     assert (
         Client(ServeSettings(allowed_hosts=("*",)))("GET", "/healthz", headers={"host": "evil.example"}).status_code
         == 200
     )
 
 
-def test_a_declared_length_is_refused_unread(client: Client):
+def test_an_oversized_declared_length_is_rejected_unread(client: Client):
     response = client(
         "POST", "/v1/search", content=b" " * (MAX_JSON_BYTES + 1), headers={"content-type": "application/json"}
     )
@@ -567,7 +578,7 @@ def test_a_declared_length_is_refused_unread(client: Client):
     assert_failure(response, 413, "too_large", "200000")
 
 
-def test_a_declared_length_is_believed_before_anything_is_read(client: Client):
+def test_a_declared_length_is_checked_before_the_body_is_read(client: Client):
     async def ask() -> list[dict]:
         async def receive() -> dict:
             pytest.fail("the body was read")
@@ -586,7 +597,7 @@ def test_a_declared_length_is_believed_before_anything_is_read(client: Client):
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
-def test_an_endless_body_is_cut_off_while_it_is_read(client: Client, kind: str):
+def test_an_endless_body_is_rejected_while_it_is_read(client: Client, kind: str):
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -605,7 +616,7 @@ def test_an_endless_body_is_cut_off_while_it_is_read(client: Client, kind: str):
 @pytest.mark.parametrize(
     ("path", "allowed"), [("/v1/search", "POST"), ("/v1/songs/a", "DELETE, GET, HEAD, PUT"), ("/healthz", "GET, HEAD")]
 )
-def test_a_wrong_method_is_told_the_right_ones(client: Client, path: str, allowed: str):
+def test_a_wrong_method_is_405_with_the_allowed_methods(client: Client, path: str, allowed: str):
     response = client("OPTIONS", path)
     assert_failure(response, 405, "method_not_allowed", f"it takes {allowed}")
     assert response.headers["allow"] == allowed
@@ -616,7 +627,7 @@ class TestOpenApi:
     def schema(self, client: Client) -> dict:
         return client("GET", "/openapi.json").json()
 
-    def test_lists_the_calls(self, schema: dict):
+    def test_lists_the_routes(self, schema: dict):
         calls = {(method.upper(), path) for path, methods in schema["paths"].items() for method in methods}
         assert calls == {
             ("POST", "/v1/search"),
@@ -641,7 +652,7 @@ class TestOpenApi:
             ("GET", "/readyz"),
         }
 
-    def test_every_answer_is_typed(self, schema: dict):
+    def test_every_response_has_a_schema(self, schema: dict):
         for path, methods in schema["paths"].items():
             for operation in methods.values():
                 for status, response in operation["responses"].items():

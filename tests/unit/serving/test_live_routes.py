@@ -1,4 +1,4 @@
-"""Songs put in and taken out, and indexes switched, over HTTP."""
+"""Adding, changing and removing songs, and activating indexes, over HTTP."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from htcl_ray.index.live.live_index import LiveIndex, SwitchInProgress
 from htcl_ray.index.live.update_log import Update, UpdateLog
 from htcl_ray.index.vectors import Vectors
 from htcl_ray.schemas import Reason
-from htcl_ray.serving import error_handlers
-from htcl_ray.serving.openapi_errors import EVERYWHERE
-from htcl_ray.serving.routes.index_routes import index_routes
+from htcl_ray.serving import error_responses
+from htcl_ray.serving.error_responses import EVERYWHERE
+from htcl_ray.serving.routes.operation_routes import index_routes
 from htcl_ray.serving.routes.song_routes import song_routes
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.live import VERSIONS, content_of, contents, unit_vectors, write_index
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.unit
 
 
 class Backend:
-    """Bytes → vectors of their length; anything that begins with `bad` is no audio."""
+    """Backend that encodes bytes by their length; bytes that begin with `bad` are not audio."""
 
     def __init__(self, live: LiveIndex) -> None:
         self.live = live
@@ -50,13 +50,13 @@ class Backend:
 
 
 class Client:
-    """httpx over ASGI, as the holder of a key with these scopes."""
+    """Client over ASGI that sends a key with the given scopes."""
 
     def __init__(self, workspace: Workspace, scopes: tuple[str, ...] | None = ("read", "write")) -> None:
         settings = ServeSettings(max_upload_bytes=1_000)
         self.live = LiveIndex(workspace, settings, VERSIONS)
         app = FastAPI(responses=EVERYWHERE)
-        error_handlers.install(app)
+        error_responses.install(app)
         backend = Backend(self.live)
         app.include_router(song_routes(backend, settings))
         app.include_router(index_routes(backend))
@@ -88,6 +88,16 @@ def client(workspace: Workspace) -> Client:
     return Client(workspace)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Client:
+    """Client of requests that must not change the workspace, shared by the tests of this module."""
+    made = Workspace(str(tmp_path_factory.mktemp("unchanged") / "workspace"))
+    write_index(made, "v1", {"a": 1, "b": 2}, titles={"a": "Aria"})
+    client = Client(made)
+    write_index(made, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
+    return client
+
+
 def assert_failure(response: httpx.Response, status: int, code: str, message: str = "") -> None:
     assert response.status_code == status, response.text
     body = response.json()["error"]
@@ -97,10 +107,10 @@ def assert_failure(response: httpx.Response, status: int, code: str, message: st
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, 2.0])
-def test_a_vector_that_is_not_of_unit_norm_is_not_written(
+def test_a_vector_without_unit_norm_is_not_written(
     client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, value: float
 ):
-    """Neither over HTTP, which answers 500, nor into the log by any other way."""
+    """Over HTTP it is 500, and the update log refuses it as well."""
     damaged = Vectors(unit_vectors(7).semantic, unit_vectors(7).preference * np.float32(value))
     before = contents(client.live.service.index), workspace.children("updates")
 
@@ -118,7 +128,7 @@ def test_a_vector_that_is_not_of_unit_norm_is_not_written(
 
 
 @pytest.mark.parametrize("song_id", ["new", "with/slash", "ü ?#", "a"])
-def test_a_song_with_sound_and_metadata_is_there_at_once(client: Client, workspace: Workspace, song_id: str):
+def test_a_song_with_audio_and_metadata_is_searchable_immediately(client: Client, workspace: Workspace, song_id: str):
     metadata = {"title": "Neu", "genre": ["jazz", "folk"], "year": 1999}
     response = client(
         "PUT",
@@ -138,7 +148,7 @@ def test_a_song_with_sound_and_metadata_is_there_at_once(client: Client, workspa
     assert contents(Client(workspace).live.service.index) == contents(client.live.service.index)
 
 
-def test_metadata_alone_keeps_the_sound_and_sound_alone_the_metadata(client: Client):
+def test_metadata_alone_keeps_the_audio_and_audio_alone_the_metadata(client: Client):
     assert client("PUT", "/v1/songs/a", json={"title": "Ballad", "album": "One"}).status_code == 200
     assert contents(client.live.service.index)["a"] == content_of(1, "Ballad")
     assert client("PUT", "/v1/songs/a", data={"metadata": '{"title": "Chant"}'}).status_code == 200
@@ -147,7 +157,7 @@ def test_metadata_alone_keeps_the_sound_and_sound_alone_the_metadata(client: Cli
     assert contents(client.live.service.index)["a"] == content_of(5, "Chant")
 
 
-def test_a_song_is_taken_out(client: Client):
+def test_a_song_is_removed(client: Client):
     assert client("DELETE", "/v1/songs/a").status_code == 200
     assert set(contents(client.live.service.index)) == {"b"}
     assert_failure(client("DELETE", "/v1/songs/a"), 404, "song_not_found")
@@ -178,17 +188,15 @@ BAD_PUTS = [
 
 
 @pytest.mark.parametrize(("options", "status", "code", "message"), BAD_PUTS)
-def test_a_bad_put_changes_nothing(
-    client: Client, workspace: Workspace, options: dict, status: int, code: str, message: str
-):
-    assert_failure(client("PUT", "/v1/songs/a", **options), status, code, message)
-    assert not workspace.exists("updates")
-    assert not workspace.exists("uploads")
+def test_an_invalid_put_changes_nothing(unchanged: Client, options: dict, status: int, code: str, message: str):
+    assert_failure(unchanged("PUT", "/v1/songs/a", **options), status, code, message)
+    assert not unchanged.live.workspace.exists("updates")
+    assert not unchanged.live.workspace.exists("uploads")
 
 
 @pytest.mark.parametrize("song_id", ["", "x" * 1001])
-def test_an_id_that_cannot_be_one_is_refused(client: Client, song_id: str):
-    assert_failure(client("PUT", f"/v1/songs/{song_id}", files={"file": ("a", b"x")}), 422, "invalid_request")
+def test_an_invalid_id_is_an_error(unchanged: Client, song_id: str):
+    assert_failure(unchanged("PUT", f"/v1/songs/{song_id}", files={"file": ("a", b"x")}), 422, "invalid_request")
 
 
 @pytest.mark.parametrize("scopes", [None, ("read",)])
@@ -205,16 +213,16 @@ def test_every_write_needs_a_key_with_write_scope(workspace: Workspace, scopes: 
     assert client("GET", "/v1/songs/a").json()["title"] == "Aria"
 
 
-def test_switching_and_what_is_told_of_it(client: Client, workspace: Workspace):
+def test_activating_another_index(client: Client, workspace: Workspace):
     write_index(workspace, "v2", {"a": 10, "c": 3})
     client("PUT", "/v1/songs/new", files={"file": ("a", b"x")})
     client("DELETE", "/v1/songs/a")
     response = client("POST", "/v1/index/activate", json={"version": "v2"})
     assert response.status_code == 200, response.text
     assert (response.json()["version"], response.json()["songs"]) == ("v2", 2)
-    told = client("GET", "/v1/index").json()
-    assert (told["version"], told["songs"], told["activated_at"]) == ("v2", 2, response.json()["activated_at"])
-    assert told["updates"] == {
+    served = client("GET", "/v1/index").json()
+    assert (served["version"], served["songs"], served["activated_at"]) == ("v2", 2, response.json()["activated_at"])
+    assert served["updates"] == {
         "applied": 2,
         "skipped": 0,
         "broken": 0,
@@ -238,16 +246,13 @@ def test_switching_and_what_is_told_of_it(client: Client, workspace: Workspace):
         ({}, 422, "invalid_request"),
     ],
 )
-def test_an_index_that_cannot_be_served_is_refused(
-    client: Client, workspace: Workspace, body: dict, status: int, code: str
-):
-    write_index(workspace, "others", {"a": 1}, model_versions={"semantic": "others", "preference": "weights-p"})
-    assert_failure(client("POST", "/v1/index/activate", json=body), status, code)
-    assert client("GET", "/v1/index").json()["version"] == "v1"
+def test_an_index_that_cannot_be_served_is_an_error(unchanged: Client, body: dict, status: int, code: str):
+    assert_failure(unchanged("POST", "/v1/index/activate", json=body), status, code)
+    assert unchanged("GET", "/v1/index").json()["version"] == "v1"
 
 
 @pytest.mark.parametrize("name", ["workspace", "a folder with spaces"])
-def test_no_response_shows_where_the_workspace_is(tmp_path: Path, name: str):
+def test_no_response_shows_the_path_of_the_workspace(tmp_path: Path, name: str):
     made = Workspace(str(tmp_path / name))
     write_index(made, "v1", {"a": 1}, titles={"a": "Aria"})
     write_index(made, "damaged", {"a": 1}, titles={"a": "Aria"})
@@ -265,13 +270,13 @@ def test_no_response_shows_where_the_workspace_is(tmp_path: Path, name: str):
         client("POST", "/v1/index/activate", json={"version": version}) for version in ("nothing", "damaged", "half")
     ]
     assert [response.status_code for response in responses] == [404, 422, 422]
-    told = client("GET", "/v1/index")
-    assert told.json()["manifest"]["config"] == {
+    served = client("GET", "/v1/index")
+    assert served.json()["manifest"]["config"] == {
         "workspace": name,
         "data": {"catalog": ["songs.csv", "b.csv"]},
         "audio": {"n_mels": 128},
     }
-    for response in (*responses, told):
+    for response in (*responses, served):
         assert str(tmp_path) not in response.text
         assert "secret" not in response.text
         assert "://" not in response.text
@@ -279,7 +284,7 @@ def test_no_response_shows_where_the_workspace_is(tmp_path: Path, name: str):
         assert version in response.json()["error"]["message"]
 
 
-def test_a_second_switch_at_a_time_is_told_to_wait(client: Client, monkeypatch: pytest.MonkeyPatch):
+def test_a_concurrent_activation_is_429(client: Client, monkeypatch: pytest.MonkeyPatch):
     def busy(version: str) -> None:
         raise SwitchInProgress
 
@@ -289,7 +294,7 @@ def test_a_second_switch_at_a_time_is_told_to_wait(client: Client, monkeypatch: 
     assert int(response.headers["retry-after"]) > 0
 
 
-def test_storage_that_fails_is_503(client: Client, monkeypatch: pytest.MonkeyPatch):
+def test_failing_storage_is_503(client: Client, monkeypatch: pytest.MonkeyPatch):
     def down(*_: object, **__: object) -> None:
         raise OSError("the network is down")
 

@@ -32,7 +32,7 @@ class Backend:
 
 
 class Client:
-    """httpx over ASGI, before a live index."""
+    """Client over ASGI, in front of a live index."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.backend = Backend(workspace)
@@ -60,7 +60,7 @@ def client(workspace: Workspace) -> Client:
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, and the text of scripts and styles."""
+    """Parser that collects tags with their attributes, and the text of scripts and styles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Elements(HTMLParser):
         self._inside = ""
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_its_policy_allows_just_itself(client: Client):
+def test_the_page_loads_nothing_external_and_its_policy_forbids_it(client: Client):
     response = client("/")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -102,14 +102,14 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_policy_allows_just_itself
     assert policy["connect-src"] == policy["media-src"] == "'self'"
 
 
-def test_the_page_is_told_what_the_server_allows(client: Client):
+def test_the_page_contains_the_settings_of_the_server(client: Client):
     page = Elements()
     page.feed(client("/").text)
     body = next(attributes for tag, attributes in page.tags if tag == "body")
     assert body == {"data-max-upload-bytes": "1234567", "data-play-audio": "true", "data-little-coverage": "0.5"}
 
 
-def test_the_map_holds_every_song_with_what_is_said_of_it(client: Client):
+def test_the_map_contains_every_song_with_its_metadata(client: Client):
     body = client("/v1/map").json()
     assert body["index"] == "v1"
     songs = {song["song_id"]: song for song in body["songs"]}
@@ -119,7 +119,7 @@ def test_the_map_holds_every_song_with_what_is_said_of_it(client: Client):
     assert client("/v1/map").json() == body
 
 
-def test_the_map_is_drawn_once_for_an_index_however_many_ask(
+def test_concurrent_requests_share_one_drawing_of_the_map(
     client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ):
     drawn = []
@@ -136,10 +136,8 @@ def test_the_map_is_drawn_once_for_an_index_however_many_ask(
     assert drawn == [20, 2]
 
 
-def test_a_map_that_the_index_brings_is_not_drawn_again(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Its places are those of the build, less the songs taken out since."""
+def test_the_map_of_the_index_is_not_drawn_again(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Positions are those of the build, without songs that were removed since."""
     index = SongIndex.load(workspace.local_copy("index/v1"))
     index.song_map = draw_map(index)
     index.save(tmp_path / "drawn", inputs=index.manifest["inputs"], quality=index.manifest["quality"])
@@ -154,14 +152,14 @@ def test_a_map_that_the_index_brings_is_not_drawn_again(
     assert songs == {song_id: place for song_id, place in drawn.items() if song_id != "song 5"}
 
 
-def test_a_map_that_failed_is_tried_again(client: Client, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_map_is_tried_again(client: Client, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patched:
         patched.setattr(page_routes, "draw_map", lambda index: 1 / 0)
         assert client("/v1/map").status_code == 500
     assert len(client("/v1/map").json()["songs"]) == 20
 
 
-def test_songs_taken_out_or_renamed_are_so_on_the_map_at_once(client: Client):
+def test_removed_and_renamed_songs_change_the_map_immediately(client: Client):
     client("/v1/map")
     client.backend.live.remove("song 5")
     client.backend.live.describe("song 3", {"title": "Three"})
@@ -170,15 +168,15 @@ def test_songs_taken_out_or_renamed_are_so_on_the_map_at_once(client: Client):
     assert songs["song 3"]["title"] == "Three"
 
 
-def test_an_index_with_songs_taken_out_before_is_drawn(client: Client):
+def test_an_index_with_removed_songs_is_drawn(client: Client):
     for i in range(19):
         client.backend.live.remove(f"song {i}")
     client.backend.live.upsert("song 2", unit_vectors(99), {})
     assert {song["song_id"] for song in client("/v1/map").json()["songs"]} == {"song 2", "song 19"}
 
 
-def test_the_background_is_the_cosines_of_all_pairs(client: Client):
-    """The share of pairs below any score, read off the quantiles, is that of counting them one by one."""
+def test_the_background_is_the_distribution_of_the_cosines_of_all_pairs(client: Client):
+    """The share of pairs below a score from the quantiles equals that from counting the pairs."""
     index = client.backend.live.service.index
     ids = [f"song {i}" for i in range(20)]
     vectors = index.vectors_of(ids)
@@ -194,7 +192,7 @@ def test_the_background_is_the_cosines_of_all_pairs(client: Client):
             )
 
 
-def test_the_background_follows_the_index_and_leaves_out_what_was_removed(client: Client, workspace: Workspace):
+def test_the_background_follows_the_index_without_removed_songs(client: Client, workspace: Workspace):
     before = client("/v1/background").json()
     assert client("/v1/background").json() == before
     vectors = unit_vectors(1), unit_vectors(2)
@@ -230,7 +228,7 @@ def grouped(groups: int, each: int, width: int = 32) -> tuple[np.ndarray, np.nda
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32), label
 
 
-def test_songs_of_a_group_lie_together_and_the_map_is_no_blob():
+def test_the_map_separates_groups_of_songs():
     vectors, label = grouped(6, 40)
     places = song_map(vectors)
     assert places.shape == (240, 2)
@@ -253,12 +251,12 @@ def test_maps_of_few_songs(count: int):
 
 
 @pytest.mark.parametrize("count", [2, 12])
-def test_songs_that_are_all_the_same_lie_in_the_middle(count: int):
+def test_identical_songs_are_in_the_middle(count: int):
     np.testing.assert_array_equal(song_map(np.ones((count, 4), dtype=np.float32)), 0.5)
 
 
 @pytest.mark.parametrize(("rows", "most"), [(0, 5), (1, 5), (4, 5), (5, 5), (6, 5), (5_001, 5_000), (1_000_000, 5_000)])
-def test_songs_are_chosen_evenly(rows: int, most: int):
+def test_songs_are_sampled_evenly(rows: int, most: int):
     chosen = evenly_chosen(rows, most)
     assert len(chosen) == min(rows, most)
     if rows > 1:

@@ -1,5 +1,4 @@
-"""What a music player asks and is answered, over ASGI, against a JSON Schema written from OpenSubsonic's
-description."""
+"""Requests of music players over ASGI, with responses checked against a JSON Schema of OpenSubsonic's specification."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def backend() -> SimpleNamespace:
 
 
 class Player:
-    """Sends as a player does; every reply must be one of the specification."""
+    """Sends requests as a player does; every response must match the specification."""
 
     def __init__(self, *, exposed: bool = False, **settings: Any) -> None:
         self.backend = backend()
@@ -98,17 +97,17 @@ def player() -> Player:
 
 @pytest.fixture(scope="module")
 def guest() -> Player:
-    """Of an application that needs keys."""
+    """Player of an application that needs keys."""
     return Player(exposed=True)
 
 
-def code(reply: dict[str, Any]) -> int:
-    assert reply["status"] == "failed"
-    return reply["error"]["code"]
+def code(response: dict[str, Any]) -> int:
+    assert response["status"] == "failed"
+    return response["error"]["code"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".view"])
-def test_a_player_asks_what_there_is_then_for_songs_then_for_a_path(guest: Player, suffix: str):
+def test_a_player_requests_extensions_similar_songs_and_a_path(guest: Player, suffix: str):
     offered = guest(f"getOpenSubsonicExtensions{suffix}")
     assert {extension["name"] for extension in offered["openSubsonicExtensions"]} == {
         "sonicSimilarity",
@@ -116,11 +115,13 @@ def test_a_player_asks_what_there_is_then_for_songs_then_for_a_path(guest: Playe
     }
     assert guest(f"tokenInfo{suffix}", apiKey=KEY)["tokenInfo"] == {"username": "living room"}
     similar = guest(f"getSonicSimilarTracks{suffix}", id="s3", count=5, apiKey=KEY)["sonicMatch"]
-    found = [match["entry"]["id"] for match in similar]
-    assert len(found) == 5
-    path = guest(f"findSonicPath{suffix}", startSongId="s3", endSongId=found[-1], count=7, apiKey=KEY)["sonicMatch"]
+    similar_ids = [match["entry"]["id"] for match in similar]
+    assert len(similar_ids) == 5
+    path = guest(f"findSonicPath{suffix}", startSongId="s3", endSongId=similar_ids[-1], count=7, apiKey=KEY)[
+        "sonicMatch"
+    ]
     ids = [match["entry"]["id"] for match in path]
-    assert (ids[0], ids[-1], len(set(ids))) == ("s3", found[-1], 7)
+    assert (ids[0], ids[-1], len(set(ids))) == ("s3", similar_ids[-1], 7)
     assert path[0]["similarity"] == 1
 
 
@@ -135,17 +136,17 @@ def test_similar_songs_are_those_of_the_service(player: Player):
         )
 
 
-def test_counts_that_are_not_given_are_those_of_the_specification(player: Player):
+def test_default_counts_are_those_of_the_specification(player: Player):
     assert len(player("getSonicSimilarTracks", id="s1")["sonicMatch"]) == 10
     assert len(player("findSonicPath", startSongId="s1", endSongId="s2")["sonicMatch"]) == 25
 
 
-def test_more_than_there_may_be_is_as_many_as_there_may_be(player: Player):
+def test_excessive_counts_are_capped(player: Player):
     assert len(player("getSonicSimilarTracks", id="s1", count=10**9)["sonicMatch"]) == SONGS - 1
     assert len(player("findSonicPath", startSongId="s1", endSongId="s2", count=10**9)["sonicMatch"]) == SONGS
 
 
-def test_an_entry_says_what_is_known_and_leaves_out_the_rest(player: Player):
+def test_an_entry_omits_unknown_fields(player: Player):
     entries = {
         match["entry"]["id"]: match["entry"]
         for match in player("getSonicSimilarTracks", id="s5", count=SONGS)["sonicMatch"]
@@ -171,25 +172,25 @@ def test_an_entry_says_what_is_known_and_leaves_out_the_rest(player: Player):
     [
         ("getSonicSimilarTracks", {}, 10, "id"),
         ("getSonicSimilarTracks", {"id": ""}, 10, "id"),
-        ("getSonicSimilarTracks", {"id": "nobody"}, 70, "nobody"),
+        ("getSonicSimilarTracks", {"id": "missing"}, 70, "missing"),
         ("getSonicSimilarTracks", {"id": "s1", "count": "many"}, 0, "count"),
         ("getSonicSimilarTracks", {"id": "s1", "count": 0}, 0, "count"),
         ("getSonicSimilarTracks", {"id": "s1", "f": "jsonp", "callback": "alert"}, 0, "jsonp"),
         ("getSonicSimilarTracks", {"id": "s1", "f": "yaml"}, 0, "yaml"),
         ("findSonicPath", {"startSongId": "s1"}, 10, "endSongId"),
         ("findSonicPath", {"endSongId": "s1"}, 10, "startSongId"),
-        ("findSonicPath", {"startSongId": "s1", "endSongId": "nobody"}, 70, "nobody"),
-        ("findSonicPath", {"startSongId": "nobody", "endSongId": "s1"}, 70, "nobody"),
+        ("findSonicPath", {"startSongId": "s1", "endSongId": "missing"}, 70, "missing"),
+        ("findSonicPath", {"startSongId": "missing", "endSongId": "s1"}, 70, "missing"),
         ("findSonicPath", {"startSongId": "s1", "endSongId": "s2", "count": -1}, 0, "count"),
         ("tokenInfo", {}, 10, "apiKey"),
     ],
 )
-def test_what_cannot_be_answered_fails_with_the_specifications_code(
+def test_errors_have_the_code_of_the_specification(
     player: Player, name: str, parameters: dict, expected: int, said: str
 ):
-    reply = player(name, **parameters)
-    assert code(reply) == expected
-    assert said in reply["error"]["message"]
+    response = player(name, **parameters)
+    assert code(response) == expected
+    assert said in response["error"]["message"]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -206,22 +207,22 @@ def test_what_cannot_be_answered_fails_with_the_specifications_code(
         ({"apiKey": [KEY, KEY]}, 43),
     ],
 )
-def test_who_is_not_known_is_told_so(guest: Player, name: str, sent: dict, expected: int):
+def test_invalid_credentials_have_the_code_of_the_specification(guest: Player, name: str, sent: dict, expected: int):
     assert code(guest(name, **CALLS[name], **sent)) == expected
 
 
-def test_a_key_in_a_header_counts_too(guest: Player):
+def test_a_key_in_a_header_is_accepted(guest: Player):
     assert guest("tokenInfo", {"Authorization": f"Bearer {KEY}"})["tokenInfo"]["username"] == "living room"
     assert code(guest("tokenInfo", {"Authorization": "Bearer wrong-key-0123456789"})) == 44
     assert code(guest("tokenInfo", {"Authorization": f"Bearer {KEY}"}, apiKey=KEY)) == 43
 
 
-def test_a_wrong_key_is_refused_also_where_none_is_needed(player: Player):
+def test_a_wrong_key_is_rejected_even_if_none_is_needed(player: Player):
     assert code(player("getSonicSimilarTracks", id="s1", apiKey="wrong-key-0123456789")) == 44
     assert player("getSonicSimilarTracks", id="s1", u="me", p="whatever")["status"] == "ok"
 
 
-def test_a_key_in_the_address_counts_for_players_only(guest: Player):
+def test_a_key_in_the_query_string_is_accepted_for_players_only(guest: Player):
     for path in ("/v1/index", "/v1/songs/s1", "/restful/x"):
 
         async def get(path: str = path) -> httpx.Response:
@@ -236,22 +237,22 @@ def test_a_key_in_the_address_counts_for_players_only(guest: Player):
 def test_no_key_is_ever_logged(guest: Player, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG, "ray.serve.htcl")
     for sent in ({"apiKey": KEY}, {"apiKey": "wrong-key-0123456789"}, {"u": "me", "p": "wrong-key-0123456789"}):
-        reply = guest("getSonicSimilarTracks", id="nobody", **sent)
-        assert KEY not in json.dumps(reply)
-        assert "wrong-key" not in json.dumps(reply)
+        response = guest("getSonicSimilarTracks", id="missing", **sent)
+        assert KEY not in json.dumps(response)
+        assert "wrong-key" not in json.dumps(response)
     told = [str(vars(record)) for record in caplog.records if record.name == "ray.serve.htcl"]
     assert len(told) == 3
     assert not any("0123456789" in line for line in told)
     assert "living room" in told[0]
 
 
-def test_nothing_behind_the_check_sees_what_was_sent(guest: Player):
+def test_credentials_are_removed_from_the_query_string(guest: Player):
     seen: list[bytes] = []
 
     async def inner(scope, receive, send):
         seen.append(scope["query_string"])
 
-    from htcl_ray.serving.subsonic.subsonic_keys import SubsonicKeys
+    from htcl_ray.serving.subsonic.subsonic_routes import SubsonicKeys
 
     for query in (b"id=a%26b&apiKey=x&f=json", b"api%4Bey=x&id=a%26b&u=me&p=x&t=x&s=x&f=json"):
         scope = {"type": "http", "path": "/rest/getOpenSubsonicExtensions", "query_string": query, "headers": []}
@@ -260,13 +261,13 @@ def test_nothing_behind_the_check_sees_what_was_sent(guest: Player):
 
 
 def plain(element: ElementTree.Element) -> dict[str, Any]:
-    """An XML reply as the JSON would have it, all values texts."""
-    found: dict[str, Any] = dict(element.attrib)
+    """XML response in the structure of the JSON response, with all values as strings."""
+    content: dict[str, Any] = dict(element.attrib)
     for child in element:
         name = child.tag.removeprefix(f"{{{NAMESPACE}}}")
         value = plain(child) if len(child) or child.attrib else child.text
-        found.setdefault(name, []).append(value)
-    return found
+        content.setdefault(name, []).append(value)
+    return content
 
 
 def as_texts(value: Any) -> Any:
@@ -287,11 +288,11 @@ def as_texts(value: Any) -> Any:
         ("getOpenSubsonicExtensions", {}),
         ("getSonicSimilarTracks", {"id": "s5", "count": SONGS}),
         ("findSonicPath", {"startSongId": "s1", "endSongId": "s0"}),
-        ("getSonicSimilarTracks", {"id": "nobody"}),
+        ("getSonicSimilarTracks", {"id": "missing"}),
         ("getSonicSimilarTracks", {"id": "s1", "apiKey": "wrong-key-0123456789"}),
     ],
 )
-def test_xml_has_the_content_of_json(player: Player, name: str, parameters: dict):
+def test_xml_equals_json(player: Player, name: str, parameters: dict):
     response = player.send(name, **parameters | {"f": "xml"})
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/xml"
@@ -300,7 +301,7 @@ def test_xml_has_the_content_of_json(player: Player, name: str, parameters: dict
     assert plain(root) == as_texts(player(name, **parameters))
 
 
-def test_openapi_tells_of_the_calls_of_players(player: Player):
+def test_openapi_lists_the_routes_of_players(player: Player):
     document = player.app.openapi()
     for name in ("getOpenSubsonicExtensions", "getSonicSimilarTracks", "findSonicPath", "tokenInfo"):
         content = document["paths"][f"/rest/{name}"]["get"]["responses"]["200"]["content"]
@@ -310,7 +311,7 @@ def test_openapi_tells_of_the_calls_of_players(player: Player):
     assert not any(path.endswith(".view") for path in document["paths"])
 
 
-def test_replies_are_what_openapi_says(player: Player):
+def test_responses_match_the_openapi_schema(player: Player):
     document = player.app.openapi()
     for name, parameters in (*CALLS.items(), ("getOpenSubsonicExtensions", {}), ("findSonicPath", {})):
         content = document["paths"][f"/rest/{name}"]["get"]["responses"]["200"]["content"]

@@ -1,5 +1,4 @@
-"""What is checked of every request before routing, and what every answer carries; odd requests as a server hands them
-over."""
+"""Checks of requests before routing, default headers of responses, and malformed requests as a server receives them."""
 
 from __future__ import annotations
 
@@ -10,12 +9,13 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htcl_ray.config.sections import ServeSettings
+from htcl_ray.serving.error_responses import failure
+from htcl_ray.serving.haproxy import HEADERS
 from htcl_ray.serving.middleware.request_checks import MAX_JSON_BYTES, MAX_JSON_DEPTH, nesting
-from htcl_ray.serving.responses import HEADERS, failure
 from tests.unit.serving.test_http_app import Client, assert_failure
 
 pytestmark = pytest.mark.unit
@@ -31,7 +31,7 @@ def client() -> Client:
 def raw(
     app: Any, method: str = "GET", path: str = "/healthz", headers: Any = ((b"host", b"localhost"),), body: bytes = b""
 ) -> tuple[int, dict]:
-    """Status and JSON of a request that httpx would not send."""
+    """Status and JSON response of a request that httpx would not send."""
     sent: list[dict] = []
     messages = [{"type": "http.request", "body": body}]
 
@@ -71,7 +71,7 @@ class TestHost:
             b"b\xc3\xbccher.example",
         ],
     )
-    def test_other_spellings_of_allowed_names(self, host: bytes):
+    def test_spellings_of_an_allowed_host_are_equal(self, host: bytes):
         settings = ServeSettings(allowed_hosts=("2001:db8::7", "b\xc3\xbccher.example"))
         assert raw(Client(settings).app, headers=[(b"host", host)])[0] == 200
 
@@ -103,16 +103,16 @@ class TestHost:
             [(b"host", b"*")],
         ],
     )
-    def test_anything_else_is_refused(self, client: Client, headers: list):
+    def test_other_hosts_are_400(self, client: Client, headers: list):
         status, body = raw(client.app, headers=headers)
         assert (status, body["error"]["code"]) == (400, "unknown_host")
         assert len(body["error"]["message"]) < 400
 
     @pytest.mark.parametrize("path", ["http://evil.example/v1/index", "evil", "", "*"])
-    def test_targets_that_are_not_paths(self, client: Client, path: str):
+    def test_request_targets_that_are_not_paths_are_400(self, client: Client, path: str):
         assert raw(client.app, path=path)[0] == 400
 
-    def test_even_any_host_is_only_one(self):
+    def test_two_host_headers_are_400_even_if_any_host_is_allowed(self):
         app = Client(ServeSettings(allowed_hosts=("*",))).app
         assert raw(app, headers=[(b"host", b"evil.example")])[0] == 200
         assert raw(app, headers=[(b"host", b"a"), (b"host", b"b")])[0] == 400
@@ -131,6 +131,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(VALUES, st.integers(0, 40))
 def test_nesting_is_that_of_the_parsed_value(value: object, more: int):
     for _ in range(more):
@@ -140,8 +141,9 @@ def test_nesting_is_that_of_the_parsed_value(value: object, more: int):
     assert nesting(text.encode()) == (depth(value) if brackets > MAX_JSON_DEPTH else 0)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
-def test_nesting_takes_any_bytes(data: bytes):
+def test_nesting_accepts_any_bytes(data: bytes):
     assert nesting(b"[" * 40 + data) >= 0
 
 
@@ -170,7 +172,7 @@ def test_hostile_json_is_400_quickly_and_in_bounded_memory(client: Client, body:
     assert peak < 40 * MAX_JSON_BYTES
 
 
-def test_the_limit_of_nesting(client: Client):
+def test_json_at_the_nesting_limit_passes(client: Client):
     def search(levels: int) -> Any:
         return client(
             "POST", "/v1/search", content=b'{"text": ' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}", headers=JSON
@@ -180,7 +182,7 @@ def test_the_limit_of_nesting(client: Client):
     assert_failure(search(MAX_JSON_DEPTH + 1), 400, "bad_request", "nested deeper")
 
 
-def test_brackets_that_are_not_nested_pass(client: Client):
+def test_many_brackets_without_nesting_pass(client: Client):
     content = json.dumps({"song_ids": ["[" * 999] * 900 + ['"\\['] * 100}).encode()
     assert_failure(client("POST", "/v1/search", content=content, headers=JSON), 404, "song_not_found")
 
@@ -195,12 +197,12 @@ def test_brackets_that_are_not_nested_pass(client: Client):
         b"NaN",
     ],
 )
-def test_numbers_that_are_none(client: Client, content: bytes):
+def test_non_finite_numbers_are_errors(client: Client, content: bytes):
     assert_failure(client("POST", "/v1/search", content=content, headers=JSON), 422, "invalid_request")
 
 
-def test_text_that_cannot_be_sent_back():
-    """Half a surrogate pair, which JSON can carry and UTF-8 cannot."""
+def test_text_with_half_a_surrogate_pair_is_escaped_in_the_error():
+    """JSON can contain half a surrogate pair, and UTF-8 cannot."""
     assert json.loads(failure(404, "no song '\ud800'").body)["error"]["message"] == "no song '\\ud800'"
 
 
@@ -234,29 +236,29 @@ class TestMultipart:
             ({"content": b"--x", "headers": {"content-type": "multipart/form-data; boundary=" + "y" * 5_000}}, 400),
             ({"content": b"a=1&" * 2_000, "headers": {"content-type": "application/x-www-form-urlencoded"}}, 400),
             ({"content": b"{}", "headers": JSON}, 415),
-            ({"content": b"sound", "headers": {"content-type": "audio/wav"}}, 415),
+            ({"content": b"audio", "headers": {"content-type": "audio/wav"}}, 415),
         ],
         ids=range(16),
     )
-    def test_malformed_is_a_4xx(self, client: Client, request_: dict, status: int):
+    def test_malformed_forms_are_4xx(self, client: Client, request_: dict, status: int):
         response = client("POST", "/v1/search/audio", **request_)
         assert_failure(response, status, response.json()["error"]["code"])
 
     @pytest.mark.parametrize(
         "name", [b"../../etc/passwd", b"/etc/passwd", b"C:\\x", b"\x00", b"", b"%00", b"\xff\xfe", b"a" * 3_000]
     )
-    def test_names_of_files_mean_nothing(self, client: Client, name: bytes):
+    def test_file_names_have_no_effect(self, client: Client, name: bytes):
         response = client("POST", "/v1/search/audio", **multipart(FILE % name))
         assert response.status_code in (200, 400, 422)
 
 
-def test_a_search_without_json_type(client: Client):
+def test_a_search_without_a_json_content_type_is_415(client: Client):
     for kind in ("text/plain", "application/xml", ""):
         response = client("POST", "/v1/search", content=b'{"text": "a"}', headers={"content-type": kind})
         assert_failure(response, 415, "unsupported_media_type")
 
 
-class TestAnswers:
+class TestResponses:
     @pytest.mark.parametrize(
         ("method", "path", "options", "status"),
         [
@@ -273,7 +275,7 @@ class TestAnswers:
             ("POST", "/v1/search", {"json": {"text": "a"}}, 500),
         ],
     )
-    def test_all_carry_the_headers(self, method: str, path: str, options: dict, status: int):
+    def test_all_responses_carry_the_default_headers(self, method: str, path: str, options: dict, status: int):
         client = Client()
         client.backend.error = ZeroDivisionError() if status == 500 else None
         response = client(method, path, **options)
@@ -284,7 +286,7 @@ class TestAnswers:
             assert_failure(response, status, response.json()["error"]["code"])
         assert "access-control-allow-origin" not in response.headers
 
-    def test_too_many_and_too_late_carry_them_too(self):
+    def test_rejections_carry_the_default_headers(self):
         client = Client(ServeSettings(requests_per_second=0.01, request_burst=1))
         client("GET", "/v1/index")
         response = client("GET", "/v1/index")
@@ -293,7 +295,7 @@ class TestAnswers:
         assert response.headers["x-content-type-options"] == "nosniff"
         assert client("GET", "/healthz").status_code == 200
 
-    def test_documents_what_it_answers(self, client: Client):
+    def test_openapi_lists_the_status_codes(self, client: Client):
         schema = client("GET", "/openapi.json").json()
         for methods in schema["paths"].values():
             for operation in methods.values():
@@ -303,7 +305,7 @@ class TestAnswers:
 class TestOtherOrigins:
     PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}  # noqa: RUF012
 
-    def test_are_not_allowed_by_default(self, client: Client):
+    def test_other_origins_are_not_allowed_by_default(self, client: Client):
         response = client("GET", "/healthz", headers={"origin": "https://page.example"})
         assert not [name for name in response.headers if name.startswith("access-control")]
         assert (
@@ -311,7 +313,7 @@ class TestOtherOrigins:
             == 405
         )
 
-    def test_are_allowed_by_name(self):
+    def test_other_origins_are_allowed_by_name(self):
         client = Client(ServeSettings(allowed_origins=("https://page.example",)))
         page = {"origin": "https://page.example"}
         preflight = client("OPTIONS", "/v1/search", headers={**page, **self.PREFLIGHT})

@@ -1,4 +1,4 @@
-"""HEAD next to GET over every route, and songs whose ids hold slashes or look like the path of something else."""
+"""HEAD and GET of every route, and songs whose ids contain slashes or look like other paths."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ async def _ready() -> None:
     return None
 
 
-def ask(app: Any, method: str, raw_path: str, query: str = "", **headers: str) -> Response:
-    """Status, headers and body of a request whose path is sent exactly so, as a server takes it from its socket."""
+def send_raw(app: Any, method: str, raw_path: str, query: str = "", **headers: str) -> Response:
+    """Status, headers and body of a request with exactly this raw path."""
     sent: list[Message] = []
 
     received = iter([{"type": "http.request", "body": b"", "more_body": False}])
@@ -92,10 +92,20 @@ def ask(app: Any, method: str, raw_path: str, query: str = "", **headers: str) -
         sent.append(message)
 
     scope = {
-        "type": "http", "http_version": "1.1", "method": method, "scheme": "http", "root_path": "", "query_string": query.encode(),
-        "path": unquote(raw_path), "raw_path": raw_path.encode(), "client": ("127.0.0.1", 1),
-        "headers": [(b"host", b"localhost"), *((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items())],
-    }  # fmt: skip
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "root_path": "",
+        "query_string": query.encode(),
+        "path": unquote(raw_path),
+        "raw_path": raw_path.encode(),
+        "client": ("127.0.0.1", 1),
+        "headers": [
+            (b"host", b"localhost"),
+            *((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()),
+        ],
+    }
     asyncio.run(app(scope, receive, send))
     assert sent[-1] == {"type": "http.response.body", "body": sent[-1]["body"]} or not sent[-1].get("more_body")
     body = b"".join(message.get("body", b"") for message in sent if message["type"] == "http.response.body")
@@ -103,70 +113,86 @@ def ask(app: Any, method: str, raw_path: str, query: str = "", **headers: str) -
 
 
 GETS = {
-    "/": {}, "/openapi.json": {}, "/healthz": {}, "/readyz": {}, "/v1/index": {}, "/v1/map": {}, "/v1/songs/a": {}, "/v1/songs/nobody": {},
-    "/v1/songs/a/similar": {"query": "k=3"}, "/v1/songs/a/similar?": {"query": "k=0"},
+    "/": {},
+    "/openapi.json": {},
+    "/healthz": {},
+    "/readyz": {},
+    "/v1/index": {},
+    "/v1/map": {},
+    "/v1/songs/a": {},
+    "/v1/songs/missing": {},
+    "/v1/songs/a/similar": {"query": "k=3"},
+    "/v1/songs/a/similar?": {"query": "k=0"},
     "/rest/getSonicSimilarTracks": {"query": "id=a&f=json"},
-    "/rest/getSonicSimilarTracks.view": {"query": "id=a"}, "/rest/findSonicPath": {"query": "startSongId=a&endSongId=/"}, "/v1/nothing": {},
-    "/rest/getOpenSubsonicExtensions": {}, "/rest/tokenInfo": {}, "/v1/songs/a/audio": {}, "/v1/songs/a/audio?1": {"range": "bytes=10-19"},
-    "/v1/songs/a/audio?2": {"range": "bytes=99999999-"}, "/v1/songs/a/audio?3": {"range": "bytes=-5"}, "/v1/songs/nobody/audio": {},
-    "/v1/songs/a/audio?4": {"authorization": "Bearer wrong-0123456789"}, "/v1/index?": {"host": "elsewhere"},
-}  # fmt: skip
+    "/rest/getSonicSimilarTracks.view": {"query": "id=a"},
+    "/rest/findSonicPath": {"query": "startSongId=a&endSongId=/"},
+    "/v1/nothing": {},
+    "/rest/getOpenSubsonicExtensions": {},
+    "/rest/tokenInfo": {},
+    "/v1/songs/a/audio": {},
+    "/v1/songs/a/audio?1": {"range": "bytes=10-19"},
+    "/v1/songs/a/audio?2": {"range": "bytes=99999999-"},
+    "/v1/songs/a/audio?3": {"range": "bytes=-5"},
+    "/v1/songs/missing/audio": {},
+    "/v1/songs/a/audio?4": {"authorization": "Bearer wrong-0123456789"},
+    "/v1/index?": {"host": "elsewhere"},
+}
 
 
 @pytest.mark.parametrize("path", GETS)
 def test_head_is_get_without_the_body(app: FastAPI, path: str):
     raw_path, options = path.partition("?")[0], dict(GETS[path])
-    status, headers, body = ask(app, "GET", raw_path, **options)
+    status, headers, body = send_raw(app, "GET", raw_path, **options)
     assert body
-    assert ask(app, "HEAD", raw_path, **options) == (status, headers, b"")
+    assert send_raw(app, "HEAD", raw_path, **options) == (status, headers, b"")
 
 
-def test_every_route_that_takes_get_is_above(app: FastAPI):
+def test_every_get_route_is_tested(app: FastAPI):
     templates = {route.path_format for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods}
-    asked = {
+    tested = {
         path.partition("?")[0]
         .replace("/v1/songs/a", "/v1/songs/{song_id}")
-        .replace("/v1/songs/nobody", "/v1/songs/{song_id}")
+        .replace("/v1/songs/missing", "/v1/songs/{song_id}")
         for path in GETS
     }
-    missing = templates - asked
-    assert {path.removesuffix(".view") for path in missing} <= asked
+    missing = templates - tested
+    assert {path.removesuffix(".view") for path in missing} <= tested
 
 
-def test_head_knows_what_the_client_has(app: FastAPI):
-    etag = ask(app, "GET", "/v1/songs/a/audio")[1]["etag"]
-    assert ask(app, "HEAD", "/v1/songs/a/audio", if_none_match=etag)[0] == 304
+def test_head_respects_if_none_match(app: FastAPI):
+    etag = send_raw(app, "GET", "/v1/songs/a/audio")[1]["etag"]
+    assert send_raw(app, "HEAD", "/v1/songs/a/audio", if_none_match=etag)[0] == 304
 
 
 def test_head_reads_no_audio(app: FastAPI, monkeypatch: pytest.MonkeyPatch):
     from htcl_ray.serving.routes import audio_routes
 
     monkeypatch.setattr(audio_routes, "_pieces", lambda *_: pytest.fail("the file was read"))
-    status, headers, body = ask(app, "HEAD", "/v1/songs/a/audio")
+    status, headers, body = send_raw(app, "HEAD", "/v1/songs/a/audio")
     assert (status, headers["content-length"], body) == (200, str(len(AUDIO)), b"")
 
 
-def test_a_signed_address_may_be_probed(monkeypatch: pytest.MonkeyPatch, backend: SimpleNamespace):
+def test_a_signed_url_allows_head(monkeypatch: pytest.MonkeyPatch, backend: SimpleNamespace):
     monkeypatch.setenv("HTCL_API_KEYS", "[{name: n, key: reads-0123456789abcdef, scopes: [read]}]")
     guarded = create_app(backend, ServeSettings(host="192.0.2.1", allowed_hosts=("*",)), signing_key=SIGNING_KEY)
     url, _ = SignedUrls(SIGNING_KEY).make("a/b")
     path, _, query = url.partition("?")
     assert path == "/v1/songs/a%2Fb/audio"
-    assert ask(guarded, "HEAD", path, query)[0] == ask(guarded, "GET", path, query)[0] == 200
-    assert ask(guarded, "HEAD", path)[0] == 401
-    assert ask(guarded, "HEAD", "/v1/songs/a%2Fb%2Faudio", query)[0] == 401, (
+    assert send_raw(guarded, "HEAD", path, query)[0] == send_raw(guarded, "GET", path, query)[0] == 200
+    assert send_raw(guarded, "HEAD", path)[0] == 401
+    assert send_raw(guarded, "HEAD", "/v1/songs/a%2Fb%2Faudio", query)[0] == 401, (
         "a song of another id is not what was signed"
     )
 
 
-def test_head_is_only_where_get_is(app: FastAPI):
-    status, headers, body = ask(app, "HEAD", "/v1/search")
+def test_head_is_405_where_get_is(app: FastAPI):
+    status, headers, body = send_raw(app, "HEAD", "/v1/search")
     assert (status, headers["allow"], body) == (405, "POST", b"")
-    assert ask(app, "OPTIONS", "/v1/index")[1]["allow"] == "GET, HEAD"
+    assert send_raw(app, "OPTIONS", "/v1/index")[1]["allow"] == "GET, HEAD"
     assert not any("head" in operations for operations in app.openapi()["paths"].values())
 
 
-def test_the_log_sees_head_and_the_route():
+def test_the_log_names_head_and_the_route():
     scopes: list[dict[str, Any]] = []
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -179,7 +205,7 @@ def test_the_log_sees_head_and_the_route():
         await RequestLine(inner)(scope, receive, send)
         scopes.append(scope)
 
-    assert ask(outer, "HEAD", "/v1/songs/a%2Fb/similar") == (200, {}, b"")
+    assert send_raw(outer, "HEAD", "/v1/songs/a%2Fb/similar") == (200, {}, b"")
     assert (scopes[0]["method"], scopes[0]["route"].path, scopes[0]["path"]) == (
         "HEAD",
         "GET",
@@ -188,15 +214,15 @@ def test_the_log_sees_head_and_the_route():
 
 
 @pytest.mark.parametrize("song_id", IDS)
-def test_encoded_slashes_are_of_the_id(app: FastAPI, song_id: str):
+def test_encoded_slashes_belong_to_the_id(app: FastAPI, song_id: str):
     path = f"/v1/songs/{quote(song_id, safe='')}"
     assert song_path(song_id) == path
-    status, _, body = ask(app, "GET", path)
+    status, _, body = send_raw(app, "GET", path)
     assert (status, json.loads(body)["song_id"]) == (200, song_id)
-    status, _, body = ask(app, "GET", f"{path}/similar", "k=100")
+    status, _, body = send_raw(app, "GET", f"{path}/similar", "k=100")
     assert {result["song_id"] for result in json.loads(body)["results"]} == {*IDS} - {song_id}
-    assert ask(app, "GET", f"{path}/audio")[::2] == (200, AUDIO)
-    status, _, body = ask(app, "POST", f"{path}/audio-url")
+    assert send_raw(app, "GET", f"{path}/audio")[::2] == (200, AUDIO)
+    status, _, body = send_raw(app, "POST", f"{path}/audio-url")
     assert json.loads(body)["url"].partition("?")[0] == f"{path}/audio"
 
 
@@ -218,8 +244,8 @@ def test_encoded_slashes_are_of_the_id(app: FastAPI, song_id: str):
         ("/v1/songs/%2F", "/", True),
     ],
 )
-def test_a_slash_that_came_as_it_is_may_end_the_id(app: FastAPI, raw_path: str, song_id: str, is_song: bool):
-    status, _, body = ask(app, "GET", raw_path, "" if is_song else "k=100")
+def test_a_literal_slash_may_end_the_id(app: FastAPI, raw_path: str, song_id: str, is_song: bool):
+    status, _, body = send_raw(app, "GET", raw_path, "" if is_song else "k=100")
     assert status == 200
     given = json.loads(body)
     if is_song:
@@ -228,22 +254,22 @@ def test_a_slash_that_came_as_it_is_may_end_the_id(app: FastAPI, raw_path: str, 
         assert {result["song_id"] for result in given["results"]} == {*IDS} - {song_id}
 
 
-def test_a_server_that_gives_no_raw_path_has_the_decoded_one(app: FastAPI):
+def test_without_a_raw_path_the_decoded_path_is_used(app: FastAPI):
     async def without(scope: Any, receive: Any, send: Any) -> None:
         await app({**scope, "raw_path": None}, receive, send)
 
-    assert json.loads(ask(without, "GET", "/v1/songs/a%2Fb")[2])["song_id"] == "a/b"
-    assert "results" in json.loads(ask(without, "GET", "/v1/songs/a%2Fb%2Fsimilar")[2])
+    assert json.loads(send_raw(without, "GET", "/v1/songs/a%2Fb")[2])["song_id"] == "a/b"
+    assert "results" in json.loads(send_raw(without, "GET", "/v1/songs/a%2Fb%2Fsimilar")[2])
 
 
 @pytest.mark.parametrize("song_id", IDS)
-def test_players_and_the_python_client_name_every_song(app: FastAPI, song_id: str):
-    body = ask(app, "GET", "/rest/getSonicSimilarTracks", f"id={quote(song_id, safe='')}&f=json&count=50")[2]
+def test_players_and_the_python_client_can_address_every_song(app: FastAPI, song_id: str):
+    body = send_raw(app, "GET", "/rest/getSonicSimilarTracks", f"id={quote(song_id, safe='')}&f=json&count=50")[2]
     matches = json.loads(body)["subsonic-response"]["sonicMatch"]
     assert {match["entry"]["id"] for match in matches} == {*IDS} - {song_id}
 
     def handle(request: httpx.Request) -> httpx.Response:
-        status, headers, body = ask(
+        status, headers, body = send_raw(
             app, request.method, request.url.raw_path.partition(b"?")[0].decode(), request.url.query.decode()
         )
         return httpx.Response(status, headers=headers, content=body)
@@ -253,7 +279,7 @@ def test_players_and_the_python_client_name_every_song(app: FastAPI, song_id: st
         assert len(client.similar(song_id, k=100).results) == len(IDS) - 1
 
 
-def test_the_page_encodes_the_id_whole():
+def test_the_page_encodes_the_whole_id():
     page = Path("htcl_ray/serving/routes/page.html").read_text(encoding="utf-8")
     assert "/v1/songs/${encodeURIComponent(" in page
     assert page.count("/v1/songs/") == page.count("/v1/songs/${encodeURIComponent(")

@@ -1,4 +1,4 @@
-"""The index that is served, and switching to another."""
+"""Operation of the service: liveness and readiness probes, the served index, and activating another one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,47 @@ from fastapi import APIRouter, Depends
 from starlette.exceptions import HTTPException
 
 from htcl_ray.api.requests import ActivateRequest
-from htcl_ray.api.responses import Activated, ServedIndexResponse
+from htcl_ray.api.responses import Activated, Alive, Ready, ServedIndexResponse
 from htcl_ray.errors import IndexRefusedError
 from htcl_ray.index.live.live_index import SwitchInProgress, describe_served
 from htcl_ray.serving.api_keys import write_access
-from htcl_ray.serving.backend import Backend
-from htcl_ray.serving.json_body import JSON, takes
-from htcl_ray.serving.openapi_errors import BUSY, JSON_ONLY, NO_INDEX, WRITES
-from htcl_ray.serving.storage_calls import with_storage
+from htcl_ray.serving.backend import Backend, with_storage
+from htcl_ray.serving.error_responses import BUSY, JSON_ONLY, NO_INDEX, WRITES
+from htcl_ray.serving.request_body import JSON, takes
 from htcl_ray.workspace.credentials import without_credentials
 from htcl_ray.workspace.paths import is_uri
 
 SWITCH_SECONDS = "5"
 
 
+def probe_routes(backend: Backend) -> APIRouter:
+    """Routes for load balancers and supervisors; they need no key."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/healthz")
+    async def healthz() -> Alive:
+        """Liveness probe: the process responds."""
+        return Alive()
+
+    @router.get("/readyz")
+    async def readyz() -> Ready:
+        """Readiness probe: the models and the index are loaded; 503 until then."""
+        await backend.check_ready()
+        active = backend.live.active
+        return Ready(index=active.version, songs=len(active.service.index))
+
+    return router
+
+
 def index_routes(backend: Backend) -> APIRouter:
-    """What is served."""
+    """Routes of the served index."""
     router = APIRouter(tags=["index"])
 
     @router.get("/v1/index")
     async def index() -> ServedIndexResponse:
-        """What is served: the index's manifest, in which paths and URIs are cut to their last names, and the updates
-        since it was built.
+        """Return the manifest of the served index, and the updates that were applied since it was built.
+
+        Paths and URIs in the manifest are cut to their last names.
         """
         served = describe_served(backend.live)
         return served.model_copy(update={"manifest": _last_names(served.manifest)})
@@ -40,8 +59,9 @@ def index_routes(backend: Backend) -> APIRouter:
         dependencies=[Depends(write_access), takes(JSON)],
     )
     async def activate(request: ActivateRequest) -> Activated:
-        """Serve another index of the workspace. No request fails meanwhile; one that is refused leaves the old one in
-        place.
+        """Serve another index of the workspace, without downtime.
+
+        If the index is refused, the previous one stays in place.
         """
         try:
             await with_storage(backend.live.activate, request.version)
@@ -58,7 +78,7 @@ def index_routes(backend: Backend) -> APIRouter:
 
 
 def _last_names(tree: Any) -> Any:
-    """The tree with the last name only of every absolute path and URI in it."""
+    """The tree with every absolute path and URI in it cut to its last name."""
     if isinstance(tree, dict):
         return {name: _last_names(value) for name, value in tree.items()}
     if isinstance(tree, list):

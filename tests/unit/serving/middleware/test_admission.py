@@ -1,4 +1,4 @@
-"""Token buckets, requests at a time, and the deadline of one."""
+"""Token buckets, limits of requests in progress, deadlines, and the identity of clients."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.serving.api_keys import Key
-from htcl_ray.serving.middleware.admission import Admission, ReadToEnd
-from htcl_ray.serving.middleware.client_address import ClientAddress, client_of_hops
-from htcl_ray.serving.middleware.rate_limit import RateLimit, TokenBuckets, client_of
+from htcl_ray.serving.middleware.admission import Admission, DrainBody, RateLimit, TokenBuckets
+from htcl_ray.serving.middleware.client_address import ClientAddress, client_of, client_of_hops
 
 pytestmark = pytest.mark.unit
 
@@ -34,13 +33,14 @@ class Clock:
         return self.now
 
 
+@settings(deadline=None)
 @given(
     rate=st.sampled_from([0.5, 1.0, 4.0, 8.0]),
     burst=st.integers(1, 5),
     steps=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 64)), max_size=60),
 )
-def test_equals_buckets_that_are_filled_step_by_step(rate: float, burst: int, steps: list[tuple[str, int]]):
-    """Sixteenths of a second and rates of two, so that the naive buckets are exact."""
+def test_token_buckets_match_a_naive_simulation(rate: float, burst: int, steps: list[tuple[str, int]]):
+    """Times in sixteenths of a second and rates that are powers of 2 keep the naive simulation exact."""
     clock = Clock()
     buckets = TokenBuckets(rate, burst, clock=clock)
     naive = {"a": float(burst), "b": float(burst)}
@@ -55,7 +55,7 @@ def test_equals_buckets_that_are_filled_step_by_step(rate: float, burst: int, st
             assert wait == pytest.approx((1 - naive[client]) / rate)
 
 
-def test_waiting_as_long_as_it_says_is_enough_and_less_is_not():
+def test_the_reported_wait_is_exact():
     clock = Clock()
     buckets = TokenBuckets(3, 2, clock=clock)
     assert [buckets.take("a") for _ in range(2)] == [0, 0]
@@ -67,7 +67,7 @@ def test_waiting_as_long_as_it_says_is_enough_and_less_is_not():
     assert buckets.take("a") == 0
 
 
-def test_clients_beyond_the_size_are_forgotten_the_longest_silent_first():
+def test_the_least_recent_clients_are_forgotten_first():
     clock = Clock()
     buckets = TokenBuckets(0.001, 1, size=100, clock=clock)
     for number in range(1_000):
@@ -90,7 +90,7 @@ def test_clients_beyond_the_size_are_forgotten_the_longest_silent_first():
         (None, "address unknown"),
     ],
 )
-def test_who_a_client_is(client: Any, expected: str):
+def test_client_identity(client: Any, expected: str):
     assert client_of({"client": client}) == expected
     assert client_of({"client": client, "state": {"key": Key("app", frozenset(), b"")}}) == "key app"
 
@@ -103,7 +103,7 @@ def send(app: Any, method: str = "GET", path: str = "/", **options: Any) -> http
     return asyncio.run(ask())
 
 
-def assert_refused(response: httpx.Response, status: int, code: str) -> None:
+def assert_rejected(response: httpx.Response, status: int, code: str) -> None:
     assert response.status_code == status
     assert set(response.json()["error"]) == {"code", "message"}
     assert response.json()["error"]["code"] == code
@@ -114,19 +114,19 @@ def fast_app() -> FastAPI:
     app = FastAPI()
 
     @app.get("/{path:path}")
-    async def answer(path: str) -> dict[str, str]:
+    async def respond(path: str) -> dict[str, str]:
         return {}
 
     return app
 
 
-def test_too_often_is_429_with_the_whole_seconds_to_wait():
+def test_an_empty_bucket_is_429_with_whole_seconds_in_retry_after():
     clock = Clock()
     app = fast_app()
     app.add_middleware(RateLimit, buckets=TokenBuckets(0.4, 3, clock=clock))
     assert [send(app).status_code for _ in range(3)] == [200] * 3
     response = send(app)
-    assert_refused(response, 429, "rate_limited")
+    assert_rejected(response, 429, "rate_limited")
     assert response.headers["retry-after"] == str(math.ceil(1 / 0.4))
     clock.now += 3
     assert send(app).status_code == 200
@@ -136,7 +136,7 @@ def test_too_often_is_429_with_the_whole_seconds_to_wait():
 
 
 class Gate:
-    """An application whose answers wait until it is opened, and which knows what became of each request."""
+    """Application whose responses wait until `open` is set, and which counts cancelled requests."""
 
     def __init__(self, most: int = 2, seconds: float = 30.0, receive_seconds: float = 30.0) -> None:
         self.open = asyncio.Event()
@@ -170,19 +170,19 @@ class Gate:
         async def body(request: Request) -> dict[str, int]:
             return {"read": len(await request.body())}
 
-        app.add_middleware(Admission, most=most, seconds=seconds, receive_seconds=receive_seconds)
+        app.add_middleware(Admission, max_requests=most, seconds=seconds, receive_seconds=receive_seconds)
         self.app = app
 
 
-def test_more_requests_than_it_takes_are_429_at_once_and_probes_are_not():
+def test_excess_requests_are_429_immediately_and_probes_pass():
     async def scene() -> None:
         gate = Gate(most=2)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
-            for _ in range(2):  # twice, so that places are given back
+            for _ in range(2):  # twice, to see that the limit is restored
                 inside = [asyncio.create_task(client.get("/wait")) for _ in range(2)]
                 await asyncio.sleep(0.05)
                 for _ in range(3):
-                    assert_refused(await client.get("/wait"), 429, "overloaded")
+                    assert_rejected(await client.get("/wait"), 429, "overloaded")
                 assert (await client.get("/healthz")).status_code == 200
                 gate.open.set()
                 assert [response.status_code for response in await asyncio.gather(*inside)] == [200, 200]
@@ -191,12 +191,12 @@ def test_more_requests_than_it_takes_are_429_at_once_and_probes_are_not():
     asyncio.run(scene())
 
 
-def test_a_request_that_takes_too_long_is_503_and_cancelled():
+def test_a_request_beyond_its_deadline_is_503_and_cancelled():
     async def scene() -> None:
         gate = Gate(seconds=0.1, most=1)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
-            for number in (1, 2):  # the place is given back
-                assert_refused(await client.get("/wait"), 503, "deadline_exceeded")
+            for number in (1, 2):  # the limit is restored
+                assert_rejected(await client.get("/wait"), 503, "deadline_exceeded")
                 assert gate.cancelled == number
 
     started = time.monotonic()
@@ -204,18 +204,18 @@ def test_a_request_that_takes_too_long_is_503_and_cancelled():
     assert time.monotonic() - started < 2
 
 
-def test_a_thread_does_not_hold_up_the_deadline():
+def test_a_blocked_thread_does_not_delay_the_deadline():
     async def scene() -> float:
         gate = Gate(seconds=0.1)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
             started = time.monotonic()
-            assert_refused(await client.get("/thread"), 503, "deadline_exceeded")
+            assert_rejected(await client.get("/thread"), 503, "deadline_exceeded")
             return time.monotonic() - started
 
     assert asyncio.run(scene()) < 0.8
 
 
-def test_a_body_that_drips_is_408():
+def test_a_slow_body_is_408():
     async def drip() -> AsyncIterator[bytes]:
         for _ in range(1_000):
             yield b"x"
@@ -227,12 +227,12 @@ def test_a_body_that_drips_is_408():
     assert time.monotonic() - started < 2
 
 
-def test_a_timeout_of_the_application_is_its_own():
+def test_a_timeout_error_of_the_application_is_raised():
     with pytest.raises(TimeoutError, match="its own"):
         send(Gate().app, path="/timeout")
 
 
-def test_an_answer_that_has_begun_is_cut_off_not_mixed():
+def test_a_started_response_is_cut_off_at_the_deadline():
     sent: list[Any] = []
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -249,7 +249,7 @@ def test_an_answer_that_has_begun_is_cut_off_not_mixed():
 
 
 class Upload:
-    """A request whose body arrives when it is told to; `response` gets the status, or None while there is none."""
+    """Request whose body arrives by calls of `arrive`; `status` is None until the response starts."""
 
     def __init__(self, app: Any, path: str, size: int, client: str = "192.0.2.1") -> None:
         self.parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -280,7 +280,7 @@ class Upload:
             self.parts_left_at_response = self.parts.qsize()
 
 
-def test_bodies_that_have_not_arrived_take_no_place():
+def test_incomplete_bodies_do_not_count_as_requests_in_progress():
     async def scene() -> None:
         gate = Gate(most=2)
         stalled = [Upload(gate.app, "/body", 100_000, f"192.0.2.{number}") for number in range(10)]
@@ -288,7 +288,7 @@ def test_bodies_that_have_not_arrived_take_no_place():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate.app), base_url="http://localhost") as client:
             for _ in range(5):
                 assert (await client.post("/body", content=b"x" * 50)).status_code == 200
-        for upload in stalled:  # and their place is there when they have arrived
+        for upload in stalled:  # each completes once its body has arrived
             upload.arrive(b"x" * 99_999, more=True)
             upload.arrive(b"x", more=False)
             await asyncio.wait_for(upload.task, 5)
@@ -297,7 +297,7 @@ def test_bodies_that_have_not_arrived_take_no_place():
     asyncio.run(scene())
 
 
-def test_one_client_has_at_most_as_many_uploads_in_transit_as_there_are_places():
+def test_uploads_in_transit_of_one_client_are_limited():
     async def scene() -> None:
         gate = Gate(most=2)
         mine = [Upload(gate.app, "/body", 100_000) for _ in range(3)]
@@ -331,15 +331,15 @@ def test_uploads_in_transit_are_limited_in_all():
 
 
 @pytest.mark.parametrize("size", [100_000, 1_000_001])
-def test_a_rejection_waits_for_the_body_unless_that_is_too_large(size: int):
-    """Closing the connection before resets it, and the client never sees the response."""
+def test_a_rejection_drains_the_body_unless_it_is_too_large(size: int):
+    """A connection that is closed earlier is reset, and the client does not see the response."""
 
     async def reject(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 429, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     async def scene() -> None:
-        upload = Upload(ReadToEnd(reject, 1_000_000), "/body", size)
+        upload = Upload(DrainBody(reject, 1_000_000), "/body", size)
         for _ in range(3):
             upload.arrive(b"x" * 1000, more=True)
         await asyncio.sleep(0.05)
@@ -358,7 +358,7 @@ def test_a_rejection_waits_for_the_body_unless_that_is_too_large(size: int):
     ("hops", "trusted", "client"),
     [
         (["198.51.100.9"], [], "198.51.100.9"),
-        (["1.2.3.4", "198.51.100.9"], [], "198.51.100.9"),  # a header that nobody vouches for
+        (["1.2.3.4", "198.51.100.9"], [], "198.51.100.9"),  # a header that no trusted proxy vouches for
         (["1.2.3.4", "198.51.100.9", "10.0.0.5"], ["10.0.0.0/8"], "198.51.100.9"),
         (["198.51.100.9", "10.0.0.6", "10.0.0.5"], ["10.0.0.0/8"], "198.51.100.9"),
         (["1.2.3.4", "198.51.100.9", "10.0.0.5", "203.0.113.2"], ["10.0.0.0/8"], "203.0.113.2"),
@@ -368,9 +368,7 @@ def test_a_rejection_waits_for_the_body_unless_that_is_too_large(size: int):
         (["198.51.100.9", "2001:db8::1"], ["2001:db8::/32"], "198.51.100.9"),
     ],
 )
-def test_the_client_is_the_last_address_that_no_trusted_proxy_vouches_for(
-    hops: list[str], trusted: list[str], client: str
-):
+def test_the_client_is_the_last_untrusted_address(hops: list[str], trusted: list[str], client: str):
     assert client_of_hops(hops, [ipaddress.ip_network(network) for network in trusted]) == client
 
 
@@ -391,11 +389,11 @@ class TestClientAddress:
         app.add_middleware(ClientAddress, trusted_proxies=trusted, token=token)
         return send(app, headers=headers)
 
-    def test_a_header_is_not_believed(self, seen: dict[str, Any]):
+    def test_a_forwarded_header_of_an_untrusted_peer_is_ignored(self, seen: dict[str, Any]):
         self.ask(seen, {"x-forwarded-for": "1.2.3.4"})
         assert seen["client"] == "127.0.0.1"
 
-    def test_that_of_a_trusted_proxy_is(self, seen: dict[str, Any]):
+    def test_a_forwarded_header_of_a_trusted_proxy_is_used(self, seen: dict[str, Any]):
         self.ask(seen, {"x-forwarded-for": "9.9.9.9, 1.2.3.4"}, trusted=("127.0.0.1",))
         assert seen["client"] == "1.2.3.4"
 
@@ -409,7 +407,7 @@ class TestClientAddress:
 
     def test_haproxy_of_another_application_is_rejected(self, seen: dict[str, Any]):
         response = self.ask(seen, {"x-forwarded-for": "1.2.3.4", "x-htcl-front": "other"}, token="token")
-        assert_refused(response, 503, "unavailable")
+        assert_rejected(response, 503, "unavailable")
         assert seen == {}
 
 

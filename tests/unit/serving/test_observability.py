@@ -10,19 +10,19 @@ import pytest
 from fastapi import FastAPI
 from starlette.responses import PlainTextResponse
 
-from htcl_ray.serving.middleware.request_log import Observed
+from htcl_ray.serving.observability import RequestObserver
 
 pytestmark = pytest.mark.unit
 
 
 class Recorded:
-    """What the measurements are told."""
+    """Metrics that keep what is recorded."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, int]] = []
-        self.under_way = 0
+        self.requests_in_progress = 0
 
-    def request(self, endpoint: str, status: int, seconds: float) -> None:
+    def record_request(self, endpoint: str, status: int, seconds: float) -> None:
         assert 0 <= seconds < 5
         self.requests.append((endpoint, status))
 
@@ -33,7 +33,7 @@ def recorded() -> Recorded:
 
 
 @pytest.fixture
-def app(recorded: Recorded) -> Observed:
+def app(recorded: Recorded) -> RequestObserver:
     inner = FastAPI()
 
     @inner.get("/songs/{name}")
@@ -42,16 +42,16 @@ def app(recorded: Recorded) -> Observed:
 
     @inner.get("/waiting")
     async def waiting() -> PlainTextResponse:
-        return PlainTextResponse(str(recorded.under_way))
+        return PlainTextResponse(str(recorded.requests_in_progress))
 
     @inner.get("/fails")
     async def fails() -> None:
         raise RuntimeError("broken")
 
-    return Observed(inner, recorded)  # type: ignore[arg-type]
+    return RequestObserver(inner, recorded)  # type: ignore[arg-type]
 
 
-def get(app: Observed, path: str, **headers: str) -> httpx.Response:
+def get(app: RequestObserver, path: str, **headers: str) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -60,7 +60,7 @@ def get(app: Observed, path: str, **headers: str) -> httpx.Response:
     return asyncio.run(send())
 
 
-def test_metrics_name_the_route_and_not_what_a_visitor_typed(app: Observed, recorded: Recorded):
+def test_metrics_are_labelled_with_the_route_not_the_path(app: RequestObserver, recorded: Recorded):
     for path in ("/songs/a", "/songs/b", "/nothing/secret", "/fails"):
         get(app, path)
     assert recorded.requests == [
@@ -71,15 +71,15 @@ def test_metrics_name_the_route_and_not_what_a_visitor_typed(app: Observed, reco
     ]
 
 
-def test_requests_under_way_return_to_none_also_after_a_failure(app: Observed, recorded: Recorded):
+def test_requests_in_progress_return_to_0_after_a_failure(app: RequestObserver, recorded: Recorded):
     for path in ("/songs/a", "/fails"):
         get(app, path)
-        assert recorded.under_way == 0
+        assert recorded.requests_in_progress == 0
     assert get(app, "/waiting").text == "1"
 
 
-def test_the_log_line_says_who_asked_what(
-    app: Observed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_the_log_line_names_key_endpoint_and_status(
+    app: RequestObserver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="ray.serve.htcl"):
@@ -89,7 +89,9 @@ def test_the_log_line_says_who_asked_what(
     assert "secret-name" not in str(vars(line))
 
 
-def test_a_long_id_is_cut_in_the_log(app: Observed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_request_id_is_cut_in_the_log(
+    app: RequestObserver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="ray.serve.htcl"):
         get(app, "/songs/a", x_request_id="x" * 10_000)
