@@ -234,11 +234,11 @@ def communication(part: Part) -> dict[str, Any]:
         )
         try:
             rows = torch.randn(5, 3, device=part.device, requires_grad=True)
-            gathered = collectives._GatherRows.apply(rows)
+            gathered = collectives.GatherRows.apply(rows)
             gathered.square().sum().backward()
             tensors = [torch.randn(7, device=part.device), torch.randn(2, 2, device=part.device)]
             before = [tensor.clone() for tensor in tensors]
-            collectives._sum_in_place(tensors)
+            collectives.sum_in_place(tensors)
             least, first = torch.tensor(3, device=part.device), torch.randn(4, device=part.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             kept = first.clone()

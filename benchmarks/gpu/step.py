@@ -237,7 +237,7 @@ class Bench:
             parts = {"both towers and heads": passes * seconds(lambda: _both_ways(encode(model, micro)))}
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 parts["text tower and head"] = passes * seconds(lambda: _both_ways([model.encode_text(micro.tokens)]))
-                frames, valid = encoder._prepare(micro.mel.float(), micro.valid_frames)
+                frames, valid = encoder.prepare(micro.mel.float(), micro.valid_frames)
                 parts["convolutions"] = passes * seconds(lambda: _both_ways([_convolved(encoder, frames)]))
                 tokens = encoder.projection(encoder.projection_norm(encoder.convolutions(frames))).detach()
                 heads = world.config.model.heads

@@ -40,18 +40,22 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     Differentiable: the gradient of a worker's rows is the sum of the gradients of all workers' losses.
     """
-    return rows if world_size() == 1 else cast("Callable[[Tensor], Tensor]", _GatherRows.apply)(rows)
+    return rows if world_size() == 1 else cast("Callable[[Tensor], Tensor]", GatherRows.apply)(rows)
 
 
-class _GatherRows(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
+    """The differentiable gather of `gather_rows`."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """Gather the rows of all workers."""
         parts = [torch.empty_like(rows) for _ in range(world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Sum the gradient over workers and return the part of this worker's rows."""
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)  # gloo has no reduce-scatter; rows·dim numbers are few next to the model
         own = len(gradient) // world_size()
@@ -92,14 +96,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if bucket and (
             gradient.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + gradient.nbytes > BUCKET_BYTES
         ):
-            _sum_in_place(bucket)
+            sum_in_place(bucket)
             bucket = []
         bucket.append(gradient)
     if bucket:
-        _sum_in_place(bucket)
+        sum_in_place(bucket)
 
 
-def _sum_in_place(tensors: list[Tensor]) -> None:
+def sum_in_place(tensors: list[Tensor]) -> None:
+    """Sum tensors of one type over workers, in one collective."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):

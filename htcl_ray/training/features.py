@@ -42,7 +42,7 @@ class Frames:
 
     def __init__(self, folder: Path, n_mels: int, lock: int = -1) -> None:
         """`lock`: descriptor of the folder's shared lock, held until `close`; -1: the folder is the caller's."""
-        self.folder, self._lock = folder, lock
+        self.folder, self.lock = folder, lock
         self.offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS)
         self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, n_mels)
 
@@ -54,9 +54,9 @@ class Frames:
 
     def close(self) -> None:
         """Release the file; it is removed when no process uses it."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
             _remove_unused(self.folder)
 
     def lengths(self, songs: Rows) -> Rows:

@@ -70,13 +70,8 @@ def train(
     probed = settings.micro_batch_size == "auto"
     if settings.micro_batch_size != "auto":
         micro_batch_size = settings.micro_batch_size
-    elif resume is not None and resume.probed and resume.workers == world_size():
-        micro_batch_size = resume.micro_batch_size
     else:
-        micro_batch_size = probe_micro_batch_size(
-            model, loader.longest(), task.songs_per_row, batch // world_size(), device
-        )
-        say(f"{task.name}  {micro_batch_size} rows of {batch // world_size()} fit a worker's memory at a time")
+        micro_batch_size = _fitting_micro_batch(model, task, loader, batch // world_size(), device, resume, say)
     if settings.compile:
         compile_towers(model, device)
     step = 0 if resume is None else resume.step
@@ -86,8 +81,7 @@ def train(
     if resume is not None:
         optimizer.load_state_dict(resume.optimizer)
         sums = {name: value.to(device) for name, value in resume.sums_of(rank(), world_size()).items()}
-        for difference in _differences(resume, micro_batch_size):
-            say(f"{task.name}  {difference}; the run resumes, but not bit for bit as without the interruption")
+        _print_differences(task, resume, micro_batch_size, say)
     rng = None if resume is None else resume.rng_of(rank(), world_size())
     seed_worker(settings.seed, rank(), step)
     gallery = validation_gallery(loader.songs.validation, task.validation_pairs)
@@ -146,12 +140,36 @@ def train(
         )
 
 
-def _differences(resume: TrainingState, micro_batch_size: int | None) -> Iterator[str]:
-    """Differences to the run of the checkpoint that change the order of random numbers or of sums."""
+def _fitting_micro_batch(
+    model: HTCL,
+    task: Task,
+    loader: BatchLoader,
+    local_rows: int,
+    device: torch.device,
+    resume: TrainingState | None,
+    say: Callable[[str], None],
+) -> int | None:
+    """Micro-batch size for `auto`: that of the run to resume if it was measured for as many workers, else measured."""
+    if resume is not None and resume.probed and resume.workers == world_size():
+        return resume.micro_batch_size
+    rows = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, local_rows, device)
+    say(f"{task.name}  {rows} rows of {local_rows} fit a worker's memory at a time")
+    return rows
+
+
+def _print_differences(
+    task: Task, resume: TrainingState, micro_batch_size: int | None, say: Callable[[str], None]
+) -> None:
+    """Print the differences to the run of the checkpoint that change the order of random numbers or of sums."""
+    differences = []
     if resume.workers != world_size():
-        yield f"the checkpoint was made by {resume.workers} worker(s), now the run has {world_size()}"
+        differences.append(f"the checkpoint was made by {resume.workers} worker(s), now the run has {world_size()}")
     if resume.micro_batch_size != micro_batch_size:
-        yield f"the checkpoint was made with micro_batch_size {resume.micro_batch_size}, now it is {micro_batch_size}"
+        differences.append(
+            f"the checkpoint was made with micro_batch_size {resume.micro_batch_size}, now it is {micro_batch_size}"
+        )
+    for difference in differences:
+        say(f"{task.name}  {difference}; the run resumes, but not bit for bit as without the interruption")
 
 
 def _timed(batches: Iterator[Batch], waited: Tensor) -> Iterator[Batch]:

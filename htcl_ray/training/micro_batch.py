@@ -86,9 +86,11 @@ def probe_micro_batch_size(
     not even one row fits.
     """
     with _left_untouched(model, device):
-        budget = SHARE[device.type] * _available(device) - _fixed(model, longest, songs_per_row * local_rows)
+        budget = SHARE[device.type] * available_bytes(device) - constant_bytes(
+            model, longest, songs_per_row * local_rows
+        )
         peak = (
-            partial(_measured, model, longest, device)
+            partial(measure_peak, model, longest, device)
             if device.type == "cuda"
             else _extrapolated(model, longest, device)
         )
@@ -113,12 +115,12 @@ def most_rows(local_rows: int, peak_bytes: Callable[[int], float], budget: float
     return most
 
 
-def _measured(model: HTCL, longest: Batch, device: torch.device, songs: int) -> float:
+def measure_peak(model: HTCL, longest: Batch, device: torch.device, songs: int) -> float:
     """Peak bytes of encoding and differentiating, or infinity if the GPU runs out of memory."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        encoded = encode(model, _repeated(longest, songs).to(device))
+        encoded = encode(model, repeat_song(longest, songs).to(device))
         torch.autograd.backward(encoded, [torch.ones_like(vectors) for vectors in encoded])
     except torch.cuda.OutOfMemoryError:
         return math.inf
@@ -132,11 +134,12 @@ def _extrapolated(model: HTCL, longest: Batch, device: torch.device) -> Callable
 
     Memory of two songs or more is laid out alike; that of one is not.
     """
-    two, four = (_kept_bytes(model, _repeated(longest, count).to(device)) for count in (2, 4))
+    two, four = (kept_bytes(model, repeat_song(longest, count).to(device)) for count in (2, 4))
     return lambda songs: two + (songs - 2) * (four - two) / 2
 
 
-def _kept_bytes(model: HTCL, batch: Batch) -> int:
+def kept_bytes(model: HTCL, batch: Batch) -> int:
+    """Count the bytes that the graph of encoding a batch keeps for the backward pass."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -151,7 +154,9 @@ def _kept_bytes(model: HTCL, batch: Batch) -> int:
     return sum(kept.values())
 
 
-def _repeated(song: Batch, count: int) -> Batch:
+def repeat_song(song: Batch, count: int) -> Batch:
+    """Batch of one song, repeated without copying."""
+
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.expand(count, *tensor.shape[1:])
 
@@ -163,21 +168,21 @@ def _repeated(song: Batch, count: int) -> Batch:
     )
 
 
-def _fixed(model: HTCL, longest: Batch, songs: int) -> int:
+def constant_bytes(model: HTCL, longest: Batch, songs: int) -> int:
     """Bytes that do not depend on the micro-batch: gradients, two moments, and two batches, one being loaded."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return 3 * trained + 2 * songs * longest.mel.nbytes
 
 
-def _available(device: torch.device) -> float:
+def available_bytes(device: torch.device) -> float:
     """Bytes that this worker may use: free memory, divided evenly among workers that share it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return _free_memory() / workers_on_this_machine(device)
+    return free_memory() / workers_on_this_machine(device)
 
 
-def _free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
     """Bytes of memory available to new allocations: of the machine, or of the container if that is less."""
     try:
         fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())

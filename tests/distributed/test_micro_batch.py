@@ -25,11 +25,13 @@ def probe(folder: str) -> None:
     tokens = model.text_encoder.tokenize(["calm piano"])
     song = Batch(torch.zeros(1, 32, 16), torch.tensor([32]), tokens, torch.zeros(1, 3, dtype=torch.int64))
     five_rows = (
-        micro_batch._fixed(model, song, 16) + micro_batch._kept_bytes(model.train(), micro_batch._repeated(song, 5)) + 1
+        micro_batch.constant_bytes(model, song, 16)
+        + micro_batch.kept_bytes(model.train(), micro_batch.repeat_song(song, 5))
+        + 1
     )
     sizes = []
     for memory in ((1e9, 1e9), (1e9, 2 * five_rows), (1e9, 1e3)):
-        micro_batch._available = lambda device, memory=memory: memory[rank()]  # type: ignore[assignment]
+        micro_batch.available_bytes = lambda device, memory=memory: memory[rank()]  # type: ignore[assignment]
         try:
             sizes.append(micro_batch.probe_micro_batch_size(model, song, 1, 16, cpu))
         except StepError:

@@ -140,7 +140,7 @@ class AudioEncoder(nn.Module):
 
     def forward(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
         """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → mean over [CLS] and the valid tokens, [B, D]."""
-        frames, valid = self._prepare(mel.to(self.cls.dtype), valid_frames)
+        frames, valid = self.prepare(mel.to(self.cls.dtype), valid_frames)
         x = self.projection(self.projection_norm(self.convolutions(frames)))
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0)
@@ -153,7 +153,8 @@ class AudioEncoder(nn.Module):
             return x.mean(dim=1)
         return torch.where(attended[:, :, None], x, 0).sum(dim=1) / attended.sum(dim=1, keepdim=True)
 
-    def _prepare(self, mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Apply the input recipe; see `masked_input` and `official_input`."""
         if self.input_recipe is InputRecipe.MASKED:
             return masked_input(mel, valid_frames)
         return official_input(mel, valid_frames, frames=self.recipe.max_frames, top_db=self.recipe.top_db)

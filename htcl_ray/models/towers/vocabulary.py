@@ -43,4 +43,4 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
-    return tokenizer.to_str()
+    return str(tokenizer.to_str())

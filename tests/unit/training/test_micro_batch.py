@@ -42,7 +42,7 @@ def song(model: HTCL, frames: int = 32) -> Batch:
 
 
 def kept(model: HTCL, songs: int) -> int:
-    return micro_batch._kept_bytes(model.train(), micro_batch._repeated(song(model), songs))
+    return micro_batch.kept_bytes(model.train(), micro_batch.repeat_song(song(model), songs))
 
 
 @pytest.mark.parametrize("local_rows", [1, 2, 3, 8, 12, 100])
@@ -70,7 +70,7 @@ def test_cpu_finds_what_the_graph_of_so_many_songs_keeps(
         3 * sum(parameter.nbytes for parameter in model.parameters()) + 2 * 16 * songs_per_row * song(model).mel.nbytes
     )
     monkeypatch.setattr(
-        micro_batch, "_available", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1)
+        micro_batch, "available_bytes", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1)
     )
     most = probe_micro_batch_size(model, song(model), songs_per_row, 16, CPU)
     assert most == {1: 1, 5: 4, 16: 16, 99: 16}[rows_that_fit]
@@ -89,7 +89,7 @@ def test_kept_bytes_of_a_closed_form():
     product.encode_audio = lambda mel, valid: (y := mel * product.factor) * y * product.factor  # type: ignore[assignment]
     product.encode_text = lambda tokens: tokens["x"] * 2  # type: ignore[assignment]
     inputs = Batch(torch.ones(3, 10, dtype=torch.float64), torch.ones(3), {"x": torch.ones(3, 10)}, torch.ones(3, 3))
-    assert micro_batch._kept_bytes(product, inputs) == (3 * 10 + 3 * 10 + 3 * 10 + 10) * 8  # type: ignore[arg-type]
+    assert micro_batch.kept_bytes(product, inputs) == (3 * 10 + 3 * 10 + 3 * 10 + 10) * 8  # type: ignore[arg-type]
 
 
 def test_nothing_is_touched(model: HTCL):
@@ -120,7 +120,7 @@ def test_nothing_is_touched(model: HTCL):
 
 
 def test_not_even_one_row_stops_the_run(model: HTCL, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(micro_batch, "_available", lambda device: 1000)
+    monkeypatch.setattr(micro_batch, "available_bytes", lambda device: 1000)
     with pytest.raises(StepError, match=r"not one row with a clip of 32 frames fits .* set model\.window_seconds"):
         probe_micro_batch_size(model, song(model), 1, 8, CPU)
 
@@ -146,14 +146,14 @@ def test_gpu_out_of_memory_counts_as_infinite(model: HTCL, monkeypatch: pytest.M
         return encoded
 
     monkeypatch.setattr(micro_batch, "encode", encode_or_fail)
-    assert [micro_batch._measured(model, song(model), CPU, songs) for songs in (1, 4, 8)] == [600, 600, math.inf]
+    assert [micro_batch.measure_peak(model, song(model), CPU, songs) for songs in (1, 4, 8)] == [600, 600, math.inf]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       24684092 kB\nMemFree:        1000 kB\nMemAvailable:   4000 kB\n")
-    free = lambda: micro_batch._free_memory(tmp_path / "cgroup", meminfo)  # noqa: E731
+    free = lambda: micro_batch.free_memory(tmp_path / "cgroup", meminfo)  # noqa: E731
     assert free() == 4000 * 1024
     second = tmp_path / "cgroup"
     second.mkdir()

@@ -218,7 +218,7 @@ def test_frames_that_lost_a_part_are_made_again(source: Source, monkeypatch: pyt
     with pytest.raises(StepError, match="is damaged while another run uses it"):
         source.open()
     assert everything(frames) == expected
-    os.close(frames._lock)  # as the end of a process that was killed
+    os.close(frames.lock)  # as the end of a process that was killed
     with source.open() as again:
         assert everything(again) == expected
 
@@ -228,7 +228,7 @@ def test_frames_whose_content_changed_are_made_again(source: Source, name: str):
     """Of the same size, with the file's times put back."""
     frames = source.open()
     expected, file = everything(frames), frames.folder / name
-    os.close(frames._lock)  # as the end of a process that was killed
+    os.close(frames.lock)  # as the end of a process that was killed
     before = file.stat()
     file.write_bytes(file.read_bytes()[:-2] + b"\x01\x02")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -239,7 +239,7 @@ def test_frames_whose_content_changed_are_made_again(source: Source, name: str):
 def test_frames_that_another_user_planted_are_not_used(source: Source):
     frames = source.open()
     expected, folder = everything(frames), frames.folder
-    os.close(frames._lock)
+    os.close(frames.lock)
     (folder / "frames.f16").write_bytes(bytes((folder / "frames.f16").stat().st_size))
     (folder / "whole.json").write_text(json.dumps([identity(folder / name) for name in ("frames.f16", "offsets.npy")]))
     source.root.chmod(0o777)
