@@ -68,10 +68,9 @@ def train(
     batch = global_batch(task.rows, settings.global_batch_size, world_size())
     steps = steps_per_epoch(task.rows, batch)
     probed = settings.micro_batch_size == "auto"
-    if settings.micro_batch_size != "auto":
-        micro_batch_size = settings.micro_batch_size
-    else:
-        micro_batch_size = _fitting_micro_batch(model, task, loader, batch // world_size(), device, resume, say)
+    micro_batch_size = _micro_batch_size(
+        model, task, loader, settings, batch // world_size(), device, resume=resume, say=say
+    )
     if settings.compile:
         compile_towers(model, device)
     step = 0 if resume is None else resume.step
@@ -140,16 +139,23 @@ def train(
         )
 
 
-def _fitting_micro_batch(
+def _micro_batch_size(
     model: HTCL,
     task: Task,
     loader: BatchLoader,
+    settings: StageSettings,
     local_rows: int,
     device: torch.device,
+    *,
     resume: TrainingState | None,
     say: Callable[[str], None],
 ) -> int | None:
-    """Micro-batch size for `auto`: that of the run to resume if it was measured for as many workers, else measured."""
+    """Return the configured micro-batch size, or measure it for `auto`.
+
+    A resumed run with as many workers keeps the size that it measured before.
+    """
+    if settings.micro_batch_size != "auto":
+        return settings.micro_batch_size
     if resume is not None and resume.probed and resume.workers == world_size():
         return resume.micro_batch_size
     rows = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, local_rows, device)
