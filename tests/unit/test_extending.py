@@ -21,6 +21,7 @@ MAX_FILES = {
     "A log shape": 1,
     "A metadata column": 1,
     "An index engine": 2,
+    "A metric": 1,
     "A route": 2,
     "A step": 3,
     "A tracker": 2,

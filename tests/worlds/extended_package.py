@@ -173,6 +173,18 @@ def check_index_engine(scratch: Path) -> None:
         assert [hit.song_id for hit in hits] == [f"{i:03d}" for i in np.argsort(-exact[row])[:5]]
 
 
+def check_metric(scratch: Path) -> None:
+    import numpy as np
+
+    from htcl_ray.evaluation.metrics import expected_metrics, lower_is_better, metric_label
+
+    scores, relevant = np.array([[4.0, 3.0, 2.0, 1.0]]), np.array([[True, False, True, False]])
+    assert expected_metrics(scores, relevant, ks=[2])["precision@2"].tolist() == [0.5]
+    assert expected_metrics(np.zeros((1, 4)), relevant, ks=[2])["precision@2"].tolist() == [0.5]
+    assert metric_label("precision@2") == "precision@2"
+    assert not lower_is_better("precision@2")
+
+
 def check_route(scratch: Path) -> None:
     from fastapi.testclient import TestClient
 
@@ -226,6 +238,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "A log shape": check_log_shape,
     "A metadata column": check_metadata_column,
     "An index engine": check_index_engine,
+    "A metric": check_metric,
     "A route": check_route,
     "A step": check_step,
     "A tracker": check_tracker,
