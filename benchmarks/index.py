@@ -1,20 +1,18 @@
-"""Recall@10 against queries a second: the index kinds beside hnswlib, usearch and voyager, on the same vectors with one
-thread.
+"""Recall@10 and queries per second of the index kinds, hnswlib, usearch and voyager, on the same vectors.
 
     python -m pip install --target PEERS --no-deps hnswlib usearch voyager numkong tqdm    # once, outside the project's environment
     python -m benchmarks.index --peers PEERS [--songs 100000] [--dims 100 200] [--large]
 
-Vectors of unit norm from overlapping clusters, hard enough that an inverted file that probes one list finds less than
-0.8 of the 10 nearest (checked); queries are songs that no index holds. Every structure is built and searched in a
-process of its own, one thread, one after the other. Graphs have 16 neighbours (32 on the lowest layer) and 200
-candidates while they are built, in every library; what varies along a curve is the search list of graphs and the probed
-lists of inverted files.
+Unit-norm vectors from overlapping clusters, hard enough that an inverted file with nprobe 1 has recall@10 below 0.8
+(checked); queries are songs that no index contains. Structures are built and searched one after the other, each in its
+own process with one thread. Graphs have 16 links per node (32 on the lowest layer) and efConstruction 200 in every
+library; the search list of graphs and nprobe of inverted files vary along a curve.
 
 * raw: the structure alone, all queries in one call, the 10 best by its own scores.
-* answers: `SongIndex.search`, with candidates scored again from the exact vectors, ties in order and Python objects as answers; all
-  queries in one call, and one call each. Peers are called both ways too.
+* answers: `SongIndex.search`, with exactly re-ranked candidates, sorted ties and Python objects as results; all queries
+  in one call, and one call each. Peers are measured both ways too.
 
-A peer that is not installed is left out, with a word. Memory is resident memory after the build beyond that of the
+Peers that are not installed are skipped with a note. Memory is resident memory after the build beyond that of the
 process with the vectors loaded. --large: one million songs of 200 dimensions. Writes benchmarks/results/index.json
 (index_large.json).
 """
@@ -50,9 +48,12 @@ PROBED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LATENT = 24
 CLUSTERS = 1000
 BOUNDS = (0.95, 0.99)
-OURS = ("flat", "hnsw", "ivf", "ivf_pq")
+KINDS = ("flat", "hnsw", "ivf", "ivf_pq")
 PEERS = {"hnswlib": "hnswlib", "usearch": "usearch", "usearch i8": "usearch", "voyager": "voyager"}
-"""Structure → package. usearch also with its 8-bit codes, which it does not score again."""
+"""Structure → package. usearch also with 8-bit codes, which it does not re-rank."""
+
+COMPLETE = "answers"
+"""Name in the results file of the measurement through `SongIndex.search`, or through a peer's own search."""
 
 Search = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """Queries → rows of the 10 best, [n, 10]."""
@@ -70,9 +71,9 @@ def overlapping_clusters(rows: int, dim: int, seed: int) -> NDArray[np.float32]:
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
-    """Share of the true 10 that were found."""
-    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
+def recall(rows: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+    """Recall@10."""
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(rows.tolist(), truth.tolist(), strict=True)]))
 
 
 def queries_per_second(search: Search, queries: NDArray[np.float32], each: int) -> float:
@@ -87,13 +88,15 @@ def queries_per_second(search: Search, queries: NDArray[np.float32], each: int) 
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Build one structure and walk its curve. Runs in a process of its own."""
+    """Build one structure and measure its curve; runs in its own process."""
     sys.path.append(case["peers"] or "")
     vectors, queries, truth = (np.load(f"{case['folder']}/{name}.npy") for name in ("vectors", "queries", "truth"))
-    importlib.import_module("htcl_ray.index" if case["structure"] in OURS else PEERS[case["structure"]])
+    importlib.import_module("htcl_ray.index" if case["structure"] in KINDS else PEERS[case["structure"]])
     before = resident_mb()["now"]
     started = time.perf_counter()
-    settings, curves = (ours if case["structure"] in OURS else PEER[case["structure"].split()[0]])(vectors, case)
+    settings, curves = (with_song_index if case["structure"] in KINDS else PEER[case["structure"].split()[0]])(
+        vectors, case
+    )
     built = time.perf_counter() - started
     result: dict[str, Any] = {
         "build_seconds": round(built, 1),
@@ -102,11 +105,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     }
     for setting in settings:
         for name, search in curves(setting):
-            found = search(queries)
+            rows = search(queries)
             point = {
                 "what": name,
                 "setting": setting,
-                "recall": round(recall(found, truth), 4),
+                "recall": round(recall(rows, truth), 4),
                 "qps": round(queries_per_second(search, queries, len(queries))),
             }
             if name != "raw":
@@ -120,7 +123,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 Curves = Callable[[int], Iterator[tuple[str, Search]]]
 
 
-def ours(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tuple[int, ...], Curves]:
+def with_song_index(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tuple[int, ...], Curves]:
     """A SongIndex of semantic vectors alone, and the structure in it."""
     from dataclasses import replace
 
@@ -131,20 +134,20 @@ def ours(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tuple[int,
     kind = case["structure"]
     given = IndexSettings(kind=kind, hnsw_neighbors=NEIGHBORS, ef_construction=WHILE_BUILT, ivf_probes=1)
     index = SongIndex.build([f"{row:07d}" for row in range(len(vectors))], Vectors(vectors), settings=given)
-    state = index._state
+    state = index.state
 
     def curves(setting: int) -> Iterator[tuple[str, Search]]:
         structure = state.structure.planned(
             replace(state.structure.plan, ef_search=setting, probes=min(setting, state.structure.plan.lists))
         )
         alone = structure.planned(replace(structure.plan, rerank=1.0))
-        index._state = replace(state, structure=structure)
+        searched = SongIndex(replace(state, structure=structure), dim=index.dim, settings=given, model_versions={})
 
-        def answers(queries: NDArray[np.float32]) -> NDArray[np.int64]:
-            return np.array([[int(hit.song_id) for hit in hits] for hits in index.search(Vectors(queries), K)])
+        def results(queries: NDArray[np.float32]) -> NDArray[np.int64]:
+            return np.array([[int(hit.song_id) for hit in hits] for hits in searched.search(Vectors(queries), K)])
 
         yield "raw", lambda queries: alone.nearest(queries, K)
-        yield "answers", answers
+        yield COMPLETE, results
 
     return (1,) if kind == "flat" else SEARCH_LISTS if kind == "hnsw" else PROBED, curves
 
@@ -159,7 +162,7 @@ def with_hnswlib(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tu
 
     def curves(setting: int) -> Iterator[tuple[str, Search]]:
         index.set_ef(setting)
-        yield "answers", lambda queries: index.knn_query(queries, k=K, num_threads=1)[0].astype(np.int64)
+        yield COMPLETE, lambda queries: index.knn_query(queries, k=K, num_threads=1)[0].astype(np.int64)
 
     return SEARCH_LISTS, curves
 
@@ -175,7 +178,7 @@ def with_usearch(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tu
 
     def curves(setting: int) -> Iterator[tuple[str, Search]]:
         index.expansion_search = setting
-        yield "answers", lambda queries: np.atleast_2d(index.search(queries, K, threads=1).keys).astype(np.int64)
+        yield COMPLETE, lambda queries: np.atleast_2d(index.search(queries, K, threads=1).keys).astype(np.int64)
 
     return SEARCH_LISTS, curves
 
@@ -190,7 +193,7 @@ def with_voyager(vectors: NDArray[np.float32], case: dict[str, Any]) -> tuple[tu
     index.add_items(vectors, num_threads=1)
 
     def curves(setting: int) -> Iterator[tuple[str, Search]]:
-        yield "answers", lambda queries: index.query(queries, k=K, num_threads=1, query_ef=setting)[0].astype(np.int64)
+        yield COMPLETE, lambda queries: index.query(queries, k=K, num_threads=1, query_ef=setting)[0].astype(np.int64)
 
     return SEARCH_LISTS, curves
 
@@ -199,7 +202,7 @@ PEER = {"hnswlib": with_hnswlib, "usearch": with_usearch, "voyager": with_voyage
 
 
 def best_at(result: dict[str, Any], bound: float, what: str, rate: str) -> int | None:
-    """The most queries a second at a recall of at least `bound`."""
+    """Maximum queries per second at a recall of at least `bound`."""
     rates = [
         point[rate]
         for point in result["points"]
@@ -209,25 +212,23 @@ def best_at(result: dict[str, Any], bound: float, what: str, rate: str) -> int |
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """For each bound of recall: our best kind and the best peer, in one call and one by one."""
-    found: dict[str, Any] = {}
-    ways = {"raw": ("raw", "qps"), "answers": ("answers", "qps"), "one by one": ("answers", "qps_one_by_one")}
+    """The best own kind and the best peer for each bound of recall, in one call and one by one."""
+    best: dict[str, Any] = {}
+    ways = {"raw": ("raw", "qps"), COMPLETE: (COMPLETE, "qps"), "one by one": (COMPLETE, "qps_one_by_one")}
     for bound in BOUNDS:
         for way, (what, rate) in ways.items():
-            peers = {name: best_at(results[name], bound, "answers", rate) for name in results if name in PEERS}
-            mine = {name: best_at(results[name], bound, what, rate) for name in results if name in OURS}
-            both = [
-                max(((rate or 0, name) for name, rate in side.items()), default=(0, None)) for side in (mine, peers)
-            ]
-            found[f"recall {bound}, {way}"] = {"ours": both[0], "best peer": both[1]}
-    return found
+            peers = {name: best_at(results[name], bound, COMPLETE, rate) for name in results if name in PEERS}
+            own = {name: best_at(results[name], bound, what, rate) for name in results if name in KINDS}
+            both = [max(((rate or 0, name) for name, rate in side.items()), default=(0, None)) for side in (own, peers)]
+            best[f"recall {bound}, {way}"] = {"ours": both[0], "best peer": both[1]}
+    return best
 
 
 def run(songs: int, dim: int, peers: str | None, console: Console) -> dict[str, Any]:
     """Every structure on vectors of one size."""
     missing = sorted({package for package in PEERS.values() if importlib.util.find_spec(package) is None})
     for package in missing:
-        console.print(f"{package} is not installed and is left out; see --peers")
+        console.print(f"{package} is not installed and is skipped; see --peers")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         vectors, queries = overlapping_clusters(songs, dim, 0), overlapping_clusters(QUERIES, dim, 1)
@@ -236,7 +237,7 @@ def run(songs: int, dim: int, peers: str | None, console: Console) -> dict[str, 
         for name, values in (("vectors", vectors), ("queries", queries), ("truth", truth)):
             np.save(f"{folder}/{name}.npy", values)
         del vectors
-        for structure in (*OURS, *(name for name, package in PEERS.items() if package not in missing)):
+        for structure in (*KINDS, *(name for name, package in PEERS.items() if package not in missing)):
             results[structure] = in_own_process(
                 "benchmarks.index", {"structure": structure, "folder": folder, "peers": peers}
             )
@@ -244,28 +245,28 @@ def run(songs: int, dim: int, peers: str | None, console: Console) -> dict[str, 
                 f"{dim} dimensions, {structure}: {results[structure].get('error') or results[structure]['build_seconds']}"
             )
     console.print(curves_table(songs, dim, results))
-    one_list = next(point["recall"] for point in results["ivf"]["points"] if point["what"] == "answers")
-    console.print(f"An inverted file that probes one list finds {one_list:.3f} of the 10 nearest.")
+    one_list = next(point["recall"] for point in results["ivf"]["points"] if point["what"] == COMPLETE)
+    console.print(f"An inverted file with nprobe 1 has recall@10 {one_list:.3f}.")
     if one_list >= 0.8:
-        raise SystemExit(f"one probed list finds {one_list:.3f}; expected less than 0.8, harder vectors are needed")
+        raise SystemExit(f"nprobe 1 has recall@10 {one_list:.3f}; expected less than 0.8, harder vectors are needed")
     return {"songs": songs, "dim": dim, "one_list_recall": one_list, "structures": results, "summary": summary(results)}
 
 
 def curves_table(songs: int, dim: int, results: dict[str, Any]) -> Table:
     """One row for each structure."""
-    table = Table(title=f"{songs:,} songs, {dim} dimensions, one thread: queries a second at recall@10 of at least")
+    table = Table(title=f"{songs:,} songs, {dim} dimensions, one thread: queries per second at recall@10 of at least")
     table.add_column("")
     for column in (
         "build s",
         "MB",
-        *(f"{bound} {way}" for bound in BOUNDS for way in ("raw", "answers", "one by one")),
+        *(f"{bound} {way}" for bound in BOUNDS for way in ("raw", COMPLETE, "one by one")),
     ):
         table.add_column(column, justify="right")
     for name, result in results.items():
         if "error" in result:
             table.add_row(name, result["error"])
             continue
-        ways = (("raw", "qps"), ("answers", "qps"), ("answers", "qps_one_by_one"))
+        ways = (("raw", "qps"), (COMPLETE, "qps"), (COMPLETE, "qps_one_by_one"))
         cells = [best_at(result, bound, what, rate) for bound in BOUNDS for what, rate in ways]
         table.add_row(
             name,
@@ -277,7 +278,7 @@ def curves_table(songs: int, dim: int, results: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Index kinds beside other libraries.")
+    parser = argparse.ArgumentParser(description="Index kinds compared with other libraries.")
     parser.add_argument("--songs", type=int, default=100_000)
     parser.add_argument("--dims", type=int, nargs="+", default=[100, 200])
     parser.add_argument("--large", action="store_true", help="one million songs of 200 dimensions instead")
@@ -294,10 +295,9 @@ def main() -> None:
     sizes = [(1_000_000, 200)] if arguments.large else [(arguments.songs, dim) for dim in arguments.dims]
     measured = [run(songs, dim, peers, console) for songs, dim in sizes]
     for result in measured:
-        for question, answer in result["summary"].items():
-            console.print(
-                f"{result['dim']} dimensions, {question}: ours {answer['ours']}, best peer {answer['best peer']}"
-            )
+        for name, best in result["summary"].items():
+            own, peer = best.values()
+            console.print(f"{result['dim']} dimensions, {name}: own {own}, best peer {peer}")
     versions = {package: _version(package, peers) for package in sorted(set(PEERS.values()))}
     write_result("index_large" if arguments.large else "index", {"peers": versions, "threads": 1, "sizes": measured})
 
@@ -306,7 +306,7 @@ def _version(package: str, folder: str | None) -> str | None:
     from importlib.metadata import distributions
 
     path = [folder] if folder else sys.path
-    return next((found.version for found in distributions(name=package, path=path)), None)
+    return next((distribution.version for distribution in distributions(name=package, path=path)), None)
 
 
 if __name__ == "__main__":
