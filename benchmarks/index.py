@@ -1,6 +1,7 @@
 """Recall@10 and queries per second of the index kinds, hnswlib, usearch and voyager, on the same vectors.
 
-    python -m pip install --target PEERS --no-deps hnswlib usearch voyager numkong tqdm    # once, outside the project's environment
+    # once, outside the project's environment
+    python -m pip install --target PEERS --no-deps hnswlib usearch voyager numkong tqdm
     python -m benchmarks.index --peers PEERS [--songs 100000] [--dims 100 200] [--large]
 
 Unit-norm vectors from overlapping clusters, hard enough that an inverted file with nprobe 1 has recall@10 below 0.8
@@ -60,9 +61,7 @@ Search = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 def overlapping_clusters(rows: int, dim: int, seed: int) -> NDArray[np.float32]:
-    """[rows, dim] of unit norm: clusters in a space of 24 dimensions whose spread exceeds the distance of their
-    centres, embedded.
-    """
+    """Unit-norm vectors [rows, dim] of clusters in 24 dimensions whose spread exceeds the distance of their centres."""
     world, rng = np.random.default_rng(dim), np.random.default_rng(seed)
     centres = world.normal(size=(CLUSTERS, LATENT)).astype(np.float32)
     embed = world.normal(size=(LATENT, dim)).astype(np.float32) / np.sqrt(LATENT)
@@ -241,9 +240,8 @@ def run(songs: int, dim: int, peers: str | None, console: Console) -> dict[str, 
             results[structure] = in_own_process(
                 "benchmarks.index", {"structure": structure, "folder": folder, "peers": peers}
             )
-            console.print(
-                f"{dim} dimensions, {structure}: {results[structure].get('error') or results[structure]['build_seconds']}"
-            )
+            outcome = results[structure].get("error") or results[structure]["build_seconds"]
+            console.print(f"{dim} dimensions, {structure}: {outcome}")
     console.print(curves_table(songs, dim, results))
     one_list = next(point["recall"] for point in results["ivf"]["points"] if point["what"] == COMPLETE)
     console.print(f"An inverted file with nprobe 1 has recall@10 {one_list:.3f}.")

@@ -112,7 +112,10 @@ def _identity(value: Any) -> str:
 
 
 CALLS: list[tuple[str, tuple, dict[str, Any]]] = [
-    *(("k", ("search", "x"), {"k": value}) for value in ("5", 2.5, True, NAN, float("inf"), 10**400, [1], datetime.date(2024, 1, 1))),
+    *(
+        ("k", ("search", "x"), {"k": value})
+        for value in ("5", 2.5, True, NAN, float("inf"), 10**400, [1], datetime.date(2024, 1, 1))
+    ),
     *(("blend", ("search_audio", b"x"), {"blend": value}) for value in ("half", NAN, False, {})),
     *(("filter", ("similar", "a"), {"filter": value}) for value in ("genre", [1], {1: "a"}, 3)),
     ("filter.genre", ("search", "x"), {"filter": {"genre": {"a"}}}),
@@ -128,7 +131,10 @@ CALLS: list[tuple[str, tuple, dict[str, Any]]] = [
     ("song_ids[1]", ("search",), {"song_ids": ["a", NAN]}),
     ("negative_song_ids", ("search",), {"song_id": "a", "negative_song_ids": "b"}),
     ("negative_song_ids[0]", ("search",), {"song_id": "a", "negative_song_ids": [None]}),
-    *(("vector", ("search",), {"vector": value}) for value in ("0.1", 3, np.float32(1), np.datetime64("2024-01-01", "ns"))),
+    *(
+        ("vector", ("search",), {"vector": value})
+        for value in ("0.1", 3, np.float32(1), np.datetime64("2024-01-01", "ns"))
+    ),
     ("vector[0]", ("search",), {"vector": np.zeros((2, 3))}),
     ("vector[1]", ("search",), {"vector": np.array([0, np.inf])}),
     *(("history", ("recommend", value), {}) for value in ("abc", 3, {"a": 1}, None)),
@@ -139,7 +145,10 @@ CALLS: list[tuple[str, tuple, dict[str, Any]]] = [
         ("history[0].timestamp", ("recommend", [Play("a", 1, value)]), {})
         for value in (datetime.datetime(2024, 1, 1), np.datetime64("2024-01-01", "ns"), "2024-01-01", NAN)
     ),
-    *(("half_life_days", ("recommend", ["a"]), {"half_life_days": value}) for value in ("30", datetime.timedelta(30), NAN)),
+    *(
+        ("half_life_days", ("recommend", ["a"]), {"half_life_days": value})
+        for value in ("30", datetime.timedelta(30), NAN)
+    ),
     *(("audio", ("search_audio", value), {}) for value in NO_AUDIO),
     *(("audio", ("embed_audio", value), {}) for value in NO_AUDIO),
     ("audio", ("put_song", "a", np.zeros(9)), {}),
@@ -148,7 +157,7 @@ CALLS: list[tuple[str, tuple, dict[str, Any]]] = [
     ("metadata.title", ("put_song", "a", None, {"title": datetime.date(2024, 1, 1)}), {}),
     *(("song_id", (name, value), {}) for name in ("song", "similar", "put_song", "delete_song") for value in NO_IDS),
     *(("version", ("activate", value), {}) for value in (3, None, HALF)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("argument", "given", "options"), CALLS, ids=_identity)
@@ -213,7 +222,20 @@ def test_invalid_key_raises_without_showing_it(kind: type, key: Any):
 @pytest.mark.parametrize(
     ("argument", "options"),
     [
-        *(("url", {"url": value}) for value in (None, 3, "", "127.0.0.1:8000", "localhost:8000", "ftp://host", "http://", "http://[::1", "http://h:99999")),
+        *(
+            ("url", {"url": value})
+            for value in (
+                None,
+                3,
+                "",
+                "127.0.0.1:8000",
+                "localhost:8000",
+                "ftp://host",
+                "http://",
+                "http://[::1",
+                "http://h:99999",
+            )
+        ),
         *(("timeout", {"timeout": value}) for value in ("30", 0, -1, NAN, datetime.timedelta(1))),
         ("retries", {"retries": 3}),
         ("headers", {"headers": {"Authorization": "Bearer x"}}),
@@ -221,7 +243,7 @@ def test_invalid_key_raises_without_showing_it(kind: type, key: Any):
         ("proxy", {"proxy": "socks9://127.0.0.1:9"}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_invalid_constructor_argument_is_named(argument: str, options: dict[str, Any]):
     for kind in (Client, AsyncClient):
         with pytest.raises(ArgumentError, match=argument):

@@ -145,7 +145,7 @@ class TestFilters:
         assert recall(results, scores) >= (1.0 if kind == "flat" else 0.95)
 
     def test_filter_without_rows_near_the_query(self, kind: str, monkeypatch: pytest.MonkeyPatch):
-        """Half of the songs are allowed, but none in a list that the query reads, so that the structure returns none."""
+        """Half of the songs are allowed, but none in a list that the query reads, so the structure returns none."""
         structure_only(monkeypatch)
         settings = SETTINGS[kind].model_copy(update={"ivf_probes": 1, "ef_search": 1, "rerank": 1.0})
         index = SongIndex.build(names(range(COUNT)), STORED, settings=settings)
@@ -267,7 +267,7 @@ class TestChanges:
         np.testing.assert_array_equal(index.vectors_of(["c", "a"]).semantic, QUERIES.semantic[[3, 1]])
 
     def test_concurrent_searches_read_one_state(self, index: SongIndex):
-        """A writer repeatedly swaps the vectors of two songs in one upsert, and compacts; no result mixes two states."""
+        """A writer repeatedly swaps the vectors of two songs, and compacts; no result mixes two states."""
         pair = ["left", "right"]
         near, far = QUERIES.rows(np.array([0, 1])), QUERIES.rows(np.array([1, 0]))
         index.upsert(pair, near)
