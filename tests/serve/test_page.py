@@ -195,7 +195,7 @@ def test_the_dial_ranks_again_as_the_service_does_and_asks_seldom(page: Page, se
     page.get_by_role("combobox").fill(title(8))
     page.get_by_role("option").first.click()
     expect(cards(page)).to_have_count(12)
-    song = page.evaluate("question.id")
+    song = page.evaluate("query.id")
     before = server.requests.count(("POST", "/v1/search"))
     dial = page.locator("#blend")
     dial.focus()
@@ -283,7 +283,7 @@ def test_a_text_that_nobody_can_read_has_no_bar_and_a_half_known_one_half_of_it(
         until(page, "!running")
         widths[words] = bars(page)
         whole = page.evaluate(
-            "answered.results.map(song => [shareBelow(song.semantic_score, background.semantic), "
+            "shownResponse.results.map(song => [shareBelow(song.semantic_score, background.semantic), "
             "shareBelow(song.preference_score, background.preference)])"
         )
         known = {"jazz": 1, "jazz 静かなピ": 0.5, "静かなピ": 0}[words]
@@ -340,7 +340,7 @@ def test_results_light_up_on_the_map_and_a_click_opens_a_song_without_playing_it
     until(page, "!audio.paused && audio.currentTime > 0.05")
     page.locator("#picked").get_by_role("button", name="Songs like this").click()
     expect(page.locator("#results-title")).to_contain_text("Songs like")
-    assert page.evaluate("question.id") == picked
+    assert page.evaluate("query.id") == picked
     assert page.url.endswith(f"#song={picked}")
 
 
@@ -511,7 +511,7 @@ def test_an_unknown_song(page: Page, server: Running):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"bad bytes", "cannot be decoded"), (b"long song", "too large"), (b"x" * 1_000_001, "1 MB at most")],
+    [(b"bad bytes", "cannot be decoded"), (b"long song", "too large"), (b"x" * 1_000_001, "at most 1 MB")],
     ids=["415", "413", "too large to send"],
 )
 def test_recordings_that_cannot_be_used(page: Page, server: Running, content: bytes, said: str):
