@@ -1,4 +1,4 @@
-"""The configuration of a run: its sections, its presets, and how it is loaded."""
+"""The configuration of a run: sections, presets and loading."""
 
 from htcl_ray.config.loading import PRESETS, Config, json_schema, resolve
 

@@ -48,27 +48,43 @@ class Config(Settings):
     """A complete run."""
 
     preset: str = "paper"
+    """Name of the preset whose values are the defaults of this run: `demo` or `paper`."""
     workspace: str = "./workspace"
-    """Where everything that a step writes lies; local path, s3:// or gs://. Relative paths, here and in every other key
-    and in a configuration file, are relative to the working directory of the command."""
+    """Folder of all data and artifacts: a local path, s3:// or gs://. A relative path, in this and any other key and in
+    a configuration file, is relative to the working directory of the command."""
     license: str = Field("unknown", pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")
-    """License of the models that are trained, named in their model cards: an identifier of the Hugging Face hub such as
-    `apache-2.0` or `cc-by-nc-4.0`; `unknown` until somebody has decided, `other` for terms of your own."""
+    """License of the trained models, for their model cards: an identifier of the Hugging Face Hub such as `apache-2.0`
+    or `cc-by-nc-4.0`; `unknown` until it is decided, `other` for terms of your own."""
     data: DataSettings = DataSettings()
+    """Input tables (catalogue and interaction logs) and the train, validation and test split."""
     audio: AudioRecipe = AudioRecipe()
+    """Conversion of audio files to log-mel features."""
     pairs: PairSettings = PairSettings()
+    """Mining of preference pairs from interaction logs."""
     text: TextSettings = TextSettings()
+    """Text tower: a pretrained model, or a small one that is trained from scratch."""
     model: ModelSettings = ModelSettings()
+    """Audio tower, projection heads and fusion."""
     pretrain: PretrainSettings = PretrainSettings()
+    """Stage 1: contrastive pre-training on audio and text."""
     finetune: FinetuneSettings = FinetuneSettings()
+    """Stage 2: contrastive fine-tuning on preference pairs."""
     embed: EmbedSettings = EmbedSettings()
+    """Batch computation of the embeddings of a catalogue."""
     index: IndexSettings = IndexSettings()
+    """Nearest-neighbour index over the embeddings."""
     tune: TuneSettings = TuneSettings()
+    """Hyperparameter search."""
     evaluate: EvaluateSettings = EvaluateSettings()
+    """Evaluation on held-out songs and users."""
     gate: GateSettings = GateSettings()
+    """Conditions under which a step uses a model or index."""
     serve: ServeSettings = ServeSettings()
+    """HTTP service."""
     tracking: TrackingSettings = TrackingSettings()
+    """Experiment trackers."""
     ray: RaySettings = RaySettings()
+    """Ray cluster on which the steps run."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""The sections of a configuration: every knob with its type, range, default and meaning."""
+"""The sections of a configuration: every key with its type, range, default and description."""
 
 from htcl_ray.config.sections.base import Names, Settings, nearest
 from htcl_ray.config.sections.data import AudioRecipe, DataSettings, PairSettings

@@ -1,4 +1,4 @@
-"""What every section of a configuration is: typed, frozen, and an unknown key is an error."""
+"""Base class of configuration sections: typed, frozen, unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from htcl_ray.workspace.credentials import tree_without_credentials
 
 
 def one_or_many(value: Any) -> Any:
-    """A string as a list of one."""
+    """Wrap a string in a list; return anything else unchanged."""
     return [value] if isinstance(value, str) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
 """One string or a list of strings."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""Of random numbers; 32 bits, because torch on a CPU and scikit-learn take no more."""
+"""Seed of a random number generator: 32 bits, the limit of torch on a CPU and of scikit-learn."""
 
 
 class Settings(BaseModel):
-    """Base of every section: frozen, numbers are finite, and an unknown key is an error.
+    """Base of every section: frozen, numbers are finite, unknown keys are errors.
 
-    As JSON, YAML and text (`model_dump(mode="json")`, `repr`) the credentials of its URIs are left out; attributes and
-    `model_dump()` have them.
+    JSON, YAML and text forms (`model_dump(mode="json")`, `repr`) are without the credentials of URIs; attributes and
+    `model_dump()` include them.
     """
 
     model_config = ConfigDict(
@@ -47,7 +47,7 @@ class Settings(BaseModel):
         return tree_without_credentials(tree) if info.mode == "json" else tree
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """For `repr` and `str`."""
+        """The fields as `repr` and `str` show them, without credentials."""
         return (
             (name, value if isinstance(value, BaseModel) else tree_without_credentials(value))
             for name, value in super().__repr_args__()
@@ -55,7 +55,7 @@ class Settings(BaseModel):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The hint of an error about an unknown name: the nearest valid one, or all of them when none is near."""
+    """Return the hint for an unknown name: the most similar valid name, or all names when none is similar."""
     choices = list(choices)
     match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"did you mean '{match[0]}'?" if match else f"expected one of {', '.join(choices)}"

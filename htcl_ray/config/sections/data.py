@@ -1,4 +1,4 @@
-"""Audio, the user's tables, and how pairs are mined from logs."""
+"""Sections `audio`, `data` and `pairs`: log-mel features, input tables and splits, and preference pairs."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from htcl_ray.schemas import CATALOG_COLUMNS, LOG_COLUMNS, Feedback
 
 
 class AudioRecipe(Settings):
-    """How a waveform becomes a log-mel spectrogram. Two models with different recipes cannot share features."""
+    """Conversion of a waveform to a log-mel spectrogram. Models with different recipes cannot share features."""
 
     sample_rate: int = Field(16000, gt=0)
-    """In Hz; audio is averaged to mono, then resampled to this rate."""
+    """Sample rate in Hz. Audio is averaged to mono and then resampled to this rate."""
     clip_seconds: float = Field(120.0, gt=0)
-    """Only the first seconds of a song are decoded."""
+    """Length in seconds of the decoded clip, from the start of the song. The rest of the song is ignored."""
     min_seconds: float = Field(0.1, gt=0)
-    """Shorter audio is quarantined as `too_short`."""
+    """Minimum length in seconds. Shorter audio is quarantined as `too_short`."""
     n_fft: int = Field(2048, gt=0)
-    """Hann window, in samples."""
+    """Length of the Hann window and of the Fourier transform, in samples."""
     hop_length: int = Field(1536, gt=0)
-    """Samples between frames."""
+    """Distance between frames, in samples."""
     n_mels: int = Field(128, gt=0)
+    """Number of mel bands."""
     f_min: float = Field(0.0, ge=0)
-    """Lowest mel band edge, in Hz."""
+    """Lower edge of the lowest mel band, in Hz."""
     f_max: float | None = None
-    """Highest mel band edge, in Hz; null is half the sample rate."""
+    """Upper edge of the highest mel band, in Hz, at most half the sample rate. Null: half the sample rate."""
     top_db: float = Field(80.0, gt=0)
-    """Cells quieter than the loudest by more than this, in dB, are raised to that floor."""
+    """Dynamic range in dB. Values further below the maximum of the clip are raised to this floor."""
 
     @property
     def max_samples(self) -> int:
-        """Samples of a full clip."""
+        """The number of samples of a full clip."""
         return round(self.clip_seconds * self.sample_rate)
 
     @property
     def max_frames(self) -> int:
-        """Frames of a full clip (centred windows)."""
+        """The number of frames of a full clip, with centred windows."""
         return self.frames_of(self.clip_seconds)
 
     def frames_of(self, seconds: float) -> int:
-        """Frames of a clip of this length."""
+        """The number of frames of a clip of this length."""
         return 1 + round(seconds * self.sample_rate) // self.hop_length
 
     @model_validator(mode="after")
@@ -57,26 +58,32 @@ class AudioRecipe(Settings):
 
 
 class DataSettings(Settings):
-    """The user's tables and how they are split."""
+    """Input tables and their split."""
 
     catalog: Names = ()
-    """Catalogue table(s): Parquet, CSV, JSON Lines or Arrow IPC; path or URI."""
+    """Catalogue tables, one path or URI or a list: Parquet, CSV, JSON Lines or Arrow IPC."""
     interactions: Names = ()
-    """Log table(s) in the feedback, plays, affinity or ratings shape; empty trains stage 1 only."""
+    """Interaction logs, one path or URI or a list, with the columns of feedback, plays, affinity or ratings. Empty:
+    only stage 1 can be trained."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our column name → the name in the user's tables, for columns that are called otherwise."""
+    """Names of columns in your tables that differ from the expected names, as `expected name: your name`."""
     text_columns: Names = ("title", "artist", "album", "genre", "mood", "tags", "language", "year", "lyrics")
-    """Catalogue columns that form the song text, in this order; any column of the catalogue may be named."""
+    """Catalogue columns that are joined into the text of a song, in this order. Any column of the catalogue is
+    possible."""
     split_column: str | None = None
-    """Catalogue column with train, validation or test; null splits by hash (see split_shares)."""
+    """Catalogue column with the values train, validation or test. Null: songs are split by a hash of the artist (see
+    `split_shares`)."""
     split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of train, validation and test: of artists by hash, and of the log's rows by time."""
+    """Shares of train, validation and test, which sum to 1: of artists (by hash), and of the rows of a log (by
+    time)."""
     held_out_user_share: float = Field(0.1, ge=0, lt=1)
-    """Share of users, by hash, whose events make no training pair; recommendation is evaluated on them."""
+    """Share of users, from 0 to below 1 and chosen by hash, whose interactions form no training pair. Recommendation is
+    evaluated on them."""
     max_rejected_share: float = Field(0.1, ge=0, le=1)
-    """A catalogue or log with a larger share of rejected rows, over all its tables, fails the step."""
+    """Maximum share of rejected rows, from 0 to 1, over all tables of the catalogue or log. Preprocessing fails above
+    it."""
     songs_per_shard: int = Field(64, gt=0)
-    """Songs per feature file: the unit of work and of resuming."""
+    """Number of songs per feature file, which is the unit of parallel work and of resuming."""
 
     @field_validator("split_shares")
     @classmethod
@@ -91,49 +98,54 @@ class DataSettings(Settings):
     @classmethod
     def _columns(cls, value: dict[str, str]) -> dict[str, str]:
         known = sorted({*CATALOG_COLUMNS, *LOG_COLUMNS})
-        for ours in value:
-            if ours not in known:
-                raise ValueError(f"'{ours}' is not one of our columns; {nearest(ours, known)}")
+        for name in value:
+            if name not in known:
+                raise ValueError(f"'{name}' is not an expected column name; {nearest(name, known)}")
         return value
 
 
 class PairSettings(Settings):
-    """How preference pairs are mined from logs."""
+    """Mining of preference pairs from interaction logs."""
 
     positive_feedback: tuple[Feedback, ...] = (Feedback.LIKE, Feedback.COLLECT, Feedback.SHARE, Feedback.COMPLETE)
-    """Feedback that says that the user wanted the song."""
+    """Values of the `feedback` column that count as positive."""
     negative_feedback: tuple[Feedback, ...] = (Feedback.SKIP, Feedback.DISLIKE)
-    """Feedback that says that the user did not; anything else is neutral exposure."""
+    """Values of the `feedback` column that count as negative. All other values are neutral exposure."""
     min_positive_rating: float | None = None
-    """A rating (a number as feedback, or in the column `rating`) from here up is positive. Null is 4, for ratings of
-    which the largest is 4 to 5; a log with another scale needs this key."""
+    """Lowest positive rating, in the `rating` column or as a number in `feedback`. Null: 4, for logs whose highest
+    rating is between 4 and 5; a log with another scale requires this key."""
     max_negative_rating: float = 2.0
-    """A rating from here down is negative; one in between is neutral."""
+    """Highest negative rating. Ratings between this and `min_positive_rating` are neutral."""
     min_played_ratio: float = Field(0.5, ge=0, le=1)
-    """A play without feedback is positive from this share of the song's length up, and neutral below."""
+    """Minimum played share of a song, from 0 to 1, from which a play without feedback is positive; below it is
+    neutral."""
     session_gap_minutes: float = Field(30.0, gt=0)
-    """Plays of one user further apart than this belong to different sessions."""
+    """Minimum pause in minutes between two plays of a user that starts a new session."""
     min_support: int = Field(1, ge=1)
-    """Distinct users that a pair needs."""
+    """Minimum number of distinct users of a pair. Pairs with fewer are dropped."""
     repetition_saturation: float = Field(1.0, ge=0)
-    """How much one user's repetitions of a pair add: s occurrences count s · (1 + this) / (s + this), as in BM25; 0
-    counts users only."""
+    """Weight of repetitions of a pair by one user, at least 0: s occurrences count s · (1 + x) / (s + x), as in BM25.
+    0: only distinct users count."""
     max_occurrences_per_user: int | None = Field(500, ge=1)
-    """Feedback and plays: what a user with more occurrences of pairs says counts less in proportion, in every pair;
-    null is no cap."""
+    """Cap on the influence of one user (feedback and plays): all pairs of a user with more occurrences than this are
+    scaled down in proportion. Null: no cap."""
     support_discount: float = Field(0.99, ge=0, le=1)
-    """Users whose evidence for a pair does not count: n equal users count n − this, so that one user, a coincidence,
-    weighs little."""
+    """Discount of the support, from 0 to 1: n equal users count n − x, so that pairs of a single user, which may be a
+    coincidence, have little weight."""
     half_life_days: float | None = Field(None, gt=0)
-    """Age at which an event counts half; null is no decay. The newest event of the training period has age 0."""
+    """Age in days at which an event counts half. The newest event of the training period has age 0. Null: no time
+    decay."""
     max_pairs_per_song: int | None = Field(100, ge=1)
-    """At most this many pairs, the heaviest, for each trigger song; null is no cap."""
+    """Maximum number of pairs per trigger song; those of the highest weight are kept. Null: no maximum."""
     popularity_exponent: float = Field(0.5, ge=0, le=1)
-    """Pair weight is divided by (popularity of trigger · popularity of song) to this power; 0 is no correction."""
+    """Exponent of the popularity correction, from 0 to 1: pair weights are divided by (popularity of the trigger song ·
+    popularity of the recalled song) to this power. 0: no correction."""
     popularity_offset: float = Field(10.0, ge=0)
-    """Added to both popularities (users who received the song well), so that rare songs do not weigh most."""
+    """Number added to both popularities (users with positive feedback), so that rare songs do not get the highest
+    weights."""
     max_songs_per_user: int = Field(200, ge=2)
-    """Affinity logs and ratings: only a user's heaviest songs form pairs."""
+    """Maximum number of songs of one user, those of the highest weight, that form pairs in affinity logs and
+    ratings."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -150,5 +162,5 @@ class PairSettings(Settings):
 
     @property
     def positive_from(self) -> float:
-        """`min_positive_rating`, or its default."""
+        """The lowest positive rating: `min_positive_rating`, or its default of 4."""
         return 4.0 if self.min_positive_rating is None else self.min_positive_rating

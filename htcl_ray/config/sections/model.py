@@ -1,4 +1,4 @@
-"""The towers, heads and fusion."""
+"""Sections `text` and `model`: the text and audio towers, projection heads and fusion."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from htcl_ray.config.sections.base import Settings
 
 
 class TextSettings(Settings):
-    """The text tower."""
+    """Text tower."""
 
     name_or_path: str | None = None
-    """A BERT-like model by hub name or local folder; null trains a small BERT and its WordPiece vocabulary from the
-    song texts."""
+    """BERT-like model: a name of the Hugging Face Hub or a local folder. Null: a small BERT and its WordPiece
+    vocabulary are trained from the texts of the catalogue."""
     pooling: Literal["pooler", "cls", "mean"] = "pooler"
-    """Tokens → one vector: BERT's pooler over the first token as the authors (models made without one: the first token
-    itself), the first token, or the mean over tokens, which sentence encoders such as MiniLM were trained for."""
+    """Pooling of tokens to one vector. `pooler`: BERT's pooler over the first token, as in the paper (the first token
+    in models without a pooler); `cls`: the first token; `mean`: the mean over tokens, for sentence encoders such as
+    MiniLM."""
     max_tokens: int = Field(128, gt=2)
-    """Longer song texts are cut."""
+    """Maximum number of tokens of a text. Longer texts are truncated."""
     vocab_size: int = Field(2000, gt=10)
-    """From scratch: WordPieces."""
+    """Number of WordPieces of a text model that is trained from scratch."""
     width: int = Field(128, gt=0)
-    """From scratch: hidden size."""
+    """Hidden size of a text model that is trained from scratch; a multiple of `heads`."""
     layers: int = Field(2, gt=0)
-    """From scratch: Transformer layers."""
+    """Number of Transformer layers of a text model that is trained from scratch."""
     heads: int = Field(4, gt=0)
-    """From scratch: attention heads."""
+    """Number of attention heads of a text model that is trained from scratch."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """From scratch: dropout in layers and attention."""
+    """Dropout probability of a text model that is trained from scratch, in layers and attention."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -39,25 +40,31 @@ class TextSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Audio tower, heads and fusion. Defaults are the paper's."""
+    """Audio tower, projection heads and fusion. The defaults are those of the paper."""
 
     conv_channels: int = Field(512, gt=0)
+    """Number of channels of the three convolutions over log-mel frames."""
     width: int = Field(768, gt=0)
-    """Hidden size of the audio Transformer."""
+    """Hidden size of the audio Transformer; a multiple of `heads` and of `position_groups`."""
     layers: int = Field(12, gt=0)
+    """Number of Transformer layers of the audio tower."""
     heads: int = Field(12, gt=0)
+    """Number of attention heads of each Transformer layer."""
     feed_forward: int = Field(3072, gt=0)
+    """Hidden size of the feed-forward part of each Transformer layer."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout probability of the audio tower, in layers and attention."""
     position_kernel: int = Field(31, gt=0)
-    """Tokens that the convolutional position embedding sees; odd."""
+    """Kernel size, in tokens, of the convolutional position embedding; an odd number."""
     position_groups: int = Field(16, gt=0)
+    """Number of groups of the convolutional position embedding."""
     head_hidden: tuple[int, ...] = (384, 192)
-    """Hidden widths of the audio and text heads."""
+    """Sizes of the hidden layers of the audio and text projection heads. Empty: linear heads."""
     dim: int = Field(100, gt=0)
-    """Width of the joint space."""
+    """Dimension of the joint embedding space."""
     window_seconds: float | None = Field(None, gt=0)
-    """Longer clips are trained on in random crops of this length and embedded as the mean of evenly spaced windows;
-    null: clips whole."""
+    """Length in seconds of the crops on which longer clips are trained, at random positions; such a clip is embedded as
+    the mean of evenly spaced windows. Null: whole clips."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""Both training stages, and where their runs are seen."""
+"""Sections `pretrain`, `finetune` and `tracking`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from htcl_ray.losses.registry import LOSSES, LossName
 
 
 class HealthSettings(Settings):
-    """When a run has gone wrong: looked at after every epoch on a fixed probe batch of training songs or pairs."""
+    """Detection of collapse and plateaus, after every epoch on a fixed batch of training songs or pairs."""
 
     action: Literal["warn", "stop", "off"] = "warn"
-    """A loss or gradient that is no number stops the run whatever this says."""
+    """Reaction to a fault: `warn`, `stop` the run, or `off`. A loss or gradient that is not finite always stops the
+    run."""
     patience_steps: int = Field(200, ge=1)
-    """Steps that a fault must last before it counts: every run begins near a plateau."""
+    """Number of steps that a fault must last before it is reported, since every run begins near a plateau."""
     max_mean_cosine: float = Field(0.95, gt=-1, le=1)
-    """Collapse: mean cosine between different songs' audio, or different texts, above this."""
+    """Collapse threshold, from -1 to 1: maximum mean cosine similarity between different audio clips, or between
+    different texts."""
     min_effective_rank: float = Field(2.0, ge=1)
-    """Collapse: fewer directions in use than this, as exp of the entropy of the singular values of the centred
-    vectors."""
+    """Collapse threshold: minimum effective rank of the centred embeddings (exp of the entropy of their singular
+    values)."""
     plateau_margin: float = Field(0.002, ge=0, lt=1)
-    """Plateau: a softmax term within this share of the loss that equal vectors for all songs would have."""
+    """Plateau threshold: a softmax loss within this share of the loss of identical embeddings counts as a plateau."""
 
 
 BestMetric = Literal[
@@ -46,85 +48,91 @@ NOT_IN_MODEL = (
     "keep_checkpoints",
     "health",
 )
-"""Settings of a stage that say where and how it runs, not what it learns: a run that is resumed may change them."""
+"""Settings of a stage that do not change the trained model; a run that is resumed may change them."""
 
 
 class StageSettings(Settings):
-    """What both training stages share."""
+    """Settings of both training stages."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     batch_size: int | None = Field(32, ge=2)
-    """Global: rows of one loss, over all workers (stage 2: pairs); null: `batch_size_per_worker`. Setting one of them
-    unsets the other."""
+    """Global batch size: rows of one loss over all workers (songs in stage 1, pairs in stage 2); a multiple of
+    `num_workers`. Null: set by `batch_size_per_worker`. Setting one of the two unsets the other."""
     batch_size_per_worker: int | None = Field(None, ge=1)
-    """Rows of one loss that each worker brings: the global batch is this × `num_workers`, and grows with them. Null:
+    """Rows per worker; the global batch size is this × `num_workers` and grows with the number of workers. Null: set by
     `batch_size`."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
-    """Rows that one worker encodes at a time; null is its whole share, auto what fits its memory. The gradient does not
-    depend on it."""
+    """Rows that a worker encodes at a time (gradient caching); gradients do not depend on it. `auto`: as many as fit in
+    its memory; null: its whole share of the batch."""
     epochs: int = Field(20, ge=1)
+    """Number of passes over the songs or pairs of an epoch."""
     num_workers: int = Field(1, ge=1)
+    """Number of training workers, each with one GPU or `cpus_per_worker` CPUs."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Peak rate of heads, temperatures and, in stage 1, the audio encoder."""
+    """Peak learning rate of heads, temperatures and, in stage 1, the audio encoder."""
     text_learning_rate: float = Field(1e-5, gt=0)
-    """Peak rate of the text encoder."""
+    """Peak learning rate of the text encoder."""
     weight_decay: float = Field(0.0, ge=0)
-    """Above 0 is AdamW; matrices only."""
+    """Weight decay of the weight matrices. 0: Adam; above 0: AdamW."""
     warmup_share: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps with a linearly rising rate."""
+    """Share of all steps, from 0 to below 1, during which the learning rate rises linearly to its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: half a cosine to 0, or the peak rate to the end."""
+    """Learning rate after the warm-up. `cosine`: half a cosine down to 0; `constant`: the peak rate."""
     max_gradient_norm: float | None = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm; null is no clipping."""
+    """Maximum global norm of the gradients, which are scaled down to it. Null: no clipping."""
     loss: LossName = "softmax"
-    """softmax: InfoNCE, each row picks its match among the batch. sigmoid: each pair of rows is a match or not
-    (SigLIP)."""
+    """Contrastive loss. `softmax`: InfoNCE over all rows of the batch; `sigmoid`: a binary classification of each pair
+    of rows (SigLIP)."""
     mask_false_negatives: bool = True
-    """Rows of one song, duplicate group, text or (stage 2) known pair are not each other's negatives; false is the
-    published loss."""
+    """Whether rows of the same song, duplicate group, text or (in stage 2) known pair are excluded from each other's
+    negatives. False: the published loss."""
     temperature: float = Field(0.074, ge=0.01, le=1)
-    """Initial temperature of the contrastive losses; kept at or above 0.01."""
+    """Initial temperature of the contrastive losses, from 0.01 to 1. A learned temperature stays at or above 0.01."""
     learn_temperature: bool = True
-    """False keeps the temperatures of the losses where they start."""
+    """Whether the temperatures are learned. False: they keep their initial value."""
     freeze_text: bool = False
-    """The text encoder stays as it is; its head learns."""
+    """Whether the weights of the text encoder are frozen. Its projection head is always trained."""
     freeze_audio_layers: int = Field(0, ge=0)
-    """The audio encoder's first Transformer layers, and all that comes before them, stay as they are; 0 freezes
-    nothing."""
+    """Number of Transformer layers of the audio encoder, from the first, that are frozen together with the convolutions
+    before them. 0: nothing is frozen."""
     time_masks: int = Field(0, ge=0)
-    """Stretches of frames hidden from a training clip (SpecAugment, arXiv 1904.08779); 0 is none."""
+    """Number of time masks per training clip (SpecAugment, arXiv 1904.08779). 0: none."""
     time_mask_frames: int = Field(40, ge=1)
-    """Longest stretch; widths are uniform from 0. All stretches together never hide more than half of a clip."""
+    """Maximum width of a time mask, in frames; widths are uniform from 0. All time masks together cover at most half of
+    a clip."""
     mel_masks: int = Field(0, ge=0)
-    """Groups of neighbouring mel bands hidden from a training clip; 0 is none."""
+    """Number of frequency masks per training clip (SpecAugment). 0: none."""
     mel_mask_bands: int = Field(16, ge=1)
-    """Widest group; widths are uniform from 0."""
+    """Maximum width of a frequency mask, in mel bands; widths are uniform from 0."""
     compile: bool = False
-    """Compile the towers with torch.compile: minutes at the start, faster steps; worth it on GPUs."""
+    """Whether to compile the towers with torch.compile, which takes minutes at the start and makes steps faster on
+    GPUs."""
     seed: Seed = 0
-    """Of the order of rows, initial weights, dropout, crops and masks."""
+    """Seed of the order of rows, initial weights, dropout, crops and masks."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto takes one GPU per worker when the cluster has GPUs."""
+    """Device of the workers. `auto`: one GPU per worker when the cluster has GPUs, otherwise the CPU."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """CPUs that a worker reserves from Ray; it computes with max(1, this) threads."""
+    """Number of CPUs that a worker reserves in Ray; it computes with max(1, this) threads."""
     max_failures: int = Field(2, ge=0)
-    """Times that a run restarts from its last checkpoint after losing a worker."""
+    """Number of times that a run restarts from its last checkpoint after it lost a worker."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
-    """Checkpoints within an epoch, beside the one at its end; null is none. Counted from the first step of the run."""
+    """Interval, in steps from the start of the run, of checkpoints in addition to the one at the end of each epoch.
+    Null: none."""
     keep_checkpoints: int = Field(1, ge=1)
-    """Checkpoints that a run keeps: the newest, or with `best_metric` the best and the newest."""
+    """Number of checkpoints that a run keeps: the newest ones, or with `best_metric` the best and the newest."""
     best_metric: BestMetric | None = None
-    """The model that is published is the epoch that was best by this; null is the last epoch."""
+    """Metric by which the epoch of the published model is selected. Null: the last epoch."""
     health: HealthSettings = HealthSettings()
+    """Checks of the run on a fixed batch of training songs or pairs after every epoch."""
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of one loss, over all workers."""
+        """The global batch size: rows of one loss over all workers."""
         return self.batch_size or (self.batch_size_per_worker or 0) * self.num_workers
 
     def resolved(self) -> Self:
-        """These settings with the global batch size as a number: equal for runs that have equal batches."""
+        """Return these settings with the global batch size as a number: equal for runs with equal batches."""
         return self.model_copy(update={"batch_size": self.global_batch_size, "batch_size_per_worker": None})
 
     @field_validator("micro_batch_size", mode="before")
@@ -168,34 +176,36 @@ class StageSettings(Settings):
 
 
 class PretrainSettings(StageSettings):
-    """Stage 1: audio ↔ text."""
+    """Stage 1: contrastive pre-training on audio and text."""
 
     songs_per_epoch: int | None = Field(None, ge=2)
-    """Songs of an epoch, which goes on in the order where the one before ended; null is every training song once."""
+    """Number of songs per epoch; each epoch continues in the order where the previous one ended. Null: every training
+    song once."""
 
 
 class FinetuneSettings(StageSettings):
-    """Stage 2: preference pairs, semantics kept."""
+    """Stage 2: contrastive fine-tuning on preference pairs that preserves the semantics of stage 1."""
 
     audio_learning_rate: float = Field(1e-5, gt=0)
-    """Peak rate of the audio encoder."""
+    """Peak learning rate of the audio encoder."""
     pairs_per_epoch: int | None = Field(None, ge=1)
-    """Pairs drawn by weight in an epoch; null is as many as there are training pairs."""
+    """Number of pairs per epoch, sampled by weight. Null: the number of training pairs."""
     text_loss_weight: float = Field(1.0, ge=0)
-    """Weight of audio ↔ text over both songs of a pair and the rehearsed songs: what keeps the semantics."""
+    """Weight of the audio-text loss over both songs of a pair and the rehearsal songs, which preserves the semantics of
+    stage 1."""
     rehearsal_songs_per_pair: int = Field(1, ge=0)
-    """Songs n of the whole training catalogue that audio ↔ text gets for each pair, n / (2 + n) of its rows; 0 sees
-    songs of pairs only."""
+    """Number n of songs of the whole training catalogue that are added to the audio-text loss per pair: n / (2 + n) of
+    its rows. 0: songs of pairs only."""
     preference_loss_weight: float = Field(1.0, ge=0)
-    """Weight of trigger audio ↔ recalled audio."""
+    """Weight of the loss between the audio of the trigger song and the audio of the recalled song."""
     fusion_loss_weight: float = Field(1.0, ge=0)
-    """Weight of audio ↔ the other song's fusion of audio and text."""
+    """Weight of the loss between the audio of one song and the fusion of audio and text of the other."""
     popularity_correction: bool = False
-    """Subtract log q from the logits of preference and fusion, q being the probability that the song is drawn (log-Q);
-    softmax only."""
+    """Whether to subtract log q from the logits of the preference and fusion losses, where q is the sampling
+    probability of the song (log-Q correction); softmax only."""
     explicit_negatives: bool = False
-    """Add to each pair a song rejected after its trigger (skips, dislikes), as a negative of preference; half as much
-    again to encode."""
+    """Whether to add to each pair a song that was rejected after its trigger song (skip or dislike) as a negative of
+    the preference loss. Encoding takes half as long again."""
 
     @model_validator(mode="after")
     def _check_correction(self) -> Self:
@@ -203,20 +213,18 @@ class FinetuneSettings(StageSettings):
             raise ValueError(f"popularity_correction corrects a softmax, and loss is {self.loss}; set one of them back")
         if self.popularity_correction and self.explicit_negatives:
             raise ValueError(
-                "popularity_correction needs keys that are drawn by the pairs' weights, and explicit_negatives adds others; choose one"
+                "popularity_correction requires songs that are sampled by the weights of pairs, and explicit_negatives adds others; choose one"
             )
         return self
 
 
 class TrackingSettings(Settings):
-    """Where training runs are seen beside `metrics.jsonl` and TensorBoard, which are always written. Changes no
-    model.
-    """
+    """Experiment trackers, in addition to `metrics.jsonl` and TensorBoard; they do not change the model."""
 
     trackers: Annotated[tuple[Literal["mlflow", "wandb"], ...], BeforeValidator(one_or_many)] = ()
-    """Each needs the extra of its name; W&B takes its key and its mode from its own environment variables
-    (WANDB_API_KEY, WANDB_MODE)."""
+    """Experiment trackers: `mlflow` and `wandb`. Each requires the extra of its name; W&B reads its key and mode from
+    its environment variables (WANDB_API_KEY, WANDB_MODE)."""
     project: str = Field("htcl-ray", min_length=1)
-    """MLflow experiment and W&B project."""
+    """Name of the MLflow experiment and of the W&B project."""
     mlflow_uri: str | None = None
-    """Tracking server, or `sqlite:///file`; null is MLFLOW_TRACKING_URI."""
+    """URI of the MLflow tracking server, or `sqlite:///file`. Null: MLFLOW_TRACKING_URI."""

@@ -1,4 +1,4 @@
-"""The search: what is varied, how long a trial lasts, and what it is judged by."""
+"""Section `tune`: search space, length of trials, and objectives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Objective = Literal["semantic", "preference"]
 
 
 class Dimension(Settings):
-    """The values that a search may give one configuration key: a list, or a range."""
+    """Values of one configuration key in a search: a list or a range."""
 
     values: tuple[Value, ...] | None = None
-    """Chosen from."""
+    """List of values to choose from, at least two; null when the dimension is a range."""
     low: float | None = None
-    """Lowest value of a range, itself possible."""
+    """Lowest value of a range, inclusive."""
     high: float | None = None
-    """Highest value of a range, itself possible."""
+    """Highest value of a range, inclusive."""
     log: bool = False
-    """Whether equal ratios of the range are equally likely, rather than equal differences."""
+    """Whether a range is sampled uniformly on a logarithmic scale rather than a linear one."""
 
     @field_validator("values", mode="before")
     @classmethod
@@ -63,43 +63,44 @@ def _values_or_range(value: Any) -> Any:
 
 
 class TuneSettings(Settings):
-    """A search over configuration keys: each trial trains a stage, or both, and is judged on the validation gallery."""
+    """Hyperparameter search. Each trial trains one stage or both and is evaluated on validation songs."""
 
     stage: Literal["pretrain", "finetune", "both"] = "pretrain"
-    """What a trial trains; `finetune` starts every trial from one semantic model."""
+    """Stage or stages that each trial trains. `finetune` starts every trial from the same semantic model."""
     study: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the folder below runs/tune/; null is the name of the stage. The same name continues the search."""
+    """Name of the study and of its folder below `runs/tune/`. A search with the name of an earlier study continues it.
+    Null: the name of the stage."""
     space: (
         dict[
             str, Annotated[Dimension, BeforeValidator(_values_or_range, json_schema_input_type=Dimension | list[Value])]
         ]
         | None
     ) = None
-    """Dotted configuration keys → a list of values, or {low, high, log}; null: temperature, fixed or learned, batch
-    size, learning rate."""
+    """Search space: dotted configuration keys with a list of values, or a range {low, high, log}. Null: temperature,
+    whether it is learned, batch size and learning rate."""
     trials: int = Field(20, ge=1)
-    """Trials in all. A finished search goes on when there are more."""
+    """Total number of trials. A finished search continues when this number is increased."""
     samples: int | None = Field(None, ge=2)
-    """Rows that a trial sees in each stage, songs or pairs, whatever its batch size; null is as many as the configured
-    run would see."""
+    """Number of songs or pairs that a trial trains on in each stage, for any batch size. Null: as many as the
+    configured run."""
     reports: int = Field(10, ge=1)
-    """Times that a trial measures itself, after equally many rows each."""
+    """Number of evaluations of a trial, each after the same number of songs or pairs."""
     objectives: (
         Annotated[tuple[Objective, ...], BeforeValidator(one_or_many), Field(min_length=1, max_length=2)] | None
     ) = None
-    """semantic: text → audio. preference: trigger → recalled song. Null is what the last stage is for. Two give a
-    Pareto front."""
+    """One or two objectives: `semantic` (text to audio retrieval) and `preference` (trigger song to recalled song). Two
+    yield a Pareto front. Null: that of the last stage."""
     metric: Literal["recall@10", "ndcg@10"] = "recall@10"
-    """Of the objectives, in one fixed gallery of validation songs."""
+    """Metric of the objectives, in one fixed gallery of validation songs."""
     early_stopping: bool = True
-    """Stop trials that are behind after equally many rows (ASHA, arXiv 1810.05934); with two objectives none is
-    stopped."""
+    """Whether to stop trials that are behind others after the same number of songs or pairs (ASHA, arXiv 1810.05934).
+    With two objectives no trial is stopped."""
     grace_share: float = Field(0.25, gt=0, le=1)
-    """Share of its rows that a trial sees before it may be stopped."""
+    """Share of its training, above 0 and up to 1, that a trial completes before it can be stopped."""
     max_concurrent_trials: int | None = Field(None, ge=1)
-    """Null is as many as the cluster can hold when it has grown as far as it can."""
+    """Maximum number of trials at the same time. Null: as many as fit on the cluster at its maximum size."""
     seed: Seed = 0
-    """Of the search; the seeds of training are those of the stages, the same in every trial."""
+    """Seed of the search. The seeds of training are those of the stages, the same in every trial."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -115,15 +116,15 @@ class TuneSettings(Settings):
 
     @property
     def stages(self) -> tuple[Literal["pretrain", "finetune"], ...]:
-        """The stages that a trial trains, in order."""
+        """The stages that a trial trains, in this order."""
         return ("pretrain", "finetune") if self.stage == "both" else (self.stage,)
 
     @property
     def judged_by(self) -> tuple[Objective, ...]:
-        """The objectives."""
+        """The objectives, or the default of the stage."""
         return self.objectives or (("semantic",) if self.stage == "pretrain" else ("preference",))
 
     @property
     def name(self) -> str:
-        """Name of the study."""
+        """The name of the study."""
         return self.study or self.stage
