@@ -1,7 +1,7 @@
-"""HTCL on Ray: music representations learned from audio, text and listening, and served.
+"""HTCL on Ray: music representations learned from audio, text and listening.
 
-The names in `__all__` are the stable surface. They are imported when they are first used: `import htcl_ray` loads
-neither Ray nor PyTorch.
+The names in `__all__` are the public API. They are imported on first use: `import htcl_ray` loads neither Ray nor
+PyTorch.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _MODULES = {
     "log_mel": "htcl_ray.audio",
     "metrics": "htcl_ray.evaluation",
 }
-"""Where each name is defined."""
+"""Module from which each public name is imported."""
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__`, imported now (PEP 562)."""
+    """Import a name of `__all__` on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_MODULES[name])
     try:
         return getattr(module, name)
-    except AttributeError:  # a module of the package that nothing has imported yet
+    except AttributeError:  # a submodule that has not been imported yet
         return importlib.import_module(f"{_MODULES[name]}.{name}")
 
 
 def __dir__() -> list[str]:
-    """With the names that are not imported yet."""
+    """All names of the module, including public names that have not been imported yet."""
     return sorted({*globals(), *__all__})

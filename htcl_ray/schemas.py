@@ -14,11 +14,11 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 FORMAT_VERSION = 2
-"""Version of every manifest and table in a workspace; raised when an old reader would misread a new file."""
+"""Format version of all manifests and tables of a workspace, raised when an old reader would misread a new file."""
 
 
 class Split(StrEnum):
-    """Which part of the data a song or pair belongs to."""
+    """Part of the data to which a song or pair belongs."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -26,7 +26,7 @@ class Split(StrEnum):
 
 
 class Feedback(StrEnum):
-    """What a user did with a song."""
+    """Reaction of a user to a song, as in the `feedback` column of a log."""
 
     LIKE = "like"
     COLLECT = "collect"
@@ -38,7 +38,7 @@ class Feedback(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a row was rejected. One vocabulary for catalogue rows, log rows and uploads."""
+    """Reason why a row of a catalogue or log, or an upload, was rejected."""
 
     UNREADABLE_ROW = "unreadable_row"
     MISSING_SONG_ID = "missing_song_id"
@@ -194,11 +194,11 @@ EVENTS = pa.schema(
         pa.field("period", pa.string(), nullable=False),
     ]
 )
-"""`events/<fingerprint>/*.parquet`: accepted log rows in one shape, whatever shape they came in.
+"""`events/<fingerprint>/*.parquet`: accepted rows of all kinds of logs in one form.
 
-`value`: > 0 positive (its size is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds, null for
-affinity logs and ratings. `period`: train, validation or test, by time (without a time: train). `held_out_user`: this
-user's events are in no training pair.
+`value`: > 0 positive (its magnitude is the strength), 0 neutral exposure, < 0 negative. `timestamp`: epoch seconds,
+null for affinity logs and ratings. `period`: train, validation or test, by time (without a timestamp: train).
+`held_out_user`: the events of this user are in no training pair.
 """
 
 PAIRS = pa.schema(
@@ -212,8 +212,7 @@ PAIRS = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
-"""`pairs/<fingerprint>/*.parquet`, and `negatives/<fingerprint of the pairs>/*.parquet` with songs rejected after their
-triggers."""
+"""`pairs/<fingerprint>/*.parquet`, and `negatives/<fingerprint of the pairs>/*.parquet` with explicit negatives."""
 
 QUARANTINE = pa.schema(
     [
@@ -255,8 +254,7 @@ SONG_MAP = pa.schema(
         pa.field("y", pa.float32(), nullable=False),
     ]
 )
-"""`index/<version>/map.parquet`: places of at most 5,000 songs on a plane for people to look at, each coordinate from 0
-to 1."""
+"""`index/<version>/map.parquet`: a 2-D map of at most 5,000 songs, with coordinates from 0 to 1."""
 
 UPDATES = pa.schema(
     [
@@ -269,8 +267,8 @@ UPDATES = pa.schema(
         *INDEX_SONGS,
     ]
 )
-"""`updates/*.arrow`: songs put into or taken out of the indexes while they are served; see `index/live/update_log.py`.
+"""`updates/*.arrow`: songs added to or removed from an index while it is served; see `index/live/update_log.py`.
 
-`name` orders the updates: of one song, that with the greatest counts. `op`: `upsert` or `remove`. Models are
-fingerprints of weights.
+`name` orders the updates; the update of a song with the greatest name is in effect. `op`: `upsert` or `remove`.
+`semantic_model`, `preference_model`: fingerprints of the weights.
 """

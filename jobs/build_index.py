@@ -1,5 +1,6 @@
-"""`htcl index` as a job: ray job submit --working-dir . -- python jobs/build_index.py --workspace
-ABSOLUTE_PATH_OR_URI.
+"""`htcl index` as a Ray job.
+
+ray job submit --working-dir . -- python jobs/build_index.py --workspace ABSOLUTE_PATH_OR_URI
 """
 
 from htcl_ray.cli import run_step

@@ -1,4 +1,7 @@
-"""`htcl embed` as a job: ray job submit --working-dir . -- python jobs/embed.py --workspace ABSOLUTE_PATH_OR_URI."""
+"""`htcl embed` as a Ray job.
+
+ray job submit --working-dir . -- python jobs/embed.py --workspace ABSOLUTE_PATH_OR_URI
+"""
 
 from htcl_ray.cli import run_step
 

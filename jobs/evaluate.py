@@ -1,12 +1,13 @@
-"""`htcl evaluate` as a job: ray job submit --working-dir . -- python jobs/evaluate.py --workspace
-ABSOLUTE_PATH_OR_URI.
+"""`htcl evaluate` as a Ray job.
+
+ray job submit --working-dir . -- python jobs/evaluate.py --workspace ABSOLUTE_PATH_OR_URI
 """
 
 from htcl_ray.cli import run_step
 
 
 def main() -> int:
-    """Measure on held-out songs and users, and return the exit code."""
+    """Evaluate on held-out songs and users, and return the exit code."""
     return run_step("evaluate")
 
 

@@ -1,5 +1,6 @@
-"""`htcl finetune` as a job: ray job submit --working-dir . -- python jobs/finetune.py --workspace
-ABSOLUTE_PATH_OR_URI.
+"""`htcl finetune` as a Ray job.
+
+ray job submit --working-dir . -- python jobs/finetune.py --workspace ABSOLUTE_PATH_OR_URI
 """
 
 from htcl_ray.cli import run_step

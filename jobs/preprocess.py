@@ -1,12 +1,13 @@
-"""`htcl preprocess` as a job: ray job submit --working-dir . -- python jobs/preprocess.py --workspace
-ABSOLUTE_PATH_OR_URI.
+"""`htcl preprocess` as a Ray job.
+
+ray job submit --working-dir . -- python jobs/preprocess.py --workspace ABSOLUTE_PATH_OR_URI
 """
 
 from htcl_ray.cli import run_step
 
 
 def main() -> int:
-    """Make features, events and preference pairs, and return the exit code."""
+    """Compute features, events and preference pairs, and return the exit code."""
     return run_step("preprocess")
 
 

@@ -1,5 +1,6 @@
-"""`htcl pretrain` as a job: ray job submit --working-dir . -- python jobs/pretrain.py --workspace
-ABSOLUTE_PATH_OR_URI.
+"""`htcl pretrain` as a Ray job.
+
+ray job submit --working-dir . -- python jobs/pretrain.py --workspace ABSOLUTE_PATH_OR_URI
 """
 
 from htcl_ray.cli import run_step

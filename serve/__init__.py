@@ -1,3 +1,4 @@
-"""Entry points for Ray's own `serve` command. In code, always `from ray import serve`: this folder has the same
-name.
+"""Entry points for Ray's own `serve` command.
+
+In code, import Ray Serve by `from ray import serve`, since this folder has the same name.
 """

@@ -11,7 +11,7 @@ __all__ = ["app", "build_app"]  # noqa: F822 - `app` comes from __getattr__
 
 
 def __getattr__(name: str) -> Any:
-    """`app` is made when it is asked for: it needs a workspace with an index."""
+    """Build `app` on first use, since it requires a workspace with an index."""
     if name == "app":
         return build_app({})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""Commands of `htcl` that are not steps of the pipeline."""
+"""Commands of `htcl` that are not steps of the pipeline, and the output of all commands."""

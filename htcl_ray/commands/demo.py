@@ -1,11 +1,11 @@
-"""`htcl demo`: the whole path on a sample catalogue, from audio files and logs to answers over HTTP."""
+"""`htcl demo`: every step on a sample catalogue, from audio files and logs to search results over HTTP."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from rich.console import Console
@@ -33,20 +33,25 @@ MADE_BY_DEMO = (
     "reports",
     "ablations",
 )
+"""Folders of a workspace that the demo writes, and that `--fresh` removes."""
 T = TypeVar("T")
 TEXT_QUERY = "calm ambient piano"
 
 
 def demo(config: Config, *, fresh: bool = False) -> None:
-    """Run every step, start the application, ask it three questions, stop it, and print what happened."""
+    """Run every step on the sample catalogue, start the service, send it three queries, and print a summary.
+
+    `fresh`: remove the files of an earlier demo first. Raises ConfigError for a workspace that is not a local folder.
+    """
     workspace = Workspace(config.workspace)
     if not workspace.is_local:
         raise ConfigError(
-            f"the demo writes its sample catalogue to a local disk, and the workspace is {workspace.uri}; give a local folder"
+            f"the demo writes its sample catalogue to a local disk, and the workspace is {workspace.uri}; "
+            "give a local folder"
         )
     workspace.check_writable()
     if fresh:
-        _start_over(workspace)
+        _remove_earlier_demo(workspace)
     results = [_run("sample", lambda: _sample(workspace))]
     sample = _sample_folder(workspace)
     tables = {
@@ -58,14 +63,14 @@ def demo(config: Config, *, fresh: bool = False) -> None:
     from htcl_ray.pipelines.apply_gate import judged_evaluation
 
     config = config.with_overrides(tables)
-    steps = config.with_overrides({"gate.require": "off"})  # what an earlier demo judged is judged again here
+    steps = config.with_overrides({"gate.require": "off"})  # verdicts of an earlier demo are not used
     made = {name: _run(name, step, steps) for name, step in _steps()}
     judged, verdict = _run("evaluate", lambda: judged_evaluation(steps, None, DEFAULT))
     if not verdict.passed:
         print(f"{judged.summary}; the demo serves this model all the same, with gate.require=off", flush=True)
     served = config if verdict.passed else steps
-    answers = _run("serve", lambda: _ask(served, workspace, made["index"].location.rpartition("/")[2]))
-    _summary([*results, *made.values(), judged, answers], workspace, judged.location, verdict.passed)
+    queried = _run("serve", lambda: _serve_and_query(served, workspace, made["index"].location.rpartition("/")[2]))
+    _print_summary([*results, *made.values(), judged, queried], workspace, judged.location, verdict.passed)
 
 
 def _steps() -> list[tuple[str, Callable[[Config], StepResult]]]:
@@ -92,11 +97,12 @@ def _sample_folder(workspace: Workspace) -> Path:
     return Path(workspace.full("sample"))
 
 
-def _start_over(workspace: Workspace) -> None:
+def _remove_earlier_demo(workspace: Workspace) -> None:
     present = workspace.children("")
     if present and not workspace.exists("sample"):
         raise ConfigError(
-            f"the workspace {workspace.uri} holds {', '.join(present)} and no demo; --fresh removes only what a demo made"
+            f"the workspace {workspace.uri} holds {', '.join(present)} and no demo; "
+            "--fresh removes only what a demo made"
         )
     for name in MADE_BY_DEMO:
         workspace.remove(name)
@@ -112,8 +118,8 @@ def _sample(workspace: Workspace) -> StepResult:
     return StepResult("sample", str(folder), summary, time.monotonic() - started, skipped=known)
 
 
-def _ask(config: Config, workspace: Workspace, index: str) -> StepResult:
-    """Start the application on a free port, ask by words, by audio and by song, and stop it."""
+def _serve_and_query(config: Config, workspace: Workspace, index: str) -> StepResult:
+    """Start the service on a free port, search by text, by audio and by song, and stop it."""
     from htcl_ray.serving.application import serving
 
     started = time.monotonic()
@@ -122,38 +128,38 @@ def _ask(config: Config, workspace: Workspace, index: str) -> StepResult:
         serving(config.with_overrides({"serve.port": 0}), index) as url,
         httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
     ):
-        print(f"the application answers at {url}", flush=True)
-        by_text = _answer(client.post("/v1/search", json={"text": TEXT_QUERY, "k": 3}))
-        _show(f'POST /v1/search "{TEXT_QUERY}"', by_text)
-        by_audio = _answer(
+        print(f"the service listens at {url}", flush=True)
+        by_text = _results(client.post("/v1/search", json={"text": TEXT_QUERY, "k": 3}))
+        _print_results(f'POST /v1/search "{TEXT_QUERY}"', by_text)
+        by_audio = _results(
             client.post("/v1/search/audio", files={"file": (upload.name, upload.read_bytes())}, data={"k": "3"})
         )
-        _show(f"POST /v1/search/audio {upload.name}", by_audio)
+        _print_results(f"POST /v1/search/audio {upload.name}", by_audio)
         song = by_text[0]["song_id"]
-        similar = _answer(client.get(f"/v1/songs/{song}/similar", params={"k": 3}))
-        _show(f"GET /v1/songs/{song}/similar", similar)
-    return StepResult("serve", url, "3 queries answered over HTTP, then stopped", time.monotonic() - started)
+        similar = _results(client.get(f"/v1/songs/{song}/similar", params={"k": 3}))
+        _print_results(f"GET /v1/songs/{song}/similar", similar)
+    return StepResult("serve", url, "3 queries over HTTP, then stopped", time.monotonic() - started)
 
 
-def _answer(response: httpx.Response) -> list[dict]:
+def _results(response: httpx.Response) -> list[dict[str, Any]]:
     if response.status_code != 200:
-        raise StepError(
-            f"{response.request.method} {response.request.url} answered {response.status_code}: {response.text[:300]}"
-        )
-    return response.json()["results"]
+        request = f"{response.request.method} {response.request.url}"
+        raise StepError(f"{request} returned status {response.status_code}: {response.text[:300]}")
+    results: list[dict[str, Any]] = response.json()["results"]
+    return results
 
 
-def _show(query: str, results: list[dict]) -> None:
+def _print_results(query: str, results: list[dict[str, Any]]) -> None:
     table = Table("song", "score", "semantic", "preference", *TAG_COLUMNS, title=query, title_justify="left")
     for hit in results:
         scores = [hit["score"], hit["semantic_score"], hit["preference_score"]]
-        words = [", ".join(hit[name] or []) for name in TAG_COLUMNS]
-        table.add_row(hit["song_id"], *("–" if score is None else f"{score:.3f}" for score in scores), *words)
+        labels = [", ".join(hit[name] or []) for name in TAG_COLUMNS]
+        table.add_row(hit["song_id"], *("–" if score is None else f"{score:.3f}" for score in scores), *labels)
     Console().print(table)
 
 
-def _summary(results: list[StepResult], workspace: Workspace, report: str, accepted: bool) -> None:
-    table = Table("step", "time", "what came out", "where", title=f"workspace {workspace.uri}", title_justify="left")
+def _print_summary(results: list[StepResult], workspace: Workspace, report: str, accepted: bool) -> None:
+    table = Table("step", "time", "result", "location", title=f"workspace {workspace.uri}", title_justify="left")
     for result in results:
         took = "already done" if result.skipped else f"{result.seconds:.1f} s"
         table.add_row(

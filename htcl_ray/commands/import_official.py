@@ -1,6 +1,4 @@
-"""`htcl import-official`: the authors' `model-N.pth` → a model folder, which may lie where the other steps of a
-workspace find it.
-"""
+"""`htcl import-official`: conversion of the authors' `model-N.pth` into a model folder, optionally in a workspace."""
 
 from __future__ import annotations
 
@@ -19,10 +17,11 @@ SPACES = {1: "semantic", 2: "preference"}
 
 
 def import_official(config: Config, file: Path, folder: str, stage: int, parent: str | None = None) -> None:
-    """Write the model `folder`, whole or not at all, and print what it is and what to do with it.
+    """Write the model folder `folder` atomically, and print a description of the model and the next command.
 
-    `config.audio` is how the log-mels that the weights were trained on were made, `config.text.name_or_path` the
-    tokenizer. `parent`: the version of the stage-1 model of the same workspace that a stage-2 model grew from.
+    `config.audio`: the log-mel recipe with which the weights were trained; `config.text.name_or_path`: the tokenizer;
+    `parent`: version of the stage-1 model of the same workspace from which a stage-2 model was fine-tuned. Raises
+    WorkspaceError for a folder that exists or cannot be written.
     """
     space = SPACES[stage]
     if "://" in folder:
@@ -37,13 +36,13 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
     tokenizer = config.text.name_or_path or official.TOKENIZER
     model = HTCL.from_official(file, stage, tokenizer=tokenizer, audio=config.audio)
     if model.record.text is not None and Path(tokenizer).is_dir():
-        _ = model.text_encoder.tokenizer  # so that the folder holds a copy: this one may not stay
-    beside = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
+        _ = model.text_encoder.tokenizer  # load it, so that the model folder gets a copy
+    temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        model.save_pretrained(beside)
+        model.save_pretrained(temporary)
         files = {
-            path.relative_to(beside).as_posix(): file_sha256(path)
-            for path in sorted(beside.rglob("*"))
+            path.relative_to(temporary).as_posix(): file_sha256(path)
+            for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
         record = model.record.model_dump(mode="json")
@@ -54,30 +53,27 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
             inputs={"official": file_sha256(file), "model": parent},
             files=files,
         )
-        Workspace(str(beside)).write_json(MANIFEST, manifest)
-        beside.rename(out)
+        Workspace(str(temporary)).write_json(MANIFEST, manifest)
+        temporary.rename(out)
     except OSError as error:
         raise WorkspaceError(f"{out} cannot be written ({error.strerror or error}); choose another OUT") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
     settings, recipe = model.record.model, model.recipe
     kind = (
         f"stage-{stage} model"
         if model.record.text is not None
-        else f"audio encoder alone (stage {stage}), which cannot read words"
+        else f"audio encoder alone (stage {stage}), which cannot embed text"
     )
     print(f"imported: {kind}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters → {out}")
+    print(f"  audio    {settings.layers} layers, width {settings.width}, {settings.dim} dimensions; ", end="")
     print(
-        f"  audio    {settings.layers} layers, width {settings.width}, {settings.dim} dimensions; first {recipe.clip_seconds:g} s at ",
-        end="",
+        f"first {recipe.clip_seconds:g} s at {recipe.sample_rate} Hz, padded to {recipe.max_frames} frames as the authors do"
     )
-    print(f"{recipe.sample_rate} Hz, padded to {recipe.max_frames} frames as the authors do")
     if model.record.text is not None:
         where = (
-            "in the folder"
-            if model.text_encoder.loaded_tokenizer is not None
-            else "loaded when words are first embedded"
+            "in the folder" if model.text_encoder.loaded_tokenizer is not None else "loaded when text is first embedded"
         )
         print(f"  text     {model.record.text.transformer['num_hidden_layers']} layers; tokenizer {tokenizer}, {where}")
     if in_workspace:
@@ -91,7 +87,7 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
 
 
 def _check_place(config: Config, out: Path, stage: int, parent: str | None) -> bool:
-    """Refuse a place that cannot be used. Returns whether it is one where the steps of the workspace look."""
+    """Raise an error for an unusable output folder; return whether it is a model folder of the workspace."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise WorkspaceError(f"{out} exists already; choose another OUT, or remove it first")
     workspace = Workspace(config.workspace)

@@ -1,4 +1,4 @@
-"""`htcl search`: one query from the shell, answered in this process, without a server."""
+"""`htcl search`: one query from the shell, run in this process, without a server."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def search(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Search by text, by an audio file (path or URI), or by a song of the index, and print the songs.
+    """Search by text, by an audio file (path or URI), or by a song of the index, and print the results.
 
-    `conditions`: a Filter as JSON; `options`: others of `QueryOptions`. Raises QueryError.
+    `conditions`: a Filter as JSON; `options`: further fields of `QueryOptions`. Raises QueryError.
     """
     options["filter"] = None if conditions is None else _filter(conditions)
     index = index or determined_index(Workspace(config.workspace), config)
@@ -74,11 +74,11 @@ def _warn(answer: SearchResults) -> None:
             else "knows nothing of this text, so the songs are arbitrary"
         )
         print(
-            f"warning: the text model {knows}; try other words, or search by a song or an audio file", file=sys.stderr
+            f"warning: the text model {knows}; try another text, or search by a song or an audio file", file=sys.stderr
         )
 
 
-def _results(answer: SearchResults) -> list[dict]:
+def _results(answer: SearchResults) -> list[dict[str, Any]]:
     return [
         {
             "song_id": hit.song_id,
@@ -96,10 +96,10 @@ def _print(answer: SearchResults) -> None:
     table = Table("song", "score", "semantic", "preference", *PRINTED_COLUMNS)
     for result in _results(answer):
         scores = (result["score"], result["semantic_score"], result["preference_score"])
-        words = (result[name] for name in PRINTED_COLUMNS)
+        labels = (result[name] for name in PRINTED_COLUMNS)
         table.add_row(
             result["song_id"],
             *("–" if score is None else f"{score:.3f}" for score in scores),
-            *(", ".join(value) if isinstance(value, list) else str(value or "") for value in words),
+            *(", ".join(value) if isinstance(value, list) else str(value or "") for value in labels),
         )
     Console().print(table)

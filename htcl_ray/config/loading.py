@@ -1,7 +1,7 @@
-"""A complete run: built once from a preset, an optional YAML file and `--set` overrides (later wins), printable whole.
+"""The configuration of a run, from a preset, an optional YAML file and `--set` assignments; later ones win.
 
-It is recorded in the manifest of everything that a step writes. Ray Tune changes a run through the same
-`with_overrides`. The sections and their keys are in config/sections/.
+It is recorded in the manifest of every artifact. Trials of a search change it by `with_overrides`. The sections and
+their keys are in config/sections/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PRESETS = ("demo", "paper")
 
 
 class Config(Settings):
-    """A complete run."""
+    """Configuration of a complete run."""
 
     preset: str = "paper"
     """Name of the preset whose values are the defaults of this run: `demo` or `paper`."""
@@ -56,57 +56,44 @@ class Config(Settings):
     """License of the trained models, for their model cards: an identifier of the Hugging Face Hub such as `apache-2.0`
     or `cc-by-nc-4.0`; `unknown` until it is decided, `other` for terms of your own."""
     data: DataSettings = DataSettings()
-    """Input tables (catalogue and interaction logs) and the train, validation and test split."""
     audio: AudioRecipe = AudioRecipe()
-    """Conversion of audio files to log-mel features."""
     pairs: PairSettings = PairSettings()
-    """Mining of preference pairs from interaction logs."""
     text: TextSettings = TextSettings()
-    """Text tower: a pretrained model, or a small one that is trained from scratch."""
     model: ModelSettings = ModelSettings()
-    """Audio tower, projection heads and fusion."""
     pretrain: PretrainSettings = PretrainSettings()
-    """Stage 1: contrastive pre-training on audio and text."""
     finetune: FinetuneSettings = FinetuneSettings()
-    """Stage 2: contrastive fine-tuning on preference pairs."""
     embed: EmbedSettings = EmbedSettings()
-    """Batch computation of the embeddings of a catalogue."""
     index: IndexSettings = IndexSettings()
-    """Nearest-neighbour index over the embeddings."""
     tune: TuneSettings = TuneSettings()
-    """Hyperparameter search."""
     evaluate: EvaluateSettings = EvaluateSettings()
-    """Evaluation on held-out songs and users."""
     gate: GateSettings = GateSettings()
-    """Conditions under which a step uses a model or index."""
     serve: ServeSettings = ServeSettings()
-    """HTTP service."""
     tracking: TrackingSettings = TrackingSettings()
-    """Experiment trackers."""
     ray: RaySettings = RaySettings()
-    """Ray cluster on which the steps run."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         window, clip = self.model.window_seconds, self.audio.clip_seconds
         if window is not None and window > clip:
             raise ValueError(
-                f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), or null for whole clips"
+                f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), "
+                "or null for whole clips"
             )
         for name, stage in (("pretrain", self.pretrain), ("finetune", self.finetune)):
             if stage.freeze_audio_layers > self.model.layers:
                 raise ValueError(
-                    f"{name}.freeze_audio_layers is {stage.freeze_audio_layers}; expected at most model.layers ({self.model.layers})"
+                    f"{name}.freeze_audio_layers is {stage.freeze_audio_layers}; "
+                    f"expected at most model.layers ({self.model.layers})"
                 )
             if stage.mel_masks * stage.mel_mask_bands >= self.audio.n_mels:
                 raise ValueError(
                     f"{name}.mel_masks × {name}.mel_mask_bands is {stage.mel_masks * stage.mel_mask_bands}; "
-                    f"expected less than audio.n_mels ({self.audio.n_mels}), so that something is left to hear"
+                    f"expected less than audio.n_mels ({self.audio.n_mels}), so that some bands remain"
                 )
         return self
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
-        """A new configuration with dotted keys replaced, `{"pretrain.batch_size": 64}`; every check runs again."""
+        """Return a configuration with dotted keys replaced, as in `{"pretrain.batch_size": 64}`; all checks run again."""
         tree = self.model_dump()
         with _one_batch_size(tree):
             for key, value in overrides.items():
@@ -114,18 +101,17 @@ class Config(Settings):
         return _validate(tree)
 
     def with_absolute_paths(self) -> Config:
-        """The same run from any working directory: relative paths become absolute, relative to the working directory of
-        this process.
+        """Return the configuration with all relative paths made absolute from this process's working directory.
 
-        Every command calls this once, where it starts; workers and trials run in folders of their own.
-        `text.name_or_path` is a path when there is such a folder. Raises ConfigError for a URI whose credentials were
-        left out when the configuration was written.
+        Every command calls this once at its start, since workers and trials have other working directories.
+        `text.name_or_path` is a path when a folder of that name exists. Raises ConfigError for a URI whose credentials
+        were removed when the configuration was written.
         """
         for key, value in _texts(self.model_dump()):
             if lacks_credentials(value):
                 raise ConfigError(
-                    f"{key} is '{value}', whose credentials were left out when it was written; give it whole with --set {key}=URI, "
-                    "or without credentials and have them in the environment"
+                    f"{key} is '{value}', whose credentials were left out when it was written; "
+                    f"give it whole with --set {key}=URI, or without credentials and have them in the environment"
                 )
         changes: dict[str, Any] = {
             "workspace": absolute(self.workspace),
@@ -145,18 +131,16 @@ class Config(Settings):
         return self.with_overrides(changes)
 
     def as_yaml(self) -> str:
-        """The whole configuration without the credentials of its URIs; saved, it is a file for `--config` that repeats
-        the run.
-        """
+        """The configuration as YAML that `--config` accepts, without the credentials of its URIs."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def resolve(preset: str | None = None, file: str | Path | None = None, assignments: Iterable[str] = ()) -> Config:
-    """Preset, then file, then `key=value` assignments; later wins.
+    """Build a configuration from a preset, a file and `key=value` assignments; later ones win.
 
-    The preset is `preset`, else the one that the file names, else `paper`. Values are texts that the type of their key
-    converts: `yes` is true of a switch and a column's name in data.columns. Lists and sections are YAML: `a.b=[1, 2]`,
-    `a={b: 1}`. Raises ConfigError.
+    The preset is `preset`, else the one that the file names, else `paper`. Values are strings that are converted to the
+    type of their key: `yes` is true for a boolean key and the name of a column in data.columns. Lists and sections are
+    YAML: `a.b=[1, 2]`, `a={b: 1}`. Raises ConfigError.
     """
     from_file = _read_yaml(str(file)) if file is not None else {}
     name = preset or from_file.get("preset") or "paper"
@@ -179,7 +163,7 @@ def _assign(tree: dict[str, Any], assignments: Iterable[str]) -> None:
 
 
 def _loader(resolvers: Mapping[str, str]) -> type[yaml.SafeLoader]:
-    """A YAML loader that takes plain scalars for texts unless they match the pattern of one of these tags."""
+    """Return a YAML loader that reads plain scalars as strings unless they match the pattern of one of these tags."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -192,8 +176,7 @@ def _loader(resolvers: Mapping[str, str]) -> type[yaml.SafeLoader]:
 
 _TEXTS = {"null": "~|null|Null|NULL|", "merge": "<<"}
 _TextLoader = _loader(_TEXTS)
-"""For values whose key has a type, which converts their text. YAML 1.1 reads `yes`, `064`, `1:30` and `2024-01-01` as
-something else."""
+"""Loader for values that are converted to the type of their key. YAML 1.1 would convert `yes`, `064` and `1:30`."""
 _ScalarLoader = _loader(
     {
         **_TEXTS,
@@ -202,12 +185,12 @@ _ScalarLoader = _loader(
         "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
     }
 )
-"""For the values of `tune.space`, whose type is theirs: the core schema of YAML 1.2."""
+"""Loader for `tune.space`, whose values have no declared type: the core schema of YAML 1.2."""
 _ScalarLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def _parse(text: str, key: str = "") -> Any:
-    """The YAML value of a configuration key, or of a whole configuration."""
+    """Parse the YAML value of a configuration key, or a whole configuration when `key` is empty."""
     if key == "tune.space" or key.startswith("tune.space."):
         return _ScalarLoader(text).get_single_data()
     tree = _TextLoader(text).get_single_data()
@@ -222,12 +205,12 @@ NULLS = ("~", "null", "Null", "NULL")
 
 
 def _assigned_value(key: str, text: str, assignment: str) -> Any:
-    """The value of `--set key=text`: null, a list or a section where the key's type has them, else the text."""
-    wanted = _type_of(key)
-    if not text or (text in NULLS and not _admits(wanted, str, without=NoneType)):
+    """Convert the text of `--set key=text` to null, a list or a section where the type of the key allows it."""
+    annotation = _type_of(key)
+    if not text or (text in NULLS and not _allows(annotation, str, without=NoneType)):
         return None
-    if (text.startswith("[") and _admits(wanted, tuple, Dimension)) or (
-        text.startswith("{") and _admits(wanted, dict, Settings)
+    if (text.startswith("[") and _allows(annotation, tuple, Dimension)) or (
+        text.startswith("{") and _allows(annotation, dict, Settings)
     ):
         try:
             return _parse(text, key)
@@ -237,15 +220,16 @@ def _assigned_value(key: str, text: str, assignment: str) -> Any:
 
 
 def _type_of(dotted: str) -> Any:
-    """The annotation of a configuration key, or None when there is no such key."""
-    found: Any = Config
+    """The annotation of a configuration key, or None when the key does not exist."""
+    annotation: Any = Config
     for name in _parts(dotted):
-        if isinstance(found, type) and issubclass(found, Settings):
-            field = found.model_fields.get(name)
-            found = None if field is None else field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Settings):
+            field = annotation.model_fields.get(name)
+            annotation = None if field is None else field.annotation
         else:
-            found = next((get_args(kind)[1] for kind in _alternatives(found) if get_origin(kind) is dict), None)
-    return found
+            values = (get_args(kind)[1] for kind in _alternatives(annotation) if get_origin(kind) is dict)
+            annotation = next(values, None)
+    return annotation
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -257,10 +241,10 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _admits(annotation: Any, *kinds: type, without: type | None = None) -> bool:
-    """Whether one alternative of an annotation is of one of these types, and none is `without`."""
-    found = [get_origin(kind) or kind for kind in _alternatives(annotation)]
-    return without not in found and any(isinstance(kind, type) and issubclass(kind, kinds) for kind in found)
+def _allows(annotation: Any, *kinds: type, without: type | None = None) -> bool:
+    """Whether an alternative of an annotation is a subclass of one of these types, and none is `without`."""
+    types = [get_origin(kind) or kind for kind in _alternatives(annotation)]
+    return without not in types and any(isinstance(kind, type) and issubclass(kind, kinds) for kind in types)
 
 
 BATCH_SIZES = ("batch_size", "batch_size_per_worker")
@@ -268,9 +252,7 @@ BATCH_SIZES = ("batch_size", "batch_size_per_worker")
 
 @contextmanager
 def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
-    """Within this, a layer of the configuration is applied: the size of a batch that it gives replaces the other one of
-    a layer before.
-    """
+    """Let a batch size that is set while this context is open replace the other batch size of an earlier layer."""
     stages = [tree[name] for name in ("pretrain", "finetune")]
     before = [{key: stage[key] for key in BATCH_SIZES} for stage in stages]
     for stage in stages:
@@ -282,7 +264,7 @@ def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
 
 
 def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a tree with its dotted key."""
+    """Iterate over (dotted key, string) of all strings in a tree."""
     if isinstance(tree, str):
         yield key, tree
     elif isinstance(tree, Mapping):
@@ -294,7 +276,7 @@ def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a configuration file."""
+    """The JSON Schema of a configuration file."""
     return Config.model_json_schema()
 
 
@@ -311,7 +293,7 @@ def _read_text(path: str) -> str:
 
     filesystem, name = open_filesystem(path)
     with storage_errors(path), filesystem.open_input_stream(name) as stream:
-        return stream.read().decode("utf-8")
+        return str(stream.read(), "utf-8")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -333,8 +315,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 FREE_FORM = ("data.columns", "tune.space")
-"""Sections whose keys are the user's rather than ours, and may have dots; one that is given whole replaces the one
-before."""
+"""Sections whose keys are chosen by the user and may contain dots; an assigned section replaces the earlier one."""
 
 
 def _parts(dotted: str) -> list[str]:

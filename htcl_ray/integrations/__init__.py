@@ -1,1 +1,1 @@
-"""Adapters to other libraries of the field."""
+"""Adapters to other libraries."""

@@ -1,7 +1,7 @@
-"""A model as mteb's benchmarks take it, for their audio tasks: `mteb.evaluate(mteb_model("path/to/model"), tasks)`.
+"""Adapter for the audio benchmarks of mteb: `mteb.evaluate(mteb_model("path/to/model"), tasks)`.
 
-Needs the extra `mteb`. Tasks from the Hugging Face hub decode their audio with torchcodec, which is installed by
-`pip install 'datasets[audio]'` and needs FFmpeg; tasks with arrays in their data set need neither.
+Requires the extra `mteb`. Tasks from the Hugging Face Hub decode their audio with torchcodec, which is installed by
+`pip install 'datasets[audio]'` and requires FFmpeg; tasks whose data sets contain arrays require neither.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ except ModuleNotFoundError:
     raise ConfigError("mteb is not installed here; run: pip install 'htcl-ray[mteb]'") from None
 
 
-class MtebModel(AbsEncoder):
-    """An `HTCL` model behind mteb's encoder protocol. Similarity is the cosine; tasks' instructions are not read."""
+class MtebModel(AbsEncoder):  # type: ignore[misc] # mteb has no types
+    """An `HTCL` model with mteb's encoder protocol, cosine similarity, and without instructions."""
 
     def __init__(self, model: HTCL, revision: str, name: str = "htcl-ray/HTCL") -> None:
-        """`revision` tells weights apart in mteb's cache of results; `name` is `organisation/model`."""
+        """`revision` distinguishes weights in mteb's cache of results; `name` is `organisation/model`."""
         self.model = model
         self.mteb_model_meta = ModelMeta(
             loader=None,
@@ -53,25 +53,24 @@ class MtebModel(AbsEncoder):
         )
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **task: Any) -> np.ndarray:
-        """Unit-norm vectors float32 [rows, dim] of batches of `audio`, `text` or both; of both the normalised sum.
+        """Embed batches of `audio`, `text` or both as unit-norm float32 vectors [rows, dim].
 
-        An audio item has `array` (floats [samples] or [channels, samples]) and `sampling_rate`: a dict, or a decoder of
-        the datasets library. Raises InputError for text when the model is an audio encoder alone.
+        Rows with both are the normalised sum of their two vectors. An audio item has `array` (floats [samples] or
+        [channels, samples]) and `sampling_rate`: a dict, or a decoder of the datasets library. Raises InputError for
+        text when the model is an audio encoder alone, and ConfigError for batches without audio and text.
         """
         parts = [self._encode_batch(batch) for batch in inputs]
         return torch.cat(parts).numpy() if parts else np.empty((0, self.model.dim), dtype=np.float32)
 
     def _encode_batch(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        found = []
+        vectors = []
         if "audio" in batch:
-            found.append(self._encode_audio(batch["audio"]))
+            vectors.append(self._encode_audio(batch["audio"]))
         if "text" in batch:
-            found.append(self.model.embed_text(list(batch["text"])))
-        if not found:
-            raise ConfigError(
-                f"the task gives batches of {', '.join(batch)}; expected audio or text, which is what this model reads"
-            )
-        return found[0] if len(found) == 1 else torch.nn.functional.normalize(found[0] + found[1], dim=1)
+            vectors.append(self.model.embed_text(list(batch["text"])))
+        if not vectors:
+            raise ConfigError(f"the task gives batches of {', '.join(batch)}; expected audio or text")
+        return vectors[0] if len(vectors) == 1 else torch.nn.functional.normalize(vectors[0] + vectors[1], dim=1)
 
     def _encode_audio(self, items: Sequence[Any]) -> torch.Tensor:
         return torch.stack(
@@ -83,7 +82,7 @@ class MtebModel(AbsEncoder):
 
 
 def mteb_model(path_or_hub_id: str | Path, device: str = "cpu") -> MtebModel:
-    """The model of a folder or of the hub, for `mteb.evaluate`. Raises WorkspaceError or MismatchError."""
+    """Load a model from a folder or the hub for `mteb.evaluate`. Raises WorkspaceError or MismatchError."""
     folder = find_folder(path_or_hub_id)
     model = HTCL.from_pretrained(folder).to(device)
     return MtebModel(model, str(model.fingerprint), f"htcl-ray/{folder.resolve().name}")

@@ -99,7 +99,7 @@ def parent(workspace: Workspace, config: Config, features_version: str, version:
         semantic = artifacts.named_models(workspace, version).semantic
     else:
         semantic = _semantic(workspace, config, features_version, require)
-    check_gates(workspace, Models(semantic, None), None, artifacts.asked_of_semantic(workspace, semantic, require))
+    check_gates(workspace, Models(semantic, None), None, artifacts.required_of_semantic(workspace, semantic, require))
     return semantic
 
 

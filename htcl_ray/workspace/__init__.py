@@ -1,1 +1,1 @@
-"""The workspace: storage, artifacts, local copies, paths and credentials."""
+"""The workspace: storage, manifests, artifacts, local copies, paths and credentials."""

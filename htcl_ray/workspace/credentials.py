@@ -1,8 +1,6 @@
-"""Credentials inside URIs, `s3://KEY:SECRET@bucket` or `http://host/?token=…`: used as they are, never written, printed
-or sent back.
+"""Removal of credentials in URIs such as `s3://KEY:SECRET@bucket` from everything that is written, printed or sent.
 
-Settings, manifests and every error of this package go through here; the real value stays in the attributes of the
-configuration.
+Settings, manifests and all errors of this package use it. The attributes of the configuration keep the credentials.
 """
 
 from __future__ import annotations
@@ -16,27 +14,24 @@ CREDENTIALS = re.compile(
     rf"(?P<user>(?<=://)(?:[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d+(?:[/?#\s]|$))\S*@))|(?P<name>[?&;#](?:{_NAMED})=)[^\s&;#'\"]+",
     re.IGNORECASE,
 )
-"""Userinfo of a URI, also of one whose password was not percent-encoded, and parameters whose names are those of
-secrets."""
+"""The userinfo of a URI, also with a password that is not percent-encoded, and parameters with names of secrets."""
 REMOVED = "***"
 
 
 def without_credentials(text: str) -> str:
-    """A URI, or a text with URIs in it, with `***` in place of user names, passwords, keys and signatures."""
-    return (
-        CREDENTIALS.sub(lambda found: f"{found['name'] or ''}{REMOVED}{'@' if found['user'] else ''}", text)
-        if "://" in text
-        else text
-    )
+    """Replace user names, passwords, keys and signatures in the URIs of a text by `***`."""
+    if "://" not in text:
+        return text
+    return CREDENTIALS.sub(lambda match: f"{match['name'] or ''}{REMOVED}{'@' if match['user'] else ''}", text)
 
 
 def lacks_credentials(text: str) -> bool:
-    """Whether credentials were taken out of a URI, which cannot be used then."""
-    return "://" in text and any(REMOVED in found[0] for found in CREDENTIALS.finditer(text))
+    """Whether credentials were removed from a URI, so that it cannot be opened."""
+    return "://" in text and any(REMOVED in match[0] for match in CREDENTIALS.finditer(text))
 
 
 def tree_without_credentials(tree: Any) -> Any:
-    """A tree of mappings, lists and tuples with every text in it without credentials."""
+    """Remove the credentials from all strings in a tree of mappings, lists and tuples."""
     if isinstance(tree, str):
         return without_credentials(tree)
     if isinstance(tree, Mapping):

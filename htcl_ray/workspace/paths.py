@@ -1,4 +1,4 @@
-"""Local paths and URIs: absolute where a command starts, and canonical where two spellings must mean one file."""
+"""Local paths and URIs in absolute and canonical form."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def is_uri(path: str) -> bool:
 
 
 def local_path(path_or_uri: str) -> str | None:
-    """Absolute path of a local path or file:// URI (percent-decoded, RFC 8089); None for any other URI. Raises
-    WorkspaceError.
+    """The absolute path of a local path or file:// URI (percent-decoded, RFC 8089); None for any other URI.
 
-    Relative paths are relative to the working directory of this process, and `~` is the home directory.
+    Relative paths are relative to the working directory of this process, and `~` is the home directory. Raises
+    WorkspaceError for a file:// URI with the name of another host.
     """
     uri = URI.match(path_or_uri)
     if uri is None:
@@ -37,15 +37,13 @@ def local_path(path_or_uri: str) -> str | None:
 
 
 def absolute(path_or_uri: str) -> str:
-    """The absolute local path of a path or file:// URI; any other URI as it is. Raises WorkspaceError."""
+    """The absolute local path of a path or file:// URI; any other URI unchanged. Raises WorkspaceError."""
     path = local_path(path_or_uri)
     return path_or_uri if path is None else path
 
 
 def canonical(path_or_uri: str) -> str:
-    """What a path or URI resolves to: the same text for a relative path, an absolute one, a symbolic link and a file://
-    URI.
-    """
+    """The canonical form of a path or URI: equal for a relative path, an absolute one, a symbolic link and a file:// URI."""
     path = local_path(path_or_uri)
     return path_or_uri if path is None else os.path.realpath(path)
 
@@ -56,12 +54,12 @@ def is_relative(path_or_uri: str) -> bool:
 
 
 def folder_or_name(name_or_path: str) -> str:
-    """The absolute path of a folder that exists, else the name as it is, for instance of a model on a hub."""
+    """The absolute path of a folder that exists, else the name unchanged, such as that of a model on a hub."""
     folder = absolute(name_or_path)
     return folder if os.path.isdir(folder) else name_or_path
 
 
 def absolute_sqlite(uri: str) -> str:
-    """A `sqlite:///FILE` URI with an absolute file; any other as it is."""
+    """A `sqlite:///FILE` URI with an absolute file; any other URI unchanged."""
     file = uri.removeprefix(SQLITE)
     return uri if file == uri or file.startswith(":") else SQLITE + absolute(file)

@@ -58,7 +58,7 @@ class AudioRecipe(Settings):
 
 
 class DataSettings(Settings):
-    """Input tables and their split."""
+    """Input tables (catalogue and interaction logs) and their train, validation and test split."""
 
     catalog: Names = ()
     """Catalogue tables, one path or URI or a list: Parquet, CSV, JSON Lines or Arrow IPC."""
@@ -156,7 +156,8 @@ class PairSettings(Settings):
             )
         if self.max_negative_rating >= self.positive_from:
             raise ValueError(
-                f"max_negative_rating is {self.max_negative_rating:g}; expected less than min_positive_rating ({self.positive_from:g})"
+                f"max_negative_rating is {self.max_negative_rating:g}; expected less than min_positive_rating "
+                f"({self.positive_from:g})"
             )
         return self
 

@@ -10,7 +10,7 @@ from htcl_ray.config.sections.base import Settings
 
 
 class TextSettings(Settings):
-    """Text tower."""
+    """Text tower: a pretrained model, or a small one that is trained from scratch."""
 
     name_or_path: str | None = None
     """BERT-like model: a name of the Hugging Face Hub or a local folder. Null: a small BERT and its WordPiece

@@ -11,7 +11,7 @@ from htcl_ray.config.sections.base import Names, Settings
 
 
 class ServeSettings(Settings):
-    """HTTP service."""
+    """HTTP service: addresses, access, replicas and limits."""
 
     host: str = "127.0.0.1"
     """Address on which the service listens. With an address that other machines can reach, such as 0.0.0.0, requests
@@ -119,6 +119,7 @@ class ServeSettings(Settings):
     def _check(self) -> Self:
         if self.max_encoder_replicas is not None and self.max_encoder_replicas < self.encoder_replicas:
             raise ValueError(
-                f"max_encoder_replicas is {self.max_encoder_replicas}; expected at least encoder_replicas ({self.encoder_replicas})"
+                f"max_encoder_replicas is {self.max_encoder_replicas}; expected at least encoder_replicas "
+                f"({self.encoder_replicas})"
             )
         return self

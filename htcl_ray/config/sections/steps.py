@@ -21,7 +21,7 @@ class EmbedSettings(Settings):
 
 
 class IndexSettings(Settings):
-    """Nearest-neighbour index."""
+    """Nearest-neighbour index over the embeddings."""
 
     kind: Literal["auto", "flat", "hnsw", "ivf", "ivf_pq"] = "auto"
     """Kind of FAISS index. `flat`: exact search; `hnsw`: a graph; `ivf`: inverted lists; `ivf_pq`: inverted lists with

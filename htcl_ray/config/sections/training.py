@@ -165,12 +165,14 @@ class StageSettings(Settings):
             below = self.batch_size - self.batch_size % self.num_workers
             nearest_valid = " or ".join(str(size) for size in (below, below + self.num_workers) if size)
             raise ValueError(
-                f"batch_size is {self.batch_size}; expected a multiple of num_workers ({self.num_workers}), for instance {nearest_valid}"
+                f"batch_size is {self.batch_size}; expected a multiple of num_workers ({self.num_workers}), "
+                f"for instance {nearest_valid}"
             )
         local = self.global_batch_size // self.num_workers
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size > local:
             raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}; expected at most batch_size / num_workers ({local}), or auto or null"
+                f"micro_batch_size is {self.micro_batch_size}; expected at most batch_size / num_workers ({local}), "
+                "or auto or null"
             )
         return self
 
@@ -213,7 +215,8 @@ class FinetuneSettings(StageSettings):
             raise ValueError(f"popularity_correction corrects a softmax, and loss is {self.loss}; set one of them back")
         if self.popularity_correction and self.explicit_negatives:
             raise ValueError(
-                "popularity_correction requires songs that are sampled by the weights of pairs, and explicit_negatives adds others; choose one"
+                "popularity_correction requires songs that are sampled by the weights of pairs, and explicit_negatives "
+                "adds others; choose one"
             )
         return self
 

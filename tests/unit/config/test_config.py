@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from htcl_ray.config import Config, resolve
+from htcl_ray.config import Config, json_schema, resolve
 from htcl_ray.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -388,3 +388,18 @@ def test_a_configuration_file_is_relative_to_the_working_directory(tmp_path: Pat
     (tmp_path / "configs/run.yaml").write_text("workspace: ws\n")
     monkeypatch.chdir(tmp_path)
     assert resolve(None, "configs/run.yaml").with_absolute_paths().workspace == f"{tmp_path}/ws"
+
+
+def test_every_key_and_section_has_a_description():
+    """The description of a section is that of its definition. 20 characters exclude a mere repetition of the name."""
+    schema = json_schema()
+    definitions = {"Config": schema, **schema["$defs"]}
+    sections = {name: part for name, part in definitions.items() if "properties" in part}
+    descriptions = {name: part.get("description", "") for name, part in sections.items()}
+    descriptions |= {
+        f"{name}.{key}": value.get("description") or descriptions.get(value.get("$ref", "").rpartition("/")[2], "")
+        for name, part in sections.items()
+        for key, value in part["properties"].items()
+    }
+    assert len(descriptions) > 190
+    assert not [name for name, description in descriptions.items() if len(description) < 20]

@@ -285,7 +285,7 @@ def test_the_newest_accepted_is_the_default(
     record_verdict(workspace, "models/preference/preference-1", verdict(0.4), "report-1", {})
     assert chosen(workspace) == Models(artifacts.named_models(workspace, "semantic-1").semantic, None)
     assert capsys.readouterr().err.splitlines()[0] == (
-        "models/preference/preference-1, the newest, is passed over: its gate failed; there is no other"
+        "models/preference/preference-1, the newest, is passed over: its gate failed; no other exists"
     )
     assert artifacts.index(workspace).version == "index-0", "the one of a failed model is passed over"
     record_verdict(workspace, "models/semantic/semantic-1", verdict(0.4), "report-1", {})

@@ -518,7 +518,7 @@ def test_models_are_compared_on_the_test_set_of_a_grown_catalogue(
     }
     assert changed_tasks == {"not comparable"}
     assert "not comparable" in compared.summary
-    assert "there is no model 'preference-0'" in " ".join(read(compared)["test_set"].split())
+    assert "has no model 'preference-0'" in " ".join(read(compared)["test_set"].split())
 
 
 def test_the_configured_index_is_evaluated(evaluated: tuple[Config, StepResult], tmp_path: Path):

@@ -244,8 +244,7 @@ def test_models_are_those_that_the_configuration_trains(folder: Path, capsys: py
     assert [models(config) for config in (first, longer, colder)] == made
     said = capsys.readouterr().err
     assert (
-        f"models/semantic/{made[1][0]} is newer, but models/semantic/{made[0][0]} is what this configuration makes"
-        in said
+        f"models/semantic/{made[1][0]} is newer, but this configuration produces models/semantic/{made[0][0]}" in said
     )
     assert models(first, made[1][1]) == made[1], "a named version is used"
     where_it_runs = first.with_overrides(
