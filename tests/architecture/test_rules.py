@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,120 @@ def test_files_hold_one_concern():
         relative(path): lines for path in SOURCES if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
     }
     assert not long, f"longer than 400 lines: {long}"
+
+
+LAYERS = (
+    {"workspace", "config", "api", "schemas", "errors", "progress"},
+    {"models", "losses", "interactions", "catalog", "audio", "demo_world", "client"},
+    {"training", "evaluation", "tuning", "search", "index"},
+    {"pipelines", "serving", "cluster", "commands", "integrations"},
+    {"cli", "__init__"},
+)
+"""Parts of the package, the lowest layer first. A part imports only from its own layer and from those below."""
+LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+UPWARD_IMPORTS = {
+    "htcl_ray/api/search.py imports index": "models of requests state the shape of vectors",
+    "htcl_ray/api/search.py imports search": "models of requests contain filters and options of the search service",
+    "htcl_ray/api/updates.py imports index": "models of responses are built from the live index",
+    "htcl_ray/config/sections/training.py imports losses": "the keys of the registry are the values of `loss`",
+    "htcl_ray/models/card.py imports evaluation": "a model card shows the metrics of each task",
+    "htcl_ray/models/folder.py imports evaluation": "the front matter of a model card names the task of each metric",
+}
+"""Imports from a higher layer that remain, each with its reason."""
+SHARED_MODULE_NAMES = {
+    "base": "base classes, named for their folder: configuration sections, losses, towers, engines",
+    "folder": "the files of a model folder and the files of an index folder",
+    "progress": "progress lines of all steps, and those of training",
+    "search": "a module of request models and the command of the same name",
+    "tune": "a configuration section and the step of the same name",
+}
+"""Module names that occur more than once, each with the reason."""
+SHARED_CLASS_NAMES = {
+    **dict.fromkeys(
+        (
+            "Activated",
+            "Alive",
+            "EmbeddingResponse",
+            "Ready",
+            "RecommendResponse",
+            "SearchResponse",
+            "ServedIndexResponse",
+            "Song",
+            "SongUpdated",
+            "Updates",
+        ),
+        "the response of one route, on the server and in the client",
+    ),
+    "Heard": "an element of a listening history, in a request and in the search service",
+    "Measured": "one measurement, in a report and in a model card",
+    "Options": "search options, in the client and in the search service",
+    "Progress": "progress of a step and of training",
+    "Result": "a checked bound of a gate, and a search result on the server and in the client",
+    "Songs": "the songs of an evaluation and of a training run",
+    "Task": "a task of an evaluation and of a training stage",
+    "Verdict": "the verdict of a gate and a conclusion of a report",
+}
+"""Class names that are defined more than once, each with the reason."""
+SMALL_LINES = 80
+MAX_SMALL_MODULES = 25
+"""Number of modules of fewer than SMALL_LINES lines that at most one other module imports; 15 is the goal."""
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a module belongs to, `__init__` for the package itself."""
+    return [*module.split("."), "__init__"][1]
+
+
+def module_of(path: Path) -> str:
+    return relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def test_every_part_of_the_package_has_a_layer():
+    parts = {part_of(module_of(path)) for path in SOURCES}
+    assert parts == set(LAYER)
+
+
+def test_layers_import_only_downwards():
+    upward = {
+        f"{relative(path)} imports {part_of(module)}"
+        for path in SOURCES
+        for module in imported_modules(path)
+        if module.startswith("htcl_ray.") and LAYER.get(part_of(module), 0) > LAYER[part_of(module_of(path))]
+    }
+    assert not upward - set(UPWARD_IMPORTS), "move the definition to a lower layer"
+    assert not set(UPWARD_IMPORTS) - upward, "remove these exceptions, which are no longer needed"
+
+
+def test_names_of_modules_are_unique():
+    names = Counter(path.stem for path in SOURCES if path.stem != "__init__")
+    shared = {name for name, number in names.items() if number > 1}
+    assert shared == set(SHARED_MODULE_NAMES), "rename a module, or update SHARED_MODULE_NAMES"
+
+
+def test_names_of_classes_are_unique():
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    shared = {name for name, number in names.items() if number > 1}
+    assert shared == set(SHARED_CLASS_NAMES), "rename a class, or update SHARED_CLASS_NAMES"
+
+
+def test_few_small_modules_have_one_importer():
+    modules = {module_of(path): path for path in SOURCES}
+    importers = Counter(
+        module for path in SOURCES for module in (imported_modules(path) - {module_of(path)}) & set(modules)
+    )
+    small = [
+        name
+        for name, path in modules.items()
+        if path.stem != "__init__"
+        and importers[name] <= 1
+        and len(path.read_text(encoding="utf-8").splitlines()) < SMALL_LINES
+    ]
+    assert len(small) <= MAX_SMALL_MODULES, f"merge modules that exist only for one other module: {small}"
 
 
 def test_no_vague_names():

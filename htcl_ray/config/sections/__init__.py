@@ -1,8 +1,8 @@
 """The sections of a configuration: every key with its type, range, default and description."""
 
 from htcl_ray.config.sections.base import Names, Settings, nearest
-from htcl_ray.config.sections.data import AudioRecipe, DataSettings, PairSettings
-from htcl_ray.config.sections.model import ModelSettings, TextSettings
+from htcl_ray.config.sections.data import DataSettings, PairSettings
+from htcl_ray.config.sections.model import AudioRecipe, ModelSettings, TextSettings
 from htcl_ray.config.sections.serve import ServeSettings
 from htcl_ray.config.sections.steps import (
     EmbedSettings,

@@ -1,4 +1,4 @@
-"""Sections `text` and `model`: the text and audio towers, projection heads and fusion."""
+"""Sections `audio`, `text` and `model`: log-mel features, the text and audio towers, projection heads and fusion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,53 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from htcl_ray.config.sections.base import Settings
+
+
+class AudioRecipe(Settings):
+    """Conversion of a waveform to a log-mel spectrogram. Models with different recipes cannot share features."""
+
+    sample_rate: int = Field(16000, gt=0)
+    """Sample rate in Hz. Audio is averaged to mono and then resampled to this rate."""
+    clip_seconds: float = Field(120.0, gt=0)
+    """Length in seconds of the decoded clip, from the start of the song. The rest of the song is ignored."""
+    min_seconds: float = Field(0.1, gt=0)
+    """Minimum length in seconds. Shorter audio is quarantined as `too_short`."""
+    n_fft: int = Field(2048, gt=0)
+    """Length of the Hann window and of the Fourier transform, in samples."""
+    hop_length: int = Field(1536, gt=0)
+    """Distance between frames, in samples."""
+    n_mels: int = Field(128, gt=0)
+    """Number of mel bands."""
+    f_min: float = Field(0.0, ge=0)
+    """Lower edge of the lowest mel band, in Hz."""
+    f_max: float | None = None
+    """Upper edge of the highest mel band, in Hz, at most half the sample rate. Null: half the sample rate."""
+    top_db: float = Field(80.0, gt=0)
+    """Dynamic range in dB. Values further below the maximum of the clip are raised to this floor."""
+
+    @property
+    def max_samples(self) -> int:
+        """The number of samples of a full clip."""
+        return round(self.clip_seconds * self.sample_rate)
+
+    @property
+    def max_frames(self) -> int:
+        """The number of frames of a full clip, with centred windows."""
+        return self.frames_of(self.clip_seconds)
+
+    def frames_of(self, seconds: float) -> int:
+        """The number of frames of a clip of this length."""
+        return 1 + round(seconds * self.sample_rate) // self.hop_length
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.f_max is not None and not self.f_min < self.f_max <= self.sample_rate / 2:
+            raise ValueError(
+                f"f_max is {self.f_max} Hz; expected more than f_min ({self.f_min}) and at most sample_rate / 2"
+            )
+        if self.clip_seconds < self.min_seconds:
+            raise ValueError(f"clip_seconds is {self.clip_seconds}; expected at least min_seconds ({self.min_seconds})")
+        return self
 
 
 class TextSettings(Settings):
