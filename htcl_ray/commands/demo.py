@@ -123,7 +123,7 @@ def _serve_and_query(config: Config, workspace: Workspace, index: str) -> StepRe
     from htcl_ray.serving.application import serving
 
     started = time.monotonic()
-    upload = sorted((_sample_folder(workspace) / "audio").glob("*.wav"), key=lambda path: -path.stat().st_size)[0]
+    upload = max((_sample_folder(workspace) / "audio").glob("*.wav"), key=lambda path: path.stat().st_size)
     with (
         serving(config.with_overrides({"serve.port": 0}), index) as url,
         httpx.Client(base_url=url, timeout=60, trust_env=False) as client,

@@ -68,14 +68,14 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
     )
     print(f"imported: {kind}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters → {out}")
     print(f"  audio    {settings.layers} layers, width {settings.width}, {settings.dim} dimensions; ", end="")
-    print(
-        f"first {recipe.clip_seconds:g} s at {recipe.sample_rate} Hz, padded to {recipe.max_frames} frames as the authors do"
-    )
+    clip = f"first {recipe.clip_seconds:g} s at {recipe.sample_rate} Hz"
+    print(f"{clip}, padded to {recipe.max_frames} frames as the authors do")
     if model.record.text is not None:
         where = (
             "in the folder" if model.text_encoder.loaded_tokenizer is not None else "loaded when text is first embedded"
         )
-        print(f"  text     {model.record.text.transformer['num_hidden_layers']} layers; tokenizer {tokenizer}, {where}")
+        layers = model.record.text.transformer["num_hidden_layers"]
+        print(f"  text     {layers} layers; tokenizer {tokenizer}, {where}")
     if in_workspace:
         workspace = without_credentials(config.workspace)
         print(

@@ -93,7 +93,7 @@ class Config(Settings):
         return self
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
-        """Return a configuration with dotted keys replaced, as in `{"pretrain.batch_size": 64}`; all checks run again."""
+        """Return a configuration with dotted keys replaced, as in `{"pretrain.batch_size": 64}`, and check it."""
         tree = self.model_dump()
         with _one_batch_size(tree):
             for key, value in overrides.items():
@@ -145,7 +145,7 @@ def resolve(preset: str | None = None, file: str | Path | None = None, assignmen
     from_file = _read_yaml(str(file)) if file is not None else {}
     name = preset or from_file.get("preset") or "paper"
     if name not in PRESETS:
-        raise ConfigError(f"there is no preset '{name}'; {nearest(str(name), PRESETS)}")
+        raise ConfigError(f"unknown preset '{name}'; {nearest(str(name), PRESETS)}")
     tree = _validate({"preset": name, **_preset(name)}).model_dump(mode="json")
     with _one_batch_size(tree):
         _merge(tree, {**from_file, "preset": name}, prefix="")
@@ -365,7 +365,7 @@ def _refuse(dotted: str, section: Any, prefix: str, name: str) -> None:
         raise ConfigError(f"'{prefix}' is a value, not a section, so '{dotted}' does not exist")
     below = [f"{prefix}.{key}" if prefix else key for key in section]
     wrong = f"{prefix}.{name}" if prefix else name
-    raise ConfigError(f"there is no configuration key '{dotted}'; {nearest(wrong, below)}")
+    raise ConfigError(f"unknown configuration key '{dotted}'; {nearest(wrong, below)}")
 
 
 def _validate(tree: Mapping[str, Any]) -> Config:

@@ -1,9 +1,8 @@
-"""The verdict of a gate on a model or index: written beside it with its evidence, and checked before anything is
-served.
+"""Verdicts of gates on models and indexes: stored with the evidence in the artifact, and verified before it is used.
 
-`gate.json` in the artifact's folder holds every bound with what was measured, and the SHA-256 of the files that were
-judged. The manifest holds the SHA-256 of `gate.json` and the verdict. A verdict is believed when all of them agree and
-the measured values give it.
+`gate.json` in the artifact's folder holds every bound with its measured value, and the SHA-256 of the judged files. The
+manifest holds the verdict and the SHA-256 of `gate.json`. A verdict is valid when all hashes agree and the measured
+values yield it.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ AGAIN = "judge it again with 'htcl evaluate --gate'"
 def record_verdicts(
     workspace: Workspace, models: Models, index: Artifact | None, verdict: GateVerdict, report_run: str
 ) -> None:
-    """Write the verdict into the model that was judged (the preference model if there is one) and into its index, if
-    there is one.
-    """
+    """Write the verdict into the judged model (the preference model of a pair of models) and into its index, if any."""
     preference = models.preference.version if models.preference else None
     together = {
         "semantic": models.semantic.version,
@@ -48,7 +45,7 @@ def record_verdict(
     """Write `gate.json` into an artifact's folder, and the verdict into its manifest, which is written last.
 
     `report_run`: the evaluation; `others`: versions of the models and the index that were judged together. Raises
-    WorkspaceError when there is no such artifact.
+    WorkspaceError when the artifact does not exist.
     """
     manifest = workspace.manifest(path)
     if manifest is None:
@@ -67,17 +64,17 @@ def record_verdict(
 
 
 def check_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> bool | None:
-    """Whether the gate let an artifact through; None when none has judged it.
+    """Whether an artifact passed its gate; None when no gate has judged it.
 
-    Raises MismatchError when a file is not the one that the manifest names, when the evidence is missing or is of other
-    files, and when the verdict is not what the measured values give.
+    Raises MismatchError when a file does not have the hash in the manifest, when the evidence is missing or about other
+    files, and when the measured values do not yield the verdict.
     """
     verdict = read_verdict(workspace, path, manifest)
     return None if verdict is None else verdict.passed
 
 
 def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> GateVerdict | None:
-    """The checked verdict on an artifact; see `check_verdict`."""
+    """The verified verdict on an artifact; see `check_verdict`."""
     where = workspace.uri_of(path)
     if "gate" not in manifest:
         if workspace.exists(f"{path}/{EVIDENCE}"):
@@ -89,24 +86,8 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
         raise MismatchError(
             f"the manifest of {where} says that its gate gave {_word(claimed)}, but {EVIDENCE} is missing; {AGAIN}"
         )
-    for name, recorded in manifest.get("files", {}).items():
-        if workspace.exists(f"{path}/{name}"):
-            found = _sha256(workspace, f"{path}/{name}")
-            if found != recorded:
-                raise MismatchError(f"{where}/{name} has SHA-256 {found}, but its manifest says {recorded}; {AGAIN}")
-    evidence = workspace.read_json(f"{path}/{EVIDENCE}")
-    try:
-        verdict = GateVerdict(tuple(BoundResult.from_json(item) for item in evidence["bounds"]))
-        judged = evidence["files"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise MismatchError(
-            f"{where}/{EVIDENCE} is not what a gate writes ({str(error).splitlines()[0]}); {AGAIN}"
-        ) from None
-    for name, recorded in _judged_files(manifest).items():
-        if judged.get(name) != recorded:
-            raise MismatchError(
-                f"{where}/{EVIDENCE} judged {name} with SHA-256 {judged.get(name)}, but it is {recorded}; {AGAIN}"
-            )
+    _check_hashes(workspace, path, manifest)
+    verdict = _read_evidence(workspace, path, manifest)
     if claimed is not verdict.passed or not verdict.results:
         raise MismatchError(
             f"the manifest of {where} says that its gate gave {_word(claimed)}, but the values in {EVIDENCE} give "
@@ -115,11 +96,36 @@ def read_verdict(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -
     return verdict
 
 
+def _check_hashes(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> None:
+    """Raise MismatchError unless the files of an artifact have the hashes in its manifest."""
+    for name, recorded in manifest.get("files", {}).items():
+        if workspace.exists(f"{path}/{name}"):
+            actual = _sha256(workspace, f"{path}/{name}")
+            if actual != recorded:
+                where = f"{workspace.uri_of(path)}/{name}"
+                raise MismatchError(f"{where} has SHA-256 {actual}, but its manifest says {recorded}; {AGAIN}")
+
+
+def _read_evidence(workspace: Workspace, path: str, manifest: Mapping[str, Any]) -> GateVerdict:
+    """The verdict that the values in `gate.json` yield. Raises MismatchError when they are about other files."""
+    where = f"{workspace.uri_of(path)}/{EVIDENCE}"
+    evidence = workspace.read_json(f"{path}/{EVIDENCE}")
+    try:
+        verdict = GateVerdict(tuple(BoundResult.from_json(item) for item in evidence["bounds"]))
+        judged = evidence["files"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MismatchError(f"{where} is not what a gate writes ({str(error).splitlines()[0]}); {AGAIN}") from None
+    for name, recorded in _judged_files(manifest).items():
+        if judged.get(name) != recorded:
+            raise MismatchError(f"{where} judged {name} with SHA-256 {judged.get(name)}, but it is {recorded}; {AGAIN}")
+    return verdict
+
+
 def check_gates(workspace: Workspace, models: Models, index: Artifact | None, require: Require) -> None:
     """Raise GateError when `require` forbids the index, if one is given, or one of the models.
 
-    Of a semantic model behind a preference model it is asked only that it has not failed: the model of the last stage
-    is judged. A verdict that was edited raises MismatchError whatever `require` is.
+    `unjudged` applies to the model of the last stage; a semantic model with a preference model must only not have
+    failed. A verdict that was edited raises MismatchError for every value of `require`.
     """
     last = "unjudged" if require == "unjudged" else "failed"
     for kind, artifact, needed in (
@@ -134,13 +140,13 @@ def check_gates(workspace: Workspace, models: Models, index: Artifact | None, re
             first = verdict.failed[0]
             measured = first.note or "not measured" if first.value is None else f"measured {_measured(first)}"
             raise GateError(
-                f"the gate of {kind} {artifact.version} failed: {first.bound.description}, {measured}; use another, or this one all the same "
-                "with --set gate.require=off"
+                f"the gate of {kind} {artifact.version} failed: {first.bound.description}, {measured}; use another, "
+                "or this one all the same with --set gate.require=off"
             )
         if needed == "unjudged":
             raise GateError(
-                f"no gate has judged {kind} {artifact.version}, and gate.require is unjudged; run 'htcl evaluate --gate default', or "
-                "use it all the same with --set gate.require=failed"
+                f"no gate has judged {kind} {artifact.version}, and gate.require is unjudged; "
+                "run 'htcl evaluate --gate default', or use it all the same with --set gate.require=failed"
             )
 
 

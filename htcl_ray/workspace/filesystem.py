@@ -104,11 +104,12 @@ def is_storage_error(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, where: str) -> AccessDeniedError | StorageError:
-    """Return one sentence, as an error, for any failure of an operating system or object store but "not found"."""
+    """Convert a failure of an operating system or object store to an error with one sentence."""
     code, reason = getattr(error, "errno", None), reason_of(error)
     if code in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE.search(reason):
         return StorageError(
-            f"no space left on the device of {where}; free some, or choose another place, and run the same command again"
+            f"no space left on the device of {where}; free some, or choose another place, "
+            "and run the same command again"
         )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS) or (code is None and DENIED.search(reason)):
         needed = (

@@ -1,4 +1,4 @@
-"""Local files that the processes of one user share: atomic writes, a private folder, locks, verified copies of artifacts.
+"""Local files that the processes of one user share: atomic writes, a private folder, locks and verified copies.
 
 The system's directory for temporary files is writable by every local user, so a file name in it proves nothing. Files
 in `private_folder` were written by this user: it is a real directory, owned by this user, and not writable by others.
@@ -164,7 +164,8 @@ def _copy(
             if name not in made or made[name][0] != sha256:
                 actual = f"has SHA-256 {made[name][0]}" if name in made else "is missing"
                 raise MismatchError(
-                    f"{source}/{name} {actual}, but the manifest says {sha256}; copy the artifact again, or make it again"
+                    f"{source}/{name} {actual}, but the manifest says {sha256}; "
+                    "copy the artifact again, or make it again"
                 )
         if target.exists():
             target.rename(target.with_name(f".{target.name}-old"))

@@ -43,7 +43,7 @@ def absolute(path_or_uri: str) -> str:
 
 
 def canonical(path_or_uri: str) -> str:
-    """The canonical form of a path or URI: equal for a relative path, an absolute one, a symbolic link and a file:// URI."""
+    """The canonical form of a path or URI: equal for relative, absolute, linked and file:// forms of one file."""
     path = local_path(path_or_uri)
     return path_or_uri if path is None else os.path.realpath(path)
 

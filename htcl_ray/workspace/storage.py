@@ -202,7 +202,7 @@ class Workspace:
                 self.fs.delete_dir(self.full(path))
 
     def publish(self, folder: Path, path: str, manifest: Mapping[str, Any]) -> None:
-        """Copy a local folder into the workspace as an artifact, its manifest last, replacing an artifact of that path."""
+        """Copy a local folder into the workspace as an artifact, its manifest last, replacing an earlier artifact."""
         self.remove(path)
         for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
             target = self.full(f"{path}/{file.relative_to(folder).as_posix()}")

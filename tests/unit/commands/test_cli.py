@@ -1,4 +1,4 @@
-"""The `htcl` command: exit codes, one sentence on stderr, the same flags everywhere."""
+"""The `htcl` command: exit codes, error messages, output, and the flags that all commands share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_config_show_prints_what_will_run(capsys: pytest.CaptureFixture[str]):
+def test_config_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["config", "show", "--preset", "demo", "--set", "pretrain.epochs=3", "--workspace", "/w"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["preset"], shown["pretrain"]["epochs"], shown["workspace"]) == ("demo", 3, "/w")
@@ -50,7 +50,7 @@ def test_config_show_prints_what_will_run(capsys: pytest.CaptureFixture[str]):
     ("arguments", "message"),
     [
         (["config", "show", "--set", "pretrain.epoch=3"], "did you mean 'pretrain.epochs'"),
-        (["config", "show", "--preset", "nothing"], "there is no preset 'nothing'"),
+        (["config", "show", "--preset", "nothing"], "unknown preset 'nothing'"),
         (["config", "print"], "invalid choice: 'print'"),
         (["trane"], "invalid choice: 'trane'"),
         (["search", "--text", "a", "--song-id", "b"], "not allowed with"),
@@ -58,7 +58,9 @@ def test_config_show_prints_what_will_run(capsys: pytest.CaptureFixture[str]):
         (["pretrain", "--workspace", "/proc/nowhere"], "cannot be written"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_input_exits_2_with_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
     assert cli.main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("htcl: error: ")
@@ -67,7 +69,9 @@ def test_wrong_input_is_one_sentence_and_exit_2(arguments: list[str], message: s
 
 
 @pytest.mark.parametrize("step", ["pretrain", "finetune", "tune", "embed", "index", "evaluate"])
-def test_steps_name_the_step_that_is_missing(step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_steps_on_an_empty_workspace_name_the_missing_step(
+    step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """An empty workspace is the commonest mistake; no Ray is started to find it."""
     assert cli.main([step, "--preset", "demo", "--workspace", str(tmp_path)]) == 2
     shown = capsys.readouterr()
@@ -75,7 +79,9 @@ def test_steps_name_the_step_that_is_missing(step: str, tmp_path: Path, capsys: 
     assert "Ray:" not in shown.out
 
 
-def test_a_remote_job_refuses_a_relative_workspace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_remote_job_with_relative_workspace_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
     assert cli.main(["pretrain", "--preset", "demo"]) == 2
     assert "is relative, and on a remote cluster" in capsys.readouterr().err
@@ -106,7 +112,7 @@ def test_errors_become_exit_codes(error: Exception, code: int, shown: str, capsy
     assert capsys.readouterr().err == shown
 
 
-def test_a_fault_of_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]):
+def test_unexpected_error_prints_its_traceback(capsys: pytest.CaptureFixture[str]):
     assert terminal.report_error(ValueError("unexpected")) == 1
     assert "ValueError: unexpected" in capsys.readouterr().err
 
@@ -120,7 +126,7 @@ def test_every_error_class_has_an_exit_code():
     assert {cls.exit_code for cls in classes if not issubclass(cls, InputError)} == {1}
 
 
-def test_the_installed_command_answers():
+def test_version_and_help_of_the_command():
     assert "htcl-ray" in run("--version").stdout
     listed = run("--help").stdout
     for command in (
@@ -139,11 +145,10 @@ def test_the_installed_command_answers():
 
 
 class TestOutput:
-    """A terminal without UTF-8, a reader that leaves, a full disk: none of them is a traceback, and none ends a step
-    that works."""
+    """Output to a terminal without UTF-8, to a closed pipe and to a full disk, without tracebacks."""
 
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-    def test_every_character_on_every_terminal(self, encoding: str):
+    def test_every_encoding_can_print_every_character(self, encoding: str):
         code = (
             "import sys; from pathlib import Path; from rich.console import Console; from rich.table import Table\n"
             "from htcl_ray import cli; from htcl_ray.commands.terminal import print_result\n"
@@ -181,7 +186,7 @@ class TestOutput:
     @pytest.mark.parametrize(
         ("arguments", "code"), [(["config", "schema"], 141), (["config", "show"], 141), (["--help"], 0)]
     )
-    def test_a_reader_that_leaves(self, arguments: list[str], code: int):
+    def test_closed_pipe(self, arguments: list[str], code: int):
         """`htcl search … | head -1`; 141 is what a shell says of a program that SIGPIPE ended."""
         process = subprocess.Popen(
             [sys.executable, "-m", "htcl_ray.cli", *arguments],
@@ -241,9 +246,7 @@ FULL = OSError(28, "No space left on device")
         ),
     ],
 )
-def test_storage_that_fails_is_one_sentence(
-    error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]
-):
+def test_storage_failure_is_one_sentence(error: Exception, code: int, shown: str, capsys: pytest.CaptureFixture[str]):
     assert terminal.report_error(error, "/w") == code
     said = capsys.readouterr().err
     assert said.startswith(shown)
@@ -335,7 +338,7 @@ def test_a_full_disk_at_every_kind_of_write(small_disk: Path):
         ValueError("Malformed address"),
     ],
 )
-def test_ray_that_does_not_start_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch):
+def test_ray_start_failure_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch):
     import ray
 
     def init(**options: Any) -> None:
@@ -350,7 +353,7 @@ def test_ray_that_does_not_start_is_one_sentence(error: Exception, monkeypatch: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_ray_address_where_nothing_listens():
+def test_unreachable_ray_address_raises():
     """Ray itself tries for minutes."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""`htcl search`, whole, on an index with hand-made vectors."""
+"""`htcl search` on an index with hand-made vectors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path / "w"
 
 
-def test_json_is_what_the_service_answers(workspace: Path, capsys: pytest.CaptureFixture):
-    asked = [
+def test_json_equals_the_results_of_the_service(workspace: Path, capsys: pytest.CaptureFixture):
+    arguments = [
         "search",
         "--workspace",
         str(workspace),
@@ -40,15 +40,15 @@ def test_json_is_what_the_service_answers(workspace: Path, capsys: pytest.Captur
         "--max-per-artist",
         "1",
     ]
-    assert main([*asked, "--filter", '{"title": ["two", "three", "one"]}', "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--filter", '{"title": ["two", "three", "one"]}', "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
     service = SearchService.open(small_config(workspace), encoder=False)
-    answer = service.search_songs(["s1"], k=3, blend=0.2, filter=Filter(title=["two", "three"]), max_per_artist=1)
-    assert [(result["song_id"], result["score"]) for result in told["results"]] == [
-        (hit.song_id, hit.score) for hit in answer.hits
+    response = service.search_songs(["s1"], k=3, blend=0.2, filter=Filter(title=["two", "three"]), max_per_artist=1)
+    assert [(result["song_id"], result["score"]) for result in printed["results"]] == [
+        (hit.song_id, hit.score) for hit in response.hits
     ]
-    assert {result["title"] for result in told["results"]} == {"Two", "Three"}
-    assert (told["k"], told["blend"], told["text_coverage"]) == (3, 0.2, None)
+    assert {result["title"] for result in printed["results"]} == {"Two", "Three"}
+    assert (printed["k"], printed["blend"], printed["text_coverage"]) == (3, 0.2, None)
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +72,18 @@ def with_models(tmp_path_factory: pytest.TempPathFactory) -> str:
         ),
     ],
 )
-def test_a_text_of_which_little_is_known_is_warned_of(
+def test_text_with_little_coverage_prints_a_warning(
     with_models: str, text: str, coverage: float, said: str, capsys: pytest.CaptureFixture
 ):
     for flags in ([], ["--json"]):
         assert main(["search", "--workspace", with_models, "--text", text, *flags]) == 0
-        told = capsys.readouterr()
-        assert told.err.strip().startswith(said)
-        assert bool(told.err.strip()) == bool(said)
-    assert json.loads(told.out)["text_coverage"] == pytest.approx(coverage)
+        printed = capsys.readouterr()
+        assert printed.err.strip().startswith(said)
+        assert bool(printed.err.strip()) == bool(said)
+    assert json.loads(printed.out)["text_coverage"] == pytest.approx(coverage)
 
 
-def test_a_table_for_people(workspace: Path, capsys: pytest.CaptureFixture):
+def test_table_output(workspace: Path, capsys: pytest.CaptureFixture):
     assert main(["search", "--workspace", str(workspace), "--song-id", "s1"]) == 0
     assert "s2" in capsys.readouterr().out
 
@@ -98,6 +98,6 @@ def test_a_table_for_people(workspace: Path, capsys: pytest.CaptureFixture):
         (["-k", "0"], "k is 0; expected 1 to 1000"),
     ],
 )
-def test_questions_that_cannot_be_answered(workspace: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture):
+def test_invalid_queries_exit_2(workspace: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture):
     assert main(["search", "--workspace", str(workspace), "--song-id", "s1", *flags]) == 2
     assert said in capsys.readouterr().err

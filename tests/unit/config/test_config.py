@@ -1,4 +1,4 @@
-"""Configuration: precedence, refusals and their hints."""
+"""Configuration: precedence of presets, files and assignments, conversion of values, error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from htcl_ray.errors import ConfigError
 pytestmark = pytest.mark.unit
 
 
-def test_later_wins(tmp_path: Path):
+def test_later_assignments_take_precedence(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("pretrain:\n  epochs: 7\n  batch_size: 16\n")
     config = resolve("demo", file, ["pretrain.batch_size=8", "pretrain.batch_size=4"])
@@ -21,7 +21,7 @@ def test_later_wins(tmp_path: Path):
     assert config.model.width == resolve("demo").model.width
 
 
-def test_a_printed_configuration_reproduces_itself(tmp_path: Path):
+def test_printed_configuration_can_be_loaded(tmp_path: Path):
     config = resolve("demo", None, ["data.catalog=[a.csv, b.csv]", "data.columns.song_id=clip", "finetune.epochs=3"])
     file = tmp_path / "saved.yaml"
     file.write_text(config.as_yaml())
@@ -33,7 +33,7 @@ def test_overrides_equal_assignments():
     assert resolve("paper").with_overrides({"pretrain.temperature": 0.05, "index.kind": "hnsw"}) == by_command
 
 
-def test_one_path_or_a_list():
+def test_paths_accept_a_string_or_a_list():
     assert resolve("demo", None, ["data.catalog=a.csv"]).data.catalog == ("a.csv",)
     assert resolve("demo", None, ["data.interactions=[a.csv, b.csv]"]).data.interactions == ("a.csv", "b.csv")
 
@@ -83,19 +83,19 @@ def test_columns_accept_free_names():
         ("pretrain.loss=hinge", "pretrain.loss"),
     ],
 )
-def test_refusals_say_what_to_do(assignment: str, message: str):
+def test_invalid_values_raise_one_sentence(assignment: str, message: str):
     with pytest.raises(ConfigError) as caught:
         resolve("demo", None, [assignment])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_batch_not_divisible_names_the_nearest():
+def test_indivisible_batch_size_names_the_nearest_valid_ones():
     with pytest.raises(ConfigError, match="for instance 62 or 64"):
         resolve("demo", None, ["pretrain.batch_size=63", "pretrain.num_workers=2"])
 
 
-def test_losses_that_cannot_go_together_are_refused():
+def test_incompatible_loss_options_raise():
     with pytest.raises(ConfigError, match="corrects a softmax, and loss is sigmoid"):
         resolve("demo", None, ["finetune.loss=sigmoid", "finetune.popularity_correction=true"])
     with pytest.raises(ConfigError, match="explicit_negatives adds others; choose one"):
@@ -109,7 +109,7 @@ def test_micro_batch_sizes(value: str):
 
 
 @pytest.mark.parametrize("section", ["pretrain", "finetune", "tune", "evaluate"])
-def test_seeds_are_numbers_that_every_library_takes(section: str):
+def test_seeds_are_limited_to_32_bits(section: str):
     assert getattr(resolve("demo", None, [f"{section}.seed={2**32 - 1}"]), section).seed == 2**32 - 1
     for seed in (-1, 2**32, 20_000_000_000_000):
         with pytest.raises(
@@ -121,13 +121,13 @@ def test_seeds_are_numbers_that_every_library_takes(section: str):
 @pytest.mark.parametrize(
     "key", ["learning_rate", "text_learning_rate", "weight_decay", "max_gradient_norm", "cpus_per_worker"]
 )
-def test_numbers_of_a_stage_are_finite(key: str):
+def test_infinite_numbers_raise(key: str):
     for value in (".inf", ".nan"):
         with pytest.raises(ConfigError, match=rf"configuration key 'pretrain\.{key}': Input should be"):
             resolve("demo", None, [f"pretrain.{key}={value}"])
 
 
-KEPT = [
+LITERAL_TEXTS = [
     "yes",
     "no",
     "on",
@@ -150,8 +150,8 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("text", KEPT)
-def test_a_text_stays_the_text_that_was_given(text: str, tmp_path: Path):
+@pytest.mark.parametrize("text", LITERAL_TEXTS)
+def test_strings_are_not_converted(text: str, tmp_path: Path):
     config = resolve("demo", None, [f"serve.host={text}", f"data.columns.song_id={text}", f"workspace={text}"])
     assert config.serve.host == config.data.columns["song_id"] == config.workspace == text
     file = tmp_path / "saved.yaml"
@@ -161,7 +161,7 @@ def test_a_text_stays_the_text_that_was_given(text: str, tmp_path: Path):
         assert resolve("demo", None, [f"data.catalog={text}"]).data.catalog == (text,)
 
 
-def test_plain_scalars_of_a_file_are_texts(tmp_path: Path):
+def test_plain_scalars_of_a_file_are_strings(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "data:\n  catalog: DJ/songs#4.csv\n  columns: {song_id: yes, year: 2024, title: 1:30, album: 064, genre: 2024-01-01, mood: on}\n"
@@ -184,7 +184,7 @@ def test_plain_scalars_of_a_file_are_texts(tmp_path: Path):
 
 @pytest.mark.parametrize("key", ["epochs", "learning_rate", "seed", "weight_decay", "compile"])
 @pytest.mark.parametrize("text", ["1:30", ".inf", "-.inf", ".nan", "inf", "nan", "2024-01-01", "one", "[1]", ""])
-def test_texts_that_are_no_number_are_refused_in_a_file_as_in_an_assignment(key: str, text: str, tmp_path: Path):
+def test_non_numbers_raise_in_files_and_assignments(key: str, text: str, tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(f"pretrain:\n  {key}: {text}\n")
     for refused in ({"file": file}, {"assignments": [f"pretrain.{key}={text}"]}):
@@ -192,7 +192,7 @@ def test_texts_that_are_no_number_are_refused_in_a_file_as_in_an_assignment(key:
             resolve("demo", **refused)
 
 
-def test_null_where_a_key_may_be_null(tmp_path: Path):
+def test_null_is_accepted_only_by_nullable_keys(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("data:\n  split_column: ~\npairs:\n  half_life_days: null\n")
     for config in (resolve("demo", file), resolve("demo", None, ["data.split_column=null", "pairs.half_life_days="])):
@@ -203,7 +203,7 @@ def test_null_where_a_key_may_be_null(tmp_path: Path):
             resolve("demo", None, [f"{key}="])
 
 
-def test_lists_and_sections_of_an_assignment():
+def test_assignments_accept_lists_and_sections():
     config = resolve(
         "demo",
         None,
@@ -214,7 +214,7 @@ def test_lists_and_sections_of_an_assignment():
     assert config.pretrain.epochs == 3
 
 
-def test_the_values_of_a_search_have_types(tmp_path: Path):
+def test_search_space_values_keep_their_types(tmp_path: Path):
     file = tmp_path / "run.yaml"
     space = "{pretrain.batch_size: [064, 128], pretrain.learning_rate: [1e-4, 2.5E-3], pretrain.loss: [softmax, no], "
     space += "a: ['1', 1, true, null, 1:30]}"
@@ -225,8 +225,8 @@ def test_the_values_of_a_search_have_types(tmp_path: Path):
         resolve("demo", None, [f"tune={{space: {space}}}"]),
     ):
         assert config.tune.space is not None
-        found = {key: dimension.values for key, dimension in config.tune.space.items()}
-        assert repr(found) == (
+        values = {key: dimension.values for key, dimension in config.tune.space.items()}
+        assert repr(values) == (
             "{'pretrain.batch_size': (64, 128), 'pretrain.learning_rate': (0.0001, 0.0025), 'pretrain.loss': ('softmax', 'no'), "
             "'a': ('1', 1, True, None, '1:30')}"
         )
@@ -236,7 +236,7 @@ def test_the_values_of_a_search_have_types(tmp_path: Path):
     assert one["pretrain.batch_size"].values == (64, 128)
 
 
-def test_unknown_preset_and_unreadable_file(tmp_path: Path):
+def test_unknown_preset_and_unreadable_file_raise(tmp_path: Path):
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         resolve("demmo")
     with pytest.raises(ConfigError, match="No such file"):
@@ -249,7 +249,7 @@ def test_unknown_preset_and_unreadable_file(tmp_path: Path):
         resolve("demo", tmp_path / "unknown.yaml")
 
 
-def test_paper_preset_is_the_published_model():
+def test_paper_preset_has_the_published_sizes():
     config = resolve("paper")
     assert (config.audio.sample_rate, config.audio.n_fft, config.audio.hop_length, config.audio.n_mels) == (
         16000,
@@ -290,7 +290,7 @@ def test_paper_preset_is_the_published_model():
         ("demo", {"batch_size_per_worker": 5}, ["batch_size=12"], (12, None, 12)),
     ],
 )
-def test_a_later_batch_size_replaces_the_other_one(
+def test_later_batch_size_replaces_the_other_key(
     preset: str,
     file: dict[str, int],
     assignments: list[str],
@@ -324,7 +324,7 @@ def test_a_later_batch_size_replaces_the_other_one(
         ),
     ],
 )
-def test_batch_sizes_that_contradict_each_other_are_refused(assignments: list[str], message: str):
+def test_contradicting_batch_sizes_raise(assignments: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         resolve("demo", None, [f"pretrain.{assignment}" for assignment in assignments])
 
@@ -336,7 +336,7 @@ def test_configuration_is_frozen_and_typed():
     assert yaml.safe_load(config.as_yaml())["pretrain"]["epochs"] == 20
 
 
-def test_relative_paths_become_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_with_absolute_paths_resolves_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of every key that names a file or folder, and only of those; the second time, in another directory, nothing
     changes."""
     (tmp_path / "bert").mkdir()
@@ -365,7 +365,7 @@ def test_relative_paths_become_absolute_once(tmp_path: Path, monkeypatch: pytest
     assert resolve(None, None, ["text.name_or_path=org/bert"]).with_absolute_paths().text.name_or_path == "org/bert"
 
 
-def test_every_key_that_names_a_file_is_made_absolute():
+def test_all_keys_with_paths_are_known():
     """A key with a name like one of a path belongs into `with_absolute_paths`, so this list is what it knows."""
     keys = {
         f"{section}.{key}"

@@ -31,7 +31,7 @@ from htcl_ray.integrations.mteb import MtebModel, mteb_model  # noqa: E402
 
 LABELS = ("dog bark", "rain", "rooster", "sea waves")
 ABOUT: dict[str, Any] = {
-    "description": "Clips of ESC-10 beside this checkout",
+    "description": "Clips of ESC-10 next to this checkout",
     "reference": None,
     "dataset": {"path": "local", "revision": "1"},
     "eval_splits": ["test"],
@@ -84,18 +84,18 @@ def clips(shared_data: Path) -> dict[str, list[dict[str, Any]]]:
     """One second of ten clips of each of four labels: five to train, five to test."""
     with (shared_data / "esc10.csv").open(newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
-    found: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for number, label in enumerate(LABELS):
         for place, row in enumerate([row for row in rows if row["label"] == label][:10]):
             wave, rate = soundfile.read(shared_data / row["audio_path"], frames=22050, dtype="float32")
             audio = {"array": wave.tolist(), "sampling_rate": rate}
-            found["train" if place < 5 else "test"].append({"audio": audio, "label": number})
-    return found
+            splits["train" if place < 5 else "test"].append({"audio": audio, "label": number})
+    return splits
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> HTCL:
-    vocabulary = train_wordpiece([f"{label} heard outside" for label in LABELS] * 5, 120)
+    vocabulary = train_wordpiece([f"{label} recorded outside" for label in LABELS] * 5, 120)
     return HTCL.untrained(small_config(tmp_path_factory.mktemp("none")), vocabulary).eval()
 
 
@@ -116,7 +116,7 @@ def run(task: Any, encoder: MtebModel) -> dict[str, Any]:
     return result.task_results[0].scores["test"][0]
 
 
-def heard(model: HTCL, rows: list[dict[str, Any]]) -> np.ndarray:
+def embedded(model: HTCL, rows: list[dict[str, Any]]) -> np.ndarray:
     embed = (
         model.embed_audio(np.array(row["audio"]["array"], dtype=np.float32), row["audio"]["sampling_rate"])
         for row in rows
@@ -129,24 +129,24 @@ def test_mteb_classifies_the_vectors_of_embed_audio(clips: dict[str, list[dict[s
     task.dataset = DatasetDict({split: Dataset.from_list(rows) for split, rows in clips.items()})
     scores = run(task, encoder)
     train, test = encoder.given
-    np.testing.assert_allclose(train, heard(model, clips["train"]), atol=1e-6)
-    np.testing.assert_allclose(test, heard(model, clips["test"]), atol=1e-6)
+    np.testing.assert_allclose(train, embedded(model, clips["train"]), atol=1e-6)
+    np.testing.assert_allclose(test, embedded(model, clips["test"]), atol=1e-6)
     assert np.linalg.norm(test, axis=1) == pytest.approx(np.ones(20), abs=1e-5)
     assert 0 <= scores["accuracy"] <= 1
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
-def test_mteb_asks_for_labels_in_words(clips: dict[str, list[dict[str, Any]]], model: HTCL):
+def test_mteb_classifies_audio_by_label_text(clips: dict[str, list[dict[str, Any]]], model: HTCL):
     task, encoder = LocalZeroShot(), Recorder(model, "1")
     task.dataset = DatasetDict({"test": Dataset.from_list(clips["test"])})
     scores = run(task, encoder)
-    words, sounds = encoder.given
-    np.testing.assert_allclose(words, model.embed_text(list(LABELS)).numpy(), atol=1e-6)
-    named = (sounds @ words.T).argmax(axis=1)
-    assert scores["accuracy"] == pytest.approx(np.mean(named == [row["label"] for row in clips["test"]]))
+    text_vectors, audio_vectors = encoder.given
+    np.testing.assert_allclose(text_vectors, model.embed_text(list(LABELS)).numpy(), atol=1e-6)
+    predicted = (audio_vectors @ text_vectors.T).argmax(axis=1)
+    assert scores["accuracy"] == pytest.approx(np.mean(predicted == [row["label"] for row in clips["test"]]))
 
 
-def test_mteb_ranks_sounds_for_words(clips: dict[str, list[dict[str, Any]]], model: HTCL):
+def test_mteb_retrieves_audio_for_text(clips: dict[str, list[dict[str, Any]]], model: HTCL):
     task, encoder = LocalRetrieval(), Recorder(model, "1")
     corpus = [{"id": f"clip {i}", "audio": row["audio"]} for i, row in enumerate(clips["test"])]
     task.corpus = DatasetDict({"test": Dataset.from_list(corpus)})
@@ -157,12 +157,12 @@ def test_mteb_ranks_sounds_for_words(clips: dict[str, list[dict[str, Any]]], mod
     }
     task.relevant_docs = {"test": relevant}
     scores = run(task, encoder)
-    best = (model.embed_text(list(LABELS)).numpy() @ heard(model, clips["test"]).T).argmax(axis=1)
+    best = (model.embed_text(list(LABELS)).numpy() @ embedded(model, clips["test"]).T).argmax(axis=1)
     right = [clips["test"][place]["label"] == n for n, place in enumerate(best)]
     assert scores["hit_rate_at_1"] == pytest.approx(np.mean(right))
 
 
-def test_a_row_with_sound_and_words_is_their_normalised_sum(model: HTCL):
+def test_row_with_audio_and_text_is_their_normalised_sum(model: HTCL):
     wave = np.random.default_rng(0).normal(size=16000).astype(np.float32)
     row = {"audio": [{"array": wave, "sampling_rate": 16000}], "text": ["rain"]}
     both = MtebModel(model, "1").encode([row])[0]

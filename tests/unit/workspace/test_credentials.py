@@ -1,4 +1,4 @@
-"""Credentials of URIs: used as they are, and in nothing that is written, printed, logged or answered."""
+"""Credentials of URIs: usable in this process, removed from everything written, printed, logged or sent."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ def test_a_configuration_is_written_without_and_used_with_them(config: Config):
         assert SECRET not in text
         assert USER not in text
     assert "https://***@mlflow:5000" in config.as_yaml()
-    for found in (
+    for loaded in (
         config,
         config.with_overrides({"pretrain.epochs": 3}),
         config.with_absolute_paths(),
         pickle.loads(pickle.dumps(config)),
     ):
-        assert found.tracking.mlflow_uri == f"https://{USER}:{SECRET}@mlflow:5000"
-        assert found.workspace == f"s3://{USER}:{SECRET}@bucket/ws"
-        assert found.data.catalog == (f"s3://{USER}:{SECRET}@bucket/songs.csv", "/local/songs.csv")
-        assert found.data.interactions == (f"gs://bucket/log.csv?token={USER}:{SECRET}",)
-        assert (found.tune.space or {})["text.name_or_path"].values == (f"https://{USER}:{SECRET}@hub/a", "b")
+        assert loaded.tracking.mlflow_uri == f"https://{USER}:{SECRET}@mlflow:5000"
+        assert loaded.workspace == f"s3://{USER}:{SECRET}@bucket/ws"
+        assert loaded.data.catalog == (f"s3://{USER}:{SECRET}@bucket/songs.csv", "/local/songs.csv")
+        assert loaded.data.interactions == (f"gs://bucket/log.csv?token={USER}:{SECRET}",)
+        assert (loaded.tune.space or {})["text.name_or_path"].values == (f"https://{USER}:{SECRET}@hub/a", "b")
 
 
 def test_config_show_prints_none_and_what_it_printed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -163,7 +163,7 @@ def test_an_unexpected_error_shows_none(monkeypatch: pytest.MonkeyPatch, capsys:
     assert SECRET not in said
 
 
-def test_every_error_of_ours_leaves_them_out():
+def test_errors_of_this_package_remove_credentials():
     text = f"s3://{USER}:{SECRET}@bucket/x cannot be read"
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HtclError)]
     assert len(kinds) > 15
@@ -171,20 +171,20 @@ def test_every_error_of_ours_leaves_them_out():
         made = {AudioError: (Reason.UNDECODABLE, text), RequestError: (404, "code", text)}.get(kind, (text,))
         error = kind(*made)
         again = pickle.loads(pickle.dumps(error))
-        for found in (error, again):
-            assert "s3://***@bucket/x cannot be read" in str(found)
-            assert SECRET not in f"{found!r} {found.args} {getattr(found, 'detail', '')}"
+        for raised in (error, again):
+            assert "s3://***@bucket/x cannot be read" in str(raised)
+            assert SECRET not in f"{raised!r} {raised.args} {getattr(raised, 'detail', '')}"
 
 
 def test_a_workspace_is_opened_with_them_and_named_without():
     uri = f"s3://{USER}:{SECRET}@bucket/ws?region=us-east-1&endpoint_override=127.0.0.1:9"
-    for workspace in (found := Workspace(uri), pickle.loads(pickle.dumps(found))):
+    for workspace in (opened := Workspace(uri), pickle.loads(pickle.dumps(opened))):
         assert SECRET not in workspace.uri + workspace.uri_of("a") + repr(workspace)
         assert workspace.location == uri
         options = workspace.fs.__reduce__()[1][0]
         assert (options["access_key"], options["secret_key"]) == (USER, SECRET)
     with pytest.raises(HtclError) as caught:
-        found.check_writable()
+        opened.check_writable()
     assert SECRET not in str(caught.value)
     plain = Workspace(f"s3://{USER}:{SECRET}@bucket/ws?region=x")
     assert plain.location_of("a") == f"s3://{USER}:{SECRET}@bucket/ws/a?region=x"
@@ -192,9 +192,9 @@ def test_a_workspace_is_opened_with_them_and_named_without():
     assert Workspace(plain.location_of("a")).root == plain.full("a")
 
 
-def test_an_upload_is_found_where_it_was_stored(tmp_path: Path):
+def test_stored_upload_can_be_read(tmp_path: Path):
     workspace = Workspace(str(tmp_path))
-    assert Path(store_upload(workspace, b"sound", "a.wav")).read_bytes() == b"sound"
+    assert Path(store_upload(workspace, b"audio", "a.wav")).read_bytes() == b"audio"
 
 
 def test_tables_of_rejected_rows_name_their_source_without():
@@ -210,7 +210,7 @@ def test_tables_of_rejected_rows_name_their_source_without():
 
 
 class BrokenTracker:
-    """What MLflow's client says when its server does not answer."""
+    """The error of MLflow's client when its server does not respond."""
 
     def __init__(self, tracker: MlflowTracker, opens: bool) -> None:
         self.name, self.target, self.uri, self.opens = tracker.name, tracker.target, tracker.uri, opens

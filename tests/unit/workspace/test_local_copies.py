@@ -192,9 +192,7 @@ class TestCopies:
         planted.rename(folder.parent).chmod(0o777)
         assert contents(Workspace(URI).local_copy(PATH)) == FILES
 
-    def test_an_artifact_that_is_half_there_is_refused_and_copied_when_it_is_whole(
-        self, temporary: Path, store: ObjectStore
-    ):
+    def test_incomplete_artifact_raises_and_is_copied_once_complete(self, temporary: Path, store: ObjectStore):
         key = f"workspace/{PATH}/weights.bin"
         for wrong in (b"w" * 999, None):
             if wrong is None:
@@ -205,7 +203,7 @@ class TestCopies:
                 MismatchError, match=r"^s3://bucket/workspace/models/semantic/m1/weights\.bin .*manifest says .* again$"
             ):
                 Workspace(URI).local_copy(PATH)
-        assert not [found for found in private_folder().iterdir() if found.is_dir()]
+        assert not [path for path in private_folder().iterdir() if path.is_dir()]
         store.objects[key] = FILES["weights.bin"]
         assert contents(Workspace(URI).local_copy(PATH)) == FILES
 
@@ -223,7 +221,7 @@ class TestCopies:
         store.fail_after_bytes = 0
         with pytest.raises(StorageError, match=r"^s3://bucket/workspace/models/semantic/m1 or its copy in "):
             workspace.local_copy(PATH)
-        assert [found.suffix for found in private_folder().iterdir()] == [".lock"]
+        assert [path.suffix for path in private_folder().iterdir()] == [".lock"]
 
     def test_what_a_killed_process_left_is_removed(self, temporary: Path, store: ObjectStore):
         folder = Workspace(URI).local_copy(PATH)
@@ -242,7 +240,7 @@ class TestCopies:
             subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
             for _ in range(4)
         ]
-        found = {process.communicate(timeout=120)[0] for process in running}
-        assert len(found) == 1
-        assert contents(Path(found.pop().strip())) == FILES
+        copies = {process.communicate(timeout=120)[0] for process in running}
+        assert len(copies) == 1
+        assert contents(Path(copies.pop().strip())) == FILES
         assert downloads(store) == 1
