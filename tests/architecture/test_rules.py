@@ -129,6 +129,7 @@ UPWARD_IMPORTS = {
 SHARED_MODULE_NAMES = {
     "base": "base classes, named for their folder: configuration sections, losses, towers, engines",
     "folder": "the files of a model folder and the files of an index folder",
+    "labels": "labels of songs in a catalogue column, and labels of trials in tables",
     "progress": "progress lines of all steps, and those of training",
     "search": "a module of request models and the command of the same name",
     "tune": "a configuration section and the step of the same name",
