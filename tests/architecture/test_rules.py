@@ -138,14 +138,7 @@ SHARED_MODULE_NAMES = {
     "tune": "a configuration section and the step of the same name",
 }
 """Module names that occur more than once, each with the reason."""
-SHARED_CLASS_NAMES = {
-    "Measured": "one measurement, in a report and in a model card",
-    "Progress": "progress of a step and of training",
-    "Result": "a checked bound of a gate, and a search result",
-    "Songs": "the songs of an evaluation and of a training run",
-    "Task": "a task of an evaluation and of a training stage",
-    "Verdict": "the verdict of a gate and a conclusion of a report",
-}
+SHARED_CLASS_NAMES = {"Progress": "progress of a step and of training"}
 """Class names that are defined more than once, each with the reason."""
 SMALL_LINES = 80
 MAX_SMALL_MODULES = 15
