@@ -134,7 +134,6 @@ SHARED_MODULE_NAMES = {
     "folder": "the files of a model folder and the files of an index folder",
     "labels": "labels of songs in a catalogue column, and labels of trials in tables",
     "progress": "progress lines of all steps, and those of training",
-    "responses": "models of responses, and the functions of the server that build HTTP responses",
     "tune": "a configuration section and the step of the same name",
 }
 """Module names that occur more than once, each with the reason."""
