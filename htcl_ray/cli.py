@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("htcl: stopped; the same command continues where it can", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             os.write(1, b"\n")  # raises the same error when standard output is the cause
         return report_error(error, where)

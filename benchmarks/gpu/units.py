@@ -64,7 +64,7 @@ class Part:
                 values = unit()
             except torch.cuda.OutOfMemoryError:
                 values = {"error": "out of memory"}
-            except Exception as error:  # a measurement that fails must not take the others with it
+            except Exception as error:  # a measurement that fails must not take the others with it  # noqa: BLE001
                 traceback.print_exc()
                 values = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
             if self.on_gpu:

@@ -118,7 +118,7 @@ def decode_clip(
             waveform.fill(read_sndfile(path if isinstance(path, str) else file))  # libsndfile uses a path's extension
         except AudioError:  # beyond the limits
             raise
-        except Exception as error:  # of damaged files: RuntimeError, ValueError, TypeError, MemoryError and others
+        except Exception as error:  # of damaged files: RuntimeError, ValueError, TypeError, MemoryError and others  # noqa: BLE001
             waveform.check_time()
             failure = f"libsndfile: {one_line(error)}"
         waveform.broke_off = bool(failure)
@@ -308,7 +308,7 @@ def _decode_with_ffmpeg(file: IO[bytes], head: bytes, waveform: _Waveform, failu
             )
     except AudioError:  # beyond the limits
         raise
-    except Exception as error:  # FFmpeg's errors, and any error of PyAV on a damaged file
+    except Exception as error:  # FFmpeg's errors, and any error of PyAV on a damaged file  # noqa: BLE001
         waveform.check_time()
         if waveform.seconds < waveform.recipe.min_seconds:
             raise AudioError(Reason.UNDECODABLE, f"{failure}; FFmpeg ({format.name}): {one_line(error)}") from None

@@ -78,9 +78,7 @@ def import_official(config: Config, file: Path, folder: str, stage: int, parent:
         print(f"  text     {layers} layers; tokenizer {tokenizer}, {where}")
     if in_workspace:
         workspace = without_credentials(config.workspace)
-        print(
-            f"next: htcl embed --workspace {workspace} --model {out.name}, on features made with the same audio settings"
-        )
+        print(f"next: htcl embed --workspace {workspace} --model {out.name}, on features of the same audio settings")
     else:
         print(f'next: HTCL.from_pretrained("{out}").embed_audio(waveform, sample_rate) in Python; ', end="")
         print(f"or give WORKSPACE/models/{space}/NAME as OUT, and the steps of that workspace find it")

@@ -54,7 +54,7 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None, token: 
     token = _checked(token)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, revision=revision, token=token))
-    except Exception as error:  # the hub client's own errors, and those of its HTTP library
+    except Exception as error:  # the hub client's own errors, and those of its HTTP library  # noqa: BLE001
         where = "" if revision is None else f" at revision '{revision}'"
         raise WorkspaceError(
             f"'{name}' is neither a model folder here nor a model on the hub{where} ({_reason(error, token)})"
@@ -74,7 +74,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | Non
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
-    except Exception as error:  # as in find_folder
+    except Exception as error:  # as in find_folder  # noqa: BLE001
         raise WorkspaceError(
             f"the model cannot be uploaded to the hub as '{repo_id}' ({_reason(error, token)})"
         ) from None
@@ -127,7 +127,7 @@ def read_tokenizer(folder: Path, text: TextRecord) -> Any | None:
     where = folder / TOKENIZER
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a damaged file makes transformers and tokenizers raise any error
+    except Exception as error:  # a damaged file makes transformers and tokenizers raise any error  # noqa: BLE001
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WorkspaceError(f"{where} cannot be read ({reason}); expected the model's tokenizer") from None
     check_tokenizer(tokenizer, text.transformer, f"the tokenizer in {where}")

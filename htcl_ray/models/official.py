@@ -250,7 +250,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception:  # a damaged file makes torch raise any error
+    except Exception:  # a damaged file makes torch raise any error  # noqa: BLE001
         raise InputError(
             f"{path} is not a plain state dict of torch, and anything else in a pickle is never loaded; {EXPECTED}"
         ) from None

@@ -25,7 +25,7 @@ def read_weights(file: Path, expected: Mapping[str, Tensor], config: str) -> dic
     """
     try:
         given = load_file(file)
-    except Exception as error:  # a damaged header makes safetensors and torch raise any error
+    except Exception as error:  # a damaged header makes safetensors and torch raise any error  # noqa: BLE001
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WorkspaceError(
             f"{file} cannot be read ({reason}); expected the weights of the model, so copy it again"

@@ -1,3 +1,1 @@
-"""The steps: configuration in, artifacts in the workspace out. Ray Data, Train and Tune are used here and nowhere
-below.
-"""
+"""The steps: configuration in, artifacts in the workspace out. They are what uses Ray Data, Train and Tune."""

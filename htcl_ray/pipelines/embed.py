@@ -116,7 +116,7 @@ def embed_job(workspace: Workspace, config: Config, job: EmbedJob) -> StepResult
     missing = [name for name in shards if not workspace.exists(f"{job.path}/{name}")]
     if missing:
         connect(config)
-        _embed_shards(workspace, config, job, missing, songs)
+        embed_shards(workspace, config, job, missing, songs)
     manifest = build_manifest(
         "embeddings",
         config=config.model_dump(mode="json"),
@@ -202,9 +202,10 @@ def read_vectors(workspace: Workspace, path: str) -> tuple[list[str], Vectors]:
     return song_ids, vectors
 
 
-def _embed_shards(
+def embed_shards(
     workspace: Workspace, config: Config, job: EmbedJob, missing: list[str], songs: dict[str, int]
 ) -> None:
+    """Embed the missing shards with Ray Data actors that hold the models, each shard written when it is done."""
     import ray
 
     settings = config.embed

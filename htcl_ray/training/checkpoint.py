@@ -78,7 +78,7 @@ def load_state(folder: Path) -> TrainingState:
     """Read the training state of a checkpoint folder. Raises WorkspaceError when it is damaged."""
     try:
         return TrainingState(**torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged file makes torch raise any error
+    except Exception as error:  # a damaged file makes torch raise any error  # noqa: BLE001
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WorkspaceError(
             f"{folder / TRAINING_STATE} cannot be read ({reason}); "

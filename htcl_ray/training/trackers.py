@@ -97,7 +97,7 @@ class Trackers:
             before = self.sent.get(tracker.target)
             try:
                 run_id = tracker.open(None if before is None else before["run"])
-            except Exception as error:  # errors of the tracker's client and its HTTP library
+            except Exception as error:  # errors of the tracker's client and its HTTP library  # noqa: BLE001
                 raise ConfigError(
                     f"{tracker.name} cannot be opened at {tracker.target} ({_reason(error)}); "
                     f"correct the tracking section, or take {tracker.name} out of tracking.trackers"
@@ -115,7 +115,7 @@ class Trackers:
                     if line["step"] > sent["step"]:
                         tracker.write(line)
                         sent["step"] = line["step"]
-            except Exception as error:  # as in __init__; training continues
+            except Exception as error:  # as in __init__; training continues  # noqa: BLE001
                 self.say(f"{tracker.name} cannot be reached ({_reason(error)}); its metrics wait in metrics.jsonl")
         if self.trackers:
             self._save()
@@ -125,7 +125,7 @@ class Trackers:
         for tracker in self.trackers:
             try:
                 tracker.close(finished)
-            except Exception as error:  # as in __init__; training continues
+            except Exception as error:  # as in __init__; training continues  # noqa: BLE001
                 self.say(f"{tracker.name} could not close its run ({_reason(error)})")
 
     def _save(self) -> None:

@@ -21,7 +21,7 @@ SHORT = timedelta(seconds=2)
 
 def prepare(folder: str) -> None:
     """The last worker takes longer than collectives of the default group may."""
-    dist.distributed_c10d._set_pg_timeout(SHORT, dist.group.WORLD)
+    dist.distributed_c10d._set_pg_timeout(SHORT, dist.group.WORLD)  # noqa: SLF001, PyTorch has no public name for it
     with prepared_together():
         time.sleep(3 * SHORT.total_seconds() if rank() == 1 else 0)
     gathered = gather_rows(torch.tensor([rank()])).tolist()

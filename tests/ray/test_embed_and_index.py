@@ -101,8 +101,8 @@ def test_an_interrupted_run_keeps_what_it_finished(config: Config, monkeypatch: 
     marker = workspace.full(f"{path}/shard-00002.parquet")
     kept = Path(marker).stat().st_mtime_ns
     asked = []
-    original = embed_pipeline._embed_shards
-    monkeypatch.setattr(embed_pipeline, "_embed_shards", lambda *a: (asked.extend(a[3]), original(*a)))
+    original = embed_pipeline.embed_shards
+    monkeypatch.setattr(embed_pipeline, "embed_shards", lambda *a: (asked.extend(a[3]), original(*a)))
     assert not embed(config).skipped
     assert asked == ["shard-00001.parquet"]
     assert Path(marker).stat().st_mtime_ns == kept

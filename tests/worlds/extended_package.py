@@ -254,7 +254,7 @@ def main(scratch: Path) -> None:
         try:
             check(folder)
             errors[name] = None
-        except Exception:
+        except Exception:  # noqa: BLE001
             errors[name] = traceback.format_exc()
     print(json.dumps(errors))
 

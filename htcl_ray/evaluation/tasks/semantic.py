@@ -35,9 +35,9 @@ Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 def semantic_tasks(songs: EvaluatedSongs, encode: Encode, settings: EvaluateSettings) -> list[TaskResult]:
     """`text_to_audio`, `audio_to_text`, and for each probe column with labels `zero_shot_COLUMN` and `probe_COLUMN`.
 
-    Held-out songs are those of the split of the settings; without held-out songs the list is empty. Methods: each space of the
-    songs, and the controls: `shuffled`, the vectors of the last stage randomly permuted across songs, and `log_mel`,
-    statistics of the audio without a model. `encode` is called once.
+    Held-out songs are those of the split of the settings; without held-out songs the list is empty. Methods: each space
+    of the songs, and the controls: `shuffled`, the vectors of the last stage randomly permuted across songs, and
+    `log_mel`, statistics of the audio without a model. `encode` is called once.
     """
     training = np.flatnonzero(songs.splits == Split.TRAIN)
     held_out = np.flatnonzero(songs.splits == settings.split)

@@ -168,7 +168,7 @@ class LiveIndex:
         while not self._stop.wait(self._settings.poll_seconds):
             try:
                 self.poll()
-            except Exception as error:  # any failure: the next poll may succeed
+            except Exception as error:  # any failure: the next poll may succeed  # noqa: BLE001
                 self.failed_polls += 1
                 log.warning("polling %s for updates failed and is retried: %s", self.workspace.uri, error)
             after_poll()
@@ -219,7 +219,7 @@ class LiveIndex:
             if pointer not in self._refused or self._refused[pointer][1].due:
                 try:
                     self._switch(self._load(pointer.version), pointer)
-                except Exception as error:  # any failure: a later attempt may succeed
+                except Exception as error:  # any failure: a later attempt may succeed  # noqa: BLE001
                     self._refuse(pointer, error)
                 else:
                     self._refused.pop(pointer, None)

@@ -166,7 +166,7 @@ def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
             name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a damaged file makes transformers and safetensors raise any error
+    except Exception as error:  # a damaged file makes transformers and safetensors raise any error  # noqa: BLE001
         raise _unusable(name, error) from None
     check_tokenizer(tokenizer, transformer.config.to_dict(), f"the tokenizer of the text model '{name}'")
     encoder = TextEncoder(transformer, tokenizer, settings)
@@ -227,7 +227,7 @@ def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
         ) from None
     try:
         return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    except Exception as error:  # sizes that contradict each other make models raise any error
+    except Exception as error:  # sizes that contradict each other make models raise any error  # noqa: BLE001
         raise ConfigError(
             f"the text model's configuration describes no {model_type} model ({_reason(error)}); "
             "expected the one that its weights are of"
@@ -250,7 +250,7 @@ def check_text_settings(settings: TextSettings) -> TextEncoder | None:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # as in text_encoder_from_name
+    except Exception as error:  # as in text_encoder_from_name  # noqa: BLE001
         raise _unusable(name, error) from None
     check_tokenizer(tokenizer, config.to_dict(), f"the tokenizer of the text model '{name}'")
     return None
@@ -262,7 +262,7 @@ def _check_length(settings: TextSettings) -> None:
 
     try:
         config = AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=False)
-    except Exception as error:  # as in text_encoder_from_name
+    except Exception as error:  # as in text_encoder_from_name  # noqa: BLE001
         raise _unusable(settings.name_or_path, error) from None
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and settings.max_tokens > limit:
@@ -278,7 +278,7 @@ def tokenizer_from_name(name: str | None, transformer: Mapping[str, Any]) -> Any
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # as in text_encoder_from_name
+    except Exception as error:  # as in text_encoder_from_name  # noqa: BLE001
         raise ConfigError(
             f"text cannot be embedded yet, because the tokenizer '{name}' cannot be loaded ({_reason(error)}); make it "
             "reachable, or import the weights again with the folder of a copy as tokenizer "
@@ -326,7 +326,7 @@ def check_tokenizer(tokenizer: Any, transformer: Mapping[str, Any], where: str) 
     probed = [tokenizer.convert_tokens_to_string([token]) for token in tokens[:: max(1, len(tokens) // PROBED_TOKENS)]]
     try:
         encoded = tokenizer([*probed, UNKNOWN_TEXT], add_special_tokens=False)["input_ids"][:-1]
-    except Exception as error:  # the tokenizers library raises nothing more specific
+    except Exception as error:  # the tokenizers library raises nothing more specific  # noqa: BLE001
         raise MismatchError(f"{where} cannot tokenize texts ({_reason(error)}); {files}") from None
     if len({tuple(ids) for ids in encoded if set(ids) - special}) < min(2, len(tokens)):
         raise MismatchError(

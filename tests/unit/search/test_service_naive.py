@@ -30,26 +30,22 @@ GENRES = ["Rock", "jazz", "Ambient", "folk"]
 def catalogue(seed: int = 0) -> list[dict[str, Any]]:
     """Songs of 12 artists, some unknown and some of two; every fifth has a twin in its duplicate group."""
     rng = np.random.default_rng(seed)
-    songs = []
-    for row in range(SONGS):
-        songs.append(
-            {
-                "song_id": f"s{row:03d}",
-                "title": f"Title {row % 50}",
-                "artist": None
-                if row % 11 == 0
-                else f"Artist {row % 12}" + (f"; artist {row % 5}" if row % 7 == 0 else ""),
-                "album": None,
-                "licence": ["CC0", "CC-BY", None][row % 3],
-                "genre": None if row % 13 == 0 else [GENRES[i] for i in rng.permutation(4)[: 1 + row % 2]],
-                "mood": [["calm"], [], None, ["Bright", "calm"]][row % 4],
-                "tags": [f"tag {row % 7}", "piano"] if row % 3 else None,
-                "language": ["en"] if row % 2 else ["de", "en"],
-                "year": None if row % 17 == 0 else 1980 + row % 40,
-                "duplicate_group": f"g{row // 10}" if row % 5 == 0 else None,
-            }
-        )
-    return songs
+    return [
+        {
+            "song_id": f"s{row:03d}",
+            "title": f"Title {row % 50}",
+            "artist": None if row % 11 == 0 else f"Artist {row % 12}" + (f"; artist {row % 5}" if row % 7 == 0 else ""),
+            "album": None,
+            "licence": ["CC0", "CC-BY", None][row % 3],
+            "genre": None if row % 13 == 0 else [GENRES[i] for i in rng.permutation(4)[: 1 + row % 2]],
+            "mood": [["calm"], [], None, ["Bright", "calm"]][row % 4],
+            "tags": [f"tag {row % 7}", "piano"] if row % 3 else None,
+            "language": ["en"] if row % 2 else ["de", "en"],
+            "year": None if row % 17 == 0 else 1980 + row % 40,
+            "duplicate_group": f"g{row // 10}" if row % 5 == 0 else None,
+        }
+        for row in range(SONGS)
+    ]
 
 
 CATALOGUE = catalogue()
