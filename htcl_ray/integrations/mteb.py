@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     raise ConfigError("mteb is not installed here; run: pip install 'htcl-ray[mteb]'") from None
 
 
-class MtebModel(AbsEncoder):
+class MtebModel(AbsEncoder):  # type: ignore[misc]  # the library has no types
     """An `HTCL` model with mteb's encoder protocol, cosine similarity, and without instructions."""
 
     def __init__(self, model: HTCL, revision: str, name: str = "htcl-ray/HTCL") -> None:

@@ -235,16 +235,19 @@ class HTCL(nn.Module):
 
     def encode_audio(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
         """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → [B, dim], not normalised, with gradient."""
-        return self.audio_head(self.audio_encoder(mel, valid_frames))
+        embeddings: Tensor = self.audio_head(self.audio_encoder(mel, valid_frames))
+        return embeddings
 
     def encode_text(self, tokens: Tokens) -> Tensor:
         """Tokens [B, S] → [B, dim], not normalised, with gradient."""
-        return self.text_head(self.text_encoder(tokens))
+        embeddings: Tensor = self.text_head(self.text_encoder(tokens))
+        return embeddings
 
     def fuse(self, audio: Tensor, text: Tensor) -> Tensor:
         """Stage 2: encoded audio and text of the same songs, both [B, dim] and not normalised → [B, dim]."""
         assert self.fusion is not None, "a stage-1 model has no fusion network"
-        return self.fusion(torch.cat([audio, text], dim=1))
+        embeddings: Tensor = self.fusion(torch.cat([audio, text], dim=1))
+        return embeddings
 
     def temperatures(self) -> dict[str, float]:
         """Return the temperature of each loss term."""

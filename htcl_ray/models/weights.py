@@ -49,7 +49,7 @@ def read_weights(file: Path, expected: Mapping[str, Tensor], config: str) -> dic
             f"{file} has {extra[0]} of shape {list(given[extra[0]].shape)}, which {config} does not know"
         )
     check_numbers(given, str(file))
-    return given
+    return dict(given)
 
 
 def check_numbers(weights: Mapping[str, Tensor], where: str) -> None:

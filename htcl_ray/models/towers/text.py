@@ -103,11 +103,11 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Tokens [B, S] → [B, width]."""
         output = self.transformer(**tokens)
-        hidden = output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
         if self.settings.pooling == "mean":
             attended = tokens["attention_mask"][:, :, None].to(hidden.dtype)
             return (hidden * attended).sum(dim=1) / attended.sum(dim=1).clamp(min=1)
-        pooled = getattr(output, "pooler_output", None)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
         return hidden[:, 0] if pooled is None else pooled
 
 
@@ -226,7 +226,8 @@ def transformer_from_config(tree: dict[str, Any]) -> nn.Module:
             f"the text model is of type '{model_type}', which this transformers does not know; install a newer one"
         ) from None
     try:
-        return AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        model: nn.Module = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        return model
     except Exception as error:  # sizes that contradict each other make models raise any error  # noqa: BLE001
         raise ConfigError(
             f"the text model's configuration describes no {model_type} model ({_reason(error)}); "
@@ -362,7 +363,7 @@ def _default_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(str(transformer.get("model_type"))).to_dict()
+        return dict(AutoConfig.for_model(str(transformer.get("model_type"))).to_dict())
     except ValueError:
         return {}
 

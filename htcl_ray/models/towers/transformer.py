@@ -113,7 +113,8 @@ class TransformerLayer(nn.Module):
         mixed = self.attention_out(mixed.transpose(1, 2).reshape(batch, tokens, width))
         x = self.attention_norm(x + F.dropout(mixed, dropout))
         fed = self.feed_out(F.dropout(F.gelu(self.feed_in(x)), dropout))
-        return self.feed_norm(x + F.dropout(fed, dropout))
+        output: Tensor = self.feed_norm(x + F.dropout(fed, dropout))
+        return output
 
 
 class AudioEncoder(nn.Module):
@@ -141,7 +142,7 @@ class AudioEncoder(nn.Module):
     def forward(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
         """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → mean over [CLS] and the valid tokens, [B, D]."""
         frames, valid = self.prepare(mel.to(self.cls.dtype), valid_frames)
-        x = self.projection(self.projection_norm(self.convolutions(frames)))
+        x: Tensor = self.projection(self.projection_norm(self.convolutions(frames)))
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0)
         x = self.dropout(self.norm(x + self.position(x)))

@@ -15,7 +15,7 @@ CONTROLLER = "controller"
 """Key of a result: handle of the actor that controls the trial's training."""
 
 
-class ReportToTune(TuneReportCallback):
+class ReportToTune(TuneReportCallback):  # type: ignore[misc]  # the library has no types
     """Callback of Ray Train that reports a trial's last stage to Ray Tune, with the cost of its earlier stages."""
 
     def __init__(self, earlier_work: Sequence[Mapping[str, float]]) -> None:

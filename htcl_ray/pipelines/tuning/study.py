@@ -42,7 +42,7 @@ REDUCTION = 3
 """Reduction factor of ASHA: at each rung one trial of this many continues."""
 
 
-class StudySearch(OptunaSearch):
+class StudySearch(OptunaSearch):  # type: ignore[misc]  # the library has no types
     """Searcher of Ray Tune with points `{"number": …, "parameters": …}` of the trial table, without duplicates."""
 
     def __init__(
@@ -109,7 +109,7 @@ class StudySearch(OptunaSearch):
             super().on_trial_complete(trial_id, result, error)
 
 
-class StudyScheduler(AsyncHyperBandScheduler):
+class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]  # the library has no types
     """ASHA on the number of rows seen, with the measurements from before the search was resumed."""
 
     def __init__(self, table: TrialTable, objective: str, metric: str, budget: Budget, grace_share: float) -> None:
@@ -180,7 +180,7 @@ def resume(
     return search, scheduler
 
 
-class StudyCallback(Callback):
+class StudyCallback(Callback):  # type: ignore[misc]  # the library has no types
     """Callback of Ray Tune that records results in the trial table and reports them on the terminal."""
 
     def __init__(self, table: TrialTable, objectives: Mapping[str, str], total: int, rows: int) -> None:

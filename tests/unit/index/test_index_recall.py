@@ -107,7 +107,8 @@ def test_without_stage_2_one_blend_is_measured():
 
 class TestPipeline:
     @pytest.fixture(scope="class")
-    def embedded(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @staticmethod
+    def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         """Workspace with models, features and embeddings; tests build indexes in copies."""
         folder = tmp_path_factory.mktemp("embedded")
         config = small_config(folder / "workspace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def test_item_knn_equals_implicit_where_no_tie_is_cut():
     interactions = sparse.csr_matrix((generator.random((60, 80)) < 0.1).astype(np.float32))
     history = sparse.csr_matrix(generator.random((9, 80)) < 0.1)
     model = CosineRecommender(K=80, num_threads=1)
-    model.fit(interactions, show_progress=False)
+    with warnings.catch_warnings(action="ignore"):  # of its own, about a conversion inside it
+        model.fit(interactions, show_progress=False)
     cosines = model.similarity.toarray()
     np.fill_diagonal(cosines, 0)
     scores = scorers.item_knn_scorer(interactions)(history, np.arange(80))
