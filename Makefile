@@ -19,8 +19,8 @@ help: ## this list
 
 install: $(VENV)/.installed ## the package and its development tools into .venv
 
-demo: install ## every step on a sample catalogue, the service, three queries; WORKSPACE=./workspace, FRESH=1 starts over
-	$(BIN)/htcl demo --workspace $(WORKSPACE) $(if $(FRESH),--fresh)
+demo: install ## every step on a sample catalogue, the service, three queries; WORKSPACE=./workspace, FRESH=1 starts over, FLAGS="--set …"
+	$(BIN)/htcl demo --workspace $(WORKSPACE) $(if $(FRESH),--fresh) $(FLAGS)
 
 check: install ## formatting, lint and types
 	$(BIN)/ruff format --check .

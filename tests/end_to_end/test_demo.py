@@ -1,4 +1,7 @@
-"""`make demo`, exactly as the README shows it, in a folder that holds what is in the repository and nothing else."""
+"""`make demo` of the README with short trainings, in a folder that holds what is in the repository and nothing else.
+
+What a model learns in full is measured by tests/end_to_end/test_every_step_matters.py and benchmarks/sample_world.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from tests.worlds.ray_head import environment
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
 
+SHORT = "--set pretrain.epochs=4 --set finetune.epochs=1"
+
+
 def test_make_demo(tmp_path: Path):
     """Its environment is this one: a `.venv` that is up to date is not installed again."""
     tracked = subprocess.run(
@@ -27,7 +33,7 @@ def test_make_demo(tmp_path: Path):
     (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (tmp_path / ".venv/.installed").touch()
     done = subprocess.run(
-        ["make", "demo"],
+        ["make", "demo", f"FLAGS={SHORT}"],
         cwd=tmp_path,
         env={**environment(), "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -42,7 +48,7 @@ def test_make_demo(tmp_path: Path):
     for index in (tmp_path / "workspace/index").glob("*/manifest.json"):
         assert "gate" in index.read_text()
     again = subprocess.run(
-        ["make", "demo"],
+        ["make", "demo", f"FLAGS={SHORT}"],
         cwd=tmp_path,
         env={**environment(), "PYTHONPATH": str(tmp_path)},
         capture_output=True,
