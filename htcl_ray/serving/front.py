@@ -9,6 +9,7 @@ them in the environment of its nodes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shlex
@@ -27,6 +28,7 @@ from htcl_ray.config.sections import ServeSettings
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.serving import haproxy
 from htcl_ray.serving.haproxy import Front
+from htcl_ray.workspace.local_copies import private_folder
 
 IDLE_CLIENT_SECONDS = 30
 """Time after which HAProxy closes an idle connection of a client."""
@@ -52,43 +54,46 @@ def haproxy_front(config: Config) -> Iterator[None]:
         raise StepError(
             "HAProxy was set up after Ray Serve was imported, which reads the settings once; set it up first"
         )
-    inside = socket_folder("/htcl-front-12345678/admin.sock", tempfile.gettempdir())
-    folder = Path(tempfile.mkdtemp(prefix="htcl-front-", dir=inside))  # of mode 0700
-    metrics, fallback, fallback_grpc, metrics_source, haproxy_metrics, statistics = _ports(config.serve)
-    first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(120)  # below Linux's ports of outgoing connections
-    front = Front(
-        binary=binary,
-        host=_bracketed(config.serve.host),
-        max_requests=config.serve.ingress_replicas * config.serve.most_in_progress,
-        token=secrets.token_hex(16),
-        metrics=f"{_bracketed(config.serve.metrics_host)}:{metrics}",
-        metrics_source=metrics_source,
-        trusted_proxies=config.serve.trusted_proxies,
-        stop_file=str(folder / "stop"),
-    )
-    variables = {
-        **haproxy_variables(
-            folder,
-            metrics_port=haproxy_metrics,
-            statistics_port=statistics,
-            fallback_port=fallback,
-            fallback_grpc_port=fallback_grpc,
-            replica_ports=range(first_port, first_port + REPLICA_PORTS),
-            idle_client_seconds=IDLE_CLIENT_SECONDS,
-            response_seconds=config.serve.receive_seconds + config.serve.request_seconds + 5,
-        ),
-        haproxy.OPTIONS: front.to_json(),
-        haproxy.BINARY_PATH: str(_program(folder)),
-    }
-    before = {name: os.environ[name] for name in variables if name in os.environ}  # such as those of an image
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
-        os.environ.update(before)
-        shutil.rmtree(folder, ignore_errors=True)
+    with _default_metrics_port() as owns_default:
+        inside = socket_folder("/htcl-front-12345678/admin.sock", tempfile.gettempdir())
+        folder = Path(tempfile.mkdtemp(prefix="htcl-front-", dir=inside))  # of mode 0700
+        metrics, fallback, fallback_grpc, metrics_source, haproxy_metrics, statistics = _ports(
+            config.serve, owns_default
+        )
+        first_port = 20_000 + REPLICA_PORTS * secrets.randbelow(120)  # below Linux's ports of outgoing connections
+        front = Front(
+            binary=binary,
+            host=_bracketed(config.serve.host),
+            max_requests=config.serve.ingress_replicas * config.serve.most_in_progress,
+            token=secrets.token_hex(16),
+            metrics=f"{_bracketed(config.serve.metrics_host)}:{metrics}",
+            metrics_source=metrics_source,
+            trusted_proxies=config.serve.trusted_proxies,
+            stop_file=str(folder / "stop"),
+        )
+        variables = {
+            **haproxy_variables(
+                folder,
+                metrics_port=haproxy_metrics,
+                statistics_port=statistics,
+                fallback_port=fallback,
+                fallback_grpc_port=fallback_grpc,
+                replica_ports=range(first_port, first_port + REPLICA_PORTS),
+                idle_client_seconds=IDLE_CLIENT_SECONDS,
+                response_seconds=config.serve.receive_seconds + config.serve.request_seconds + 5,
+            ),
+            haproxy.OPTIONS: front.to_json(),
+            haproxy.BINARY_PATH: str(_program(folder)),
+        }
+        before = {name: os.environ[name] for name in variables if name in os.environ}  # such as those of an image
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name in variables:
+                del os.environ[name]
+            os.environ.update(before)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def active_front() -> Front | None:
@@ -114,7 +119,7 @@ def check_port(host: str, port: int, prefix: str = "serve.") -> int:
         return int(probe.getsockname()[1])
 
 
-def _ports(settings: ServeSettings) -> list[int]:
+def _ports(settings: ServeSettings, owns_default: bool) -> list[int]:
     """The metrics port and five free ports of loopback, all different."""
     with contextlib.ExitStack() as held:
         free = []
@@ -124,10 +129,25 @@ def _ports(settings: ServeSettings) -> list[int]:
             free.append(int(probe.getsockname()[1]))
         if settings.metrics_port is not None:
             return [check_port(settings.metrics_host, settings.metrics_port, "serve.metrics_"), *free]
+        if owns_default:
+            with contextlib.suppress(ConfigError):
+                return [check_port(settings.metrics_host, METRICS_PORT, "serve.metrics_"), *free]
+        return [check_port(settings.metrics_host, 0, "serve.metrics_"), *free]
+
+
+@contextmanager
+def _default_metrics_port() -> Iterator[bool]:
+    """Whether this process may use `METRICS_PORT`, which one service of a user and machine has at a time.
+
+    HAProxy binds the port seconds after it was checked, so two services that start together would both choose it.
+    """
+    with (private_folder() / "metrics-port.lock").open("w") as file:
         try:
-            return [check_port(settings.metrics_host, METRICS_PORT, "serve.metrics_"), *free]
-        except ConfigError:
-            return [check_port(settings.metrics_host, 0, "serve.metrics_"), *free]
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def _program(folder: Path) -> Path:

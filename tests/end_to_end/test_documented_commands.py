@@ -232,7 +232,8 @@ def server(line: Line, world: Path) -> Iterator[None]:
             time.sleep(0.5)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
         assert process.wait(120) in (0, 130, -signal.SIGINT, 1), (world / "server.log").read_text()
 
 

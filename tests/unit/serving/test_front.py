@@ -124,3 +124,13 @@ def test_without_haproxy_ray_uses_its_own_proxy(config: Config, monkeypatch: pyt
     monkeypatch.setattr(front.haproxy, "find_binary", lambda: None)
     with haproxy_front(config):
         assert HAPROXY_SWITCH not in os.environ
+
+
+def test_services_that_start_together_choose_different_metrics_ports(config: Config):
+    """HAProxy binds the port later, so a check that it is free does not reserve it."""
+    ports = []
+    with haproxy_front(config):
+        ports.append(active_front().metrics)
+        with haproxy_front(config):
+            ports.append(active_front().metrics)
+    assert len(set(ports)) == 2
