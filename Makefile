@@ -29,7 +29,7 @@ check: install ## formatting, lint and types
 
 fast: install ## lint, types, and the unit tests of what changed since the last commit on main; seconds
 	$(BIN)/ruff check --quiet .
-	$(BIN)/dmypy run
+	$(BIN)/mypy
 	$(BIN)/python -m tests.changed
 
 test: check ## everything that continuous integration runs, on two processes
