@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
@@ -136,7 +137,12 @@ def running(config: Config, index: str | None = None) -> Iterator[Running]:
     try:
         # Only HAProxy listens on serve.host; Ray's own proxy and the replicas stay behind it on loopback.
         host = config.serve.host if front is None else "127.0.0.1"
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
+        except (RayError, TimeoutError) as error:
+            raise StepError(
+                f"the proxy of the service did not start: {_last_line(str(error))}; Ray's logs say more"
+            ) from error
         try:
             serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
         except RuntimeError as error:

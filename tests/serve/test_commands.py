@@ -92,6 +92,19 @@ def test_htcl_serve_says_what_is_wrong(tmp_path: Path):
     assert done.stdout == ""
 
 
+def test_haproxy_that_does_not_start_is_one_sentence(indexed: Config, tmp_path: Path):
+    haproxy = tmp_path / "haproxy"
+    haproxy.write_text("#!/bin/sh\necho 'cannot bind the port' >&2\nexit 1\n")
+    haproxy.chmod(0o755)
+    command = [str(SCRIPTS / "htcl"), "serve", "--preset", "demo", "--workspace", indexed.workspace]
+    with started(*command, "--set", "serve.port=0", RAY_SERVE_HAPROXY_BINARY_PATH=str(haproxy)) as process:
+        output = process.stdout.read()
+        assert process.wait(timeout=60) == 1
+    assert "htcl: failed: the proxy of the service did not start: " in output
+    assert "cannot bind the port" in output
+    assert "Traceback" not in output
+
+
 def test_serve_run_with_the_shipped_config(indexed: Config, tmp_path: Path):
     """`serve/config.yaml`, with another port and this workspace, on a cluster of its own."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
