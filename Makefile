@@ -27,7 +27,7 @@ check: install ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fast: install ## lint, types, and the unit tests of what changed since the last commit on main; seconds
+fast: install ## lint, types, and the unit tests of what differs from the last commit; seconds
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.changed

@@ -27,7 +27,7 @@ from htcl_ray.training.checkpoint import TrainingState, load_state
 from htcl_ray.training.features import open_frames
 from htcl_ray.training.loop import SaveCheckpoint, train
 from htcl_ray.training.metrics_log import MetricsLog
-from htcl_ray.training.progress import Metrics
+from htcl_ray.training.progress_lines import Metrics
 from htcl_ray.training.song_numbers import read_pairs, read_songs
 from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
 from htcl_ray.training.trackers import open_trackers

@@ -29,7 +29,7 @@ from htcl_ray.training.optimization import (
     set_learning_rate,
 )
 from htcl_ray.training.order import global_batch, steps_per_epoch, worker_rows
-from htcl_ray.training.progress import Metrics, Progress
+from htcl_ray.training.progress_lines import Metrics, ProgressLines
 from htcl_ray.training.randomness import seed_worker, set_rng_state
 from htcl_ray.training.stage_tasks import Task
 from htcl_ray.training.validation import validate, validation_gallery
@@ -87,7 +87,7 @@ def train(
     watch = None if settings.health.action == "off" else HealthWatch(task, loader, settings, device, step=step, say=say)
     if rng is not None:
         set_rng_state(rng, device)
-    progress = Progress(
+    progress = ProgressLines(
         task, batch, settings.epochs, steps, start=step, say=say if show_progress else lambda line: None
     )
     while step < settings.epochs * steps:

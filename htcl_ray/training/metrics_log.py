@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from htcl_ray.training.progress import Metrics
+from htcl_ray.training.progress_lines import Metrics
 from htcl_ray.training.trackers import Trackers
 from htcl_ray.workspace.storage import Workspace
 

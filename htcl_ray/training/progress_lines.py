@@ -15,8 +15,8 @@ Metrics = dict[str, float]
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Progress:
-    """Progress lines of one run: every few seconds, and at its end."""
+class ProgressLines:
+    """Lines about one run: every few seconds, and at its end."""
 
     def __init__(
         self, task: Task, batch: int, epochs: int, steps: int, *, start: int, say: Callable[[str], None]

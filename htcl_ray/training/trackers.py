@@ -23,7 +23,7 @@ from htcl_ray.workspace.paths import absolute_sqlite
 from htcl_ray.workspace.storage import Workspace
 
 if TYPE_CHECKING:
-    from htcl_ray.training.progress import Metrics
+    from htcl_ray.training.progress_lines import Metrics
 
 TRACKED = "trackers.json"
 

@@ -133,11 +133,10 @@ SHARED_MODULE_NAMES = {
     "base": "base classes, named for their folder: configuration sections, losses, towers, engines",
     "folder": "the files of a model folder and the files of an index folder",
     "labels": "labels of songs in a catalogue column, and labels of trials in tables",
-    "progress": "progress lines of all steps, and those of training",
     "tune": "a configuration section and the step of the same name",
 }
 """Module names that occur more than once, each with the reason."""
-SHARED_CLASS_NAMES = {"Progress": "progress of a step and of training"}
+SHARED_CLASS_NAMES: dict[str, str] = {}
 """Class names that are defined more than once, each with the reason."""
 SMALL_LINES = 80
 MAX_SMALL_MODULES = 15

@@ -80,7 +80,7 @@ def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[by
     for path in (world.catalog.parent / "audio").glob("*.wav"):
         soundfile.write(folder / "audio" / path.name, 0.1 * rng.standard_normal(64000), 16000)
     tables = SampleTables(rewrite(world.catalog, folder / "catalog.csv", list), world.interactions)
-    outcome = run_every_step(configuration(tmp_path / "workspace", tables, **{**EPOCHS, "finetune__epochs": 2}), *query)
+    outcome = run_every_step(configuration(tmp_path / "workspace", tables, **EPOCHS), *query)
     changed_answers(baseline, outcome)
     assert 0.35 < outcome.median_rank_share() < 0.65
     assert outcome.probe() < 0.3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -20,7 +19,6 @@ from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceErro
 from htcl_ray.models import HTCL
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.train import discard_unusable_checkpoints, finetune, pretrain
-from htcl_ray.training.runs import best_epoch
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.manifest import file_sha256
 from htcl_ray.workspace.storage import Workspace
@@ -310,17 +308,6 @@ def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: py
     assert f"epoch {quality['epoch']} had the best validation_median_rank" in capsys.readouterr().out
     kept = list(Path(workspace.full(model.manifest["run"])).glob("checkpoint_2*"))
     assert 2 <= len(kept) <= 3, "the two best and the newest"
-
-
-def test_best_of_reported_checkpoints():
-    reported = [
-        ("a", {"epoch": 1, "loss": 3.0, "recall": 0.2}),
-        ("b", {"step": 3, "loss": math.nan, "recall": math.nan}),
-        ("c", {"step": 4}),
-    ]
-    reported += [("d", {"epoch": 2, "loss": 2.0, "recall": 0.5}), ("e", {"epoch": 3, "loss": 2.5, "recall": 0.5})]
-    assert best_epoch(reported, "loss")[0] == "d"
-    assert best_epoch(reported[::-1], "recall")[0] == "d", "of equals the first epoch"
 
 
 def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -306,24 +306,6 @@ def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Con
     assert [trial["history"] for trial in after] == [trial["history"] for trial in before]
 
 
-@pytest.mark.parametrize(
-    ("trace", "said"),
-    [
-        (
-            "Traceback:\n  File x\nhtcl_ray.errors.StepError: pretrain: the gradient is nan\n\n",
-            "pretrain: the gradient is nan",
-        ),
-        ("ray.exceptions.RayActorError: The actor died\n", "The actor died"),
-        ("KeyError: 'a'", "'a'"),
-        ("", "no reason was given"),
-    ],
-)
-def test_the_reason_of_a_failure_is_its_last_line(trace: str, said: str):
-    from htcl_ray.tuning.trials import failure_reason
-
-    assert failure_reason(trace) == said
-
-
 def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
     return len(trials) > number and trials[number]["state"] == "running" and len(trials[number]["history"]) >= 3
 

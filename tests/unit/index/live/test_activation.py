@@ -207,7 +207,7 @@ class TestConcurrency:
     def test_processes(self, uri: str):
         command = [sys.executable, "-c", APPEND, uri]
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
-        running = [subprocess.Popen([*command, str(number)], **options) for number in range(2)]
+        running = [subprocess.Popen([*command, str(number)], **options) for number in range(4)]
         for process in running:
             assert process.stdout.readline() == "ready\n"
         for process in running:
