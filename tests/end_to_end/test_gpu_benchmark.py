@@ -114,4 +114,4 @@ def test_a_wrong_part_is_refused(python: Path):
     command = [python, "-m", "benchmarks.gpu", "--parts", "speed"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=100)
     assert done.returncode == 2
-    assert "there is no part 'speed'; expected some of correctness,step,embed,profile" in done.stderr
+    assert "unknown part 'speed'; expected some of correctness,step,embed,profile" in done.stderr

@@ -131,7 +131,8 @@ def private(inside: Run, indexed: Config, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("private")
     config = indexed.with_overrides({"workspace": str(shutil.copytree(indexed.workspace, folder / "workspace"))})
     write_other_index(config, "other")
-    server = inside(lambda: start(config.workspace, "serve.max_waiting_requests=8", "serve.receive_seconds=8"))
+    settings = ("serve.max_waiting_requests=8", "serve.receive_seconds=8", "serve.request_seconds=85")
+    server = inside(lambda: start(config.workspace, *settings))  # a busy machine may need a minute for a new encoder
     yield server
     server.stop()
 
@@ -310,13 +311,15 @@ def test_while_it_stops_it_says_503_and_closes(inside: Run, private: Server):
                 if response.status_code == 503:
                     assert response.json()["error"]["code"] == "unavailable"
                     assert response.headers["retry-after"] == "1"
-            except (httpx.ConnectError, httpx.RemoteProtocolError) as error:
+            except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError) as error:
                 seen.append((type(error).__name__, ""))
             time.sleep(0.02)
         return seen
 
     seen = inside(scene)
-    assert {outcome for outcome, _ in seen} <= {"200", "503", "ConnectError"}
+    outcomes = [outcome for outcome, _ in seen]
+    assert set(outcomes) <= {"200", "503", "ConnectError", "ReadError"}
+    assert outcomes.count("ReadError") <= 1  # the kernel resets what waits in a listening socket that closes
     assert ("503", "close") in seen
     with pytest.raises(httpx.ConnectError):
         inside(lambda: ask(private.url))
