@@ -10,7 +10,7 @@ own process with one thread. Graphs have 16 links per node (32 on the lowest lay
 library; the search list of graphs and nprobe of inverted files vary along a curve.
 
 * raw: the structure alone, all queries in one call, the 10 best by its own scores.
-* answers: `SongIndex.search`, with exactly re-ranked candidates, sorted ties and Python objects as results; all queries
+* results: `SongIndex.search`, with exactly re-ranked candidates, sorted ties and Python objects as results; all queries
   in one call, and one call each. Peers are measured both ways too.
 
 Peers that are not installed are skipped with a note. Memory is resident memory after the build beyond that of the

@@ -321,14 +321,14 @@ def automatic_micro_batch(part: Part, world: World) -> dict[str, Any]:
         ballast = torch.empty(max(0, free - keep), dtype=torch.uint8, device=part.device)
         provoked = _runs_out_of_memory(model, loader, part.device)
     local_rows = 1024
-    found = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, local_rows, part.device)
-    rows = min(2 * found, local_rows) if part.on_gpu else 8  # on the CPU, the size is extrapolated and large
+    fitting_rows = probe_micro_batch_size(model, loader.longest(), task.songs_per_row, local_rows, part.device)
+    rows = min(2 * fitting_rows, local_rows) if part.on_gpu else 8  # on the CPU, the size is extrapolated and large
     batch = loader.load(np.arange(rows) % 64).to(part.device)
     optimizer = build_optimizer(model.train(), world.config.pretrain)
-    compute_gradients(model, batch, task, min(found, rows))
+    compute_gradients(model, batch, task, min(fitting_rows, rows))
     optimizer.step()
     del ballast
-    passed = found >= 1 and provoked is not False and (found < local_rows or not part.on_gpu)
+    passed = fitting_rows >= 1 and provoked is not False and (fitting_rows < local_rows or not part.on_gpu)
     how = (
         "after an out-of-memory error"
         if provoked
@@ -337,12 +337,12 @@ def automatic_micro_batch(part: Part, world: World) -> dict[str, Any]:
         else "no error came"
     )
     return {
-        "rows": found,
+        "rows": fitting_rows,
         "of_local_rows": local_rows,
         "provoked_out_of_memory": provoked,
         "step_rows": rows,
         "passed": passed,
-        "line": f"{found} of {local_rows} rows ({how}); a step of {rows} rows ran with it",
+        "line": f"{fitting_rows} of {local_rows} rows ({how}); a step of {rows} rows ran with it",
     }
 
 

@@ -39,22 +39,22 @@ def search(
     index = index or determined_index(Workspace(config.workspace), config)
     service = SearchService.open(config, index, encoder=song_id is None)
     if song_id is not None:
-        answer = service.search_songs([song_id], **options)
+        results = service.search_songs([song_id], **options)
     elif audio is not None:
-        answer = service.search_audio(audio, **options)
+        results = service.search_audio(audio, **options)
     else:
-        answer = service.search_text(text or "", **options)
+        results = service.search_text(text or "", **options)
     if as_json:
         tree = {
-            "k": answer.k,
-            "blend": answer.blend,
-            "text_coverage": answer.text_coverage,
-            "results": _results(answer),
+            "k": results.k,
+            "blend": results.blend,
+            "text_coverage": results.text_coverage,
+            "results": _results(results),
         }
         print(json.dumps(tree, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=2))
     else:
-        _print(answer)
-    _warn(answer)
+        _print(results)
+    _warn(results)
 
 
 def _filter(conditions: str) -> Filter:
@@ -65,8 +65,8 @@ def _filter(conditions: str) -> Filter:
         raise QueryError(f"{'.'.join(('--filter', *fault.path))}: {fault.message}") from None
 
 
-def _warn(answer: SearchResults) -> None:
-    coverage = answer.text_coverage
+def _warn(results: SearchResults) -> None:
+    coverage = results.text_coverage
     if coverage is not None and coverage < LOW_COVERAGE:
         knows = (
             f"knows only {coverage:.0%} of this text, so the songs may not fit it"
@@ -78,7 +78,7 @@ def _warn(answer: SearchResults) -> None:
         )
 
 
-def _results(answer: SearchResults) -> list[dict[str, Any]]:
+def _results(results: SearchResults) -> list[dict[str, Any]]:
     return [
         {
             "song_id": hit.song_id,
@@ -88,13 +88,13 @@ def _results(answer: SearchResults) -> list[dict[str, Any]]:
             "shared_tags": shared_tags,
             **metadata,
         }
-        for hit, metadata, shared_tags in zip(answer.hits, answer.metadata, answer.shared_tags, strict=True)
+        for hit, metadata, shared_tags in zip(results.hits, results.metadata, results.shared_tags, strict=True)
     ]
 
 
-def _print(answer: SearchResults) -> None:
+def _print(results: SearchResults) -> None:
     table = Table("song", "score", "semantic", "preference", *PRINTED_COLUMNS)
-    for result in _results(answer):
+    for result in _results(results):
         scores = (result["score"], result["semantic_score"], result["preference_score"])
         labels = (result[name] for name in PRINTED_COLUMNS)
         table.add_row(

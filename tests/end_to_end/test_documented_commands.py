@@ -72,7 +72,7 @@ class Line(NamedTuple):
 def lines() -> list[Line]:
     """Every command of the shell blocks, those of the README and of the page about one's own data first; continued
     lines are one."""
-    found: list[Line] = []
+    shown: list[Line] = []
     for page in sorted(PAGES, key=lambda page: page.name not in ("README.md", "own-data.md")):
         data = (variables(PAGES[0]) | variables(page))["DATA"]
         for block in blocks(page, "bash"):
@@ -84,10 +84,10 @@ def lines() -> list[Line]:
                     not line.endswith("\\")
                     and subprocess.run(["bash", "-n", "-c", begun], capture_output=True).returncode == 0
                 ):
-                    found.append(Line(page.name, begun.strip(), data))
+                    shown.append(Line(page.name, begun.strip(), data))
                     begun = ""
             assert not begun, f"{page.name}: {begun}"
-    return [line for line in found if line.text]
+    return [line for line in shown if line.text]
 
 
 def without_comment(line: Line) -> str:
@@ -111,11 +111,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     tables = write_sample(folder / "sample", songs=180, artists=90, users=40, seed=3, seconds=4.0)
     catalog, log = pa.csv.read_csv(tables.catalog), pa.csv.read_csv(tables.interactions)
-    sound = [
+    readable = [
         (folder / "sample" / path).exists() and (folder / "sample" / path).stat().st_size > 10_000
         for path in catalog["audio_path"].to_pylist()
     ]
-    catalog = catalog.filter(pa.array(sound))
+    catalog = catalog.filter(pa.array(readable))
     names = dict(zip(catalog["song_id"].to_pylist(), NAMED, strict=False))
     for table, file in ((catalog, "songs.parquet"), (log, "log.parquet")):
         for column in ("song_id", "trigger_song_id"):
@@ -125,9 +125,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if file == "songs.parquet":
             paths = pa.array([str(folder / "sample" / path) for path in table["audio_path"].to_pylist()])
             table = table.set_column(table.column_names.index("audio_path"), "audio_path", paths)
-            theirs = {"song_id": "track_uri", "audio_path": "file"}
+            renamed = {"song_id": "track_uri", "audio_path": "file"}
             pq.write_table(
-                table.rename_columns([theirs.get(name, name) for name in table.column_names]), folder / "tracks.parquet"
+                table.rename_columns([renamed.get(name, name) for name in table.column_names]),
+                folder / "tracks.parquet",
             )
             waveform, rate = soundfile.read(paths[0].as_py())
             soundfile.write(folder / "song.mp3", waveform, rate)
@@ -175,7 +176,9 @@ def test_every_line_is_run_here_or_named():
         if without_comment(line) not in ran and not any(re.match(pattern, line.text) for pattern in NOT_HERE)
     ]
     assert not unknown
-    assert not any(re.match(pattern, "htcl ") for pattern in NOT_HERE), "every command of ours is run as it is written"
+    assert not any(re.match(pattern, "htcl ") for pattern in NOT_HERE), (
+        "every command of the package is run as it is written"
+    )
     for pattern, why in NOT_HERE.items():
         assert any(re.match(pattern, line.text) for line in lines()), f"{pattern} fits nothing"
         for file in re.findall(r"tests/[\w/]+\.py", why):
@@ -256,7 +259,7 @@ def _ready() -> bool:
 
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("line", here(SERVERS), ids=lambda line: f"{line.page}: {line.text[:30]}")
-def test_servers_answer_every_request_that_is_shown(world: Path, line: Line):
+def test_servers_respond_to_every_documented_request(world: Path, line: Line):
     requests = here("curl ")
     assert len(requests) >= 10
     with server(line, world):
@@ -272,7 +275,7 @@ def test_servers_answer_every_request_that_is_shown(world: Path, line: Line):
 def test_python_of_the_readme_and_of_own_data(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """What is read there is what the steps wrote."""
+    """The documented files are those that the steps wrote."""
     monkeypatch.chdir(world)
     waveform, rate = soundfile.read("song.mp3", dtype="float32")
     names = {"waveform": waveform, "sample_rate": rate}

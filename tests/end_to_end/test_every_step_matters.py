@@ -1,4 +1,4 @@
-"""Each step's output depends on the one before: spoil one input, and the answers change and the metric falls to chance.
+"""Each step's output depends on the one before: spoil one input, and the results change and the metric falls to chance.
 
 One small world, run once as it is and then with noise for audio, an untrained checkpoint, shuffled captions, and a
 permuted log.
@@ -25,7 +25,7 @@ from tests.worlds.whole_path import Outcome, configuration, rewrite, run_every_s
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
 
-TEXT_FINDS_SOUND = "text_to_audio.semantic.mrr"
+TEXT_TO_AUDIO = "text_to_audio.semantic.mrr"
 STAGE_TWO_GAIN = "cold.preference.ndcg@10"
 RETENTION = ("probe_genre.preference.accuracy", "text_to_audio.preference.recall@10")
 """Bounds of the shipped gate. In a world this small, stage 2 may fail to show its gain or to keep what stage 1 knew."""
@@ -56,11 +56,11 @@ def baseline(world: SampleTables, query: tuple[bytes, str], baseline_workspace: 
     return run_every_step(configuration(baseline_workspace, world, **EPOCHS), *query)
 
 
-def changed_answers(one: Outcome, other: Outcome) -> None:
-    """Every query's answer differs."""
-    assert one.answers.keys() == other.answers.keys()
-    for query, songs in one.answers.items():
-        assert songs != other.answers[query], f"the answer to '{query}' did not change"
+def changed_results(one: Outcome, other: Outcome) -> None:
+    """Every query's results differ."""
+    assert one.results.keys() == other.results.keys()
+    for query, songs in one.results.items():
+        assert songs != other.results[query], f"the results of '{query}' did not change"
 
 
 def test_the_small_world_is_learned(baseline: Outcome):
@@ -81,11 +81,11 @@ def test_noise_for_audio(baseline: Outcome, world: SampleTables, query: tuple[by
         soundfile.write(folder / "audio" / path.name, 0.1 * rng.standard_normal(64000), 16000)
     tables = SampleTables(rewrite(world.catalog, folder / "catalog.csv", list), world.interactions)
     outcome = run_every_step(configuration(tmp_path / "workspace", tables, **EPOCHS), *query)
-    changed_answers(baseline, outcome)
+    changed_results(baseline, outcome)
     assert 0.35 < outcome.median_rank_share() < 0.65
     assert outcome.probe() < 0.3
     assert outcome.user_auc("preference") < 0.58
-    assert TEXT_FINDS_SOUND in outcome.failed_bounds
+    assert TEXT_TO_AUDIO in outcome.failed_bounds
 
 
 def spoil_checkpoint(config: Config) -> None:
@@ -116,15 +116,15 @@ def test_initial_checkpoint(
         shutil.copytree(baseline_workspace / made, tmp_path / made)
     config = configuration(tmp_path, world, **EPOCHS)
     outcome = run_every_step(config, *query, after_training=spoil_checkpoint)
-    changed_answers(baseline, outcome)
+    changed_results(baseline, outcome)
     assert 0.3 < outcome.median_rank_share() < 0.7
-    assert TEXT_FINDS_SOUND in outcome.failed_bounds
+    assert TEXT_TO_AUDIO in outcome.failed_bounds
 
 
 def test_permuted_log(
     baseline: Outcome, baseline_workspace: Path, world: SampleTables, query: tuple[bytes, str], tmp_path: Path
 ):
-    """Songs exchanged throughout the log: as many rows, as skewed, but nobody's taste is in the sound any more.
+    """Songs exchanged throughout the log: as many rows, as skewed, but no user's taste is in the audio any more.
 
     Features and stage 1 are the baseline's own, and recognised: they do not depend on the log.
     """
@@ -142,7 +142,7 @@ def test_permuted_log(
 
     tables = SampleTables(world.catalog, rewrite(world.interactions, tmp_path / "log.csv", permute))
     outcome = run_every_step(configuration(tmp_path / "workspace", tables, **EPOCHS), *query)
-    changed_answers(baseline, outcome)
+    changed_results(baseline, outcome)
     assert outcome.user_auc("preference") < 0.58
     assert STAGE_TWO_GAIN in outcome.failed_bounds
     assert outcome.median_rank_share() == baseline.median_rank_share(), "stage 1 does not depend on the log"
@@ -161,6 +161,6 @@ def test_shuffled_captions(baseline: Outcome, world: SampleTables, query: tuple[
 
     tables = SampleTables(rewrite(world.catalog, tmp_path / "catalog.csv", shuffle), world.interactions)
     outcome = run_every_step(configuration(tmp_path / "workspace", tables, **{**EPOCHS, "finetune__epochs": 1}), *query)
-    changed_answers(baseline, outcome)
+    changed_results(baseline, outcome)
     assert 0.35 < outcome.median_rank_share() < 0.65
-    assert TEXT_FINDS_SOUND in outcome.failed_bounds
+    assert TEXT_TO_AUDIO in outcome.failed_bounds

@@ -64,7 +64,7 @@ def test_the_environment_lacks_what_the_gpu_machine_lacks(python: Path):
 
 
 @pytest.mark.timeout(2000)
-def test_every_part_runs_there(python: Path, tmp_path: Path):
+def test_every_part_runs_in_that_environment(python: Path, tmp_path: Path):
     command = [python, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "30", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), timeout=1900)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -57,15 +57,15 @@ def test_music_without_logs_carries_through_to_search(shared_data: Path, music: 
     assert {hit["song_id"] for hit in hits} <= {row["song_id"] for row in rows}
     common = ["--preset", "demo", "--workspace", str(workspace), *SHORT]
     for row in rows[::30]:
-        found = json.loads(
-            run("search", *common, "--audio", str(shared_data / row["audio_path"]), "-k", "3", "--json")
-        )["results"]
-        best = {hit["song_id"]: hit["score"] for hit in found}
+        hits = json.loads(run("search", *common, "--audio", str(shared_data / row["audio_path"]), "-k", "3", "--json"))[
+            "results"
+        ]
+        best = {hit["song_id"]: hit["score"] for hit in hits}
         assert max(best.values()) > 0.9999
         assert best[row["song_id"]] == pytest.approx(max(best.values()), abs=1e-3)
 
 
-def test_sounds_with_other_column_names(shared_data: Path, tmp_path: Path):
+def test_other_column_names(shared_data: Path, tmp_path: Path):
     flags = ["--set", "data.columns.song_id=clip_id", "--set", "data.text_columns=[label]"]
     assert len(through_to_search(shared_data / "esc10.csv", tmp_path, *flags)) == 10
 

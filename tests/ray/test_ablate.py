@@ -1,4 +1,4 @@
-"""`htcl evaluate --ablate` on a real cluster: three of its variants, trained, embedded, evaluated and set beside each
+"""`htcl evaluate --ablate` on a real cluster: three of its variants, trained, embedded, evaluated and compared with each
 other."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Confi
     return made
 
 
-def test_variants_are_trained_apart_and_set_beside_each_other(config: Config, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_variants_are_trained_apart_and_compared(config: Config, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(step, "VARIANTS", tuple(variant for variant in VARIANTS if variant.name in CHOSEN))
     pretrain(config)
     finetune(config)
@@ -85,7 +85,7 @@ def test_variants_are_trained_apart_and_set_beside_each_other(config: Config, mo
     assert again.seconds < result.seconds / 3, "variants that are done are not trained again"
 
 
-def test_without_pairs_there_is_nothing_to_ablate(tmp_path: Path, capsys):
+def test_ablation_without_pairs_is_refused(tmp_path: Path, capsys):
     config = tiny_config(tmp_path)
     write_features(config)
     (tmp_path / "c.yaml").write_text(config.as_yaml())

@@ -100,11 +100,11 @@ def test_an_interrupted_run_keeps_what_it_finished(config: Config, monkeypatch: 
         workspace.fs.delete_file(workspace.full(f"{path}/{name}"))
     marker = workspace.full(f"{path}/shard-00002.parquet")
     kept = Path(marker).stat().st_mtime_ns
-    asked = []
+    embedded = []
     original = embed_pipeline.embed_shards
-    monkeypatch.setattr(embed_pipeline, "embed_shards", lambda *a: (asked.extend(a[3]), original(*a)))
+    monkeypatch.setattr(embed_pipeline, "embed_shards", lambda *a: (embedded.extend(a[3]), original(*a)))
     assert not embed(config).skipped
-    assert asked == ["shard-00001.parquet"]
+    assert embedded == ["shard-00001.parquet"]
     assert Path(marker).stat().st_mtime_ns == kept
     assert written(config, path) == before
     assert embed(config).skipped
@@ -149,7 +149,7 @@ def test_a_model_that_gives_no_vectors_embeds_nothing(
     assert not workspace.children(plan(workspace, config).path)
 
 
-def test_other_weights_under_the_same_name_are_embedded_anew(config: Config):
+def test_other_weights_under_the_same_name_are_embedded_again(config: Config):
     before = plan(Workspace(config.workspace), config).version
     folder = Path(Workspace(config.workspace).full("models/semantic/semantic-0"))
     replace_weights(folder, lambda model: model.audio_head[0].weight.mul_(-1))

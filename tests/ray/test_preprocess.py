@@ -130,10 +130,10 @@ def test_quarantine_names_every_rejected_row(preprocessed: tuple[Path, Config, S
     log = rows_of(world / "log.csv")
     bad = {"song-007", "song-008"}
     expected = {n for n, row in enumerate(log) if not row["user_id"] or {row["song_id"], row["trigger_song_id"]} & bad}
-    found = [r for r in rejected if r["source"] == str(world / "log.csv")]
-    assert {r["row"] for r in found} == expected
-    assert len(found) == len(expected)
-    assert {r["reason"] for r in found} == {"missing_user_id", "unknown_song", "unknown_trigger_song"}
+    of_log = [r for r in rejected if r["source"] == str(world / "log.csv")]
+    assert {r["row"] for r in of_log} == expected
+    assert len(of_log) == len(expected)
+    assert {r["reason"] for r in of_log} == {"missing_user_id", "unknown_song", "unknown_trigger_song"}
 
 
 def test_events_and_pairs_are_those_of_the_plain_functions(
@@ -154,9 +154,9 @@ def test_events_and_pairs_are_those_of_the_plain_functions(
         partial, songs["song_id"].combine_chunks(), positives(events, songs, config.pairs), config.pairs
     )
     assert pairs.num_rows > 100
-    found = read(workspace, "pairs")
-    assert found.schema.equals(PAIRS)
-    assert found.equals(pairs)
+    mined = read(workspace, "pairs")
+    assert mined.schema.equals(PAIRS)
+    assert mined.equals(pairs)
     negatives, dropped = finish_negatives(partial, config.pairs)
     assert negatives.num_rows > 20
     assert read(workspace, "negatives").equals(negatives)
@@ -237,7 +237,7 @@ def test_a_workspace_from_before_negatives_gets_them(preprocessed: tuple[Path, C
     assert preprocess(config).skipped
 
 
-def test_without_a_log_there_are_features_only(world: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_without_a_log_only_features_are_made(world: Path, tmp_path: Path, ray_cluster: None) -> None:
     result = preprocess(config_for(world, tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "quarantine"]
     assert result.summary == "88 songs, 2 rejected (too_short 1, undecodable 1)"

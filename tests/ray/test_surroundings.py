@@ -53,7 +53,7 @@ def test_an_ascii_terminal_and_a_long_tmpdir(catalog: Path, tmp_path: Path) -> N
 
 
 def test_a_full_disk_under_the_tasks(catalog: Path, small_disk: Path) -> None:
-    """30 songs take about 500 kB of the 200 kB that there are, so it is a Ray task that cannot write."""
+    """30 songs take about 500 kB of 200 kB of space, so it is a Ray task that cannot write."""
     done = preprocess(catalog, small_disk / "ws")
     assert done.returncode == 1
     said = done.stderr.decode()

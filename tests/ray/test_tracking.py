@@ -29,7 +29,7 @@ def metrics(epoch: int) -> dict[str, float]:
 
 
 def train_and_resume(workspace: Workspace, settings: TrackingSettings) -> None:
-    """Two epochs, an end that is none, and a run that goes on from epoch 1."""
+    """Two epochs, an end that is none, and a run that resumes from epoch 1."""
     first = open_trackers(settings, workspace, RUN, PARAMETERS, print)
     first.catch_up([metrics(1), metrics(2)])
     first.close(finished=False)
@@ -76,10 +76,10 @@ def finished_wandb_records(file: Path) -> dict[str, Any]:
     """W&B writes in a process of its own, which may be a moment behind when `finish` returns; the exit is the last
     record."""
     deadline = time.monotonic() + 30
-    while "exit" not in (found := wandb_records(file)):
-        assert time.monotonic() < deadline, f"{file} has no end: {found}"
+    while "exit" not in (recorded := wandb_records(file)):
+        assert time.monotonic() < deadline, f"{file} has no end: {recorded}"
         time.sleep(0.1)
-    return found
+    return recorded
 
 
 def wandb_records(file: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def wandb_records(file: Path) -> dict[str, Any]:
     from wandb.proto import wandb_internal_pb2
 
     data, position, piece = file.read_bytes(), 7, b""
-    found: dict[str, Any] = {"history": []}
+    recorded: dict[str, Any] = {"history": []}
     while position + 7 <= len(data):
         left = 32768 - position % 32768
         if left < 7:
@@ -103,21 +103,21 @@ def wandb_records(file: Path) -> dict[str, Any]:
         piece = b""
         if record.WhichOneof("record_type") == "history":
             items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            found["history"].append((items["_step"], items))
+            recorded["history"].append((items["_step"], items))
         elif record.WhichOneof("record_type") == "run":
             config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            found |= {
+            recorded |= {
                 "id": record.run.run_id,
                 "project": record.run.project,
                 "name": record.run.display_name,
                 "config": config,
             }
         elif record.WhichOneof("record_type") == "exit":
-            found["exit"] = record.exit.exit_code
-    return found
+            recorded["exit"] = record.exit.exit_code
+    return recorded
 
 
-def test_an_address_that_does_not_answer_is_one_sentence(tmp_path: Path):
+def test_an_address_that_does_not_respond_is_one_sentence(tmp_path: Path):
     settings = TrackingSettings(trackers=("mlflow",), mlflow_uri=f"sqlite:///{tmp_path}/absent/folder/mlflow.db")
     (tmp_path / "absent").write_text("a file where a folder should be")
     with pytest.raises(
@@ -149,14 +149,14 @@ def test_workers_send_what_metrics_jsonl_holds(tmp_path: Path, ray_cluster: None
     run = f"runs/pretrain/{Path(result.location).name}"
     lines = [json.loads(line) for line in workspace.read_bytes(f"{run}/metrics.jsonl").splitlines()]
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("htcl-ray").experiment_id])
-    assert (found.info.run_name, found.info.status) == (Path(result.location).name, "FINISHED")
-    assert found.data.params["model.dim"] == "16"
+    (recorded,) = client.search_runs([client.get_experiment_by_name("htcl-ray").experiment_id])
+    assert (recorded.info.run_name, recorded.info.status) == (Path(result.location).name, "FINISHED")
+    assert recorded.data.params["model.dim"] == "16"
     for name in lines[0]:
         if name != "step":
             sent = [
                 (point.step, point.value)
-                for point in client.get_metric_history(found.info.run_id, name.replace("@", "_at_"))
+                for point in client.get_metric_history(recorded.info.run_id, name.replace("@", "_at_"))
             ]
             assert sent == [(line["step"], line[name]) for line in lines], name
     assert pretrain(config).skipped

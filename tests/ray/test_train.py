@@ -281,9 +281,9 @@ def test_a_killed_run_continues_after_its_last_checkpoint(trained: Config, tmp_p
 
 def _stored(runs: Path) -> int:
     """Checkpoints that Ray Train has on record in the one run of a folder."""
-    found = list(runs.glob("*/checkpoint_manager_snapshot.json"))
+    snapshots = list(runs.glob("*/checkpoint_manager_snapshot.json"))
     try:
-        return json.loads(found[0].read_text())["current_report_index"] if found else 0
+        return json.loads(snapshots[0].read_text())["current_report_index"] if snapshots else 0
     except ValueError:  # being written
         return 0
 
@@ -310,7 +310,9 @@ def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: py
     assert 2 <= len(kept) <= 3, "the two best and the newest"
 
 
-def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_damaged_list_of_checkpoints_begins_again(
+    trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = trained.with_overrides({"workspace": str(tmp_path), "pretrain.epochs": 1})
     write_features(config)
     pretrain(config)
@@ -324,7 +326,7 @@ def test_a_damaged_list_of_checkpoints_begins_anew(trained: Config, tmp_path: Pa
     record.write_text(intact[:40])
     discard_unusable_checkpoints(workspace, run, "pretrain")
     assert not record.exists()
-    record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names a folder that is not there
+    record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names a missing folder
     workspace.remove(model.path)
     assert not pretrain(config).skipped
     assert capsys.readouterr().out.count("is damaged or names missing ones; training starts again") == 2

@@ -47,10 +47,10 @@ def processes() -> list[str]:
         ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     rows = [line.split(None, 2) for line in lines]
-    ours = {os.getpid()}
+    own = {os.getpid()}
     for _ in range(8):
-        ours |= {int(pid) for pid, parent, _ in rows if int(parent) in ours}
-    return [title for pid, _, title in rows if int(pid) in ours]
+        own |= {int(pid) for pid, parent, _ in rows if int(parent) in own}
+    return [title for pid, _, title in rows if int(pid) in own]
 
 
 def table(config: Config) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys
 
 
 def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, ray_cluster: None, capsys):
-    """And a space of two points is searched through with two trials, however many are asked for."""
+    """And a space of two points is searched through with two trials, however many are requested."""
     config = tune_config(
         tmp_path, **{"tune.space": {"pretrain.learning_rate": [1e30, 0.001]}, "tune.early_stopping": False}
     )
@@ -198,7 +198,7 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
         if key not in groups and group["state"] != "REMOVED"
     }
     assert not left, "a stopped trial keeps its CPUs"
-    deadline = time.monotonic() + 120  # it ends by itself, after its last question to Ray's state API
+    deadline = time.monotonic() + 120  # it ends by itself, after its last request to Ray's state API
     while [name for name in processes() if "PlacementGroupCleaner" in name]:
         assert time.monotonic() < deadline, "a stopped trial leaves an actor of Ray Train"
         time.sleep(0.5)
@@ -359,7 +359,7 @@ def test_relative_workspace_is_relative_to_the_directory_of_the_command(tmp_path
 def test_trials_that_failed_are_tried_again_by_the_same_command(
     searched: Config, tmp_path: Path, ray_cluster: None, capsys
 ):
-    """Also when all have failed, as with a workspace that no trial found."""
+    """Also when all have failed, as with a workspace that no trial can read."""
     shutil.copytree(searched.workspace, tmp_path / "workspace")
     before = table(searched)[:2]
     config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 2})

@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
     return {**kept, "RAY_AUTH_MODE": "token"}
 
 
-def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+def reply_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
@@ -56,7 +56,7 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def test_a_search_outlives_a_node(cluster: subprocess.Popen[str], tmp_path: Path):
-    address = answer(cluster)["address"]
+    address = reply_of(cluster)["address"]
     settings = {
         "tune.samples": 32 * REPORTS,
         "tune.reports": REPORTS,
@@ -77,7 +77,7 @@ def test_a_search_outlives_a_node(cluster: subprocess.Popen[str], tmp_path: Path
         before = table(config)
         assert cluster.stdin is not None
         print("remove", file=cluster.stdin, flush=True)
-        assert answer(cluster)["removed"]
+        assert reply_of(cluster)["removed"]
         assert search.wait(timeout=400) == 0, (tmp_path / "log").read_text()
     finally:
         if search.poll() is None:

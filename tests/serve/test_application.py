@@ -56,7 +56,7 @@ def assert_same(response: httpx.Response, expected: SearchResults) -> None:
         )
 
 
-def test_answers_are_those_of_the_service_in_process(client: httpx.Client, service: SearchService, indexed: Config):
+def test_responses_equal_those_of_the_service_in_process(client: httpx.Client, service: SearchService, indexed: Config):
     clip = wav(sound(40, indexed.audio), indexed.audio)
     for blend in (0.0, 0.5, 1.0):
         options = {"k": 6, "blend": blend}
@@ -89,14 +89,14 @@ def test_an_upload_of_a_song_finds_it_and_noise_does_not(client: httpx.Client, i
     for i in (0, 5, 9):
         clip = sound(i, indexed.audio)
         noise = np.random.default_rng(i).normal(scale=clip.std(), size=len(clip)).astype(np.float32)
-        answers = [
+        responses = [
             client.post("/v1/search/audio", files={"file": ("x.wav", wav(wave, indexed.audio))}).json()["results"]
             for wave in (clip, noise)
         ]
-        assert answers[0][0]["song_id"] == song_id(i)
-        assert answers[0][0]["score"] > 0.999
-        assert [result["score"] for result in answers[0]] != pytest.approx(
-            [result["score"] for result in answers[1]], abs=1e-3
+        assert responses[0][0]["song_id"] == song_id(i)
+        assert responses[0][0]["score"] > 0.999
+        assert [result["score"] for result in responses[0]] != pytest.approx(
+            [result["score"] for result in responses[1]], abs=1e-3
         )
 
 
@@ -121,7 +121,7 @@ def test_metadata_and_index(client: httpx.Client, indexed: Config):
     assert "/v1/search/audio" in client.get("/openapi.json").json()["paths"]
 
 
-def test_many_at_once_get_the_same_answers(client: httpx.Client, service: SearchService, indexed: Config):
+def test_concurrent_requests_get_the_same_responses(client: httpx.Client, service: SearchService, indexed: Config):
     clips = [wav(sound(60 + i, indexed.audio), indexed.audio) for i in range(16)]
 
     def ask(i: int) -> httpx.Response:
@@ -166,7 +166,7 @@ def test_bad_requests_leave_the_replicas_alone(client: httpx.Client, indexed: Co
     for response, status in (
         (client.post("/v1/search", content=b"{", headers={"content-type": "application/json"}), 400),
         (client.post("/v1/search", json={"text": "a", "k": 0}), 422),
-        (client.post("/v1/search", json={"song_id": "nobody"}), 404),
+        (client.post("/v1/search", json={"song_id": "unknown"}), 404),
         (client.get("/nothing"), 404),
         (client.get("/healthz", headers={"host": "evil.example"}), 400),
     ):

@@ -62,9 +62,9 @@ def music(seed: int, seconds: float, rate: int, channels: int) -> np.ndarray:
 
 def write(file: Path, samples: np.ndarray, rate: int) -> None:
     if file.suffix != ".m4a":
-        with soundfile.SoundFile(file, "w", rate, samples.shape[1]) as sound:
+        with soundfile.SoundFile(file, "w", rate, samples.shape[1]) as writer:
             for start in range(0, len(samples), rate):
-                sound.write(samples[start : start + rate])
+                writer.write(samples[start : start + rate])
         return
     av = pytest.importorskip("av")
     with av.open(file, "w", format="mp4") as container:
@@ -119,13 +119,13 @@ def test_every_way_to_ask_gives_the_same_vectors_hits_and_scores(
     told = json.loads(capsys.readouterr().out)["results"]
     response = client.post("/v1/search/audio", files={"file": (name, data)}, data={"k": "14"})
     assert response.status_code == 200, response.text
-    answered = response.json()["results"]
-    assert len(told) == len(answered) == len(FILES)
-    assert [result["song_id"] for result in answered] == [result["song_id"] for result in told]
+    results = response.json()["results"]
+    assert len(told) == len(results) == len(FILES)
+    assert [result["song_id"] for result in results] == [result["song_id"] for result in told]
     for field in ("score", "semantic_score", "preference_score"):
-        assert [result[field] for result in answered] == pytest.approx([result[field] for result in told], abs=1e-5)
+        assert [result[field] for result in results] == pytest.approx([result[field] for result in told], abs=1e-5)
 
-    best = answered[0]
+    best = results[0]
     assert best["song_id"] == name, "a song of the catalogue finds itself"
     assert min(best["semantic_score"], best["preference_score"]) > 0.999
 
@@ -146,9 +146,9 @@ def test_a_song_that_is_put_is_embedded_like_the_others(client: httpx.Client, ca
     data = (catalogue[1] / "long.flac").read_bytes()
     put = client.put("/v1/songs/copy", files={"file": ("x.flac", data)}, headers={"authorization": f"Bearer {KEY}"})
     assert put.status_code == 200, put.text
-    found = client.post("/v1/search", json={"song_id": "copy", "k": 1}).json()["results"][0]
-    assert found["song_id"] == "long.flac"
-    assert min(found["semantic_score"], found["preference_score"]) > 0.999
+    hit = client.post("/v1/search", json={"song_id": "copy", "k": 1}).json()["results"][0]
+    assert hit["song_id"] == "long.flac"
+    assert min(hit["semantic_score"], hit["preference_score"]) > 0.999
     client.delete("/v1/songs/copy", headers={"authorization": f"Bearer {KEY}"})
 
 

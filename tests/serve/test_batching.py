@@ -76,15 +76,15 @@ def test_batches(replica: Any, indexed: Config):
         calls += [replica.encode_text.remote(text_of(i)) for i in range(12)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    answers = asyncio.run(all_at_once())
+    responses = asyncio.run(all_at_once())
     sizes = replica.sizes.remote().result()
     assert sum(sizes) == 24
     assert 1 < max(sizes) <= 8
-    assert isinstance(answers[12], AudioError)
+    assert isinstance(responses[12], AudioError)
     for i, clip in enumerate(clips):
         alone = encoder.encode_waveforms([clip])
-        np.testing.assert_allclose(answers[i].semantic, alone.semantic, atol=1e-5)
-        np.testing.assert_allclose(answers[i].preference, alone.preference, atol=1e-5)
+        np.testing.assert_allclose(responses[i].semantic, alone.semantic, atol=1e-5)
+        np.testing.assert_allclose(responses[i].preference, alone.preference, atol=1e-5)
         expected = encoder.encode_texts([text_of(i)])
-        np.testing.assert_allclose(answers[13 + i].semantic, expected.semantic, atol=1e-5)
-        assert answers[13 + i].text_coverage == pytest.approx(expected.text_coverage)
+        np.testing.assert_allclose(responses[13 + i].semantic, expected.semantic, atol=1e-5)
+        assert responses[13 + i].text_coverage == pytest.approx(expected.text_coverage)

@@ -138,7 +138,7 @@ def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, option
         (client.search_audio(b"12345", **options), service.search(unit_vectors(5), **plain)),
         (client.similar("b", **options), service.search_songs(["b"], **plain)),
         (
-            client.recommend(["a", Play("b", 2.0, 1e9), Play("nobody")], half_life_days=7, **options),
+            client.recommend(["a", Play("b", 2.0, 1e9), Play("unknown")], half_life_days=7, **options),
             service.recommend([Play("a"), Play("b", 2.0, 1e9)], half_life_days=7, **plain),
         ),
     ]
@@ -146,15 +146,15 @@ def test_searches_are_those_of_the_service(client: Both, live: LiveIndex, option
         assert ids(given) == [hit.song_id for hit in expected.hits]
         assert [result.score for result in given.results] == pytest.approx([hit.score for hit in expected.hits])
         assert (given.k, given.blend, given.index) == (expected.k, expected.blend, "v1")
-    assert cases[-1][0].unknown_song_ids == ["nobody"]
+    assert cases[-1][0].unknown_song_ids == ["unknown"]
 
 
 def test_a_recording_may_be_a_path_bytes_or_an_open_file(client: Both, tmp_path: Path):
     path = tmp_path / "clip.wav"
     path.write_bytes(b"x" * 44)
     with path.open("rb") as file:
-        answers = [client.search_audio(audio) for audio in (path, str(path), b"x" * 44, file, io.BytesIO(b"x" * 44))]
-    assert all(answer == answers[0] for answer in answers)
+        responses = [client.search_audio(audio) for audio in (path, str(path), b"x" * 44, file, io.BytesIO(b"x" * 44))]
+    assert all(response == responses[0] for response in responses)
 
 
 def test_vectors_can_be_searched_with(client: Both):
@@ -200,7 +200,7 @@ def test_the_index_is_told_and_switched(client: Both):
 @pytest.mark.parametrize(
     ("ask", "status", "code", "said"),
     [
-        (lambda client: client.song("nobody"), 404, "song_not_found", "nobody"),
+        (lambda client: client.song("unknown"), 404, "song_not_found", "unknown"),
         (lambda client: client.search("piano", song_id="a"), 422, "invalid_request", "exactly one"),
         (lambda client: client.search("piano", k=0), 422, "invalid_request", "k"),
         (lambda client: client.search_audio(b"bad"), 415, "undecodable", "no audio"),
@@ -226,12 +226,12 @@ def test_who_may_not_write_is_told_so(url: str, key: str | None, said: str):
     assert (caught.value.status, caught.value.code) == (401, "unauthorised")
 
 
-def test_a_file_that_is_not_there_is_an_error_of_the_file(client: Both, tmp_path: Path):
+def test_a_missing_file_is_an_error_of_the_file(client: Both, tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         client.sync.search_audio(tmp_path / "missing.wav")
 
 
-def test_where_nobody_listens_there_is_no_answer():
+def test_an_unreachable_server_is_an_error():
     with Client("http://127.0.0.1:9", retries=Retries(attempts=2, first_wait=0.01)) as client:
         with pytest.raises(NoResponseError, match="POST /v1/search had no response"):
             client.search("piano")

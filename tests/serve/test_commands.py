@@ -44,7 +44,7 @@ def started(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
 
 
 def test_htcl_serve(indexed: Config):
-    """A request that has begun when the signal comes is answered."""
+    """A request that has begun when the signal comes gets its response."""
     slow = ("--set", "serve.batch_wait_seconds=3")
     command = (
         str(SCRIPTS / "htcl"),
@@ -69,10 +69,10 @@ def test_htcl_serve(indexed: Config):
         assert address, lines
         assert httpx.get(f"{address[1]}/readyz").status_code == 200
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(httpx.post, f"{address[1]}/v1/search", json={"text": "rock"}, timeout=30)
+            request = pool.submit(httpx.post, f"{address[1]}/v1/search", json={"text": "rock"}, timeout=30)
             time.sleep(1)
             process.send_signal(signal.SIGTERM)
-            assert asked.result().status_code == 200
+            assert request.result().status_code == 200
         rest = process.stdout.read().splitlines()
         assert process.wait(timeout=60) == 0
     assert len(lines) == 4, f"noise in the terminal: {lines}"
@@ -119,8 +119,8 @@ def test_serve_run_with_the_shipped_config(indexed: Config, tmp_path: Path):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        found = httpx.post(f"http://127.0.0.1:{port}/v1/search", json={"text": "rock", "k": 3}, timeout=30).json()
-        assert len(found["results"]) == 3
+        response = httpx.post(f"http://127.0.0.1:{port}/v1/search", json={"text": "rock", "k": 3}, timeout=30).json()
+        assert len(response["results"]) == 3
 
 
 def test_serve_run_on_every_address_needs_keys(indexed: Config, tmp_path: Path):

@@ -105,7 +105,7 @@ def start(workspace: str, *settings: str, **environment: str) -> Server:
 
 @pytest.fixture(scope="module")
 def exposed(inside: Run, indexed: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """On every address, in an environment with a proxy that is not there."""
+    """On every address, in an environment with a proxy that does not exist."""
     folder = tmp_path_factory.mktemp("exposed")
     (folder / "keys.yaml").write_text(KEYS)
     (folder / "keys.yaml").chmod(0o600)
@@ -150,17 +150,17 @@ def test_only_the_service_can_be_reached_from_other_machines(inside: Run, expose
     """Every port of the address is tried."""
 
     def scan() -> list[int]:
-        found = []
+        open_ports = []
         for port in range(1, 65_536):
             with socket.socket() as probe:
                 if probe.connect_ex((ADDRESS, port)) == 0 and probe.getsockname() != probe.getpeername():
-                    found.append(port)
-        return found
+                    open_ports.append(port)
+        return open_ports
 
     assert inside(scan) == [exposed.port]
 
 
-def test_reading_needs_a_key_there_and_probes_do_not(inside: Run, exposed: Server):
+def test_reads_from_other_machines_require_a_key_and_probes_do_not(inside: Run, exposed: Server):
     url = address(exposed)
     assert inside(lambda: ask(f"{url}/healthz")).status_code == 200
     assert inside(lambda: ask(f"{url}/readyz")).json()["index"] == exposed.index
@@ -224,7 +224,7 @@ def test_clients_that_stall_do_not_stop_the_service(inside: Run, private: Server
 
 
 def test_an_upload_that_is_refused_gets_its_response(inside: Run, private: Server):
-    """32 at a time of 1 MB each for 8 places: each is answered or told to try again, and no connection is reset."""
+    """32 at a time of 1 MB each for 8 places: each gets its response or 429, and no connection is reset."""
     body = (
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         + os.urandom(1_000_000)
@@ -245,7 +245,7 @@ def test_an_upload_that_is_refused_gets_its_response(inside: Run, private: Serve
     assert 429 in statuses
 
 
-def test_searches_by_song_are_answered_while_no_encoder_is_alive(inside: Run, private: Server):
+def test_searches_by_song_succeed_while_no_encoder_is_alive(inside: Run, private: Server):
     """8 requests may wait for an encoder; two more places are for those that need none."""
     killed = private.pids("ServeReplica:htcl:Encoder")
     assert len(killed) == 1
@@ -270,7 +270,7 @@ def test_searches_by_song_are_answered_while_no_encoder_is_alive(inside: Run, pr
     assert sorted(texts) == [200] * 8 + [429] * 12
 
 
-def test_a_server_whose_ingress_dies_never_answers_from_the_other_s_catalogue(
+def test_a_server_whose_ingress_dies_never_responds_from_the_catalogue_of_the_other(
     inside: Run, exposed: Server, private: Server
 ):
     assert exposed.index != private.index
@@ -298,7 +298,7 @@ def test_a_server_whose_ingress_dies_never_answers_from_the_other_s_catalogue(
 
 
 def test_while_it_stops_it_says_503_and_closes(inside: Run, private: Server):
-    """Requests during SIGTERM are answered, told to try again elsewhere, or not accepted any more; no path is 404."""
+    """Requests during SIGTERM succeed, get 503, or are not accepted any more; no path is 404."""
 
     def scene() -> list[tuple[str, str]]:
         seen = []

@@ -20,7 +20,7 @@ from tests.worlds.page_world import GENRES, SONGS, PageBackend, Running, running
 pytestmark = pytest.mark.serve
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 if CHROMIUM is None and "CI" not in os.environ:
     pytest.skip(
@@ -54,7 +54,7 @@ def server(workspace: Workspace) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    assert CHROMIUM, "CI is set, and there is no Chromium; install the system package 'chromium'"
+    assert CHROMIUM, "CI is set, but Chromium is missing; install the system package 'chromium'"
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield launched
@@ -102,7 +102,7 @@ def cards(page: Page):
     return page.locator("#cards .card:not(.skeleton)")
 
 
-def found(page: Page) -> list[str]:
+def shown_songs(page: Page) -> list[str]:
     return [card.get_attribute("data-song") for card in cards(page).all()]
 
 
@@ -138,20 +138,20 @@ def test_words_find_songs_with_their_scores_and_why(page: Page, server: Running)
     assert re.search(r"Similar audio\s*[0-9.]+ %\s*Same listeners\s*[0-9.]+ %", first.inner_text())
     expect(page.locator("#results-title")).to_have_text("“calm jazz”")
     expected = server.backend.live.service
-    assert found(page)[0] in expected.index
+    assert shown_songs(page)[0] in expected.index
 
 
 def test_a_search_can_be_shared_and_gone_back_to(page: Page, server: Running, new_page: Callable[..., Page]):
     search(page, "techno")
     expect(cards(page)).to_have_count(12)
-    first = found(page)
+    first = shown_songs(page)
     cards(page).nth(3).get_by_role("button", name="Songs like").click()
     expect(page.locator("#results-title")).to_contain_text("Songs like")
-    assert found(page) != first
+    assert shown_songs(page) != first
     other = new_page()
     other.goto(page.url)
     expect(cards(other)).to_have_count(12)
-    assert found(other) == found(page)
+    assert shown_songs(other) == shown_songs(page)
     page.go_back()
     expect(page.locator("#results-title")).to_have_text("“techno”")
     expect(cards(page).first).to_have_attribute("data-song", first[0])
@@ -172,7 +172,7 @@ def test_a_recording_is_chosen_or_dropped_and_sent_once(page: Page, server: Runn
     upload(page, b"x" * 4_321)
     expect(page.locator("#results-title")).to_have_text("Similar to tune.wav")
     expect(cards(page)).to_have_count(12)
-    by_choice = found(page)
+    by_choice = shown_songs(page)
     sent = server.requests.count(("POST", "/v1/embeddings"))
     page.locator("#blend").fill("100")
     expect(page.locator("#blend-said")).to_have_text("Listeners alone")
@@ -188,10 +188,10 @@ def test_a_recording_is_chosen_or_dropped_and_sent_once(page: Page, server: Runn
     expect(page.locator("#drop")).to_be_hidden()
     expect(page.locator("#results-title")).to_have_text("Similar to dropped.wav")
     expect(cards(page).first).to_have_attribute("data-song", by_choice[0])
-    assert found(page) == by_choice
+    assert shown_songs(page) == by_choice
 
 
-def test_the_dial_ranks_again_as_the_service_does_and_asks_seldom(page: Page, server: Running):
+def test_the_dial_ranks_as_the_service_does_with_few_requests(page: Page, server: Running):
     page.get_by_role("combobox").fill(title(8))
     page.get_by_role("option").first.click()
     expect(cards(page)).to_have_count(12)
@@ -212,10 +212,10 @@ def test_the_dial_ranks_again_as_the_service_does_and_asks_seldom(page: Page, se
     expected = [hit.song_id for hit in server.backend.live.service.search_songs([song], k=12, blend=0.0).hits]
     expect(cards(page).first).to_have_attribute("data-song", expected[0])
     until(page, "!running")
-    assert found(page) == expected
+    assert shown_songs(page) == expected
 
 
-def test_an_answer_that_comes_late_does_not_replace_a_newer_one(page: Page):
+def test_a_late_response_does_not_replace_a_newer_one(page: Page):
     held = []
     page.route(
         "**/v1/search", lambda route: held.append(route) if "first" in route.request.post_data else route.continue_()
@@ -235,7 +235,7 @@ def test_a_song_plays_seeks_pauses_and_another_follows(page: Page, server: Runni
     until(page, "!audio.paused && audio.currentTime > 0.1")
     assert page.evaluate("audio.duration") == pytest.approx(4.0, abs=0.1)
     expect(page.locator("#player")).to_be_visible()
-    assert ("GET", f"/v1/songs/{found(page)[0]}/audio") in server.requests
+    assert ("GET", f"/v1/songs/{shown_songs(page)[0]}/audio") in server.requests
     page.locator("#seek").fill("750")
     until(page, "audio.currentTime > 2.9")
     page.locator("#player").get_by_role("button", name="Pause").click()
@@ -275,7 +275,7 @@ def test_bars_show_how_many_pairs_of_songs_are_less_alike(page: Page, server: Ru
         assert f"Similar audio\n{math.floor(shown[0])}" in text
 
 
-def test_a_text_that_nobody_can_read_has_no_bar_and_a_half_known_one_half_of_it(page: Page):
+def test_an_unreadable_text_has_no_bar_and_a_half_known_one_half_of_it(page: Page):
     widths = {}
     for words in ("jazz", "jazz 静かなピ", "静かなピ"):
         search(page, words)
@@ -323,7 +323,7 @@ def test_without_a_background_the_cosines_are_shown(page: Page, server: Running)
 def test_results_light_up_on_the_map_and_a_click_opens_a_song_without_playing_it(page: Page, server: Running):
     search(page, "soul")
     expect(cards(page)).to_have_count(12)
-    assert page.evaluate("[...lit.keys()]") == found(page)
+    assert page.evaluate("[...lit.keys()]") == shown_songs(page)
     aim = page.evaluate("[...lit.keys()][0]")
     x, y = place_on_map(page, aim)
     page.mouse.move(x, y)
@@ -359,7 +359,7 @@ def test_the_box_of_a_song_on_the_map_is_never_behind_the_player(
     if play_first:
         cards(page).nth(2).get_by_role("button", name="Play").click()
         expect(page.locator("#player")).to_be_visible()
-    for aim in found(page)[:2]:
+    for aim in shown_songs(page)[:2]:
         page.mouse.click(*place_on_map(page, aim))
         page.evaluate("document.querySelector('#picked button').click()")  # Playwright would scroll to what it clicks
         until(page, "!audio.paused")
@@ -484,7 +484,7 @@ def test_a_text_of_which_little_is_known_is_warned_of(page: Page, words: str, sa
         expect(warning).to_be_hidden()
     page.locator("#blend").fill("100")
     until(page, "!running")
-    assert warning.is_visible() == bool(said), "the dial asks for the same text again"
+    assert warning.is_visible() == bool(said), "the dial requests the same text again"
     cards(page).first.get_by_role("button", name="Songs like").click()
     expect(page.locator("#results-title")).to_contain_text("Songs like")
     expect(warning).to_be_hidden()
@@ -502,7 +502,7 @@ def test_a_text_of_which_little_is_known_is_warned_of(page: Page, words: str, sa
 
 
 def test_an_unknown_song(page: Page, server: Running):
-    page.goto(f"{server.url}/#song=nobody")
+    page.goto(f"{server.url}/#song=unknown")
     page.reload()
     expect(shown_state(page)).to_contain_text("not in the catalogue")
     page.get_by_role("button", name="New search").click()
@@ -543,11 +543,11 @@ def test_too_many_requests_are_waited_for_as_the_server_says(workspace: Workspac
 
 
 def test_a_server_that_keeps_refusing_is_left_alone(page: Page):
-    asked = []
+    requested = []
     page.clock.install()
 
     def refuse(route):
-        asked.append(route)
+        requested.append(route)
         route.fulfill(
             status=429, headers={"Retry-After": "30"}, json={"error": {"code": "rate_limited", "message": "too many"}}
         )
@@ -560,11 +560,11 @@ def test_a_server_that_keeps_refusing_is_left_alone(page: Page):
         expect(shown_state(page).locator(".count")).to_have_text(re.compile(r"^(20|19|18) s$"))
         page.clock.run_for(20_000)
     expect(shown_state(page)).to_contain_text("Too many requests")
-    assert len(asked) == 4
+    assert len(requested) == 4
     assert page.locator(BUSY).count() == 0
 
 
-def test_a_server_that_restarts_is_asked_again_until_it_is_there(page: Page, server: Running):
+def test_a_server_that_restarts_is_retried_until_it_responds(page: Page, server: Running):
     server.stop()
     try:
         search(page, "jazz")
@@ -576,19 +576,19 @@ def test_a_server_that_restarts_is_asked_again_until_it_is_there(page: Page, ser
 
 
 @pytest.mark.parametrize("failure", [{"status": 503, "body": "no json"}, "abort"])
-def test_a_server_that_stays_away_is_asked_five_times(page: Page, failure: dict | str):
-    asked = []
+def test_a_server_that_stays_away_is_retried_five_times(page: Page, failure: dict | str):
+    requested = []
     page.clock.install()
     page.route(
         "**/v1/search",
-        lambda route: (asked.append(1), route.abort() if failure == "abort" else route.fulfill(**failure)),
+        lambda route: (requested.append(1), route.abort() if failure == "abort" else route.fulfill(**failure)),
     )
     search(page, "jazz")
     for _ in range(5):
         page.wait_for_timeout(60)
         page.clock.run_for(4_100)
     expect(shown_state(page)).to_contain_text("The server does not respond")
-    assert len(asked) == 5
+    assert len(requested) == 5
     assert page.locator(BUSY).count() == 0
     page.unroute("**/v1/search")
     page.get_by_role("button", name="Try again").click()
@@ -612,7 +612,7 @@ def test_nothing_spins_for_ever(new_page: Callable[..., Page], server: Running, 
     page.clock.install()
     page.route(
         f"**/v1/**/{hanging}" if hanging == "audio" else f"**/v1/{hanging}", lambda route: None
-    )  # it is never answered
+    )  # it never gets a response
     page.goto(server.url)
     if hanging == "embeddings":
         upload(page, b"tune")
@@ -659,7 +659,7 @@ def guarded(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         yield started
 
 
-def test_the_page_asks_for_a_key_keeps_it_for_the_tab_and_plays_signed_addresses(
+def test_the_page_requests_a_key_keeps_it_for_the_tab_and_plays_signed_addresses(
     guarded: Running, new_page: Callable[..., Page]
 ):
     page = new_page()
@@ -734,7 +734,7 @@ def test_every_state_fits_its_screen_and_is_accessible(
     search(page, "calm jazz for the evening")
     expect(page.locator("#warning")).to_be_hidden()
     expect(cards(page)).to_have_count(12)
-    x, y = place_on_map(page, found(page)[2])
+    x, y = place_on_map(page, shown_songs(page)[2])
     page.mouse.click(x, y)
     page.locator("#picked").get_by_role("button", name="Play").click()
     until(page, "!audio.paused && audio.currentTime > 0.05")

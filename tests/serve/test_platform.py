@@ -41,7 +41,7 @@ KEYS = """
 
 @pytest.fixture(scope="module")
 def config(indexed: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A copy of the workspace with a second index of the same models and other vectors, so that its answers are known
+    """A copy of the workspace with a second index of the same models and other vectors, so that its results are known
     by their scores."""
     folder = tmp_path_factory.mktemp("platform")
     shutil.copytree(indexed.workspace, folder / "workspace")
@@ -82,7 +82,7 @@ def activate(client: httpx.Client, version: str) -> httpx.Response:
 
 
 def eventually(check: Any, seconds: float = 5.0) -> None:
-    """Several requests in a row, so that every replica answered some of them."""
+    """Several requests in a row, so that every replica responded to some of them."""
     deadline = time.monotonic() + seconds
     while not all(check() for _ in range(8)):
         assert time.monotonic() < deadline
@@ -90,12 +90,12 @@ def eventually(check: Any, seconds: float = 5.0) -> None:
 
 
 class Load:
-    """Searches by song in threads until the end of the block; every answer is kept."""
+    """Searches by song in threads until the end of the block; every response is kept."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._stop = threading.Event()
-        self.answers: list[tuple[int, dict[str, Any]]] = []
+        self.responses: list[tuple[int, dict[str, Any]]] = []
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(4)
@@ -114,10 +114,10 @@ class Load:
             while not self._stop.is_set():
                 row = int(rng.integers(SONGS))
                 response = client.get(f"/v1/songs/{song_id(row)}/similar", params={"k": 5})
-                self.answers.append((row, response.json() | {"status": response.status_code}))
+                self.responses.append((row, response.json() | {"status": response.status_code}))
 
 
-def test_indexes_are_swapped_under_load_without_a_failed_or_mixed_answer(
+def test_indexes_are_swapped_under_load_without_a_failed_or_mixed_response(
     client: httpx.Client, url: str, config: Config
 ):
     workspace, first = Workspace(config.workspace), first_version(config)
@@ -136,12 +136,14 @@ def test_indexes_are_swapped_under_load_without_a_failed_or_mixed_answer(
             assert response.status_code == 200, response.text
             assert client.get("/v1/index").status_code == 200
         time.sleep(1)
-    assert Counter(answer["status"] for _, answer in load.answers) == {200: len(load.answers)}
-    seen = Counter(answer["index"] for _, answer in load.answers)
+    assert Counter(response["status"] for _, response in load.responses) == {200: len(load.responses)}
+    seen = Counter(response["index"] for _, response in load.responses)
     assert set(seen) == {first, "other"}
     assert min(seen.values()) > 10
-    for row, answer in load.answers:
-        assert [(result["song_id"], result["score"]) for result in answer["results"]] == expected[answer["index"], row]
+    for row, response in load.responses:
+        assert [(result["song_id"], result["score"]) for result in response["results"]] == expected[
+            response["index"], row
+        ]
 
 
 def test_every_replica_follows_an_activation(client: httpx.Client, config: Config):
@@ -160,15 +162,15 @@ def test_a_bad_index_is_refused_and_the_old_one_serves_on(client: httpx.Client, 
     eventually(lambda: client.get("/v1/index").json()["version"] == serving_now)
 
 
-def test_a_song_that_is_put_is_found_by_all_replicas_and_after_a_swap(client: httpx.Client, config: Config):
+def test_an_upserted_song_is_returned_by_all_replicas_and_after_a_swap(client: httpx.Client, config: Config):
     clip = wav(sound(300, config.audio), config.audio)
     metadata = {"title": "new one", "artist": "somebody", "genre": ["rock"]}
     put = client.put("/v1/songs/new/1", files={"file": ("clip.wav", clip)}, data={"metadata": json.dumps(metadata)})
     assert put.status_code == 200, put.text
 
     def is_first() -> bool:
-        found = client.post("/v1/search/audio", files={"file": ("clip.wav", clip)}, data={"k": "1"})
-        return found.status_code == 200 and found.json()["results"][0]["song_id"] == "new/1"
+        response = client.post("/v1/search/audio", files={"file": ("clip.wav", clip)}, data={"k": "1"})
+        return response.status_code == 200 and response.json()["results"][0]["song_id"] == "new/1"
 
     eventually(is_first)
     assert client.get("/v1/songs/new/1").json()["title"] == "new one"
@@ -203,14 +205,14 @@ def test_the_same_bytes_have_the_same_vector_on_every_replica_and_in_every_batch
         return i % len(files), response.json()
 
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(embed, range(60)))
-    for i, answer in answers:
+        responses = list(pool.map(embed, range(60)))
+    for i, response in responses:
         alone = encoder.encode_waveforms([clips[i]])
-        np.testing.assert_allclose(answer["semantic"], alone.semantic[0], atol=1e-5)
-        np.testing.assert_allclose(answer["preference"], alone.preference[0], atol=1e-5)
+        np.testing.assert_allclose(response["semantic"], alone.semantic[0], atol=1e-5)
+        np.testing.assert_allclose(response["preference"], alone.preference[0], atol=1e-5)
 
 
-def test_a_decoder_that_dies_takes_nobody_with_it(client: httpx.Client, config: Config):
+def test_a_dead_decoder_affects_no_other_request(client: httpx.Client, config: Config):
     before, clip = replicas(), wav(sound(3, config.audio), config.audio)
     decoders = [child for replica in before for child in children_of(replica)]
     assert len(decoders) >= 2
@@ -223,7 +225,7 @@ def test_a_decoder_that_dies_takes_nobody_with_it(client: httpx.Client, config: 
 
 
 def test_with_two_encoders_the_death_of_one_is_not_seen(client: httpx.Client):
-    """A call that was under way there is made again."""
+    """A call in progress in it is repeated."""
     encoders = [pid for pid in replicas() if ":Encoder" in command_line(pid)]
     assert len(encoders) == 2
     with ThreadPoolExecutor(8) as pool:
@@ -276,7 +278,7 @@ def test_a_request_is_a_line_of_json_with_its_id(client: httpx.Client):
 
 
 def test_the_drift_of_a_query_long_ago_is_still_exported(client: httpx.Client):
-    """Ray forgets a gauge that nobody sets for some seconds."""
+    """Ray forgets a gauge that is not set for some seconds."""
     client.post("/v1/search", json={"text": "one last query"})
     time.sleep(30)
     exported = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics", timeout=10).text

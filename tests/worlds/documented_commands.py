@@ -1,4 +1,4 @@
-"""The commands that the documentation shows, found in its blocks of shell lines, tables and sentences."""
+"""The commands that the documentation shows, taken from its blocks of shell lines, tables and sentences."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def commands(page: Path) -> list[Shown]:
     """Every `htcl …` of the page's shell blocks, and every job as its step; variables are those of the page or of the
     README."""
     named = variables(PAGES[0]) | variables(page)
-    found = []
+    shown = []
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             for name, value in named.items():
                 line = line.replace(f"${name}", value)
             words = shlex.split(line, comments=True) if "htcl" in line or "jobs/" in line else []
-            found += [Shown(page.name, command) for part in _parts(words) if (command := _htcl(part))]
-    return found
+            shown += [Shown(page.name, command) for part in _parts(words) if (command := _htcl(part))]
+    return shown
 
 
 def variables(page: Path) -> dict[str, str]:

@@ -58,8 +58,8 @@ def write_index(
 def contents(index: SongIndex) -> dict[str, tuple[bytes, str | None]]:
     """Every song that a search finds, with its vectors and title."""
     query = unit_vectors(0)
-    found = index.search(query, max(len(index), 1) + 5)[0]
-    ids = [hit.song_id for hit in found]
+    hits = index.search(query, max(len(index), 1) + 5)[0]
+    ids = [hit.song_id for hit in hits]
     if not ids:
         return {}
     vectors = index.vectors_of(ids)

@@ -15,7 +15,7 @@ import pytest
 
 
 class ObjectStore:
-    """`objects`: key → bytes of the bucket `bucket`. `fail`: status of each of the next answers; "forever" repeats the
+    """`objects`: key → bytes of the bucket `bucket`. `fail`: status of each of the next responses; "forever" repeats the
     last one."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class ObjectStore:
         self.fail: list[int] = []
         self.forever = False
         self.fail_after_bytes: int | None = None
-        """Reads that begin behind so many bytes of an object are answered with 503."""
+        """Reads that begin behind so many bytes of an object get 503."""
         self.requests: list[str] = []
         self.before_write: Callable[[str], None] = lambda key: None
         """Called with the key before an object is stored."""
@@ -36,21 +36,21 @@ class ObjectStore:
             def do_GET(self) -> None:
                 store.requests.append(f"{self.command} {self.path}")
                 if store.fail:
-                    return self._answer(store.fail[0] if store.forever else store.fail.pop(0), b"")
+                    return self._respond(store.fail[0] if store.forever else store.fail.pop(0), b"")
                 url = urllib.parse.urlsplit(self.path)
                 key = urllib.parse.unquote(url.path).removeprefix("/bucket").removeprefix("/")
                 if not key:
-                    return self._answer(200, _listing(store.objects, dict(urllib.parse.parse_qsl(url.query))))
+                    return self._respond(200, _listing(store.objects, dict(urllib.parse.parse_qsl(url.query))))
                 if key not in store.objects:
-                    return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+                    return self._respond(404, b"<Error><Code>NoSuchKey</Code></Error>")
                 data = store.objects[key]
                 first, last = 0, len(data) - 1
                 if wanted := self.headers.get("range"):
                     begin, _, end = wanted.removeprefix("bytes=").partition("-")
                     first, last = int(begin), min(int(end or last), last)
                 if store.fail_after_bytes is not None and self.command == "GET" and first >= store.fail_after_bytes:
-                    return self._answer(503, b"")
-                return self._answer(
+                    return self._respond(503, b"")
+                return self._respond(
                     206 if wanted else 200,
                     data[first : last + 1],
                     {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
@@ -65,25 +65,25 @@ class ObjectStore:
                 elif key:
                     store.before_write(key)
                     store.objects[key] = body
-                self._answer(200, b"")
+                self._respond(200, b"")
 
             def do_POST(self) -> None:
                 key, query, body = self._received()
                 if "delete" in query:
                     for name in re.findall(r"<Key>(.*?)</Key>", body.decode()):
                         store.objects.pop(unescape(name), None)
-                    return self._answer(200, b"<DeleteResult></DeleteResult>")
+                    return self._respond(200, b"<DeleteResult></DeleteResult>")
                 if "uploads" in query:
                     upload = f"u{len(parts)}"
                     parts[upload] = {}
-                    return self._answer(200, f"<Result><UploadId>{upload}</UploadId></Result>".encode())
+                    return self._respond(200, f"<Result><UploadId>{upload}</UploadId></Result>".encode())
                 store.before_write(key)
                 store.objects[key] = b"".join(data for _, data in sorted(parts[query["uploadId"]].items()))
-                return self._answer(200, b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>")
+                return self._respond(200, b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>")
 
             def do_DELETE(self) -> None:
                 store.objects.pop(self._received()[0], None)
-                self._answer(204, b"")
+                self._respond(204, b"")
 
             def _received(self) -> tuple[str, dict[str, str], bytes]:
                 """Key, query and body."""
@@ -100,7 +100,7 @@ class ObjectStore:
                     body = _without_chunks(body)
                 return key, dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True)), body
 
-            def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            def _respond(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
                 more = {
                     "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",

@@ -1,4 +1,4 @@
-"""A catalogue that can be heard, in groups that can be asked for by name, and the application over it in a thread."""
+"""A catalogue with audio, in groups that can be searched by name, and the application over it in a thread."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Running:
         app = create_app(self.backend, self._settings)
 
         async def noted(scope, receive, send):
-            """Keeps what was asked, and answers with an id of the request, as Ray Serve does."""
+            """Keeps the requests, and responds with a request id, as Ray Serve does."""
 
             async def named(message):
                 if message["type"] == "http.response.start":

@@ -24,26 +24,26 @@ def spawn(*command: str, **environment: str) -> subprocess.Popen[str]:
 
 def replicas() -> set[int]:
     """Process ids of the application's replicas."""
-    found = set()
+    pids = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ServeReplica:htcl:" in (process / "cmdline").read_bytes() and _is_ours(int(process.name)):
-                found.add(int(process.name))
+            if b"ServeReplica:htcl:" in (process / "cmdline").read_bytes() and _is_of_this_session(int(process.name)):
+                pids.add(int(process.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def children_of(pid: int) -> list[int]:
     """Process ids of a process's children."""
-    found = []
+    pids = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(FileNotFoundError):  # a thread that has ended meanwhile
-            found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+            pids += [int(child) for child in (task / "children").read_text().split()]
+    return pids
 
 
-def _is_ours(pid: int) -> bool:
+def _is_of_this_session(pid: int) -> bool:
     while pid > 1:
         if pid == os.getpid():
             return True
@@ -53,11 +53,11 @@ def _is_ours(pid: int) -> bool:
 
 def descendants(pid: int) -> list[int]:
     """Process ids of a process's children, their children, and so on."""
-    found = [pid]
-    for known in found:
+    pids = [pid]
+    for known in pids:
         with suppress(OSError):
-            found += children_of(known)
-    return found[1:]
+            pids += children_of(known)
+    return pids[1:]
 
 
 def command_line(pid: int) -> str:

@@ -32,26 +32,26 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run measured, and what its application answered: song ids in order, for each query."""
+    """What a run measured, and what its application returned: song ids in order, for each query."""
 
     report: dict[str, Any]
-    answers: dict[str, list[str]]
+    results: dict[str, list[str]]
     failed_bounds: list[str]
-    """Of the shipped gate: TASK.METHOD.FIGURE."""
+    """Of the shipped gate: TASK.METHOD.METRIC."""
 
     def median_rank_share(self) -> float:
         """Median rank of text → audio in the semantic space, as a share of the gallery; 0.5 is chance."""
-        return self.figure("text_to_audio", "semantic", "median_rank") / self.report["data"]["songs"]
+        return self.metric("text_to_audio", "semantic", "median_rank") / self.report["data"]["songs"]
 
     def probe(self, space: str = "semantic") -> float:
-        return self.figure("probe_genre", space, "accuracy")
+        return self.metric("probe_genre", space, "accuracy")
 
     def user_auc(self, method: str) -> float:
         """Mean over held-out users of the AUC of cold songs; 0.5 is chance, and its standard error here about 0.03."""
-        return self.figure("cold", method, "user_auc")
+        return self.metric("cold", method, "user_auc")
 
-    def figure(self, task: str, method: str, figure: str) -> float:
-        return self.report["tasks"][task]["methods"][method][figure]["value"]
+    def metric(self, task: str, method: str, metric: str) -> float:
+        return self.report["tasks"][task]["methods"][method][metric]["value"]
 
 
 def configuration(workspace: Path, tables: SampleTables, **overrides: Any) -> Config:
@@ -81,8 +81,8 @@ def run_every_step(
 
 
 def failed_bounds(config: Config, location: str) -> list[str]:
-    figures = read_metrics(Workspace(config.workspace), location.rsplit("/", 1)[1])
-    return [result.bound.figure for result in judge(read_gate("default"), figures).failed]
+    metrics = read_metrics(Workspace(config.workspace), location.rsplit("/", 1)[1])
+    return [result.bound.figure for result in judge(read_gate("default"), metrics).failed]
 
 
 def read_report(config: Config, location: str) -> dict[str, Any]:

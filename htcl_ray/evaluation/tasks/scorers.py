@@ -37,9 +37,7 @@ def vector_scorer(vectors: np.ndarray) -> Scorer:
 def user_vectors(vectors: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
     """Mean of the vectors of each user's history, scaled to unit norm (zero stays zero); [users, dim]."""
     sums = history @ vectors
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    scaled: np.ndarray = sums / np.where(norms > 0, norms, 1)
-    return scaled
+    return _unit_norm(sums)
 
 
 def blended_scorer(first: Scorer, second: Scorer, blend: float) -> Scorer:
@@ -102,15 +100,13 @@ def genre_popularity(songs: EvaluatedSongs, plays: np.ndarray) -> np.ndarray:
 
 
 def genre_vectors(songs: EvaluatedSongs) -> np.ndarray:
-    """Genre indicators of each song, unit norm, zero without a genre; float32 [catalogue, genres]."""
+    """Genre indicators of each song, of unit norm, zero without a genre; float32 [catalogue, genres]."""
     values = songs.values("genre")
     place = {genre: number for number, genre in enumerate(sorted({genre for genres in values for genre in genres}))}
     indicators = np.zeros((len(values), max(1, len(place))), dtype=np.float32)
     for row, genres in enumerate(values):
         indicators[row, [place[genre] for genre in genres]] = 1
-    norms = np.linalg.norm(indicators, axis=1, keepdims=True)
-    scaled: np.ndarray = indicators / np.where(norms > 0, norms, 1)
-    return scaled
+    return _unit_norm(indicators)
 
 
 def interaction_matrix(songs: EvaluatedSongs, positives: pd.DataFrame) -> sparse.csr_matrix:
@@ -191,3 +187,10 @@ def als_scorer(interactions: sparse.csr_matrix, seed: int) -> Scorer | None:
         return scores
 
     return score
+
+
+def _unit_norm(rows: np.ndarray) -> np.ndarray:
+    """Scale each row of [n, dim] to unit norm; a zero row stays zero."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: np.ndarray = rows / np.where(norms > 0, norms, 1)
+    return scaled

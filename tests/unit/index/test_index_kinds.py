@@ -421,9 +421,9 @@ def test_exact_search_over_several_blocks_equals_sorting(monkeypatch: pytest.Mon
     monkeypatch.setattr("htcl_ray.index.engines.base.BLOCK_ROWS", 100)
     rows = np.flatnonzero(np.random.default_rng(2).random(COUNT) < 0.3)
     for chosen in (None, rows):
-        found = best_rows(STORED.semantic, QUERIES.semantic, 150, chosen)
+        best = best_rows(STORED.semantic, QUERIES.semantic, 150, chosen)
         scores = QUERIES.semantic @ STORED.semantic.T
         if chosen is not None:
             scores[:, np.setdiff1d(np.arange(COUNT), chosen)] = -np.inf
         expected = np.sort(scores, axis=1)[:, ::-1][:, :150]
-        np.testing.assert_allclose(np.take_along_axis(scores, found, axis=1), expected, atol=1e-6)
+        np.testing.assert_allclose(np.take_along_axis(scores, best, axis=1), expected, atol=1e-6)

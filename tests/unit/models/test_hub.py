@@ -31,7 +31,7 @@ def commit_of(branch: str) -> str:
 
 
 class Hub:
-    """Repositories by id: whether private, and the files of each branch. Answers 401 without the token."""
+    """Repositories by id: whether private, and the files of each branch. Responds with 401 without the token."""
 
     def __init__(self) -> None:
         self.private: dict[str, bool] = {}
@@ -47,12 +47,12 @@ class Hub:
                 path = unquote(urlsplit(self.path).path)
                 hub.requests.append(f"{self.command} {path}")
                 if self.headers.get("authorization") != f"Bearer {TOKEN}":
-                    return self.answer(401, {"error": "Invalid credentials in Authorization header"})
-                return self.answer(*hub.reply(self.command, path, body))
+                    return self.respond(401, {"error": "Invalid credentials in Authorization header"})
+                return self.respond(*hub.reply(self.command, path, body))
 
             do_HEAD = do_POST = do_GET
 
-            def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+            def respond(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 for name, value in {
@@ -77,11 +77,11 @@ class Hub:
 
     def reply(self, method: str, path: str, body: bytes) -> tuple:
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo_id = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            request = json.loads(body)
+            repo_id = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             if repo_id in self.private:
                 return 409, {"error": "exists", "url": f"{self.url}/{repo_id}"}
-            self.create(repo_id, asked.get("private", False) or asked.get("visibility") == "private")
+            self.create(repo_id, request.get("private", False) or request.get("visibility") == "private")
             return 200, {"url": f"{self.url}/{repo_id}", "name": repo_id}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
@@ -173,7 +173,7 @@ def test_a_new_repository_is_private(hub: Hub, model: HTCL):
     model.push_to_hub("someone/model", token=TOKEN)
 
 
-def test_a_public_one_is_made_only_when_asked_for(hub: Hub, model: HTCL):
+def test_a_public_one_is_made_only_on_request(hub: Hub, model: HTCL):
     model.push_to_hub("someone/model", private=False, token=TOKEN)
     assert hub.private == {"someone/model": False}
     assert set(hub.branches["someone/model", "main"]) >= FILES

@@ -365,14 +365,14 @@ def test_what_training_may_leave_is_no_damage(model: HTCL, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/tokenizer.json"])
 def test_files_that_the_manifest_does_not_record_are_refused(model: HTCL, tmp_path: Path, name: str):
-    """One bit of a weight, which gives other vectors and is no NaN, is found by its hash; so are the other files that
+    """One bit of a weight, which gives other vectors and is no NaN, is detected by its hash; so are the other files that
     decide a vector."""
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in folder.rglob("*") if file.is_file()}
     Workspace(str(folder)).write_json("manifest.json", build_manifest("semantic", config={}, inputs={}, files=files))
     assert HTCL.from_pretrained(folder).fingerprint == weights_fingerprint(folder)
-    (folder / "README.md").write_text("its evaluation is written there later")
+    (folder / "README.md").write_text("its evaluation is written later")
     HTCL.from_pretrained(folder)
     data = bytearray((folder / name).read_bytes())
     if name == "model.safetensors":
@@ -432,16 +432,16 @@ def test_configurations_that_cannot_be_read_are_refused(model: HTCL, tmp_path: P
 
 def test_hub_models_bring_no_code_and_no_pickles(model: HTCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model.save_pretrained(tmp_path / "model")
-    asked = {}
+    arguments = {}
 
     def download(name: str, allow_patterns: list[str], **_: object) -> str:
-        asked.update(name=name, patterns=allow_patterns)
+        arguments.update(name=name, patterns=allow_patterns)
         return str(tmp_path / "model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert HTCL.from_pretrained("someone/model").dim == model.dim
-    assert asked["name"] == "someone/model"
-    assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".py", ".bin", ".pt", ".pth", "*.*"))]
+    assert arguments["name"] == "someone/model"
+    assert not [pattern for pattern in arguments["patterns"] if pattern.endswith((".py", ".bin", ".pt", ".pth", "*.*"))]
 
 
 def test_stage_2_starts_from_everything_that_stage_1_learned(model: HTCL):
@@ -486,8 +486,8 @@ def test_stages_may_have_different_losses(config: Config, tmp_path: Path, first:
         assert not hasattr(loaded, "logit_bias")
         return
     fresh = pytest.approx(-math.log(31))
-    found = {name: bias.item() for name, bias in loaded.logit_bias.items()}
-    assert found == {"text": -7.0 if first == "sigmoid" else fresh, "preference": fresh, "fusion": fresh}
+    biases = {name: bias.item() for name, bias in loaded.logit_bias.items()}
+    assert biases == {"text": -7.0 if first == "sigmoid" else fresh, "preference": fresh, "fusion": fresh}
 
 
 def test_a_folder_that_names_no_loss_was_trained_with_softmax(model: HTCL, tmp_path: Path):

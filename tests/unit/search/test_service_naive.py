@@ -124,8 +124,8 @@ def naive(
     return taken
 
 
-def found(answer: Any) -> list[str]:
-    return [hit.song_id for hit in answer.hits]
+def ids_of(results: Any) -> list[str]:
+    return [hit.song_id for hit in results.hits]
 
 
 CONDITIONS: list[dict[str, Any]] = [
@@ -139,9 +139,9 @@ CONDITIONS: list[dict[str, Any]] = [
     {"year": 1999},
     {"year": [1999, 1981, 3000]},
     {"tags": ["tag 4"], "language": ["DE"]},
-    {"song_id": ["s004", "s005", "S006", "nobody"]},
+    {"song_id": ["s004", "s005", "S006", "unknown"]},
     {"title": "title 7", "genre": ["rock", "folk", "jazz"]},
-    {"artist": "nobody"},
+    {"artist": "unknown"},
 ]
 
 
@@ -163,7 +163,7 @@ def test_every_option_at_once(service: SearchService, conditions: dict, most: in
             most=most,
             collapse=collapse,
         )
-        assert found(service.search_songs([seed], k=k, blend=blend, **options)) == expected
+        assert ids_of(service.search_songs([seed], k=k, blend=blend, **options)) == expected
 
 
 CREDITS = [
@@ -177,7 +177,7 @@ CREDITS = [
 ]
 
 
-def test_every_credited_artist_is_found_and_counted():
+def test_every_credited_artist_is_searchable_and_counted():
     songs = pa.table(
         {
             name: pa.array(CREDITS if name == "artist" else [None] * len(CREDITS), INDEX_SONGS.field(name).type)
@@ -208,10 +208,10 @@ def test_every_credited_artist_is_found_and_counted():
 SHARED = {frozenset(rows) for rows in ((0, 1), (0, 5), (1, 2), (1, 5), (2, 5))}
 
 
-def test_a_narrow_filter_still_fills_the_answer(service: SearchService):
-    answer = service.search_songs(["s001"], k=4, filter=Filter(artist="Artist 3"))
-    assert len(answer.hits) == 4
-    assert all("artist 3" in song["artist"].lower().split("; ") for song in answer.metadata)
+def test_a_narrow_filter_still_fills_the_results(service: SearchService):
+    results = service.search_songs(["s001"], k=4, filter=Filter(artist="Artist 3"))
+    assert len(results.hits) == 4
+    assert all("artist 3" in song["artist"].lower().split("; ") for song in results.metadata)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_negatives_push_away(service: SearchService):
         for liked_half, away in zip(halves(liked), halves(disliked), strict=True)
     ]
     expected = naive(service, (query[0], query[1]), 0.3, 20, exclude=[*seeds, *negatives])
-    assert found(service.search_songs(seeds, negatives, k=20, blend=0.3)) == expected
-    assert found(service.search_songs(seeds, [], k=20, blend=0.3)) != expected
+    assert ids_of(service.search_songs(seeds, negatives, k=20, blend=0.3)) == expected
+    assert ids_of(service.search_songs(seeds, [], k=20, blend=0.3)) != expected
 
 
 def halves(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
@@ -268,15 +268,15 @@ def test_a_history_is_its_decayed_mean_and_is_left_out(service: SearchService):
     weights = np.array([2.0, 0.5, -0.25, 1.0, 2 ** (-0.5)])
     own = halves(service.index.vectors_of(ids))
     expected = naive(service, (weights @ own[0], weights @ own[1]), 0.5, 15, exclude=ids)
-    answer = service.recommend(history, k=15)
-    assert found(answer) == expected
-    assert answer.unknown_song_ids == ["gone"]
-    assert found(service.recommend(history, k=15, half_life_days=1)) != expected
+    results = service.recommend(history, k=15)
+    assert ids_of(results) == expected
+    assert results.unknown_song_ids == ["gone"]
+    assert ids_of(service.recommend(history, k=15, half_life_days=1)) != expected
 
 
 def test_times_far_apart_do_not_overflow(service: SearchService):
-    answer = service.recommend([Play("s001", 1e6, -2e11), Play("s002", 1e-6, 2e11)], half_life_days=1e-6)
-    assert found(answer) == found(service.recommend([Play("s002"), Play("s001", 0.0)]))
+    results = service.recommend([Play("s001", 1e6, -2e11), Play("s002", 1e-6, 2e11)], half_life_days=1e-6)
+    assert ids_of(results) == ids_of(service.recommend([Play("s002"), Play("s001", 0.0)]))
 
 
 def test_histories_that_say_nothing(service: SearchService):
@@ -288,22 +288,22 @@ def test_histories_that_say_nothing(service: SearchService):
         service.recommend([Play("s001", 1.0), Play("s001", -1.0)])
 
 
-def test_tags_shared_with_the_question(service: SearchService):
+def test_tags_shared_with_the_query(service: SearchService):
     own = service.index.vectors_of(["s004"])
-    answer = service.search_encoded_text("A CALM piano piece, tag 4; not rocky", own, k=300, collapse_duplicates=False)
-    for song, shared in zip(answer.metadata, answer.shared_tags, strict=True):
+    results = service.search_encoded_text("A CALM piano piece, tag 4; not rocky", own, k=300, collapse_duplicates=False)
+    for song, shared in zip(results.metadata, results.shared_tags, strict=True):
         words = [*(song["genre"] or []), *(song["mood"] or []), *(song["tags"] or [])]
         assert shared == [word for word in words if word in ("calm", "piano", "tag 4")]
-    asked = {"rock", "jazz", "bright", "calm", "tag 2", "piano"}
+    queried = {"rock", "jazz", "bright", "calm", "tag 2", "piano"}
     seed = next(
         song
         for song in CATALOGUE
-        if {tag.lower() for name in ("genre", "mood", "tags") for tag in song[name] or ()} <= asked and song["tags"]
+        if {tag.lower() for name in ("genre", "mood", "tags") for tag in song[name] or ()} <= queried and song["tags"]
     )
     tags = {tag.lower() for name in ("genre", "mood", "tags") for tag in seed[name] or ()}
-    answer = service.search_songs([seed["song_id"]], k=300)
-    assert any(answer.shared_tags)
-    for song, shared in zip(answer.metadata, answer.shared_tags, strict=True):
+    results = service.search_songs([seed["song_id"]], k=300)
+    assert any(results.shared_tags)
+    for song, shared in zip(results.metadata, results.shared_tags, strict=True):
         words = [*(song["genre"] or []), *(song["mood"] or []), *(song["tags"] or [])]
         assert shared == [word for word in words if word.lower() in tags]
     assert service.search_vector([1.0] * 2 * DIM).shared_tags == [[]] * 10
@@ -317,10 +317,10 @@ def test_options_out_of_range(service: SearchService):
 def test_what_is_filtered_follows_the_songs(service: SearchService):
     """A mask is remembered for one state of the index only."""
     index = service.index.snapshot()
-    asked = SearchService(index)
+    service = SearchService(index)
     only = Filter(artist="Newcomer")
-    assert asked.search_songs(["s001"], filter=only).hits == []
+    assert service.search_songs(["s001"], filter=only).hits == []
     index.upsert(["new"], index.vectors_of(["s001"]), metadata=pa.table({"artist": ["Newcomer"]}))
-    assert found(asked.search_songs(["s001"], filter=only)) == ["new"]
+    assert ids_of(service.search_songs(["s001"], filter=only)) == ["new"]
     index.remove(["new"])
-    assert asked.search_songs(["s001"], filter=only).hits == []
+    assert service.search_songs(["s001"], filter=only).hits == []
