@@ -115,6 +115,19 @@ def _config(options: argparse.Namespace) -> Config:
     return config.with_absolute_paths()
 
 
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--until", metavar="STEP", choices=RUN_STEPS, help=f"last step: {', '.join(RUN_STEPS)}")
+    _gate_flag(parser)
+
+
+def _gate_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gate",
+        metavar="FILE.yaml",
+        help="check the metrics against these bounds and record the verdict; 'default' is the gate of the package",
+    )
+
+
 def _model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -129,11 +142,7 @@ def _index_flag(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
-    parser.add_argument(
-        "--gate",
-        metavar="FILE.yaml",
-        help="check the metrics against these bounds and record the verdict; 'default' is the gate of the package",
-    )
+    _gate_flag(parser)
     alternatives = parser.add_mutually_exclusive_group()
     alternatives.add_argument(
         "--ablate",
@@ -202,6 +211,16 @@ def _step(module: str, function: str, *, argument: str | None = None) -> Callabl
         print_result(step(config, getattr(options, argument)) if argument else step(config))
 
     return run
+
+
+def _run_all(config: Config, options: argparse.Namespace) -> None:
+    from htcl_ray.pipelines.run import run
+    from htcl_ray.workspace.storage import Workspace
+
+    Workspace(config.workspace).check_writable()
+    result = run(config, until=options.until or RUN_STEPS[-1], gate=options.gate, report=print_result)
+    print()
+    print_result(result)
 
 
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
@@ -292,9 +311,16 @@ def _show_config(config: Config, options: argparse.Namespace) -> None:
     print(config.as_yaml().rstrip() if options.what == "show" else json.dumps(json_schema(), indent=2))
 
 
+RUN_STEPS = ("preprocess", "pretrain", "finetune", "embed", "index", "evaluate")
+"""The steps of `htcl run`, in their order."""
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "run every step on a sample catalogue, start the service and send three queries", _demo, _demo_flags
+    ),
+    "run": Command(
+        "run every step from the catalogue to the report, each only where its result does not exist yet",
+        _run_all,
+        _run_flags,
     ),
     "preprocess": Command(
         "compute log-mel features from the catalogue and preference pairs from the logs",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -34,7 +33,6 @@ MADE_BY_DEMO = (
     "ablations",
 )
 """Folders of a workspace that the demo writes, and that `--fresh` removes."""
-T = TypeVar("T")
 TEXT_QUERY = "calm ambient piano"
 
 
@@ -52,45 +50,26 @@ def demo(config: Config, *, fresh: bool = False) -> None:
     workspace.check_writable()
     if fresh:
         _remove_earlier_demo(workspace)
-    results = [_run("sample", lambda: _sample(workspace))]
+    from htcl_ray.evaluation.gate import DEFAULT
+    from htcl_ray.pipelines.apply_gate import judged_evaluation
+    from htcl_ray.pipelines.run import build, headed
+
+    sampled = headed("sample", lambda: _sample(workspace))
     sample = _sample_folder(workspace)
     tables = {
         "data.catalog": str(sample / "catalog.csv"),
         "data.interactions": str(sample / "interactions.csv"),
         "data.text_columns": TEXT_COLUMNS,
     }
-    from htcl_ray.evaluation.gate import DEFAULT
-    from htcl_ray.pipelines.apply_gate import judged_evaluation
-
     config = config.with_overrides(tables)
     steps = config.with_overrides({"gate.require": "off"})  # verdicts of an earlier demo are not used
-    made = {name: _run(name, step, steps) for name, step in _steps()}
-    judged, verdict = _run("evaluate", lambda: judged_evaluation(steps, None, DEFAULT))
+    made = build(steps, until="index", report=lambda result: None)
+    judged, verdict = headed("evaluate", lambda: judged_evaluation(steps, made["finetune"].version, DEFAULT))
     if not verdict.passed:
         print(f"{judged.summary}; the demo serves this model all the same, with gate.require=off", flush=True)
     served = config if verdict.passed else steps
-    queried = _run("serve", lambda: _serve_and_query(served, workspace, made["index"].location.rpartition("/")[2]))
-    _print_summary([*results, *made.values(), judged, queried], workspace, judged.location, verdict.passed)
-
-
-def _steps() -> list[tuple[str, Callable[[Config], StepResult]]]:
-    from htcl_ray.pipelines.embed import embed
-    from htcl_ray.pipelines.index import build_index
-    from htcl_ray.pipelines.preprocess import preprocess
-    from htcl_ray.pipelines.train import finetune, pretrain
-
-    return [
-        ("preprocess", preprocess),
-        ("pretrain", pretrain),
-        ("finetune", finetune),
-        ("embed", embed),
-        ("index", build_index),
-    ]
-
-
-def _run(name: str, step: Callable[..., T], *arguments: Config) -> T:
-    print(f"\n── {name} " + "─" * (60 - len(name)), flush=True)
-    return step(*arguments)
+    queried = headed("serve", lambda: _serve_and_query(served, workspace, made["index"].version))
+    _print_summary([sampled, *made.values(), judged, queried], workspace, judged.location, verdict.passed)
 
 
 def _sample_folder(workspace: Workspace) -> Path:

@@ -50,7 +50,7 @@ def evaluate(config: Config, model: str | None = None, inputs: EvaluationInputs 
     """
     started = time.monotonic()
     workspace = Workspace(config.workspace)
-    _check_columns(config.evaluate.probe_columns)
+    check_columns(config.evaluate.probe_columns)
     inputs = inputs or find_inputs(workspace, config, model)
     path = f"reports/{_run(config, inputs)}"
     skipped = workspace.manifest(path) is not None
@@ -97,7 +97,8 @@ def _run(config: Config, inputs: EvaluationInputs) -> str:
     return fingerprint(FORMAT_VERSION, MEASURED_AS, inputs.versions, config.evaluate.model_dump(mode="json"))
 
 
-def _check_columns(columns: Sequence[str]) -> None:
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise ConfigError for a name in `evaluate.probe_columns` that is no catalogue column."""
     for column in columns:
         if column not in METADATA.names:
             hint = nearest(column, METADATA.names)

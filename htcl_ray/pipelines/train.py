@@ -76,7 +76,7 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
         )
     workspace.check_writable()
     connection.refuse_relative_paths(config)
-    _check_cpus(config, stage)
+    check_cpus(config, stage.step, stage.settings)
     config = config.model_copy(update={"tracking": check_tracking(config.tracking)})
     vocabulary = check_data(workspace, config, stage)
     connection.connect(config)
@@ -87,18 +87,15 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started)
 
 
-def _check_cpus(config: Config, stage: StageRun) -> None:
+def check_cpus(config: Config, step: str, settings: StageSettings) -> None:
     """Raise ConfigError when the workers do not fit a private cluster, which never grows, and would wait forever."""
     if connection.address_of(config) != "local":
         return
-    needed, available = (
-        stage.settings.num_workers * stage.settings.cpus_per_worker,
-        config.ray.num_cpus or max(4, os.cpu_count() or 1),
-    )
+    needed = settings.num_workers * settings.cpus_per_worker
+    available = config.ray.num_cpus or max(4, os.cpu_count() or 1)
     if needed > available:
         raise ConfigError(
-            f"{stage.step}.num_workers × {stage.step}.cpus_per_worker is {needed:g} CPUs, but the private cluster has "
-            f"{available}; "
+            f"{step}.num_workers × {step}.cpus_per_worker is {needed:g} CPUs, but the private cluster has {available}; "
             f"lower one of them, or raise ray.num_cpus"
         )
 

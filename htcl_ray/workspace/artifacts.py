@@ -46,6 +46,11 @@ class StepResult:
     skipped: bool = False
     """Whether the artifact already existed."""
 
+    @property
+    def version(self) -> str:
+        """Version of the artifact: the last part of its location."""
+        return self.location.rstrip("/").rpartition("/")[2]
+
 
 @dataclass(frozen=True)
 class Models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,14 +25,19 @@ def head() -> Iterator[Head]:
         yield started
 
 
+STARTS: tuple[tuple[str, list[str]], ...] = (("preprocess", []), ("run", ["--until", "preprocess"]))
+
+
 def test_preprocess_as_a_job(head: Head, tmp_path: Path):
     tables = write_sample(tmp_path / "sample", songs=40, artists=8, users=20, seed=3, seconds=4.0)
     workspace = tmp_path / "workspace"
     flags = ["--preset", "demo", "--workspace", str(workspace), "--set", f"data.catalog={tables.catalog}"]
     flags += ["--set", f"data.interactions={tables.interactions}", "--set", "data.max_rejected_share=0.5"]
-    done = submit(head, "python", "jobs/preprocess.py", *flags)
+    script = " && ".join(shlex.join(["python", f"jobs/{job}.py", *flags, *more]) for job, more in STARTS)
+    done = submit(head, "bash", "-c", script)  # one job: each submission packs the working directory again
     assert done.returncode == 0, done.stdout + done.stderr
     assert "preprocess: done" in done.stdout
+    assert "preprocess: already done" in done.stdout, "jobs/run.py"
     assert len(Workspace(str(workspace)).finished("features")) == 1
     assert len(Workspace(str(workspace)).finished("pairs")) == 1
 
@@ -64,7 +70,7 @@ def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path
         "build_index": "index",
         "evaluate": "reports",
     }
-    assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__", "preprocess"} == set(made)
+    assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__"} == {*made, *dict(STARTS)}
     scripts = " && ".join(f"python jobs/{job}.py --config {tmp_path}/c.yaml" for job in made)
     done = submit(head, "bash", "-c", scripts)  # one job: each submission packs the working directory again
     assert done.returncode == 0, done.stdout + done.stderr
