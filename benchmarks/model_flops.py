@@ -41,7 +41,8 @@ def forward_flops(model: Any, frames: Sequence[int], text_tokens: Sequence[int])
 
 
 def _audio_products(model: Any, frames: int) -> int:
-    sizes, total, inputs = model.record.model, 0, model.recipe.n_mels
+    assert model.record.audio.tower_name == "transformer", "only the paper's tower is counted"
+    sizes, total, inputs = model.record.model, 0, model.record.input_width
     length = max(frames, 17)  # the receptive field of one token
     for kernel in (5, 3, 3):
         length = (length - kernel) // 2 + 1

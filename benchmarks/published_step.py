@@ -93,7 +93,7 @@ class PublishedModel(nn.Module):
         """Stage 1: audio ↔ text. Stage 2: that over both songs of a pair, trigger ↔ recalled audio, and audio ↔ the
         other's fusion.
         """
-        audio = self.audio_head(self.audio(batch.mel, batch.valid_frames))
+        audio = self.audio_head(self.audio(batch.features, batch.valid_frames))
         text = self.text_head(self.text(**batch.tokens).pooler_output)
         semantic = contrast(audio, text, self.scales[0])
         if self.fusion is None:

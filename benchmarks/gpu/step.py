@@ -179,7 +179,7 @@ class Bench:
             model.zero_grad()  # a step that ran out of memory leaves gradients behind
         rate, tflops = len(batch) / median, TRAINING_PASSES * forward_flops(model, frames, tokens) / median / 1e12
         self.songs_per_second[side] = rate
-        padded = batch.mel.shape[1] if side == "ours" else self.world(clips).config.audio.max_frames
+        padded = batch.features.shape[1] if side == "ours" else self.world(clips).config.audio.max_frames
         values = {
             "songs_per_second": rate,
             "seconds_per_step": {"median": median, "least": min(seconds), "most": max(seconds), "steps": len(seconds)},
@@ -237,7 +237,7 @@ class Bench:
             parts = {"both towers and heads": passes * seconds(lambda: _both_ways(encode(model, micro)))}
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 parts["text tower and head"] = passes * seconds(lambda: _both_ways([model.encode_text(micro.tokens)]))
-                frames, valid = encoder.prepare(micro.mel.float(), micro.valid_frames)
+                frames, valid = encoder.prepare(micro.features.float(), micro.valid_frames)
                 parts["convolutions"] = passes * seconds(lambda: _both_ways([_convolved(encoder, frames)]))
                 tokens = encoder.projection(encoder.projection_norm(encoder.convolutions(frames))).detach()
                 heads = world.config.model.heads

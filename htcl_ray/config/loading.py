@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from htcl_ray.config.sections import (
-    AudioRecipe,
+    AudioSettings,
     DataSettings,
     Dimension,
     EmbedSettings,
@@ -56,7 +56,7 @@ class Config(Settings):
     """License of the trained models, for their model cards: an identifier of the Hugging Face Hub such as `apache-2.0`
     or `cc-by-nc-4.0`; `unknown` until it is decided, `other` for terms of your own."""
     data: DataSettings = DataSettings()
-    audio: AudioRecipe = AudioRecipe()
+    audio: AudioSettings = AudioSettings()
     pairs: PairSettings = PairSettings()
     text: TextSettings = TextSettings()
     model: ModelSettings = ModelSettings()
@@ -79,13 +79,20 @@ class Config(Settings):
                 f"model.window_seconds is {window:g}; expected at most audio.clip_seconds ({clip:g}), "
                 "or null for whole clips"
             )
+        if window is not None and self.audio.extractor != "log_mel":
+            raise ValueError(
+                f"model.window_seconds is {window:g}, but only log-mel frames are cut into windows and "
+                f"audio.extractor is {self.audio.extractor}; set it to null"
+            )
+        tower = self.audio.tower_name
+        layers = self.model.layers_of(tower)
         for name, stage in (("pretrain", self.pretrain), ("finetune", self.finetune)):
-            if stage.freeze_audio_layers > self.model.layers:
+            if stage.freeze_audio_layers > layers:
                 raise ValueError(
                     f"{name}.freeze_audio_layers is {stage.freeze_audio_layers}; "
-                    f"expected at most model.layers ({self.model.layers})"
+                    f"expected at most {layers}, the number of layers of the {tower} tower"
                 )
-            if stage.mel_masks * stage.mel_mask_bands >= self.audio.n_mels:
+            if self.audio.extractor == "log_mel" and stage.mel_masks * stage.mel_mask_bands >= self.audio.n_mels:
                 raise ValueError(
                     f"{name}.mel_masks × {name}.mel_mask_bands is {stage.mel_masks * stage.mel_mask_bands}; "
                     f"expected less than audio.n_mels ({self.audio.n_mels}), so that some bands remain"
@@ -95,7 +102,7 @@ class Config(Settings):
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """Return a configuration with dotted keys replaced, as in `{"pretrain.batch_size": 64}`, and check it."""
         tree = self.model_dump()
-        with _one_batch_size(tree):
+        with _one_batch_size(tree), _tower_of_extractor(tree):
             for key, value in overrides.items():
                 _set(tree, key, value)
         return _validate(tree)
@@ -147,9 +154,9 @@ def resolve(preset: str | None = None, file: str | Path | None = None, assignmen
     if name not in PRESETS:
         raise ConfigError(f"unknown preset '{name}'; {nearest(str(name), PRESETS)}")
     tree = _validate({"preset": name, **_preset(name)}).model_dump(mode="json")
-    with _one_batch_size(tree):
+    with _one_batch_size(tree), _tower_of_extractor(tree):
         _merge(tree, {**from_file, "preset": name}, prefix="")
-    with _one_batch_size(tree):
+    with _one_batch_size(tree), _tower_of_extractor(tree):
         _assign(tree, assignments)
     return _validate(tree)
 
@@ -261,6 +268,17 @@ def _one_batch_size(tree: dict[str, Any]) -> Iterator[None]:
     for stage, sizes in zip(stages, before, strict=True):
         given = any(stage[key] not in (..., None) for key in BATCH_SIZES)
         stage.update({key: None if given else sizes[key] for key in BATCH_SIZES if stage[key] is ...})
+
+
+@contextmanager
+def _tower_of_extractor(tree: dict[str, Any]) -> Iterator[None]:
+    """Let an extractor that is set while this context is open, without a tower, unset the tower of an earlier layer."""
+    audio = tree["audio"]
+    before = {key: audio[key] for key in ("extractor", "tower")}
+    audio["tower"] = ...
+    yield
+    if audio["tower"] is ...:
+        audio["tower"] = before["tower"] if audio["extractor"] == before["extractor"] else None
 
 
 def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from htcl_ray.config.sections import Settings
 from htcl_ray.errors import MismatchError
 from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.models.record import ModelRecord
+from htcl_ray.models.towers.registry import TOWERS
 from htcl_ray.workspace.credentials import without_credentials
 
 HEADLINES = {
@@ -107,7 +108,6 @@ def model_card(record: ModelRecord, parameters: int, evaluation: Evaluation | No
         2: "stage 2: a preference space, fine-tuned from a stage-1 model on songs that listeners like together",
     }[record.stage]
     audio = record.audio
-    mel = f"{audio.n_mels} mel bands every {audio.hop_length} samples"
     seconds = record.model.window_seconds
     windows = "" if seconds is None else f"; longer clips in windows of {seconds:g} s, averaged"
     text = "none: the model embeds audio only"
@@ -116,6 +116,7 @@ def model_card(record: ModelRecord, parameters: int, evaluation: Evaluation | No
             without_credentials(record.text.settings.name_or_path or "")
             or "a BERT trained from scratch on the catalogue's texts"
         )
+    encode = "audio(waveform, sample_rate)" if audio.extractor == "log_mel" else "features(features)"
     words = (
         "" if record.text is None else '\ntexts = model.embed_text(["calm piano", "fast techno"])\nprint(texts @ song)'
     )
@@ -130,9 +131,9 @@ Hierarchical two-stage contrastive learning of music representations (arXiv 2505
 | | |
 |---|---|
 | Embedding | {record.model.dim} numbers, unit norm; compare by inner product |
-| Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {mel} |
+{_features_row(record)}
 | Input | {record.input}{windows} |
-| Audio encoder | {record.model.layers} layers, width {record.model.width} |
+| Audio encoder | {_tower(record)} |
 | Text encoder | {text} |
 | Parameters | {parameters:,} |
 
@@ -140,13 +141,34 @@ Hierarchical two-stage contrastive learning of music representations (arXiv 2505
 from htcl_ray.models import HTCL
 
 model = HTCL.from_pretrained("path/to/this/folder")
-song = model.embed_audio(waveform, sample_rate){words}
+song = model.embed_{encode}{words}
 ```
 {_metrics_table(record, evaluation)}
 The model was trained on one catalogue only; if it was made by `htcl pretrain` or `htcl finetune`, the metrics of its
 training are in `manifest.json` next to this file. Similarities reflect the descriptions and listeners of that
 catalogue, with their gaps.
 """
+
+
+def _features_row(record: ModelRecord) -> str:
+    audio = record.audio
+    if audio.extractor == "log_mel":
+        mel = f"{audio.n_mels} mel bands every {audio.hop_length} samples"
+        return f"| Audio | first {audio.clip_seconds:g} s, mono, {audio.sample_rate} Hz; {mel} |"
+    licence = record.feature_licence or "unknown"
+    return (
+        f"| Features | `{audio.extractor}`, {record.input_width} numbers a frame; licence of their encoder: {licence} |"
+    )
+
+
+def _tower(record: ModelRecord) -> str:
+    """The sizes of the audio tower in words."""
+    name = record.audio.tower_name
+    section = TOWERS[name].settings
+    if section is None:
+        return f"{record.model.layers} layers, width {record.model.width}"
+    sizes = ", ".join(f"{key} {value}" for key, value in getattr(record.model, section).model_dump(mode="json").items())
+    return f"{name}: {sizes}"
 
 
 def _front_matter(record: ModelRecord, evaluation: Evaluation | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import tempfile
@@ -21,9 +22,11 @@ from htcl_ray.losses.base import ContrastiveLoss, parameters_of
 from htcl_ray.losses.registry import LossName, loss_class
 from htcl_ray.models import folder as model_folder
 from htcl_ray.models.card import Evaluation, read_evaluation
+from htcl_ray.models.feature_checks import check_features
 from htcl_ray.models.official import TOKENIZER, read_official
 from htcl_ray.models.pooling import cut, mean_direction, window_starts
 from htcl_ray.models.record import InputRecipe, ModelRecord
+from htcl_ray.models.towers.registry import tower_class
 from htcl_ray.models.towers.text import (
     NoTextEncoder,
     TextEncoder,
@@ -32,7 +35,6 @@ from htcl_ray.models.towers.text import (
     text_encoder_from_record,
     text_encoder_from_scratch,
 )
-from htcl_ray.models.towers.transformer import AudioEncoder
 from htcl_ray.models.weights import ADVICE, check_numbers
 from htcl_ray.schemas import Reason
 
@@ -41,15 +43,13 @@ TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}
 """Loss terms of each stage; each has its own temperature."""
 EMBED_BATCH = 32
 UNIT_NORM_TOLERANCE = 1e-3
-LARGEST_DB = 1e4
-"""Far beyond the log-mel of any waveform of finite samples."""
 
 
 class HTCL(nn.Module):
     """Audio and text → vectors of one space.
 
-    `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a waveform becomes
-    the log-mel that the model expects. A `record` without text is an audio encoder alone: it has no heads and raises
+    `stage`: 1 is the semantic space, 2 the preference space. `dim`: size of a vector. `recipe`: how a song becomes the
+    features that the model expects. A `record` without text is an audio encoder alone: it has no heads and raises
     InputError for text. The `embed_*` methods give unit-norm float32 tensors on the CPU; training uses the `encode_*`
     methods.
     """
@@ -59,21 +59,25 @@ class HTCL(nn.Module):
     ) -> None:
         """Draw the weights at random; `temperature` and `batch_size` (global) give the loss's initial parameters."""
         super().__init__()
-        settings = record.model
+        settings, tower = record.model, record.audio.tower_name
         if record.input is InputRecipe.OFFICIAL and settings.window_seconds is not None:
             raise ConfigError(
                 f"model.window_seconds is {settings.window_seconds:g}, but the official input recipe takes full clips; "
                 "set it to null"
             )
+        if record.input is InputRecipe.OFFICIAL and tower != "transformer":
+            raise ConfigError(f"audio.tower is {tower}, but the official input recipe needs the tower transformer")
         self.record = record
         self.evaluation: Evaluation | None = None
         """The evaluation of the weights that were loaded."""
         self.fingerprint: str | None = None
         """`weights_fingerprint` of the folder that the model was loaded from."""
-        self.audio_encoder = AudioEncoder(settings, record.audio, record.input)
+        self.audio_encoder = tower_class(tower)(record)
         self.text_encoder = text_encoder
         both = record.text is not None
-        self.audio_head = mlp([settings.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
+        self.audio_head = (
+            mlp([self.audio_encoder.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
+        )
         self.text_head = mlp([text_encoder.width, *settings.head_hidden, settings.dim]) if both else nn.Identity()
         self.fusion = (
             mlp([2 * settings.dim, 2 * settings.dim, settings.dim, settings.dim])
@@ -106,9 +110,14 @@ class HTCL(nn.Module):
         return self.record.stage
 
     @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.audio_encoder.device
+
+    @functools.cached_property
     def recipe(self) -> AudioRecipe:
-        """How a waveform becomes the log-mel that this model expects."""
-        return self.record.audio
+        """How a song becomes the features that this model expects."""
+        return self.record.audio.recipe
 
     @property
     def window_frames(self) -> int | None:
@@ -118,12 +127,17 @@ class HTCL(nn.Module):
 
     @classmethod
     def untrained(
-        cls, config: Config, vocabulary: str | None = None, input_recipe: InputRecipe = InputRecipe.MASKED
+        cls,
+        config: Config,
+        vocabulary: str | None = None,
+        input_recipe: InputRecipe = InputRecipe.MASKED,
+        feature_width: int | None = None,
     ) -> HTCL:
         """Build a stage-1 model to train, with random weights from `pretrain.seed`.
 
         The text tower is pretrained if `text.name_or_path` is set; otherwise it needs `vocabulary`, the JSON that
-        `train_wordpiece` returns.
+        `train_wordpiece` returns. `feature_width`: size of the vector of one frame of features (default: the mel bands
+        of log-mel frames).
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.pretrain.seed)
@@ -137,7 +151,8 @@ class HTCL(nn.Module):
                 stage=1,
                 input=input_recipe,
                 loss=stage.loss,
-                audio=config.audio,
+                audio=config.audio.resolved(),
+                feature_width=feature_width,
                 model=config.model,
                 text=text_encoder.record,
                 license=config.license,
@@ -233,9 +248,9 @@ class HTCL(nn.Module):
             self.save_pretrained(Path(scratch) / "model")
             model_folder.upload_folder(Path(scratch) / "model", repo_id, private, revision, token)
 
-    def encode_audio(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
-        """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → [B, dim], not normalised, with gradient."""
-        embeddings: Tensor = self.audio_head(self.audio_encoder(mel, valid_frames))
+    def encode_audio(self, features: Tensor, valid_frames: Tensor) -> Tensor:
+        """Features [B, F, W], valid_frames [B] int64 on the CPU → [B, dim], not normalised, with gradient."""
+        embeddings: Tensor = self.audio_head(self.audio_encoder(features, valid_frames))
         return embeddings
 
     def encode_text(self, tokens: Tokens) -> Tensor:
@@ -264,11 +279,13 @@ class HTCL(nn.Module):
         """Embed a waveform, floats [samples] or [channels, samples] at `sample_rate` Hz, as a vector [dim].
 
         Only the first `recipe.clip_seconds` are used. Raises InputError for other types and shapes, [samples, channels]
-        included, and for an impossible sample rate; AudioError for less than `recipe.min_seconds` of audio (too_short)
-        and for NaN, infinite or absurdly large samples (not_finite).
+        included, for an impossible sample rate, and for a model of other features than log-mel frames; AudioError for
+        less than `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large samples
+        (not_finite).
         """
         from htcl_ray.audio import as_waveform, log_mel
 
+        self._refuse_other_features("embed_audio")
         clip = as_waveform(waveform, sample_rate)[..., : math.ceil(self.recipe.clip_seconds * sample_rate)]
         seconds = clip.shape[-1] / sample_rate
         if seconds < self.recipe.min_seconds:
@@ -281,39 +298,24 @@ class HTCL(nn.Module):
     def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:
         """Embed log-mels [B, F, M] in dB, as `log_mel` gives them, with valid_frames [B] (default: all F), as [B, dim].
 
-        Frames after a clip's valid ones are ignored, and neither they nor the other clips change its vector. A clip
-        longer than the model's window is embedded in windows (see `window_starts`), and its vector is the normalised
-        mean of their unit-norm vectors. Raises InputError for other types and shapes and when a vector is not finite or
-        has no direction, AudioError (not_finite) for values that no log-mel has in a valid frame.
+        See `embed_features`. Raises InputError also for a model of other features than log-mel frames.
         """
-        mel = torch.as_tensor(mel)
-        if mel.ndim != 3 or mel.shape[2] != self.recipe.n_mels or mel.shape[1] == 0 or not mel.is_floating_point():
-            raise InputError(
-                f"the log-mel is {mel.dtype} {list(mel.shape)}; "
-                f"expected [batch, frames, {self.recipe.n_mels}], floats with frames at least 1"
-            )
-        frames = mel.shape[1]
-        given = torch.full((len(mel),), frames) if valid_frames is None else torch.as_tensor(valid_frames).cpu()
-        valid = given.to(torch.int64)
-        if (
-            valid.shape != (len(mel),)
-            or not torch.equal(valid.to(given.dtype), given)
-            or ((valid < 1) | (valid > frames)).any()
-        ):
-            raise InputError(
-                f"valid_frames is {given.tolist()[:8]}; expected {len(mel)} whole numbers from 1 to {frames}"
-            )
-        inside = torch.arange(frames) < valid[:, None]
-        absurd = (~(mel.abs() <= LARGEST_DB).all(dim=2)).cpu() & inside  # true for a NaN
-        if absurd.any():
-            clip = int(absurd.any(dim=1).nonzero()[0])
-            raise AudioError(
-                Reason.NOT_FINITE, f"the log-mel of clip {clip} holds NaN, or values beyond ±{LARGEST_DB:,.0f} dB"
-            )
-        device, dtype = self.audio_encoder.cls.device, self.audio_encoder.cls.dtype
+        self._refuse_other_features("embed_mel")
+        return self.embed_features(mel, valid_frames)
+
+    def embed_features(self, features: Tensor, valid_frames: Tensor | None = None) -> Tensor:
+        """Embed features [B, F, W] of the model's extractor with valid_frames [B] (default: all F), as [B, dim].
+
+        Frames after a song's valid ones are ignored, and neither they nor the other songs change its vector. A clip of
+        log-mel frames longer than the model's window is embedded in windows (see `window_starts`), and its vector is
+        the normalised mean of their unit-norm vectors. Raises InputError for other types and shapes and when a vector
+        is not finite or has no direction, AudioError (not_finite) for values that no features have in a valid frame.
+        """
+        features, valid = check_features(features, valid_frames, self.record)
+        device, dtype = self.device, self.audio_encoder.dtype
         window = self.window_frames
         starts = [window_starts(count, window) for count in valid.tolist()]
-        clips = torch.arange(len(mel)).repeat_interleave(
+        clips = torch.arange(len(features)).repeat_interleave(
             torch.tensor([len(of_clip) for of_clip in starts], dtype=torch.int64)
         )
         first = torch.tensor(list(itertools.chain.from_iterable(starts)), dtype=torch.int64)
@@ -322,22 +324,31 @@ class HTCL(nn.Module):
         with self._inference():
             for start in range(0, len(clips), EMBED_BATCH):
                 batch = slice(start, start + EMBED_BATCH)
-                windows = cut(mel, first[batch], lengths[batch], clips[batch])
+                windows = cut(features, first[batch], lengths[batch], clips[batch])
                 parts.append(self.encode_audio(windows.to(device, dtype), lengths[batch]))
         vectors = self._unit_norm(parts)
-        return vectors if len(clips) == len(mel) else self._checked(mean_direction(vectors, clips, len(mel)))
+        return vectors if len(clips) == len(features) else self._checked(mean_direction(vectors, clips, len(features)))
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as [n, dim]. Raises InputError when a vector is not finite or has no direction."""
         if isinstance(texts, str):
             raise InputError("embed_text got one string; expected a list of texts")
-        device = self.audio_encoder.cls.device
+        device = self.device
         with self._inference():
             parts = []
             for start in range(0, len(texts), EMBED_BATCH):
                 tokens = self.text_encoder.tokenize(texts[start : start + EMBED_BATCH])
                 parts.append(self.encode_text({name: tensor.to(device) for name, tensor in tokens.items()}))
         return self._unit_norm(parts)
+
+    def _refuse_other_features(self, method: str) -> None:
+        """Raise InputError unless the features of this model are log-mel frames."""
+        extractor = self.recipe.extractor
+        if extractor != "log_mel":
+            raise InputError(
+                f"{method} takes audio, but this model was trained on features of audio.extractor={extractor}; "
+                "make its features as 'htcl preprocess' does and call embed_features"
+            )
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

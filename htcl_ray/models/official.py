@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from htcl_ray.config.sections import AudioRecipe, ModelSettings, TextSettings
+from htcl_ray.config.sections import AudioRecipe, AudioSettings, ModelSettings, TextSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError, first_fault
 from htcl_ray.models.record import InputRecipe, ModelRecord, TextRecord
 
@@ -214,7 +214,8 @@ def read_official(
     """
     if stage not in (1, 2):
         raise ConfigError(f"stage is {stage!r}; expected 1 (audio ↔ text) or 2 (preference)")
-    audio = audio or AudioRecipe()
+    recipe = (audio or AudioRecipe()).model_dump(include=set(AudioRecipe.model_fields))
+    audio = AudioSettings(**recipe, tower="transformer")
     state = read_state_dict(path)
     audio_only = not any(name.startswith((AUDIO_MODEL, TEXT_MODEL)) for name in state)
     if audio_only:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from htcl_ray.config.sections import AudioRecipe, ModelSettings, Settings, TextSettings
+from htcl_ray.config.sections import AudioSettings, ModelSettings, Settings, TextSettings
 from htcl_ray.errors import MismatchError, first_fault
 from htcl_ray.losses.registry import LossName
 from htcl_ray.schemas import FORMAT_VERSION
@@ -41,12 +41,21 @@ class ModelRecord(Settings):
     input: InputRecipe = InputRecipe.MASKED
     loss: LossName = "softmax"
     """Contrastive loss that it was trained with, a key of `htcl_ray.losses.registry.LOSSES`."""
-    audio: AudioRecipe
+    audio: AudioSettings
+    feature_width: int | None = Field(None, gt=0)
+    """Size of the vector of one frame of features. None: `audio.n_mels`, of log-mel frames."""
+    feature_licence: str | None = None
+    """Licence of the pretrained encoder whose vectors are the features. None: no encoder, or its licence is unknown."""
     model: ModelSettings
     text: TextRecord | None
     """None: an audio encoder alone. Its vectors are the encoder's own, without a head, and `model.dim` is its width."""
     license: str = "unknown"
     """An identifier of the hub's list of licenses, for the model card."""
+
+    @property
+    def input_width(self) -> int:
+        """Size of the vector of one frame of features."""
+        return self.feature_width or self.audio.n_mels
 
 
 def parse_record(tree: Any, where: str) -> ModelRecord:

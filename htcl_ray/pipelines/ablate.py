@@ -131,7 +131,8 @@ def _untrained(config: Config, workspace: Workspace) -> str:
     from htcl_ray.models.towers.vocabulary import train_wordpiece
 
     features = inputs.features(workspace, config)
-    settings = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
+    sections = {"audio": config.audio.resolved(), "text": config.text, "model": config.model}
+    settings = {name: section.model_dump(mode="json") for name, section in sections.items()}
     version = "untrained-" + fingerprint(
         FORMAT_VERSION, features.version, settings, config.pretrain.seed, config.pretrain.loss
     )

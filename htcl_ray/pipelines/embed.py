@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from htcl_ray.cluster.connection import address_of, connect
 from htcl_ray.config import Config
-from htcl_ray.config.sections import Require
+from htcl_ray.config.sections import AudioRecipe, Require
 from htcl_ray.errors import InputError, MismatchError, WorkspaceError
 from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate, matrix_of
 from htcl_ray.pipelines import inputs
@@ -235,7 +235,7 @@ def embed_shards(
 def _check_recipe(features: Artifact, model: Artifact) -> None:
     """Check that the model was trained on features with the same audio settings. Raises MismatchError."""
     of_model, of_features = model.manifest["config"]["audio"], features.manifest["config"]["audio"]
-    for key in sorted({*of_model, *of_features}):
+    for key in AudioRecipe.model_fields:
         if of_model.get(key) != of_features.get(key):
             raise MismatchError(
                 f"model {model.version} was trained with audio.{key}={of_model.get(key)}, but the features "

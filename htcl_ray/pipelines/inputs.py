@@ -118,7 +118,8 @@ def _semantic(workspace: Workspace, config: Config, features_version: str, requi
 
 def semantic_version(config: Config, features_version: str) -> str:
     """Fingerprint of the stage-1 model that this configuration trains."""
-    settings = {name: getattr(config, name).model_dump(mode="json") for name in ("audio", "text", "model")}
+    sections = {"audio": config.audio.resolved(), "text": config.text, "model": config.model}
+    settings = {name: section.model_dump(mode="json") for name, section in sections.items()}
     weights = _text_weights(config)
     if weights:  # the content of the folder counts, not its name
         settings["text"]["name_or_path"] = None
@@ -168,18 +169,22 @@ def _of_features(workspace: Workspace, kind: str, features_version: str) -> list
 
 
 def _made_with(candidates: list[Artifact], config: Config, section: str) -> list[Artifact]:
-    """The artifacts that were made with the configured section. Raises MismatchError when none was."""
-    configured = getattr(config, section).model_dump(mode="json")
-    fitting = [item for item in candidates if item.manifest["config"][section] == configured]
+    """The artifacts that were made with the configured section. Raises MismatchError when none was.
+
+    Of `audio`, only the recipe counts: features do not depend on the tower.
+    """
+    settings = config.audio.recipe if section == "audio" else getattr(config, section)
+    configured = settings.model_dump(mode="json")
+    used = {item.version: {key: item.manifest["config"][section].get(key) for key in configured} for item in candidates}
+    fitting = [item for item in candidates if used[item.version] == configured]
     if fitting:
         return fitting
     newest = candidates[-1]
-    used = newest.manifest["config"][section]
-    key = next(key for key in (*configured, *used) if used.get(key) != configured.get(key))
+    key = next(key for key in configured if used[newest.version][key] != configured[key])
     raise MismatchError(
-        f"the {newest.path.partition('/')[0]} {newest.version} were made with {section}.{key}={used.get(key)}, but the "
-        f"configuration says {configured.get(key)}; run 'htcl preprocess' with this configuration or give the one they "
-        "were made with"
+        f"the {newest.path.partition('/')[0]} {newest.version} were made with {section}.{key}="
+        f"{used[newest.version][key]}, but the configuration says {configured[key]}; run 'htcl preprocess' with this "
+        "configuration or give the one they were made with"
     )
 
 

@@ -85,7 +85,7 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
         else:
             pairs = read_pairs(job.workspace, job.pairs.path, songs, rejected=job.config.finetune.explicit_negatives)
             task = finetune_task(pairs, songs.train, job.config.finetune, device)
-        model, resume = _model(job)
+        model, resume = _model(job, frames.width)
     first = ray.train.get_context().get_world_rank() == 0
     log = _log(job, resume, say) if first else None
     finished = False
@@ -147,14 +147,14 @@ def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]
     return MetricsLog(job.workspace, job.run, resume.step if resume else 0, trackers)
 
 
-def _model(job: TrainJob) -> tuple[HTCL, TrainingState | None]:
+def _model(job: TrainJob, feature_width: int) -> tuple[HTCL, TrainingState | None]:
     """Load the model: from the run's last checkpoint (resume), else new (stage 1) or from the parent (stage 2)."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             return HTCL.from_pretrained(folder), load_state(Path(folder))
     if job.parent is None:
-        return HTCL.untrained(job.config, job.vocabulary), None
+        return HTCL.untrained(job.config, job.vocabulary, feature_width=feature_width), None
     parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))
     settings = job.config.finetune
     model = parent.to_stage_2(

@@ -19,6 +19,8 @@ from htcl_ray.training.song_numbers import Rows, Songs
 
 AUTOCAST = {"cuda": torch.bfloat16}
 """Kind of device → type of matrix products and convolutions in the towers; other devices use the weights' own."""
+SAMPLE, SAMPLE_BATCH = 4096, 64
+"""Number of training songs for the statistics of a tower's input, and of those read at once."""
 LONG_TEXTS = 64
 """Number of songs with the most characters that are tokenized to determine the longest text."""
 
@@ -44,8 +46,8 @@ class BatchRows:
 class Batch:
     """Songs of one worker's part of a batch, S of them."""
 
-    mel: Tensor
-    """[S, longest, n_mels] fp16 in dB."""
+    features: Tensor
+    """[S, longest, width] fp16; log-mel frames are in dB."""
     valid_frames: Tensor
     """[S] int64, on the CPU."""
     tokens: Tokens
@@ -54,18 +56,18 @@ class Batch:
     """[S, 3] int64: song, duplicate group, normalised text."""
 
     def __len__(self) -> int:
-        return len(self.mel)
+        return len(self.features)
 
     def part(self, start: int, stop: int) -> Batch:
         """Songs `start` to `stop`."""
         tokens = {name: tensor[start:stop] for name, tensor in self.tokens.items()}
-        return Batch(self.mel[start:stop], self.valid_frames[start:stop], tokens, self.ids[start:stop])
+        return Batch(self.features[start:stop], self.valid_frames[start:stop], tokens, self.ids[start:stop])
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; valid frames stay on the CPU, where lengths are decided."""
         tokens = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tokens.items()}
-        mel, ids = (tensor.to(device, non_blocking=True) for tensor in (self.mel, self.ids))
-        return Batch(mel, self.valid_frames, tokens, ids)
+        features, ids = (tensor.to(device, non_blocking=True) for tensor in (self.features, self.ids))
+        return Batch(features, self.valid_frames, tokens, ids)
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ class BatchLoader:
         randoms = augmentation.generators(epoch, part.step, part.first, *part.rows.shape)
         lengths = self.frames.lengths(songs).tolist()
         crops = [augmentation.crop(random, length) for random, length in zip(randoms, lengths, strict=True)]
-        mel, valid = self.frames.batch(songs, np.array(crops, dtype=np.int64))
-        for random, clip, count in zip(randoms, mel, valid.tolist(), strict=True):
+        features, valid = self.frames.batch(songs, np.array(crops, dtype=np.int64))
+        for random, clip, count in zip(randoms, features, valid.tolist(), strict=True):
             augmentation.mask(random, clip[:count])
-        return self._batch(songs, mel, valid)
+        return self._batch(songs, features, valid)
 
     def stream(self, parts: Sequence[BatchRows], epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, for training, in order; one is loaded ahead in a thread."""
@@ -113,6 +115,14 @@ class BatchLoader:
                     ahead = pool.submit(self.load_for_training, parts[position + 1], epoch)
                 yield batch
 
+    def sample(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and valid frames of at most `SAMPLE` training songs, evenly spaced, in batches."""
+        train = self.songs.train
+        chosen = train[np.linspace(0, len(train) - 1, min(len(train), SAMPLE)).astype(np.int64)]
+        for start in range(0, len(chosen), SAMPLE_BATCH):
+            features, valid = self.frames.batch(chosen[start : start + SAMPLE_BATCH])
+            yield torch.from_numpy(features), torch.from_numpy(valid)
+
     def longest(self) -> Batch:
         """One song of the largest size in training: the longest clip, cropped to the window, with the longest text."""
         train = self.songs.train
@@ -122,16 +132,18 @@ class BatchLoader:
         longest = int(tokens["attention_mask"].sum(dim=1).argmax())
         return replace(song, tokens={name: tensor[longest : longest + 1] for name, tensor in tokens.items()})
 
-    def _batch(self, songs: Rows, mel: npt.NDArray[np.float16], valid: Rows) -> Batch:
+    def _batch(self, songs: Rows, features: npt.NDArray[np.float16], valid: Rows) -> Batch:
         tokens = self.text_encoder.tokenize([self.songs.texts[song] for song in songs.tolist()])
-        return Batch(torch.from_numpy(mel), torch.from_numpy(valid), tokens, torch.from_numpy(self.songs.ids[songs]))
+        return Batch(
+            torch.from_numpy(features), torch.from_numpy(valid), tokens, torch.from_numpy(self.songs.ids[songs])
+        )
 
 
 def encode(model: HTCL, batch: Batch) -> tuple[Tensor, Tensor]:
     """Encode audio and text, each [S, dim], not normalised, at least fp32; towers compute in the `AUTOCAST` type."""
-    device = batch.mel.device
+    device = batch.features.device
     dtype = AUTOCAST.get(device.type)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        audio, text = model.encode_audio(batch.mel, batch.valid_frames), model.encode_text(batch.tokens)
+        audio, text = model.encode_audio(batch.features, batch.valid_frames), model.encode_text(batch.tokens)
     wide = torch.promote_types(audio.dtype, torch.float32)
     return audio.to(wide), text.to(wide)

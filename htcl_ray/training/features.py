@@ -38,13 +38,16 @@ SECONDS_TO_AGREE = 60.0
 
 
 class Frames:
-    """Log-mels by song number. Close it when training ends."""
+    """Features by song number. Close it when training ends."""
 
-    def __init__(self, folder: Path, n_mels: int, lock: int = -1) -> None:
-        """`lock`: descriptor of the folder's shared lock, held until `close`; -1: the folder is the caller's."""
-        self.folder, self.lock = folder, lock
+    def __init__(self, folder: Path, width: int, lock: int = -1) -> None:
+        """Open the files in `folder`, whose frames are vectors of `width` numbers.
+
+        `lock`: descriptor of the folder's shared lock, held until `close`; -1: the folder is the caller's.
+        """
+        self.folder, self.width, self.lock = folder, width, lock
         self.offsets: npt.NDArray[np.int64] = np.load(folder / OFFSETS)
-        self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, n_mels)
+        self.data: npt.NDArray[np.float16] = np.memmap(folder / FRAMES, dtype=np.float16, mode="r").reshape(-1, width)
 
     def __enter__(self) -> Self:
         return self
@@ -66,17 +69,17 @@ class Frames:
         return frames
 
     def batch(self, songs: Rows, parts: Rows | None = None) -> tuple[npt.NDArray[np.float16], Rows]:
-        """Read log-mels of songs, [n, longest, n_mels] fp16 in dB, padded with zeros, and their numbers of frames [n].
+        """Read features of songs, [n, longest, width] fp16, padded with zeros, and their numbers of frames [n].
 
         `parts` [n, 2]: first frame and end of the part of each song to read; None reads whole songs.
         """
         starts, stops = self.offsets[songs].T
         if parts is not None:
             starts, stops = starts + parts[:, 0], starts + parts[:, 1]
-        mel = np.zeros((len(songs), int((stops - starts).max()), self.data.shape[1]), dtype=np.float16)
+        features = np.zeros((len(songs), int((stops - starts).max()), self.width), dtype=np.float16)
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            mel[row, : stop - start] = self.data[start:stop]
-        return mel, stops - starts
+            features[row, : stop - start] = self.data[start:stop]
+        return features, stops - starts
 
 
 def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], songs: Songs) -> Frames:

@@ -60,6 +60,8 @@ def train(
     """
     say = say if rank() == 0 else lambda line: None
     model.to(device)
+    if resume is None:
+        model.audio_encoder.fit_input(loader.sample())
     copy_from_first(model)
     if resume is None:
         refuse_equal_texts(model, loader.songs)

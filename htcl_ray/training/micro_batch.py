@@ -54,7 +54,7 @@ def _two_passes(model: HTCL, batch: Batch, task: Task, songs_at_once: int) -> Te
     kernels may run, above all when compiled, which may draw or round differently.
     """
     parts = [batch.part(start, start + songs_at_once) for start in range(0, len(batch), songs_at_once)]
-    device = batch.mel.device
+    device = batch.features.device
     states, encoded = [], []
     for part in parts:
         states.append(get_rng_state(device))
@@ -98,7 +98,7 @@ def probe_micro_batch_size(
     rows = least_over_workers(rows, device)
     if rows == 0:
         raise StepError(
-            f"not one row with a clip of {longest.mel.shape[1]} frames fits the memory of every worker; "
+            f"not one row with a clip of {longest.features.shape[1]} frames fits the memory of every worker; "
             "set model.window_seconds, make the model smaller, or give the workers more memory"
         )
     return rows
@@ -161,7 +161,7 @@ def repeat_song(song: Batch, count: int) -> Batch:
         return tensor.expand(count, *tensor.shape[1:])
 
     return Batch(
-        repeat(song.mel),
+        repeat(song.features),
         repeat(song.valid_frames),
         {name: repeat(t) for name, t in song.tokens.items()},
         repeat(song.ids),
@@ -171,7 +171,7 @@ def repeat_song(song: Batch, count: int) -> Batch:
 def constant_bytes(model: HTCL, longest: Batch, songs: int) -> int:
     """Bytes that do not depend on the micro-batch: gradients, two moments, and two batches, one being loaded."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return 3 * trained + 2 * songs * longest.mel.nbytes
+    return 3 * trained + 2 * songs * longest.features.nbytes
 
 
 def available_bytes(device: torch.device) -> float:

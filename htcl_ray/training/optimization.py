@@ -18,19 +18,17 @@ from htcl_ray.models.htcl import HTCL
 def freeze(model: HTCL, settings: StageSettings) -> None:
     """Freeze the parameters that `settings` name; to be called before the optimizer is built.
 
-    Freezing the first Transformer layers also freezes everything before them: convolutions, projection, position
-    embedding, its norm and [CLS]. If these moved, a frozen layer would get inputs that it was not trained on. Heads
-    always learn. Dropout stays on in frozen parts.
+    Freezing the first layers of the audio tower also freezes everything before them. If that moved, a frozen layer
+    would get inputs that it was not trained on. Heads always learn. Dropout stays on in frozen parts.
     """
     model.requires_grad_(True)
     model.loss_parameters("logit_scale").requires_grad_(settings.learn_temperature)
     if settings.freeze_text:
         model.text_encoder.requires_grad_(False)
     if settings.freeze_audio_layers:
-        encoder = model.audio_encoder
-        encoder.requires_grad_(False)
-        for layer in encoder.layers[settings.freeze_audio_layers :]:
-            layer.requires_grad_(True)
+        for group in model.audio_encoder.layer_groups()[: settings.freeze_audio_layers + 1]:
+            for parameter in group:
+                parameter.requires_grad_(False)
 
 
 def build_optimizer(model: HTCL, settings: StageSettings) -> torch.optim.Optimizer:
@@ -88,8 +86,5 @@ def compile_towers(model: HTCL, device: torch.device) -> None:
         raise ConfigError(
             f"compile needs a C++ compiler, but this machine has no '{compiler}'; install one or set compile to false"
         )
-    encoder = model.audio_encoder
-    # Equal layers share one compilation. The encoder as a whole would break the graph at lengths computed on the CPU.
-    parts: list[nn.Module] = [encoder.convolutions, encoder.position, *encoder.layers, model.text_encoder.transformer]
-    for part in parts:
+    for part in (*model.audio_encoder.compile_parts(), model.text_encoder.transformer):
         part.compile(dynamic=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from htcl_ray.config import Config
 from htcl_ray.config.sections import FinetuneSettings, StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
+from htcl_ray.models.towers.registry import TOWERS
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.paths import canonical
 from htcl_ray.workspace.storage import Workspace
@@ -68,10 +69,13 @@ def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None
 
         if read_tokenizer(workspace.local_copy(parent.path), record.text) is None:
             tokenizer_from_name(record.text.settings.name_or_path, record.text.transformer)
-    recorded = {"audio": record.audio, "model": record.model, "text": record.text.settings}
+    own = TOWERS[record.audio.tower_name].settings
+    others = {entry.settings for entry in TOWERS.values() if entry.settings not in (None, own)}  # sizes of other towers
+    recorded = {"audio": record.audio.resolved(), "model": record.model, "text": record.text.settings}
+    configuration = {"audio": config.audio.resolved(), "model": config.model, "text": config.text}
     for section, settings in recorded.items():
-        configured = getattr(config, section).model_dump(mode="json")
-        for key, value in settings.model_dump(mode="json").items():
+        configured = configuration[section].model_dump(mode="json")
+        for key, value in settings.model_dump(mode="json", exclude=set(filter(None, others))).items():
             wanted = configured[key]
             same_model = key == "name_or_path" and value and wanted and canonical(value) == canonical(wanted)
             if value != wanted and not same_model:

@@ -108,14 +108,14 @@ def _named(prefix: str, ranks: npt.NDArray[np.float64]) -> dict[str, float]:
 
 def _embed(model: HTCL, loader: BatchLoader, songs: Rows) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Audio and text vectors of songs, each worker embedding a part."""
-    device = model.audio_encoder.cls.device
+    device = model.device
     each = -(-len(songs) // world_size())
     own = songs[np.minimum(np.arange(rank() * each, (rank() + 1) * each), len(songs) - 1)]
     audio, text = [], []
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         for start in range(0, len(own), 64):
             batch = loader.load(own[start : start + 64])
-            audio.append(model.embed_mel(batch.mel, batch.valid_frames))
+            audio.append(model.embed_features(batch.features, batch.valid_frames))
             text.append(model.embed_text([loader.songs.texts[row] for row in own[start : start + 64].tolist()]))
     both = [gather_rows(torch.cat(vectors).to(device)).cpu().numpy()[: len(songs)] for vectors in (audio, text)]
     return both[0], both[1]

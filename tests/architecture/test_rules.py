@@ -125,6 +125,7 @@ LAYERS = (
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 UPWARD_IMPORTS = {
     "htcl_ray/config/sections/training.py imports losses": "the keys of the registry are the values of `loss`",
+    "htcl_ray/config/sections/model.py imports models": "the keys of the registry are the values of `audio.tower`",
     "htcl_ray/models/card.py imports evaluation": "a model card shows the metrics of each task",
     "htcl_ray/models/folder.py imports evaluation": "the front matter of a model card names the task of each metric",
 }
@@ -132,6 +133,7 @@ UPWARD_IMPORTS = {
 SHARED_MODULE_NAMES = {
     "base": "base classes, named for their folder: configuration sections, losses, towers, engines",
     "folder": "the files of a model folder and the files of an index folder",
+    "registry": "registries of losses and of audio towers",
     "labels": "labels of songs in a catalogue column, and labels of trials in tables",
     "tune": "a configuration section and the step of the same name",
 }

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 MAX_FILES = {
     "A loss": 2,
-    "An audio tower": 3,
+    "An audio tower": 2,
     "A log shape": 1,
     "A metadata column": 1,
     "An index engine": 2,

@@ -102,7 +102,7 @@ def check_audio_tower(scratch: Path) -> None:
     from htcl_ray.models.towers.vocabulary import train_wordpiece
     from htcl_ray.training.optimization import freeze
 
-    model = HTCL.untrained(resolve("demo", None, ["model.tower=convolutional"]), train_wordpiece(["calm piano"], 50))
+    model = HTCL.untrained(resolve("demo", None, ["audio.tower=convolutional"]), train_wordpiece(["calm piano"], 50))
     model.eval()
     mel, frames = torch.randn(2, 80, model.recipe.n_mels), torch.tensor([80, 33])
     with torch.no_grad():
@@ -110,7 +110,8 @@ def check_audio_tower(scratch: Path) -> None:
     assert both.shape == (2, model.dim)
     assert torch.allclose(both[1:], alone, atol=1e-5)
     freeze(model, StageSettings(freeze_audio_layers=1))
-    assert not any(parameter.requires_grad for parameter in model.audio_encoder.parameters())
+    trained = [name for name, weight in model.audio_encoder.named_parameters() if weight.requires_grad]
+    assert trained == ["layers.1.weight", "layers.1.bias"]
 
 
 def check_log_shape(scratch: Path) -> None:

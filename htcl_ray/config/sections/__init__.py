@@ -2,7 +2,7 @@
 
 from htcl_ray.config.sections.base import Names, Settings, nearest
 from htcl_ray.config.sections.data import DataSettings, PairSettings
-from htcl_ray.config.sections.model import AudioRecipe, ModelSettings, TextSettings
+from htcl_ray.config.sections.model import AudioRecipe, AudioSettings, ModelSettings, TextSettings
 from htcl_ray.config.sections.serve import ServeSettings
 from htcl_ray.config.sections.steps import (
     EmbedSettings,
@@ -26,6 +26,7 @@ from htcl_ray.config.sections.tune import Dimension, Objective, TuneSettings
 __all__ = [
     "NOT_IN_MODEL",
     "AudioRecipe",
+    "AudioSettings",
     "BestMetric",
     "DataSettings",
     "Dimension",

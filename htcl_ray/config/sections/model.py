@@ -1,17 +1,21 @@
-"""Sections `audio`, `text` and `model`: log-mel features, the text and audio towers, projection heads and fusion."""
+"""Sections `audio`, `text` and `model`: features, the text and audio towers, projection heads and fusion."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from htcl_ray.config.sections.base import Settings
+from htcl_ray.models.towers.registry import TOWERS, Extractor, TowerName, default_tower
 
 
 class AudioRecipe(Settings):
-    """Conversion of a waveform to a log-mel spectrogram. Models with different recipes cannot share features."""
+    """Conversion of a song to features. Models with different recipes cannot share features."""
 
+    extractor: Extractor = "log_mel"
+    """Source of the features of a song. `log_mel`: log-mel frames of its audio; `pretrained`: vectors of windows of its
+    audio, computed by a pretrained encoder; `vectors`: the vector that the catalogue brings."""
     sample_rate: int = Field(16000, gt=0)
     """Sample rate in Hz. Audio is averaged to mono and then resampled to this rate."""
     clip_seconds: float = Field(120.0, gt=0)
@@ -56,6 +60,40 @@ class AudioRecipe(Settings):
         return self
 
 
+class AudioSettings(AudioRecipe):
+    """Conversion of a song to features, and the audio tower that encodes them."""
+
+    tower: TowerName | None = None
+    """Audio tower. Over log-mel frames: `transformer`, the paper's, for large catalogues. Over vectors: `mlp` (of
+    several vectors of a song, their mean) and `window_transformer`, a small Transformer over the windows of a song.
+    Null: `transformer` for log-mel frames, `mlp` for one vector a song and `window_transformer` for several. Setting
+    `extractor` without `tower` resets it to null."""
+
+    @property
+    def recipe(self) -> AudioRecipe:
+        """The settings that determine the features: all but the tower."""
+        return AudioRecipe(**{name: getattr(self, name) for name in AudioRecipe.model_fields})
+
+    @property
+    def tower_name(self) -> TowerName:
+        """Name of the tower, also when it is chosen by the extractor."""
+        return self.tower or default_tower(self.extractor, self.max_frames)
+
+    def resolved(self) -> Self:
+        """Return these settings with the name of the tower: equal for models with equal towers."""
+        return self.model_copy(update={"tower": self.tower_name})
+
+    @model_validator(mode="after")
+    def _check_tower(self) -> Self:
+        if self.tower is not None and self.extractor not in TOWERS[self.tower].extractors:
+            suited = [name for name, entry in TOWERS.items() if self.extractor in entry.extractors]
+            raise ValueError(
+                f"tower is {self.tower}, which does not take the features of extractor {self.extractor}; "
+                f"expected one of {', '.join(suited)}"
+            )
+        return self
+
+
 class TextSettings(Settings):
     """Text tower: a pretrained model, or a small one that is trained from scratch."""
 
@@ -86,8 +124,53 @@ class TextSettings(Settings):
         return self
 
 
+class MlpSettings(Settings):
+    """Sizes of the `mlp` tower."""
+
+    hidden: tuple[Annotated[int, Field(gt=0)], ...] = (512,)
+    """Sizes of the hidden layers. Empty: one linear layer."""
+    width: int = Field(256, gt=0)
+    """Size of the output of the tower."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout probability of the hidden layers."""
+
+    @property
+    def num_layers(self) -> int:
+        """The number of linear layers."""
+        return len(self.hidden) + 1
+
+
+class WindowTransformerSettings(Settings):
+    """Sizes of the `window_transformer` tower."""
+
+    width: int = Field(256, gt=0)
+    """Hidden size of the Transformer and size of the output of the tower; a multiple of `heads`."""
+    layers: int = Field(2, gt=0)
+    """Number of Transformer layers."""
+    heads: int = Field(4, gt=0)
+    """Number of attention heads of each layer."""
+    feed_forward: int = Field(512, gt=0)
+    """Hidden size of the feed-forward part of each layer."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout probability, in layers and attention."""
+
+    @property
+    def num_layers(self) -> int:
+        """The number of Transformer layers."""
+        return self.layers
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}; expected a multiple of heads ({self.heads})")
+        return self
+
+
 class ModelSettings(Settings):
-    """Audio tower, projection heads and fusion. The defaults are those of the paper."""
+    """Audio tower, projection heads and fusion. The defaults are those of the paper.
+
+    `conv_channels` to `position_groups` are sizes of the `transformer` tower; other towers have sections of their own.
+    """
 
     conv_channels: int = Field(512, gt=0)
     """Number of channels of the three convolutions over log-mel frames."""
@@ -112,6 +195,14 @@ class ModelSettings(Settings):
     window_seconds: float | None = Field(None, gt=0)
     """Length in seconds of the crops on which longer clips are trained, at random positions; such a clip is embedded as
     the mean of evenly spaced windows. Null: whole clips."""
+    mlp: MlpSettings = MlpSettings()
+    window_transformer: WindowTransformerSettings = WindowTransformerSettings()
+
+    def layers_of(self, tower: TowerName) -> int:
+        """The number of layers of a tower, which `freeze_audio_layers` counts."""
+        section = TOWERS[tower].settings
+        layers: int = self.layers if section is None else getattr(self, section).num_layers
+        return layers
 
     @model_validator(mode="after")
     def _check(self) -> Self:

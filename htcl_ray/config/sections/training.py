@@ -94,8 +94,8 @@ class StageSettings(Settings):
     freeze_text: bool = False
     """Whether the weights of the text encoder are frozen. Its projection head is always trained."""
     freeze_audio_layers: int = Field(0, ge=0)
-    """Number of Transformer layers of the audio encoder, from the first, that are frozen together with the convolutions
-    before them. 0: nothing is frozen."""
+    """Number of layers of the audio tower, from the first, that are frozen together with everything before them (of the
+    `transformer` tower: Transformer layers, and the convolutions). 0: nothing is frozen."""
     time_masks: int = Field(0, ge=0)
     """Number of time masks per training clip (SpecAugment, arXiv 1904.08779). 0: none."""
     time_mask_frames: int = Field(40, ge=1)

@@ -1,4 +1,4 @@
-"""The audio tower: log-mel frames → convolutions → tokens → post-norm Transformer → one vector a clip.
+"""The paper's audio tower: log-mel frames → convolutions → tokens → post-norm Transformer → one vector a clip.
 
 Shapes: B clips, L frames, T tokens, S = T + 1 tokens with [CLS], M mel bands, D width. Default sizes are the paper's
 (88,500,511 parameters).
@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from htcl_ray.config.sections import AudioRecipe, ModelSettings
-from htcl_ray.models.record import InputRecipe
+from htcl_ray.models.record import InputRecipe, ModelRecord
+from htcl_ray.models.towers.base import AudioTower
+from htcl_ray.models.towers.normalisation import EPSILON, normalised_frames
 
 KERNELS = (5, 3, 3)
 TOKEN_STRIDE = 8
 """Frames from one token to the next: three strides of 2."""
 RECEPTIVE_FIELD = 17
 """Frames that one token depends on: kernels 5, 3, 3."""
-EPSILON = 1e-8
-"""Added to the standard deviation, so that silence becomes zeros."""
 
 
 def masked_input(mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -34,16 +33,9 @@ def masked_input(mel: Tensor, valid_frames: Tensor) -> tuple[Tensor, Tensor | No
     tokens = -(-valid_frames // TOKEN_STRIDE)
     count = int(tokens.max())
     length = TOKEN_STRIDE * (count - 1) + RECEPTIVE_FIELD
-    mel = F.pad(mel[:, :length], (0, 0, 0, max(0, length - mel.shape[1])))
-    valid = valid_frames.to(mel.device)
-    inside = (torch.arange(length, device=mel.device) < valid[:, None])[:, :, None]
-    cells = (valid * mel.shape[2])[:, None, None].to(mel.dtype)
-    mean = torch.where(inside, mel, 0).sum(dim=(1, 2), keepdim=True) / cells
-    centred = torch.where(inside, mel - mean, 0)
-    deviation = (centred.square().sum(dim=(1, 2), keepdim=True) / cells).sqrt()
     all_valid = bool((tokens == count).all())
     token_valid = None if all_valid else torch.arange(count, device=mel.device) < tokens.to(mel.device)[:, None]
-    return centred / (deviation + EPSILON), token_valid
+    return normalised_frames(mel, valid_frames, length), token_valid
 
 
 def official_input(mel: Tensor, valid_frames: Tensor, *, frames: int, top_db: float) -> tuple[Tensor, None]:
@@ -117,16 +109,15 @@ class TransformerLayer(nn.Module):
         return output
 
 
-class AudioEncoder(nn.Module):
-    """Audio tower: maps log-mel spectrograms of different lengths to one vector each."""
+class TransformerTower(AudioTower):
+    """Log-mel spectrograms of different lengths → one vector each, by convolutions over frames and a Transformer."""
 
-    def __init__(
-        self, settings: ModelSettings, recipe: AudioRecipe, input_recipe: InputRecipe = InputRecipe.MASKED
-    ) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.input_recipe = input_recipe
-        channels = [recipe.n_mels] + [settings.conv_channels] * len(KERNELS)
+    def __init__(self, record: ModelRecord) -> None:
+        super().__init__(record)
+        settings = record.model
+        self.width = settings.width
+        self.recipe, self.input_recipe = record.audio.recipe, record.input
+        channels = [record.input_width] + [settings.conv_channels] * len(KERNELS)
         self.convolutions = nn.Sequential(*map(ConvolutionLayer, channels[:-1], channels[1:], KERNELS))
         self.projection_norm = nn.LayerNorm(settings.conv_channels)
         self.projection = nn.Linear(settings.conv_channels, settings.width)
@@ -139,15 +130,15 @@ class AudioEncoder(nn.Module):
             for _ in range(settings.layers)
         )
 
-    def forward(self, mel: Tensor, valid_frames: Tensor) -> Tensor:
-        """Mel [B, F, M] in dB, valid_frames [B] int64 on the CPU → mean over [CLS] and the valid tokens, [B, D]."""
-        frames, valid = self.prepare(mel.to(self.cls.dtype), valid_frames)
+    def forward(self, features: Tensor, valid: Tensor) -> Tensor:
+        """Log-mels [B, F, M] in dB, valid frames [B] → mean over [CLS] and the valid tokens, [B, D]."""
+        frames, token_valid = self.prepare(features.to(self.cls.dtype), valid)
         x: Tensor = self.projection(self.projection_norm(self.convolutions(frames)))
-        if valid is not None:
-            x = torch.where(valid[:, :, None], x, 0)
+        if token_valid is not None:
+            x = torch.where(token_valid[:, :, None], x, 0)
         x = self.dropout(self.norm(x + self.position(x)))
         x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
-        attended = None if valid is None else F.pad(valid, (1, 0), value=True)
+        attended = None if token_valid is None else F.pad(token_valid, (1, 0), value=True)
         for layer in self.layers:
             x = layer(x, None if attended is None else attended[:, None, None, :])
         if attended is None:
@@ -159,3 +150,13 @@ class AudioEncoder(nn.Module):
         if self.input_recipe is InputRecipe.MASKED:
             return masked_input(mel, valid_frames)
         return official_input(mel, valid_frames, frames=self.recipe.max_frames, top_db=self.recipe.top_db)
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Convolutions, projection, position embedding and [CLS]; then each Transformer layer."""
+        layers = [list(layer.parameters()) for layer in self.layers]
+        in_layers = {id(parameter) for layer in layers for parameter in layer}
+        return [[parameter for parameter in self.parameters() if id(parameter) not in in_layers], *layers]
+
+    def compile_parts(self) -> list[nn.Module]:
+        """The convolutions, the position embedding and the layers."""
+        return [self.convolutions, self.position, *self.layers]

@@ -86,7 +86,10 @@ def test_forward_flops_equal_the_count_of_torch(model: HTCL):
     batch = batch_for(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encode(model, batch)
-    frames, tokens = batch.mel.shape[1], batch.tokens["input_ids"].shape[1]  # the official recipe computes padding too
+    frames, tokens = (
+        batch.features.shape[1],
+        batch.tokens["input_ids"].shape[1],
+    )  # the official recipe computes padding too
     assert forward_flops(model, [frames] * len(batch), [tokens] * len(batch)) == counter.get_total_flops()
 
 

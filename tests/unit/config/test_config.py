@@ -66,7 +66,10 @@ def test_columns_accept_free_names():
             "model.window_seconds=9",
             "model.window_seconds is 9; expected at most audio.clip_seconds (8), or null for whole clips",
         ),
-        ("pretrain.freeze_audio_layers=3", "pretrain.freeze_audio_layers is 3; expected at most model.layers (2)"),
+        (
+            "pretrain.freeze_audio_layers=3",
+            "pretrain.freeze_audio_layers is 3; expected at most 2, the number of layers of the transformer tower",
+        ),
         (
             "finetune.mel_masks=8",
             "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (128)",

@@ -53,10 +53,10 @@ def test_a_crop_is_a_slice_of_the_clip(plain: BatchLoader):
     part = all_songs(plain)
     whole, cropped = plain.load(part.songs), augmented(plain, PretrainSettings()).load_for_training(part, epoch=0)
     assert cropped.valid_frames.tolist() == [min(frames, WINDOW) for frames in whole.valid_frames.tolist()]
-    assert cropped.mel.shape[1] == WINDOW
+    assert cropped.features.shape[1] == WINDOW
     offsets = []
     for clip, frames, crop, count in zip(
-        whole.mel, whole.valid_frames.tolist(), cropped.mel, cropped.valid_frames.tolist(), strict=True
+        whole.features, whole.valid_frames.tolist(), cropped.features, cropped.valid_frames.tolist(), strict=True
     ):
         matches = [
             start for start in range(frames - count + 1) if torch.equal(clip[start : start + count], crop[:count])
@@ -143,11 +143,11 @@ def test_only_valid_frames_are_masked(plain: BatchLoader):
     batch = augmented(plain, window=None).load_for_training(part, epoch=2)
     whole = plain.load(part.songs)
     assert torch.equal(batch.valid_frames, whole.valid_frames)
-    assert not torch.equal(batch.mel, whole.mel)
-    for row, (clip, count) in enumerate(zip(batch.mel, batch.valid_frames.tolist(), strict=True)):
+    assert not torch.equal(batch.features, whole.features)
+    for row, (clip, count) in enumerate(zip(batch.features, batch.valid_frames.tolist(), strict=True)):
         assert not clip[count:].any()
         alone = augmented(plain, window=None).load_for_training(BatchRows(0, row, part.rows[row : row + 1]), epoch=2)
-        assert torch.equal(alone.mel[0], clip[:count])
+        assert torch.equal(alone.features[0], clip[:count])
 
 
 @pytest.mark.parametrize("songs_per_row", [1, 2])
@@ -162,11 +162,11 @@ def test_workers_alter_clips_like_one_worker(plain: BatchLoader, songs_per_row: 
         for rank in range(workers)
     ]
     expected = {
-        int(song): clip[:count] for song, clip, count in zip(one.ids[:, 0], one.mel, one.valid_frames, strict=True)
+        int(song): clip[:count] for song, clip, count in zip(one.ids[:, 0], one.features, one.valid_frames, strict=True)
     }
     assert len(expected) == rows.size
     for part in parts:
-        for song, clip, count in zip(part.ids[:, 0], part.mel, part.valid_frames, strict=True):
+        for song, clip, count in zip(part.ids[:, 0], part.features, part.valid_frames, strict=True):
             assert torch.equal(clip[:count], expected[int(song)])
 
 
@@ -174,10 +174,10 @@ def test_place_in_training_is_all_that_counts(plain: BatchLoader):
     loader, rows = augmented(plain), np.arange(20).reshape(10, 2)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = loader.load_for_training(BatchRows(4, 0, rows), epoch=1).mel
+    first = loader.load_for_training(BatchRows(4, 0, rows), epoch=1).features
     assert torch.equal(torch.get_rng_state(), state)
     np.random.seed(5)  # noqa: NPY002 (the global generator must not matter either)
-    assert torch.equal(loader.load_for_training(BatchRows(4, 0, rows), epoch=1).mel, first)
+    assert torch.equal(loader.load_for_training(BatchRows(4, 0, rows), epoch=1).features, first)
     other_seed = augmented(plain, MASKS.model_copy(update={"seed": 8}))
     for other in (
         loader.load_for_training(BatchRows(4, 0, rows), epoch=2),
@@ -185,9 +185,11 @@ def test_place_in_training_is_all_that_counts(plain: BatchLoader):
         loader.load_for_training(BatchRows(4, 1, rows), epoch=1),
         other_seed.load_for_training(BatchRows(4, 0, rows), epoch=1),
     ):
-        assert not torch.equal(other.mel, first)
+        assert not torch.equal(other.features, first)
     twice = loader.load_for_training(BatchRows(4, 0, np.array([[30, 30]] * 6)), epoch=1)
-    assert len({clip.numpy().tobytes() for clip in twice.mel}) == 12, "copies of a song in one batch are altered alike"
+    assert len({clip.numpy().tobytes() for clip in twice.features}) == 12, (
+        "copies of a song in one batch are altered alike"
+    )
 
 
 def test_stream_gives_the_parts_in_order(plain: BatchLoader):
@@ -195,7 +197,7 @@ def test_stream_gives_the_parts_in_order(plain: BatchLoader):
     parts = [BatchRows(step, 4, np.arange(step, step + 6).reshape(3, 2)) for step in (3, 4, 5)]
     for part, batch in zip(parts, loader.stream(parts, epoch=6), strict=True):
         assert batch.ids[:, 0].tolist() == part.rows[:, 0].tolist() + part.rows[:, 1].tolist()
-        assert torch.equal(batch.mel, loader.load_for_training(part, epoch=6).mel)
+        assert torch.equal(batch.features, loader.load_for_training(part, epoch=6).features)
     assert list(loader.stream([], epoch=0)) == []
 
 
@@ -206,4 +208,4 @@ def test_without_augmentation_clips_are_whole(plain: BatchLoader):
         augmented(plain, PretrainSettings(), window=None),
         augmented(plain, PretrainSettings(), window=32),
     ):
-        assert torch.equal(loader.load_for_training(part, epoch=9).mel, plain.load(part.songs).mel)
+        assert torch.equal(loader.load_for_training(part, epoch=9).features, plain.load(part.songs).features)

@@ -67,7 +67,8 @@ def test_cpu_finds_what_the_graph_of_so_many_songs_keeps(
 ):
     """Memory is set to what that many rows keep, counted on a graph of that many, and what does not depend on them."""
     fixed = (
-        3 * sum(parameter.nbytes for parameter in model.parameters()) + 2 * 16 * songs_per_row * song(model).mel.nbytes
+        3 * sum(parameter.nbytes for parameter in model.parameters())
+        + 2 * 16 * songs_per_row * song(model).features.nbytes
     )
     monkeypatch.setattr(
         micro_batch, "available_bytes", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1)
@@ -194,9 +195,9 @@ def test_the_longest_song_has_the_longest_clip_and_the_most_tokens(model: HTCL):
 
     loader = BatchLoader(songs, Frames(), model.text_encoder, None)  # type: ignore[arg-type]
     longest = loader.longest()
-    assert (longest.mel.shape, longest.valid_frames.tolist()) == ((1, 31, 16), [31])
+    assert (longest.features.shape, longest.valid_frames.tolist()) == ((1, 31, 16), [31])
     assert longest.tokens["input_ids"].shape[1] == max(
         len(model.text_encoder.tokenize([text])["input_ids"][0]) for text in songs.texts
     )
     cropping = BatchLoader(songs, Frames(), model.text_encoder, Augmentation(CONFIG.pretrain, 11))  # type: ignore[arg-type]
-    assert cropping.longest().mel.shape == (1, 11, 16)
+    assert cropping.longest().features.shape == (1, 11, 16)

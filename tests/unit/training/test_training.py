@@ -241,7 +241,7 @@ def test_ndcg_of_validation_is_scikit_learn_s(world: World):
     actual = validate(model, loader, both)
     gallery, inside = both
     batch = loader.load(gallery)
-    audio = model.embed_mel(batch.mel, batch.valid_frames).numpy()
+    audio = model.embed_mel(batch.features, batch.valid_frames).numpy()
     text = model.embed_text([world.songs.texts[row] for row in gallery]).numpy()
     assert len(gallery) == 12
     assert actual["validation_ndcg@10"] == pytest.approx(ndcg_score(np.eye(12), text @ audio.T, k=10))

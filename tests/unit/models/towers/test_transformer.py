@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from htcl_ray.config.sections import AudioRecipe, ModelSettings
-from htcl_ray.models.towers.transformer import AudioEncoder, masked_input, official_input
+from htcl_ray.config.sections import AudioSettings, ModelSettings
+from htcl_ray.models.record import ModelRecord
+from htcl_ray.models.towers.transformer import TransformerTower, masked_input, official_input
 
 pytestmark = pytest.mark.unit
 
 SMALL = ModelSettings(
     conv_channels=16, width=32, layers=2, heads=4, feed_forward=64, position_kernel=5, position_groups=4
 )
-RECIPE = AudioRecipe(n_mels=8)
+RECIPE = AudioSettings(n_mels=8)
+RECORD = ModelRecord(stage=1, audio=RECIPE, model=SMALL, text=None)
 
 
 @pytest.fixture
-def encoder() -> AudioEncoder:
+def encoder() -> TransformerTower:
     torch.manual_seed(0)
-    return AudioEncoder(SMALL, RECIPE).eval()
+    return TransformerTower(RECORD).eval()
 
 
 def clip(frames: int, seed: int = 0) -> torch.Tensor:
@@ -29,12 +31,12 @@ def clip(frames: int, seed: int = 0) -> torch.Tensor:
 
 def test_full_size_has_the_papers_parameters():
     with torch.device("meta"):
-        encoder = AudioEncoder(ModelSettings(), AudioRecipe())
+        encoder = TransformerTower(ModelRecord(stage=1, audio=AudioSettings(), model=ModelSettings(), text=None))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 88_500_511
 
 
 @pytest.mark.parametrize("valid", [1, 7, 8, 9, 16, 17, 24, 25, 100])
-def test_padding_further_changes_nothing(encoder: AudioEncoder, valid: int):
+def test_padding_further_changes_nothing(encoder: TransformerTower, valid: int):
     mel = clip(valid)
     alone = encoder(mel, torch.tensor([valid]))
     for padding in (1, 8, 30, 200):
@@ -44,7 +46,7 @@ def test_padding_further_changes_nothing(encoder: AudioEncoder, valid: int):
 
 
 @pytest.mark.parametrize("valid", [1, 5, 17, 40])
-def test_longer_neighbours_change_nothing(encoder: AudioEncoder, valid: int):
+def test_longer_neighbours_change_nothing(encoder: TransformerTower, valid: int):
     alone = encoder(clip(valid), torch.tensor([valid]))
     batch = torch.zeros(3, 203, RECIPE.n_mels)
     batch[0, :valid], batch[1], batch[2, :90] = clip(valid)[0], clip(203, 1)[0], clip(90, 2)[0]
@@ -52,7 +54,7 @@ def test_longer_neighbours_change_nothing(encoder: AudioEncoder, valid: int):
     torch.testing.assert_close(together[:1], alone, atol=2e-6, rtol=0)
 
 
-def test_every_valid_frame_changes_the_vector(encoder: AudioEncoder):
+def test_every_valid_frame_changes_the_vector(encoder: TransformerTower):
     mel = clip(43)
     baseline = encoder(mel, torch.tensor([43]))
     for frame in (0, 20, 42):
@@ -75,7 +77,7 @@ def test_masked_input_against_numpy():
         assert (frames[row, count:] == 0).all()
 
 
-def test_silence_is_finite(encoder: AudioEncoder):
+def test_silence_is_finite(encoder: TransformerTower):
     assert torch.isfinite(encoder(torch.full((1, 40, RECIPE.n_mels), -100.0), torch.tensor([40]))).all()
 
 
@@ -90,7 +92,7 @@ def test_official_input_against_numpy():
         np.testing.assert_allclose(frames[row].numpy(), (padded - padded.mean()) / (padded.std() + 1e-8), atol=1e-5)
 
 
-def test_dropout_only_when_training(encoder: AudioEncoder):
+def test_dropout_only_when_training(encoder: TransformerTower):
     mel, valid = clip(60), torch.tensor([60])
     assert torch.equal(encoder(mel, valid), encoder(mel, valid))
     encoder.train()
@@ -103,7 +105,8 @@ def test_layer_equals_torch():
     torch.manual_seed(0)
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    layer = AudioEncoder(SMALL.model_copy(update={"dropout": 0.0}), RECIPE).layers[0]
+    without_dropout = SMALL.model_copy(update={"dropout": 0.0})
+    layer = TransformerTower(RECORD.model_copy(update={"model": without_dropout})).layers[0]
     names = {
         "attention_in": reference.self_attn.in_proj_weight,
         "attention_out": reference.self_attn.out_proj.weight,
