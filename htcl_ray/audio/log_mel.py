@@ -38,7 +38,7 @@ def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) ->
     mono = _as_mono(as_waveform(waveform, sample_rate))
     if sample_rate != recipe.sample_rate:
         mono = np.ascontiguousarray(soxr.resample(mono, sample_rate, recipe.sample_rate, "HQ"), dtype=np.float32)
-    mel = _mel_power(mono, recipe)
+    mel = mel_power(mono, recipe)
     np.maximum(mel, SMALLEST_POWER, out=mel)
     np.log10(mel, out=mel)
     mel *= 10
@@ -89,8 +89,8 @@ def _as_mono(waveform: npt.NDArray[np.floating]) -> FloatArray:
     return np.asarray(waveform if waveform.ndim == 1 else waveform.mean(axis=0), dtype=np.float32)
 
 
-def _mel_power(mono: FloatArray, recipe: AudioRecipe) -> FloatArray:
-    """Compute the mel power spectrogram, [frames, n_mels]."""
+def mel_power(mono: FloatArray, recipe: AudioRecipe) -> FloatArray:
+    """Compute the mel power spectrogram of a mono waveform at `recipe.sample_rate`, float32 [frames, n_mels]."""
     window = _hann(recipe.n_fft)
     filters = _sparse_filters(recipe.sample_rate, recipe.n_fft, recipe.n_mels, recipe.f_min, recipe.f_max)
     padded = np.pad(mono, recipe.n_fft // 2)

@@ -116,7 +116,7 @@ def test_files_hold_one_concern():
 
 LAYERS = (
     {"workspace", "config", "api", "schemas", "errors", "progress"},
-    {"models", "losses", "interactions", "catalog", "audio", "demo_world", "client"},
+    {"models", "losses", "interactions", "catalog", "audio", "extractors", "demo_world", "client"},
     {"training", "evaluation", "tuning", "search", "index"},
     {"pipelines", "serving", "cluster", "commands", "integrations"},
     {"cli", "__init__"},

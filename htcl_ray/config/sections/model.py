@@ -34,6 +34,15 @@ class AudioRecipe(Settings):
     """Upper edge of the highest mel band, in Hz, at most half the sample rate. Null: half the sample rate."""
     top_db: float = Field(80.0, gt=0)
     """Dynamic range in dB. Values further below the maximum of the clip are raised to this floor."""
+    name_or_path: str | None = None
+    """Pretrained encoder of `extractor: pretrained`: a name of the Hugging Face Hub or a local folder, with weights in
+    safetensors and an architecture that is listed in docs/own-data.md. Its own sample rate and normalisation are
+    used."""
+    window_seconds: float | None = Field(None, gt=0)
+    """Length in seconds of a window of audio from which the pretrained encoder computes one vector. Null: the length
+    that suits the encoder."""
+    hop_seconds: float | None = Field(None, gt=0)
+    """Distance in seconds between the starts of windows of the pretrained encoder. Null: `window_seconds`."""
 
     @property
     def max_samples(self) -> int:

@@ -1,0 +1,1 @@
+"""Pretrained audio encoders, frozen, whose vectors of windows of a song are its features. Without Ray."""
