@@ -282,6 +282,23 @@ def _search(config: Config, options: argparse.Namespace) -> None:
     search(config, options.index, **query, conditions=options.filter, as_json=options.json, **limits)
 
 
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", choices=IMPORT_SOURCES, help="what is imported: folder, a folder of music files")
+    parser.add_argument("path", metavar="DIR", help="the folder; its subfolders are read too")
+    parser.add_argument(
+        "--out",
+        metavar="FILE.parquet",
+        default="catalog.parquet",
+        help="the catalogue to write (default ./catalog.parquet); rejected.csv is written next to it",
+    )
+
+
+def _import(config: Config, options: argparse.Namespace) -> None:
+    from htcl_ray.commands.import_folder import import_folder
+
+    import_folder(absolute(options.path), absolute(options.out))
+
+
 def _import_official_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
@@ -311,6 +328,7 @@ def _show_config(config: Config, options: argparse.Namespace) -> None:
     print(config.as_yaml().rstrip() if options.what == "show" else json.dumps(json_schema(), indent=2))
 
 
+IMPORT_SOURCES = ("folder",)
 RUN_STEPS = ("preprocess", "pretrain", "finetune", "embed", "index", "evaluate")
 """The steps of `htcl run`, in their order."""
 COMMANDS: dict[str, Command] = {
@@ -321,6 +339,12 @@ COMMANDS: dict[str, Command] = {
         "run every step from the catalogue to the report, each only where its result does not exist yet",
         _run_all,
         _run_flags,
+    ),
+    "import": Command(
+        "make a catalogue from a folder of music files, by their tags and paths",
+        _import,
+        _import_flags,
+        on_cluster=False,
     ),
     "preprocess": Command(
         "compute log-mel features from the catalogue and preference pairs from the logs",

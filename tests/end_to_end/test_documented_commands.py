@@ -135,6 +135,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pq.write_table(table, folder / file)
     torch.save(small_wrapper(1).state_dict(), folder / "model-20.pth")
     (folder / "gate.yaml").write_text("bounds:\n  - {figure: text_to_audio.semantic.median_rank, at_most: 180}\n")
+    (folder / "music").symlink_to(folder / "sample/audio")
     (folder / ".curlrc").write_text("fail-with-body\n")
     return folder
 
@@ -210,7 +211,7 @@ def test_steps(steps: dict[Line, subprocess.CompletedProcess[str]], world: Path)
         )
         assert done.returncode == 0 or failed_gate, f"{line}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stdout + done.stderr, line
-    assert {path.name for path in world.iterdir() if path.is_dir()} == {"sample", "workspace", "WORKSPACE"}, (
+    assert {path.name for path in world.iterdir() if path.is_dir()} == {"sample", "music", "workspace", "WORKSPACE"}, (
         "nothing was written elsewhere"
     )
     (trials,) = (world / "workspace/runs/tune").glob("*/trials.jsonl")

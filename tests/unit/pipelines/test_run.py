@@ -101,7 +101,7 @@ def test_without_held_out_songs_the_evaluation_is_left_out(
     assert calls[-1][0] == "index"
     assert "evaluate is left out: no song is in the test split" in capsys.readouterr().out
     run(configured(tmp_path), gate="default", report=lambda result: None)
-    assert calls[-1] == ("gate", "finetune-1"), "a gate that was asked for is never left out"
+    assert calls[-1] == ("gate", "finetune-1"), "a given gate is never left out"
 
 
 @pytest.fixture

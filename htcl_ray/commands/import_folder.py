@@ -1,0 +1,115 @@
+"""`htcl import folder`: a folder of music files → a catalogue table, and a table of the files that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from htcl_ray.catalog.music_folder import ImportedFolder, Listing, Rejected, count_reasons, list_music, read_songs
+from htcl_ray.errors import TableError, WorkspaceError
+from htcl_ray.progress import Progress
+from htcl_ray.workspace.filesystem import storage_errors
+from htcl_ray.workspace.local_copies import write_atomically
+from htcl_ray.workspace.paths import is_uri
+
+MADE_BY = b"htcl import"
+"""Key of the Parquet metadata that marks a catalogue as one that may be overwritten."""
+REJECTED = "rejected.csv"
+HEADER = ",".join(Rejected._fields).encode()
+EXTENSIONS_SHOWN = 5
+
+
+def import_folder(folder: str, out: str) -> None:
+    """Write the catalogue of a music folder to the Parquet file `out`, and rejected.csv next to it.
+
+    Prints what was imported, rejected and skipped, and the next command. Raises TableError for a folder that cannot be
+    listed or holds no music, WorkspaceError for an `out` that is not to be overwritten.
+    """
+    if is_uri(folder) or is_uri(out):
+        raise TableError(f"htcl import folder reads and writes local folders, but was given {folder} and {out}")
+    target = Path(out)
+    _check_target(target)
+    listing = list_music(folder)
+    with Progress("import", len(listing.files), "files") as progress:
+        imported = read_songs(listing, progress.advance)
+    if not imported.songs.num_rows:
+        reasons = "".join(f"; {number:,} {reason}" for reason, number, _ in count_reasons(imported.rejected))
+        raise TableError(
+            f"{folder} holds no audio file that can be read{reasons}{_skipped(listing)}; give a folder of music"
+        )
+    _write(target, imported)
+    _print(folder, target, listing, imported)
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix != ".parquet":
+        raise WorkspaceError(f"--out is {target}; expected a file name that ends in .parquet")
+    if not target.parent.is_dir():
+        raise WorkspaceError(f"the folder {target.parent} of --out does not exist; make it first, or choose another")
+    rejected = target.with_name(REJECTED)
+    if rejected.exists() and rejected.read_bytes()[: len(HEADER)] != HEADER:
+        raise WorkspaceError(f"{rejected} exists and was not made by htcl import; choose another folder for --out")
+    if not target.exists():
+        return
+    try:
+        made_here = MADE_BY in (pq.read_schema(target).metadata or {})
+    except (OSError, pa.ArrowException):
+        made_here = False
+    if not made_here:
+        raise WorkspaceError(f"{target} exists and was not made by htcl import; choose another --out")
+
+
+def _write(target: Path, imported: ImportedFolder) -> None:
+    rejected = target.with_name(REJECTED)
+    with storage_errors(str(target)):
+        if imported.rejected or rejected.exists():  # an earlier import's table would be wrong now
+            write_atomically(rejected, _as_csv(imported.rejected))
+        sink = pa.BufferOutputStream()
+        pq.write_table(imported.songs.replace_schema_metadata({MADE_BY: b"folder"}), sink)
+        write_atomically(target, sink.getvalue().to_pybytes())
+
+
+def _as_csv(rejected: list[Rejected]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Rejected._fields)
+    writer.writerows(sorted(rejected))
+    return text.getvalue().encode("utf-8", "backslashreplace")  # names of files may be no UTF-8
+
+
+def _print(folder: str, target: Path, listing: Listing, imported: ImportedFolder) -> None:
+    songs = imported.songs
+    artists, albums = (len(set(songs[name].to_pylist()) - {None}) for name in ("artist", "album"))
+    print(f"import: {songs.num_rows:,} songs, {artists:,} artists, {albums:,} albums → {target}")
+    if untagged := songs.num_rows - imported.tagged:
+        print(f"  {untagged:,} files have no tags and are named after their paths")
+    if imported.rejected:
+        print(f"  {len(imported.rejected):,} rows in {target.with_name(REJECTED)}:")
+        for reason, number, example in count_reasons(imported.rejected):
+            print(f"    {reason} {number:,}, for instance {_printable(example.path)}: {example.detail}")
+    if skipped := _skipped(listing):
+        print(f"  {skipped.removeprefix('; ')}")
+    print(f"next: htcl run --set data.catalog={target}", flush=True)
+
+
+def _skipped(listing: Listing) -> str:
+    parts = []
+    if listing.other:
+        kinds = ", ".join(
+            f"{_printable(extension)} {number:,}" for extension, number in listing.other.most_common(EXTENSIONS_SHOWN)
+        )
+        parts.append(f"{sum(listing.other.values()):,} files that are no audio ({kinds})")
+    if listing.hidden:
+        parts.append(f"{listing.hidden:,} hidden files and folders")
+    if listing.repeated:
+        parts.append(f"{listing.repeated:,} links to what is imported already")
+    return f"; skipped: {', '.join(parts)}" if parts else ""
+
+
+def _printable(name: str) -> str:
+    """A file name without characters that a terminal would act on."""
+    return "".join(character if character.isprintable() else "?" for character in name)
