@@ -36,9 +36,7 @@ IMPORTED = pa.schema(
 """The catalogue; `audio_path` is absolute."""
 READ_AT_ONCE = 8
 """Threads that read tags: on a network drive they wait, on a disk the interpreter limits them."""
-SYSTEM_FOLDERS = frozenset(
-    {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
-)
+SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"})
 NEEDS_FFMPEG = frozenset(extension for kind in FORMATS if kind.needs_ffmpeg for extension in kind.extensions)
 
 
