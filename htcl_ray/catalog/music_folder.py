@@ -63,7 +63,7 @@ class Rejected(NamedTuple):
     detail: str
 
 
-class AudioFile(NamedTuple):
+class MusicFile(NamedTuple):
     """One file to import: its path below the music folder, and its absolute path."""
 
     relative: str
@@ -74,7 +74,7 @@ class AudioFile(NamedTuple):
 class Listing:
     """The content of a music folder, by file names alone."""
 
-    files: list[AudioFile] = field(default_factory=list)
+    files: list[MusicFile] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     other: Counter[str] = field(default_factory=Counter)
     """Files that are no audio, by extension."""
@@ -113,7 +113,7 @@ def list_music(folder: str) -> Listing:
                 listing.repeated += 1
                 continue
             if not stat.S_ISDIR(info.st_mode):
-                _add_file(listing, AudioFile(relative, path), info)
+                _add_file(listing, MusicFile(relative, path), info)
                 seen.add((info.st_dev, info.st_ino))
                 continue
             seen.add((info.st_dev, info.st_ino))
@@ -142,7 +142,7 @@ def list_music(folder: str) -> Listing:
                     listing.rejected.append(Rejected(name, *_failure(error)))
                     continue
                 seen.add((info.st_dev, info.st_ino))
-                _add_file(listing, AudioFile(name, entry.path), info)
+                _add_file(listing, MusicFile(name, entry.path), info)
     listing.files.sort()
     return listing
 
@@ -167,14 +167,14 @@ def read_songs(listing: Listing, on_file: Callable[[], None] = lambda: None) -> 
     return ImportedFolder(songs, rejected, tagged)
 
 
-def _row(file: AudioFile, tags: SongTags) -> tuple[object, ...]:
+def _row(file: MusicFile, tags: SongTags) -> tuple[object, ...]:
     song_id = hashlib.blake2b(os.fsencode(file.relative), digest_size=8).hexdigest()
     genres, moods = (list(values) or None for values in (tags.genres, tags.moods))
     artist = "; ".join(tags.artists) or None
     return song_id, file.path, tags.title or file.relative, artist, tags.album, genres, moods, tags.year, tags.isrc
 
 
-def _tags(file: AudioFile) -> tuple[SongTags | None, Rejected | None]:
+def _tags(file: MusicFile) -> tuple[SongTags | None, Rejected | None]:
     """Tags of a file, or None if it cannot be opened; and the row of rejected.csv, if any."""
     try:
         return read_tags(file.path), None
@@ -185,7 +185,7 @@ def _tags(file: AudioFile) -> tuple[SongTags | None, Rejected | None]:
         return None, Rejected(file.relative, *_failure(error))
 
 
-def _add_file(listing: Listing, file: AudioFile, info: os.stat_result) -> None:
+def _add_file(listing: Listing, file: MusicFile, info: os.stat_result) -> None:
     extension = os.path.splitext(file.relative)[1].lower()
     if extension not in EXTENSIONS:
         listing.other[extension or "without extension"] += 1
@@ -197,7 +197,7 @@ def _add_file(listing: Listing, file: AudioFile, info: os.stat_result) -> None:
         listing.rejected.append(Rejected(file.relative, *fault))
 
 
-def _fault(file: AudioFile, extension: str, info: os.stat_result) -> tuple[Rejection, str] | None:
+def _fault(file: MusicFile, extension: str, info: os.stat_result) -> tuple[Rejection, str] | None:
     if not stat.S_ISREG(info.st_mode):
         return Rejection.NOT_A_FILE, "it is a pipe, a socket or a device"
     if not info.st_size:
