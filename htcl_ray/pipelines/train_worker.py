@@ -108,7 +108,8 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 
-    loader = BatchLoader(songs, frames, model.text_encoder, Augmentation(settings, model.window_frames))
+    augmentation = Augmentation(settings, model.window_frames, model.recipe.extractor)
+    loader = BatchLoader(songs, frames, model.text_encoder, augmentation)
     try:
         train(
             model,

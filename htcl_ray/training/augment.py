@@ -1,4 +1,4 @@
-"""Augmentation of training clips: random crops, and masks of frames and mel bands (SpecAugment). Needs no torch.
+"""Augmentation of training clips: random crops, circular shifts in time, and masks (SpecAugment). Needs no torch.
 
 Each clip has its own random generator, seeded by the position of the clip in training: see `generators`.
 """
@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from htcl_ray.config.sections import StageSettings
+from htcl_ray.models.towers.registry import Extractor
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crops of `window` frames (None: whole clips) and the masks of SpecAugment (arXiv 1904.08779)."""
+    """Crops of `window` frames (None: whole clips); of log-mels also shifts and SpecAugment (arXiv 1904.08779)."""
 
     settings: StageSettings
     window: int | None
+    extractor: Extractor = "log_mel"
+    """Extractor of the features. Those of others than `log_mel` are cropped only."""
 
     def generators(self, epoch: int, step: int, first: int, rows: int, songs_per_row: int) -> list[np.random.Generator]:
         """Return one generator for each song of a worker's rows, in batch order: all first songs, then all second ones.
@@ -36,6 +39,13 @@ class Augmentation:
             return 0, frames
         start = int(random.integers(frames - self.window + 1))
         return start, start + self.window
+
+    def alter(self, random: np.random.Generator, clip: npt.NDArray[np.float16]) -> None:
+        """Shift and mask the features of a cropped clip [valid frames, width], in place."""
+        if self.extractor == "log_mel":
+            if self.settings.time_shift:
+                clip[:] = np.roll(clip, int(random.integers(len(clip))), axis=0)
+            self.mask(random, clip)
 
     def mask(self, random: np.random.Generator, mel: npt.NDArray[np.float16]) -> None:
         """Mask stretches of frames and groups of mel bands of a clip [valid frames, n_mels] in dB, in place.

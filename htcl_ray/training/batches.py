@@ -92,7 +92,7 @@ class BatchLoader:
         return self._batch(songs, *self.frames.batch(songs, np.stack([np.zeros_like(lengths), lengths], axis=1)))
 
     def load_for_training(self, part: BatchRows, epoch: int) -> Batch:
-        """The songs of `part`, cropped and masked."""
+        """The songs of `part`, cropped, shifted and masked."""
         songs, augmentation = part.songs, self.augmentation
         if augmentation is None:
             return self.load(songs)
@@ -101,7 +101,7 @@ class BatchLoader:
         crops = [augmentation.crop(random, length) for random, length in zip(randoms, lengths, strict=True)]
         features, valid = self.frames.batch(songs, np.array(crops, dtype=np.int64))
         for random, clip, count in zip(randoms, features, valid.tolist(), strict=True):
-            augmentation.mask(random, clip[:count])
+            augmentation.alter(random, clip[:count])
         return self._batch(songs, features, valid)
 
     def stream(self, parts: Sequence[BatchRows], epoch: int) -> Iterator[Batch]:

@@ -16,6 +16,7 @@ from htcl_ray.losses import collectives
 from htcl_ray.losses.collectives import rank, sum_over_workers, world_size
 from htcl_ray.losses.stages import finetune_terms, pretrain_terms
 from htcl_ray.models import HTCL
+from htcl_ray.models.towers.registry import TOWERS
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.batches import Batch, encode
 from htcl_ray.training.micro_batch import compute_gradients
@@ -47,6 +48,7 @@ class Variant:
     corrected: bool = False
     rejected: bool = False
     rehearsed: int = 0
+    tower: str = "transformer"
 
 
 STANDARD = [Variant("first", 1), Variant("second", 2)]
@@ -61,6 +63,9 @@ VARIANTS = [
     Variant("rehearsed-corrected", 2, rehearsed=1, corrected=True),
     Variant("rehearsed-rejected", 2, rehearsed=2, rejected=True),
     Variant("rehearsed-sigmoid", 2, loss="sigmoid", rehearsed=2),
+    Variant("first-cnn", 1, tower="cnn"),
+    Variant("second-mlp", 2, tower="mlp"),
+    Variant("first-windows", 1, tower="window_transformer"),
 ]
 
 
@@ -92,7 +97,10 @@ def song_ids() -> Tensor:
 def build(variant: Variant, dtype: torch.dtype) -> HTCL:
     """The same model in every process; dropout 0, temperatures and biases apart from each other."""
     fixed = {"model.dropout": 0.0, "text.dropout": 0.0, "model.layers": 2, "pretrain.loss": variant.loss}
-    model = HTCL.untrained(tiny_config("unused").with_overrides(fixed), train_wordpiece(TEXTS, 60))
+    fixed |= {"audio.extractor": TOWERS[variant.tower].extractors[0], "audio.tower": variant.tower}
+    for tower in ("cnn", "mlp", "window_transformer"):
+        fixed |= {f"model.{tower}.width": 32} | ({} if tower == "cnn" else {f"model.{tower}.dropout": 0.0})
+    model = HTCL.untrained(tiny_config("unused").with_overrides(fixed), train_wordpiece(TEXTS, 60), feature_width=16)
     if variant.stage == 2:
         model = model.to_stage_2(0.1, seed=1, loss=variant.loss)
         if variant.loss == "sigmoid":
@@ -105,8 +113,8 @@ def build(variant: Variant, dtype: torch.dtype) -> HTCL:
 def load(model: HTCL, rows: np.ndarray) -> Batch:
     """Songs of different contents and lengths."""
     random = np.random.default_rng(0)
-    frames = model.recipe.max_frames
-    mel = torch.from_numpy(random.normal(-40, 12, (SONGS, frames, model.recipe.n_mels)))
+    frames = tiny_config("unused").audio.max_frames
+    mel = torch.from_numpy(random.normal(-40, 12, (SONGS, frames, 16)))
     valid = torch.from_numpy(random.integers(3, frames + 1, SONGS))
     songs = rows.T.reshape(-1)
     tokens = model.text_encoder.tokenize([TEXTS[song] for song in songs])

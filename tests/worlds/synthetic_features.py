@@ -23,6 +23,7 @@ def tiny_config(workspace: Path | str, **overrides: object) -> Config:
             "workspace": str(workspace),
             "audio.clip_seconds": 3.0,
             "audio.n_mels": 16,
+            "audio.tower": "transformer",
             "text.width": 32,
             "text.layers": 1,
             "text.vocab_size": 100,

@@ -73,10 +73,11 @@ class AudioSettings(AudioRecipe):
     """Conversion of a song to features, and the audio tower that encodes them."""
 
     tower: TowerName | None = None
-    """Audio tower. Over log-mel frames: `transformer`, the paper's, for large catalogues. Over vectors: `mlp` (of
-    several vectors of a song, their mean) and `window_transformer`, a small Transformer over the windows of a song.
-    Null: `transformer` for log-mel frames, `mlp` for one vector a song and `window_transformer` for several. Setting
-    `extractor` without `tower` resets it to null."""
+    """Audio tower. Over log-mel frames: `transformer`, the paper's, for large catalogues, and `cnn`, 2-D convolutions
+    that learn from far fewer songs. Over vectors: `mlp` (of several vectors of a song, their mean) and
+    `window_transformer`, a small Transformer over the windows of a song. Null: `transformer` for log-mel frames, `mlp`
+    for one vector a song and `window_transformer` for several. Setting `extractor` without `tower` resets it to
+    null."""
 
     @property
     def recipe(self) -> AudioRecipe:
@@ -131,6 +132,20 @@ class TextSettings(Settings):
         if self.width % self.heads:
             raise ValueError(f"width is {self.width}; expected a multiple of heads ({self.heads})")
         return self
+
+
+class CnnSettings(Settings):
+    """Sizes of the `cnn` tower."""
+
+    channels: tuple[Annotated[int, Field(gt=0)], ...] = Field((16, 32, 64, 128), min_length=1)
+    """Number of channels of each block; a block halves the number of frames and of mel bands."""
+    width: int = Field(128, gt=0)
+    """Size of the output of the tower."""
+
+    @property
+    def num_layers(self) -> int:
+        """The number of blocks, and the linear layer after them."""
+        return len(self.channels) + 1
 
 
 class MlpSettings(Settings):
@@ -204,6 +219,7 @@ class ModelSettings(Settings):
     window_seconds: float | None = Field(None, gt=0)
     """Length in seconds of the crops on which longer clips are trained, at random positions; such a clip is embedded as
     the mean of evenly spaced windows. Null: whole clips."""
+    cnn: CnnSettings = CnnSettings()
     mlp: MlpSettings = MlpSettings()
     window_transformer: WindowTransformerSettings = WindowTransformerSettings()
 

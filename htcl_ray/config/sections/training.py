@@ -96,6 +96,8 @@ class StageSettings(Settings):
     freeze_audio_layers: int = Field(0, ge=0)
     """Number of layers of the audio tower, from the first, that are frozen together with everything before them (of the
     `transformer` tower: Transformer layers, and the convolutions). 0: nothing is frozen."""
+    time_shift: bool = False
+    """Whether training clips are rotated in time by a random number of frames, the end of the clip before its start."""
     time_masks: int = Field(0, ge=0)
     """Number of time masks per training clip (SpecAugment, arXiv 1904.08779). 0: none."""
     time_mask_frames: int = Field(40, ge=1)
@@ -109,7 +111,7 @@ class StageSettings(Settings):
     """Whether to compile the towers with torch.compile, which takes minutes at the start and makes steps faster on
     GPUs."""
     seed: Seed = 0
-    """Seed of the order of rows, initial weights, dropout, crops and masks."""
+    """Seed of the order of rows, initial weights, dropout, crops, shifts and masks."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device of the workers. `auto`: one GPU per worker when the cluster has GPUs, otherwise the CPU."""
     cpus_per_worker: float = Field(1.0, gt=0)

@@ -32,6 +32,7 @@ class TowerEntry:
 
 TOWERS = {
     "transformer": TowerEntry("htcl_ray.models.towers.transformer", "TransformerTower", ("log_mel",)),
+    "cnn": TowerEntry("htcl_ray.models.towers.cnn", "CnnTower", ("log_mel",), settings="cnn"),
     "mlp": TowerEntry("htcl_ray.models.towers.mlp", "MlpTower", ("vectors", "pretrained"), settings="mlp"),
     "window_transformer": TowerEntry(
         "htcl_ray.models.towers.window_transformer",

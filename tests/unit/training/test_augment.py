@@ -150,6 +150,34 @@ def test_only_valid_frames_are_masked(plain: BatchLoader):
         assert torch.equal(alone.features[0], clip[:count])
 
 
+def test_shifts_rotate_the_valid_frames(plain: BatchLoader):
+    """Every rotation of a clip occurs, its padding stays zero, and the order of its frames is kept."""
+    part, shifted = all_songs(plain), augmented(plain, PretrainSettings(time_shift=True), window=None)
+    whole = plain.load(part.songs)
+    shifts = set()
+    for epoch in range(3):
+        batch = shifted.load_for_training(part, epoch)
+        for clip, original, count in zip(batch.features, whole.features, whole.valid_frames.tolist(), strict=True):
+            turns = [turn for turn in range(count) if torch.equal(clip[:count], original[:count].roll(turn, 0))]
+            assert len(turns) == 1
+            assert not clip[count:].any()
+            shifts |= {(turns[0], count)}
+    assert len(shifts) > 60
+    assert {turn == 0 for turn, _ in shifts} == {True, False}
+
+
+def test_features_of_other_extractors_are_cropped_only(plain: BatchLoader):
+    """A number of a vector is no mel band, and the order of windows is left alone."""
+    part, settings = all_songs(plain), MASKS.model_copy(update={"time_shift": True})
+    for window in (None, WINDOW):
+        loaders = [
+            BatchLoader(plain.songs, plain.frames, plain.text_encoder, Augmentation(chosen, window, "vectors"))
+            for chosen in (settings, PretrainSettings(seed=settings.seed))
+        ]
+        altered, cropped = (loader.load_for_training(part, epoch=1).features for loader in loaders)
+        assert torch.equal(altered, cropped)
+
+
 @pytest.mark.parametrize("songs_per_row", [1, 2])
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_alter_clips_like_one_worker(plain: BatchLoader, songs_per_row: int, workers: int):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 
 WIDTH = 12
 """Mel bands, or numbers of a vector."""
-FRAMES = {"transformer": 60, "mlp": 9, "window_transformer": 9}
+FRAMES = {"transformer": 60, "cnn": 60, "mlp": 9, "window_transformer": 9}
 """Most frames of a song, by tower."""
 
 
