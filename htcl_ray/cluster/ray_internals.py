@@ -3,7 +3,7 @@
 No other module of the package imports a private module of Ray, names a variable of Ray Serve or reads `/proc` of
 another process. `tests/unit/cluster/test_ray_internals.py` checks every use against the installed version of Ray, and
 says which one has moved. The lines of Ray's HAProxy template that are edited are in `serving/haproxy.py`, because Ray
-starts that program with `python -I -S`, which cannot import this package; `tests/unit/serving/test_haproxy.py` checks
+starts that program with `python -I -S`, which cannot import this package; `tests/processes/test_haproxy.py` checks
 them.
 
 Importing this module does not import Ray, because some environment variables have to be set before that.

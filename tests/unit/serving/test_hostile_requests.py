@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 
 import httpx
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 import soundfile
 
 from benchmarks.hostile_requests import AUDIO, DAMAGES, SEARCH, handmade, hostile_files, requests, upload
-from benchmarks.hostile_uploads import Exchange, processes, send, shape_problem, summary, undocumented
+from benchmarks.hostile_uploads import Exchange, send, shape_problem, summary, undocumented
 from tests.unit.serving.test_http_app import Client
 
 pytestmark = pytest.mark.unit
@@ -106,21 +103,3 @@ def test_responses_are_checked_by_their_form():
     assert exchange_with(400, '{"error": {"code": "a", "message": "b"}}').problem is None
     for text in ("Internal Server Error", '{"detail": "x"}', '{"error": "x"}', "[]"):
         assert exchange_with(500, text).problem
-
-
-def test_processes_are_listed_by_name_and_parent():
-    name = "a-process-to-be-listed"
-    command = [sys.executable, "-c", "print('started', flush=True); input()", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        try:
-            assert child.stdout.readline() == b"started\n"
-            assert (
-                set(processes(name.encode(), os.getpid()))
-                == {child.pid}
-                == set(processes(name.encode(), None)) - {os.getpid()}
-            )
-            assert processes(name.encode(), child.pid)[child.pid] > 0
-            assert not processes(name.encode(), 2**30)
-        finally:
-            child.kill()

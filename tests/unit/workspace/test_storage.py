@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,27 +43,6 @@ def test_finished_is_ordered_by_creation(tmp_path: Path):
     for name in ("b", "c", "a"):
         workspace.finish(f"things/{name}", manifest())
     assert [name for name, _ in workspace.finished("things")] == ["b", "c", "a"]
-
-
-def test_a_killed_writer_leaves_no_file(tmp_path: Path):
-    """A process killed while it writes leaves the old content, never half of the new."""
-    workspace = Workspace(str(tmp_path))
-    workspace.write_bytes("big.bin", b"old")
-    code = (
-        "import sys; from htcl_ray.workspace.storage import Workspace; w = Workspace(sys.argv[1])\n"
-        "print('ready', flush=True)\n"
-        "while True: w.write_bytes('big.bin', b'n' * 200_000_000)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    deadline = time.monotonic() + 20
-    while not any(name.startswith(".big.bin") for name in os.listdir(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(workspace.read_bytes("big.bin")) in (3, 200_000_000)
-    assert workspace.children("") == ["big.bin"]
 
 
 def test_tables_round_trip_in_name_order(tmp_path: Path):

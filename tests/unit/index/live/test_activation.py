@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +18,6 @@ from htcl_ray.index.live.activation import FOLDER, KEPT, Activations, starting_p
 from htcl_ray.index.live.live_index import LiveIndex
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
-from tests.conftest import REPOSITORY
 from tests.worlds.live import VERSIONS, write_index
 from tests.worlds.object_store import ObjectStore, running_store
 
@@ -160,19 +156,6 @@ class TestPrecedence:
         ]
 
 
-APPEND = """
-import json, sys
-from htcl_ray.index.live.activation import Activations
-from htcl_ray.workspace.storage import Workspace
-activations = Activations(Workspace(sys.argv[1]))
-print("ready", flush=True)
-sys.stdin.readline()
-for turn in range(5):
-    before = max((pointer.order for pointer in activations.latest_first()), default="")
-    print(json.dumps([before, activations.append(f"{sys.argv[2]}-{turn}").order]), flush=True)
-"""
-
-
 def check_order(workspace: Workspace, activated: list[list[tuple[str, str]]]) -> None:
     """No activation is lost, and each sorts after all that its writer had read."""
     orders = [order for steps in activated for _, order in steps]
@@ -203,18 +186,6 @@ class TestConcurrency:
         for thread in threads:
             thread.join()
         check_order(Workspace(uri), activated)
-
-    def test_processes(self, uri: str):
-        command = [sys.executable, "-c", APPEND, uri]
-        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
-        running = [subprocess.Popen([*command, str(number)], **options) for number in range(4)]
-        for process in running:
-            assert process.stdout.readline() == "ready\n"
-        for process in running:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        outputs = [process.communicate(timeout=120)[0].splitlines() for process in running]
-        check_order(Workspace(uri), [[tuple(json.loads(line)) for line in lines] for lines in outputs])
 
     def test_concurrent_activations_with_the_same_number_are_both_kept(self, store: ObjectStore):
         """Both writers use the same number; the store keeps both, and all readers select the same one."""

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.worlds.extended_package import CHECKS, recipes, write_extended
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.processes
 
 MAX_FILES = {
     "A loss": 2,

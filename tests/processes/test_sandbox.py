@@ -29,7 +29,7 @@ from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import AudioError, StepError
 from htcl_ray.schemas import Reason
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.processes
 
 RECIPE = AudioRecipe(clip_seconds=2.0)
 LIMITS = {

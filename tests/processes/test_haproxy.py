@@ -26,7 +26,7 @@ import pytest
 from htcl_ray.serving import haproxy
 from htcl_ray.serving.haproxy import HEADERS, Front, edited
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.processes
 
 MOST = 3
 GENERATE = "_generate_config_file_internal"

@@ -36,7 +36,7 @@ from htcl_ray.workspace.paths import local_path
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.object_store import ObjectStore, running_store
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.processes
 
 RECIPE = AudioRecipe(clip_seconds=3.0)
 NAMES = [

@@ -22,7 +22,7 @@ from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 from tests.worlds.object_store import ObjectStore, running_store
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.processes
 
 FILES = {"weights.bin": b"w" * 1000, "tokenizer/vocabulary.txt": b"calm\npiano\n", "README.md": b"# Card\n"}
 PATH = "models/semantic/m1"
