@@ -18,6 +18,7 @@ from htcl_ray.index.vectors import Vectors
 from htcl_ray.pipelines.embed import plan
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.schemas import INDEX_SONGS, embeddings_schema
+from htcl_ray.search import song_map
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.small_workspace import small_config, write_models
@@ -137,7 +138,10 @@ class TestPipeline:
             build_index(config)
         assert Workspace(config.workspace).children("index") == []
 
-    def test_manifest_contains_the_measured_recall(self, embedded: Path, tmp_path: Path):
+    def test_manifest_contains_the_measured_recall(
+        self, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(song_map, "ITERATIONS", 250)  # the least of t-SNE; this test does not look at the map
         config = self.configured(
             embedded, tmp_path, index__kind="ivf", index__ivf_lists=50, index__ivf_probes=2, index__min_recall=0.1
         )

@@ -169,7 +169,7 @@ def test_pairs_inside_a_gallery():
     assert pairs_inside(gallery[:0], pairs).tolist() == pairs_inside(gallery, pairs[:0]).tolist() == []
 
 
-@pytest.mark.parametrize("validation", [3_000, 300_000])
+@pytest.mark.parametrize("validation", [3_000, 100_000])
 @pytest.mark.parametrize("pairs_per_song", [0.5, 10])
 def test_pairs_do_not_vanish_from_the_gallery_of_a_large_catalogue(validation: int, pairs_per_song: float):
     """Songs drawn by themselves hold 42 of the 10 million pairs of a million songs; songs of pairs hold hundreds at

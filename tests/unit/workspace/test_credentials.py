@@ -21,6 +21,7 @@ from htcl_ray.index.live.update_log import store_upload
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.schemas import Reason
 from htcl_ray.training.trackers import MlflowTracker, Trackers, check_tracking
+from htcl_ray.workspace import filesystem
 from htcl_ray.workspace.credentials import lacks_credentials, tree_without_credentials, without_credentials
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
@@ -176,7 +177,8 @@ def test_errors_of_this_package_remove_credentials():
             assert SECRET not in f"{raised!r} {raised.args} {getattr(raised, 'detail', '')}"
 
 
-def test_a_workspace_is_opened_with_them_and_named_without():
+def test_a_workspace_is_opened_with_them_and_named_without(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(filesystem, "S3_ATTEMPTS", 1)  # no server is reached, and no waiting makes that better
     uri = f"s3://{USER}:{SECRET}@bucket/ws?region=us-east-1&endpoint_override=127.0.0.1:9"
     for workspace in (opened := Workspace(uri), pickle.loads(pickle.dumps(opened))):
         assert SECRET not in workspace.uri + workspace.uri_of("a") + repr(workspace)
