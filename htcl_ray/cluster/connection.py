@@ -54,6 +54,8 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
     refuse_relative_paths(config)
     local_only: dict[str, Any] = {}
     if address == "local":
+        # Its only machine is never taken away while the cluster stays, so no process has to watch for that.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         local_only = {
             "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
             "object_store_memory": config.ray.object_store_bytes,

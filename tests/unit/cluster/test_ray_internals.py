@@ -72,6 +72,7 @@ def moved(name: str) -> str:
         *((variable, SERVE_CONSTANTS) for variable in (*VARIABLES, BINARY_PATH)),
         (LOOPBACK_SWITCH, "ray._private.ray_constants"),
         ("RAY_DEDUP_LOGS_SKIP_REGEX", "ray._private.ray_constants"),
+        ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "ray.train.v2._internal.constants"),
         ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "ray._private.accelerators.accelerator"),
         ("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "ray.train.v2._internal.constants"),
         ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "ray.train.v2._internal.constants"),
