@@ -214,6 +214,10 @@ def _check_unique(songs: pa.Table) -> None:
     )
 
 
+COLUMN_SEPARATOR = "; "
+"""Between the columns of a song's text."""
+
+
 def song_text(values: Sequence[Any]) -> str:
     """Join the values of a song's text columns, in their order, to one line; empty without any value.
 
@@ -224,7 +228,7 @@ def song_text(values: Sequence[Any]) -> str:
         for value in values
         if value is not None
     )
-    return "; ".join(text for text in (" ".join(cell.split()) for cell in cells) if text)
+    return COLUMN_SEPARATOR.join(text for text in (" ".join(cell.split()) for cell in cells) if text)
 
 
 def duplicate_group(waveform: npt.NDArray[np.float32]) -> str:

@@ -52,6 +52,8 @@ class Variant:
 
 
 WITHOUT_TEXT = {"finetune.text_loss_weight": 0.0, "finetune.fusion_loss_weight": 0.0}
+WITHOUT_SHORT_TEXTS = {"pretrain.short_text_share": 0.0, "finetune.short_text_share": 0.0}
+"""Short texts are made of a song's tags, which are not shuffled."""
 VARIANTS = (
     Variant(FULL),
     Variant("without text", stage_one=False, settings=WITHOUT_TEXT),
@@ -60,7 +62,7 @@ VARIANTS = (
     Variant("without the text term", settings={"finetune.text_loss_weight": 0.0}),
     Variant("without the preference term", settings={"finetune.preference_loss_weight": 0.0}),
     Variant("without the fusion term", settings={"finetune.fusion_loss_weight": 0.0}),
-    Variant("shuffled captions", data="shuffled_captions"),
+    Variant("shuffled captions", settings=WITHOUT_SHORT_TEXTS, data="shuffled_captions"),
     Variant("shuffled pairs", data="shuffled_pairs"),
 )
 """The last two are controls, which measure chance."""
@@ -129,6 +131,7 @@ def _untrained(config: Config, workspace: Workspace) -> str:
     """Publish a semantic model with the initial weights of stage 1, and return its version."""
     from htcl_ray.models import HTCL
     from htcl_ray.models.towers.vocabulary import train_wordpiece
+    from htcl_ray.training.song_text import vocabulary_texts
 
     features = inputs.features(workspace, config)
     sections = {"audio": config.audio.resolved(), "text": config.text, "model": config.model}
@@ -142,9 +145,8 @@ def _untrained(config: Config, workspace: Workspace) -> str:
     vocabulary = None
     if config.text.name_or_path is None:
         songs = workspace.read_tables(features.path, ["text", "split"]).to_pylist()
-        vocabulary = train_wordpiece(
-            [song["text"] for song in songs if song["split"] == Split.TRAIN], config.text.vocab_size
-        )
+        texts = [song["text"] for song in songs if song["split"] == Split.TRAIN]
+        vocabulary = train_wordpiece(vocabulary_texts(texts, config.pretrain), config.text.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         HTCL.untrained(config, vocabulary).save_pretrained(folder)

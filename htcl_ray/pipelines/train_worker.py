@@ -29,6 +29,7 @@ from htcl_ray.training.loop import SaveCheckpoint, train
 from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.progress_lines import Metrics
 from htcl_ray.training.song_numbers import read_pairs, read_songs
+from htcl_ray.training.song_text import TextVariation
 from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
 from htcl_ray.training.trackers import open_trackers
 from htcl_ray.workspace.artifacts import Artifact
@@ -78,7 +79,7 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     device = ray.train.torch.get_device()
     with prepared_together():
-        songs = read_songs(job.workspace, job.features.path)
+        songs = read_songs(job.workspace, job.features.path, job.config.data.text_columns)
         frames = opened.enter_context(open_frames(job.workspace, job.features.path, job.features.manifest, songs))
         if job.pairs is None:
             task = pretrain_task(songs, job.config.pretrain)
@@ -109,7 +110,7 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
         )
 
     augmentation = Augmentation(settings, model.window_frames, model.recipe.extractor)
-    loader = BatchLoader(songs, frames, model.text_encoder, augmentation)
+    loader = BatchLoader(songs, frames, model.text_encoder, augmentation, TextVariation(settings))
     try:
         train(
             model,

@@ -15,7 +15,8 @@ from htcl_ray.models.htcl import HTCL
 from htcl_ray.models.towers.text import TextEncoder, Tokens
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.features import Frames
-from htcl_ray.training.song_numbers import Rows, Songs
+from htcl_ray.training.song_numbers import Rows, Songs, normalized_text
+from htcl_ray.training.song_text import TextVariation, text_number
 
 AUTOCAST = {"cuda": torch.bfloat16}
 """Kind of device → type of matrix products and convolutions in the towers; other devices use the weights' own."""
@@ -79,6 +80,8 @@ class BatchLoader:
     text_encoder: TextEncoder
     augmentation: Augmentation | None
     """Augmentation of the clips of `stream`; None leaves them unchanged."""
+    text_variation: TextVariation | None = None
+    """Variation of the texts of `stream`; None leaves them unchanged."""
 
     def load(self, songs: Rows) -> Batch:
         """Songs [S] with their whole clips, in that order."""
@@ -92,7 +95,10 @@ class BatchLoader:
         return self._batch(songs, *self.frames.batch(songs, np.stack([np.zeros_like(lengths), lengths], axis=1)))
 
     def load_for_training(self, part: BatchRows, epoch: int) -> Batch:
-        """The songs of `part`, cropped, shifted and masked."""
+        """The songs of `part`, cropped, shifted and masked, with varied texts."""
+        return self._vary_texts(self._load_augmented(part, epoch), part, epoch)
+
+    def _load_augmented(self, part: BatchRows, epoch: int) -> Batch:
         songs, augmentation = part.songs, self.augmentation
         if augmentation is None:
             return self.load(songs)
@@ -103,6 +109,20 @@ class BatchLoader:
         for random, clip, count in zip(randoms, features, valid.tolist(), strict=True):
             augmentation.alter(random, clip[:count])
         return self._batch(songs, features, valid)
+
+    def _vary_texts(self, batch: Batch, part: BatchRows, epoch: int) -> Batch:
+        """The batch with training texts, and the ids of these texts in place of those of the songs' own."""
+        variation, songs = self.text_variation, self.songs
+        if variation is None or not variation.active:
+            return batch
+        randoms = variation.generators(epoch, part.step, part.first, *part.rows.shape)
+        texts = [
+            variation.draw(random, songs.texts[song], songs.tags[song] if songs.tags else ())
+            for random, song in zip(randoms, part.songs.tolist(), strict=True)
+        ]
+        numbers = torch.tensor([text_number(normalized_text(text)) for text in texts])
+        ids = torch.cat([batch.ids[:, :2], numbers[:, None]], dim=1)
+        return replace(batch, tokens=self.text_encoder.tokenize(texts), ids=ids)
 
     def stream(self, parts: Sequence[BatchRows], epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, for training, in order; one is loaded ahead in a thread."""

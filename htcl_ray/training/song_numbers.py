@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.errors import WorkspaceError
-from htcl_ray.schemas import Split
+from htcl_ray.schemas import TAG_COLUMNS, Split
 from htcl_ray.workspace.storage import Workspace
 
 Rows = npt.NDArray[np.int64]
@@ -30,6 +30,8 @@ class Songs:
     train: Rows
     """Numbers of the training songs."""
     validation: Rows
+    tags: Sequence[tuple[str, ...]] = ()
+    """Tags of each song for short training texts; empty where they were not read."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,13 @@ class Pairs:
     training pair."""
 
 
-def read_songs(workspace: Workspace, path: str) -> Songs:
-    """The songs of a features artifact. Raises WorkspaceError when fewer than two are for training."""
-    table = workspace.read_tables(path, ["song_id", "text", "split", "duplicate_group"])
+def read_songs(workspace: Workspace, path: str, text_columns: Sequence[str] = ()) -> Songs:
+    """The songs of a features artifact. Raises WorkspaceError when fewer than two are for training.
+
+    `text_columns`: columns of the songs' text; the values of those that are tag columns become the songs' `tags`.
+    """
+    tag_columns = [name for name in text_columns if name in TAG_COLUMNS]
+    table = workspace.read_tables(path, ["song_id", "text", "split", "duplicate_group", *tag_columns])
     table = table.filter(pc.is_in(table["split"], pa.array([Split.TRAIN, Split.VALIDATION]))).sort_by("song_id")
     song_ids, texts = table["song_id"].to_pylist(), table["text"].to_pylist()
     ids = np.stack(
@@ -73,7 +79,11 @@ def read_songs(workspace: Workspace, path: str) -> Songs:
             f"{workspace.uri_of(path)} has {len(train)} song(s) in the training split; expected at least 2: "
             "add songs or change data.split_shares"
         )
-    return Songs(song_ids, texts, ids, train, validation)
+    of_columns = [[value or () for value in table[name].to_pylist()] for name in tag_columns]
+    tags = [
+        tuple(dict.fromkeys(tag for values in of_song for tag in values)) for of_song in zip(*of_columns, strict=True)
+    ]
+    return Songs(song_ids, texts, ids, train, validation, tags)
 
 
 def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool = False) -> Pairs:

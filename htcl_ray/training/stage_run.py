@@ -116,13 +116,15 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
     from htcl_ray.models.towers.text import check_song_texts, check_text_settings, fast_tokenizer
     from htcl_ray.models.towers.vocabulary import train_wordpiece
     from htcl_ray.training.health import distinct_texts
+    from htcl_ray.training.song_text import vocabulary_texts
 
     tower = check_text_settings(config.text)
     if tower is not None:
         check_song_texts(tower.tokenizer, distinct_texts(songs), config.text)
     if config.text.name_or_path is not None:
         return None
-    vocabulary = train_wordpiece([songs.texts[row] for row in songs.train.tolist()], config.text.vocab_size)
+    texts = vocabulary_texts([songs.texts[row] for row in songs.train.tolist()], config.pretrain)
+    vocabulary = train_wordpiece(texts, config.text.vocab_size)
     check_song_texts(fast_tokenizer(vocabulary), distinct_texts(songs), config.text)
     return vocabulary
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from htcl_ray.config.sections.base import Seed, Settings, one_or_many
+from htcl_ray.config.sections.base import Names, Seed, Settings, one_or_many
 from htcl_ray.losses.registry import LOSSES, LossName
 
 
@@ -107,11 +107,19 @@ class StageSettings(Settings):
     """Number of frequency masks per training clip (SpecAugment). 0: none."""
     mel_mask_bands: int = Field(16, ge=1)
     """Maximum width of a frequency mask, in mel bands; widths are uniform from 0."""
+    text_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability, from 0 to below 1, that a column of a song's text is left out of a training text; the others are in
+    random order, and at least one is kept. 0: all columns in their order."""
+    short_text_share: float = Field(0.0, ge=0, le=1)
+    """Share of training texts, from 0 to 1, that are one to three tags of the song, as search queries are, in place of
+    its text: values of genre, mood and tags, where they are columns of its text. 0: none."""
+    short_text_templates: Names = ("{tags}", "{tags} music", "a {tags} song", "music with {tags}")
+    """Short training texts to draw from; `{tags}` stands for the tags."""
     compile: bool = False
     """Whether to compile the towers with torch.compile, which takes minutes at the start and makes steps faster on
     GPUs."""
     seed: Seed = 0
-    """Seed of the order of rows, initial weights, dropout, crops, shifts and masks."""
+    """Seed of the order of rows, initial weights, dropout, crops, shifts, masks and training texts."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device of the workers. `auto`: one GPU per worker when the cluster has GPUs, otherwise the CPU."""
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -136,6 +144,16 @@ class StageSettings(Settings):
     def resolved(self) -> Self:
         """Return these settings with the global batch size as a number: equal for runs with equal batches."""
         return self.model_copy(update={"batch_size": self.global_batch_size, "batch_size_per_worker": None})
+
+    @field_validator("short_text_templates")
+    @classmethod
+    def _check_templates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for template in value or ("",):
+            if "{tags}" not in template:
+                raise ValueError(
+                    f"one is '{template}'; expected texts with {{tags}} where the tags go, such as 'a {{tags}} song'"
+                )
+        return value
 
     @field_validator("micro_batch_size", mode="before")
     @classmethod
