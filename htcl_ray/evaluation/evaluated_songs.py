@@ -28,6 +28,8 @@ class EvaluatedSongs:
     log_mel: np.ndarray
     """float32 [songs, 2·mels], unit norm: mean and standard deviation of each mel band, standardised over the training
     songs; computed without a model."""
+    oracle: np.ndarray | None = None
+    """float32 [songs, traits]: the true traits (`evaluate.oracle_vectors`), for recommendation tasks."""
 
     def without(self, excluded: np.ndarray) -> EvaluatedSongs:
         """All songs except those of a bool mask [songs]."""
@@ -40,6 +42,7 @@ class EvaluatedSongs:
             self.metadata.take(rows),
             {space: vectors[rows] for space, vectors in self.spaces.items()},
             self.log_mel[rows],
+            None if self.oracle is None else self.oracle[rows],
         )
 
     @cached_property

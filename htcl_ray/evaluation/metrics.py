@@ -189,6 +189,11 @@ def _recall(ranks: ExpectedRanks, k: int) -> tuple[np.ndarray, np.ndarray]:
     return _share(ranks, parts, ranks.num_relevant), parts
 
 
+def _precision(ranks: ExpectedRanks, k: int) -> tuple[np.ndarray, np.ndarray]:
+    parts = _num_inside(ranks, k) / ranks.num_tied
+    return _share(ranks, parts, np.full(len(ranks.num_relevant), k)), parts
+
+
 def _ndcg(ranks: ExpectedRanks, k: int) -> tuple[np.ndarray, np.ndarray]:
     ideal = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(k) + 2))]  # DCG@k by the number of relevant candidates on top
     last = np.minimum(ranks.num_higher + _num_inside(ranks, k), k)
@@ -247,6 +252,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("hit_rate", "HR", at_k=True, of_ranks=_hit_rate),
         Metric("recall", "recall", headline=True, judges=4, at_k=True, of_ranks=_recall, of_first_rank=_first_recall),
+        Metric("precision", "precision", headline=True, judges=5, at_k=True, of_ranks=_precision),
         Metric("ndcg", "NDCG", headline=True, judges=1, at_k=True, of_ranks=_ndcg),
         Metric("mrr", "MRR", of_ranks=_mrr, of_first_rank=_first_mrr),
         Metric(
@@ -262,6 +268,7 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", "accuracy", headline=True, judges=2),
         Metric("roc_auc", "ROC-AUC", headline=True, judges=3),
         Metric("map", "mAP", headline=True),
+        Metric("prompt_spread", "spread over prompts", lower_is_better=True),
         Metric("coverage", "coverage"),
         Metric("gini", "gini", lower_is_better=True),
         Metric("artist_diversity", "artist diversity"),

@@ -28,6 +28,11 @@ SCHEMA = pa.schema(
 """`reports/<run>/figures.parquet`, a row for each metric of each method; see `bootstrap.Estimate`."""
 
 
+ORACLE, BEST = "oracle", "best"
+"""Methods that know the truth: vectors of true traits in recommendation, and ideal rankings in retrieval by tags."""
+UPPER_BOUNDS = (ORACLE, BEST)
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """Metrics of several methods on the same queries."""

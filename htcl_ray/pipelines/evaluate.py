@@ -39,7 +39,7 @@ from htcl_ray.workspace.storage import Workspace
 
 TEXTS_AT_ONCE = 256
 METRICS_TABLE = "figures.parquet"
-MEASURED_AS = 3
+MEASURED_AS = 4
 """Increased when the same inputs give a different report, so that an earlier report is not taken for a new one."""
 
 
@@ -109,7 +109,7 @@ def _evaluate(
     workspace: Workspace, config: Config, inputs: EvaluationInputs, path: str, *, into_models: bool = True
 ) -> None:
     """Evaluate and write the report; `into_models`: also write the metrics into the folders of the models."""
-    songs = read_songs(workspace, inputs)
+    songs = read_songs(workspace, inputs, config.evaluate)
     settings = config.evaluate
     if not (songs.splits == settings.split).any():
         raise WorkspaceError(

@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
 from htcl_ray.audio import decode
 from htcl_ray.config import Config
 from htcl_ray.config.sections import EvaluateSettings
-from htcl_ray.errors import AudioError, MismatchError, WorkspaceError
+from htcl_ray.errors import AudioError, MismatchError, TableError, WorkspaceError
 from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs, with_blend
 from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.evaluation.vector_checks import vector_check_tasks
@@ -98,8 +99,11 @@ def inputs_of_report(workspace: Workspace, run: str) -> EvaluationInputs:
     return EvaluationInputs(artifact("features"), models, artifact("embeddings"), events, pairs, index)
 
 
-def read_songs(workspace: Workspace, inputs: EvaluationInputs) -> EvaluatedSongs:
-    """The catalogue with its vectors. Raises MismatchError when the embeddings are not of these songs."""
+def read_songs(workspace: Workspace, inputs: EvaluationInputs, settings: EvaluateSettings) -> EvaluatedSongs:
+    """The catalogue with its vectors.
+
+    Raises MismatchError when the embeddings are not of these songs, TableError when the oracle's are not.
+    """
     columns = ["song_id", "text", "split", "duplicate_group", *METADATA.names]
     table = workspace.read_tables(inputs.features.path, columns).sort_by("song_id")
     vectors = workspace.read_tables(inputs.embeddings.path).sort_by("song_id")
@@ -120,7 +124,28 @@ def read_songs(workspace: Workspace, inputs: EvaluationInputs) -> EvaluatedSongs
         table.select(METADATA.names),
         with_blend(spaces),
         log_mel_statistics(workspace, inputs.features),
+        None if settings.oracle_vectors is None else _oracle(settings.oracle_vectors, ids),
     )
+
+
+def _oracle(path: str, song_ids: list[str]) -> np.ndarray:
+    """The vectors of `evaluate.oracle_vectors` in the order of these songs; float32 [songs, traits]."""
+    try:
+        table = pq.read_table(path, columns=["song_id", "vector"])
+    except (OSError, pa.ArrowException) as error:
+        raise TableError(
+            f"evaluate.oracle_vectors: {path} cannot be read ({error}); expected a Parquet table "
+            "with song_id and vector"
+        ) from None
+    place = {song: row for row, song in enumerate(table["song_id"].to_pylist())}
+    missing = [song for song in song_ids if song not in place]
+    if missing:
+        raise TableError(
+            f"evaluate.oracle_vectors: {path} has no vector of {len(missing)} songs of the catalogue, for instance "
+            f"'{missing[0]}'; expected one for each song"
+        )
+    vectors = matrix_of(table["vector"].take(pa.array([place[song] for song in song_ids], pa.int64())))
+    return np.asarray(vectors, dtype=np.float32)
 
 
 def log_mel_statistics(workspace: Workspace, features: Artifact) -> np.ndarray:

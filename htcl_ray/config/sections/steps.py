@@ -63,8 +63,13 @@ class EvaluateSettings(Settings):
     one fold."""
     neighbors: int = Field(10, ge=1)
     """Number of neighbours of the k-nearest-neighbour probe."""
-    label_prompt: str = "{label}"
-    """Text that represents a label in zero-shot classification, such as `a {label} song`."""
+    label_prompts: Names = ("{label}", "{label} music", "a {label} song")
+    """Texts that represent a label in zero-shot classification; `{label}` stands for it. The vectors of all texts of a
+    label are averaged."""
+    oracle_vectors: str | None = None
+    """Parquet table with `song_id` and `vector` (list of floats): the true traits of the songs, where they are known,
+    as in the sample catalogue. Recommendation tasks report them as the method `oracle`, an upper bound for audio
+    vectors. Null: none."""
     min_history: int = Field(1, ge=1)
     """Minimum number of songs with positive feedback that a user needs before the time split to be evaluated."""
     max_users: int | None = Field(2000, ge=1)
@@ -80,13 +85,14 @@ class EvaluateSettings(Settings):
     seed: Seed = 0
     """Seed of the permuted controls, random samples and bootstrap."""
 
-    @field_validator("label_prompt")
+    @field_validator("label_prompts")
     @classmethod
-    def _check_prompt(cls, value: str) -> str:
-        if "{label}" not in value:
-            raise ValueError(
-                f"it is '{value}'; expected a text with {{label}} where the label goes, such as 'a {{label}} song'"
-            )
+    def _check_prompts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in value or ("",):
+            if "{label}" not in prompt:
+                raise ValueError(
+                    f"one is '{prompt}'; expected texts with {{label}} where the label goes, such as 'a {{label}} song'"
+                )
         return value
 
 

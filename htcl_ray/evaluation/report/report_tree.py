@@ -12,7 +12,7 @@ from rich.table import Table
 from htcl_ray.evaluation.evaluated_songs import BLEND
 from htcl_ray.evaluation.metrics import headline_metrics, lower_is_better, metric_label, primary_metric
 from htcl_ray.evaluation.stats.bootstrap import Estimate, comparable, difference, is_significant
-from htcl_ray.evaluation.task_result import EvaluationResult, MetricKey, TaskResult, estimates
+from htcl_ray.evaluation.task_result import UPPER_BOUNDS, EvaluationResult, MetricKey, TaskResult, estimates
 
 METHOD_LABELS = {
     "semantic": "stage 1",
@@ -87,7 +87,7 @@ def baseline_differences(
             continue
         best = max(known, key=lambda space: values[space])
         for against, of_method in task.methods.items():
-            if against not in (*spaces, "shuffled") and metric in of_method:
+            if against not in (*spaces, "shuffled", *UPPER_BOUNDS) and metric in of_method:
                 rows += _difference(
                     task.name, metric, best, against, metrics[task.name, best, metric], of_method[metric]
                 )

@@ -138,6 +138,12 @@ def two_way_mean(values: np.ndarray, gain: np.ndarray, mass: np.ndarray, draws: 
     return Estimate(by_user.value, by_user.n, resampled.astype(np.float32), draws.population)
 
 
+def average(parts: Sequence[Estimate]) -> Estimate:
+    """Mean of estimates of the same units and draws."""
+    resampled = np.mean([part.resampled for part in parts if part.resampled is not None], axis=0)
+    return Estimate(float(np.mean([part.value for part in parts])), parts[0].n, resampled, parts[0].population)
+
+
 def two_way_mean_of_songs(values: np.ndarray, influence: np.ndarray, draws: TwoWayDraws) -> Estimate:
     """Mean over songs of a metric in [0, 1] that compares users, resampled over artists and over users.
 

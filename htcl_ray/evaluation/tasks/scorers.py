@@ -15,6 +15,7 @@ from scipy import sparse
 
 from htcl_ray.config.sections import EvaluateSettings
 from htcl_ray.evaluation.evaluated_songs import EvaluatedSongs
+from htcl_ray.evaluation.task_result import ORACLE
 from htcl_ray.evaluation.tasks.recommendation_queries import training_positives
 from htcl_ray.schemas import Split
 
@@ -65,6 +66,7 @@ def baseline_scorers(
     popularity  training positives of the song; for cold-start songs, which have none, those of its genre per song
     shuffled    the vectors of the model's last stage, randomly permuted across songs
     log_mel     raw log-mel statistics as vectors;  genre  genre labels as vectors
+    oracle      the true traits as vectors, where they are known: an upper bound, no baseline
     item_knn, als  collaborative filtering, for hot songs
     """
     positives = training_positives(songs, events, settings.split)
@@ -77,6 +79,8 @@ def baseline_scorers(
         "log_mel": [vector_scorer(songs.log_mel)],
         "genre": [vector_scorer(genre_vectors(songs))],
     }
+    if songs.oracle is not None:
+        scorers[ORACLE] = [vector_scorer(songs.oracle)]
     missing = {}
     if hot:
         interactions = interaction_matrix(songs, positives)

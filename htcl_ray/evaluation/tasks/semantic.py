@@ -1,4 +1,4 @@
-"""Semantic tasks on held-out artists: text-to-audio and audio-to-text retrieval, zero-shot classification, probes.
+"""Semantic tasks on held-out artists: retrieval by text, audio and tags, zero-shot classification, probes.
 
 Songs with identical text cannot be told apart by text, so they form one correct set: each unique text is one query, and
 its rank is that of the best of its songs. Audio-to-text ranks the unique texts for each song. Galleries are exact: all
@@ -20,6 +20,7 @@ from htcl_ray.evaluation.stats.expected_ranks import FirstRelevant, first_hit_di
 from htcl_ray.evaluation.task_result import TaskResult
 from htcl_ray.evaluation.tasks.labels import Labels, column_labels
 from htcl_ray.evaluation.tasks.probes import probe_task
+from htcl_ray.evaluation.tasks.tag_queries import query_text, tag_queries, tag_query_tasks
 from htcl_ray.evaluation.tasks.zero_shot import zero_shot_labels, zero_shot_task
 from htcl_ray.schemas import Split
 
@@ -33,7 +34,10 @@ Encode = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 
 def semantic_tasks(songs: EvaluatedSongs, encode: Encode, settings: EvaluateSettings) -> list[TaskResult]:
-    """`text_to_audio`, `audio_to_text`, and for each probe column with labels `zero_shot_COLUMN` and `probe_COLUMN`.
+    """Measure all semantic tasks of the held-out songs.
+
+    They are `text_to_audio`, `audio_to_text`, `tag_queries_1` to `tag_queries_3`, and for each probe column with labels
+    `zero_shot_COLUMN` and `probe_COLUMN`.
 
     Held-out songs are those of the split of the settings; without held-out songs the list is empty. Methods: each space
     of the songs, and the controls: `shuffled`, the vectors of the last stage randomly permuted across songs, and
@@ -53,10 +57,20 @@ def semantic_tasks(songs: EvaluatedSongs, encode: Encode, settings: EvaluateSett
     ]
     names = {labels.column: zero_shot_labels(labels) for labels in columns}
     prompts = {
-        column: [settings.label_prompt.replace("{label}", name) for name in labels] for column, labels in names.items()
+        column: [[template.replace("{label}", name) for name in labels] for template in settings.label_prompts]
+        for column, labels in names.items()
     }
+    queries = tag_queries(songs, held_out)
     texts = sorted({songs.texts[row] for row in held_out})
-    encoded = list(dict.fromkeys([*texts, *(prompt for of_column in prompts.values() for prompt in of_column)]))
+    encoded = list(
+        dict.fromkeys(
+            [
+                *texts,
+                *(prompt for of_column in prompts.values() for of_template in of_column for prompt in of_template),
+                *(query_text(query) for of_count in queries for query in of_count),
+            ]
+        )
+    )
     place = {text: i for i, text in enumerate(encoded)}
     vectors = encode(encoded)
 
@@ -65,6 +79,11 @@ def semantic_tasks(songs: EvaluatedSongs, encode: Encode, settings: EvaluateSett
     text_spaces = {space: of_texts[: len(texts)] for space, of_texts in vectors.items()}
     text_of_song = np.array([place[songs.texts[row]] for row in held_out])
     tasks = retrieval_tasks(held_out_spaces, text_spaces, text_of_song, draws, settings)
+    tag_vectors = [
+        {space: of_texts[[place[query_text(query)] for query in of_count]] for space, of_texts in vectors.items()}
+        for of_count in queries
+    ]
+    tasks += tag_query_tasks(songs, held_out, queries, tag_vectors, settings)
     permuted = last[np.random.default_rng(settings.seed).permutation(len(last))]
     methods = {**songs.spaces, "log_mel": songs.log_mel, "shuffled": permuted}
     for labels in columns:
@@ -72,9 +91,11 @@ def semantic_tasks(songs: EvaluatedSongs, encode: Encode, settings: EvaluateSett
             labels.column, _labelled(songs, labels, labels.held_out)
         )
         if names[labels.column]:
-            rows = [place[prompt] for prompt in prompts[labels.column]]
-            prompt_vectors = {space: of_texts[rows] for space, of_texts in vectors.items()}
-            zero_shot_draws = label_draws.for_task(names[labels.column], settings.label_prompt)
+            prompt_vectors = [
+                {space: of_texts[[place[prompt] for prompt in of_template]] for space, of_texts in vectors.items()}
+                for of_template in prompts[labels.column]
+            ]
+            zero_shot_draws = label_draws.for_task(names[labels.column], settings.label_prompts)
             tasks.append(zero_shot_task(labels, names[labels.column], songs.spaces, prompt_vectors, zero_shot_draws))
         probe_draws = label_draws.for_task(
             _labelled(songs, labels, labels.training), settings.folds, settings.neighbors
@@ -129,7 +150,7 @@ def retrieval_tasks(
         permuted = [
             retrieval_metrics(retrieve(songs[last][order], texts[last]), query_draws, settings.ks) for order in orders
         ]
-        methods["shuffled"] = {metric: _average([of[metric] for of in permuted]) for metric in permuted[0]}
+        methods["shuffled"] = {metric: bootstrap.average([of[metric] for of in permuted]) for metric in permuted[0]}
         tied = FirstRelevant(np.zeros_like(correct), np.full_like(correct, gallery), correct)
         middle = chance_metrics(gallery, correct, settings.ks)["median_rank"]  # hardly depends on the drawn songs
         same = np.full(len(draws.weights), middle, dtype=np.float32)
@@ -208,9 +229,3 @@ def chance_metrics(gallery: int, correct: np.ndarray, ks: Sequence[int]) -> dict
         "mrr": float((distribution / np.arange(1, gallery + 1)).sum()),
         "median_rank": float(1 + np.searchsorted(np.cumsum(distribution), 0.5 - 1e-9)),
     }
-
-
-def _average(parts: list[Estimate]) -> Estimate:
-    """Mean of estimates of the same units and draws."""
-    resampled = np.mean([part.resampled for part in parts if part.resampled is not None], axis=0)
-    return Estimate(float(np.mean([part.value for part in parts])), parts[0].n, resampled, parts[0].population)

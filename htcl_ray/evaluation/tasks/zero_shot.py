@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from htcl_ray.evaluation.stats import bootstrap
@@ -18,29 +20,54 @@ def zero_shot_labels(labels: Labels) -> list[str]:
 
 
 def zero_shot_task(
-    labels: Labels, names: list[str], spaces: dict[str, np.ndarray], prompts: dict[str, np.ndarray], draws: Draws
+    labels: Labels,
+    names: list[str],
+    spaces: dict[str, np.ndarray],
+    prompts: Sequence[dict[str, np.ndarray]],
+    draws: Draws,
 ) -> TaskResult:
     """`accuracy` of each song's label, or `roc_auc` and `map` (macro over labels) where songs may have several.
 
-    `names`: see `zero_shot_labels`; `spaces`: vectors of the whole catalogue; `prompts`: vectors of `names` [labels,
-    dim] in each space; `draws` of the labelled held-out songs. The control is a random choice; `commonest` predicts the
-    most frequent training label for every song.
+    `names`: see `zero_shot_labels`; `spaces`: vectors of the whole catalogue; `prompts`: for each prompt, the vectors
+    of `names` [labels, dim] in each space, which are averaged; `draws` of the labelled held-out songs. With several
+    prompts, `prompt_spread` is the standard deviation of the accuracy, or else of the ROC-AUC, over single prompts. The
+    control is a random choice; `commonest` predicts the most frequent training label for every song.
     """
-    scores = {space: vectors[labels.held_out] @ prompts[space].T for space, vectors in spaces.items()}
-    scores["random"] = np.zeros((len(labels.held_out), len(names)))
-    if labels.several:
-        truth = labels.indicator(labels.held_out, names)
-        methods = {method: macro_metrics(of, truth, draws) for method, of in scores.items()}
-    else:
-        correct = np.searchsorted(names, labels.single(labels.held_out))
-        methods = {
-            method: {"accuracy": bootstrap.mean(expected_accuracy(of, correct), draws)} for method, of in scores.items()
-        }
+    truth = labels.indicator(labels.held_out, names) if labels.several else np.empty(0)
+    correct = np.empty(0) if labels.several else np.searchsorted(names, labels.single(labels.held_out))
+
+    def measure(scores: np.ndarray) -> dict[str, Estimate]:
+        if labels.several:
+            return macro_metrics(scores, truth, draws)
+        return {"accuracy": bootstrap.mean(expected_accuracy(scores, correct), draws)}
+
+    methods = {}
+    for space, vectors in spaces.items():
+        of_prompts = [of_prompt[space] for of_prompt in prompts]
+        songs = vectors[labels.held_out]
+        methods[space] = measure(songs @ _unit(np.mean(of_prompts, axis=0)).T)
+        if len(of_prompts) > 1:
+            single = [measure(songs @ of_prompt.T) for of_prompt in of_prompts]
+            methods[space]["prompt_spread"] = _spread([next(iter(of.values())) for of in single])
+    methods["random"] = measure(np.zeros((len(labels.held_out), len(names))))
+    if not labels.several:
         methods |= most_frequent_label(labels, ("accuracy",), draws)
-    counts = {"labels": len(names), "test_songs": len(labels.held_out)}
+    counts = {"labels": len(names), "test_songs": len(labels.held_out), "prompts": len(prompts)}
     return TaskResult(
         f"zero_shot_{labels.column}", f"zero-shot {labels.column}", "songs", "artists", "random", methods, counts
     )
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to unit norm; zeros, of prompts that cancel out, stay zeros."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: np.ndarray = vectors / np.where(norms > 0, norms, 1)
+    return scaled
+
+
+def _spread(parts: Sequence[Estimate]) -> Estimate:
+    """Standard deviation over estimates; without an interval, since that of resamples is biased upwards."""
+    return Estimate(float(np.std([part.value for part in parts])), parts[0].n, None, parts[0].population)
 
 
 def expected_accuracy(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:

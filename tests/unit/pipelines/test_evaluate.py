@@ -11,11 +11,12 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
-from htcl_ray.errors import ConfigError, LeakageError, MismatchError, StepError, WorkspaceError
+from htcl_ray.errors import ConfigError, LeakageError, MismatchError, StepError, TableError, WorkspaceError
 from htcl_ray.evaluation.metrics import headline_metrics
 from htcl_ray.evaluation.report import plots
 from htcl_ray.evaluation.report import report_tree as reports
@@ -89,6 +90,7 @@ def test_report_holds_every_task_and_method(evaluated: tuple[Config, StepResult]
     assert {name: list(task["methods"]) for name, task in report["tasks"].items()} == {
         "text_to_audio": [*spaces, "shuffled", "random"],
         "audio_to_text": [*spaces, "shuffled", "random"],
+        **{f"tag_queries_{count}": [*spaces, "shuffled", "random", "best"] for count in (1, 2)},
         "zero_shot_genre": [*spaces, "random", "commonest"],
         "probe_genre": [*spaces, "log_mel", "shuffled", "commonest"],
         "zero_shot_tags": [*spaces, "random"],
@@ -123,7 +125,7 @@ def test_every_metric_has_n_and_resampled_ones_an_interval(evaluated: tuple[Conf
         for method, of_method in task["methods"].items():
             for metric, item in of_method.items():
                 assert item["n"] > 0, (name, method, metric)
-                if task["control"] and metric.partition("@")[0] not in ("coverage", "gini"):
+                if task["control"] and metric.partition("@")[0] not in ("coverage", "gini", "prompt_spread"):
                     assert item["low"] <= item["value"] + 1e-6, (name, method, metric)
                     assert item["high"] >= item["value"] - 1e-6, (name, method, metric)
                     assert (item["shown"] is None) == (method == task["control"]), (name, method, metric)
@@ -200,7 +202,7 @@ def test_without_logs_only_semantic_tasks_are_evaluated(semantic_only: tuple[Con
     result = semantic_only[1]
     report = read(result)
     assert list(report["tasks"]) == [
-        "text_to_audio", "audio_to_text", "zero_shot_genre", "probe_genre", "zero_shot_tags", "probe_tags", "collapse", "determinism"
+        "text_to_audio", "audio_to_text", "tag_queries_1", "tag_queries_2", "zero_shot_genre", "probe_genre", "zero_shot_tags", "probe_tags", "collapse", "determinism"
     ]  # fmt: skip
     assert report["inputs"]["events"] is None
     assert report["differences"] == []
@@ -221,8 +223,8 @@ def test_wrong_input_is_refused_in_one_sentence(evaluated: tuple[Config, StepRes
     config = copied(evaluated, tmp_path, without=("reports", "index"))
     with pytest.raises(ConfigError, match="did you mean 'genre'"):
         step.evaluate(config.with_overrides({"evaluate.probe_columns": ["genres"]}))
-    with pytest.raises(ConfigError, match=r"label_prompt.*expected a text with \{label\}"):
-        config.with_overrides({"evaluate.label_prompt": "a song"})
+    with pytest.raises(ConfigError, match=r"label_prompts.*expected texts with \{label\}"):
+        config.with_overrides({"evaluate.label_prompts": "a song"})
     with pytest.raises(WorkspaceError, match="run 'htcl preprocess' first"):
         step.evaluate(config.with_overrides({"workspace": str(tmp_path / "empty")}))
     with pytest.raises(
@@ -562,3 +564,33 @@ def test_lower_ranks_are_better():
 def test_headline_metrics_have_the_largest_k():
     metrics = ["recall@1", "recall@10", "recall@5", "mrr", "median_rank", "ndcg@5", "gini@10"]
     assert headline_metrics(metrics) == ["recall@10", "median_rank", "ndcg@5"]
+
+
+def write_oracle(path: Path, songs: list[str], vectors: np.ndarray) -> str:
+    pq.write_table(pa.table({"song_id": songs, "vector": vectors.tolist()}), path)
+    return str(path)
+
+
+def test_an_oracle_is_reported_in_recommendation_tasks_and_is_no_baseline(
+    evaluated: tuple[Config, StepResult], tmp_path: Path
+):
+    """Its vectors are those of the model here, in another order of the songs, so its metrics are the model's."""
+    config = copied(evaluated, tmp_path, without=("reports",))
+    vectors = encode_features(config)
+    assert vectors.preference is not None
+    songs = [f"song-{row:03d}" for row in range(SONGS)]
+    path = write_oracle(tmp_path / "traits.parquet", songs[::-1], vectors.preference[::-1])
+    report = read(step.evaluate(config.with_overrides({"evaluate.oracle_vectors": path})))
+    for task in ("cold", "cold_known_users", "hot", "hot_known_users"):
+        assert values(report, task, "ndcg@10")["oracle"] == pytest.approx(values(report, task, "ndcg@10")["preference"])
+    assert "oracle" not in report["tasks"]["probe_genre"]["methods"]
+    assert not {row["against"] for row in report["baselines"]} & {"oracle", "best"}
+
+
+def test_an_oracle_without_some_songs_is_refused(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    path = write_oracle(tmp_path / "traits.parquet", ["song-000"], np.ones((1, 2)))
+    config = copied(evaluated, tmp_path, without=("reports",))
+    with pytest.raises(TableError, match=rf"no vector of {SONGS - 1} songs of the catalogue, for instance 'song-001'"):
+        step.evaluate(config.with_overrides({"evaluate.oracle_vectors": path}))
+    with pytest.raises(TableError, match="cannot be read"):
+        step.evaluate(config.with_overrides({"evaluate.oracle_vectors": str(tmp_path / "absent.parquet")}))

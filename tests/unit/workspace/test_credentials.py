@@ -76,7 +76,7 @@ PLACES = {
     "ray.address": "ray://{}@head:10001",
     "serve.api_keys_file": "https://{}@x/keys.yaml",
     "serve.allowed_origins": ["https://{}@page"],
-    "evaluate.label_prompt": "{{label}} https://{}@x",
+    "evaluate.label_prompts": "{{label}} https://{}@x",
     "tune.space": {"text.name_or_path": ["https://{}@hub/a", "b"]},
 }
 

@@ -160,6 +160,7 @@ def test_tasks_come_in_order_and_empty_columns_have_none(tasks: dict[str, TaskRe
     assert list(tasks) == [
         "text_to_audio",
         "audio_to_text",
+        *(f"tag_queries_{count}" for count in (1, 2, 3)),
         *(f"{kind}_{name}" for name in columns for kind in ("zero_shot", "probe")),
     ]
 
@@ -223,7 +224,8 @@ def test_zero_shot_of_several_labels_matches_scikit_learn(
     )
     assert task.methods["random"]["roc_auc"].value == 0.5
     assert task.methods["random"]["map"].value == pytest.approx(truth.mean())
-    assert task.counts == {"labels": 4, "test_songs": len(rows)}
+    assert task.counts == {"labels": 4, "test_songs": len(rows), "prompts": 3}
+    assert task.methods["semantic"]["prompt_spread"].value < 1e-12, "the vector of a prompt is that of its label here"
 
 
 def test_prompts_are_made_of_labels_and_texts_are_encoded_once():
@@ -235,7 +237,51 @@ def test_prompts_are_made_of_labels_and_texts_are_encoded_once():
         return {space: unit(np.ones((len(texts), of.shape[1]))) for space, of in songs.spaces.items()}
 
     semantic.semantic_tasks(
-        songs, encode, EvaluateSettings(resamples=100, probe_columns=("genre",), label_prompt="a {label} song")
+        songs,
+        encode,
+        EvaluateSettings(resamples=100, probe_columns=("genre",), label_prompts=["a {label} song", "{label} music"]),
     )
     assert len(calls) == 1
-    assert calls[0][-3:] == ["a folk song", "a jazz song", "a rock song"]
+    prompts = [f"a {genre} song" for genre in ("folk", "jazz", "rock")]
+    prompts += [f"{genre} music" for genre in ("folk", "jazz", "rock")]
+    first = calls[0].index("a folk song")
+    assert calls[0][first : first + 6] == prompts
+    assert {"tag 0", "tag 1"} <= set(calls[0]), "queries of one tag"
+
+
+def test_prompts_of_a_label_are_averaged_and_their_spread_is_reported():
+    """The first prompt is right for two of four songs, the second for the other two, and their mean for all."""
+    songs = songs_of(
+        ["test"] * 4,
+        list("abcd"),
+        np.array([[2, 1, 0], [1, 2, 0], [2, 1, 1], [1, 2, 1]]),
+        genre=[["x"], ["x"], ["y"], ["y"]],
+    )
+    vector_of_text = {
+        "x one": [1.0, -1.0, 0.5],
+        "y one": [-1.0, 1.0, 0.5],
+        "x two": [-1.0, 1.0, -1.5],
+        "y two": [1.0, -1.0, 0.5],
+    }
+
+    def encode(texts: list[str]) -> dict[str, np.ndarray]:
+        return {"semantic": unit(np.array([vector_of_text.get(text, [1.0, 0.0, 0.0]) for text in texts]))}
+
+    def accuracy(prompts: list[str]) -> dict[str, float]:
+        settings = EvaluateSettings(resamples=100, probe_columns=("genre",), label_prompts=prompts)
+        tasks = {task.name: task for task in semantic.semantic_tasks(songs, encode, settings)}
+        return {name: of.value for name, of in tasks["zero_shot_genre"].methods["semantic"].items()}
+
+    one, two = accuracy(["{label} one"]), accuracy(["{label} two"])
+    both = accuracy(["{label} one", "{label} two"])
+    averaged = {
+        label: unit(
+            np.sum([unit(np.array([vector_of_text[f"{label} {n}"]]))[0] for n in ("one", "two")], axis=0)[None]
+        )[0]
+        for label in "xy"
+    }
+    scores = songs.spaces["semantic"] @ np.stack([averaged["x"], averaged["y"]]).T
+    expected = np.mean(scores.argmax(axis=1) == [0, 0, 1, 1])
+    assert "prompt_spread" not in one
+    assert both["accuracy"] == expected
+    assert both["prompt_spread"] == pytest.approx(abs(one["accuracy"] - two["accuracy"]) / 2)
