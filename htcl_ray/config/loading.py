@@ -127,6 +127,8 @@ class Config(Settings):
         }
         if self.text.name_or_path is not None:
             changes["text.name_or_path"] = folder_or_name(self.text.name_or_path)
+        if self.evaluate.oracle_vectors is not None:
+            changes["evaluate.oracle_vectors"] = absolute(self.evaluate.oracle_vectors)
         if self.serve.api_keys_file is not None:
             changes["serve.api_keys_file"] = absolute(self.serve.api_keys_file)
         if self.tracking.mlflow_uri is not None:

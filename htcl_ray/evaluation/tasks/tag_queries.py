@@ -45,8 +45,8 @@ def tag_queries(songs: EvaluatedSongs, held_out: np.ndarray) -> list[list[Query]
     tags = _tags_of_songs(songs, held_out)
     queries = []
     for count in range(1, MAX_TAGS + 1):
-        found = {subset for of_song in tags for subset in itertools.combinations(sorted(of_song), count)}
-        chosen = sorted(found, key=lambda query: (hash_fraction(query_text(query), "tag query"), query))
+        subsets = {subset for of_song in tags for subset in itertools.combinations(sorted(of_song), count)}
+        chosen = sorted(subsets, key=lambda query: (hash_fraction(query_text(query), "tag query"), query))
         partial = [query for query in chosen if not all(set(query) <= of_song for of_song in tags)][:MAX_QUERIES]
         queries.append(
             [tuple(sorted(query, key=lambda tag: hash_fraction(f"{tag} {query}", "tag order"))) for query in partial]

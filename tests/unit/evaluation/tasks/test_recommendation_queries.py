@@ -163,7 +163,7 @@ def test_methods_have_a_fixed_order_and_every_metric_has_n(listeners: Listeners)
     assert list(tasks["cold"].methods) == cold
     assert list(tasks["hot"].methods) == [*cold, "item_knn", "als"]
     for name, task in tasks.items():
-        per_user = [f"{metric}@{k}" for k in SETTINGS.ks for metric in ("hit_rate", "recall", "ndcg")] + [
+        per_user = [f"{metric}@{k}" for k in SETTINGS.ks for metric in ("hit_rate", "recall", "precision", "ndcg")] + [
             "mrr",
             "user_auc",
         ]

@@ -69,8 +69,8 @@ def test_queries_are_all_sets_of_tags_that_held_out_songs_have():
 
 def test_queries_that_every_song_matches_are_left_out_and_their_number_is_bounded(monkeypatch: pytest.MonkeyPatch):
     songs = songs_of(["test"] * 3, list("abc"), np.eye(3), genre=[["rock"]] * 3, tags=[["piano"], ["harp"], ["harp"]])
-    found = tag_queries(songs, np.arange(3))
-    assert [{frozenset(query) for query in of} for of in found] == [
+    queries = tag_queries(songs, np.arange(3))
+    assert [{frozenset(query) for query in of} for of in queries] == [
         {frozenset({"piano"}), frozenset({"harp"})},
         {frozenset({"piano", "rock"}), frozenset({"harp", "rock"})},
         set(),
