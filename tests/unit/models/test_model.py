@@ -208,7 +208,7 @@ def test_folder_round_trip(model: HTCL, config: Config, tmp_path: Path, stage: i
         "tokenizer",
     ]
     loaded = HTCL.from_pretrained(tmp_path / "model")
-    assert (loaded.stage, loaded.dim, loaded.recipe) == (stage, config.model.dim, config.audio)
+    assert (loaded.stage, loaded.dim, loaded.recipe) == (stage, config.model.dim, config.audio.recipe)
     assert not loaded.training
     assert loaded.temperatures() == model.temperatures()
     mel, valid = mels(config)

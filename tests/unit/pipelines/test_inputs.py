@@ -355,3 +355,17 @@ def test_gates_of_named_models_are_checked(folder: Path):
             inputs.parent(workspace, config, features, version)
     assert models(config, require="off") == (semantic, preference)
     assert models(config.with_overrides({"gate.require": "failed"})) == (semantic, preference)
+
+
+def test_the_tower_changes_the_model_and_not_the_features(folder: Path):
+    """Features made with one tower are the input of another; a tower that is named as the default is the default."""
+    default, cnn, transformer = (configured(audio__tower=tower) for tower in (None, "cnn", "transformer"))
+    assert fingerprints(cnn) == fingerprints(transformer) == fingerprints(default)
+    versions = [inputs.semantic_version(config, "features") for config in (default, cnn, transformer)]
+    assert versions[0] == versions[2] != versions[1]
+    workspace = Workspace(default.workspace)
+    workspace.finish("features/v1", build_manifest("features", config=cnn.model_dump(mode="json"), inputs={}))
+    without_catalog = transformer.with_overrides({"data.catalog": []})
+    assert inputs.features(workspace, without_catalog).version == "v1"
+    with pytest.raises(MismatchError, match=r"were made with audio\.n_mels=128, but the configuration says 64"):
+        inputs.features(workspace, without_catalog.with_overrides({"audio.n_mels": 64}))
