@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import tempfile
 import time
 import uuid
@@ -28,6 +27,7 @@ from htcl_ray.training.features import open_frames
 from htcl_ray.training.loop import SaveCheckpoint, train
 from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.progress_lines import Metrics
+from htcl_ray.training.runs import worst_score
 from htcl_ray.training.song_numbers import read_pairs, read_songs
 from htcl_ray.training.song_text import TextVariation
 from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
@@ -99,8 +99,9 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
             folder = private_folder() / f"checkpoint-{uuid.uuid4().hex}"
             save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        # Checkpoints within an epoch have no metrics; Ray ranks NaN below every other score, in either order.
-        unranked: Metrics = {"step": float(step), **({settings.best_metric: math.nan} if settings.best_metric else {})}
+        # Checkpoints within an epoch have no metrics, but Ray Train needs a score to rank them by.
+        best = settings.best_metric
+        unranked: Metrics = {"step": float(step), **({best: worst_score(best)} if best else {})}
         work = {"started": started, "seconds": time.time() - started, "nodes": _nodes()}
         ray.train.report(
             {**(metrics or unranked), "work": work},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
@@ -23,13 +23,20 @@ def score_order(metric: str) -> Literal["min", "max"]:
 def best_epoch(reported: Sequence[tuple[Checkpoint, MetricsOf]], metric: str) -> tuple[Checkpoint, MetricsOf]:
     """The checkpoint and the metrics of the best epoch; of equals, the first epoch.
 
-    Checkpoints within an epoch have no value of the metric, or NaN, and are never chosen.
+    Checkpoints within an epoch have no metrics, or only `worst_score`, and are never chosen.
     """
-    epochs = [
-        (checkpoint, metrics) for checkpoint, metrics in reported if not math.isnan(metrics.get(metric, math.nan))
-    ]
+    epochs = [(checkpoint, metrics) for checkpoint, metrics in reported if "epoch" in metrics]
     sign = 1 if score_order(metric) == "min" else -1
     return min(epochs, key=lambda item: (sign * item[1][metric], item[1]["epoch"]))
+
+
+def worst_score(metric: str) -> float:
+    """A value of `metric` that Ray Train ranks below that of every epoch.
+
+    It is finite: Ray Train writes NaN and infinity to its record of checkpoints as null, and fails on a null when a run
+    is resumed.
+    """
+    return sys.float_info.max if score_order(metric) == "min" else -sys.float_info.max
 
 
 def is_resumable(checkpoint_list: bytes, exists: Callable[[str], bool]) -> bool:
