@@ -54,15 +54,17 @@ class ClipNorm(nn.Module):
         """[B, C, T, M] → the same shape.
 
         `inside` [B, 1, T, 1] bool: valid frames, None: all; `cells` [B, 1, 1, 1]: valid cells of a clip, over all
-        channels. Other frames are left out of the statistics; their output is undefined.
+        channels. Other frames are left out of the statistics, and zeros in the output.
         """
         if inside is None or cells is None:
             return F.group_norm(x, 1, self.weight, self.bias, EPSILON)
         x = torch.where(inside, x, 0).to(torch.promote_types(x.dtype, torch.float32))
-        mean = x.sum(dim=(1, 2, 3), keepdim=True) / cells
-        variance = (x.square().sum(dim=(1, 2, 3), keepdim=True) / cells - mean.square()).clamp(min=0)
-        scale = torch.rsqrt(variance + EPSILON) * self.weight[None, :, None, None]
-        return x * scale + (self.bias[None, :, None, None] - mean * scale)
+        of_clip = x.permute(0, 2, 3, 1).flatten(1)  # a view of the memory format that CnnTower chooses
+        mean = of_clip.sum(dim=1)[:, None, None, None] / cells
+        squares = torch.linalg.vecdot(of_clip, of_clip)[:, None, None, None] / cells
+        scale = torch.rsqrt((squares - mean.square()).clamp(min=0) + EPSILON) * self.weight[None, :, None, None]
+        shift = torch.where(inside, self.bias[None, :, None, None] - mean * scale, 0)
+        return torch.addcmul(shift, x, scale)
 
 
 class Block(nn.Module):
@@ -84,7 +86,7 @@ class Block(nn.Module):
         _, channels, frames, bands = x.shape
         inside = (torch.arange(frames, device=x.device) < valid[:, None])[:, None, :, None]
         x = F.relu(self.norm(x, inside, (valid * channels * bands)[:, None, None, None]))
-        x = F.avg_pool2d(torch.where(inside, x, 0), 2, ceil_mode=True, count_include_pad=False)
+        x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         # The last pair of an odd number of frames, where the second is padding, is the mean of the first and a zero.
         pair = torch.arange(x.shape[2], device=x.device)
         is_half = (2 * pair + 1 == valid[:, None]) & (valid[:, None] < frames)
