@@ -85,7 +85,8 @@ def _check_key(config: Config, key: str) -> None:
     section, _, name = key.partition(".")
     stages = config.tune.stages
     searched = (*stages, *(("model", "text") if "pretrain" in stages else ()))
-    if section not in searched:
+    is_tower = key == "audio.tower" and "pretrain" in stages  # the only key of `audio` that features do not depend on
+    if section not in searched and not is_tower:
         raise ConfigError(
             f"tune.space names {key}, which trials of tune.stage={config.tune.stage} cannot change; "
             f"expected keys of {', '.join(searched)}"

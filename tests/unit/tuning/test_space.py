@@ -183,6 +183,19 @@ def test_stage_2_cannot_search_keys_of_its_parent_model():
         search_space(configured("{finetune.pairs_per_epoch: [64, 128]}", "tune.stage=finetune"), ROWS)
 
 
+def test_the_audio_tower_and_its_sizes_are_searched():
+    """The only key of `audio`: features do not depend on it."""
+    space = search_space(configured("{audio.tower: [transformer, cnn], model.cnn.width: [64, 128]}"), ROWS)
+    assert {name: dimension.values for name, dimension in space.items()} == {
+        "audio.tower": ("transformer", "cnn"),
+        "model.cnn.width": (64, 128),
+    }
+    with pytest.raises(ConfigError, match=r"tune\.space cannot give audio\.tower the value mlp: .*extractor log_mel"):
+        search_space(configured("{audio.tower: [cnn, mlp]}"), ROWS)
+    with pytest.raises(ConfigError, match=r"audio\.tower, which trials of tune\.stage=finetune cannot change"):
+        search_space(configured("{audio.tower: [transformer, cnn]}", "tune.stage=finetune"), ROWS)
+
+
 def test_values_have_the_type_of_their_key():
     space = search_space(
         configured(
