@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from htcl_ray import __version__
+from htcl_ray.commands import flags
 from htcl_ray.commands.terminal import accept_any_character, print_result, report_error
 from htcl_ray.config import PRESETS, Config, json_schema, resolve
 from htcl_ray.errors import ConfigError
@@ -106,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _config(options: argparse.Namespace) -> Config:
     preset = options.preset or ("demo" if options.command == "demo" and not options.config else None)
     config = resolve(preset, options.config, options.assignments)
+    if getattr(options, "warm_start", None):
+        config = config.with_overrides({f"{options.command}.warm_start": options.warm_start})
     if options.workspace:
         config = config.with_overrides({"workspace": options.workspace})
     if COMMANDS[options.command].on_cluster:
@@ -113,91 +116,6 @@ def _config(options: argparse.Namespace) -> Config:
 
         refuse_relative_paths(config)
     return config.with_absolute_paths()
-
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--until", metavar="STEP", choices=RUN_STEPS, help=f"last step: {', '.join(RUN_STEPS)}")
-    _gate_flag(parser)
-
-
-def _gate_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gate",
-        metavar="FILE.yaml",
-        help="check the metrics against these bounds and record the verdict; 'default' is the gate of the package",
-    )
-
-
-def _model_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="VERSION",
-        help="model version (default: the one that this configuration trains, else the newest that its gate accepts)",
-    )
-
-
-def _index_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--index", metavar="VERSION", help="index version (default: the newest that its gate accepts)")
-
-
-def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flag(parser)
-    _gate_flag(parser)
-    alternatives = parser.add_mutually_exclusive_group()
-    alternatives.add_argument(
-        "--ablate",
-        action="store_true",
-        help="train and evaluate the method without each of its parts in turn: hours, resumable",
-    )
-    alternatives.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("RUN", "RUN"),
-        help="two finished reports: paired differences, the second minus the first",
-    )
-
-
-def _build_flags(parser: argparse.ArgumentParser) -> None:
-    _model_flag(parser)
-    parser.add_argument(
-        "--compact",
-        action="store_true",
-        help="merge the songs that were added and removed over HTTP into a new index version",
-    )
-    parser.add_argument(
-        "--index", metavar="VERSION", help="with --compact: the version to compact (default: the active one)"
-    )
-
-
-def _search_flags(parser: argparse.ArgumentParser) -> None:
-    _index_flag(parser)
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--text", help="a description such as 'calm piano'")
-    query.add_argument("--audio", metavar="FILE", help="an audio file: a path, or an s3:// or gs:// URI")
-    query.add_argument("--song-id", metavar="ID", help="a song of the index")
-    parser.add_argument("-k", type=int, default=10, metavar="N", help="number of songs (default 10)")
-    parser.add_argument(
-        "--blend", type=float, metavar="X", help="0 semantic … 1 preference (default 0.5, or 0 without stage 2)"
-    )
-    parser.add_argument(
-        "--filter",
-        metavar="JSON",
-        help="""conditions on metadata, such as '{"genre": ["rock"], "year": {"gte": 1990}}'""",
-    )
-    parser.add_argument("--max-per-artist", type=int, metavar="N", help="maximum number of songs per artist")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _config_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=["show", "schema"], help="the resolved configuration as YAML, or its JSON Schema"
-    )
-
-
-def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fresh", action="store_true", help="remove the files of an earlier demo from this workspace first"
-    )
 
 
 def _step(module: str, function: str, *, argument: str | None = None) -> Callable[[Config, argparse.Namespace], None]:
@@ -218,7 +136,7 @@ def _run_all(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.workspace.storage import Workspace
 
     Workspace(config.workspace).check_writable()
-    result = run(config, until=options.until or RUN_STEPS[-1], gate=options.gate, report=print_result)
+    result = run(config, until=options.until or flags.RUN_STEPS[-1], gate=options.gate, report=print_result)
     print()
     print_result(result)
 
@@ -282,40 +200,10 @@ def _search(config: Config, options: argparse.Namespace) -> None:
     search(config, options.index, **query, conditions=options.filter, as_json=options.json, **limits)
 
 
-def _import_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", choices=IMPORT_SOURCES, help="what is imported: folder, a folder of music files")
-    parser.add_argument("path", metavar="DIR", help="the folder; its subfolders are read too")
-    parser.add_argument(
-        "--out",
-        metavar="FILE.parquet",
-        default="catalog.parquet",
-        help="the catalogue to write (default ./catalog.parquet); rejected.csv is written next to it",
-    )
-
-
 def _import(config: Config, options: argparse.Namespace) -> None:
     from htcl_ray.commands.import_folder import import_folder
 
     import_folder(absolute(options.path), absolute(options.out))
-
-
-def _import_official_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file",
-        metavar="FILE",
-        help="state dict that the authors' training scripts saved (model-N.pth), or that of an AudioModel",
-    )
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        help="new model folder; below WORKSPACE/models/semantic (stage 2: preference) every step can use it",
-    )
-    parser.add_argument(
-        "--stage", type=int, choices=[1, 2], required=True, help="the training stage that the weights are from"
-    )
-    parser.add_argument(
-        "--parent", metavar="VERSION", help="for stage 2 in a workspace: the stage-1 model that it was fine-tuned from"
-    )
 
 
 def _import_official(config: Config, options: argparse.Namespace) -> None:
@@ -328,22 +216,19 @@ def _show_config(config: Config, options: argparse.Namespace) -> None:
     print(config.as_yaml().rstrip() if options.what == "show" else json.dumps(json_schema(), indent=2))
 
 
-IMPORT_SOURCES = ("folder",)
-RUN_STEPS = ("preprocess", "pretrain", "finetune", "embed", "index", "evaluate")
-"""The steps of `htcl run`, in their order."""
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "run every step on a sample catalogue, start the service and send three queries", _demo, _demo_flags
+        "run every step on a sample catalogue, start the service and send three queries", _demo, flags.demo_flags
     ),
     "run": Command(
         "run every step from the catalogue to the report, each only where its result does not exist yet",
         _run_all,
-        _run_flags,
+        flags.run_flags,
     ),
     "import": Command(
         "make a catalogue from a folder of music files, by their tags and paths",
         _import,
-        _import_flags,
+        flags.import_flags,
         on_cluster=False,
     ),
     "preprocess": Command(
@@ -351,33 +236,38 @@ COMMANDS: dict[str, Command] = {
         _step("htcl_ray.pipelines.preprocess", "preprocess"),
     ),
     "pretrain": Command(
-        "train stage 1: contrastive pre-training on audio and text", _step("htcl_ray.pipelines.train", "pretrain")
+        "train stage 1: contrastive pre-training on audio and text",
+        _step("htcl_ray.pipelines.train", "pretrain"),
+        flags.pretrain_flags,
     ),
     "finetune": Command(
         "train stage 2: contrastive fine-tuning of a stage-1 model on preference pairs",
         _step("htcl_ray.pipelines.train", "finetune", argument="model"),
-        _model_flag,
+        flags.finetune_flags,
     ),
     "tune": Command(
         "search over configuration keys, by default temperature, batch size and learning rate",
         _step("htcl_ray.pipelines.tuning.tune", "tune", argument="model"),
-        _model_flag,
+        flags.model_flag,
     ),
     "embed": Command(
         "compute the embeddings of every song of the catalogue",
         _step("htcl_ray.pipelines.embed", "embed", argument="model"),
-        _model_flag,
+        flags.model_flag,
     ),
-    "index": Command("build a FAISS index from the embeddings", _index, _build_flags),
+    "index": Command("build a FAISS index from the embeddings", _index, flags.build_flags),
     "evaluate": Command(
-        "evaluate on held-out songs and users; writes report.json and report.html", _evaluate, _evaluate_flags
+        "evaluate on held-out songs and users; writes report.json and report.html", _evaluate, flags.evaluate_flags
     ),
-    "serve": Command("start the HTTP application", _serve, _index_flag),
-    "search": Command("run one query in this process, without a server", _search, _search_flags, on_cluster=False),
+    "serve": Command("start the HTTP application", _serve, flags.index_flag),
+    "search": Command("run one query in this process, without a server", _search, flags.search_flags, on_cluster=False),
     "import-official": Command(
-        "convert the authors' weights into a model folder", _import_official, _import_official_flags, on_cluster=False
+        "convert the authors' weights into a model folder",
+        _import_official,
+        flags.import_official_flags,
+        on_cluster=False,
     ),
-    "config": Command("print the configuration or its JSON Schema", _show_config, _config_flags, on_cluster=False),
+    "config": Command("print the configuration or its JSON Schema", _show_config, flags.config_flags, on_cluster=False),
 }
 
 

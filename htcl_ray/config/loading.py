@@ -129,6 +129,9 @@ class Config(Settings):
             changes["text.name_or_path"] = folder_or_name(self.text.name_or_path)
         if self.evaluate.oracle_vectors is not None:
             changes["evaluate.oracle_vectors"] = absolute(self.evaluate.oracle_vectors)
+        for step in ("pretrain", "finetune"):
+            if (source := getattr(self, step).warm_start) is not None:
+                changes[f"{step}.warm_start"] = folder_or_name(source)
         if self.serve.api_keys_file is not None:
             changes["serve.api_keys_file"] = absolute(self.serve.api_keys_file)
         if self.tracking.mlflow_uri is not None:

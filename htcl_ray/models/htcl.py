@@ -132,16 +132,19 @@ class HTCL(nn.Module):
         vocabulary: str | None = None,
         input_recipe: InputRecipe = InputRecipe.MASKED,
         feature_width: int | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> HTCL:
         """Build a stage-1 model to train, with random weights from `pretrain.seed`.
 
         The text tower is pretrained if `text.name_or_path` is set; otherwise it needs `vocabulary`, the JSON that
         `train_wordpiece` returns. `feature_width`: size of the vector of one frame of features (default: the mel bands
-        of log-mel frames).
+        of log-mel frames). `text_encoder`: an existing text tower, in place of a new one.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.pretrain.seed)
-            if config.text.name_or_path is not None:
+            if text_encoder is not None:
+                pass
+            elif config.text.name_or_path is not None:
                 text_encoder = text_encoder_from_name(config.text)
             else:
                 assert vocabulary is not None, "a text tower from scratch needs a vocabulary"

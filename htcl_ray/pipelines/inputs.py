@@ -17,6 +17,7 @@ from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.pipelines.events import plan_log
 from htcl_ray.pipelines.make_features import plan_features
 from htcl_ray.schemas import FORMAT_VERSION
+from htcl_ray.training.warm_start import source_identity
 from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.artifacts import Artifact, Models
 from htcl_ray.workspace.manifest import file_sha256, fingerprint
@@ -215,6 +216,10 @@ def _text_weights(config: Config) -> dict[str, str]:
 
 def determining_settings(settings: StageSettings) -> dict[str, Any]:
     """Settings of a stage that determine its model; those that only change where and how it runs are left out."""
-    return {
+    values = {
         name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL
     }
+    if settings.warm_start is None:  # then nothing is replayed
+        values.pop("replay_share", None)
+        return values
+    return {**values, "warm_start": source_identity(settings.warm_start)}

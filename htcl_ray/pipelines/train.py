@@ -22,11 +22,12 @@ from htcl_ray.cluster import connection
 from htcl_ray.cluster.capacity import capacity, check_fits, use_gpu, worker_resources
 from htcl_ray.config import Config
 from htcl_ray.config.sections import StageSettings
-from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.errors import ConfigError, MismatchError, StepError
 from htcl_ray.pipelines import inputs
 from htcl_ray.training.runs import CHECKPOINT_LIST, best_epoch, is_resumable, score_order
 from htcl_ray.training.stage_run import StageRun, check_data, check_parent
 from htcl_ray.training.trackers import check_tracking
+from htcl_ray.training.warm_start import find_source
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import build_manifest, file_sha256
 from htcl_ray.workspace.storage import Workspace
@@ -50,10 +51,24 @@ def finetune(config: Config, model: str | None = None) -> StepResult:
     pairs = preference_pairs(workspace, config, features)
     parent = inputs.parent(workspace, config, features.version, model)
     check_parent(workspace, parent, config)
+    _check_same_parent(workspace, config, parent)
     version = inputs.preference_version(config, features.version, pairs.version, parent.version)
     return _run(
         workspace, config, StageRun("finetune", "preference", config.finetune, features, pairs, parent, version)
     )
+
+
+def _check_same_parent(workspace: Workspace, config: Config, parent: Artifact) -> None:
+    """Raise MismatchError when the earlier preference model was fine-tuned from another semantic model."""
+    if config.finetune.warm_start is None:
+        return
+    source = find_source(workspace, config.finetune.warm_start)
+    known = None if source.artifact is None else source.artifact.manifest["inputs"].get("model")
+    if known not in (None, parent.version):
+        raise MismatchError(
+            f"{source.name} was fine-tuned from the semantic model {known}, but this run belongs to {parent.version}; "
+            f"give --model {known}, or train stage 2 without --from"
+        )
 
 
 def preference_pairs(workspace: Workspace, config: Config, features: Artifact) -> Artifact:
@@ -84,6 +99,12 @@ def _run(workspace: Workspace, config: Config, stage: StageRun) -> StepResult:
     with connection.progress_lines() as lines:
         checkpoint, metrics = fit_stage(workspace, config, stage, vocabulary, lines)
     manifest = publish(workspace, config, stage, checkpoint, metrics)
+    if stage.settings.warm_start is not None:
+        print(
+            f"{stage.step}  later steps use this model with --model {stage.version}, or with {stage.step}.warm_start in"
+            " their configuration too",
+            flush=True,
+        )
     return StepResult(stage.step, workspace.uri_of(stage.model_path), _summary(manifest), time.monotonic() - started)
 
 

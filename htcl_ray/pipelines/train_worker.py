@@ -28,10 +28,11 @@ from htcl_ray.training.loop import SaveCheckpoint, train
 from htcl_ray.training.metrics_log import MetricsLog
 from htcl_ray.training.progress_lines import Metrics
 from htcl_ray.training.runs import worst_score
-from htcl_ray.training.song_numbers import read_pairs, read_songs
+from htcl_ray.training.song_numbers import read_songs
 from htcl_ray.training.song_text import TextVariation
 from htcl_ray.training.stage_tasks import finetune_task, pretrain_task
 from htcl_ray.training.trackers import open_trackers
+from htcl_ray.training.warm_start import find_source, preference_start, semantic_start, training_pairs
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.filesystem import storage_failure
 from htcl_ray.workspace.local_copies import private_folder
@@ -84,7 +85,7 @@ def _train(job: TrainJob, say: Callable[[str], None], opened: contextlib.ExitSta
         if job.pairs is None:
             task = pretrain_task(songs, job.config.pretrain)
         else:
-            pairs = read_pairs(job.workspace, job.pairs.path, songs, rejected=job.config.finetune.explicit_negatives)
+            pairs = training_pairs(job.workspace, job.config.finetune, job.pairs.path, songs)
             task = finetune_task(pairs, songs.train, job.config.finetune, device)
         model, resume = _model(job, frames.width)
     first = ray.train.get_context().get_world_rank() == 0
@@ -151,11 +152,20 @@ def _log(job: TrainJob, resume: TrainingState | None, say: Callable[[str], None]
 
 
 def _model(job: TrainJob, feature_width: int) -> tuple[HTCL, TrainingState | None]:
-    """Load the model: from the run's last checkpoint (resume), else new (stage 1) or from the parent (stage 2)."""
+    """Load the model: from the run's last checkpoint (resume), an earlier model (warm start), or the stage's start.
+
+    Stage 1 starts from random weights, stage 2 from the parent.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             return HTCL.from_pretrained(folder), load_state(Path(folder))
+    stage = job.config.pretrain if job.parent is None else job.config.finetune
+    if stage.warm_start is not None:
+        folder = find_source(job.workspace, stage.warm_start).folder
+        if job.parent is not None:
+            return preference_start(job.config, folder), None
+        return semantic_start(job.config, folder, job.vocabulary, feature_width)[0], None
     if job.parent is None:
         return HTCL.untrained(job.config, job.vocabulary, feature_width=feature_width), None
     parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +113,30 @@ def read_pairs(workspace: Workspace, path: str, songs: Songs, *, rejected: bool 
         )
     left_out = unknown + int(known.sum())
     return Pairs(train, weights, validation, missing + more, apart[~known], apart_weights[~known], left_out)
+
+
+def with_replayed(pairs: Pairs, earlier: Pairs, share: float) -> Pairs:
+    """Add the training pairs of an earlier table, which are drawn with probability `share`; from 0 to below 1.
+
+    Within each table a pair keeps its share of the weight. A song that was rejected after a trigger is no negative when
+    the two were a pair earlier. Without training pairs in one of the tables, the other has the whole weight.
+    """
+    if not len(earlier.train) or not len(pairs.train):
+        chosen = pairs if len(pairs.train) else earlier
+        return replace(pairs, train=chosen.train, weights=chosen.weights)
+    train = np.concatenate([pairs.train, earlier.train])
+    weights = np.concatenate(
+        [(1 - share) * pairs.weights / pairs.weights.sum(), share * earlier.weights / earlier.weights.sum()]
+    )
+    known = np.isin(_codes(pairs.rejected), known_pair_codes(train))
+    return replace(
+        pairs,
+        train=train,
+        weights=weights,
+        rejected=pairs.rejected[~known],
+        rejected_weights=pairs.rejected_weights[~known],
+        rejected_left_out=pairs.rejected_left_out + int(known.sum()),
+    )
 
 
 def _usable(table: pa.Table, split: Split, songs: Songs, members: Rows) -> tuple[Rows, npt.NDArray[np.float64], int]:

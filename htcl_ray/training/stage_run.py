@@ -9,6 +9,14 @@ from htcl_ray.config import Config
 from htcl_ray.config.sections import FinetuneSettings, StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, WorkspaceError
 from htcl_ray.models.towers.registry import TOWERS
+from htcl_ray.training.warm_start import (
+    check_source,
+    find_source,
+    semantic_start,
+    source_identity,
+    takes_text_tower,
+    training_pairs,
+)
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.paths import canonical
 from htcl_ray.workspace.storage import Workspace
@@ -49,7 +57,10 @@ class StageRun:
     def inputs(self) -> dict[str, str]:
         """Versions for the manifest."""
         named = {"features": self.features, "pairs": self.pairs, "model": self.parent}
-        return {name: artifact.version for name, artifact in named.items() if artifact is not None}
+        versions = {name: artifact.version for name, artifact in named.items() if artifact is not None}
+        if self.settings.warm_start is not None:
+            versions["warm_start"] = source_identity(self.settings.warm_start)
+        return versions
 
 
 def check_parent(workspace: Workspace, parent: Artifact, config: Config) -> None:
@@ -94,6 +105,7 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
     from htcl_ray.training.order import global_batch
     from htcl_ray.training.song_numbers import read_songs
 
+    check_source(workspace, config, stage.step)
     songs = read_songs(workspace, stage.features.path)
     pairs = None if stage.pairs is None else _usable_pairs(workspace, config.finetune, stage.pairs, songs)
     rows = len(songs.train) if pairs is None else config.finetune.pairs_per_epoch or len(pairs.train)
@@ -118,15 +130,39 @@ def check_data(workspace: Workspace, config: Config, stage: StageRun) -> str | N
     from htcl_ray.training.health import distinct_texts
     from htcl_ray.training.song_text import vocabulary_texts
 
+    if takes_text_tower(workspace, config):
+        _check_warm_start(workspace, config, stage, None, distinct_texts(songs))
+        return None
     tower = check_text_settings(config.text)
     if tower is not None:
         check_song_texts(tower.tokenizer, distinct_texts(songs), config.text)
     if config.text.name_or_path is not None:
+        _check_warm_start(workspace, config, stage, None, [])
         return None
     texts = vocabulary_texts([songs.texts[row] for row in songs.train.tolist()], config.pretrain)
     vocabulary = train_wordpiece(texts, config.text.vocab_size)
     check_song_texts(fast_tokenizer(vocabulary), distinct_texts(songs), config.text)
+    _check_warm_start(workspace, config, stage, vocabulary, [])
     return vocabulary
+
+
+def _check_warm_start(
+    workspace: Workspace, config: Config, stage: StageRun, vocabulary: str | None, texts: list[str]
+) -> None:
+    """Print which parts of the earlier model stage 1 takes. Raises MismatchError when it takes none.
+
+    `texts`: song texts that the tokenizer of a text tower that is taken has to tell apart.
+    """
+    from htcl_ray.models.towers.text import check_song_texts
+
+    name = config.pretrain.warm_start
+    if name is None:
+        return
+    model, taken, left = semantic_start(config, find_source(workspace, name).folder, vocabulary)
+    if texts:
+        check_song_texts(model.text_encoder.tokenizer, texts, config.text)
+    not_taken = f"; not taken, since they do not fit the configuration: {', '.join(left)}" if left else ""
+    print(f"{stage.step}  starts from {name}: {', '.join(taken)}{not_taken}", flush=True)
 
 
 def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> None:
@@ -154,9 +190,7 @@ def _check_best_metric(stage: StageRun, songs: Songs, pairs: Pairs | None) -> No
 
 def _usable_pairs(workspace: Workspace, settings: FinetuneSettings, artifact: Artifact, songs: Songs) -> Pairs:
     """Read the pairs and print how many are left out. Raises WorkspaceError when fewer than two are usable."""
-    from htcl_ray.training.song_numbers import read_pairs
-
-    pairs = read_pairs(workspace, artifact.path, songs, rejected=settings.explicit_negatives)
+    pairs = training_pairs(workspace, settings, artifact.path, songs)
     if pairs.missing:
         print(f"finetune  {pairs.missing} pairs are left out: a song has no features in the pair's split", flush=True)
     if pairs.rejected_left_out:

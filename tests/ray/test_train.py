@@ -330,3 +330,29 @@ def test_a_damaged_list_of_checkpoints_begins_again(
     workspace.remove(model.path)
     assert not pretrain(config).skipped
     assert capsys.readouterr().out.count("is damaged or names missing ones; training starts again") == 2
+
+
+def test_both_stages_start_from_earlier_models(trained: Config, capsys: pytest.CaptureFixture[str]):
+    """Without a learning rate the published weights are those of the source, through Ray and the workspace."""
+    workspace = Workspace(trained.workspace)
+    models = inputs.models(workspace, trained, "synthetic")
+    assert models.preference is not None
+    still = {
+        f"{step}.{key}": value
+        for step in ("pretrain", "finetune")
+        for key, value in {"learning_rate": 1e-30, "text_learning_rate": 1e-30, "epochs": 1, "num_workers": 1}.items()
+    }
+    config = trained.with_overrides({**still, "finetune.audio_learning_rate": 1e-30, "finetune.pairs_per_epoch": 16})
+    first = pretrain(config.with_overrides({"pretrain.warm_start": models.semantic.version}))
+    again = config.with_overrides({"finetune.warm_start": models.preference.version})
+    second = finetune(again, models.semantic.version)
+    assert f"starts from {models.semantic.version}: audio tower" in capsys.readouterr().out
+    for result, source in ((first, models.semantic), (second, models.preference)):
+        assert not result.skipped
+        artifact = workspace.manifest(f"models/{'semantic' if result is first else 'preference'}/{result.version}")
+        assert artifact is not None
+        assert artifact["inputs"]["warm_start"] == source.version
+        made = HTCL.from_pretrained(Path(result.location)).state_dict()
+        for name, value in HTCL.from_pretrained(Path(workspace.full(source.path))).state_dict().items():
+            assert torch.equal(made[name], value), name
+    assert finetune(again, models.semantic.version).skipped

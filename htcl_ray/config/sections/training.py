@@ -65,6 +65,9 @@ class StageSettings(Settings):
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Rows that a worker encodes at a time (gradient caching); gradients do not depend on it. `auto`: as many as fit in
     its memory; null: its whole share of the batch."""
+    warm_start: str | None = None
+    """Earlier model whose weights training starts from: a model folder, or a model version of the workspace. Set by
+    `--from`. Null: random weights in stage 1, the semantic model in stage 2."""
     epochs: int = Field(20, ge=1)
     """Number of passes over the songs or pairs of an epoch."""
     num_workers: int = Field(1, ge=1)
@@ -212,6 +215,9 @@ class FinetuneSettings(StageSettings):
     """Peak learning rate of the audio encoder."""
     pairs_per_epoch: int | None = Field(None, ge=1)
     """Number of pairs per epoch, sampled by weight. Null: the number of training pairs."""
+    replay_share: float = Field(0.5, ge=0, lt=1)
+    """Share of the drawn pairs, from 0 to below 1, that come from the pairs of the earlier model when training
+    continues from a preference model (`warm_start`). 0: newer pairs only."""
     text_loss_weight: float = Field(1.0, ge=0)
     """Weight of the audio-text loss over both songs of a pair and the rehearsal songs, which preserves the semantics of
     stage 1."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from htcl_ray import cli
+from htcl_ray.commands import flags as command_flags
 from htcl_ray.config import resolve
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.pipelines import run as run_module
@@ -154,7 +155,7 @@ def test_the_command_prints_a_line_for_each_step_and_the_total(
     assert "pretrain: already done: made → " in "\n".join(shown)
     assert cli.main(["run", *flags, "--until", "tune"]) == 2
     assert "invalid choice: 'tune'" in capsys.readouterr().err
-    assert cli.RUN_STEPS == STEPS
+    assert command_flags.RUN_STEPS == STEPS
 
 
 def test_a_failed_gate_exits_1(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
