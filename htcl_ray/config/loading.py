@@ -125,13 +125,11 @@ class Config(Settings):
             "data.catalog": [absolute(path) for path in self.data.catalog],
             "data.interactions": [absolute(path) for path in self.data.interactions],
         }
-        if self.text.name_or_path is not None:
-            changes["text.name_or_path"] = folder_or_name(self.text.name_or_path)
+        names = {f"{step}.warm_start": getattr(self, step).warm_start for step in ("pretrain", "finetune")}
+        names["text.name_or_path"] = self.text.name_or_path
+        changes |= {key: folder_or_name(name) for key, name in names.items() if name is not None}
         if self.evaluate.oracle_vectors is not None:
             changes["evaluate.oracle_vectors"] = absolute(self.evaluate.oracle_vectors)
-        for step in ("pretrain", "finetune"):
-            if (source := getattr(self, step).warm_start) is not None:
-                changes[f"{step}.warm_start"] = folder_or_name(source)
         if self.serve.api_keys_file is not None:
             changes["serve.api_keys_file"] = absolute(self.serve.api_keys_file)
         if self.tracking.mlflow_uri is not None:
