@@ -125,9 +125,9 @@ class Config(Settings):
             "data.catalog": [absolute(path) for path in self.data.catalog],
             "data.interactions": [absolute(path) for path in self.data.interactions],
         }
-        names = {f"{step}.warm_start": getattr(self, step).warm_start for step in ("pretrain", "finetune")}
-        names["text.name_or_path"] = self.text.name_or_path
-        changes |= {key: folder_or_name(name) for key, name in names.items() if name is not None}
+        models = {f"{step}.warm_start": getattr(self, step).warm_start for step in ("pretrain", "finetune")}
+        models["text.name_or_path"] = self.text.name_or_path
+        changes |= {key: folder_or_name(name) for key, name in models.items() if name is not None}
         if self.evaluate.oracle_vectors is not None:
             changes["evaluate.oracle_vectors"] = absolute(self.evaluate.oracle_vectors)
         if self.serve.api_keys_file is not None:
