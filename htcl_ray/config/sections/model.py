@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from htcl_ray.config.sections.base import Settings
-from htcl_ray.models.towers.registry import TOWERS, Extractor, TowerName, default_tower
+from htcl_ray.models.towers.registry import DEFAULT_TOWERS, TOWERS, Extractor, TowerName
 
 
 class AudioRecipe(Settings):
@@ -75,8 +75,8 @@ class AudioSettings(AudioRecipe):
     tower: TowerName | None = None
     """Audio tower. Over log-mel frames: `transformer`, the paper's, for large catalogues, and `cnn`, 2-D convolutions
     that learn from far fewer songs. Over vectors: `mlp` (of several vectors of a song, their mean) and
-    `window_transformer`, a small Transformer over the windows of a song. Null: `transformer` for log-mel frames, `mlp`
-    for one vector a song and `window_transformer` for several. Setting `extractor` without `tower` resets it to
+    `window_transformer`, a small Transformer over the windows of a song. Null: `transformer` for `log_mel`,
+    `window_transformer` for `pretrained` and `mlp` for `vectors`. Setting `extractor` without `tower` resets it to
     null."""
 
     @property
@@ -87,7 +87,7 @@ class AudioSettings(AudioRecipe):
     @property
     def tower_name(self) -> TowerName:
         """Name of the tower, also when it is chosen by the extractor."""
-        return self.tower or default_tower(self.extractor, self.max_frames)
+        return self.tower or DEFAULT_TOWERS[self.extractor]
 
     def resolved(self) -> Self:
         """Return these settings with the name of the tower: equal for models with equal towers."""

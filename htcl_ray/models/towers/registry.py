@@ -42,18 +42,15 @@ TOWERS = {
     ),
 }
 
+DEFAULT_TOWERS: dict[Extractor, str] = {"log_mel": "transformer", "pretrained": "window_transformer", "vectors": "mlp"}
+"""Tower of each extractor without `audio.tower`. The catalogue brings one vector a song, a pretrained encoder makes one
+for each window."""
+
 if TYPE_CHECKING:
     TowerName = str
 else:
     TowerName = Literal[tuple(TOWERS)]
     """A key of `TOWERS`, as a type that pydantic checks."""
-
-
-def default_tower(extractor: Extractor, frames: int) -> TowerName:
-    """Name of the tower for an extractor and the largest number of frames of a song, without `audio.tower`."""
-    if extractor == "log_mel":
-        return "transformer"
-    return "mlp" if frames == 1 else "window_transformer"
 
 
 def tower_class(name: TowerName) -> type[AudioTower]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from htcl_ray.config import resolve
-from htcl_ray.config.sections import StageSettings
+from htcl_ray.config.sections import AudioSettings, StageSettings
 from htcl_ray.errors import AudioError, ConfigError, InputError
 from htcl_ray.models import HTCL
 from htcl_ray.models.record import ModelRecord
@@ -145,6 +145,13 @@ def test_features_do_not_depend_on_the_tower():
     assert paper.resolved().recipe == paper.recipe
     assert "tower" not in paper.recipe.model_dump()
     assert paper.resolved().tower == "transformer"
+
+
+def test_every_extractor_has_a_tower():
+    for extractor, expected in (("log_mel", "transformer"), ("pretrained", "window_transformer"), ("vectors", "mlp")):
+        audio = AudioSettings.model_validate({"extractor": extractor})
+        assert audio.tower_name == expected
+        assert audio.resolved().tower == expected
 
 
 def test_a_tower_of_another_extractor_is_refused():
