@@ -41,14 +41,14 @@ from htcl_ray.errors import ConfigError, HtclError, first_fault
 from htcl_ray.workspace.credentials import lacks_credentials
 from htcl_ray.workspace.paths import absolute, absolute_sqlite, folder_or_name
 
-PRESETS = ("demo", "paper")
+PRESETS = ("demo", "small", "paper")
 
 
 class Config(Settings):
     """Configuration of a complete run."""
 
     preset: str = "paper"
-    """Name of the preset whose values are the defaults of this run: `demo` or `paper`."""
+    """Name of the preset whose values are the defaults of this run: `demo`, `small` or `paper`."""
     workspace: str = "./workspace"
     """Folder of all data and artifacts: a local path, s3:// or gs://. A relative path, in this and any other key and in
     a configuration file, is relative to the working directory of the command."""

@@ -73,14 +73,14 @@ def earlier_pairs(workspace: Workspace, settings: FinetuneSettings) -> Artifact 
     manifest = source.artifact.manifest if source.artifact else _manifest(source.folder)
     version = manifest.get("inputs", {}).get("pairs")
     path = f"pairs/{version}"
-    found = workspace.manifest(path) if version else None
-    if found is None:
+    mined = workspace.manifest(path) if version else None
+    if mined is None:
         which = f"pairs {version}" if version else "no pairs"
         raise WorkspaceError(
             f"the manifest of {source.name} names {which}, which {workspace.uri} does not hold, so they cannot be "
             "replayed; train on newer pairs alone with finetune.replay_share=0"
         )
-    return Artifact(path, version, found)
+    return Artifact(path, version, mined)
 
 
 def check_source(workspace: Workspace, config: Config, step: str) -> None:

@@ -251,7 +251,7 @@ class TestVersions:
         assert version(pretrain__warm_start=str(tmp_path / "b")) != a
         assert source_identity("s1") == "s1"
 
-    def test_the_share_of_replayed_pairs_counts_only_when_there_are_any(self, world: World):
+    def test_the_share_of_replayed_pairs_counts_only_with_a_warm_start(self, world: World):
         def version(**overrides: Any) -> str:
             return inputs.preference_version(configured(world, **overrides), "synthetic", "pairs", "s1")
 
