@@ -28,7 +28,8 @@ LONGEST_FIRST = (
     "tests/ray/",
     "tests/serve/",
     "tests/distributed/",
-    "tests/unit/audio/test_sandbox.py",
+    "tests/processes/test_sandbox.py",
+    "tests/processes/",
 )
 """Order in which the processes of pytest-xdist take files, so that none is left with a long one at the end."""
 
@@ -73,3 +74,12 @@ def ray_cluster() -> Iterator[None]:
     connect(resolve("demo"))
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def in_process_training(ray_cluster: None) -> Iterator[None]:
+    """Trainings of this module run in this process: tests/worlds/in_process_training.py."""
+    from tests.worlds.in_process_training import training_in_process
+
+    with training_in_process():
+        yield

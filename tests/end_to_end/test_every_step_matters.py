@@ -23,7 +23,7 @@ from htcl_ray.workspace.manifest import file_sha256
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.whole_path import Outcome, configuration, rewrite, run_every_step
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("in_process_training")]
 
 TEXT_TO_AUDIO = "text_to_audio.semantic.mrr"
 STAGE_TWO_GAIN = "cold.preference.ndcg@10"
@@ -52,7 +52,9 @@ def baseline_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def baseline(world: SampleTables, query: tuple[bytes, str], baseline_workspace: Path) -> Outcome:
+def baseline(
+    world: SampleTables, query: tuple[bytes, str], baseline_workspace: Path, in_process_training: None
+) -> Outcome:
     return run_every_step(configuration(baseline_workspace, world, **EPOCHS), *query)
 
 

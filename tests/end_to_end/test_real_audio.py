@@ -13,7 +13,7 @@ import pytest
 from htcl_ray import cli
 from htcl_ray.workspace.storage import Workspace
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.usefixtures("in_process_training")]
 
 SHORT = ["--set", "pretrain.epochs=2", "--set", "audio.clip_seconds=5", "--set", "data.max_rejected_share=1"]
 
@@ -41,7 +41,9 @@ def through_to_search(catalog: Path, workspace: Path, *flags: str) -> list[dict]
 
 
 @pytest.fixture(scope="module")
-def music(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def music(
+    shared_data: Path, tmp_path_factory: pytest.TempPathFactory, in_process_training: None
+) -> tuple[Path, list[dict]]:
     """A workspace of stage 1 over real music, and the results of two searches in it."""
     workspace = tmp_path_factory.mktemp("music")
     return workspace, through_to_search(shared_data / "music.csv", workspace)

@@ -28,7 +28,7 @@ CHOSEN = ("full", "without stage 1", "shuffled captions")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Config:
+def config(tmp_path_factory: pytest.TempPathFactory, in_process_training: None) -> Config:
     made = tiny_config(
         tmp_path_factory.mktemp("ablated"), **{"evaluate.resamples": 100, "pretrain.epochs": 2, "finetune.epochs": 1}
     )

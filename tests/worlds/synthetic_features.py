@@ -39,6 +39,7 @@ def tiny_config(workspace: Path | str, **overrides: object) -> Config:
             "pretrain.epochs": 3,
             "finetune.batch_size": 16,
             "finetune.epochs": 2,
+            "finetune.pairs_per_epoch": 64,
         }
     )
     return tiny.with_overrides(overrides)
