@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from htcl_ray.demo_world import write_sample
+from htcl_ray.models import HTCL
 from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 from tests.worlds.ray_head import Head, environment, head_node, submit
-from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
+from tests.worlds.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 
 pytestmark = pytest.mark.end_to_end
 
@@ -57,10 +58,17 @@ def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path
         tmp_path / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1, "pretrain.epochs": 1}
     )
     config = config.with_overrides(
-        {"finetune.epochs": 1, "finetune.pairs_per_epoch": 64, "evaluate.resamples": 100, "finetune.num_workers": 1}
+        {
+            "finetune.epochs": 1,
+            "finetune.explicit_negatives": True,
+            "finetune.loss": "sigmoid",  # not that of stage 1
+            "finetune.num_workers": 1,
+            "evaluate.resamples": 100,
+        }
     )
     write_features(config)
     write_pairs(config)
+    write_negatives(config, [(0, 3, 1.0), (0, 1, 1.0), (1, 2, 2.0)])
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     made = {
         "tune": "runs/tune",
@@ -74,8 +82,15 @@ def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path
     scripts = " && ".join(f"python jobs/{job}.py --config {tmp_path}/c.yaml" for job in made)
     done = submit(head, "bash", "-c", scripts)  # one job: each submission packs the working directory again
     assert done.returncode == 0, done.stdout + done.stderr
+    workspace = Workspace(config.workspace)
     for job, folder in made.items():
-        assert len(Workspace(config.workspace).finished(folder)) == 1, job
+        assert len(workspace.finished(folder)) == 1, job
+    assert "1 negatives are left out" in done.stdout
+    ((semantic, _),), ((preference, _),) = (
+        workspace.finished(f"models/{space}") for space in ("semantic", "preference")
+    )
+    assert HTCL.from_pretrained(workspace.full(f"models/semantic/{semantic}")).record.loss == "softmax"
+    assert HTCL.from_pretrained(workspace.full(f"models/preference/{preference}")).record.loss == "sigmoid"
 
 
 @pytest.mark.parametrize("job", ["tune", "evaluate"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from htcl_ray.cluster.ray_internals import session_folder
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, MismatchError, StepError, WorkspaceError
 from htcl_ray.models import HTCL
@@ -28,14 +31,30 @@ from tests.worlds.synthetic_features import tiny_config, write_features, write_n
 pytestmark = pytest.mark.ray
 
 
+STAGE_1 = {
+    "pretrain.epochs": 12,
+    "pretrain.checkpoint_every_steps": 1,
+    "pretrain.best_metric": "validation_median_rank",
+    "pretrain.keep_checkpoints": 2,
+}
+"""Enough steps to be killed between two of them; ranks of twelve validation songs go up and down."""
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Config:
+def printed() -> io.StringIO:
+    """Standard output of `trained`."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, printed: io.StringIO) -> Config:
     """A workspace in which both stages have run, on two workers."""
-    config = tiny_config(tmp_path_factory.mktemp("trained"))
+    config = tiny_config(tmp_path_factory.mktemp("trained"), **STAGE_1)
     write_features(config)
     write_pairs(config, extra=2)
-    first = pretrain(config)
-    second = finetune(config)
+    with contextlib.redirect_stdout(printed):
+        first = pretrain(config)
+        second = finetune(config)
     assert not first.skipped
     assert not second.skipped
     return config
@@ -76,6 +95,13 @@ def test_runs_leave_their_figures(trained: Config):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
         assert list((run / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.usefixtures("trained")
+def test_no_process_of_a_private_cluster_watches_for_preemption():
+    logs = [log.read_text(errors="replace") for log in (Path(session_folder()) / "logs").glob("worker-*.out")]
+    assert any(":actor_name:TrainController" in log for log in logs)
+    assert not any(":actor_name:PreemptionWatcher" in log for log in logs)
 
 
 def test_finished_stages_are_skipped(trained: Config):
@@ -126,7 +152,12 @@ def test_two_ranks_see_different_songs_and_one_set_of_negatives(trained: Config,
 def test_an_error_of_a_worker_is_one_sentence(trained: Config):
     """A loss that is no number would be the same after a restart, so it ends the run at once."""
     config = trained.with_overrides(
-        {"pretrain.learning_rate": 1e30, "pretrain.warmup_share": 0.0, "pretrain.max_gradient_norm": None}
+        {
+            "pretrain.learning_rate": 1e30,
+            "pretrain.warmup_share": 0.0,
+            "pretrain.max_gradient_norm": None,
+            "pretrain.num_workers": 1,
+        }
     )
     with pytest.raises(
         StepError, match=r"^pretrain: the gradient of step \d+ has norm .* lower pretrain\.learning_rate"
@@ -198,62 +229,36 @@ def test_pairs_of_unknown_songs_are_counted_before_training(
     assert "5 pairs are left out" in capsys.readouterr().out
 
 
-def test_explicit_negatives(trained: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Refused before Ray without rejected songs; with them, and with another loss than stage 1, stage 2 trains."""
-    config = trained.with_overrides({"finetune.explicit_negatives": True, "finetune.loss": "sigmoid"})
-    with monkeypatch.context() as patch:
-        patch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
-        with pytest.raises(
-            WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"
-        ):
-            finetune(config)
-        write_negatives(config, [(0, 3, 1.0)])
-        with pytest.raises(WorkspaceError, match="give a log with skips or dislikes"):
-            finetune(config)
-    write_negatives(config, [(0, 3, 1.0), (0, 1, 1.0), (1, 2, 2.0)])
-    result = finetune(config)
-    assert not result.skipped
-    assert "1 negatives are left out" in capsys.readouterr().out
-    model = HTCL.from_pretrained(result.location)
-    assert model.record.loss == "sigmoid"
-    assert (
-        artifacts.newest_semantic(Workspace(trained.workspace), "failed").manifest["config"]["pretrain"]["loss"]
-        == "softmax"
-    )
-
-
-KILLED = """
-import sys
-from htcl_ray.config import resolve
-from htcl_ray.pipelines.train import finetune, pretrain
-{"pretrain": pretrain, "finetune": finetune}[sys.argv[1]](resolve(file=sys.argv[2]))
-"""
+def test_explicit_negatives_are_refused_without_rejected_songs(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With them, and with another loss than stage 1, stage 2 trains: tests/end_to_end/test_jobs.py."""
+    config = without_pairs(trained, tmp_path / "workspace").with_overrides({"finetune.explicit_negatives": True})
+    write_pairs(config)
+    monkeypatch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
+    with pytest.raises(
+        WorkspaceError, match=r"negatives/pairs, which finetune\.explicit_negatives needs, .*run 'htcl preprocess'"
+    ):
+        finetune(config)
+    write_negatives(config, [(0, 3, 1.0)])
+    with pytest.raises(WorkspaceError, match="give a log with skips or dislikes"):
+        finetune(config)
 
 
 def test_a_killed_run_continues_after_its_last_checkpoint(trained: Config, tmp_path: Path):
     """The driver and its private cluster are killed mid-run; the same command ends with the weights of a run that was
-    not killed.
+    not killed: that of `trained`.
 
     Stage 2 differs in its batches only, and resumes bit for bit at every step: tests/distributed/test_resume.py.
     """
-    step, epochs = "pretrain", 12
-    changes = {
-        f"{step}.epochs": epochs,
-        f"{step}.checkpoint_every_steps": 1,
-        "finetune.pairs_per_epoch": 48,
-        "ray.num_cpus": 4,
-    }
-    configs = {
-        name: trained.with_overrides({**changes, "workspace": str(tmp_path / name)}) for name in ("killed", "whole")
-    }
-    for config in configs.values():
-        for kept in ("features", "pairs"):
-            shutil.copytree(Path(trained.workspace) / kept, Path(config.workspace) / kept)
-    (tmp_path / "config.yaml").write_text(configs["killed"].as_yaml())
+    config = trained.with_overrides({"workspace": str(tmp_path / "killed"), "ray.num_cpus": 4})
+    shutil.copytree(Path(trained.workspace) / "features", Path(config.workspace) / "features")
+    (tmp_path / "config.yaml").write_text(config.as_yaml())
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", KILLED, step, str(tmp_path / "config.yaml")]
+    command = [sys.executable, "-m", "htcl_ray.cli", "pretrain", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
-    runs = tmp_path / "killed" / "runs" / step
+    runs = tmp_path / "killed/runs/pretrain"
+    epochs = config.pretrain.epochs
     try:
         deadline = time.monotonic() + 300
         while _stored(runs) < 4:
@@ -265,17 +270,15 @@ def test_a_killed_run_continues_after_its_last_checkpoint(trained: Config, tmp_p
         process.wait()
     time.sleep(3)  # the private cluster's processes end with their driver
     assert 4 <= _stored(runs) < epochs * 2
-    space = {"pretrain": "semantic", "finetune": "preference"}[step]
-    assert not Workspace(configs["killed"].workspace).finished(f"models/{space}"), "a killed run looks finished"
+    assert not Workspace(config.workspace).finished("models/semantic"), "a killed run looks finished"
 
+    assert not pretrain(config).skipped
     weights = []
-    for config in configs.values():
-        assert not {"pretrain": pretrain, "finetune": finetune}[step](config).skipped
-        workspace = Workspace(config.workspace)
-        ((version, manifest),) = workspace.finished(f"models/{space}")
+    for workspace in (Workspace(config.workspace), Workspace(trained.workspace)):
+        ((version, manifest),) = workspace.finished("models/semantic")
         lines = workspace.read_bytes(f"{manifest['run']}/metrics.jsonl").decode().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == list(range(1, epochs + 1))
-        weights.append(HTCL.from_pretrained(workspace.full(f"models/{space}/{version}")).state_dict())
+        weights.append(HTCL.from_pretrained(workspace.full(f"models/semantic/{version}")).state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -288,15 +291,9 @@ def _stored(runs: Path) -> int:
         return 0
 
 
-def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Ranks of twelve validation songs go up and down; checkpoints within epochs have none and are never chosen."""
-    changes = {"pretrain.epochs": 5, "pretrain.best_metric": "validation_median_rank", "pretrain.keep_checkpoints": 2}
-    config = trained.with_overrides(
-        {**changes, "workspace": str(tmp_path / "best"), "pretrain.checkpoint_every_steps": 1}
-    )
-    write_features(config)
-    pretrain(config)
-    workspace = Workspace(config.workspace)
+def test_the_best_epoch_is_published(trained: Config, printed: io.StringIO):
+    """Checkpoints within epochs have no metrics and are never chosen."""
+    workspace = Workspace(trained.workspace)
     model = artifacts.newest_semantic(workspace, "failed")
     lines = [
         json.loads(line)
@@ -305,17 +302,16 @@ def test_the_best_epoch_is_published(trained: Config, tmp_path: Path, capsys: py
     quality = model.manifest["quality"]
     assert quality["validation_median_rank"] == min(line["validation_median_rank"] for line in lines)
     assert quality["loss"] == next(line["loss"] for line in lines if line["epoch"] == quality["epoch"])
-    assert f"epoch {quality['epoch']} had the best validation_median_rank" in capsys.readouterr().out
+    assert f"epoch {quality['epoch']} had the best validation_median_rank" in printed.getvalue()
     kept = list(Path(workspace.full(model.manifest["run"])).glob("checkpoint_2*"))
     assert 2 <= len(kept) <= 3, "the two best and the newest"
 
 
-def test_a_damaged_list_of_checkpoints_begins_again(
+def test_a_damaged_list_of_checkpoints_starts_again(
     trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    config = trained.with_overrides({"workspace": str(tmp_path), "pretrain.epochs": 1})
-    write_features(config)
-    pretrain(config)
+    config = trained.with_overrides({"workspace": str(tmp_path / "workspace")})
+    shutil.copytree(trained.workspace, config.workspace)
     workspace = Workspace(config.workspace)
     model = artifacts.newest_semantic(workspace, "failed")
     run = model.manifest["run"]
@@ -326,7 +322,7 @@ def test_a_damaged_list_of_checkpoints_begins_again(
     record.write_text(intact[:40])
     discard_unusable_checkpoints(workspace, run, "pretrain")
     assert not record.exists()
-    record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names a missing folder
+    record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names an absent folder
     workspace.remove(model.path)
     assert not pretrain(config).skipped
     assert capsys.readouterr().out.count("is damaged or names missing ones; training starts again") == 2
