@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from htcl_ray.cli import main
 from htcl_ray.config import Config, resolve
 from htcl_ray.pipelines.train import pretrain
-from htcl_ray.pipelines.tuning.tune import fit_to_cluster, tune
-from htcl_ray.workspace.storage import Workspace
+from htcl_ray.pipelines.tuning.study import StudyCallback
+from htcl_ray.pipelines.tuning.tune import tune
+from tests.worlds.in_process_training import training_in_process
 from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.ray
@@ -32,6 +32,7 @@ def tune_config(workspace: Path, **overrides: object) -> Config:
         "tune.space": SPACE,
         "tune.reports": 4,
         "tune.trials": 4,
+        "tune.seed": 6,  # the first three points of SPACE have three batch sizes
         "pretrain.num_workers": 1,
         "finetune.num_workers": 1,
     }
@@ -59,15 +60,35 @@ def table(config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Config:
-    config = tune_config(tmp_path_factory.mktemp("searched"), **{"tune.early_stopping": False})
-    tune(config)
+def pending() -> list[int]:
+    """Number of pending trials at each step of the search `searched`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, pending: list[int]) -> Config:
+    """A workspace with a finished study of three trials, two at a time."""
+    settings = {"tune.trials": 3, "tune.max_concurrent_trials": 2, "tune.early_stopping": False}
+    config = tune_config(tmp_path_factory.mktemp("searched"), **settings)
+
+    def record_pending(self: StudyCallback, iteration: int, trials: list[Any], **info: Any) -> None:
+        pending.append(sum(trial.status == "PENDING" for trial in trials))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudyCallback, "on_step_end", record_pending)
+        tune(config)
     return config
+
+
+@pytest.mark.usefixtures("searched")
+def test_trials_are_requested_together(pending: list[int]):
+    """An autoscaler then adds several nodes at once. Ray's default for a searcher is one pending trial at a time."""
+    assert max(pending) == 2
 
 
 def test_every_trial_sees_equally_many_rows_and_is_what_its_metrics_say(searched: Config):
     trials = table(searched)
-    assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
+    assert [trial["number"] for trial in trials] == [0, 1, 2]
     assert {trial["state"] for trial in trials} == {"finished"}
     assert len({trial["parameters"]["pretrain.batch_size"] for trial in trials}) > 1, (
         "the search must have tried several batch sizes"
@@ -98,7 +119,8 @@ def test_the_winner_is_a_configuration_that_trains(searched: Config):
     manifest = json.loads((study / "manifest.json").read_text())
     assert manifest["best"] == best["number"]
     assert manifest["quality"] == {"semantic": best["history"][-1]["semantic"]}
-    assert not pretrain(chosen).skipped
+    with training_in_process():
+        assert not pretrain(chosen).skipped
     page = (study / "report.html").read_text()
     assert f"htcl pretrain --config {study}/best.yaml" in page
 
@@ -106,10 +128,10 @@ def test_the_winner_is_a_configuration_that_trains(searched: Config):
 def test_the_same_command_is_done_and_more_trials_go_on(searched: Config):
     before = table(searched)
     assert tune(searched).skipped
-    more = tune(searched.with_overrides({"tune.trials": 5}))
+    more = tune(searched.with_overrides({"tune.trials": 4}))
     assert not more.skipped
-    assert table(searched)[:4] == before
-    assert table(searched)[4]["state"] == "finished"
+    assert table(searched)[:3] == before
+    assert table(searched)[3]["state"] == "finished"
 
 
 def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys):
@@ -139,7 +161,8 @@ def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, 
     assert "failed: pretrain: the gradient of step" in capsys.readouterr().out
 
 
-def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
+def test_a_trial_of_both_stages_measures_both_objectives(tmp_path: Path, ray_cluster: None):
+    """Its configuration is the whole front. Fronts of many trials: tests/unit/tuning/test_trials.py."""
     space = {"finetune.preference_loss_weight": {"low": 0.1, "high": 2.0}, "pretrain.learning_rate": [0.001, 0.002]}
     config = tune_config(
         tmp_path,
@@ -147,25 +170,16 @@ def test_two_objectives_give_a_front(tmp_path: Path, ray_cluster: None):
             "tune.stage": "both",
             "tune.objectives": ["semantic", "preference"],
             "tune.space": space,
-            "tune.trials": 2,
+            "tune.trials": 1,
             "tune.samples": 64,
         },
     )
     tune(config)
-    trials = table(config)
-    assert [trial["state"] for trial in trials] == ["finished", "finished"]
-    assert all(len(trial["attempts"]) == 2 for trial in trials), "both stages cost something"
-    values = np.array([[trial["history"][-1][name] for name in ("semantic", "preference")] for trial in trials])
-    front = {
-        number
-        for number in range(2)
-        if not any((other >= values[number]).all() and (other > values[number]).any() for other in values)
-    }
-    written = sorted(int(file.stem) for file in (Path(config.workspace) / "runs/tune/both/pareto").glob("*.yaml"))
-    assert set(written) <= front
-    assert len(np.unique(values[written], axis=0)) == len(np.unique(values[sorted(front)], axis=0)), (
-        "of equals the first"
-    )
+    (trial,) = table(config)
+    assert trial["state"] == "finished"
+    assert len(trial["attempts"]) == 2, "both stages cost something"
+    assert trial["history"][-1].keys() >= {"semantic", "preference"}
+    assert [file.name for file in (Path(config.workspace) / "runs/tune/both/pareto").iterdir()] == ["0000.yaml"]
 
 
 def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
@@ -204,30 +218,6 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
         time.sleep(0.5)
 
 
-def test_trials_are_requested_together(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    """An autoscaler then adds several nodes at once. Ray's default for a searcher is one pending trial at a time."""
-    from htcl_ray.pipelines.tuning.study import StudyCallback
-
-    pending = []
-
-    def record_pending(self: StudyCallback, iteration: int, trials: list[Any], **info: Any) -> None:
-        pending.append(sum(trial.status == "PENDING" for trial in trials))
-
-    monkeypatch.setattr(StudyCallback, "on_step_end", record_pending)
-    tune(tune_config(tmp_path, **{"tune.samples": 32, "tune.trials": 2, "tune.max_concurrent_trials": 2}))
-    assert max(pending) == 2
-
-
-def test_concurrency_is_what_the_cluster_can_become(tmp_path: Path):
-    from htcl_ray.cluster.capacity import Capacity
-
-    grown = Capacity(({"CPU": 4.0},), (({"CPU": 8.0, "GPU": 1.0}, 3),), 3, grows=True)
-    shared = fit_to_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.accelerator": "cpu"}), grown)
-    assert shared.tune.max_concurrent_trials == (4 + 3 * 8) // 2
-    on_gpus = fit_to_cluster(tiny_config(tmp_path, **{"pretrain.num_workers": 2, "pretrain.batch_size": 16}), grown)
-    assert (on_gpus.pretrain.accelerator, on_gpus.tune.max_concurrent_trials) == ("gpu", 1)
-
-
 def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(
     tmp_path: Path, ray_cluster: None, capsys
 ):
@@ -243,13 +233,14 @@ def test_a_cluster_that_can_never_hold_a_trial_is_refused_with_the_arithmetic(
 
 
 def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
-    """Ended trials stay, the interrupted one resumes from its last checkpoint, and the next trial gets the point that
-    an uninterrupted search gives it: that of `searched`, since the first ten points do not depend on results.
+    """The interrupted trial resumes from its last checkpoint, and the next one gets the point that an uninterrupted
+    search gives it: that of `searched`, since the first ten points do not depend on results.
 
-    Points after an interruption at each trial: tests/unit/tuning/test_resume.py.
+    Interruptions at each trial, and trials that had ended: tests/unit/pipelines/tuning/test_study.py. The workspace is
+    relative to the directory of the command, and trials run in folders of their own.
     """
     rows_per_report = 32 * 10  # long enough that the worker does not see all rows between the kill and its own end
-    num_reports, num_trials = 25, 3
+    num_reports, num_trials = 25, 2
     settings = {
         "tune.samples": rows_per_report * num_reports,
         "tune.reports": num_reports,
@@ -258,14 +249,14 @@ def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
         "tune.early_stopping": False,
     }
     config = tune_config(tmp_path / "killed", **settings)
-    (tmp_path / "c.yaml").write_text(config.as_yaml())
-    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", str(tmp_path / "c.yaml")]
+    (tmp_path / "c.yaml").write_text(config.with_overrides({"workspace": "./killed"}).as_yaml())
+    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", "c.yaml"]
     log = tmp_path / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
         deadline = time.monotonic() + 300
         try:
-            while not _in_the_middle_of(table(config), 1):
+            while not _in_the_middle_of(table(config), 0):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.05)
@@ -273,16 +264,15 @@ def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     before = table(config)
-    assert [trial["state"] for trial in before] == ["finished", "running"]
-    assert list((Path(config.workspace) / "runs/tune/pretrain/trials/0001/runs/pretrain").glob("*/checkpoint_*"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert [trial["state"] for trial in before] == ["running"]
+    assert list((Path(config.workspace) / "runs/tune/pretrain/trials/0000/runs/pretrain").glob("*/checkpoint_*"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     after = table(config)
-    assert after[0] == before[0]
     assert [trial["state"] for trial in after] == ["finished"] * num_trials
-    assert [len(trial["attempts"]) for trial in after] == [1, 2, 1]
-    num_seen = len(before[1]["history"])
-    assert after[1]["history"][:num_seen] == before[1]["history"]
+    assert [len(trial["attempts"]) for trial in after] == [2, 1]
+    num_seen = len(before[0]["history"])
+    assert after[0]["history"][:num_seen] == before[0]["history"]
     for trial in after:
         rows = [item["rows"] for item in trial["history"]]
         assert rows == [rows_per_report * number for number in range(1, num_reports + 1)], (
@@ -290,6 +280,8 @@ def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
         )
     uninterrupted = [trial["parameters"] for trial in table(searched)[:num_trials]]
     assert [trial["parameters"] for trial in after] == uninterrupted
+    best = yaml.safe_load((tmp_path / "killed/runs/tune/pretrain/best.yaml").read_text())
+    assert best["workspace"] == str(tmp_path / "killed")
 
 
 def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Config, tmp_path: Path, ray_cluster: None):
@@ -310,59 +302,13 @@ def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
     return len(trials) > number and trials[number]["state"] == "running" and len(trials[number]["history"]) >= 3
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            {"tune.space": {"pretrain.temprature": [0.1, 0.2]}},
-            "tune.space names pretrain.temprature, but no configuration key has this name; did you mean",
-        ),
-        (
-            {"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}},
-            "expected finite numbers, low less than high",
-        ),
-        ({"tune.space": {"pretrain.temperature": []}}, "expected at least two"),
-        (
-            {"tune.space": {"pretrain.batch_size": [8, 9]}, "pretrain.num_workers": 2},
-            "has 9, which pretrain.num_workers (2) does not divide",
-        ),
-    ],
-)
-def test_bad_input_is_one_sentence_before_anything_starts(tmp_path: Path, capsys, change: dict[str, Any], said: str):
-    config = tune_config(tmp_path)
-    tree = config.model_dump(mode="json")
-    for key, value in change.items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
-    assert main(["tune", "--config", str(tmp_path / "c.yaml")]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert said in lines[0]
-    assert not (Workspace(config.workspace).exists("runs"))
-
-
-def test_relative_workspace_is_relative_to_the_directory_of_the_command(tmp_path: Path):
-    """Trials run in folders of their own. `--workspace ./x` and `../x`: tests/unit/config/test_config.py."""
-    folder = tmp_path / "given"
-    config = tune_config(folder / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1})
-    (folder / "c.yaml").write_text(config.with_overrides({"workspace": "./workspace"}).as_yaml())
-    command = [sys.executable, "-m", "htcl_ray.cli", "tune", "--config", "c.yaml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [trial["state"] for trial in table(config)] == ["finished"]
-    assert yaml.safe_load((folder / "workspace/runs/tune/pretrain/best.yaml").read_text())["workspace"] == str(
-        folder / "workspace"
-    )
-
-
 def test_trials_that_failed_are_tried_again_by_the_same_command(
     searched: Config, tmp_path: Path, ray_cluster: None, capsys
 ):
     """Also when all have failed, as with a workspace that no trial can read."""
     shutil.copytree(searched.workspace, tmp_path / "workspace")
-    before = table(searched)[:2]
-    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 2})
+    before = table(searched)[:1]
+    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 1})
     failed = [{**trial, "state": "failed", "history": [], "error": "no such workspace"} for trial in before]
     study = tmp_path / "workspace/runs/tune/pretrain"
     (study / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in failed))
@@ -370,7 +316,7 @@ def test_trials_that_failed_are_tried_again_by_the_same_command(
     tune(config)
     assert "trial 0 failed before and is tried again: no such workspace" in capsys.readouterr().out
     after = table(config)
-    assert [trial["state"] for trial in after] == ["finished"] * 2
+    assert [trial["state"] for trial in after] == ["finished"]
     assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in before]
     assert [trial["history"][-1]["rows"] for trial in after] == [trial["history"][-1]["rows"] for trial in before]
-    assert [trial["error"] for trial in after] == [None, None]
+    assert [trial["error"] for trial in after] == [None]

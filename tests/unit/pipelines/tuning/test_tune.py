@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from htcl_ray.cli import main
 from htcl_ray.cluster.capacity import Capacity
 from htcl_ray.errors import ConfigError
 from htcl_ray.pipelines.tuning.tune import fit_to_cluster
-from tests.worlds.synthetic_features import tiny_config
+from htcl_ray.workspace.storage import Workspace
+from tests.worlds.synthetic_features import tiny_config, write_features, write_pairs
 
 pytestmark = pytest.mark.unit
 GROWING = Capacity(({"CPU": 4.0},), (({"CPU": 8.0, "GPU": 1.0}, 3),), 3, grows=True)
@@ -56,3 +60,44 @@ def test_relative_paths_become_absolute_since_trials_run_in_other_folders(
     monkeypatch.chdir(tmp_path)
     config = tiny_config(tmp_path, **{"pretrain.accelerator": "cpu"}).with_overrides({"workspace": "./workspace"})
     assert fit_to_cluster(config, GROWING).workspace == str(tmp_path / "workspace")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"tune.space": {"pretrain.temprature": [0.1, 0.2]}},
+            "tune.space names pretrain.temprature, but no configuration key has this name; did you mean",
+        ),
+        (
+            {"tune.space": {"pretrain.temperature": {"low": 0.5, "high": 0.1}}},
+            "expected finite numbers, low less than high",
+        ),
+        ({"tune.space": {"pretrain.temperature": []}}, "expected at least two"),
+        (
+            {"tune.space": {"pretrain.batch_size": [8, 9]}, "pretrain.num_workers": 2},
+            "has 9, which pretrain.num_workers (2) does not divide",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_starts(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    said: str,
+):
+    monkeypatch.setattr("htcl_ray.cluster.connection.connect", lambda config: pytest.fail("Ray was started"))
+    config = tiny_config(tmp_path, **{"pretrain.num_workers": 1})
+    write_features(config)
+    write_pairs(config)
+    tree = config.model_dump(mode="json")
+    for key, value in change.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["tune", "--config", str(tmp_path / "c.yaml")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (Workspace(config.workspace).exists("runs"))
