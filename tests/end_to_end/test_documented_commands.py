@@ -2,16 +2,19 @@
 reader.
 
 The reader's folder holds a small world with what the pages speak of: `songs.parquet`, `log.parquet`, `song.mp3`,
-`gate.yaml`, songs that are called `SONG_ID`, `a` or `b`. Nothing of a line is changed or left out. `NOT_HERE` lists
-what needs a cloud, Docker, Kubernetes, a cluster or another installation, each with the test that checks its files or
+`gate.yaml`, songs that are called `SONG_ID`, `a` or `b`. Nothing of a line is changed or left out; the preset `demo` that
+lines name is one with short trainings (`SHORT`), in a copy of the package. The shipped one: tests/golden/demo.yaml,
+tests/end_to_end/test_demo.py. `NOT_HERE` lists what needs a cloud, Docker, Kubernetes, a cluster or another installation, each with the test that checks its files or
 runs the same under other names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import yaml
 
 from htcl_ray.demo_world import write_sample
 from tests.conftest import REPOSITORY
@@ -59,6 +63,14 @@ GATE_FAILED = 1
 PORT = 8000
 """The port of every request that is shown."""
 NAMED = ("a", "b", "c", "SONG_ID", "OTHER_SONG_ID")
+
+
+SHORT = {
+    "audio": {"clip_seconds": 4.0},
+    "pretrain": {"epochs": 2, "num_workers": 1},
+    "finetune": {"epochs": 1, "num_workers": 1, "pairs_per_epoch": 128},
+}
+"""Changed keys of the preset `demo`: what is run here has to work, not to learn."""
 
 
 class Line(NamedTuple):
@@ -140,16 +152,30 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(line: Line, world: Path) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the package, in which the preset `demo` has the settings of `SHORT`."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(REPOSITORY / "htcl_ray", folder / "htcl_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    preset = folder / "htcl_ray/config/presets/demo.yaml"
+    settings = yaml.safe_load(preset.read_text(encoding="utf-8"))
+    for section, keys in SHORT.items():
+        settings[section].update(keys)
+    preset.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder
+
+
+def shell(line: Line, world: Path, package: Path) -> dict[str, object]:
     """Arguments of subprocess for a line: bash in the reader's folder, with the page's `DATA`."""
-    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join([str(package), str(REPOSITORY)])
+    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": path}
     return {"args": ["bash", "-euo", "pipefail", "-c", line.text], "cwd": world, "env": variables}
 
 
-def run(line: Line, world: Path) -> subprocess.CompletedProcess[str]:
+def run(line: Line, world: Path, package: Path) -> subprocess.CompletedProcess[str]:
     """Run a line to its end, and print how long it took: the durations of pytest show the sum only."""
     started = time.monotonic()
-    done = subprocess.run(**shell(line, world), capture_output=True, text=True, timeout=3000, check=False)
+    done = subprocess.run(**shell(line, world, package), capture_output=True, text=True, timeout=3000, check=False)
     print(f"{time.monotonic() - started:6.1f} s  {line.page}: {line.text}", flush=True)
     return done
 
@@ -188,7 +214,7 @@ def test_every_line_is_run_here_or_named():
 
 
 @pytest.fixture(scope="module")
-def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
+def steps(world: Path, package: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
     """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning.
 
     Each starts a private cluster: on a running one, the relative workspace that the pages show is refused.
@@ -197,9 +223,9 @@ def steps(world: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
     for line in here("htcl "):
         if "RUN_A" in line.text:
             with named(world / "workspace/reports", "RUN_A", "RUN_B"):
-                done[line] = run(line, world)
+                done[line] = run(line, world, package)
         elif not re.match(SERVERS, line.text):
-            done[line] = run(line, world)
+            done[line] = run(line, world, package)
     return done
 
 
@@ -221,14 +247,14 @@ def test_steps(steps: dict[Line, subprocess.CompletedProcess[str]], world: Path)
 
 
 @contextmanager
-def server(line: Line, world: Path) -> Iterator[None]:
+def server(line: Line, world: Path, package: Path) -> Iterator[None]:
     """A server that is shown, from its start until it has stopped after Ctrl-C."""
     deadline = time.monotonic() + 600
     while _taken(PORT):
         assert time.monotonic() < deadline, f"port {PORT} is taken, and every command that is shown uses it"
         time.sleep(1)
     log = (world / "server.log").open("w")
-    process = subprocess.Popen(**shell(line, world), stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(**shell(line, world, package), stdout=log, stderr=log, start_new_session=True)
     try:
         while not _ready():
             assert process.poll() is None, (world / "server.log").read_text()
@@ -236,7 +262,7 @@ def server(line: Line, world: Path) -> Iterator[None]:
             time.sleep(0.5)
         yield
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which is asserted on next
             os.killpg(process.pid, signal.SIGINT)
         assert process.wait(120) in (0, 130, -signal.SIGINT, 1), (world / "server.log").read_text()
 
@@ -260,12 +286,12 @@ def _ready() -> bool:
 
 @pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("line", here(SERVERS), ids=lambda line: f"{line.page}: {line.text[:30]}")
-def test_servers_respond_to_every_documented_request(world: Path, line: Line):
+def test_servers_respond_to_every_documented_request(world: Path, package: Path, line: Line):
     requests = here("curl ")
     assert len(requests) >= 10
-    with server(line, world):
+    with server(line, world, package):
         for request in requests:
-            done = run(request, world)
+            done = run(request, world, package)
             assert done.returncode == 0, f"{request}\n{done.stdout}{done.stderr}"
             assert not re.search(r'"error"|status="failed"|"status": ?"failed"', done.stdout), (
                 f"{request}\n{done.stdout}"
