@@ -135,7 +135,7 @@ class Bare:
         return asyncio.to_thread(self._encoder.encode_texts, [text])
 
     def encode_audio(self, data: bytes) -> Awaitable[Vectors]:
-        return asyncio.to_thread(lambda: self._encoder.encode_mels([self._mel(data)]))
+        return asyncio.to_thread(lambda: self._encoder.encode_songs([self._mel(data)]))
 
     encode_song = encode_audio
 

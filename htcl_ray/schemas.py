@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Format version of all manifests and tables of a workspace, raised when an old reader would misread a new file."""
 
 
@@ -51,6 +51,8 @@ class Reason(StrEnum):
     DECODER_MISSING = "decoder_missing"
     TOO_SHORT = "too_short"
     NOT_FINITE = "not_finite"
+    MISSING_VECTOR = "missing_vector"
+    WRONG_VECTOR_WIDTH = "wrong_vector_width"
     SILENT = "silent"
     TOO_LONG = "too_long"
     TOO_MANY_CHANNELS = "too_many_channels"
@@ -157,27 +159,28 @@ PRINTED_COLUMNS = tuple(column.name for column in METADATA_COLUMNS if column.tra
 RESULT_COLUMNS = ("song_id", *(column.name for column in METADATA_COLUMNS if column.traits.in_results))
 """Columns that each search result carries."""
 
-CATALOG_COLUMNS = ("song_id", "audio_path", *METADATA.names)
+CATALOG_COLUMNS = ("song_id", "audio_path", "vector", *METADATA.names)
 LOG_COLUMNS = ("user_id", "trigger_song_id", "song_id", "feedback", "timestamp", "played_ratio", "weight", "rating")
 
 
-def features_schema(frames: int, mels: int) -> pa.Schema:
+def features_schema(frames: int, width: int) -> pa.Schema:
     """Schema of `features/<fingerprint>/*.parquet`.
 
-    `log_mel` is [frames, mels] fp16 in dB (reference power 1.0); only the first `valid_frames` frames hold audio, the
-    rest is padding that no reader may use. `decoded_share` is 1 unless a damaged file could be decoded only in part
-    (see `audio.decode.Clip`). `audio_path` is absolute or a URI.
+    `features` is [frames, width] fp16: log-mel frames in dB (reference power 1.0), vectors of windows of a pretrained
+    encoder, or the song's given vector as its only frame. Only the first `valid_frames` frames are the song's, the rest
+    is padding that no reader may use. `decoded_share` is 1 unless a damaged file could be decoded only in part (see
+    `audio.decode.Clip`). `audio_path` is absolute or a URI, and null for a song that has only a vector.
     """
     return pa.schema(
         [
             pa.field("song_id", pa.string(), nullable=False),
             pa.field("text", pa.string(), nullable=False),
-            pa.field("log_mel", pa.fixed_shape_tensor(pa.float16(), (frames, mels)), nullable=False),
+            pa.field("features", pa.fixed_shape_tensor(pa.float16(), (frames, width)), nullable=False),
             pa.field("valid_frames", pa.int32(), nullable=False),
             pa.field("split", pa.string(), nullable=False),
             pa.field("decoded_share", pa.float32(), nullable=False),
             pa.field("duplicate_group", pa.string(), nullable=False),
-            pa.field("audio_path", pa.string(), nullable=False),
+            pa.field("audio_path", pa.string()),
             *METADATA,
         ]
     )

@@ -288,7 +288,7 @@ def release_gate(part: Part, world: World) -> dict[str, Any]:
     chosen = np.arange(GATE_CLIPS)
     mel, valid = world.frames.batch(chosen)
     mels = [clip[:count].astype(np.float32) for clip, count in zip(mel, valid.tolist(), strict=True)]
-    stored = SongEncoder(model, None, {"semantic": None, "preference": None}).encode_mels(mels).semantic
+    stored = SongEncoder(model, None, {"semantic": None, "preference": None}).encode_songs(mels).semantic
     encoder = SongEncoder(model.to(part.device), None, {"semantic": None, "preference": None})
     songs = _evaluation_songs(stored)
     bounds = _gate_bounds()

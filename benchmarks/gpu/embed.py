@@ -92,9 +92,9 @@ def features_table(world: synthetic_songs.World, songs: int) -> pa.Table:
     padded[:, : mels.shape[1]] = mels
     schema = features_schema(recipe.max_frames, recipe.n_mels)
     storage = pa.FixedSizeListArray.from_arrays(pa.array(padded.reshape(-1)), recipe.max_frames * recipe.n_mels)
-    log_mel = pa.ExtensionArray.from_storage(schema.field("log_mel").type, storage)
+    log_mel = pa.ExtensionArray.from_storage(schema.field("features").type, storage)
     valid = pa.array(frames, schema.field("valid_frames").type)
-    return pa.table({"song_id": world.songs.song_ids[:songs], "log_mel": log_mel, "valid_frames": valid})
+    return pa.table({"song_id": world.songs.song_ids[:songs], "features": log_mel, "valid_frames": valid})
 
 
 def _vectors(table: pa.Table) -> np.ndarray:

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    RootModel,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -26,6 +27,8 @@ MAX_SEEDS = 1_000
 MAX_HISTORY = 10_000
 MAX_VALUES = 1_000
 MAX_WEIGHT = 1e6
+MAX_WIDTH = 100_000
+"""Most numbers of a given vector."""
 HALF_LIFE_DAYS = 30.0
 LATEST = 253_402_300_799
 """Largest timestamp, the end of the year 9999."""
@@ -306,6 +309,32 @@ class SongMetadata(_RequestColumns):
             ]
         },
     )
+
+
+Numbers = Annotated[list[Finite], Field(min_length=1, max_length=MAX_WIDTH)]
+
+
+class SongVector(RootModel[Numbers]):
+    """Vector of a song, as a field of a form."""
+
+
+class SongUpload(SongMetadata):
+    """A song to insert or update: its metadata, and its vector for models that were trained on given vectors.
+
+    A request with a vector alone keeps the metadata of the song.
+    """
+
+    vector: Numbers | None = Field(
+        None,
+        description="Vector of the song by the encoder whose vectors the models were trained on, in place of audio.",
+    )
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        """The metadata columns, or None when only a vector is given."""
+        if self.model_fields_set == {"vector"}:
+            return None
+        return self.model_dump(exclude={"vector"})
 
 
 class ActivateRequest(BaseModel):

@@ -7,6 +7,7 @@ filters, 98 % zeros, are applied as a sparse matrix, and frames are transformed 
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from typing import Any
 
@@ -35,15 +36,32 @@ def log_mel(waveform: npt.ArrayLike, sample_rate: float, recipe: AudioRecipe) ->
     1 + samples // hop_length, and values lie in [max − top_db, max]. Raises InputError and AudioError like
     `as_waveform`, and AudioError when a sample is not finite.
     """
-    mono = _as_mono(as_waveform(waveform, sample_rate))
-    if sample_rate != recipe.sample_rate:
-        mono = np.ascontiguousarray(soxr.resample(mono, sample_rate, recipe.sample_rate, "HQ"), dtype=np.float32)
-    mel = mel_power(mono, recipe)
+    mel = mel_power(_resampled(_as_mono(as_waveform(waveform, sample_rate)), sample_rate, recipe), recipe)
     np.maximum(mel, SMALLEST_POWER, out=mel)
     np.log10(mel, out=mel)
     mel *= 10
     np.maximum(mel, mel.max() - recipe.top_db, out=mel)
     return mel
+
+
+def mono_at(waveform: Any, sample_rate: float, recipe: AudioRecipe) -> FloatArray:
+    """Check a waveform, cut it to `recipe.clip_seconds`, and convert it to mono at the rate of the recipe, [samples].
+
+    Raises InputError and AudioError like `as_waveform`, and AudioError when it is too short or a sample is not finite.
+    """
+    clip = as_waveform(waveform, sample_rate)[..., : math.ceil(recipe.clip_seconds * sample_rate)]
+    seconds = clip.shape[-1] / sample_rate
+    if seconds < recipe.min_seconds:
+        raise AudioError(
+            Reason.TOO_SHORT, f"the waveform is {seconds:.3f} s long; expected at least {recipe.min_seconds} s"
+        )
+    return _resampled(_as_mono(clip), sample_rate, recipe)
+
+
+def _resampled(mono: FloatArray, sample_rate: float, recipe: AudioRecipe) -> FloatArray:
+    if sample_rate == recipe.sample_rate:
+        return mono
+    return np.ascontiguousarray(soxr.resample(mono, sample_rate, recipe.sample_rate, "HQ"), dtype=np.float32)
 
 
 def as_waveform(waveform: Any, sample_rate: Any) -> npt.NDArray[np.floating]:

@@ -99,9 +99,10 @@ class Decoders:
     def decode(self, data: bytes) -> FloatArray:
         """Compute the log-mel [frames, n_mels] in dB of the first `recipe.clip_seconds` of an audio file's bytes.
 
-        Equal to `log_mel(decode(data, recipe), …)`, which embeds the catalogue. Blocks; thread-safe. Raises AudioError
-        for the reasons of `decode` with limits, and with decoder_timed_out or decoder_crashed for a file that hung or
-        crashed its process; TimeoutError when no process was free in time; StepError after `close`.
+        For a pretrained encoder, the waveform [samples, 1] in its place. Equal to `log_mel(decode(data, recipe), …)`,
+        which embeds the catalogue. Blocks; thread-safe. Raises AudioError for the reasons of `decode` with limits, and
+        with decoder_timed_out or decoder_crashed for a file that hung or crashed its process; TimeoutError when no
+        process was free in time; StepError after `close`.
         """
         while (process := self._take()).is_dead:  # killed from outside: no fault of the file
             self._give_back(process, False)
@@ -139,17 +140,18 @@ class Decoders:
             process.wait_until_warm()
         except StepError as error:
             raise TimeoutError(str(error)) from None
-        deadline, mels = time.monotonic() + self._seconds, self._recipe.n_mels
+        deadline, is_mel = time.monotonic() + self._seconds, self._recipe.extractor == "log_mel"
+        width, most = (self._recipe.n_mels, self._recipe.max_frames) if is_mel else (1, self._recipe.max_samples)
         try:
             process.send(data, deadline)
             response = json.loads(process.receive(MAX_DETAIL_BYTES, deadline))
             if "reason" in response:
                 return AudioError(Reason(response["reason"]), str(response["detail"])[:1_000])
             frames = int(response["frames"])
-            if not 1 <= frames <= self._recipe.max_frames:
-                raise ValueError(f"the process returned a log-mel of {frames} frames")
-            floats = np.frombuffer(process.receive(4 * mels * frames, deadline), dtype="<f4")
-            return floats.astype(np.float32).reshape(frames, mels)
+            if not 1 <= frames <= most:
+                raise ValueError(f"the process returned {frames} frames")
+            floats = np.frombuffer(process.receive(4 * width * frames, deadline), dtype="<f4")
+            return floats.astype(np.float32).reshape(frames, width)
         except TimeoutError:
             detail = f"decoding took longer than {self._seconds:g} s and was ended; send a shorter or simpler file"
             raise AudioError(Reason.DECODER_TIMED_OUT, detail) from None

@@ -1,9 +1,10 @@
-"""Program of a sandboxed decoder process: audio files on standard input, log-mels on standard output.
+"""Program of a sandboxed decoder process: audio files on standard input, log-mels or waveforms on standard output.
 
 Started by `htcl_ray.audio.sandbox`; ends when its standard input ends. A message is its length (8 bytes, big endian)
 followed by its bytes. The first message is the configuration as JSON; the response is an empty message once all
 libraries are loaded. The response to each file is a JSON message, {"frames": number of frames} followed by the log-mel
-as one message of float32, or {"reason", "detail"}.
+as one message of float32, or {"reason", "detail"}. For a pretrained encoder, which runs in another process, the
+waveform takes the place of the log-mel.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ def main() -> None:
         cpu_seconds = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
         try:
-            mel = log_mel(decode(data, recipe, limits), recipe.sample_rate, recipe)
+            clip = decode(data, recipe, limits)
+            if recipe.extractor == "log_mel":
+                clip = log_mel(clip, recipe.sample_rate, recipe)
         except AudioError as error:
             _write(sink, _json(reason=error.reason, detail=error.detail))
             continue
         finally:
             del data
-        _write(sink, _json(frames=len(mel)))
-        _write(sink, mel.astype("<f4", copy=False).tobytes())
+        _write(sink, _json(frames=len(clip)))
+        _write(sink, clip.astype("<f4", copy=False).tobytes())
 
 
 def _warm_up(recipe: AudioRecipe) -> None:

@@ -44,7 +44,7 @@ def as_ids(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def as_lists(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Convert to lists of strings: other types are split at ';', and lists of lists or objects are unreadable."""
-    array = _one_array(column)
+    array = one_array(column)
     cells = _values(array) if _is_nested(array.type) or _is_json(array.type) else as_strings(array).to_pylist()
     return pa.array([_parts(cell) or None for cell in cells], pa.list_(pa.string()))
 
@@ -57,7 +57,7 @@ def as_years(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def unreadable(column: pa.Array | pa.ChunkedArray, converted: pa.Array) -> npt.NDArray[np.bool_]:
     """Mark unreadable cells, bool [rows]: not blank in `column`, null in `converted`, a result of `as_strings` etc."""
-    array = _one_array(column)
+    array = one_array(column)
     lost = np.asarray(pc.and_(pc.is_valid(array), pc.is_null(converted)))
     for i in np.flatnonzero(lost):
         lost[i] = not _is_blank(_value(array, int(i)))
@@ -66,14 +66,14 @@ def unreadable(column: pa.Array | pa.ChunkedArray, converted: pa.Array) -> npt.N
 
 def example(column: pa.Array | pa.ChunkedArray, row: int) -> str:
     """Format the cell of a row for an error message, in at most 60 characters."""
-    value = _value(_one_array(column.slice(row, 1)), 0)
+    value = _value(one_array(column.slice(row, 1)), 0)
     text = "a value that cannot be converted" if value is _UNREADABLE else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def as_numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:
     """Convert to float64; NaN for cells that are no number."""
-    array = _one_array(column)
+    array = one_array(column)
     if not _is_number(array.type):
         text = as_strings(array)
         array = pc.if_else(pc.match_substring_regex(text, _NUMBER), text, pa.scalar(None, pa.string()))
@@ -108,7 +108,7 @@ def read_times(column: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.float
     seconds, milliseconds, microseconds or nanoseconds. Times without a zone are UTC. NaN for cells without a time
     between 1980 and tomorrow.
     """
-    array = _one_array(column)
+    array = one_array(column)
     kind = array.type
     forms = np.zeros(len(array), dtype=np.int64)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
@@ -184,7 +184,7 @@ def _one_iso(text: str | None) -> float:
 
 
 def _as_strings(column: pa.Array | pa.ChunkedArray, text_of: Callable[[Any], str | None]) -> pa.Array:
-    array = _one_array(column)
+    array = one_array(column)
     try:
         texts = _cast(array)
     except pa.ArrowException:
@@ -216,15 +216,15 @@ def _cast(array: pa.Array) -> pa.Array | None:
     return None
 
 
-def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Combine to one array, without dictionaries and without extension types other than JSON."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of more than 2 GB, or of none
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.nulls(0)
     if isinstance(array, pa.ExtensionArray) and not _is_json(array.type):
-        return _one_array(array.storage)
+        return one_array(array.storage)
     if pa.types.is_dictionary(array.type):
-        return _one_array(array.dictionary.take(array.indices))
+        return one_array(array.dictionary.take(array.indices))
     return array
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from htcl_ray.catalog.columns import as_ids, as_lists, as_strings, as_years, example, unreadable
+from htcl_ray.catalog.given_vectors import VECTOR, as_vectors, read_vectors, with_vectors
 from htcl_ray.catalog.quarantine import NullCells, rejected_rows
 from htcl_ray.catalog.tables import (
     UNREADABLE_ROW,
@@ -35,7 +36,7 @@ from htcl_ray.workspace.paths import is_uri
 SONGS = pa.schema(
     [
         pa.field("song_id", pa.string(), nullable=False),
-        pa.field("audio_path", pa.string(), nullable=False),
+        pa.field("audio_path", pa.string()),
         pa.field("text", pa.string(), nullable=False),
         pa.field("split", pa.string()),
         *METADATA,
@@ -43,8 +44,10 @@ SONGS = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
-"""`audio_path` is absolute or a URI; `split` is null unless the catalogue has a split column; `source` and `row` locate
-the song in its table."""
+"""`audio_path` is absolute or a URI, and null only where songs have given vectors; `split` is null unless the catalogue
+has a split column; `source` and `row` locate the song in its table."""
+SONGS_WITH_VECTORS = SONGS.append(pa.field("vector", VECTOR))
+"""Songs with given vectors: lists of any length, or null, until `check_vectors`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Catalog:
     """A catalogue with checked rows; its audio files have not been opened yet."""
 
     songs: pa.Table
-    """Schema SONGS, sorted by song_id."""
+    """Schema SONGS, or with given vectors SONGS_WITH_VECTORS, sorted by song_id."""
     rejected: pa.Table
     """Schema QUARANTINE."""
     rows: int
@@ -61,25 +64,30 @@ class Catalog:
     """Optional cells that could not be read and became null."""
 
 
-def read_catalog(settings: DataSettings) -> Catalog:
+def read_catalog(settings: DataSettings, *, given_vectors: bool = False) -> Catalog:
     """Read and check the tables of `data.catalog`.
 
     Rows are rejected when they cannot be parsed, have no song id, no audio path or an unknown value in the split
-    column, or have no text, because such a song can be neither trained on nor retrieved by text. Raises TableError for
-    tables that are missing or empty, lack the song_id, the audio_path or every text column, or repeat a song_id.
+    column, or have no text, because such a song can be neither trained on nor retrieved by text. With `given_vectors`
+    songs need no audio path; their vectors are those of the column `vector` or of the tables `data.vectors`. Raises
+    TableError for tables that are missing or empty, lack the song_id, the audio_path (the vectors) or every text
+    column, or repeat a song_id.
     """
+    source = "vector" if given_vectors else "audio_path"
     if not settings.catalog:
         raise TableError(
             "no catalogue is given; set data.catalog to a Parquet, CSV, JSON Lines or Arrow table with song_id and "
-            "audio_path"
+            f"{source}"
         )
     files = table_files(settings.catalog)
+    in_tables = given_vectors and bool(settings.vectors)
     for file in files:
-        _check_columns(file, settings)
-    accepted, rejected, rows, null_cells = [SONGS.empty_table()], [QUARANTINE.empty_table()], 0, NullCells()
+        _check_columns(file, settings, ("song_id",) if in_tables else ("song_id", source))
+    schema = SONGS_WITH_VECTORS if given_vectors else SONGS
+    accepted, rejected, rows, null_cells = [schema.empty_table()], [QUARANTINE.empty_table()], 0, NullCells()
     for part in table_parts(files):
         for first_row, table in read_part(part):
-            good, bad = _check_rows(rename(table, settings.columns), part.file, first_row, settings, null_cells)
+            good, bad = _check_rows(rename(table, settings.columns), part.file, first_row, settings, null_cells, schema)
             accepted.append(good)
             rejected += bad
             rows += table.num_rows
@@ -87,16 +95,19 @@ def read_catalog(settings: DataSettings) -> Catalog:
         raise TableError(f"the catalogue {', '.join(settings.catalog)} is empty; expected at least one song")
     songs = pa.concat_tables(accepted).combine_chunks()
     _check_unique(songs)
+    if in_tables:
+        songs = with_vectors(songs, *read_vectors(settings.vectors, settings.columns))
     return Catalog(songs.sort_by("song_id"), pa.concat_tables(rejected).combine_chunks(), rows, null_cells)
 
 
-def _check_columns(file: TableFile, settings: DataSettings) -> None:
+def _check_columns(file: TableFile, settings: DataSettings, needed_columns: Sequence[str]) -> None:
     names = renamed(column_names(file), settings.columns)
-    for needed in ("song_id", "audio_path"):
+    for needed in needed_columns:
         if needed not in names:
+            elsewhere = ", or give tables of song_id and vector as data.vectors" if needed == "vector" else ""
             raise TableError(
                 f"the catalogue {file.path} has no column '{needed}' (it has {', '.join(names)}); "
-                f"if it is called otherwise, set data.columns.{needed}=<its name>"
+                f"if it is called otherwise, set data.columns.{needed}=<its name>{elsewhere}"
             )
     for name in settings.text_columns:
         if name not in names and name not in CATALOG_COLUMNS:
@@ -117,10 +128,15 @@ def _check_columns(file: TableFile, settings: DataSettings) -> None:
 
 
 def _check_rows(
-    table: pa.Table, file: TableFile, first_row: int, settings: DataSettings, null_cells: NullCells
+    table: pa.Table, file: TableFile, first_row: int, settings: DataSettings, null_cells: NullCells, schema: pa.Schema
 ) -> tuple[pa.Table, list[pa.Table]]:
     """Split one batch into songs and rejected rows."""
-    columns: dict[str, pa.Array] = {"song_id": as_ids(table["song_id"]), "audio_path": as_strings(table["audio_path"])}
+    count, given_vectors = table.num_rows, "vector" in schema.names
+    columns: dict[str, pa.Array] = {"song_id": as_ids(table["song_id"])}
+    has_path, has_vector = "audio_path" in table.column_names, "vector" in table.column_names
+    columns["audio_path"] = as_strings(table["audio_path"]) if has_path else pa.nulls(count, pa.string())
+    if given_vectors:
+        columns["vector"] = as_vectors(table["vector"]) if has_vector else pa.nulls(count, VECTOR)
     columns["text"] = _texts(table, settings.text_columns)
     columns["split"] = (
         as_strings(table[settings.split_column]) if settings.split_column else pa.nulls(table.num_rows, pa.string())
@@ -139,8 +155,10 @@ def _check_rows(
 
     unparsed = table[UNREADABLE_ROW] if UNREADABLE_ROW in table.column_names else pa.nulls(table.num_rows, pa.string())
     checked = pa.table({**{name: columns[name] for name in _CHECKED}, UNREADABLE_ROW: unparsed}).to_pylist()
-    reasons = [_why_rejected(cells, settings) for cells in checked]
+    reasons = [_why_rejected(cells, settings, given_vectors) for cells in checked]
     for name, missing in _REQUIRED.items():
+        if name not in table.column_names:
+            continue
         for row in np.flatnonzero(unreadable(table[name], columns[name])):
             if (reasons[row] or (None,))[0] is missing:
                 reasons[row] = missing, f"{name} cannot be read as text: {example(table[name], int(row))}"
@@ -153,19 +171,19 @@ def _check_rows(
         [_resolve(path, file.folder) for path in columns["audio_path"].to_pylist()], pa.string()
     )
     keep = pa.array([reason is None for reason in reasons], pa.bool_())
-    return pa.table([columns[name] for name in SONGS.names], names=SONGS.names).filter(keep).cast(SONGS), bad
+    return pa.table([columns[name] for name in schema.names], names=schema.names).filter(keep).cast(schema), bad
 
 
 _CHECKED = ("song_id", "audio_path", "text", "split")
 _REQUIRED = {"song_id": Reason.MISSING_SONG_ID, "audio_path": Reason.MISSING_AUDIO_PATH}
 
 
-def _why_rejected(cells: Mapping[str, Any], settings: DataSettings) -> tuple[Reason, str] | None:
+def _why_rejected(cells: Mapping[str, Any], settings: DataSettings, given_vectors: bool) -> tuple[Reason, str] | None:
     if cells[UNREADABLE_ROW] is not None:
         return Reason.UNREADABLE_ROW, cells[UNREADABLE_ROW]
     if cells["song_id"] is None:
         return Reason.MISSING_SONG_ID, "the row has no song_id"
-    if cells["audio_path"] is None:
+    if cells["audio_path"] is None and not given_vectors:
         return Reason.MISSING_AUDIO_PATH, "the row has no audio_path"
     if settings.split_column and cells["split"] not in set(Split):
         return Reason.UNKNOWN_SPLIT, f"{settings.split_column} is {cells['split']!r}; expected {', '.join(Split)}"
@@ -229,6 +247,11 @@ def song_text(values: Sequence[Any]) -> str:
         if value is not None
     )
     return COLUMN_SEPARATOR.join(text for text in (" ".join(cell.split()) for cell in cells) if text)
+
+
+def vector_group(vector: npt.NDArray[np.float32]) -> str:
+    """Hash a given vector: 16 hex digits that are equal for equal vectors, as duplicates of a recording have."""
+    return hashlib.blake2b(vector.astype("<f4").tobytes(), digest_size=8).hexdigest()
 
 
 def duplicate_group(waveform: npt.NDArray[np.float32]) -> str:

@@ -23,6 +23,7 @@ from htcl_ray.api.responses import (
     SongUpdated,
 )
 from htcl_ray.client import arguments
+from htcl_ray.errors import ArgumentError
 
 Audio = str | Path | bytes | BinaryIO
 """A path, the bytes of a file, or a binary file open for reading, in any format that the server decodes."""
@@ -142,12 +143,24 @@ def similar(song_id: str, **options: Unpack[SearchKeywords]) -> Call[SearchRespo
     return Call("GET", f"{_song_path(song_id)}/similar", SearchResponse, parameters=_fields(_checked(options)))
 
 
-def put_song(song_id: str, audio: Audio | None = None, metadata: Mapping[str, Any] | None = None) -> Call[SongUpdated]:
+def put_song(
+    song_id: str,
+    audio: Audio | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    vector: Sequence[float] | None = None,
+) -> Call[SongUpdated]:
     """Insert or update a song: its audio, its metadata, or both. Needs a key with write scope.
 
-    The given metadata replaces all metadata of the song.
+    The given metadata replaces all metadata of the song. `vector`, in place of audio, for models that were trained on
+    given vectors.
     """
     given = None if metadata is None else arguments.mapping(metadata, "metadata")
+    if vector is not None:
+        if audio is not None:
+            raise ArgumentError("put_song got audio and a vector; expected one of them")
+        numbers = arguments.each(arguments.number, vector, "vector")
+        return Call("PUT", _song_path(song_id), SongUpdated, {**(given or {}), "vector": numbers})
     if audio is None:
         return Call("PUT", _song_path(song_id), SongUpdated, given)
     return Call(

@@ -120,13 +120,11 @@ class Config(Settings):
                     f"{key} is '{value}', whose credentials were left out when it was written; "
                     f"give it whole with --set {key}=URI, or without credentials and have them in the environment"
                 )
-        changes: dict[str, Any] = {
-            "workspace": absolute(self.workspace),
-            "data.catalog": [absolute(path) for path in self.data.catalog],
-            "data.interactions": [absolute(path) for path in self.data.interactions],
-        }
+        changes: dict[str, Any] = {"workspace": absolute(self.workspace)}
+        for key in ("catalog", "interactions", "vectors"):
+            changes[f"data.{key}"] = [absolute(path) for path in getattr(self.data, key)]
         models = {f"{step}.warm_start": getattr(self, step).warm_start for step in ("pretrain", "finetune")}
-        models["text.name_or_path"] = self.text.name_or_path
+        models |= {f"{tower}.name_or_path": getattr(self, tower).name_or_path for tower in ("text", "audio")}
         changes |= {key: folder_or_name(name) for key, name in models.items() if name is not None}
         if self.evaluate.oracle_vectors is not None:
             changes["evaluate.oracle_vectors"] = absolute(self.evaluate.oracle_vectors)

@@ -107,13 +107,14 @@ def _determinism(
     vectors. It is not 0 for a correct model, because log-mels are stored with 11 significant bits: 0.001 to 0.015 with
     small untrained models, and 0.2 to 1.3 when n_fft, hop_length or top_db differ.
     """
-    alone = _stack([_spaces(encoder.encode_mels([mel])) for mel in mels])
-    together = _spaces(encoder.encode_mels(mels))
-    again = _spaces(encoder.encode_mels(mels))
+    alone = _stack([_spaces(encoder.encode_songs([mel])) for mel in mels])
+    together = _spaces(encoder.encode_songs(mels))
+    again = _spaces(encoder.encode_songs(mels))
     padded = _padded(encoder, mels, seed)
     readable = [i for i, waveform in enumerate(waveforms) if waveform is not None]
-    reread = _log_mels(encoder, [waveform for waveform in waveforms if waveform is not None])
-    from_audio = _spaces(encoder.encode_mels(reread)) if reread else {}
+    given = [waveform for waveform in waveforms if waveform is not None]
+    reread = encoder.audio_features(given) if given else []
+    from_audio = _spaces(encoder.encode_songs(reread)) if reread else {}
     methods = {}
     for space in _names(songs):
         stored = songs.spaces[space][mel_rows]
@@ -130,16 +131,6 @@ def _determinism(
     return TaskResult("determinism", "determinism", "clips", "nothing", None, methods, counts)
 
 
-def _log_mels(encoder: SongEncoder, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Log-mels [frames, n_mels] of waveforms, computed as in preprocessing."""
-    if not waveforms:
-        return []
-    from htcl_ray.audio import log_mel  # imports audio libraries, which stored log-mels do not need
-
-    recipe = encoder.recipe
-    return [log_mel(waveform, recipe.sample_rate, recipe)[: recipe.max_frames] for waveform in waveforms]
-
-
 def _padded(encoder: SongEncoder, mels: Sequence[np.ndarray], seed: int) -> Spaces:
     """Vectors of each clip in a batch with a longer neighbour; [clips, dim] in each space."""
     longest = max(mels, key=len)
@@ -150,7 +141,7 @@ def _padded(encoder: SongEncoder, mels: Sequence[np.ndarray], seed: int) -> Spac
         batch = rng.normal(PADDING_DB, PADDING_DB, size=(2, 2 * len(neighbour), neighbour.shape[1])).astype(np.float32)
         batch[0, : len(mel)] = mel
         batch[1, : len(neighbour)] = neighbour
-        vectors = _spaces(encoder.encode_mel(batch, np.array([len(mel), len(neighbour)])))
+        vectors = _spaces(encoder.encode_features(batch, np.array([len(mel), len(neighbour)])))
         rows.append({space: both[:1] for space, both in vectors.items()})
     return _stack(rows)
 

@@ -63,6 +63,29 @@ class ExtractorRecord(Settings):
         return len(self.starts(round(clip_seconds * self.sample_rate)))
 
 
+def feature_width(manifest: Mapping[str, Any]) -> int:
+    """Size of the vector of a frame of the features with this manifest: of log-mel frames, the number of bands."""
+    return int(manifest.get("feature_width") or manifest["config"]["audio"]["n_mels"])
+
+
+def recorded_extractor(manifest: Mapping[str, Any]) -> ExtractorRecord | None:
+    """The pretrained encoder that made the features with this manifest; None for other features."""
+    tree = manifest.get("extractor")
+    return None if tree is None else ExtractorRecord.model_validate(tree)
+
+
+def check_encoder(of_model: ExtractorRecord | None, of_features: ExtractorRecord | None, model: str) -> None:
+    """Raise MismatchError when a model was trained on vectors of another encoder than the features.
+
+    `model` begins the message.
+    """
+    if of_model is not None and of_features is not None and of_model.fingerprint != of_features.fingerprint:
+        raise MismatchError(
+            f"{model} was trained on vectors of the audio model {of_model.fingerprint}, but the features were made with "
+            f"{of_features.fingerprint}; train a model on these features, or make them with that audio model"
+        )
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of encoder. The functions take the content of its `config.json` and of its processor's file."""
@@ -226,5 +249,5 @@ def _state(file: Path) -> tuple[int, int]:
 
 @functools.cache
 def _sha256(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of a file that is in this state; every step of a run asks for it."""
+    """SHA-256 of a file that is in this state; every step of a run needs it."""
     return file_sha256(file)

@@ -136,8 +136,8 @@ def convert(package: Path, out: Path) -> None:
     names = {module: name for name, module in model.named_modules()}
     try:
         for number, module in enumerate(norms):
-            for ours, theirs in _NORM_NAMES.items():
-                weights[f"{names[module]}.{ours}"] = given[f"{_numbered('batch_normalization', number)}/{theirs}"]
+            for part, source in _NORM_NAMES.items():
+                weights[f"{names[module]}.{part}"] = given[f"{_numbered('batch_normalization', number)}/{source}"]
         for number, module in enumerate(convolutions):
             kernel = given[f"{_numbered('conv2d', number)}/kernel"]  # height, width, inputs, outputs
             if isinstance(module, nn.Conv1d):  # its inputs are the width of an image

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from htcl_ray.config import Config
 from htcl_ray.config.sections import AudioRecipe
-from htcl_ray.errors import AudioError, ConfigError, InputError
+from htcl_ray.errors import ConfigError, InputError
+from htcl_ray.extractors.families import ExtractorRecord
+from htcl_ray.extractors.song_features import AudioFeatures
 from htcl_ray.losses.base import ContrastiveLoss, parameters_of
 from htcl_ray.losses.registry import LossName, loss_class
 from htcl_ray.models import folder as model_folder
@@ -36,7 +38,6 @@ from htcl_ray.models.towers.text import (
     text_encoder_from_scratch,
 )
 from htcl_ray.models.weights import ADVICE, check_numbers
-from htcl_ray.schemas import Reason
 
 MIN_TEMPERATURE = 0.01
 TERMS = {1: ("text",), 2: ("text", "preference", "fusion")}
@@ -133,12 +134,14 @@ class HTCL(nn.Module):
         input_recipe: InputRecipe = InputRecipe.MASKED,
         feature_width: int | None = None,
         text_encoder: TextEncoder | None = None,
+        extractor: ExtractorRecord | None = None,
     ) -> HTCL:
         """Build a stage-1 model to train, with random weights from `pretrain.seed`.
 
         The text tower is pretrained if `text.name_or_path` is set; otherwise it needs `vocabulary`, the JSON that
         `train_wordpiece` returns. `feature_width`: size of the vector of one frame of features (default: the mel bands
-        of log-mel frames). `text_encoder`: an existing text tower, in place of a new one.
+        of log-mel frames). `text_encoder`: an existing text tower, in place of a new one. `extractor`: the pretrained
+        encoder that made the features.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.pretrain.seed)
@@ -156,6 +159,7 @@ class HTCL(nn.Module):
                 loss=stage.loss,
                 audio=config.audio.resolved(),
                 feature_width=feature_width,
+                extractor=extractor,
                 model=config.model,
                 text=text_encoder.record,
                 license=config.license,
@@ -282,21 +286,19 @@ class HTCL(nn.Module):
         """Embed a waveform, floats [samples] or [channels, samples] at `sample_rate` Hz, as a vector [dim].
 
         Only the first `recipe.clip_seconds` are used. Raises InputError for other types and shapes, [samples, channels]
-        included, for an impossible sample rate, and for a model of other features than log-mel frames; AudioError for
-        less than `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large samples
-        (not_finite).
+        included, for an impossible sample rate, and for a model of given vectors; AudioError for less than
+        `recipe.min_seconds` of audio (too_short) and for NaN, infinite or absurdly large samples (not_finite).
         """
-        from htcl_ray.audio import as_waveform, log_mel
+        from htcl_ray.audio.log_mel import mono_at
 
-        self._refuse_other_features("embed_audio")
-        clip = as_waveform(waveform, sample_rate)[..., : math.ceil(self.recipe.clip_seconds * sample_rate)]
-        seconds = clip.shape[-1] / sample_rate
-        if seconds < self.recipe.min_seconds:
-            raise AudioError(
-                Reason.TOO_SHORT, f"the waveform is {seconds:.3f} s long; expected at least {self.recipe.min_seconds} s"
-            )
-        mel = log_mel(clip, sample_rate, self.recipe)[: self.recipe.max_frames]
-        return self.embed_mel(torch.as_tensor(mel)[None])[0]
+        audio = self.audio_features
+        clip = mono_at(waveform, sample_rate, audio.decoding)
+        return self.embed_features(torch.as_tensor(audio([clip])[0])[None])[0]
+
+    @functools.cached_property
+    def audio_features(self) -> AudioFeatures:
+        """Waveforms → features, for models that take audio. Raises QueryError for a model of given vectors."""
+        return AudioFeatures(self.recipe, self.record.extractor, str(self.device))
 
     def embed_mel(self, mel: Tensor, valid_frames: Tensor | None = None) -> Tensor:
         """Embed log-mels [B, F, M] in dB, as `log_mel` gives them, with valid_frames [B] (default: all F), as [B, dim].
@@ -349,8 +351,8 @@ class HTCL(nn.Module):
         extractor = self.recipe.extractor
         if extractor != "log_mel":
             raise InputError(
-                f"{method} takes audio, but this model was trained on features of audio.extractor={extractor}; "
-                "make its features as 'htcl preprocess' does and call embed_features"
+                f"{method} takes log-mel frames, but this model was trained on features of "
+                f"audio.extractor={extractor}; call embed_features, or embed_audio with a waveform"
             )
 
     @contextlib.contextmanager

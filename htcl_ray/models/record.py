@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from htcl_ray.config.sections import AudioSettings, ModelSettings, Settings, TextSettings
 from htcl_ray.errors import MismatchError, first_fault
+from htcl_ray.extractors.families import ExtractorRecord
 from htcl_ray.losses.registry import LossName
 from htcl_ray.schemas import FORMAT_VERSION
 
@@ -44,13 +45,18 @@ class ModelRecord(Settings):
     audio: AudioSettings
     feature_width: int | None = Field(None, gt=0)
     """Size of the vector of one frame of features. None: `audio.n_mels`, of log-mel frames."""
-    feature_licence: str | None = None
-    """Licence of the pretrained encoder whose vectors are the features. None: no encoder, or its licence is unknown."""
+    extractor: ExtractorRecord | None = None
+    """The pretrained encoder whose vectors are the features. None: no encoder, or given vectors of unknown origin."""
     model: ModelSettings
     text: TextRecord | None
     """None: an audio encoder alone. Its vectors are the encoder's own, without a head, and `model.dim` is its width."""
     license: str = "unknown"
     """An identifier of the hub's list of licenses, for the model card."""
+
+    @property
+    def feature_licence(self) -> str | None:
+        """Licence of the pretrained encoder whose vectors are the features. None: no encoder, or it is unknown."""
+        return None if self.extractor is None else self.extractor.licence
 
     @property
     def input_width(self) -> int:

@@ -25,6 +25,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, WorkspaceError
 from htcl_ray.evaluation.report.ablation_table import FULL, ablation_table, ablation_tree
 from htcl_ray.evaluation.report.comparison_page import ablation_html
+from htcl_ray.extractors.families import feature_width, recorded_extractor
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate, read_metrics
@@ -149,7 +150,8 @@ def _untrained(config: Config, workspace: Workspace) -> str:
         vocabulary = train_wordpiece(vocabulary_texts(texts, config.pretrain), config.text.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        HTCL.untrained(config, vocabulary).save_pretrained(folder)
+        width, extractor = feature_width(features.manifest), recorded_extractor(features.manifest)
+        HTCL.untrained(config, vocabulary, feature_width=width, extractor=extractor).save_pretrained(folder)
         manifest = build_manifest(
             "semantic", config=config.model_dump(mode="json"), inputs={"features": features.version}
         )

@@ -15,6 +15,7 @@ from htcl_ray.cluster.connection import address_of, connect
 from htcl_ray.config import Config
 from htcl_ray.config.sections import AudioRecipe, Require
 from htcl_ray.errors import InputError, MismatchError, WorkspaceError
+from htcl_ray.extractors.families import check_encoder, feature_width, recorded_extractor
 from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate, matrix_of
 from htcl_ray.pipelines import inputs
 from htcl_ray.progress import Progress
@@ -70,7 +71,7 @@ def job_of(workspace: Workspace, features: Artifact, models: Models) -> EmbedJob
 
     for artifact in (models.semantic, models.preference):
         if artifact is not None:
-            _check_recipe(features, artifact)
+            _check_recipe(workspace, features, artifact)
     versions = model_versions(workspace, *models.paths)
     version = fingerprint("embeddings", FORMAT_VERSION, features.version, versions)
     return EmbedJob(features, models, versions, version)
@@ -144,7 +145,7 @@ class ShardEmbedder:
         for shard in batch["shard"]:
             features = pq.read_table(
                 self._workspace.full(f"{self._job.features.path}/{shard}"),
-                columns=["song_id", "log_mel", "valid_frames"],
+                columns=["song_id", "features", "valid_frames"],
                 filesystem=self._workspace.fs,
             )
             self._workspace.write_table(
@@ -158,12 +159,12 @@ def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa
 
     Raises InputError with the song id when a song cannot be embedded, or its vector is not finite or not of unit norm.
     """
-    mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
+    frames = features["features"].combine_chunks().to_numpy_ndarray()
     valid, song_ids = features["valid_frames"].to_numpy(), features["song_id"].to_pylist()
     parts = []
     for start in range(0, len(valid), batch_size):
         rows = slice(start, start + batch_size)
-        parts.append(_encode(encoder, mels[rows], valid[rows], song_ids[rows]))
+        parts.append(_encode(encoder, frames[rows], valid[rows], song_ids[rows]))
     vectors = concatenate(parts)
     check_unit_norm(
         vectors, lambda row: f"song '{song_ids[row]}'", "the model is damaged or diverged, so choose another one"
@@ -174,14 +175,14 @@ def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa
     return pa.table([features["song_id"], _rows(vectors.semantic), preference], schema=schema)
 
 
-def _encode(encoder: SongEncoder, mels: np.ndarray, valid: np.ndarray, song_ids: list[str]) -> Vectors:
+def _encode(encoder: SongEncoder, frames: np.ndarray, valid: np.ndarray, song_ids: list[str]) -> Vectors:
     """Embed a batch. If it fails, its songs are embedded one by one, to name the song that causes the error."""
     try:
-        return encoder.encode_mel(mels[:, : valid.max()], valid)
+        return encoder.encode_features(frames[:, : valid.max()], valid)
     except InputError:
         for row, song_id in enumerate(song_ids):
             try:
-                encoder.encode_mel(mels[row : row + 1, : valid[row]], valid[row : row + 1])
+                encoder.encode_features(frames[row : row + 1, : valid[row]], valid[row : row + 1])
             except InputError as error:
                 raise InputError(f"song '{song_id}' cannot be embedded: {error}") from None
         raise
@@ -232,8 +233,8 @@ def embed_shards(
             progress.advance(songs[row["shard"]])
 
 
-def _check_recipe(features: Artifact, model: Artifact) -> None:
-    """Check that the model was trained on features with the same audio settings. Raises MismatchError."""
+def _check_recipe(workspace: Workspace, features: Artifact, model: Artifact) -> None:
+    """Check that the model was trained on features of the same kind. Raises MismatchError."""
     of_model, of_features = model.manifest["config"]["audio"], features.manifest["config"]["audio"]
     for key in AudioRecipe.model_fields:
         if of_model.get(key) != of_features.get(key):
@@ -242,6 +243,18 @@ def _check_recipe(features: Artifact, model: Artifact) -> None:
                 f"{features.version} were made with {of_features.get(key)}; run 'htcl preprocess' with the model's "
                 "configuration, or choose another model"
             )
+    if of_features.get("extractor", "log_mel") == "log_mel":
+        return
+    from htcl_ray.models.folder import read_record  # loads torch
+
+    record = read_record(workspace.local_copy(model.path))
+    width, extractor = feature_width(features.manifest), recorded_extractor(features.manifest)
+    if record.input_width != width:
+        raise MismatchError(
+            f"model {model.version} was trained on vectors of {record.input_width} numbers, but those of the features "
+            f"{features.version} have {width}; give the vectors that it was trained on, or train a model on these"
+        )
+    check_encoder(record.extractor, extractor, f"model {model.version}")
 
 
 def _rows(vectors: np.ndarray) -> pa.FixedSizeListArray:

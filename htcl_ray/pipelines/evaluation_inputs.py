@@ -173,10 +173,10 @@ def log_mel_statistics(workspace: Workspace, features: Artifact) -> np.ndarray:
 
 def _band_statistics(workspace: Workspace, features: Artifact) -> pa.Table:
     dataset = _feature_dataset(workspace, features)
-    columns, parts = ["song_id", "split", "log_mel", "valid_frames"], []
+    columns, parts = ["song_id", "split", "features", "valid_frames"], []
     with Progress("evaluate", dataset.count_rows(), "log-mels") as progress:
         for batch in dataset.to_batches(columns=columns, batch_size=SONGS_AT_ONCE):
-            mels = batch["log_mel"].to_numpy_ndarray()
+            mels = batch["features"].to_numpy_ndarray()
             rows = [
                 np.concatenate(
                     [mel[:frames].mean(axis=0, dtype=np.float32), mel[:frames].astype(np.float32).std(axis=0)]
@@ -196,14 +196,14 @@ def check_vectors(
     held_out = np.flatnonzero(songs.splits == settings.split)
     rows = np.sort(np.random.default_rng(settings.seed).permutation(held_out)[:CHECKED_SONGS])
     table = _feature_dataset(workspace, features).to_table(
-        columns=["song_id", "log_mel", "valid_frames", "audio_path"],
+        columns=["song_id", "features", "valid_frames", "audio_path"],
         filter=pc.field("song_id").isin([songs.ids[row] for row in rows]),
     )
     table = table.sort_by("song_id")
     mels = [
         mel[:frames].astype(np.float32)
         for mel, frames in zip(
-            table["log_mel"].combine_chunks().to_numpy_ndarray(), table["valid_frames"].to_pylist(), strict=True
+            table["features"].combine_chunks().to_numpy_ndarray(), table["valid_frames"].to_pylist(), strict=True
         )
     ]
     waveforms = [_waveform(path, encoder) for path in table["audio_path"].to_pylist()]
@@ -211,10 +211,12 @@ def check_vectors(
     return vector_check_tasks(encoder, songs, mels, rows, texts, waveforms, settings.seed)
 
 
-def _waveform(path: str, encoder: SongEncoder) -> np.ndarray | None:
-    """Decode a file; None when it can no longer be read, because features may outlive their audio."""
+def _waveform(path: str | None, encoder: SongEncoder) -> np.ndarray | None:
+    """Decode a file; None when it can no longer be read, because features may outlive their audio, or is not used."""
+    if path is None or not encoder.takes_audio:
+        return None
     try:
-        return decode(path, encoder.recipe)
+        return decode(path, encoder.audio_features.decoding)
     except AudioError:
         return None
 

@@ -1,4 +1,4 @@
-"""Catalogue → log-mel features, in shards.
+"""Catalogue → features of every song, in shards.
 
 The unit of work is the shard: `data.songs_per_shard` songs in the order of their ids. The file of a shard appears whole
 or not at all, so an interrupted run continues with the missing shards.
@@ -22,19 +22,24 @@ import pyarrow.parquet as pq
 
 from htcl_ray.catalog.artists import artist_groups
 from htcl_ray.catalog.audio_files import UNUSABLE, sizes_and_times
-from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples, rejected_rows
-from htcl_ray.catalog.songs import SONGS, Catalog, duplicate_group, read_catalog
+from htcl_ray.catalog.given_vectors import check_vectors
+from htcl_ray.catalog.quarantine import check_share, count_reasons, describe, examples
+from htcl_ray.catalog.songs import SONGS, Catalog, read_catalog
 from htcl_ray.cluster import connection
 from htcl_ray.config import Config
-from htcl_ray.errors import AudioError, TableError
-from htcl_ray.interactions.splits import group_split, group_splits
+from htcl_ray.errors import TableError
+from htcl_ray.extractors.families import ExtractorRecord, find_extractor
+from htcl_ray.interactions.splits import group_splits
+from htcl_ray.pipelines.feature_shards import ShardWriter, shard_name
 from htcl_ray.progress import Progress
-from htcl_ray.schemas import FORMAT_VERSION, METADATA, QUARANTINE, Reason, features_schema
+from htcl_ray.schemas import FORMAT_VERSION, QUARANTINE, Reason
 from htcl_ray.workspace.filesystem import storage_errors
 from htcl_ray.workspace.manifest import build_manifest, fingerprint
 from htcl_ray.workspace.paths import canonical
 from htcl_ray.workspace.storage import Workspace
 
+VECTOR_SHARDS = 64
+"""A shard of given vectors holds this many times `data.songs_per_shard` songs."""
 MAX_TASKS = 4096
 """Ray tasks of one pass; with more shards a task processes several."""
 
@@ -47,11 +52,20 @@ class FeaturesPlan:
     """Fingerprint on this machine, and on a machine that differs in whether FFmpeg (`av`) is installed."""
     catalog: Catalog
     songs: pa.Table
-    """Songs whose audio file can be opened and is not empty; shards are slices of this table. `split` is null for songs
-    without an artist."""
+    """Songs whose audio file can be opened and is not empty, or whose given vector is usable; shards are slices of this
+    table. `split` is null for songs without an artist."""
     rejected: pa.Table
     """Rows of QUARANTINE: songs rejected before decoding."""
     inputs: dict[str, str]
+    width: int
+    """Size of the vector of a frame."""
+    extractor: ExtractorRecord | None = None
+    """The pretrained encoder that makes the features."""
+
+    def shard_size(self, config: Config) -> int:
+        """Number of songs of a shard; given vectors need no decoding, so their shards hold more."""
+        given = config.audio.extractor == "vectors"
+        return config.data.songs_per_shard * (VECTOR_SHARDS if given else 1)
 
     @property
     def version(self) -> str:
@@ -61,24 +75,34 @@ class FeaturesPlan:
 
 def plan_features(config: Config) -> FeaturesPlan:
     """Read and check the catalogue, and the sizes and times of its audio files. Raises InputError."""
-    catalog = read_catalog(config.data)
+    recipe = config.audio.recipe
+    given_vectors = recipe.extractor == "vectors"
+    extractor = find_extractor(recipe)[1] if recipe.extractor == "pretrained" else None
+    catalog = read_catalog(config.data, given_vectors=given_vectors)
     songs = catalog.songs
-    stats = sizes_and_times(songs["audio_path"].to_pylist())
-    unusable = [_reject(songs.filter(stats[:, 0] == size), *why) for size, why in UNUSABLE.items()]
-    rejected = pa.concat_tables([catalog.rejected, *unusable])
-    usable = songs.filter(stats[:, 0] > 0)
-    inputs = {"catalog": _identity(catalog), "audio": hashlib.sha256(stats.tobytes()).hexdigest()[:16]}
+    inputs = {"catalog": _identity(catalog)}
+    if given_vectors:
+        usable, unusable = check_vectors(songs)
+        width = usable.schema.field("vector").type.list_size
+        rejected = pa.concat_tables([catalog.rejected, unusable])
+    else:
+        stats = sizes_and_times(songs["audio_path"].to_pylist())
+        rejects = [_reject(songs.filter(stats[:, 0] == size), *why) for size, why in UNUSABLE.items()]
+        rejected = pa.concat_tables([catalog.rejected, *rejects])
+        usable = songs.filter(stats[:, 0] > 0)
+        inputs["audio"] = hashlib.sha256(stats.tobytes()).hexdigest()[:16]
+        width = recipe.n_mels if extractor is None else extractor.width
     settings = config.data.model_dump(mode="json", include={"split_shares", "songs_per_shard"})
     # Part of the fingerprint, so that songs that need FFmpeg are decoded when it is installed later.
     has_ffmpeg = importlib.util.find_spec("av") is not None
     if config.data.split_column is None:
         splits = group_splits(artist_groups(usable["artist"]), config.data.split_shares)
         usable = usable.set_column(usable.schema.get_field_index("split"), "split", splits)
-    recipe = config.audio.recipe.model_dump(mode="json")
+    made_by = recipe.model_dump(mode="json"), extractor and extractor.model_dump(mode="json")
     own, other = (
-        fingerprint(FORMAT_VERSION, inputs, recipe, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg)
+        fingerprint(FORMAT_VERSION, inputs, made_by, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg)
     )
-    return FeaturesPlan((own, other), catalog, usable, rejected, inputs)
+    return FeaturesPlan((own, other), catalog, usable, rejected, inputs, width, extractor)
 
 
 def _reject(songs: pa.Table, reason: Reason, detail: str) -> pa.Table:
@@ -112,8 +136,11 @@ def check_rejected(config: Config, plan: FeaturesPlan, rejected: pa.Table, songs
 def _identity(catalog: Catalog) -> str:
     """Hash of the content of a catalogue, independent of the spelling of paths and of the order of its rows."""
     folders: dict[str, str] = {}
-    paths = []
+    paths: list[str | None] = []
     for path in catalog.songs["audio_path"].to_pylist():
+        if path is None:
+            paths.append(None)
+            continue
         folder, separator, name = path.rpartition("/")
         if folder not in folders:
             folders[folder] = canonical(f"{folder}{separator}")
@@ -137,7 +164,7 @@ def _table_hash(table: pa.Table) -> str:
 def make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> None:
     """Write the missing shards of the features, settle the splits, and finish the artifact. Raises InputError."""
     features, quarantine = f"features/{plan.version}", f"quarantine/{plan.version}"
-    shards = -(-plan.songs.num_rows // config.data.songs_per_shard)
+    shards = -(-plan.songs.num_rows // plan.shard_size(config))
     done = set(workspace.children(features))
     pending = [shard for shard in range(shards) if shard_name(shard) not in done]
     where = workspace.uri_of(quarantine)
@@ -165,85 +192,51 @@ def make_features(workspace: Workspace, config: Config, plan: FeaturesPlan) -> N
             quarantine,
             build_manifest("quarantine", config=tree, inputs=plan.inputs, quality={"rejected": quality["rejected"]}),
         )
-    workspace.finish(features, build_manifest("features", config=tree, inputs=plan.inputs, quality=quality))
+    extractor = None if plan.extractor is None else plan.extractor.model_dump(mode="json")
+    workspace.finish(
+        features,
+        build_manifest(
+            "features",
+            config=tree,
+            inputs=plan.inputs,
+            quality=quality,
+            feature_width=plan.width,
+            extractor=extractor,
+        ),
+    )
 
 
 def _run_shards(workspace: Workspace, config: Config, plan: FeaturesPlan, pending: list[int]) -> None:
-    """Make the pending shards in Ray tasks."""
+    """Make the pending shards: in Ray tasks, or with a pretrained encoder in actors that hold it."""
     import ray
     import ray.data
 
-    size, total = config.data.songs_per_shard, plan.songs.num_rows
+    size, total = plan.shard_size(config), plan.songs.num_rows
     done = total - sum(min(size, total - shard * size) for shard in pending)
     songs = ray.put(plan.songs)
-    write = functools.partial(_write_shards, songs=songs, workspace=workspace, config=config, version=plan.version)
+    folders = f"features/{plan.version}", f"quarantine/{plan.version}"
+    arguments = (workspace, config, *folders, songs, size, plan.extractor)
     shards = ray.data.from_items(
         [{"shard": shard} for shard in pending], override_num_blocks=min(len(pending), MAX_TASKS)
     )
+    if plan.extractor is None:
+        written = shards.map_batches(ShardWriter(*arguments).__call__, batch_size=1)
+    else:
+        use_gpu = config.embed.accelerator == "gpu" or (
+            config.embed.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+        )
+        workers = config.embed.num_workers if use_gpu else int(ray.cluster_resources().get("CPU", 1))
+        written = shards.map_batches(
+            ShardWriter,
+            fn_constructor_args=(*arguments, "cuda" if use_gpu else "cpu"),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(pending)))),
+            num_cpus=1,
+            num_gpus=1 if use_gpu else 0,
+        )
     with Progress("preprocess", total, "songs", done=done) as progress:
-        for batch in shards.map_batches(write, batch_size=1).iter_batches(batch_size=None, prefetch_batches=0):
+        for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
             progress.advance(int(batch["songs"].sum()))
-
-
-def _write_shards(
-    batch: dict[str, Any], *, songs: Any, workspace: Workspace, config: Config, version: str
-) -> dict[str, Any]:
-    """Write the shards that are numbered in a batch; return their numbers of songs. Runs in a Ray task."""
-    import ray
-
-    size = config.data.songs_per_shard
-    table = ray.get(songs)
-    counts = []
-    for shard in batch["shard"].tolist():
-        rows = table.slice(shard * size, size)
-        features, rejected = make_shard(rows, config)
-        if rejected.num_rows:  # before the features, whose file marks the shard as done
-            workspace.write_table(f"quarantine/{version}/{shard_name(shard)}", rejected)
-        workspace.write_table(f"features/{version}/{shard_name(shard)}", features)
-        counts.append(rows.num_rows)
-    return {"songs": np.array(counts)}
-
-
-def shard_name(shard: int) -> str:
-    """File name of a shard, in features and in quarantine. Names sort in the order of song ids."""
-    return f"shard-{shard:07d}.parquet"
-
-
-def make_shard(songs: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
-    """Decode the audio of these songs: rows of `features_schema`, and rows of QUARANTINE for the rejected songs."""
-    from htcl_ray.audio import (
-        check_audible,
-        decode_clip,
-        log_mel,
-    )  # loads audio libraries, which planning does not need
-
-    recipe = config.audio
-    kept, mels, derived, rejected = [], [], [], [QUARANTINE.empty_table()]
-    for i, song in enumerate(songs.select(["song_id", "audio_path", "split", "source", "row"]).to_pylist()):
-        try:
-            waveform, decoded_share = decode_clip(song["audio_path"], recipe)
-            check_audible(waveform, recipe)
-            mel = log_mel(waveform, recipe.sample_rate, recipe)
-        except AudioError as error:
-            detail = f"{song['audio_path']}: {error.detail}"
-            rejected.append(rejected_rows([song["song_id"]], [song["row"]], song["source"], error.reason, detail))
-            continue
-        group = duplicate_group(waveform)
-        split = song["split"] or group_split(f"recording:{group}", config.data.split_shares).value
-        padded = np.full((recipe.max_frames, recipe.n_mels), mel.min(), dtype=np.float16)
-        padded[: len(mel)] = mel
-        kept.append(i)
-        mels.append(padded)
-        derived.append((len(mel), split, decoded_share, group))
-    schema = features_schema(recipe.max_frames, recipe.n_mels)
-    columns = {name: songs[name].combine_chunks() for name in ("song_id", "text", "audio_path", *METADATA.names)}
-    columns = {name: column.take(pa.array(kept, pa.int64())) for name, column in columns.items()}
-    stacked = np.stack(mels) if mels else np.zeros((0, recipe.max_frames, recipe.n_mels), np.float16)
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(stacked.reshape(-1)), recipe.max_frames * recipe.n_mels)
-    columns["log_mel"] = pa.ExtensionArray.from_storage(schema.field("log_mel").type, storage)
-    for i, name in enumerate(("valid_frames", "split", "decoded_share", "duplicate_group")):
-        columns[name] = pa.array([values[i] for values in derived], schema.field(name).type)
-    return pa.table([columns[name] for name in schema.names], schema=schema), pa.concat_tables(rejected)
 
 
 def _settle_splits(workspace: Workspace, config: Config, features: str) -> None:

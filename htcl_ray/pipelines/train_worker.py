@@ -18,6 +18,7 @@ import torch
 
 from htcl_ray.config import Config
 from htcl_ray.errors import HtclError
+from htcl_ray.extractors.families import check_encoder, recorded_extractor
 from htcl_ray.losses.collectives import prepared_together
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.training.augment import Augmentation
@@ -161,14 +162,18 @@ def _model(job: TrainJob, feature_width: int) -> tuple[HTCL, TrainingState | Non
         with checkpoint.as_directory() as folder:
             return HTCL.from_pretrained(folder), load_state(Path(folder))
     stage = job.config.pretrain if job.parent is None else job.config.finetune
+    extractor = recorded_extractor(job.features.manifest)
     if stage.warm_start is not None:
         folder = find_source(job.workspace, stage.warm_start).folder
         if job.parent is not None:
-            return preference_start(job.config, folder), None
-        return semantic_start(job.config, folder, job.vocabulary, feature_width)[0], None
+            model = preference_start(job.config, folder)
+            check_encoder(model.record.extractor, extractor, str(folder))
+            return model, None
+        return semantic_start(job.config, folder, job.vocabulary, feature_width, extractor)[0], None
     if job.parent is None:
-        return HTCL.untrained(job.config, job.vocabulary, feature_width=feature_width), None
+        return HTCL.untrained(job.config, job.vocabulary, feature_width=feature_width, extractor=extractor), None
     parent = HTCL.from_pretrained(job.workspace.local_copy(job.parent.path))
+    check_encoder(parent.record.extractor, extractor, f"model {job.parent.version}")
     settings = job.config.finetune
     model = parent.to_stage_2(
         settings.temperature, settings.seed, loss=settings.loss, batch_size=settings.global_batch_size

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from htcl_ray.config.sections import AudioRecipe
-from htcl_ray.errors import MismatchError
+from htcl_ray.errors import MismatchError, QueryError
+from htcl_ray.extractors.song_features import AudioFeatures
 from htcl_ray.index.vectors import ModelVersions, Vectors
 from htcl_ray.models import HTCL, weights_fingerprint
 from htcl_ray.workspace.storage import Workspace
@@ -69,7 +70,7 @@ class SongEncoder:
 
     @property
     def recipe(self) -> AudioRecipe:
-        """Recipe of the log-mel input of the models."""
+        """Recipe of the features that the models take."""
         return self._models[0].recipe
 
     @property
@@ -77,24 +78,57 @@ class SongEncoder:
         """Dimension of one space."""
         return self._models[0].dim
 
-    def encode_mel(self, mel: NDArray[np.floating], valid_frames: NDArray[np.integer]) -> Vectors:
-        """Encode log-mels in dB, [n, frames, n_mels]; the first `valid_frames` [n] frames of each row hold audio."""
-        inputs = torch.from_numpy(np.ascontiguousarray(mel, dtype=np.float32))
-        counts = torch.from_numpy(np.ascontiguousarray(valid_frames, dtype=np.int64))
-        return _vectors([model.embed_mel(inputs, counts) for model in self._models])
+    @property
+    def takes_audio(self) -> bool:
+        """Whether audio can be encoded: not by models of given vectors."""
+        return self.recipe.extractor != "vectors"
 
-    def encode_mels(self, mels: Sequence[NDArray[np.floating]]) -> Vectors:
-        """Encode log-mels of different lengths, each [frames, n_mels] in dB."""
-        padded = np.zeros((len(mels), max(len(mel) for mel in mels), self.recipe.n_mels), dtype=np.float32)
-        for row, mel in zip(padded, mels, strict=True):
-            row[: len(mel)] = mel
-        return self.encode_mel(padded, np.array([len(mel) for mel in mels]))
+    @property
+    def audio_features(self) -> AudioFeatures:
+        """Waveforms → features. Raises QueryError for models of given vectors."""
+        return self._models[0].audio_features
+
+    def encode_features(self, features: NDArray[np.floating], valid_frames: NDArray[np.integer]) -> Vectors:
+        """Encode features [n, frames, width]; the first `valid_frames` [n] frames of each row are the song's."""
+        inputs = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+        counts = torch.from_numpy(np.ascontiguousarray(valid_frames, dtype=np.int64))
+        return _vectors([model.embed_features(inputs, counts) for model in self._models])
+
+    def encode_songs(self, songs: Sequence[NDArray[np.floating]]) -> Vectors:
+        """Encode features of different lengths, each [frames, width]."""
+        padded = np.zeros((len(songs), max(len(frames) for frames in songs), songs[0].shape[1]), dtype=np.float32)
+        for row, frames in zip(padded, songs, strict=True):
+            row[: len(frames)] = frames
+        return self.encode_features(padded, np.array([len(frames) for frames in songs]))
+
+    def encode_given(self, vector: Sequence[float]) -> Vectors:
+        """Encode the given vector of a song, one row.
+
+        Raises QueryError for another width, numbers that are not finite, and models that take audio.
+        """
+        width = self._models[0].record.input_width
+        if self.takes_audio:
+            raise QueryError("this model takes the audio of a song and no vector; send a file")
+        if len(vector) != width:
+            raise QueryError(f"the vector has {len(vector)} numbers; this model was trained on vectors of {width}")
+        with np.errstate(over="ignore"):
+            stored = np.asarray(vector, dtype=np.float16)  # as for songs of the catalogue
+        if not np.isfinite(stored).all():
+            raise QueryError(f"the vector holds NaN, or numbers beyond ±{np.finfo(np.float16).max:,.0f}")
+        return self.encode_songs([stored[None]])
 
     def encode_waveforms(self, waveforms: Sequence[NDArray[np.float32]]) -> Vectors:
-        """Encode mono waveforms at `recipe.sample_rate`, each [samples]."""
-        from htcl_ray.audio import log_mel  # imports audio libraries, which stored log-mels do not need
+        """Encode mono waveforms at `audio_features.decoding.sample_rate`, each [samples].
 
-        return self.encode_mels([log_mel(waveform, self.recipe.sample_rate, self.recipe) for waveform in waveforms])
+        Raises QueryError for models of given vectors.
+        """
+        return self.encode_songs(self.audio_features(waveforms))
+
+    def encode_decoded(self, clips: Sequence[NDArray[np.float32]]) -> Vectors:
+        """Encode what the decoder processes return: log-mels, or waveforms [samples, 1] for a pretrained encoder."""
+        if self.recipe.extractor == "log_mel":
+            return self.encode_songs(clips)
+        return self.encode_waveforms([np.ascontiguousarray(clip[:, 0]) for clip in clips])
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
         """Encode texts, with their coverage by the vocabulary of the semantic model, which stage 2 shares."""
@@ -119,6 +153,11 @@ def _check_same_input(semantic: HTCL, preference: HTCL) -> None:
     if semantic.dim != preference.dim:
         raise MismatchError(
             f"the semantic model has {semantic.dim} dimensions and the preference model {preference.dim}; "
+            "expected two stages of one model"
+        )
+    if semantic.record.extractor != preference.record.extractor:
+        raise MismatchError(
+            "the semantic model and the preference model were trained on vectors of different pretrained encoders; "
             "expected two stages of one model"
         )
     other = preference.recipe.model_dump()

@@ -90,10 +90,14 @@ class SearchService:
         return results if query.text_coverage is None else replace(results, text_coverage=float(query.text_coverage[0]))
 
     def search_audio(self, source: str | bytes | BinaryIO, **options: Any) -> SearchResults:
-        """Songs similar to a recording: a path, the bytes of a file, or a file object. Raises AudioError."""
+        """Songs similar to a recording: a path, the bytes of a file, or a file object.
+
+        Raises AudioError, and QueryError for models that take no audio.
+        """
         self.check(**options)
         encoder = self._require_encoder()
-        return self.search(encoder.encode_waveforms([decode(source, encoder.recipe)]), **options)
+        waveform = decode(source, encoder.audio_features.decoding)
+        return self.search(encoder.encode_waveforms([waveform]), **options)
 
     def search_songs(
         self, song_ids: Sequence[str], negative_song_ids: Sequence[str] = (), **options: Any

@@ -217,6 +217,7 @@ def _served(config: Config, index: str | None) -> Served:
         *models.paths,
         versions,
         require,
+        takes_audio=models.semantic.manifest["config"].get("audio", {}).get("extractor") != "vectors",
         front_token=front.token if front else "",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
@@ -31,13 +31,19 @@ class Backend(Protocol):
     async def encode_audio(self, data: bytes) -> Vectors:
         """Vectors of the first clip of an audio file, one row, as for songs of the catalogue.
 
-        Raises AudioError.
+        Raises AudioError, and QueryError for models that take no audio.
         """
 
     async def encode_song(self, data: bytes) -> Vectors:
         """Vectors of an audio file that is added to the index; neither cached nor counted as a query.
 
         Raises AudioError.
+        """
+
+    async def encode_vector(self, vector: Sequence[float]) -> Vectors:
+        """Vectors of a song by its given vector, for models that were trained on given vectors.
+
+        Raises QueryError for another width, and for models that take audio.
         """
 
     async def check_ready(self) -> None:

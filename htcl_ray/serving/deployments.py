@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +21,8 @@ from starlette.exceptions import HTTPException
 from htcl_ray.audio.sandbox import Decoders
 from htcl_ray.cluster.ray_internals import bind_grpc_to_loopback, serve_host, use_peer_addresses
 from htcl_ray.config.sections import Require, ServeSettings
+from htcl_ray.errors import QueryError
+from htcl_ray.extractors.song_features import NO_AUDIO
 from htcl_ray.index.live.activation import Pointer
 from htcl_ray.index.live.live_index import LiveIndex
 from htcl_ray.index.vectors import ModelVersions, Vectors
@@ -50,6 +52,8 @@ class Served:
     model_versions: ModelVersions
     require: Require = "failed"
     """`gate.require`."""
+    takes_audio: bool = True
+    """Whether the models encode audio: not those that were trained on given vectors."""
     signing_key: bytes = field(default_factory=new_signing_key, repr=False)
     """Key of signed URLs, see `signed_urls.py`."""
     front_token: str = field(default="", repr=False)
@@ -74,8 +78,19 @@ class Encoder:
         self._encoder = SongEncoder.from_workspace(workspace, served.semantic, served.preference, device=device)
         self._encoder.check_versions(served.model_versions)
         self._metrics = EncoderMetrics()
-        self._decoders = Decoders(
-            self._encoder.recipe,
+        self._decoders = self._start_decoders(settings) if self._encoder.takes_audio else None
+        for method in (self._encode_texts, self._encode_clips):
+            method.set_max_batch_size(settings.max_batch_size)
+            method.set_batch_wait_timeout_s(settings.batch_wait_seconds)
+        # The first call of a model is slow, so make it before the first request.
+        self._encoder.encode_texts(["warm"])
+        if self._encoder.takes_audio:
+            decoding = self._encoder.audio_features.decoding
+            self._encoder.encode_waveforms([np.zeros(decoding.sample_rate, dtype=np.float32)])
+
+    def _start_decoders(self, settings: ServeSettings) -> Decoders:
+        return Decoders(
+            self._encoder.audio_features.decoding,
             processes=settings.decoders,
             seconds=settings.decode_seconds,
             cpu_seconds=settings.decode_cpu_seconds,
@@ -84,12 +99,6 @@ class Encoder:
             max_channels=settings.max_channels,
             max_sample_rate=settings.max_sample_rate,
         )
-        for method in (self._encode_texts, self._encode_mels):
-            method.set_max_batch_size(settings.max_batch_size)
-            method.set_batch_wait_timeout_s(settings.batch_wait_seconds)
-        # The first call of a model is slow, so make it before the first request.
-        self._encoder.encode_texts(["warm"])
-        self._encoder.encode_waveforms([np.zeros(self._encoder.recipe.sample_rate, dtype=np.float32)])
 
     async def encode_text(self, text: str) -> Vectors:
         """Vectors of a text, one row."""
@@ -101,10 +110,16 @@ class Encoder:
 
         The file is decoded before it joins a batch, so that an invalid file fails alone.
         """
+        if self._decoders is None:
+            raise QueryError(NO_AUDIO)
         with self._metrics.stage("decode"):
-            mel = await asyncio.to_thread(self._decoders.decode, data)
-        vectors: Vectors = await self._encode_mels(mel)
+            clip = await asyncio.to_thread(self._decoders.decode, data)
+        vectors: Vectors = await self._encode_clips(clip)
         return vectors
+
+    async def encode_vector(self, vector: list[float]) -> Vectors:
+        """Vectors of a song by its given vector, one row."""
+        return await asyncio.to_thread(self._encoder.encode_given, vector)
 
     async def ready(self) -> bool:
         """Return once the models are loaded."""
@@ -117,10 +132,10 @@ class Encoder:
             return _rows(await asyncio.to_thread(self._encoder.encode_texts, texts))
 
     @batched
-    async def _encode_mels(self, mels: list[NDArray[np.float32]]) -> list[Vectors]:
-        self._metrics.record_batch("audio", len(mels))
+    async def _encode_clips(self, clips: list[NDArray[np.float32]]) -> list[Vectors]:
+        self._metrics.record_batch("audio", len(clips))
         with self._metrics.stage("encode_audio"):
-            return _rows(await asyncio.to_thread(self._encoder.encode_mels, mels))
+            return _rows(await asyncio.to_thread(self._encoder.encode_decoded, clips))
 
     def __del__(self) -> None:
         """Called by Ray Serve when a replica stops; ends the decoder processes."""
@@ -140,6 +155,7 @@ class Ingress:
         # Other machines reach serve.host behind this application's HAProxy, else the address of Ray Serve.
         self._settings = settings if served.front_token else with_exposed_host(settings)
         self._tokens = served.signing_key, served.front_token
+        self._takes_audio = served.takes_audio
         self._most_encoding = settings.max_waiting_requests
         self._encoding = 0
         """Number of requests that wait for an encoder."""
@@ -164,12 +180,23 @@ class Ingress:
 
     async def encode_audio(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
+        self._check_takes_audio()
         return await self._query("audio", data, lambda: _encoded(self._encoder.encode_audio.remote, data))
 
     async def encode_song(self, data: bytes) -> Vectors:
         """See `backend.Backend`."""
+        self._check_takes_audio()
         with self._one_encoding():
             return await _encoded(self._encoder.encode_audio.remote, data)
+
+    async def encode_vector(self, vector: Sequence[float]) -> Vectors:
+        """See `backend.Backend`."""
+        with self._one_encoding():
+            return await _encoded(self._encoder.encode_vector.remote, list(vector))
+
+    def _check_takes_audio(self) -> None:
+        if not self._takes_audio:
+            raise QueryError(NO_AUDIO)
 
     async def check_ready(self) -> None:
         """See `backend.Backend`."""

@@ -1,4 +1,4 @@
-"""Random access to log-mels: one uncompressed, memory-mapped file per machine, written from the feature shards.
+"""Random access to features: one uncompressed, memory-mapped file per machine, written from the feature shards.
 
 Shards are compressed for storage and transport, but a training batch needs songs in any order. Only valid frames are
 kept. The file is in this user's private folder below the directory for temporary files (TMPDIR). Every process that
@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from htcl_ray.errors import StepError, WorkspaceError
+from htcl_ray.extractors.families import feature_width
 from htcl_ray.training.song_numbers import Rows, Songs
 from htcl_ray.workspace.local_copies import identity, lock_folder, private_folder
 from htcl_ray.workspace.manifest import fingerprint
@@ -90,7 +91,7 @@ def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], so
     """
     root = private_folder()
     folder = root / f"frames-{fingerprint(workspace.uri, path, manifest['created'])}"
-    n_mels = int(manifest["config"]["audio"]["n_mels"])
+    width = feature_width(manifest)
     for other in {path.with_suffix("") for path in root.glob("frames-*")} - {folder}:
         _remove_unused(other)
     tried_since = time.monotonic()
@@ -98,7 +99,7 @@ def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], so
         shared = lock_folder(folder, fcntl.LOCK_SH)  # waits for a process that writes
         assert shared is not None
         if _is_whole(folder):
-            return Frames(folder, n_mels, shared)
+            return Frames(folder, width, shared)
         os.close(shared)
         exclusive = lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if exclusive is None:  # another process looks at it, or is about to write
@@ -111,7 +112,7 @@ def open_frames(workspace: Workspace, path: str, manifest: Mapping[str, Any], so
             continue
         try:
             if not _is_whole(folder):
-                _write(workspace, path, songs, folder, n_mels)
+                _write(workspace, path, songs, folder, width)
         finally:
             os.close(exclusive)
 
@@ -137,7 +138,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: int) -> None:
+def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, width: int) -> None:
     """Copy the songs' valid frames in the order of the shards, after those that an interrupted process has copied."""
     number = {song_id: row for row, song_id in enumerate(songs.song_ids)}
     table = workspace.read_tables(path, ["song_id", "valid_frames", "__filename"])
@@ -151,7 +152,7 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
     if (folder / WHOLE).exists():  # files that were finished and then changed, so nothing in them is trusted
         for name in (WHOLE, OFFSETS, FRAMES):
             (folder / name).unlink(missing_ok=True)
-    frame, copied = n_mels * BYTES, 0
+    frame, copied = width * BYTES, 0
     try:
         with open(folder / FRAMES, "ab") as out:
             complete = out.tell() // frame
@@ -186,11 +187,11 @@ def _write(workspace: Workspace, path: str, songs: Songs, folder: Path, n_mels: 
 def _append(workspace: Workspace, file: str, out: Any, wanted: npt.NDArray[np.bool_], ends: Rows, copied: int) -> int:
     """Append the wanted songs of a shard that are not copied yet; returns the number of frames that are then copied."""
     with workspace.fs.open_input_file(file) as source:
-        table = pq.read_table(source, columns=["log_mel", "valid_frames"])
-    mels = table["log_mel"].combine_chunks().to_numpy_ndarray() if len(table) else ()
-    for mel, valid, chosen, end in zip(mels, table["valid_frames"].to_pylist(), wanted, ends, strict=True):
+        table = pq.read_table(source, columns=["features", "valid_frames"])
+    features = table["features"].combine_chunks().to_numpy_ndarray() if len(table) else ()
+    for frames, valid, chosen, end in zip(features, table["valid_frames"].to_pylist(), wanted, ends, strict=True):
         if chosen and end > copied:
-            out.write(np.ascontiguousarray(mel[:valid], dtype=np.float16).tobytes())
+            out.write(np.ascontiguousarray(frames[:valid], dtype=np.float16).tobytes())
             copied += valid
     return copied
 
@@ -201,7 +202,7 @@ def _changed(workspace: Workspace, path: str, what: str) -> WorkspaceError:
 
 def _no_room(folder: Path, songs: int, needed: int, free: int) -> StepError:
     return StepError(
-        f"the log-mels of {songs} songs need {needed:,} bytes in {folder.parent} on {platform.node()}, "
+        f"the features of {songs} songs need {needed:,} bytes in {folder.parent} on {platform.node()}, "
         f"where {free:,} are free; free some space, or set the environment variable TMPDIR to a folder on a larger "
         "disk before Ray starts on that machine (on a private cluster, before this command)"
     )

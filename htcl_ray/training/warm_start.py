@@ -19,6 +19,7 @@ from htcl_ray.workspace.paths import canonical
 from htcl_ray.workspace.storage import Workspace
 
 if TYPE_CHECKING:
+    from htcl_ray.extractors.families import ExtractorRecord
     from htcl_ray.models import HTCL
     from htcl_ray.models.record import ModelRecord
     from htcl_ray.training.song_numbers import Pairs, Songs
@@ -130,15 +131,21 @@ def takes_text_tower(workspace: Workspace, config: Config) -> bool:
 
 
 def semantic_start(
-    config: Config, folder: Path, vocabulary: str | None, feature_width: int | None = None
+    config: Config,
+    folder: Path,
+    vocabulary: str | None,
+    feature_width: int | None = None,
+    extractor: ExtractorRecord | None = None,
 ) -> tuple[HTCL, list[str], list[str]]:
     """The stage-1 model to train, the parts of it that have the earlier model's weights, and those that do not.
 
     A part is taken when all its tensors have the names and shapes of the earlier model's. The text head is taken with
     the text tower only, the audio head with the audio tower only, and the temperature with both heads. `vocabulary`:
-    of a new text tower; `feature_width`: size of a feature vector (default: the earlier model's). Raises MismatchError
-    when no tower is taken, or the features have another size.
+    of a new text tower; `feature_width`: size of a feature vector (default: the earlier model's); `extractor`: the
+    pretrained encoder that made the features. Raises MismatchError when no tower is taken, or the features have another
+    size or are vectors of another encoder.
     """
+    from htcl_ray.extractors.families import check_encoder
     from htcl_ray.models import HTCL
 
     earlier = HTCL.from_pretrained(folder)
@@ -148,6 +155,7 @@ def semantic_start(
             f"{folder} takes vectors of {earlier.record.input_width} numbers, but the features have {feature_width}; a "
             "warm start needs the same features"
         )
+    check_encoder(earlier.record.extractor, extractor, str(folder))
     text = earlier.record.text
     same_text = text is not None and _difference(text.settings, config.text) is None
     same_tower = earlier.record.audio.tower_name == config.audio.tower_name
@@ -157,6 +165,7 @@ def semantic_start(
         earlier.record.input if same_tower else earlier.record.input.MASKED,
         feature_width=feature_width,
         text_encoder=earlier.text_encoder if same_text else None,
+        extractor=extractor,
     )
     weights, given = model.state_dict(), earlier.state_dict()
     parts = {"audio tower": "audio_encoder.", "text tower": "text_encoder."}

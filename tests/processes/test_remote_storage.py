@@ -27,7 +27,9 @@ from htcl_ray.cluster import connection
 from htcl_ray.config import resolve
 from htcl_ray.config.sections import AudioRecipe, DataSettings
 from htcl_ray.errors import AccessDeniedError, AudioError, InputError, StorageError, WorkspaceError
-from htcl_ray.pipelines.make_features import make_shard, plan_features
+from htcl_ray.extractors.song_features import AudioFeatures
+from htcl_ray.pipelines.feature_shards import make_shard
+from htcl_ray.pipelines.make_features import plan_features
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.schemas import Reason
 from htcl_ray.workspace import filesystem
@@ -113,7 +115,7 @@ class TestUris:
         table = (folder / "songs.csv").as_uri()
         plan = plan_features(resolve("demo").with_overrides({"data.catalog": table}))
         assert plan.songs.num_rows == 2 * len(NAMES)
-        features, rejected = make_shard(plan.songs, resolve("demo"))
+        features, rejected = make_shard(plan.songs, resolve("demo"), AudioFeatures(resolve("demo").audio.recipe, None))
         assert rejected.num_rows == 0
         assert len(set(features["duplicate_group"].to_pylist())) == len(NAMES), (
             "URI and relative path of a file are the same recording"

@@ -63,7 +63,7 @@ def test_vectors_equal_those_of_each_model_alone(embedded: Config):
     ids, vectors = read_vectors(workspace, plan(workspace, config).path)
     assert ids == [song_id(i) for i in range(SONGS)]
     table = workspace.read_tables("features/features-1")
-    mels = table["log_mel"].combine_chunks().to_numpy_ndarray().astype(np.float32)
+    mels = table["features"].combine_chunks().to_numpy_ndarray().astype(np.float32)
     for stage, got in (("semantic", vectors.semantic), ("preference", vectors.preference)):
         model = HTCL.from_pretrained(workspace.local_copy(f"models/{stage}/{stage}-0"))
         for i, frames in enumerate(table["valid_frames"].to_pylist()):

@@ -103,8 +103,8 @@ def test_features_are_those_of_the_audio_layer(preprocessed: tuple[Path, Config,
     assert features["song_id"].to_pylist() == [f"song-{i:03d}" for i in range(SONGS) if i not in (7, 8)]
     assert not result.skipped
     assert "88 songs, 2 rejected (too_short 1, undecodable 1)" in result.summary
-    mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
-    for row, song in enumerate(features.drop_columns(["log_mel"]).to_pylist()):
+    mels = features["features"].combine_chunks().to_numpy_ndarray()
+    for row, song in enumerate(features.drop_columns(["features"]).to_pylist()):
         number = int(song["song_id"][5:])
         expected = log_mel(decode(world / f"{number}.wav", recipe), recipe.sample_rate, recipe)
         valid = song["valid_frames"]
@@ -276,7 +276,7 @@ def test_an_artist_and_a_recording_are_in_one_split(
             file.write(json.dumps(song) + "\n")
     config = config_for(tmp_path, tmp_path / "ws", data__songs_per_shard=7, data__split_shares=[0.4, 0.3, 0.3])
     preprocess(config.with_overrides({"data.catalog": str(tmp_path / "songs.jsonl")}))
-    songs = read(tmp_path / "ws", "features").drop_columns(["log_mel"]).to_pylist()
+    songs = read(tmp_path / "ws", "features").drop_columns(["features"]).to_pylist()
     credited = [set(song["artist"].upper().replace(" FEAT. ", "; ").split("; ")) for song in songs]
     for name in set.union(*credited):
         assert len({song["split"] for song, names in zip(songs, credited, strict=True) if name in names}) == 1

@@ -32,15 +32,15 @@ class RecordingEncoder(Encoder):
         original = self._encoder
 
         class Recording:
-            recipe = original.recipe
+            recipe, takes_audio, audio_features = original.recipe, True, original.audio_features
 
             def encode_texts(recording, texts: list[str]) -> Any:
                 self._sizes.append(len(texts))
                 return original.encode_texts(texts)
 
-            def encode_mels(recording, mels: list[np.ndarray]) -> Any:
+            def encode_decoded(recording, mels: list[np.ndarray]) -> Any:
                 self._sizes.append(len(mels))
-                return original.encode_mels(mels)
+                return original.encode_decoded(mels)
 
         self._encoder = Recording()
 

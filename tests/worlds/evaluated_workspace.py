@@ -70,7 +70,7 @@ def write_split_features(config: Config, audio: Path) -> None:
     columns = {
         "song_id": [song_id(i) for i in range(SONGS)],
         "text": [text_of(i) for i in range(SONGS)],
-        "log_mel": pa.FixedShapeTensorArray.from_numpy_ndarray(mels),
+        "features": pa.FixedShapeTensorArray.from_numpy_ndarray(mels),
         "valid_frames": pa.array(valid, pa.int32()),
         "split": [split_of(i) for i in range(SONGS)],
         "decoded_share": pa.array([1.0] * SONGS, pa.float32()),
@@ -124,8 +124,8 @@ def encode_features(config: Config, model: str | None = None) -> Vectors:
     job = plan(workspace, config, model)
     table = workspace.read_tables(job.features.path).sort_by("song_id")
     encoder = SongEncoder.from_workspace(workspace, *job.models.paths)
-    mels = table["log_mel"].combine_chunks().to_numpy_ndarray()
-    return encoder.encode_mel(mels, np.array(table["valid_frames"].to_pylist()))
+    mels = table["features"].combine_chunks().to_numpy_ndarray()
+    return encoder.encode_features(mels, np.array(table["valid_frames"].to_pylist()))
 
 
 def grow(config: Config, songs: int = 4) -> None:

@@ -87,7 +87,7 @@ def write_features(config: Config, *, songs: int = SONGS, songs_per_shard: int =
         columns = {
             "song_id": [song_id(i) for i in rows],
             "text": [text_of(i) for i in rows],
-            "log_mel": pa.FixedShapeTensorArray.from_numpy_ndarray(mels),
+            "features": pa.FixedShapeTensorArray.from_numpy_ndarray(mels),
             "valid_frames": pa.array(valid, pa.int32()),
             "split": ["train"] * len(rows),
             "decoded_share": pa.array([1.0] * len(rows), pa.float32()),

@@ -73,7 +73,7 @@ def write_features(config: Config, songs: int = 60, *, version: str = "synthetic
         columns: dict[str, object] = {
             "song_id": [row[0] for row in part],
             "text": [f"{GENRES[row[1]]} song number {index + shard}" for index, row in enumerate(part)],
-            "log_mel": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([row[2] for row in part])),
+            "features": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([row[2] for row in part])),
             "valid_frames": [row[3] for row in part],
             "split": [row[4] for row in part],
             "decoded_share": [1.0] * len(part),

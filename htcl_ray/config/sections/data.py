@@ -18,6 +18,9 @@ class DataSettings(Settings):
     interactions: Names = ()
     """Interaction logs, one path or URI or a list, with the columns of feedback, plays, affinity or ratings. Empty:
     only stage 1 can be trained."""
+    vectors: Names = ()
+    """Tables with the columns `song_id` and `vector`, for `audio.extractor: vectors`. Empty: the vectors are in the
+    column `vector` of the catalogue."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of columns in your tables that differ from the expected names, as `expected name: your name`."""
     text_columns: Names = ("title", "artist", "album", "genre", "mood", "tags", "language", "year", "lyrics")
@@ -36,7 +39,8 @@ class DataSettings(Settings):
     """Maximum share of rejected rows, from 0 to 1, over all tables of the catalogue or log. Preprocessing fails above
     it."""
     songs_per_shard: int = Field(64, gt=0)
-    """Number of songs per feature file, which is the unit of parallel work and of resuming."""
+    """Number of songs per feature file, which is the unit of parallel work and of resuming. A file of given vectors
+    holds 64 times as many, because they need no decoding."""
 
     @field_validator("split_shares")
     @classmethod

@@ -51,7 +51,9 @@ class AudioRecipe(Settings):
 
     @property
     def max_frames(self) -> int:
-        """The number of frames of a full clip, with centred windows."""
+        """The number of log-mel frames of a full clip, with centred windows; 1 for given vectors."""
+        if self.extractor == "vectors":
+            return 1
         return self.frames_of(self.clip_seconds)
 
     def frames_of(self, seconds: float) -> int:

@@ -27,7 +27,7 @@ BASELINES = {
     "random": "a random order",
     "commonest": "always the most frequent label",
     "popularity": "popularity",
-    "log_mel": "raw log-mel statistics",
+    "log_mel": "statistics of the raw features",
     "genre": "genre labels",
     "item_knn": "item-kNN",
     "als": "ALS",
@@ -37,8 +37,8 @@ BLENDS = {"semantic": "0", "preference": "1", "blend_0.5": "0.5"}
 RECOMMENDATION = ("cold", "cold_known_users", "hot", "hot_known_users")
 COLLABORATIVE = "use collaborative filtering for songs that have listeners, and this model for songs that have none"
 ADVICE = {
-    "log_mel": "the vectors are not better than the mean and deviation of the mel bands here; train longer or on more "
-    "songs, or use those",
+    "log_mel": "the vectors are not better than the mean and deviation of the features (log-mel bands, or the vectors "
+    "of an encoder) here; train longer or on more songs, or use those",
     "genre": "recommend by genre label, or train stage 2 on more interactions",
     "popularity": "recommend what is popular, or train stage 2 on more interactions",
     "item_knn": COLLABORATIVE,

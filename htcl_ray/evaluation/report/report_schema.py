@@ -76,6 +76,8 @@ class Report(_Part):
     inputs: dict[str, str | None]
     """Versions of the artifacts."""
     libraries: dict[str, str | None]
+    encoder: dict[str, Any] | None = None
+    """The pretrained encoder of the features, with its licence; null for other features."""
     data: dict[str, Any]
     """Numbers of songs, artists and texts, and the spaces."""
     leakage: dict[str, Any]

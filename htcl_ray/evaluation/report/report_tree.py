@@ -18,7 +18,7 @@ METHOD_LABELS = {
     "semantic": "stage 1",
     "preference": "stage 2",
     BLEND: "blend 0.5",
-    "log_mel": "log-mel",
+    "log_mel": "raw features",
     "genre": "genre labels",
     "item_knn": "item-kNN",
     "als": "ALS",

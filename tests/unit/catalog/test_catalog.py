@@ -36,7 +36,8 @@ from htcl_ray.catalog.songs import duplicate_group, read_catalog, song_text
 from htcl_ray.config import resolve
 from htcl_ray.config.sections import AudioRecipe, DataSettings
 from htcl_ray.errors import InputError, TableError
-from htcl_ray.pipelines.make_features import make_shard
+from htcl_ray.extractors.song_features import AudioFeatures
+from htcl_ray.pipelines.feature_shards import make_shard
 from htcl_ray.schemas import Reason
 
 pytestmark = pytest.mark.unit
@@ -515,7 +516,7 @@ def test_make_shard_rejects_silence_groups_copies_and_measures_damage(tmp_path: 
     config = resolve("demo").with_overrides(
         {"data.catalog": str(write(tmp_path / "songs.csv", rows)), "audio.clip_seconds": 8.0}
     )
-    features, rejected = make_shard(read_catalog(config.data).songs, config)
+    features, rejected = make_shard(read_catalog(config.data).songs, config, AudioFeatures(config.audio.recipe, None))
     assert [(row["song_id"], row["reason"]) for row in rejected.to_pylist()] == [
         ("0", "silent"),
         ("1", "silent"),

@@ -375,11 +375,17 @@ def test_all_keys_with_paths_are_known():
         for section, values in Config().model_dump().items()
         if isinstance(values, dict)
         for key in values
-        if any(part in ("path", "file", "folder", "dir", "uri", "catalog", "interactions") for part in key.split("_"))
+        if any(
+            part in ("path", "file", "folder", "dir", "uri", "catalog", "interactions", "vectors")
+            for part in key.split("_")
+        )
     }
     assert keys == {
         "data.catalog",
         "data.interactions",
+        "data.vectors",
+        "audio.name_or_path",
+        "evaluate.oracle_vectors",
         "text.name_or_path",
         "serve.api_keys_file",
         "tracking.mlflow_uri",

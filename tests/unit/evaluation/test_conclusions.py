@@ -83,7 +83,7 @@ def test_each_use_compares_its_best_space_with_every_baseline():
     probe = conclusion(report, "genre by a classifier on the vectors")
     assert (
         probe.finding
-        == "Accuracy 0.800 (stage 1, blend 0); raw log-mel statistics 0.950 (1.2 times as much), significantly better."
+        == "Accuracy 0.800 (stage 1, blend 0); statistics of the raw features 0.950 (1.2 times as much), significantly better."
     )
     assert "mel bands" in probe.advice
     hot = conclusion(report, "songs with listeners, for new users")
@@ -97,7 +97,7 @@ def test_sentences_name_uses_by_verdict_with_reasons():
     sentences = draw_conclusions(report_of(SEARCH, PROBE, COLD, HOT, LOST)).sentences
     assert sentences == [
         "Better than every simple baseline: search by text; cold-start songs for new users.",
-        "Not better than a simple baseline: genre by a classifier on the vectors (raw log-mel statistics); "
+        "Not better than a simple baseline: genre by a classifier on the vectors (statistics of the raw features); "
         "songs with listeners, for new users (item-kNN).",
         "Not significantly better than chance: mood from the text of its labels (a random order).",
         "Stage 2 alone, compared with stage 1, significantly improves "

@@ -77,7 +77,7 @@ def world(encoder: SongEncoder, recipe: AudioRecipe | None = None, seconds: floa
     own, stored = encoder.recipe, recipe or encoder.recipe
     waveforms = [sound(i, own, seconds) for i in range(SONGS)]
     mels = [log_mel(waveform, own.sample_rate, stored).astype(np.float16).astype(np.float32) for waveform in waveforms]
-    vectors = encoder.encode_mels(mels)
+    vectors = encoder.encode_songs(mels)
     assert vectors.preference is not None
     spaces = {"semantic": vectors.semantic, "preference": vectors.preference}
     groups = [f"group {i}" for i in range(SONGS)]
@@ -165,19 +165,19 @@ def test_a_collapsed_audio_tower_is_detected(models: list[HTCL]):
 class ReadsPadding(SongEncoder):
     """Treats padding as audio."""
 
-    def encode_mel(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
-        return super().encode_mel(mel, np.full(len(mel), mel.shape[1]))
+    def encode_features(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
+        return super().encode_features(mel, np.full(len(mel), mel.shape[1]))
 
 
 class UsesOneFrameMore(SongEncoder):
     """Adds a tenth of the frame behind the clip to its last frame: silent while padding is zeros."""
 
-    def encode_mel(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
+    def encode_features(self, mel: np.ndarray, valid_frames: np.ndarray) -> Vectors:
         mel = mel.copy()
         for clip, frames in zip(mel, valid_frames, strict=True):
             if frames < len(clip):
                 clip[frames - 1] += 0.1 * clip[frames]
-        return super().encode_mel(mel, valid_frames)
+        return super().encode_features(mel, valid_frames)
 
 
 class Unmasked(nn.Module):

@@ -416,7 +416,7 @@ def test_configurations_that_cannot_be_read_are_refused(model: HTCL, tmp_path: P
     file = tmp_path / "model" / "config.json"
     tree = json.loads(file.read_text())
     for changed, message in (
-        ({**tree, "format_version": 99}, "format version 99.* up to 2"),
+        ({**tree, "format_version": 99}, "format version 99.* up to 3"),
         ({**tree, "stage": 7}, "key 'stage'"),
         ({**tree, "surprise": 1}, "key 'surprise'"),
     ):

@@ -139,8 +139,8 @@ def test_imported_model_computes_the_numbers_of_the_authors(stage: int, tokenize
         assert_close(each.embed_mel(mel, valid), unit(audio))
         assert_close(each.embed_mel(torch.from_numpy(clips()[3])[None]), unit(audio[3:4]))
     encoder = SongEncoder.load(tmp_path / "model")
-    assert_close(encoder.encode_mel(mel.numpy(), valid.numpy()).semantic, unit(audio))
-    assert_close(encoder.encode_mels(clips()[:4]).semantic, unit(audio[:4]))
+    assert_close(encoder.encode_features(mel.numpy(), valid.numpy()).semantic, unit(audio))
+    assert_close(encoder.encode_songs(clips()[:4]).semantic, unit(audio[:4]))
     assert_close(encoder.encode_texts(TEXTS).semantic, unit(words))
     if stage == 1:
         assert model.temperatures() == pytest.approx({"text": math.exp(-official.tau.item())})
@@ -428,7 +428,7 @@ def test_command_puts_both_stages_where_the_steps_look(tmp_path: Path, capsys: p
     grown = artifacts.newest_preference(Workspace(str(workspace)), semantic_model, "failed")
     assert (semantic_model.version, grown and grown.version) == ("official_model", "official_model")
     assert semantic_model.manifest["config"]["model"]["dim"] == 20
-    vectors = SongEncoder.load(semantic, preference).encode_mels(clips()[:2])
+    vectors = SongEncoder.load(semantic, preference).encode_songs(clips()[:2])
     with torch.no_grad():
         for stage, half in ((1, vectors.semantic), (2, vectors.preference)):
             assert_close(half, unit(official_model(stage).audio(clips()[:2])))

@@ -30,7 +30,7 @@ def workspace(tmp_path) -> Workspace:
         created.finish(path, build_manifest("test", config={}, inputs=inputs))
 
     songs = [
-        {"song_id": f"s{i:02}", "text": f"text {i // 2}", "split": SPLITS[i % 5], "log_mel": float(i)}
+        {"song_id": f"s{i:02}", "text": f"text {i // 2}", "split": SPLITS[i % 5], "features": float(i)}
         for i in range(40)
     ]
     created.write_table("features/f/shard-0.parquet", pa.Table.from_pylist(songs[:20]))

@@ -545,7 +545,7 @@ def test_log_mel_statistics_cover_the_valid_frames(evaluated: tuple[Config, Step
     config, _ = evaluated
     workspace = Workspace(config.workspace)
     table = workspace.read_tables("features/features-1").sort_by("song_id")
-    mels = table["log_mel"].combine_chunks().to_numpy_ndarray().astype(np.float64)
+    mels = table["features"].combine_chunks().to_numpy_ndarray().astype(np.float64)
     parts = [mel[:frames] for mel, frames in zip(mels, table["valid_frames"].to_pylist(), strict=True)]
     naive = np.array([np.concatenate([part.mean(axis=0), part.std(axis=0)]) for part in parts])
     training = naive[::2]

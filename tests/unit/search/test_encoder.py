@@ -93,9 +93,9 @@ def test_batch_embedding_equals_online_embedding(encoder: SongEncoder, config: C
     features = Workspace(config.workspace).read_tables("features/features-1")
     table = embed_table(features, encoder, batch_size=4)
     assert table["song_id"].to_pylist() == [song_id(i) for i in range(SONGS)]
-    mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
+    mels = features["features"].combine_chunks().to_numpy_ndarray()
     for row, (mel, frames) in enumerate(zip(mels, features["valid_frames"].to_pylist(), strict=True)):
-        online = encoder.encode_mels([mel[:frames].astype(np.float32)])
+        online = encoder.encode_songs([mel[:frames].astype(np.float32)])
         np.testing.assert_allclose(table["semantic"][row].as_py(), online.semantic[0], atol=1e-5)
         np.testing.assert_allclose(table["preference"][row].as_py(), online.preference[0], atol=1e-5)
 
@@ -106,8 +106,8 @@ class Broken:
     def __init__(self, encoder: SongEncoder, mel: np.ndarray, value: float) -> None:
         self.encoder, self.mel, self.value = encoder, mel, value
 
-    def encode_mel(self, mels: np.ndarray, valid: np.ndarray) -> Vectors:
-        vectors = self.encoder.encode_mel(mels, valid)
+    def encode_features(self, mels: np.ndarray, valid: np.ndarray) -> Vectors:
+        vectors = self.encoder.encode_features(mels, valid)
         for row, mel in enumerate(mels):
             if np.array_equal(mel[:3], self.mel[:3]):
                 vectors.preference[row] *= self.value
@@ -120,7 +120,7 @@ class Broken:
 def test_rows_without_unit_norm_are_not_written(encoder: SongEncoder, config: Config, value: float, actual: str):
     write_features(config)
     features = Workspace(config.workspace).read_tables("features/features-1")
-    mels = features["log_mel"].combine_chunks().to_numpy_ndarray()
+    mels = features["features"].combine_chunks().to_numpy_ndarray()
     with pytest.raises(
         InputError, match=f"the preference vector of song '{song_id(6)}' has {actual}; expected unit norm"
     ):
@@ -131,10 +131,10 @@ def test_song_with_invalid_embedding_is_named(encoder: SongEncoder, config: Conf
     """Damaged features, and a model with finite weights and vectors that are not finite."""
     write_features(config)
     features = Workspace(config.workspace).read_tables("features/features-1")
-    mels = features["log_mel"].combine_chunks().to_numpy_ndarray().copy()
+    mels = features["features"].combine_chunks().to_numpy_ndarray().copy()
     mels[9, 1, 3] = np.nan
-    position = features.schema.get_field_index("log_mel")
-    damaged = features.set_column(position, "log_mel", pa.FixedShapeTensorArray.from_numpy_ndarray(mels))
+    position = features.schema.get_field_index("features")
+    damaged = features.set_column(position, "features", pa.FixedShapeTensorArray.from_numpy_ndarray(mels))
     with pytest.raises(InputError, match=rf"song '{song_id(9)}' cannot be embedded: the log-mel of clip 0 holds NaN"):
         embed_table(damaged, encoder, batch_size=4)
     model = HTCL.from_pretrained(folders[0])

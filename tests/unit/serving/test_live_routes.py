@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from htcl_ray.config.sections import ServeSettings
-from htcl_ray.errors import AudioError, InputError
+from htcl_ray.errors import AudioError, InputError, QueryError
 from htcl_ray.index.live.live_index import LiveIndex, SwitchInProgress
 from htcl_ray.index.live.update_log import Update, UpdateLog
 from htcl_ray.index.vectors import Vectors
@@ -47,6 +47,11 @@ class Backend:
         if data.startswith(b"bad"):
             raise AudioError(Reason.UNDECODABLE, "it is no audio")
         return unit_vectors(len(data))
+
+    async def encode_vector(self, vector: list[float]) -> Vectors:
+        if len(vector) != 3:
+            raise QueryError(f"the vector has {len(vector)} numbers; this model was trained on vectors of 3")
+        return unit_vectors(int(vector[0]))
 
 
 class Client:
@@ -157,6 +162,20 @@ def test_metadata_alone_keeps_the_audio_and_audio_alone_the_metadata(client: Cli
     assert contents(client.live.service.index)["a"] == content_of(5, "Chant")
 
 
+@pytest.mark.parametrize("as_form", [False, True])
+def test_a_vector_takes_the_place_of_audio(client: Client, as_form: bool):
+    vector, title = [9, 0.5, 1], {"title": "Given"}
+    sent = (
+        {"data": {"vector": "[9, 0.5, 1]", "metadata": json.dumps(title)}}
+        if as_form
+        else {"json": {"vector": vector, **title}}
+    )
+    assert client("PUT", "/v1/songs/new", **sent).status_code == 200
+    assert contents(client.live.service.index)["new"] == content_of(9, "Given")
+    assert client("PUT", "/v1/songs/a", json={"vector": [4, 0, 0]}).status_code == 200
+    assert contents(client.live.service.index)["a"] == content_of(4, "Aria")  # its metadata stays
+
+
 def test_a_song_is_removed(client: Client):
     assert client("DELETE", "/v1/songs/a").status_code == 200
     assert set(contents(client.live.service.index)) == {"b"}
@@ -165,6 +184,11 @@ def test_a_song_is_removed(client: Client):
 
 
 BAD_PUTS = [
+    ({"json": {"vector": [1, 2]}}, 422, "invalid_query", "the vector has 2 numbers"),
+    ({"json": {"vector": []}}, 422, "invalid_request", "vector"),
+    ({"json": {"vector": ["x"]}}, 422, "invalid_request", "vector"),
+    ({"data": {"vector": '[1], "title": "x"'}}, 400, "malformed_json", ""),
+    ({"data": {"vector": "[1, 2, 3]"}, "files": {"file": ("a", b"x")}}, 422, "invalid_query", "a file and a vector"),
     ({}, 422, "invalid_query", "neither"),
     ({"json": {"titel": "x"}}, 422, "invalid_request", "titel"),
     ({"json": {"year": 1e300}}, 422, "invalid_request", "year"),

@@ -78,8 +78,8 @@ def test_frames_are_those_of_the_shards(tmp_path: Path):
     songs = read_songs(workspace, path)
     frames = open_frames(workspace, path, manifest, songs)
     wanted = {row["song_id"]: row for row in workspace.read_tables(path, ["song_id", "valid_frames"]).to_pylist()}
-    mels = workspace.read_tables(path, ["song_id", "log_mel"]).sort_by("song_id")
-    by_id = dict(zip(mels["song_id"].to_pylist(), mels["log_mel"].combine_chunks().to_numpy_ndarray(), strict=True))
+    mels = workspace.read_tables(path, ["song_id", "features"]).sort_by("song_id")
+    by_id = dict(zip(mels["song_id"].to_pylist(), mels["features"].combine_chunks().to_numpy_ndarray(), strict=True))
     rows = np.array([30, 2, 2, 47, 0])
     mel, valid = frames.batch(rows)
     assert mel.shape == (5, valid.max(), config.audio.n_mels)
@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_refused_before_copying(source: Source, monkeypat
         size = frames.data.nbytes
     usage = shutil.disk_usage(source.root)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size - 1))
-    message = rf"^the log-mels of 48 songs need {size:,} bytes in {source.root} on .*, where {size - 1:,} are free; free .* TMPDIR"
+    message = rf"^the features of 48 songs need {size:,} bytes in {source.root} on .*, where {size - 1:,} are free; free .* TMPDIR"
     with pytest.raises(StepError, match=message):
         source.open()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size))
