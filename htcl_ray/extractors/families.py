@@ -81,8 +81,8 @@ def check_encoder(of_model: ExtractorRecord | None, of_features: ExtractorRecord
     """
     if of_model is not None and of_features is not None and of_model.fingerprint != of_features.fingerprint:
         raise MismatchError(
-            f"{model} was trained on vectors of the audio model {of_model.fingerprint}, but the features were made with "
-            f"{of_features.fingerprint}; train a model on these features, or make them with that audio model"
+            f"{model} was trained on vectors of the audio model {of_model.fingerprint}, but the features were made "
+            f"with {of_features.fingerprint}; train a model on these features, or make them with that audio model"
         )
 
 
