@@ -157,8 +157,8 @@ class MlpSettings(Settings):
     """Sizes of the hidden layers. Empty: one linear layer."""
     width: int = Field(256, gt=0)
     """Size of the output of the tower."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout probability of the hidden layers."""
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout probability of the input, after standardisation, and of the hidden layers."""
 
     @property
     def num_layers(self) -> int:

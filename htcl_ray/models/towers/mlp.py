@@ -32,7 +32,7 @@ class MlpTower(AudioTower):
         inside = torch.arange(frames, device=features.device) < count
         x = torch.where(inside[:, :, None], self.standardisation(features.to(self.dtype)), 0).sum(dim=1) / count
         for number, layer in enumerate(self.layers):
-            x = layer(x if number == 0 else self.dropout(torch.relu(x)))
+            x = layer(self.dropout(x if number == 0 else torch.relu(x)))
         return x
 
     def fit_input(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
