@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from htcl_ray.config import Config
-from htcl_ray.demo_world import TEXT_COLUMNS, write_sample
+from htcl_ray.demo_world import ARTISTS, SEED, SONGS, TEXT_COLUMNS, make_world, write_sample, write_true_vectors
 from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.evaluation.metrics import metric_label
 from htcl_ray.schemas import TAG_COLUMNS
 from htcl_ray.workspace.artifacts import StepResult
 from htcl_ray.workspace.storage import Workspace
 
 MADE_BY_DEMO = (
     "sample",
+    "truth",
     "features",
     "statistics",
     "events",
@@ -60,6 +63,7 @@ def demo(config: Config, *, fresh: bool = False) -> None:
         "data.catalog": str(sample / "catalog.csv"),
         "data.interactions": str(sample / "interactions.csv"),
         "data.text_columns": TEXT_COLUMNS,
+        "evaluate.oracle_vectors": str(_truth(workspace)),
     }
     config = config.with_overrides(tables)
     steps = config.with_overrides({"gate.require": "off"})  # verdicts of an earlier demo are not used
@@ -74,6 +78,11 @@ def demo(config: Config, *, fresh: bool = False) -> None:
 
 def _sample_folder(workspace: Workspace) -> Path:
     return Path(workspace.full("sample"))
+
+
+def _truth(workspace: Workspace) -> Path:
+    """Table of the true traits: an upper bound for the evaluation, which no other step reads."""
+    return Path(workspace.full("truth/traits.parquet"))
 
 
 def _remove_earlier_demo(workspace: Workspace) -> None:
@@ -92,6 +101,7 @@ def _sample(workspace: Workspace) -> StepResult:
     folder = _sample_folder(workspace)
     known = (folder / "catalog.csv").exists()
     tables = write_sample(folder)
+    write_true_vectors(make_world(songs=SONGS, artists=ARTISTS, seed=SEED), _truth(workspace))
     songs, rows = (sum(1 for _ in path.open(encoding="utf-8")) - 1 for path in (tables.catalog, tables.interactions))
     summary = f"{songs} songs, {rows} interactions"
     return StepResult("sample", str(folder), summary, time.monotonic() - started, skipped=known)
@@ -137,6 +147,22 @@ def _print_results(query: str, results: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def against_oracle(report: str) -> str:
+    """NDCG of cold songs by the model, by simple baselines and by an oracle that knows the true traits."""
+    methods = json.loads((Path(report) / "report.json").read_text(encoding="utf-8"))["tasks"]["cold"]["methods"]
+    metric = max((name for name in methods["oracle"] if name.startswith("ndcg@")), key=lambda name: int(name[5:]))
+    named = {
+        "stage 2": "preference",
+        "stage 1": "semantic",
+        "raw log-mel statistics": "log_mel",
+        "genre labels": "genre",
+        "chance": "random",
+        "an oracle that knows the true traits": "oracle",
+    }
+    parts = (f"{name} {methods[method][metric]['value']:.3f}" for name, method in named.items() if method in methods)
+    return f"{metric_label(metric)} of cold-start songs for new users: {', '.join(parts)}"
+
+
 def _print_summary(results: list[StepResult], workspace: Workspace, report: str, accepted: bool) -> None:
     table = Table("step", "time", "result", "location", title=f"workspace {workspace.uri}", title_justify="left")
     for result in results:
@@ -153,6 +179,7 @@ def _print_summary(results: list[StepResult], workspace: Workspace, report: str,
     console.print()
     console.print(table)
     option = f"--workspace {workspace.uri}" + ("" if accepted else " --set gate.require=off")
+    console.print(f"\n{against_oracle(report)}", highlight=False)
     console.print("\nTry next:", highlight=False)
     for line in (
         f'.venv/bin/htcl search --preset demo {option} --text "{TEXT_QUERY}"',

@@ -5,11 +5,23 @@ score.py       composes a song's traits into notes and drum hits
 synthesis.py   renders notes to a waveform
 listeners.py   simulates users' tastes and their interaction log
 write.py       writes catalog.csv, interactions.csv and audio/*.wav
+truth.py       the true traits as vectors, an upper bound for evaluations
 """
 
-from htcl_ray.demo_world.write import SampleTables, write_sample
+from htcl_ray.demo_world.truth import write_true_vectors
+from htcl_ray.demo_world.world import make_world
+from htcl_ray.demo_world.write import ARTISTS, SEED, SONGS, SampleTables, write_sample
 
 TEXT_COLUMNS = ("genre", "mood", "tags")
 """Columns for a song's text. Titles and names are generated and carry no information about the audio."""
 
-__all__ = ["TEXT_COLUMNS", "SampleTables", "write_sample"]
+__all__ = [
+    "ARTISTS",
+    "SEED",
+    "SONGS",
+    "TEXT_COLUMNS",
+    "SampleTables",
+    "make_world",
+    "write_sample",
+    "write_true_vectors",
+]

@@ -23,6 +23,8 @@ from htcl_ray.demo_world.world import World, make_world, random_stream
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.workspace.manifest import file_sha256, fingerprint
 
+SONGS, ARTISTS, SEED = 1000, 200, 0
+"""Of the sample of `htcl demo`."""
 MARKER = "sample.json"
 DAMAGED_SHARE = 0.006
 """Share of damaged audio files."""
@@ -43,7 +45,13 @@ class SampleTables:
 
 
 def write_sample(
-    folder: Path | str, *, songs: int = 1000, artists: int = 200, users: int = 600, seed: int = 0, seconds: float = 8.0
+    folder: Path | str,
+    *,
+    songs: int = SONGS,
+    artists: int = ARTISTS,
+    users: int = 600,
+    seed: int = SEED,
+    seconds: float = 8.0,
 ) -> SampleTables:
     """Write `catalog.csv`, `interactions.csv` and `audio/*.wav` (16 kHz mono PCM16) to `folder`, deterministically.
 
