@@ -32,7 +32,7 @@ fast: install ## lint, types, and the unit tests of what differs from the last c
 	$(BIN)/mypy
 	$(BIN)/python -m tests.changed
 
-test: check ## everything that continuous integration runs, on two processes
+test: check pretrained-audio ## everything that continuous integration runs, on two processes
 	mkdir -p .test-results
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --junit-xml=.test-results/junit.xml
 

@@ -1,4 +1,4 @@
-"""`htcl preprocess`: catalogue → log-mel features; logs → events → preference pairs and negatives.
+"""`htcl preprocess`: catalogue → features; logs → events → preference pairs and negatives.
 
 Rejected rows go to the quarantine tables. Input that a user has to correct is reported before Ray starts.
 """
@@ -27,7 +27,10 @@ def preprocess(config: Config) -> StepResult:
     workspace.check_writable()
     if config.data.catalog:
         tables = without_credentials(", ".join(config.data.catalog))
-        print(f"preprocess  reading {tables} and the sizes of its audio files", flush=True)
+        given = config.audio.extractor == "vectors"
+        print(
+            f"preprocess  reading {tables} and {'its vectors' if given else 'the sizes of its audio files'}", flush=True
+        )
     plan = plan_features(config)
     quarantine = f"quarantine/{plan.version}"
     if plan.rejected.num_rows:

@@ -141,6 +141,18 @@ def test_decode_equals_decoding_in_this_process(shared: Decoders, seconds: float
     np.testing.assert_array_equal(mel, expected)
 
 
+def test_a_pretrained_encoder_gets_the_waveform():
+    """At the sample rate of the encoder; the encoder itself runs in another process."""
+    recipe = RECIPE.model_copy(update={"extractor": "pretrained", "sample_rate": 24_000})
+    decoders = Decoders(recipe, processes=1, seconds=60.0, **LIMITS)
+    try:
+        for seconds in (0.5, 9.0):
+            data = encoded(noise(seconds, 44_100, 2), 44_100, "FLAC")
+            np.testing.assert_array_equal(decoders.decode(data)[:, 0], decode(data, recipe))
+    finally:
+        decoders.close()
+
+
 def test_audio_after_the_first_clip_is_ignored(shared: Decoders):
     samples = noise(5.0)
     mel = shared.decode(encoded(samples, subtype="FLOAT"))
