@@ -44,6 +44,8 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 NOT_HERE = {
     r"pip install |source ": "installs or enters an environment: Makefile, tests/architecture/test_distribution.py",
     r"make (demo|test)": "`make test` runs this file; `make demo` is `htcl demo`: tests/end_to_end/test_demo.py",
+    r"make pretrained-audio|htcl [\s\S]*audio\.extractor=pretrained": "downloads the weights of an encoder: "
+    "tests/unit/extractors/test_musicnn.py, and benchmarks/own_music.py gives these commands",
     r"export |cat > ": "sets variables for, or writes a file of, the cluster commands after it: tests/architecture/test_deploy.py",
     r"(export .* && )?ray get-auth-token |ray start --head": "a head node on the default ports: tests/worlds/ray_head.py uses free ones",
     r"ray job (submit|logs|status|stop) |DATA=.*s3://": "a cluster with its storage: tests/end_to_end/test_jobs.py runs every job, "
