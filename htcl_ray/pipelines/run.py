@@ -14,6 +14,7 @@ from htcl_ray.pipelines.evaluate import check_columns, evaluate
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import check_cpus, finetune, pretrain
+from htcl_ray.training.warm_start import check_source
 from htcl_ray.workspace.artifacts import StepResult
 from htcl_ray.workspace.storage import Workspace
 
@@ -105,8 +106,10 @@ def _check(config: Config, until: str, gate: str | None) -> None:
     if "pretrain" in reached:
         check_cpus(config, "pretrain", config.pretrain)
         check_text_settings(config.text)
+        check_source(Workspace(config.workspace), config, "pretrain")
     if "finetune" in reached and config.data.interactions:
         check_cpus(config, "finetune", config.finetune)
+        check_source(Workspace(config.workspace), config, "finetune")
 
 
 def _has_held_out_songs(config: Config, features: StepResult) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from htcl_ray import cli
 from htcl_ray.commands import flags as command_flags
 from htcl_ray.config import resolve
-from htcl_ray.errors import ConfigError, StepError
+from htcl_ray.errors import InputError, StepError
 from htcl_ray.pipelines import run as run_module
 from htcl_ray.pipelines.run import STEPS, build, run
 from htcl_ray.workspace.artifacts import StepResult
@@ -122,12 +122,14 @@ def nothing_started(calls: Calls) -> Iterator[None]:
         ({"pretrain__num_workers": 64}, {}, "pretrain.num_workers × pretrain.cpus_per_worker is 64 CPUs"),
         ({"finetune__num_workers": 64}, {}, "finetune.num_workers × finetune.cpus_per_worker is 64 CPUs"),
         ({"text__name_or_path": "/nowhere"}, {}, "/nowhere"),
+        ({"pretrain__warm_start": "absent"}, {}, "'absent' is neither a model folder nor a model"),
+        ({"finetune__warm_start": "absent"}, {}, "'absent' is neither a model folder nor a model"),
     ],
 )
 def test_what_a_later_step_would_refuse_is_refused_before_the_first(
     tmp_path: Path, overrides: dict[str, Any], options: dict[str, str], message: str
 ):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         run(configured(tmp_path, **overrides), **options, report=lambda result: None)
 
 
