@@ -4,9 +4,10 @@
 
 For each fold, stage 1 trains on the other folds with the class name as caption. Clips of the fold are then classified
 as the nearest of the 10 names by cosine (zero-shot), by a linear probe on the vectors of the training clips, and by
-their 10 nearest neighbours. Beside them the same probes on statistics of the log-mel frames (mean and deviation of each
-band) and on given vectors without a model. Each fold and seed appends a line with its learning curve to --out, and what
-is there is not computed again; --summary writes benchmarks/results/audio_towers.json from it. One process, one thread.
+their 10 nearest neighbours. In addition, the same probes on statistics of the log-mel frames (mean and deviation of
+each band) and on given vectors without a model. Each fold and seed appends a line with its learning curve to --out, and
+runs that are in it are not computed again; --summary writes benchmarks/results/audio_towers.json from it. One process,
+one thread.
 """
 
 from __future__ import annotations
