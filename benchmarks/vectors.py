@@ -35,7 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--songs", type=int, default=100_000)
     parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs to mine, about")
-    parser.add_argument("--pretrain-epochs", type=int, default=5)
+    parser.add_argument("--pretrain-epochs", type=int, default=3)
+    parser.add_argument(
+        "--pairs-per-epoch", type=int, default=250_000, help="pairs drawn by weight in an epoch of stage 2"
+    )
     parser.add_argument("--finetune-epochs", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/vectors.json")
     options = parser.parse_args()
@@ -57,6 +60,7 @@ def main() -> None:
         "songs": options.songs,
         "pairs": quality["pairs"],
         "epochs": {"pretrain": options.pretrain_epochs, "finetune": options.finetune_epochs},
+        "pairs_per_epoch": options.pairs_per_epoch,
         "minutes": {**minutes, "total": sum(minutes.values())},
         "quality": quality,
     }
@@ -82,7 +86,7 @@ def write_world(folder: Path, songs: int, pairs: int, random: np.random.Generato
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), WIDTH)
     pq.write_table(pa.table({"song_id": ids, "vector": column}), folder / "vectors.parquet")
     by_cluster = [np.flatnonzero(cluster == number) for number in range(CLUSTERS)]
-    rows = round(pairs * 1.35)  # the log keeps some users and the last of the time for evaluation
+    rows = round(pairs * 1.5)  # the log keeps some users and the last of the time for evaluation
     users = rows // LIKES
     liked = random.integers(CLUSTERS, size=(users, TASTES))
     user = np.repeat(np.arange(users), LIKES)
@@ -112,7 +116,8 @@ def configuration(folder: Path, options: argparse.Namespace) -> Config:
             "pretrain.epochs": options.pretrain_epochs,
             "pretrain.num_workers": 2,
             "finetune.batch_size": 512,
-            "finetune.pairs_per_epoch": None,
+            "finetune.pairs_per_epoch": options.pairs_per_epoch,
+            "finetune.freeze_text": True,
             "finetune.epochs": options.finetune_epochs,
             "finetune.num_workers": 2,
         }
