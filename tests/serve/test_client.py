@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 
@@ -49,6 +50,9 @@ class Backend:
         return unit_vectors(len(data))
 
     encode_song = encode_audio
+
+    async def encode_vector(self, vector: list[float]) -> Vectors:
+        return unit_vectors(round(sum(vector)))
 
     async def check_ready(self) -> None:
         pass
@@ -179,6 +183,9 @@ def test_a_song_is_put_in_changed_and_taken_out(client: Both, song_id: str):
     assert ids(client.search_audio(b"z" * 77, k=1)) == [song_id]
     client.put_song(song_id, metadata={"title": "Alt"})
     assert (client.song(song_id).title, client.song(song_id).genre) == ("Alt", None)
+    client.put_song(song_id, vector=np.array([70, 9], np.float32))
+    assert ids(client.search_audio(b"z" * 79, k=1)) == [song_id]
+    assert client.song(song_id).title == "Alt"
     client.put_song(song_id, audio=b"y" * 78)
     assert client.song(song_id).title == "Alt"
     assert client.sync.delete_song(song_id).song_id == song_id
