@@ -256,7 +256,10 @@ def server(line: Line, world: Path, package: Path) -> Iterator[None]:
         assert time.monotonic() < deadline, f"port {PORT} is taken, and every command that is shown uses it"
         time.sleep(1)
     log = (world / "server.log").open("w")
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and would be by the server that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(**shell(line, world, package), stdout=log, stderr=log, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     try:
         while not _ready():
             assert process.poll() is None, (world / "server.log").read_text()
