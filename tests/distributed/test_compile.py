@@ -53,6 +53,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert (actual[name] - gradient).abs().max().item() <= 1e-4 * largest, name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of the compiler, which looks at every tensor
 def test_compiled_towers():
     config = tiny_config("unused")
     vocabulary = train_wordpiece(TEXTS, 60)

@@ -60,7 +60,6 @@ NOT_HERE = {
     r"serve deploy ": "a cluster that runs already: tests/serve/test_commands.py runs the same file",
 }
 SERVERS = r"htcl serve|serve run "
-GATE_FAILED = 1
 """Exit code of `--gate default` for a model that saw some hundred songs."""
 PORT = 8000
 """The port of every request that is shown."""
@@ -73,6 +72,8 @@ SHORT = {
     "finetune": {"epochs": 1, "num_workers": 1, "pairs_per_epoch": 128},
 }
 """Changed keys of the preset `demo`: what is run here has to work, not to learn."""
+GATE = "bounds:\n  - {figure: text_to_audio.semantic.median_rank, at_most: 180}\n"
+"""A gate that every model of the 180 songs passes, so that later lines use it; the reader's own, and in place of the shipped one."""
 
 
 class Line(NamedTuple):
@@ -148,7 +149,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             soundfile.write(folder / "song.mp3", waveform, rate)
         pq.write_table(table, folder / file)
     torch.save(small_wrapper(1).state_dict(), folder / "model-20.pth")
-    (folder / "gate.yaml").write_text("bounds:\n  - {figure: text_to_audio.semantic.median_rank, at_most: 180}\n")
+    (folder / "gate.yaml").write_text(GATE)
     (folder / "music").symlink_to(folder / "sample/audio")
     (folder / ".curlrc").write_text("fail-with-body\n")
     return folder
@@ -156,7 +157,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the package, in which the preset `demo` has the settings of `SHORT`."""
+    """A folder with a copy of the package, in which the preset `demo` has the settings of `SHORT`, and the gate is `GATE`."""
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(REPOSITORY / "htcl_ray", folder / "htcl_ray", ignore=shutil.ignore_patterns("__pycache__"))
     preset = folder / "htcl_ray/config/presets/demo.yaml"
@@ -164,6 +165,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for section, keys in SHORT.items():
         settings[section].update(keys)
     preset.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (folder / "htcl_ray/evaluation/gate.yaml").write_text(GATE)
     return folder
 
 
@@ -234,10 +236,7 @@ def steps(world: Path, package: Path) -> dict[Line, subprocess.CompletedProcess[
 def test_steps(steps: dict[Line, subprocess.CompletedProcess[str]], world: Path):
     assert len(steps) >= 14
     for line, done in steps.items():
-        failed_gate = (
-            "--gate default" in line.text and done.returncode == GATE_FAILED and "the gate failed" in done.stderr
-        )
-        assert done.returncode == 0 or failed_gate, f"{line}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stdout + done.stderr, line
     assert {path.name for path in world.iterdir() if path.is_dir()} == {"sample", "music", "workspace", "WORKSPACE"}, (
         "nothing was written elsewhere"

@@ -76,5 +76,5 @@ def test_a_disk_that_fills_up_while_copying_is_one_sentence_and_nothing_stays(so
     )
     command = [sys.executable, "-c", script, str(REPOSITORY), str(source.root.parent), source.workspace.uri]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.stderr.splitlines()[-1].startswith("htcl_ray.errors.StepError: the log-mels of 48 songs need ")
+    assert ended.stderr.splitlines()[-1].startswith("htcl_ray.errors.StepError: the features of 48 songs need ")
     assert "frames.f16" not in source.left()

@@ -18,7 +18,8 @@ from tests.ray.test_tune import table, tune_config
 
 pytestmark = pytest.mark.ray
 TRIALS = 3
-REPORTS = 30
+REPORTS = 60
+"""A trial then takes longer than the difference between the starts of two, so that both are in the middle at once."""
 
 
 @pytest.fixture
