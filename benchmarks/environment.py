@@ -27,13 +27,19 @@ def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
 def environment() -> dict[str, Any]:
     """Collect command, date, commit, hardware and library versions."""
     return {
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(), *map(_without_folders, sys.argv[1:])]),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gb": _memory_gb()},
         "python": platform.python_version(),
         "libraries": build_manifest("benchmark", config={}, inputs={})["libraries"],
     }
+
+
+def _without_folders(argument: str) -> str:
+    """The argument, but of an absolute path the last part only: its folders exist on this machine alone."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _module() -> str:

@@ -148,20 +148,21 @@ def convert(package: Path, out: Path) -> None:
         for number, module in enumerate(dense):
             weights[f"{names[module]}.weight"] = given[f"{_numbered('dense', number)}/kernel"].T
             weights[f"{names[module]}.bias"] = given[f"{_numbered('dense', number)}/bias"]
-    except KeyError as error:
-        raise InputError(f"{checkpoint} lacks the tensor {error}; expected musicnn 0.1.0") from None
-    tree = ast.parse((package / "configuration.py").read_text(encoding="utf-8"))
-    literals = {
-        statement.targets[0].id: statement.value
-        for statement in tree.body
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-    }
+        tree = ast.parse((package / "configuration.py").read_text(encoding="utf-8"))
+        literals = {
+            statement.targets[0].id: statement.value
+            for statement in tree.body
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+        }
+        tags = ast.literal_eval(literals["MSD_LABELS"])
+    except (KeyError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{package} is not the unpacked package musicnn 0.1.0: {error!r}") from None
     config = {
         "model_type": "musicnn",
         "units": UNITS,
         "sampling_rate": SAMPLE_RATE,
         "license": "isc",
-        "tags": ast.literal_eval(literals["MSD_LABELS"]),
+        "tags": tags,
     }
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}, out / WEIGHTS)
@@ -183,4 +184,7 @@ def _numbered(kind: str, number: int) -> str:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except InputError as error:
+        sys.exit(str(error))

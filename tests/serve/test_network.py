@@ -319,7 +319,8 @@ def test_while_it_stops_it_says_503_and_closes(inside: Run, private: Server):
     seen = inside(scene)
     outcomes = [outcome for outcome, _ in seen]
     assert set(outcomes) <= {"200", "503", "ConnectError", "ReadError"}
-    assert outcomes.count("ReadError") <= 1  # the kernel resets what waits in a listening socket that closes
+    if "ReadError" in outcomes:  # Ray kills HAProxy last: one request may be in it or in its socket, and none follows
+        assert set(outcomes[outcomes.index("ReadError") + 1 :]) <= {"ConnectError"}
     assert ("503", "close") in seen
     with pytest.raises(httpx.ConnectError):
         inside(lambda: ask(private.url))

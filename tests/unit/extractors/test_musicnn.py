@@ -13,9 +13,9 @@ import torch
 
 from htcl_ray.audio import decode
 from htcl_ray.config.sections import AudioRecipe
-from htcl_ray.errors import MismatchError
+from htcl_ray.errors import InputError, MismatchError
 from htcl_ray.extractors.base import load_extractor
-from htcl_ray.extractors.musicnn import Musicnn
+from htcl_ray.extractors.musicnn import Musicnn, convert
 from htcl_ray.extractors.tensorflow_checkpoint import read_checkpoint
 from tests.conftest import REPOSITORY
 
@@ -152,3 +152,14 @@ def test_a_clip_shorter_than_a_window_is_repeated():
     whole = extractor.embed([np.tile(second, 3)])[0]
     cosine = float(vectors[0] @ whole[0] / np.linalg.norm(vectors[0]) / np.linalg.norm(whole[0]))
     assert cosine > 0.98
+
+
+def test_another_package_is_not_converted(tmp_path: Path):
+    package, out = tmp_path / "package", tmp_path / "out"
+    (package / "MSD_musicnn").mkdir(parents=True)
+    written = write_checkpoint(tmp_path, {"batch_normalization/gamma": np.ones(1, np.float32)})
+    for file, name in zip(written, (".index", ".data-00000-of-00001"), strict=True):
+        file.rename(package / "MSD_musicnn" / name)
+    with pytest.raises(InputError, match=r"package is not the unpacked package musicnn 0\.1\.0: .*beta"):
+        convert(package, out)
+    assert not out.exists()
