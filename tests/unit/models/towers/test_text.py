@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 from transformers.models.bert_japanese.tokenization_bert_japanese import BertJapaneseTokenizer
 
+from htcl_ray.cluster import connection
 from htcl_ray.config import Config
 from htcl_ray.config.sections import TextSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
@@ -243,8 +243,11 @@ def test_a_model_folder_with_a_damaged_tokenizer_is_refused(config: Config, tmp_
         HTCL.from_pretrained(tmp_path / "model")
 
 
-def test_pretrain_is_refused_before_ray_starts(config: Config, bert_folder: Path, tmp_path: Path):
+def test_pretrain_is_refused_before_ray_starts(
+    config: Config, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Case 09: only config.json and model.safetensors of a text model were copied."""
+    monkeypatch.setattr(connection, "connect", lambda _: pytest.fail("pretrain connected to Ray"))
     folder = shutil.copytree(bert_folder, tmp_path / "bert")
     no_tokenizer(folder)
     write_features(config)
@@ -263,7 +266,6 @@ def test_pretrain_is_refused_before_ray_starts(config: Config, bert_folder: Path
         match=r"36 different song texts become only \d different .*: raise text\.max_tokens \(3\), .*vocab_size",
     ):
         pretrain(config.with_overrides({"text.name_or_path": None, "text.max_tokens": 3}))
-    assert not ray.is_initialized()
 
 
 def test_ids_that_a_configuration_does_not_state_are_the_tokenizers(bert_folder: Path, tmp_path: Path):
