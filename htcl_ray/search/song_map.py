@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from htcl_ray.schemas import SONG_MAP
 
@@ -79,6 +78,8 @@ def song_map(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     count = len(vectors)
     if count >= MIN_TSNE_SONGS and np.ptp(vectors, axis=0).any():
+        from scipy.stats import rankdata  # its import takes longer than that of the service
+
         spread = _scaled_to_square(tsne(vectors, NEIGHBOURS, ITERATIONS, seed=0))
         ranks = _scaled_to_square(rankdata(spread, axis=0).astype(np.float32))
         return _scaled_to_square((1 - EVENNESS) * spread + EVENNESS * ranks)

@@ -53,10 +53,9 @@ def test_bad_input_fails_the_job_with_its_sentence(head: Head, tmp_path: Path):
     assert "Traceback" not in done.stdout
 
 
-def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path):
-    config = tiny_config(
-        tmp_path / "workspace", **{"tune.trials": 1, "tune.samples": 32, "tune.reports": 1, "pretrain.epochs": 1}
-    )
+def test_every_later_job_trains_and_measures(head: Head, tmp_path: Path):
+    """`jobs/tune.py`: tests/ray/test_tune_autoscaling.py."""
+    config = tiny_config(tmp_path / "workspace", **{"pretrain.epochs": 1, "pretrain.num_workers": 1})
     config = config.with_overrides(
         {
             "finetune.epochs": 1,
@@ -71,14 +70,13 @@ def test_every_later_job_trains_searches_and_measures(head: Head, tmp_path: Path
     write_negatives(config, [(0, 3, 1.0), (0, 1, 1.0), (1, 2, 2.0)])
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     made = {
-        "tune": "runs/tune",
         "pretrain": "models/semantic",
         "finetune": "models/preference",
         "embed": "embeddings",
         "build_index": "index",
         "evaluate": "reports",
     }
-    assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__"} == {*made, *dict(STARTS)}
+    assert {file.stem for file in (REPOSITORY / "jobs").glob("*.py")} - {"__init__"} == {*made, *dict(STARTS), "tune"}
     scripts = " && ".join(f"python jobs/{job}.py --config {tmp_path}/c.yaml" for job in made)
     done = submit(head, "bash", "-c", scripts)  # one job: each submission packs the working directory again
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
+from tests.worlds.processes import descendants
 
 BIN = Path(sys.executable).parent
 
@@ -87,7 +89,11 @@ def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int
             time.sleep(0.5)
         yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
     finally:
-        process.terminate()
+        # Ray ends its processes one after the other, each with time to finish what nobody needs here.
+        started = [*descendants(process.pid), process.pid]
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
-from scipy.stats import rankdata
 
 from htcl_ray.evaluation.stats import bootstrap
 from htcl_ray.evaluation.stats.bootstrap import Estimate, TwoWayDraws
@@ -51,6 +50,8 @@ def list_metrics(
     artist_diversity@k different artists in a list / its length
     popularity_lift@k  mean percentile of popularity of the listed songs / that of all candidates of the user
     """
+    from scipy.stats import rankdata  # its import takes longer than that of the rest of the evaluation
+
     n = len(popularity)
     draws = draws.for_task(artists.tolist(), popularity.tolist())
     percentile = (rankdata(popularity) - 0.5) / n
