@@ -1,4 +1,5 @@
-"""`make demo` of the README with short trainings, in a folder that holds what is in the repository and nothing else.
+"""`make demo` of the README with a small sample and short trainings, in a folder that holds what is in the repository
+and nothing else.
 
 What a model learns in full is measured by tests/end_to_end/test_every_step_matters.py and benchmarks/sample_world.py.
 """
@@ -18,7 +19,11 @@ from tests.worlds.ray_head import environment
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3600)]
 
 
-SHORT = "--set pretrain.epochs=4 --set finetune.epochs=1"
+SHORT = (
+    "--set pretrain.epochs=1 --set finetune.epochs=1 --set finetune.pairs_per_epoch=256 --set finetune.num_workers=1"
+)
+SAMPLE = "SONGS, ARTISTS, SEED = 1000, 200, 0"
+"""The line of the package that sets the size of the sample."""
 
 
 def test_make_demo(tmp_path: Path):
@@ -29,6 +34,9 @@ def test_make_demo(tmp_path: Path):
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
+    written = tmp_path / "htcl_ray/demo_world/write.py"
+    assert SAMPLE in written.read_text()
+    written.write_text(written.read_text().replace(SAMPLE, "SONGS, ARTISTS, SEED = 300, 60, 0"))
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (tmp_path / ".venv/.installed").touch()
