@@ -21,62 +21,14 @@ from tests.worlds.small_workspace import small_config
 
 pytestmark = pytest.mark.unit
 
-mteb = pytest.importorskip("mteb", reason="the extra mteb is not installed")
-
-from datasets import Dataset, DatasetDict  # noqa: E402
-from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskZeroShotClassification  # noqa: E402
-from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
-
-from htcl_ray.integrations.mteb import MtebModel, mteb_model  # noqa: E402
-
 LABELS = ("dog bark", "rain", "rooster", "sea waves")
-ABOUT: dict[str, Any] = {
-    "description": "Clips of ESC-10 next to this checkout",
-    "reference": None,
-    "dataset": {"path": "local", "revision": "1"},
-    "eval_splits": ["test"],
-    "eval_langs": ["eng-Latn"],
-    "date": ("2015-01-01", "2015-12-31"),
-    "dialect": [],
-    "domains": [],
-    "task_subtypes": [],
-    "license": "cc-by-4.0",
-    "annotations_creators": "derived",
-    "sample_creation": "found",
-    "bibtex_citation": "",
-}
 
 
-def about(name: str, kind: str, modalities: list[str], category: str) -> TaskMetadata:
-    score = "ndcg_at_10" if kind == "Any2AnyRetrieval" else "accuracy"
-    return TaskMetadata(**ABOUT, name=name, type=kind, main_score=score, modalities=modalities, category=category)
-
-
-class LocalClassification(AbsTaskClassification):
-    metadata = about("LocalESC10", "AudioClassification", ["audio"], "a2t")
-    input_column_name = "audio"
-    n_experiments = 2
-
-    def load_data(self, **kwargs: Any) -> None:
-        pass
-
-
-class LocalZeroShot(AbsTaskZeroShotClassification):
-    metadata = about("LocalESC10ZeroShot", "AudioZeroshotClassification", ["audio", "text"], "a2t")
-    input_column_name = "audio"
-
-    def get_candidate_labels(self) -> list[str]:
-        return list(LABELS)
-
-    def load_data(self, **kwargs: Any) -> None:
-        pass
-
-
-class LocalRetrieval(AbsTaskRetrieval):
-    metadata = about("LocalESC10Retrieval", "Any2AnyRetrieval", ["audio", "text"], "t2a")
-
-    def load_data(self, **kwargs: Any) -> None:
-        pass
+@pytest.fixture(scope="module")
+def worlds() -> Any:
+    """The module `tests.worlds.mteb_tasks`, which takes seconds to import."""
+    pytest.importorskip("mteb", reason="the extra mteb is not installed")
+    return importlib.import_module("tests.worlds.mteb_tasks")
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +51,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HTCL:
     return HTCL.untrained(small_config(tmp_path_factory.mktemp("none")), vocabulary).eval()
 
 
-class Recorder(MtebModel):
-    """Keeps what mteb was given."""
-
-    def encode(self, inputs: Any, **task: Any) -> np.ndarray:
-        vectors = super().encode(inputs, **task)
-        self.given = [*getattr(self, "given", []), vectors]
-        return vectors
-
-
-def run(task: Any, encoder: MtebModel) -> dict[str, Any]:
-    task.data_loaded = True
-    result = mteb.evaluate(
-        encoder, task, cache=None, show_progress_bar=False, co2_tracker=False, encode_kwargs={"batch_size": 8}
-    )
-    return result.task_results[0].scores["test"][0]
-
-
 def embedded(model: HTCL, rows: list[dict[str, Any]]) -> np.ndarray:
     embed = (
         model.embed_audio(np.array(row["audio"]["array"], dtype=np.float32), row["audio"]["sampling_rate"])
@@ -124,10 +59,10 @@ def embedded(model: HTCL, rows: list[dict[str, Any]]) -> np.ndarray:
     return torch.stack(list(embed)).numpy()
 
 
-def test_mteb_classifies_the_vectors_of_embed_audio(clips: dict[str, list[dict[str, Any]]], model: HTCL):
-    task, encoder = LocalClassification(), Recorder(model, "1")
-    task.dataset = DatasetDict({split: Dataset.from_list(rows) for split, rows in clips.items()})
-    scores = run(task, encoder)
+def test_mteb_classifies_the_vectors_of_embed_audio(worlds: Any, clips: dict[str, list[dict[str, Any]]], model: HTCL):
+    task, encoder = worlds.LocalClassification(), worlds.Recorder(model, "1")
+    task.dataset = worlds.DatasetDict({split: worlds.Dataset.from_list(rows) for split, rows in clips.items()})
+    scores = worlds.run(task, encoder)
     train, test = encoder.given
     np.testing.assert_allclose(train, embedded(model, clips["train"]), atol=1e-6)
     np.testing.assert_allclose(test, embedded(model, clips["test"]), atol=1e-6)
@@ -136,54 +71,57 @@ def test_mteb_classifies_the_vectors_of_embed_audio(clips: dict[str, list[dict[s
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
-def test_mteb_classifies_audio_by_label_text(clips: dict[str, list[dict[str, Any]]], model: HTCL):
-    task, encoder = LocalZeroShot(), Recorder(model, "1")
-    task.dataset = DatasetDict({"test": Dataset.from_list(clips["test"])})
-    scores = run(task, encoder)
+def test_mteb_classifies_audio_by_label_text(worlds: Any, clips: dict[str, list[dict[str, Any]]], model: HTCL):
+    task, encoder = worlds.LocalZeroShot(), worlds.Recorder(model, "1")
+    task.labels = LABELS
+    task.dataset = worlds.DatasetDict({"test": worlds.Dataset.from_list(clips["test"])})
+    scores = worlds.run(task, encoder)
     text_vectors, audio_vectors = encoder.given
     np.testing.assert_allclose(text_vectors, model.embed_text(list(LABELS)).numpy(), atol=1e-6)
     predicted = (audio_vectors @ text_vectors.T).argmax(axis=1)
     assert scores["accuracy"] == pytest.approx(np.mean(predicted == [row["label"] for row in clips["test"]]))
 
 
-def test_mteb_retrieves_audio_for_text(clips: dict[str, list[dict[str, Any]]], model: HTCL):
-    task, encoder = LocalRetrieval(), Recorder(model, "1")
+def test_mteb_retrieves_audio_for_text(worlds: Any, clips: dict[str, list[dict[str, Any]]], model: HTCL):
+    task, encoder = worlds.LocalRetrieval(), worlds.Recorder(model, "1")
     corpus = [{"id": f"clip {i}", "audio": row["audio"]} for i, row in enumerate(clips["test"])]
-    task.corpus = DatasetDict({"test": Dataset.from_list(corpus)})
-    task.queries = DatasetDict({"test": Dataset.from_list([{"id": label, "text": label} for label in LABELS])})
+    task.corpus = worlds.DatasetDict({"test": worlds.Dataset.from_list(corpus)})
+    task.queries = worlds.DatasetDict(
+        {"test": worlds.Dataset.from_list([{"id": label, "text": label} for label in LABELS])}
+    )
     relevant = {
         label: {f"clip {i}": 1 for i, row in enumerate(clips["test"]) if row["label"] == n}
         for n, label in enumerate(LABELS)
     }
     task.relevant_docs = {"test": relevant}
-    scores = run(task, encoder)
+    scores = worlds.run(task, encoder)
     best = (model.embed_text(list(LABELS)).numpy() @ embedded(model, clips["test"]).T).argmax(axis=1)
     right = [clips["test"][place]["label"] == n for n, place in enumerate(best)]
     assert scores["hit_rate_at_1"] == pytest.approx(np.mean(right))
 
 
-def test_row_with_audio_and_text_is_their_normalised_sum(model: HTCL):
+def test_row_with_audio_and_text_is_their_normalised_sum(worlds: Any, model: HTCL):
     wave = np.random.default_rng(0).normal(size=16000).astype(np.float32)
     row = {"audio": [{"array": wave, "sampling_rate": 16000}], "text": ["rain"]}
-    both = MtebModel(model, "1").encode([row])[0]
+    both = worlds.MtebModel(model, "1").encode([row])[0]
     expected = model.embed_audio(wave, 16000).numpy() + model.embed_text(["rain"]).numpy()[0]
     np.testing.assert_allclose(both, expected / np.linalg.norm(expected), atol=1e-6)
-    assert MtebModel(model, "1").encode([]).shape == (0, model.dim)
+    assert worlds.MtebModel(model, "1").encode([]).shape == (0, model.dim)
 
 
 def test_without_mteb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delitem(sys.modules, "htcl_ray.integrations.mteb")
+    monkeypatch.delitem(sys.modules, "htcl_ray.integrations.mteb", raising=False)
     monkeypatch.setitem(sys.modules, "mteb.models.abs_encoder", None)
     with pytest.raises(ConfigError, match=r"htcl-ray\[mteb\]"):
         importlib.import_module("htcl_ray.integrations.mteb")
 
 
-def test_the_model_of_a_folder_names_its_weights(model: HTCL, tmp_path: Path):
+def test_the_model_of_a_folder_names_its_weights(worlds: Any, model: HTCL, tmp_path: Path):
     model.save_pretrained(tmp_path / "semantic-1")
-    loaded = mteb_model(tmp_path / "semantic-1")
+    loaded = worlds.mteb_model(tmp_path / "semantic-1")
     meta = loaded.mteb_model_meta
     assert (meta.name, meta.embed_dim, meta.modalities) == ("htcl-ray/semantic-1", model.dim, ["audio", "text"])
     with torch.no_grad():
         next(model.parameters()).add_(1)
     model.save_pretrained(tmp_path / "semantic-2")
-    assert mteb_model(tmp_path / "semantic-2").mteb_model_meta.revision != meta.revision
+    assert worlds.mteb_model(tmp_path / "semantic-2").mteb_model_meta.revision != meta.revision
