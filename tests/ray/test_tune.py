@@ -125,13 +125,9 @@ def test_the_winner_is_a_configuration_that_trains(searched: Config):
     assert f"htcl pretrain --config {study}/best.yaml" in page
 
 
-def test_the_same_command_is_done_and_more_trials_go_on(searched: Config):
-    before = table(searched)
+def test_the_same_command_is_done(searched: Config):
+    """More trials than before: `test_failed_trials_run_again_and_more_trials_are_added`."""
     assert tune(searched).skipped
-    more = tune(searched.with_overrides({"tune.trials": 4}))
-    assert not more.skipped
-    assert table(searched)[:3] == before
-    assert table(searched)[3]["state"] == "finished"
 
 
 def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys):
@@ -144,21 +140,6 @@ def test_another_space_is_another_study(searched: Config, tmp_path: Path, capsys
     assert "name another study with tune.study" in said
     assert main(["tune", "--config", str(tmp_path / "c.yaml"), "--set", "pretrain.seed=5"]) == 2
     assert "was begun with configuration pretrain.seed 0, and this command says 5" in capsys.readouterr().err
-
-
-def test_a_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path: Path, ray_cluster: None, capsys):
-    """And a space of two points is searched through with two trials, however many are requested."""
-    config = tune_config(
-        tmp_path, **{"tune.space": {"pretrain.learning_rate": [1e30, 0.001]}, "tune.early_stopping": False}
-    )
-    tune(config)
-    trials = {trial["parameters"]["pretrain.learning_rate"]: trial for trial in table(config)}
-    assert len(table(config)) == 2
-    assert trials[1e30]["state"] == "failed"
-    assert trials[1e30]["error"].startswith("pretrain: the gradient of step")
-    assert "lower pretrain.learning_rate" in trials[1e30]["error"]
-    assert trials[0.001]["state"] == "finished"
-    assert "failed: pretrain: the gradient of step" in capsys.readouterr().out
 
 
 def test_a_trial_of_both_stages_measures_both_objectives(tmp_path: Path, ray_cluster: None):
@@ -182,17 +163,21 @@ def test_a_trial_of_both_stages_measures_both_objectives(tmp_path: Path, ray_clu
     assert [file.name for file in (Path(config.workspace) / "runs/tune/both/pareto").iterdir()] == ["0000.yaml"]
 
 
-def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
-    """One after the other, the good ones first: ASHA stops those that learn nothing after the grace period."""
+def test_trials_that_are_behind_are_stopped_and_one_that_raises_is_recorded(
+    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+):
+    """One after the other, the good one first: ASHA stops those that learn nothing after the grace period.
+
+    A space of three points is searched through with three trials, however many are requested.
+    """
     import ray
 
     groups = set(ray.util.placement_group_table())
-    space = {"pretrain.learning_rate": [0.003, 1e-12]}
     config = tune_config(
         tmp_path,
         **{
-            "tune.space": space,
-            "tune.trials": 2,
+            "tune.space": {"pretrain.learning_rate": [0.003, 1e-12, 1e30]},
+            "tune.trials": 5,
             "tune.max_concurrent_trials": 1,
             "tune.samples": 320,
             "tune.metric": "ndcg@10",
@@ -201,11 +186,15 @@ def test_trials_that_are_behind_are_stopped(tmp_path: Path, ray_cluster: None):
         },
     )
     tune(config)
-    trials = table(config)
-    assert trials[0]["state"] == "finished"
-    stopped = [trial for trial in trials if trial["state"] == "stopped"]
-    assert stopped
-    assert all(len(trial["history"]) < 4 for trial in stopped)
+    trials = {trial["parameters"]["pretrain.learning_rate"]: trial for trial in table(config)}
+    assert len(table(config)) == 3
+    assert trials[0.003]["state"] == "finished"
+    assert trials[1e-12]["state"] == "stopped"
+    assert len(trials[1e-12]["history"]) < 4
+    assert trials[1e30]["state"] == "failed"
+    assert trials[1e30]["error"].startswith("pretrain: the gradient of step")
+    assert "lower pretrain.learning_rate" in trials[1e30]["error"]
+    assert "failed: pretrain: the gradient of step" in capsys.readouterr().out
     left = {
         key: group
         for key, group in ray.util.placement_group_table().items()
@@ -240,7 +229,7 @@ def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
     relative to the directory of the command, and trials run in folders of their own.
     """
     rows_per_report = 32 * 10  # long enough that the worker does not see all rows between the kill and its own end
-    num_reports, num_trials = 25, 2
+    num_reports, num_trials = 15, 2
     settings = {
         "tune.samples": rows_per_report * num_reports,
         "tune.reports": num_reports,
@@ -284,39 +273,31 @@ def test_a_killed_search_resumes(tmp_path: Path, searched: Config):
     assert best["workspace"] == str(tmp_path / "killed")
 
 
-def test_a_trial_that_saw_all_its_rows_before_the_kill_is_finished(searched: Config, tmp_path: Path, ray_cluster: None):
-    shutil.copytree(searched.workspace, tmp_path / "workspace")
-    before = table(searched)
-    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": len(before)})
-    killed = [*before[:-1], {**before[-1], "state": "running", "history": before[-1]["history"][:2]}]
-    (tmp_path / "workspace/runs/tune/pretrain/trials.jsonl").write_text(
-        "".join(json.dumps(trial) + "\n" for trial in killed)
-    )
-    tune(config)
-    after = table(config)
-    assert {trial["state"] for trial in after} == {"finished"}
-    assert [trial["history"] for trial in after] == [trial["history"] for trial in before]
-
-
 def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
     return len(trials) > number and trials[number]["state"] == "running" and len(trials[number]["history"]) >= 3
 
 
-def test_trials_that_failed_are_tried_again_by_the_same_command(
-    searched: Config, tmp_path: Path, ray_cluster: None, capsys
+def test_failed_trials_run_again_and_more_trials_are_added(
+    searched: Config, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ):
-    """Also when all have failed, as with a workspace that no trial can read."""
+    """Trial 0 failed, as with a workspace that no trial can read; trial 1 had seen all its rows when the search was
+    killed, and trains no more; trial 2 is the one that a larger number of trials adds."""
     shutil.copytree(searched.workspace, tmp_path / "workspace")
-    before = table(searched)[:1]
-    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 1})
-    failed = [{**trial, "state": "failed", "history": [], "error": "no such workspace"} for trial in before]
+    expected = table(searched)
+    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 3})
+    failed = {**expected[0], "state": "failed", "history": [], "error": "no such workspace"}
+    killed = {**expected[1], "state": "running", "history": expected[1]["history"][:2]}
     study = tmp_path / "workspace/runs/tune/pretrain"
-    (study / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in failed))
+    (study / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in (failed, killed)))
     (study / "manifest.json").unlink()
+    shutil.rmtree(study / "trials/0002")
     tune(config)
     assert "trial 0 failed before and is tried again: no such workspace" in capsys.readouterr().out
     after = table(config)
-    assert [trial["state"] for trial in after] == ["finished"]
-    assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in before]
-    assert [trial["history"][-1]["rows"] for trial in after] == [trial["history"][-1]["rows"] for trial in before]
-    assert [trial["error"] for trial in after] == [None]
+    assert [trial["state"] for trial in after] == ["finished"] * 3
+    assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in expected]
+    assert [trial["error"] for trial in after] == [None] * 3
+    rows = [[item["rows"] for item in trial["history"]] for trial in after]
+    assert rows == [[item["rows"] for item in trial["history"]] for trial in expected]
+    assert after[1]["history"] == expected[1]["history"]
+    assert len(after[1]["attempts"]) == len(killed["attempts"]), "trained again"
