@@ -75,6 +75,7 @@ class Replica(BaseHTTPRequestHandler):
     """Responds with the path and headers of a request; /wait waits for `gate`. `begun` counts requests by path."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets: tests/worlds/object_store.py
     gate = threading.Event()
     begun: ClassVar[Counter[str]] = Counter()
 

@@ -32,6 +32,8 @@ class ObjectStore:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Head and body are two packets, and a client that waits for the second acknowledges the first after 40 ms.
+            disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
                 store.requests.append(f"{self.command} {self.path}")
@@ -149,7 +151,7 @@ def _listing(objects: dict[str, bytes], query: dict[str, str]) -> bytes:
 def running_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     """A store that s3:// URIs of this process mean."""
     store = ObjectStore()
-    thread = threading.Thread(target=store.server.serve_forever)
+    thread = threading.Thread(target=store.server.serve_forever, kwargs={"poll_interval": 0.01})  # of its end
     thread.start()
     values = {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "REGION": "us-east-1", "ENDPOINT_URL": store.url}
     for name, value in values.items():
