@@ -26,6 +26,7 @@ from htcl_ray.workspace import artifacts
 from htcl_ray.workspace.manifest import file_sha256
 from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
+from tests.worlds.in_process_training import training_in_process
 from tests.worlds.synthetic_features import tiny_config, write_features, write_negatives, write_pairs
 
 pytestmark = pytest.mark.ray
@@ -150,7 +151,8 @@ def test_two_ranks_see_different_songs_and_one_set_of_negatives(trained: Config,
 
 
 def test_an_error_of_a_worker_is_one_sentence(trained: Config):
-    """A loss that is no number would be the same after a restart, so it ends the run at once."""
+    """A loss that is no number would be the same after a restart, so it ends the run at once. With real workers:
+    tests/ray/test_tune.py."""
     config = trained.with_overrides(
         {
             "pretrain.learning_rate": 1e30,
@@ -159,9 +161,8 @@ def test_an_error_of_a_worker_is_one_sentence(trained: Config):
             "pretrain.num_workers": 1,
         }
     )
-    with pytest.raises(
-        StepError, match=r"^pretrain: the gradient of step \d+ has norm .* lower pretrain\.learning_rate"
-    ):
+    message = r"^pretrain: the gradient of step \d+ has norm .* lower pretrain\.learning_rate"
+    with training_in_process(), pytest.raises(StepError, match=message):
         pretrain(config)
 
 
@@ -313,23 +314,25 @@ def test_a_damaged_list_of_checkpoints_starts_again(
     config = trained.with_overrides({"workspace": str(tmp_path / "workspace")})
     shutil.copytree(trained.workspace, config.workspace)
     workspace = Workspace(config.workspace)
-    model = artifacts.newest_semantic(workspace, "failed")
+    model = inputs.models(workspace, config, "synthetic").preference
+    assert model is not None
     run = model.manifest["run"]
     record = Path(workspace.full(run)) / "checkpoint_manager_snapshot.json"
     intact = record.read_text()
-    discard_unusable_checkpoints(workspace, run, "pretrain")
+    discard_unusable_checkpoints(workspace, run, "finetune")
     assert record.read_text() == intact
     record.write_text(intact[:40])
-    discard_unusable_checkpoints(workspace, run, "pretrain")
+    discard_unusable_checkpoints(workspace, run, "finetune")
     assert not record.exists()
     record.write_text(intact.replace("checkpoint_2", "checkpoint_1"))  # names an absent folder
     workspace.remove(model.path)
-    assert not pretrain(config).skipped
+    with training_in_process():
+        assert not finetune(config).skipped
     assert capsys.readouterr().out.count("is damaged or names missing ones; training starts again") == 2
 
 
 def test_both_stages_start_from_earlier_models(trained: Config, capsys: pytest.CaptureFixture[str]):
-    """Without a learning rate the published weights are those of the source, through Ray and the workspace."""
+    """Without a learning rate the published weights are those of the source, through the workspace."""
     workspace = Workspace(trained.workspace)
     models = inputs.models(workspace, trained, "synthetic")
     assert models.preference is not None
@@ -338,10 +341,12 @@ def test_both_stages_start_from_earlier_models(trained: Config, capsys: pytest.C
         for step in ("pretrain", "finetune")
         for key, value in {"learning_rate": 1e-30, "text_learning_rate": 1e-30, "epochs": 1, "num_workers": 1}.items()
     }
-    config = trained.with_overrides({**still, "finetune.audio_learning_rate": 1e-30, "finetune.pairs_per_epoch": 16})
-    first = pretrain(config.with_overrides({"pretrain.warm_start": models.semantic.version}))
+    still |= {"finetune.audio_learning_rate": 1e-30, "finetune.pairs_per_epoch": 16, "pretrain.best_metric": None}
+    config = trained.with_overrides(still)
     again = config.with_overrides({"finetune.warm_start": models.preference.version})
-    second = finetune(again, models.semantic.version)
+    with training_in_process():
+        first = pretrain(config.with_overrides({"pretrain.warm_start": models.semantic.version}))
+        second = finetune(again, models.semantic.version)
     assert f"starts from {models.semantic.version}: audio tower" in capsys.readouterr().out
     for result, source in ((first, models.semantic), (second, models.preference)):
         assert not result.skipped
