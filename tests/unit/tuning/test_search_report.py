@@ -325,19 +325,21 @@ def test_a_page_of_two_hundred_trials_is_small_and_quickly_made():
     assert time.perf_counter() - started < 60
 
 
-def test_the_same_trials_give_the_same_page(html: str):
-    assert report_html(report(several())) == html
-
-
-def test_drawing_restores_the_callers_matplotlib():
+def test_drawing_again_gives_the_same_page_restores_matplotlib_and_says_nothing(
+    html: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+):
     pyplot.switch_backend("svg")
     mine = pyplot.figure()
     before = dict(matplotlib.rcParams)
-    report_html(report(several()))
+    assert report_html(report(several())) == html
     assert pyplot.get_fignums() == [mine.number]
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == "svg"
     pyplot.close(mine)
+    assert capfd.readouterr() == ("", "")
+    assert not [
+        item for item in recwarn if issubclass(item.category, optuna.exceptions.ExperimentalWarning | UserWarning)
+    ]
 
 
 def shown(table: Any) -> str:
@@ -427,13 +429,3 @@ def test_the_line_has_no_time_left_and_no_best_before_the_first_measurement():
 def test_each_objective_names_its_best():
     line = progress_line([trial(0, 0.25), trial(1, 0.5)], ["semantic", "preference"], 2, ROWS, 60)
     assert "best semantic 0.500 (trial 1), best preference 0.750 (trial 0)" in line
-
-
-def test_the_report_prints_nothing_and_warns_of_nothing(
-    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-):
-    report_html(report(several()))
-    assert capfd.readouterr() == ("", "")
-    assert not [
-        item for item in recwarn if issubclass(item.category, optuna.exceptions.ExperimentalWarning | UserWarning)
-    ]
