@@ -32,7 +32,8 @@ def our_step(
     task = synthetic_songs.make_task(world, stage, device)
     optimizer = build_optimizer(model.train(), settings)
     if compiled:
-        compile_towers(model, device)
+        sample = synthetic_songs.first_batch(world, model, 1, 64, torch.device("cpu"))
+        compile_towers(model, sample, device, print)
 
     def step(batch: Batch) -> None:
         compute_gradients(model, batch, task, micro_batch_size)

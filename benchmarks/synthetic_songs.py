@@ -90,7 +90,8 @@ def clip_lengths(clips: Clips, longest: int, songs: int, rng: np.random.Generato
 def make_model(world: World, stage: int, device: torch.device, layers: int | None = None) -> HTCL:
     """Create a model with random weights; at paper size its text tower has the sizes of bert-base-multilingual-uncased.
 
-    `layers` replaces the preset's number of Transformer layers in both towers.
+    `layers` replaces the preset's number of Transformer layers in both towers; such a model has no more words than its
+    tokenizer, so that it can be saved and loaded.
     """
     config = (
         world.config if layers is None else world.config.with_overrides({"model.layers": layers, "text.layers": layers})
@@ -99,7 +100,8 @@ def make_model(world: World, stage: int, device: torch.device, layers: int | Non
         model = HTCL.untrained(config, world.vocabulary)
     else:
         tokenizer = text_encoder_from_scratch(config.text, world.vocabulary).tokenizer
-        bert = BertConfig(vocab_size=MULTILINGUAL_VOCABULARY, num_hidden_layers=layers or 12).to_dict()
+        words = MULTILINGUAL_VOCABULARY if layers is None else len(tokenizer)
+        bert = BertConfig(vocab_size=words, num_hidden_layers=layers or 12).to_dict()
         text = TextEncoder(transformer_from_config(bert), tokenizer, config.text)
         model = HTCL(ModelRecord(stage=1, audio=config.audio, model=config.model, text=text.record), text)
     return (model if stage == 1 else model.to_stage_2(0.074, seed=0)).to(device)

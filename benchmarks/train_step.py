@@ -9,7 +9,7 @@ rounds. A size that does not fit is recorded as such.
 
 Memory: peak resident memory beyond that when model, optimizer and data were made. Reading: batches loaded
 (memory-mapped log-mels, the file in the page cache; tokenisation) without training, and the share of an epoch that the
-loop waits for them. TFLOP/s: `model_flops.forward_flops` times 3 for forward and backward. Prints tables and writes
+loop waits for them. TFLOP/s: `ForwardFlops` times 3 for forward and backward. Prints tables and writes
 benchmarks/results/train_step.json.
 """
 
@@ -39,8 +39,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from benchmarks import synthetic_songs
-    from benchmarks.model_flops import TRAINING_PASSES, forward_flops
     from benchmarks.steps import our_step, published_step, timed
+    from htcl_ray.models.flops import TRAINING_PASSES, ForwardFlops
 
     device, rows, stage = torch.device("cpu"), case["batch"], case["stage"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,7 +58,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             "seconds": seconds,
             "memory_before_mb": before,
             "peak_memory_mb": resident_mb()["peak"],
-            "step_flops": TRAINING_PASSES * forward_flops(model, frames, tokens),
+            "step_flops": TRAINING_PASSES * ForwardFlops(model, max(frames), max(tokens)).of(frames, tokens),
         }
 
 

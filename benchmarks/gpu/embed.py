@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import synthetic_songs
 from benchmarks.gpu.units import Part, Precision, embedding_precision, precisions_of
-from benchmarks.model_flops import forward_flops, peak_tflops
+from htcl_ray.models.flops import ForwardFlops, peak_tflops
 from htcl_ray.pipelines.embed import embed_table
 from htcl_ray.schemas import features_schema
 from htcl_ray.search.encoder import SongEncoder
@@ -38,6 +38,7 @@ def run(part: Part) -> None:
         features = features_table(world, SONGS[part.kind])
         with embedding_precision("fp32", part.device):
             exact = _vectors(embed_table(features.slice(0, COMPARED), encoder, world.config.embed.batch_size))
+        flops = ForwardFlops(model, world.config.audio.max_frames, min(64, world.config.text.max_tokens))
         peak = peak_tflops(torch.cuda.get_device_name()) if part.on_gpu else None
 
         def songs(precision: Precision) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def run(part: Part) -> None:
                     embed_table(features, encoder, batch_size)
                 seconds = (time.perf_counter() - started) / REPEATS
             frames = features["valid_frames"].to_pylist()
-            tflops = forward_flops(model, frames, []) / seconds / 1e12
+            tflops = flops.of(frames, []) / seconds / 1e12
             values = {
                 "songs_per_second": len(features) / seconds,
                 "model_tflops": tflops,

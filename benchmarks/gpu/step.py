@@ -2,7 +2,7 @@
 split up.
 
 Songs/s are the median over steps after warm-up, batches loaded before the clock runs. Model TFLOP/s and MFU:
-`model_flops.forward_flops` of the valid frames and tokens, times 3; what padding and micro-batches compute on top is
+`ForwardFlops` of the valid frames and tokens, times 3; what padding and micro-batches compute on top is
 not counted, so both lower the MFU. MFU is against the dense bf16 peak for every side, fp32 too, so that rows compare.
 """
 
@@ -26,44 +26,33 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import synthetic_songs
 from benchmarks.gpu.units import Part, training_precision
-from benchmarks.model_flops import TRAINING_PASSES, forward_flops, peak_tflops
 from benchmarks.steps import Step, our_step, published_step, timed, wait
 from benchmarks.synthetic_songs import MIXED_LENGTHS, World
 from htcl_ray.models import HTCL
+from htcl_ray.models.flops import TRAINING_PASSES, ForwardFlops, peak_tflops
 from htcl_ray.training.batches import Batch, BatchLoader, encode
+from htcl_ray.training.length_groups import GROUP_COST, length_groups
 from htcl_ray.training.optimization import build_optimizer
 
-CASES = [
-    *(
-        (1, clips, batch)
-        for clips, batch in [
-            ("full", 256),
-            ("full", 32),
-            ("full", 2048),
-            ("mixed", 256),
-            ("full", 8192),
-            ("mixed", 2048),
-        ]
-    ),
-    *(
-        (2, clips, batch)
-        for clips, batch in [
-            ("full", 256),
-            ("full", 32),
-            ("full", 2048),
-            ("mixed", 256),
-            ("full", 8192),
-            ("mixed", 2048),
-        ]
-    ),
-    *((2, "mixed", batch) for batch in (32, 8192)),
-    *((1, "mixed", batch) for batch in (32, 8192)),
+COMPILED, EAGER, ONE_GROUP = "ours", "ours, not compiled", "ours, one group"
+BF16, FP32 = "published bf16", "published fp32"
+CASES: list[tuple[int, str, int, tuple[str, ...]]] = [
+    (1, "full", 256, (COMPILED, EAGER, BF16, FP32)),
+    (1, "mixed", 256, (COMPILED, ONE_GROUP, BF16)),
+    (1, "mixed", 2048, (COMPILED, ONE_GROUP, BF16)),
+    (1, "full", 2048, (COMPILED, BF16)),
+    (1, "full", 32, (COMPILED, EAGER, BF16)),
+    (2, "full", 256, (COMPILED, EAGER, BF16, FP32)),
+    (2, "mixed", 256, (COMPILED, ONE_GROUP, BF16)),
+    (2, "mixed", 2048, (COMPILED,)),
+    (2, "full", 32, (COMPILED, BF16)),
+    (2, "full", 8192, (COMPILED,)),
+    (1, "full", 8192, (COMPILED,)),
 ]
-"""Stage, clips, rows of the batch; the ones that matter most first, as the time may end. A change of stage makes new
-models."""
+"""Stage, clips, rows of the batch, sides; the ones that matter most first, as the time may end. A change of stage makes
+new models. ONE_GROUP pads all songs of a micro-batch to the longest, instead of groups of similar length."""
 TOY_BATCHES = {32: 4, 256: 8, 2048: 12, 8192: 16}
 """On the CPU."""
-SIDES = ("ours", "published bf16", "published fp32")
 MICRO_BATCH, TOY_MICRO_BATCH = 256, 8
 """Songs that ours encodes at a time."""
 SPLIT_BATCH = 256
@@ -77,8 +66,8 @@ def run(part: Part) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(part, Path(scratch))
         units: dict[str, Callable[[], dict[str, Any]]] = {}
-        for stage, clips, batch in CASES:
-            for side in SIDES:
+        for stage, clips, batch, sides in CASES:
+            for side in sides:
                 units[f"stage {stage}, {clips}, batch {bench.rows(batch)}, {side}"] = bench.unit(
                     stage, clips, batch, side
                 )
@@ -96,6 +85,7 @@ class Sides:
     stage: int
     model: HTCL
     """Ours; on a GPU its towers are compiled, on a CPU that would take longer than all the rest."""
+    flops: ForwardFlops
     steps: dict[str, Step]
 
 
@@ -122,7 +112,7 @@ class Bench:
     def world(self, clips: str) -> World:
         """Songs with clips of those lengths: enough for the largest batch of pairs."""
         if clips not in self.worlds:
-            songs = 2 * max(self.rows(batch) for _, _, batch in CASES)
+            songs = 2 * max(self.rows(batch) for _, _, batch, _ in CASES)
             self.worlds[clips] = synthetic_songs.make_world(self.scratch / clips, self.size, songs, clips)  # type: ignore[arg-type]
         return self.worlds[clips]
 
@@ -135,15 +125,19 @@ class Bench:
             gc.collect()
             world, device = self.world("full"), self.part.device
             model = synthetic_songs.make_model(world, stage, device)
+            flops = ForwardFlops(model, world.config.audio.max_frames, min(64, world.config.text.max_tokens))
             text = copy.deepcopy(model.text_encoder.transformer)
             micro = MICRO_BATCH if self.part.on_gpu else TOY_MICRO_BATCH
             published = published_step(world, text, stage, device)
+            own = our_step(world, model, stage, device, micro // stage, compiled=self.part.on_gpu)
             steps: dict[str, Step] = {
-                "ours": our_step(world, model, stage, device, micro // stage, compiled=self.part.on_gpu),
-                "published bf16": functools.partial(published, bf16=True),
-                "published fp32": published,
+                COMPILED: own,
+                EAGER: functools.partial(_not_compiled, own),
+                ONE_GROUP: functools.partial(_in_one_group, own),
+                BF16: functools.partial(published, bf16=True),
+                FP32: published,
             }
-            self.held = Sides(stage, model, steps)
+            self.held = Sides(stage, model, flops, steps)
         return self.held
 
     def load(self, stage: int, clips: str, rows: int, model: Any) -> Batch:
@@ -167,7 +161,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() / 1e9 if self.part.on_gpu else 0.0
         try:
-            with training_precision("bf16" if side == "ours" else "fp32", device):
+            with training_precision("bf16" if side.startswith(COMPILED) else "fp32", device):
                 started = time.perf_counter()
                 step(batch)
                 wait(device)
@@ -177,20 +171,30 @@ class Bench:
                 idle = self._idle_share(step, batch) if self.part.on_gpu and median < 3 else None
         finally:
             model.zero_grad()  # a step that ran out of memory leaves gradients behind
-        rate, tflops = len(batch) / median, TRAINING_PASSES * forward_flops(model, frames, tokens) / median / 1e12
+        rate, tflops = len(batch) / median, TRAINING_PASSES * sides.flops.of(frames, tokens) / median / 1e12
         self.songs_per_second[side] = rate
-        padded = batch.features.shape[1] if side == "ours" else self.world(clips).config.audio.max_frames
+        if side in (COMPILED, EAGER):
+            micros = torch.split(batch.valid_frames, MICRO_BATCH if self.part.on_gpu else TOY_MICRO_BATCH)
+            groups = [length_groups(micro, GROUP_COST[self.part.kind]) for micro in micros]
+            computed = sum(
+                len(group) * int(micro[group].max())
+                for micro, of_micro in zip(micros, groups, strict=True)
+                for group in of_micro
+            )
+        else:
+            longest = batch.features.shape[1] if side == ONE_GROUP else self.world(clips).config.audio.max_frames
+            computed = longest * len(frames)
         values = {
             "songs_per_second": rate,
             "seconds_per_step": {"median": median, "least": min(seconds), "most": max(seconds), "steps": len(seconds)},
             "model_tflops": tflops,
             "mfu": tflops / self.peak if self.peak else None,
-            "padded_share": 1 - sum(frames) / (padded * len(frames)),
+            "padded_share": 1 - sum(frames) / computed,
             "share_of_time_without_gpu_work": idle,
             "memory_before_gb": held,
             "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.part.on_gpu else None,
             "first_step_seconds": first,
-            "compilation_seconds": max(0.0, first - median) if side == "ours" else 0.0,
+            "compilation_seconds": max(0.0, first - median) if side == COMPILED else 0.0,
         }
         if clips == "mixed":
             values["lengths"] = MIXED_LENGTHS
@@ -220,7 +224,7 @@ class Bench:
         """Seconds of the parts of our step, each alone with forward and backward, as a share of the whole step."""
         rows = self.rows(SPLIT_BATCH)
         sides = self.sides(stage)
-        model, step = sides.model, sides.steps["ours"]
+        model, step = sides.model, sides.steps[COMPILED]
         world, device = self.world("full"), self.part.device
         batch = self.load(stage, "full", rows, model)
         micro = batch.part(0, min(len(batch), MICRO_BATCH if self.part.on_gpu else TOY_MICRO_BATCH))
@@ -274,6 +278,20 @@ class Bench:
             "share_of_step": shares,
             "line": f"step {1000 * whole:.1f} ms: {listed}",
         }
+
+
+def _not_compiled(step: Step, batch: Batch) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        step(batch)
+
+
+def _in_one_group(step: Step, batch: Batch) -> None:
+    before = dict(GROUP_COST)
+    GROUP_COST.update(dict.fromkeys(before, float("inf")))
+    try:
+        step(batch)
+    finally:
+        GROUP_COST.update(before)
 
 
 def busy_seconds(events: Any) -> float:

@@ -15,8 +15,10 @@ LARGEST_NUMBER = 65504.0
 """Largest absolute value of other features: that of float16, in which they are stored."""
 
 
-def check_features(features: Tensor, valid_frames: Tensor | None, record: ModelRecord) -> tuple[Tensor, Tensor]:
-    """Return features [B, F, W] as a tensor, and their valid frames [B] int64 on the CPU (default: all F).
+def check_features(
+    features: Tensor, valid_frames: Tensor | None, record: ModelRecord, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return features [B, F, W] as a tensor on `device`, and their valid frames [B] int64 on the CPU (default: all F).
 
     Raises InputError for other types and shapes, AudioError (not_finite) for values in a valid frame that no features
     of the extractor have.
@@ -43,6 +45,7 @@ def check_features(features: Tensor, valid_frames: Tensor | None, record: ModelR
         )
     largest = LARGEST.get(record.audio.extractor, LARGEST_NUMBER)
     inside = torch.arange(frames) < valid[:, None]
+    features = features.to(device)
     absurd = (~(features.abs() <= largest).all(dim=2)).cpu() & inside  # true for a NaN
     if absurd.any():
         row = int(absurd.any(dim=1).nonzero()[0])

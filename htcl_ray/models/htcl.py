@@ -308,16 +308,20 @@ class HTCL(nn.Module):
         self._refuse_other_features("embed_mel")
         return self.embed_features(mel, valid_frames)
 
-    def embed_features(self, features: Tensor, valid_frames: Tensor | None = None) -> Tensor:
+    def embed_features(
+        self, features: Tensor, valid_frames: Tensor | None = None, batch_size: int = EMBED_BATCH
+    ) -> Tensor:
         """Embed features [B, F, W] of the model's extractor with valid_frames [B] (default: all F), as [B, dim].
 
-        Frames after a song's valid ones are ignored, and neither they nor the other songs change its vector. A clip of
-        log-mel frames longer than the model's window is embedded in windows (see `window_starts`), and its vector is
-        the normalised mean of their unit-norm vectors. Raises InputError for other types and shapes and when a vector
-        is not finite or has no direction, AudioError (not_finite) for values that no features have in a valid frame.
+        `batch_size`: clips, or windows of long clips, that are encoded at a time. Features of fp16 are converted on the
+        model's device. Frames after a song's valid ones are ignored, and neither they nor the other songs change its
+        vector. A clip of log-mel frames longer than the model's window is embedded in windows (see `window_starts`),
+        and its vector is the normalised mean of their unit-norm vectors. Raises InputError for other types and shapes
+        and when a vector is not finite or has no direction, AudioError (not_finite) for values that no features have in
+        a valid frame.
         """
-        features, valid = check_features(features, valid_frames, self.record)
         device, dtype = self.device, self.audio_encoder.dtype
+        features, valid = check_features(features, valid_frames, self.record, device)
         window = self.window_frames
         starts = [window_starts(count, window) for count in valid.tolist()]
         clips = torch.arange(len(features)).repeat_interleave(
@@ -327,10 +331,11 @@ class HTCL(nn.Module):
         lengths = valid[clips] if window is None else valid[clips].clamp(max=window)
         parts = []
         with self._inference():
-            for start in range(0, len(clips), EMBED_BATCH):
-                batch = slice(start, start + EMBED_BATCH)
-                windows = cut(features, first[batch], lengths[batch], clips[batch])
-                parts.append(self.encode_audio(windows.to(device, dtype), lengths[batch]))
+            for start in range(0, len(clips), batch_size):
+                batch = slice(start, start + batch_size)
+                whole = window is None or len(clips) == len(features)
+                windows = features[batch] if whole else cut(features, first[batch], lengths[batch], clips[batch])
+                parts.append(self.encode_audio(windows.to(dtype), lengths[batch]))
         vectors = self._unit_norm(parts)
         return vectors if len(clips) == len(features) else self._checked(mean_direction(vectors, clips, len(features)))
 

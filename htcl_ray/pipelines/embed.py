@@ -178,7 +178,7 @@ def embed_table(features: pa.Table, encoder: SongEncoder, batch_size: int) -> pa
 def _encode(encoder: SongEncoder, frames: np.ndarray, valid: np.ndarray, song_ids: list[str]) -> Vectors:
     """Embed a batch. If it fails, its songs are embedded one by one, to name the song that causes the error."""
     try:
-        return encoder.encode_features(frames[:, : valid.max()], valid)
+        return encoder.encode_features(frames[:, : valid.max()], valid, len(valid))
     except InputError:
         for row, song_id in enumerate(song_ids):
             try:

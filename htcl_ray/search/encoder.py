@@ -16,6 +16,7 @@ from htcl_ray.errors import MismatchError, QueryError
 from htcl_ray.extractors.song_features import AudioFeatures
 from htcl_ray.index.vectors import ModelVersions, Vectors
 from htcl_ray.models import HTCL, weights_fingerprint
+from htcl_ray.models.htcl import EMBED_BATCH
 from htcl_ray.workspace.storage import Workspace
 
 
@@ -36,8 +37,12 @@ class SongEncoder:
     def load(cls, semantic: str | Path, preference: str | Path | None = None, device: str = "cpu") -> Self:
         """Load the models of one or two checkpoint folders.
 
-        Raises MismatchError when their audio recipes or dimensions differ.
+        On a GPU, matrix products of this process are in TF32 from now on: unit vectors change by less than 1e-3, which
+        the release gate accepts, and songs take half the time of fp32; bf16 is beyond the gate. Raises MismatchError
+        when their audio recipes or dimensions differ.
         """
+        if torch.device(device).type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
         folders = [folder for folder in (semantic, preference) if folder is not None]
         models = [HTCL.from_pretrained(str(folder)).to(device) for folder in folders]
         versions = [model.fingerprint for model in models]
@@ -88,11 +93,20 @@ class SongEncoder:
         """Waveforms → features. Raises QueryError for models of given vectors."""
         return self._models[0].audio_features
 
-    def encode_features(self, features: NDArray[np.floating], valid_frames: NDArray[np.integer]) -> Vectors:
-        """Encode features [n, frames, width]; the first `valid_frames` [n] frames of each row are the song's."""
-        inputs = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+    def encode_features(
+        self, features: NDArray[np.floating], valid_frames: NDArray[np.integer], batch_size: int = EMBED_BATCH
+    ) -> Vectors:
+        """Encode features [n, frames, width]; the first `valid_frames` [n] frames of each row are the song's.
+
+        `batch_size`: clips that are encoded at a time.
+        """
+        device = self._models[0].device
+        dtype = torch.float16 if features.dtype == np.float16 else torch.float32
+        inputs = torch.empty(features.shape, dtype=dtype, pin_memory=device.type == "cuda")
+        np.copyto(inputs.numpy(), features)
+        inputs = inputs.to(device, non_blocking=True)
         counts = torch.from_numpy(np.ascontiguousarray(valid_frames, dtype=np.int64))
-        return _vectors([model.embed_features(inputs, counts) for model in self._models])
+        return _vectors([model.embed_features(inputs, counts, batch_size) for model in self._models])
 
     def encode_songs(self, songs: Sequence[NDArray[np.floating]]) -> Vectors:
         """Encode features of different lengths, each [frames, width]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from htcl_ray.models.htcl import HTCL
 from htcl_ray.models.towers.text import TextEncoder, Tokens
 from htcl_ray.training.augment import Augmentation
 from htcl_ray.training.features import Frames
+from htcl_ray.training.length_groups import GROUP_COST, encode_by_length, length_groups, padded_share
 from htcl_ray.training.song_numbers import Rows, Songs, normalized_text
 from htcl_ray.training.song_text import TextVariation, text_number
 
@@ -22,6 +24,8 @@ AUTOCAST = {"cuda": torch.bfloat16}
 """Kind of device → type of matrix products and convolutions in the towers; other devices use the weights' own."""
 SAMPLE, SAMPLE_BATCH = 4096, 64
 """Number of training songs for the statistics of a tower's input, and of those read at once."""
+AHEAD = 2
+"""Number of batches that are loaded ahead of the one that is computed."""
 LONG_TEXTS = 64
 """Number of songs with the most characters that are tokenized to determine the longest text."""
 
@@ -55,6 +59,8 @@ class Batch:
     """[S, longest text]."""
     ids: Tensor
     """[S, 3] int64: song, duplicate group, normalised text."""
+    text_lengths: Tensor | None = None
+    """[S] int64, on the CPU: tokens of each text. None: of tokens on the CPU, counted when they leave it."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -62,13 +68,33 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Songs `start` to `stop`."""
         tokens = {name: tensor[start:stop] for name, tensor in self.tokens.items()}
-        return Batch(self.features[start:stop], self.valid_frames[start:stop], tokens, self.ids[start:stop])
+        text_lengths = None if self.text_lengths is None else self.text_lengths[start:stop]
+        return Batch(
+            self.features[start:stop], self.valid_frames[start:stop], tokens, self.ids[start:stop], text_lengths
+        )
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from which copies to a GPU do not wait for each other."""
+        tokens = {name: tensor.pin_memory() for name, tensor in self.tokens.items()}
+        return replace(self, features=self.features.pin_memory(), tokens=tokens, ids=self.ids.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; valid frames stay on the CPU, where lengths are decided."""
+        """The batch on a device; valid frames and text lengths stay on the CPU, where lengths are decided."""
         tokens = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tokens.items()}
         features, ids = (tensor.to(device, non_blocking=True) for tensor in (self.features, self.ids))
-        return Batch(features, self.valid_frames, tokens, ids)
+        return Batch(features, self.valid_frames, tokens, ids, self.lengths_of_texts())
+
+    def lengths_of_texts(self) -> Tensor:
+        """Positions up to the last token of each text, int64 [S] on the CPU."""
+        if self.text_lengths is not None:
+            return self.text_lengths
+        attended = self.tokens["attention_mask"]
+        return (attended * torch.arange(1, attended.shape[1] + 1)).amax(dim=1)
+
+    def padded_share(self) -> float:
+        """Share of the computed frames that are padding: 0 to 1. See `length_groups`."""
+        groups = length_groups(self.valid_frames, GROUP_COST[self.features.device.type])
+        return padded_share(self.valid_frames, groups)
 
 
 @dataclass(frozen=True)
@@ -95,8 +121,9 @@ class BatchLoader:
         return self._batch(songs, *self.frames.batch(songs, np.stack([np.zeros_like(lengths), lengths], axis=1)))
 
     def load_for_training(self, part: BatchRows, epoch: int) -> Batch:
-        """The songs of `part`, cropped, shifted and masked, with varied texts."""
-        return self._vary_texts(self._load_augmented(part, epoch), part, epoch)
+        """The songs of `part`, cropped, shifted and masked, with varied texts; page-locked if the machine has a GPU."""
+        batch = self._vary_texts(self._load_augmented(part, epoch), part, epoch)
+        return batch.pinned() if torch.cuda.is_available() else batch
 
     def _load_augmented(self, part: BatchRows, epoch: int) -> Batch:
         songs, augmentation = part.songs, self.augmentation
@@ -125,14 +152,13 @@ class BatchLoader:
         return replace(batch, tokens=self.text_encoder.tokenize(texts), ids=ids)
 
     def stream(self, parts: Sequence[BatchRows], epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, for training, in order; one is loaded ahead in a thread."""
+        """The batches of an epoch, for training, in order; a thread loads AHEAD of them before they are needed."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(self.load_for_training, parts[0], epoch) if parts else None
+            ahead = deque(pool.submit(self.load_for_training, part, epoch) for part in parts[:AHEAD])
             for position in range(len(parts)):
-                assert ahead is not None
-                batch = ahead.result()
-                if position + 1 < len(parts):
-                    ahead = pool.submit(self.load_for_training, parts[position + 1], epoch)
+                batch = ahead.popleft().result()
+                if position + AHEAD < len(parts):
+                    ahead.append(pool.submit(self.load_for_training, parts[position + AHEAD], epoch))
                 yield batch
 
     def sample(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,10 +186,26 @@ class BatchLoader:
 
 
 def encode(model: HTCL, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Encode audio and text, each [S, dim], not normalised, at least fp32; towers compute in the `AUTOCAST` type."""
+    """Encode audio and text, each [S, dim], not normalised, at least fp32; towers compute in the `AUTOCAST` type.
+
+    Songs of similar length are encoded together, and so are texts, each for themselves; see `length_groups`.
+    """
     device = batch.features.device
     dtype = AUTOCAST.get(device.type)
+
+    def encode_audio(songs: Tensor | None, longest: int) -> Tensor:
+        if songs is None:
+            return model.encode_audio(batch.features, batch.valid_frames)
+        return model.encode_audio(batch.features[songs.to(device), :longest], batch.valid_frames[songs])
+
+    def encode_text(songs: Tensor | None, longest: int) -> Tensor:
+        if songs is None:
+            return model.encode_text(batch.tokens)
+        chosen = songs.to(device)
+        return model.encode_text({name: tensor[chosen, :longest] for name, tensor in batch.tokens.items()})
+
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        audio, text = model.encode_audio(batch.features, batch.valid_frames), model.encode_text(batch.tokens)
+        audio = encode_by_length(encode_audio, batch.valid_frames, device)
+        text = encode_by_length(encode_text, batch.lengths_of_texts(), device)
     wide = torch.promote_types(audio.dtype, torch.float32)
     return audio.to(wide), text.to(wide)

@@ -16,6 +16,7 @@ from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import StepError
 from htcl_ray.losses.collectives import copy_from_first, rank, sum_over_workers, world_size
 from htcl_ray.losses.stages import Terms
+from htcl_ray.models.flops import TRAINING_PASSES, ForwardFlops, peak_tflops
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.training.batches import Batch, BatchLoader, BatchRows
 from htcl_ray.training.checkpoint import TrainingState, gather_state, save_checkpoint
@@ -34,6 +35,8 @@ from htcl_ray.training.randomness import seed_worker, set_rng_state
 from htcl_ray.training.stage_tasks import Task
 from htcl_ray.training.validation import validate, validation_gallery
 
+COMPILED_SONGS = {"cpu": 4, "cuda": 64}
+"""Kind of device → most songs that compiled towers are first tried on; the compiler also chooses by their number."""
 SaveCheckpoint = Callable[[Path], None]
 OnCheckpoint = Callable[[Metrics | None, int, SaveCheckpoint], None]
 
@@ -73,15 +76,20 @@ def train(
     micro_batch_size = _micro_batch_size(
         model, task, loader, settings, batch // world_size(), device, resume=resume, say=say
     )
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    longest = loader.longest()
+    flops = ForwardFlops(model, longest.features.shape[1], longest.tokens["input_ids"].shape[1])
     if settings.compile:
-        compile_towers(model, device)
+        rows = min(micro_batch_size or batch // world_size(), COMPILED_SONGS[device.type])
+        compile_towers(model, loader.load_first_windows(loader.songs.train[:rows]), device, say)
     step = 0 if resume is None else resume.step
     sums = {
-        name: torch.zeros((), device=device) for name in [*task.weights, "gradient_norm", "seconds_waiting_for_data"]
+        name: torch.zeros((), device=device)
+        for name in [*task.weights, "gradient_norm", "seconds_waiting_for_data", "padded_share", "tflop_a_song"]
     }
     if resume is not None:
         optimizer.load_state_dict(resume.optimizer)
-        sums = {name: value.to(device) for name, value in resume.sums_of(rank(), world_size()).items()}
+        sums |= {name: value.to(device) for name, value in resume.sums_of(rank(), world_size()).items()}
         _print_differences(task, resume, micro_batch_size, say)
     rng = None if resume is None else resume.rng_of(rank(), world_size())
     seed_worker(settings.seed, rank(), step)
@@ -102,6 +110,9 @@ def train(
         ]
         for songs in _timed(loader.stream(own, epoch), sums["seconds_waiting_for_data"]):
             set_learning_rate(optimizer, learning_rate_factor(step, settings.epochs * steps, settings))
+            sums["padded_share"] += songs.padded_share()
+            operations = TRAINING_PASSES * flops.of(songs.valid_frames, songs.lengths_of_texts())
+            sums["tflop_a_song"] += operations / len(songs) / 1e12
             terms = compute_gradients(model, songs.to(device), task, micro_batch_size)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_gradient_norm or math.inf)
             _refuse_non_finite(task, terms, norm, step)
@@ -130,6 +141,8 @@ def train(
             "peak_memory_gb": peak_memory_gb(device),
             "candidates": float(batch),
         }
+        if peak is not None:
+            metrics["mfu"] = metrics["tflop_a_song"] * metrics["songs_per_second"] / (peak * world_size())
         progress.epoch(metrics)
         if watch is not None:
             probe = watch.measure(model)
@@ -212,8 +225,9 @@ def _epoch_metrics(task: Task, sums: dict[str, Tensor], steps: int) -> Metrics:
     of = dict(zip(sums, total.tolist(), strict=True))
     terms = {f"loss_{name}": of[name] / steps for name in task.weights}
     loss = sum(weight * terms[f"loss_{name}"] for name, weight in task.weights.items())
-    waited = of["seconds_waiting_for_data"] / world_size()
-    return {"loss": loss, **terms, "gradient_norm": of["gradient_norm"] / steps, "seconds_waiting_for_data": waited}
+    metrics = {"loss": loss, **terms, "gradient_norm": of["gradient_norm"] / steps}
+    metrics |= {name: of[name] / steps / world_size() for name in ("padded_share", "tflop_a_song")}
+    return {**metrics, "seconds_waiting_for_data": of["seconds_waiting_for_data"] / world_size()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

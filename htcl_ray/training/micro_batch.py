@@ -16,7 +16,7 @@ from htcl_ray.errors import StepError
 from htcl_ray.losses.collectives import least_over_workers, sum_gradients, workers_on_this_machine
 from htcl_ray.losses.stages import Terms, total_loss
 from htcl_ray.models.htcl import HTCL
-from htcl_ray.training.batches import Batch, encode
+from htcl_ray.training.batches import AHEAD, Batch, encode
 from htcl_ray.training.randomness import get_rng_state, set_rng_state
 from htcl_ray.training.stage_tasks import Task
 
@@ -85,7 +85,7 @@ def probe_micro_batch_size(
     extrapolated. Parameters, gradients and random numbers are left unchanged. Raises StepError, on every worker, when
     not even one row fits.
     """
-    with _left_untouched(model, device):
+    with left_untouched(model, device):
         budget = SHARE[device.type] * available_bytes(device) - constant_bytes(
             model, longest, songs_per_row * local_rows
         )
@@ -169,9 +169,9 @@ def repeat_song(song: Batch, count: int) -> Batch:
 
 
 def constant_bytes(model: HTCL, longest: Batch, songs: int) -> int:
-    """Bytes that do not depend on the micro-batch: gradients, two moments, and two batches, one being loaded."""
+    """Bytes that do not depend on the micro-batch: gradients, two moments, a batch and those being loaded."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return 3 * trained + 2 * songs * longest.features.nbytes
+    return 3 * trained + (1 + AHEAD) * songs * longest.features.nbytes
 
 
 def available_bytes(device: torch.device) -> float:
@@ -201,7 +201,7 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/pr
 
 
 @contextmanager
-def _left_untouched(model: HTCL, device: torch.device) -> Iterator[None]:
+def left_untouched(model: HTCL, device: torch.device) -> Iterator[None]:
     """Switch to training mode without gradients; restore mode, gradients and random numbers afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     state, was_training = get_rng_state(device), model.training

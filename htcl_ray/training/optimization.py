@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -13,6 +13,12 @@ from torch import nn
 from htcl_ray.config.sections import FinetuneSettings, StageSettings
 from htcl_ray.errors import ConfigError
 from htcl_ray.models.htcl import HTCL
+from htcl_ray.training.batches import Batch, encode
+from htcl_ray.training.micro_batch import left_untouched
+
+COMPILER_OPTIONS = {"cuda": {"triton.coalesce_tiling_analysis": False}}
+"""Options of torch's compiler by kind of device. On a GPU, the analysis fails an assertion of torch 2.11 on layers with
+dynamic shapes, for which it is not meant."""
 
 
 def freeze(model: HTCL, settings: StageSettings) -> None:
@@ -76,15 +82,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = factor * group["peak"]
 
 
-def compile_towers(model: HTCL, device: torch.device) -> None:
-    """Compile the towers in place, with dynamic shapes; names of parameters stay.
+def compile_towers(model: HTCL, sample: Batch, device: torch.device, say: Callable[[str], None]) -> None:
+    """Compile the layers of the towers in place, with dynamic shapes, and train on `sample` once, without a step.
 
-    Raises ConfigError when the compiler of this kind of device is missing.
+    Names of parameters stay. If the compiler fails, which it does for some versions, devices and models, the towers
+    stay as they were, and a line says so. Raises ConfigError when the compiler of this kind of device is missing.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
             f"compile needs a C++ compiler, but this machine has no '{compiler}'; install one or set compile to false"
         )
-    for part in (*model.audio_encoder.compile_parts(), model.text_encoder.transformer):
-        part.compile(dynamic=True)
+    parts = [*model.audio_encoder.compile_parts(), *model.text_encoder.compile_parts()]
+    for part in parts:
+        part.compile(dynamic=True, options=COMPILER_OPTIONS.get(device.type))
+    try:
+        with left_untouched(model, device):
+            audio, text = encode(model, sample.to(device))
+            torch.autograd.backward((audio.sum() + text.sum(),))
+    except torch._dynamo.exc.TorchDynamoException as error:  # noqa: SLF001 - torch.compiler has no public exception
+        for part in parts:
+            part._compiled_call_impl = None  # noqa: SLF001 - what Module.compile sets; nothing public undoes it
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        say(f"compile: torch {torch.__version__} cannot compile the towers ({reason}), so they run as they are")

@@ -59,7 +59,7 @@ def test_compiled_towers():
     vocabulary = train_wordpiece(TEXTS, 60)
     eager, model = HTCL.untrained(config, vocabulary), HTCL.untrained(config, vocabulary)
     names = list(model.state_dict())
-    compile_towers(model, CPU)
+    compile_towers(model, batch(model, [32, 9]), CPU, pytest.fail)
     assert list(model.state_dict()) == names
     task = Task("pretrain", 6, 1, lambda epoch: torch.arange(6).numpy(), pretrain_terms, {"text": 1.0})
 

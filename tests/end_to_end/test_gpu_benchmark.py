@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from benchmarks.gpu.step import CASES
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.end_to_end
@@ -75,7 +76,7 @@ def test_every_part_runs_in_that_environment(python: Path, tmp_path: Path):
     assert len(units["correctness"]) == 10
     assert not [name for part in units.values() for name, unit in part.items() if "error" in unit]
     steps = {name: unit for name, unit in units["step"].items() if not name.startswith("split")}
-    assert len(steps) == 16 * 3
+    assert len(steps) == sum(len(sides) for *_, sides in CASES)
     assert all(unit["songs_per_second"] > 0 and unit["model_tflops"] > 0 for unit in steps.values())
     assert all(0.1 < unit["padded_share"] < 0.6 for name, unit in steps.items() if "mixed" in name)
     assert all(unit["padded_share"] == 0 for name, unit in steps.items() if "full" in name)

@@ -100,6 +100,11 @@ class TextEncoder(nn.Module):
             ]
         )
 
+    def compile_parts(self) -> list[nn.Module]:
+        """The layers, which share one compilation: that of a whole Transformer takes minutes."""
+        layers = next((module for module in self.transformer.modules() if isinstance(module, nn.ModuleList)), None)
+        return [self.transformer] if layers is None else list(layers)
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Tokens [B, S] → [B, width]."""
         output = self.transformer(**tokens)

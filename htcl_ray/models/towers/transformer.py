@@ -62,7 +62,17 @@ class ConvolutionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, inputs] → [B, (L − kernel) // 2 + 1, outputs]."""
-        return F.gelu(self.norm(self.convolution(x.transpose(1, 2)).transpose(1, 2)))
+        convolved = self.as_product(x) if x.is_cuda else self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(self.norm(convolved))
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """The convolution as one matrix product over unfolded frames.
+
+        On an H100 it takes half the time of cuDNN's, which copies its input and output to another order of memory
+        (benchmarks/results/gpu.json); on a CPU both take the same time.
+        """
+        unfolded = x.unfold(1, self.convolution.kernel_size[0], 2)  # [B, L', inputs, kernel]
+        return F.linear(unfolded.flatten(2), self.convolution.weight.flatten(1))
 
 
 class PositionEmbedding(nn.Module):
@@ -76,7 +86,16 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D], to be added to the tokens."""
-        return F.gelu(self.norm(self.convolution(x.transpose(1, 2)).transpose(1, 2)))
+        convolved = self.as_image(x) if x.is_cuda else self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(self.norm(convolved))
+
+    def as_image(self, x: Tensor) -> Tensor:
+        """The convolution over an image of height 1, whose order of memory cuDNN takes as it is: 1.5 times as fast."""
+        convolution = self.convolution
+        image = x.transpose(1, 2)[:, :, None]
+        padding, weight = (0, convolution.padding[0]), convolution.weight[:, :, None]
+        convolved = F.conv2d(image, weight, convolution.bias, padding=padding, groups=convolution.groups)
+        return convolved[:, :, 0].transpose(1, 2)
 
 
 class TransformerLayer(nn.Module):

@@ -68,11 +68,10 @@ def test_vector_is_the_normalised_mean_over_windows(model: HTCL, whole: HTCL, mo
     assert (model.window_frames, whole.window_frames) == (WINDOW, None)
     mel, valid = mels([32, 4, 22, 11, 23])
     by_hand = [[0, 10, 21], [0], [0, 11], [0], [0, 6, 12]]
-    monkeypatch.setattr("htcl_ray.models.htcl.EMBED_BATCH", 4)
     encoded = []
     original = model.encode_audio
     monkeypatch.setattr(model, "encode_audio", lambda part, frames: encoded.append(len(part)) or original(part, frames))
-    actual = model.embed_mel(mel, valid)
+    actual = model.embed_features(mel, valid, batch_size=4)
     assert encoded == [4, 4, 2]
     for clip, (starts, length) in enumerate(zip(by_hand, valid.tolist(), strict=True)):
         windows = [
@@ -81,7 +80,7 @@ def test_vector_is_the_normalised_mean_over_windows(model: HTCL, whole: HTCL, mo
         ]
         mean = np.mean(windows, axis=0)
         np.testing.assert_allclose(actual[clip].numpy(), mean / np.linalg.norm(mean), atol=2e-6)
-    assert torch.equal(actual, model.embed_mel(mel, valid))
+    assert torch.equal(actual, model.embed_features(mel, valid, batch_size=4))
 
 
 def test_short_clips_are_untouched(model: HTCL, whole: HTCL):

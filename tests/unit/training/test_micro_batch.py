@@ -16,7 +16,7 @@ from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training import micro_batch
 from htcl_ray.training.augment import Augmentation
-from htcl_ray.training.batches import Batch, BatchLoader, encode
+from htcl_ray.training.batches import AHEAD, Batch, BatchLoader, encode
 from htcl_ray.training.micro_batch import most_rows, probe_micro_batch_size
 from htcl_ray.training.optimization import build_optimizer
 from tests.worlds.synthetic_features import tiny_config
@@ -68,7 +68,7 @@ def test_cpu_finds_what_the_graph_of_so_many_songs_keeps(
     """Memory is set to what that many rows keep, counted on a graph of that many, and what does not depend on them."""
     fixed = (
         3 * sum(parameter.nbytes for parameter in model.parameters())
-        + 2 * 16 * songs_per_row * song(model).features.nbytes
+        + (1 + AHEAD) * 16 * songs_per_row * song(model).features.nbytes
     )
     monkeypatch.setattr(
         micro_batch, "available_bytes", lambda device: 2 * (fixed + kept(model, rows_that_fit * songs_per_row) + 1)
@@ -89,7 +89,8 @@ def test_kept_bytes_of_a_closed_form():
     product = Product()
     product.encode_audio = lambda mel, valid: (y := mel * product.factor) * y * product.factor  # type: ignore[assignment]
     product.encode_text = lambda tokens: tokens["x"] * 2  # type: ignore[assignment]
-    inputs = Batch(torch.ones(3, 10, dtype=torch.float64), torch.ones(3), {"x": torch.ones(3, 10)}, torch.ones(3, 3))
+    tokens = {"x": torch.ones(3, 10), "attention_mask": torch.ones(3, 10)}
+    inputs = Batch(torch.ones(3, 10, dtype=torch.float64), torch.ones(3), tokens, torch.ones(3, 3))
     assert micro_batch.kept_bytes(product, inputs) == (3 * 10 + 3 * 10 + 3 * 10 + 10) * 8  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from htcl_ray.errors import ConfigError
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
 from htcl_ray.training.augment import Augmentation
-from htcl_ray.training.batches import Batch, BatchLoader
+from htcl_ray.training.batches import Batch, BatchLoader, encode
 from htcl_ray.training.checkpoint import load_state
 from htcl_ray.training.features import open_frames
 from htcl_ray.training.loop import train
@@ -187,4 +187,18 @@ def _world(config: Config) -> tuple[HTCL, BatchLoader]:
 def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="has no 'no-such-compiler'; install one or set compile to false"):
-        compile_towers(build(), CPU)
+        compile_towers(build(), batch(build()), CPU, print)
+
+
+def test_towers_that_cannot_be_compiled_run_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    def fails(*arguments: object, **options: object) -> None:
+        raise AssertionError("planted")
+
+    model, said = build(), []
+    expected = encode(build().eval(), batch(model))
+    monkeypatch.setattr("torch._inductor.graph.GraphLowering.codegen", fails)
+    compile_towers(model, batch(model), CPU, said.append)
+    assert len(said) == 1
+    assert "cannot compile the towers (AssertionError: planted)" in said[0].replace("InductorError: ", "")
+    assert all(torch.equal(*pair) for pair in zip(encode(model.eval(), batch(model)), expected, strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
