@@ -89,7 +89,7 @@ def head_node(*flags: str, variables: Mapping[str, str] | None = None, port: int
             time.sleep(0.5)
         yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
     finally:
-        # Ray ends its processes one after the other, each with time to finish what nobody needs here.
+        # Ray ends its processes one after the other, each with time to finish work that the tests do not need.
         started = [*descendants(process.pid), process.pid]
         for pid in started:
             with contextlib.suppress(ProcessLookupError):
