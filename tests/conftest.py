@@ -15,11 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONGEST_FIRST = (
-    "tests/end_to_end/test_documented_commands.py",
-    "tests/end_to_end/test_jobs.py",
-    "tests/end_to_end/test_demo.py",
     "tests/end_to_end/test_every_step_matters.py",
     "tests/ray/test_tune.py",
+    "tests/end_to_end/test_documented_commands.py",
+    "tests/end_to_end/test_gpu_benchmark.py",
+    "tests/end_to_end/test_demo.py",
+    "tests/end_to_end/test_jobs.py",
     "tests/ray/test_train.py",
     "tests/ray/test_tune_autoscaling.py",
     "tests/ray/test_tune_chaos.py",

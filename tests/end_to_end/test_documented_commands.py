@@ -1,7 +1,8 @@
 """The commands that the README and the pages show, given to a shell exactly as they are shown, in the order of a
 reader.
 
-The reader's folder holds a small world with what the pages speak of: `songs.parquet`, `log.parquet`, `song.mp3`,
+A line of `htcl` that ends by itself is parsed by the shell, and its command runs in a process that is shared by all of
+them (tests/worlds/command_process.py); servers and requests are processes as for a reader. The reader's folder holds a small world with what the pages speak of: `songs.parquet`, `log.parquet`, `song.mp3`,
 `gate.yaml`, songs that are called `SONG_ID`, `a` or `b`. Nothing of a line is changed or left out; the preset `demo` that
 lines name is one with short trainings (`SHORT`), in a copy of the package. The shipped one: tests/golden/demo.yaml,
 tests/end_to_end/test_demo.py. `NOT_HERE` lists what needs a cloud, Docker, Kubernetes, a cluster or another installation, each with the test that checks its files or
@@ -11,6 +12,7 @@ runs the same under other names.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -33,8 +35,10 @@ import soundfile
 import torch
 import yaml
 
+from htcl_ray.cli import build_parser
 from htcl_ray.demo_world import write_sample
 from tests.conftest import REPOSITORY
+from tests.worlds.command_process import CommandProcess, command_process
 from tests.worlds.documented_commands import PAGES, blocks, variables
 from tests.worlds.official_model import small_wrapper
 from tests.worlds.ray_head import environment
@@ -70,8 +74,9 @@ SHORT = {
     "audio": {"clip_seconds": 4.0},
     "pretrain": {"epochs": 2, "num_workers": 1},
     "finetune": {"epochs": 1, "num_workers": 1, "pairs_per_epoch": 128},
+    "tune": {"space": {"pretrain.learning_rate": [1e-3, 2e-3]}},
 }
-"""Changed keys of the preset `demo`: what is run here has to work, not to learn."""
+"""Changed keys of the preset `demo`: what is run here has to work, not to learn. A space of two points has two trials."""
 GATE = "bounds:\n  - {figure: text_to_audio.semantic.median_rank, at_most: 180}\n"
 """A gate that every model of the 180 songs passes, so that later lines use it; the reader's own, and in place of the shipped one."""
 
@@ -84,6 +89,7 @@ class Line(NamedTuple):
     data: str
 
 
+@functools.cache
 def lines() -> list[Line]:
     """Every command of the shell blocks, those of the README and of the page about one's own data first; continued
     lines are one."""
@@ -163,23 +169,49 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preset = folder / "htcl_ray/config/presets/demo.yaml"
     settings = yaml.safe_load(preset.read_text(encoding="utf-8"))
     for section, keys in SHORT.items():
-        settings[section].update(keys)
+        settings.setdefault(section, {}).update(keys)
     preset.write_text(yaml.safe_dump(settings), encoding="utf-8")
     (folder / "htcl_ray/evaluation/gate.yaml").write_text(GATE)
     return folder
 
 
+def reader(world: Path, package: Path) -> dict[str, str]:
+    """Environment variables of a reader's shell."""
+    path = os.pathsep.join([str(package), str(REPOSITORY)])
+    return {**environment(), "CURL_HOME": str(world), "PYTHONPATH": path}
+
+
 def shell(line: Line, world: Path, package: Path) -> dict[str, object]:
     """Arguments of subprocess for a line: bash in the reader's folder, with the page's `DATA`."""
-    path = os.pathsep.join([str(package), str(REPOSITORY)])
-    variables = {**environment(), "DATA": line.data, "CURL_HOME": str(world), "PYTHONPATH": path}
+    variables = {**reader(world, package), "DATA": line.data}
     return {"args": ["bash", "-euo", "pipefail", "-c", line.text], "cwd": world, "env": variables}
 
 
+def arguments_of(line: Line, folder: Path) -> list[str]:
+    """Arguments that bash gives to `htcl` in a line, which is this command and nothing else."""
+    listed = 'htcl() { printf "%s\\0" "$@"; }\n'
+    variables = {**environment(), "DATA": line.data}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", listed + line.text],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
 def run(line: Line, world: Path, package: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line to its end, and print how long it took: the durations of pytest show the sum only."""
+    """Run a line to its end in a shell."""
+    return subprocess.run(**shell(line, world, package), capture_output=True, text=True, timeout=3000, check=False)
+
+
+def run_step(line: Line, world: Path, process: CommandProcess) -> subprocess.CompletedProcess[str]:
+    """Run the command of a line, and print how long it took: the durations of pytest show the sum only."""
     started = time.monotonic()
-    done = subprocess.run(**shell(line, world, package), capture_output=True, text=True, timeout=3000, check=False)
+    done = process.run(arguments_of(line, world))
     print(f"{time.monotonic() - started:6.1f} s  {line.page}: {line.text}", flush=True)
     return done
 
@@ -219,17 +251,15 @@ def test_every_line_is_run_here_or_named():
 
 @pytest.fixture(scope="module")
 def steps(world: Path, package: Path) -> dict[Line, subprocess.CompletedProcess[str]]:
-    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning.
-
-    Each starts a private cluster: on a running one, the relative workspace that the pages show is refused.
-    """
+    """Every line of `htcl` but servers, run in order: from tables to reports, comparison, ablation, search and tuning."""
     done = {}
-    for line in here("htcl "):
-        if "RUN_A" in line.text:
-            with named(world / "workspace/reports", "RUN_A", "RUN_B"):
-                done[line] = run(line, world, package)
-        elif not re.match(SERVERS, line.text):
-            done[line] = run(line, world, package)
+    with command_process(world, reader(world, package)) as process:
+        for line in here("htcl "):
+            if "RUN_A" in line.text:
+                with named(world / "workspace/reports", "RUN_A", "RUN_B"):
+                    done[line] = run_step(line, world, process)
+            elif not re.match(SERVERS, line.text):
+                done[line] = run_step(line, world, process)
     return done
 
 
@@ -288,8 +318,22 @@ def _ready() -> bool:
         return False
 
 
+def different_servers() -> list[Line]:
+    """The lines that start a server, each server once: `htcl serve` reads nothing of `data` but which index is meant,
+    and the lines of `htcl search` have the same flags."""
+    chosen = {}
+    for line in here(SERVERS):
+        same: object = line.text
+        if line.text.startswith("htcl "):
+            options = build_parser().parse_args(arguments_of(line, REPOSITORY))
+            kept = [assignment for assignment in options.assignments if not assignment.startswith("data.")]
+            same = (options.preset, options.config, options.workspace, options.index, *kept)
+        chosen[same] = line
+    return list(chosen.values())
+
+
 @pytest.mark.usefixtures("steps")
-@pytest.mark.parametrize("line", here(SERVERS), ids=lambda line: f"{line.page}: {line.text[:30]}")
+@pytest.mark.parametrize("line", different_servers(), ids=lambda line: f"{line.page}: {line.text[:30]}")
 def test_servers_respond_to_every_documented_request(world: Path, package: Path, line: Line):
     requests = here("curl ")
     assert len(requests) >= 10
