@@ -24,6 +24,9 @@ from htcl_ray.config import PRESETS, Config, json_schema, resolve
 from htcl_ray.errors import ConfigError
 from htcl_ray.workspace.paths import absolute
 
+JOINT_SPACE = "pretrained"
+"""Name for `htcl finetune --from` of the joint space of the pretrained audio-text model."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -107,7 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _config(options: argparse.Namespace) -> Config:
     preset = options.preset or ("demo" if options.command == "demo" and not options.config else None)
     config = resolve(preset, options.config, options.assignments)
-    if getattr(options, "warm_start", None):
+    if getattr(options, "warm_start", None) == JOINT_SPACE and options.command == "finetune":
+        config = config.with_overrides({"pretrain.use_joint_space": True})
+    elif getattr(options, "warm_start", None):
         config = config.with_overrides({f"{options.command}.warm_start": options.warm_start})
     if options.workspace:
         config = config.with_overrides({"workspace": options.workspace})

@@ -41,7 +41,11 @@ def pretrain_flags(parser: argparse.ArgumentParser) -> None:
 def finetune_flags(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `htcl finetune`."""
     model_flag(parser)
-    from_flag(parser, "an earlier preference model, which is continued on newer pairs, with its own pairs mixed in")
+    from_flag(
+        parser,
+        "an earlier preference model, which is continued on newer pairs, with its own pairs mixed in, or 'pretrained': "
+        "the joint space of the pretrained audio-text model (pretrain.use_joint_space)",
+    )
 
 
 def from_flag(parser: argparse.ArgumentParser, what: str) -> None:

@@ -98,6 +98,8 @@ class Family:
     """Default of `audio.window_seconds`."""
     max_seconds: Callable[[Mapping[str, Any]], float | None] = lambda processor: None
     """Longest window that its processor takes whole, by the processor's file."""
+    joint: bool = False
+    """Whether its vectors are those of a space that it shares with a text tower of its own."""
 
 
 _TRANSFORMERS = "htcl_ray.extractors.transformers_audio"
@@ -111,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         "ClapExtractor",
         lambda config: int(config["projection_dim"]),
         max_seconds=lambda processor: float(processor.get("max_length_s", 10)),
+        joint=True,
     ),
     "audio-spectrogram-transformer": Family(
         _TRANSFORMERS,
@@ -126,9 +129,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "wav2vec2": Family(_TRANSFORMERS, "Wav2Vec2Extractor", lambda config: int(config["hidden_size"])),
     "hubert": Family(_TRANSFORMERS, "HubertExtractor", lambda config: int(config["hidden_size"])),
-    "pe_audio": Family(_TRANSFORMERS, "PeAudioExtractor", lambda config: int(config["text_config"]["hidden_size"])),
+    "pe_audio": Family(
+        _TRANSFORMERS, "PeAudioExtractor", lambda config: int(config["text_config"]["hidden_size"]), joint=True
+    ),
 }
 """Known kinds of encoders, by `model_type` in their `config.json`."""
+JOINT_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.joint)
 
 
 def find_extractor(recipe: AudioRecipe) -> tuple[Path, ExtractorRecord]:

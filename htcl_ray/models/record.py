@@ -31,6 +31,8 @@ class TextRecord(Settings):
     tokenizer of a model folder that brings none."""
     transformer: dict[str, Any]
     """Configuration of the transformers model, with `model_type`."""
+    joint: Literal["clap", "pe_audio"] | None = None
+    """Family of the audio-text model whose text tower and projection it is. None: a text model."""
 
 
 class ModelRecord(Settings):

@@ -31,6 +31,7 @@ from htcl_ray.pipelines.embed import embed
 from htcl_ray.pipelines.evaluate import evaluate, read_metrics
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.schemas import FORMAT_VERSION, Split
+from htcl_ray.training.joint_space import refuse_joint_space
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import MANIFEST, build_manifest, fingerprint
 from htcl_ray.workspace.storage import Workspace
@@ -94,6 +95,7 @@ def ablate(config: Config) -> StepResult:
 
 def train_variants(config: Config) -> list[tuple[Variant, Config, str]]:
     """Train and embed every variant; return each with its configuration and the version of its model."""
+    refuse_joint_space(config, "htcl evaluate --ablate")
     config = config.with_overrides({"gate.require": "off"})  # variants are never served
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from htcl_ray.config import Config
-from htcl_ray.config.sections import NOT_IN_MODEL, Require, StageSettings
+from htcl_ray.config.sections import NOT_IN_MODEL, PretrainSettings, Require, StageSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError, WorkspaceError
 from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.pipelines.events import plan_log
@@ -216,6 +216,8 @@ def _text_weights(config: Config) -> dict[str, str]:
 
 def determining_settings(settings: StageSettings) -> dict[str, Any]:
     """Settings of a stage that determine its model; those that only change where and how it runs are left out."""
+    if isinstance(settings, PretrainSettings) and settings.use_joint_space:  # then nothing is trained
+        return {name: getattr(settings, name) for name in ("use_joint_space", "loss", "temperature", "seed")}
     values = {
         name: value for name, value in settings.resolved().model_dump(mode="json").items() if name not in NOT_IN_MODEL
     }

@@ -14,6 +14,7 @@ from htcl_ray.pipelines.evaluate import check_columns, evaluate
 from htcl_ray.pipelines.index import build_index
 from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import check_cpus, finetune, pretrain
+from htcl_ray.training.joint_space import joint_space
 from htcl_ray.training.warm_start import check_source
 from htcl_ray.workspace.artifacts import StepResult
 from htcl_ray.workspace.storage import Workspace
@@ -103,7 +104,9 @@ def _check(config: Config, until: str, gate: str | None) -> None:
         read_gate(gate)
     if "evaluate" in reached:
         check_columns(config.evaluate.probe_columns)
-    if "pretrain" in reached:
+    if "pretrain" in reached and config.pretrain.use_joint_space:
+        joint_space(config)
+    elif "pretrain" in reached:
         check_cpus(config, "pretrain", config.pretrain)
         check_text_settings(config.text)
         check_source(Workspace(config.workspace), config, "pretrain")

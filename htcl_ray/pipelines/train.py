@@ -24,6 +24,7 @@ from htcl_ray.config import Config
 from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, StepError
 from htcl_ray.pipelines import inputs
+from htcl_ray.pipelines.joint_space import publish_joint_space
 from htcl_ray.training.runs import CHECKPOINT_LIST, best_epoch, is_resumable, score_order
 from htcl_ray.training.stage_run import StageRun, check_data, check_parent
 from htcl_ray.training.trackers import check_tracking
@@ -38,17 +39,23 @@ def pretrain(config: Config) -> StepResult:
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
     version = inputs.semantic_version(config, features.version)
+    if config.pretrain.use_joint_space:
+        return publish_joint_space(workspace, config, features, version)
     return _run(workspace, config, StageRun("pretrain", "semantic", config.pretrain, features, None, None, version))
 
 
 def finetune(config: Config, model: str | None = None) -> StepResult:
     """Stage 2: train the preference model from the semantic model `inputs.parent`.
 
-    Raises InputError before Ray starts.
+    With `pretrain.use_joint_space` that is made now, if it does not exist. Raises InputError before Ray starts.
     """
     workspace = Workspace(config.workspace)
     features = inputs.features(workspace, config)
     pairs = preference_pairs(workspace, config, features)
+    if config.pretrain.use_joint_space and model is None:
+        model = publish_joint_space(
+            workspace, config, features, inputs.semantic_version(config, features.version)
+        ).version
     parent = inputs.parent(workspace, config, features.version, model)
     check_parent(workspace, parent, config)
     _check_same_parent(workspace, config, parent)

@@ -76,10 +76,11 @@ class AudioSettings(AudioRecipe):
 
     tower: TowerName | None = None
     """Audio tower. Over log-mel frames: `transformer`, the paper's, for large catalogues, and `cnn`, 2-D convolutions
-    that learn from far fewer songs. Over vectors: `mlp` (of several vectors of a song, their mean) and
-    `window_transformer`, a small Transformer over the windows of a song. Null: `transformer` for `log_mel`,
-    `window_transformer` for `pretrained` and `mlp` for `vectors`. Setting `extractor` without `tower` resets it to
-    null."""
+    that learn from far fewer songs. Over vectors: `mlp` (of several vectors of a song, their mean),
+    `window_transformer`, a small Transformer over the windows of a song, and `residual`, the mean of unit-norm vectors
+    and a learned correction, which starts in the space of the vectors (`pretrain.use_joint_space`). Null: `transformer`
+    for `log_mel`, `window_transformer` for `pretrained` and `mlp` for `vectors`. Setting `extractor` without `tower`
+    resets it to null."""
 
     @property
     def recipe(self) -> AudioRecipe:
@@ -110,8 +111,9 @@ class TextSettings(Settings):
     """Text tower: a pretrained model, or a small one that is trained from scratch."""
 
     name_or_path: str | None = None
-    """BERT-like model: a name of the Hugging Face Hub or a local folder. Null: a small BERT and its WordPiece
-    vocabulary are trained from the texts of the catalogue."""
+    """BERT-like model, or an audio-text model (CLAP, PE-Audio) whose text tower and projection are used: a name of the
+    Hugging Face Hub or a local folder. Null: a small BERT and its WordPiece vocabulary are trained from the texts of
+    the catalogue."""
     pooling: Literal["pooler", "cls", "mean"] = "pooler"
     """Pooling of tokens to one vector. `pooler`: BERT's pooler over the first token, as in the paper (the first token
     in models without a pooler); `cls`: the first token; `mean`: the mean over tokens, for sentence encoders such as
@@ -159,6 +161,20 @@ class MlpSettings(Settings):
     """Size of the output of the tower."""
     dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout probability of the input, after standardisation, and of the hidden layers."""
+
+    @property
+    def num_layers(self) -> int:
+        """The number of linear layers."""
+        return len(self.hidden) + 1
+
+
+class ResidualSettings(Settings):
+    """Sizes of the `residual` tower, whose output has the size of a vector of its input."""
+
+    hidden: tuple[Annotated[int, Field(gt=0)], ...] = (512,)
+    """Sizes of the hidden layers of the correction that is added to the mean vector. Empty: one linear layer."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout probability of the correction: of its input and of its hidden layers."""
 
     @property
     def num_layers(self) -> int:
@@ -223,6 +239,7 @@ class ModelSettings(Settings):
     the mean of evenly spaced windows. Null: whole clips."""
     cnn: CnnSettings = CnnSettings()
     mlp: MlpSettings = MlpSettings()
+    residual: ResidualSettings = ResidualSettings()
     window_transformer: WindowTransformerSettings = WindowTransformerSettings()
 
     def layers_of(self, tower: TowerName) -> int:

@@ -206,6 +206,10 @@ class PretrainSettings(StageSettings):
     songs_per_epoch: int | None = Field(None, ge=2)
     """Number of songs per epoch; each epoch continues in the order where the previous one ended. Null: every training
     song once."""
+    use_joint_space: bool = False
+    """Whether stage 1 is skipped: the semantic model is then the joint space of the pretrained audio-text model that
+    `audio.name_or_path` and `text.name_or_path` name, as it is. Set by `htcl finetune --from pretrained`. Needs
+    `audio.extractor=pretrained`, `audio.tower=residual`, `model.head_hidden=[]` and the `model.dim` of that model."""
 
 
 class FinetuneSettings(StageSettings):

@@ -40,6 +40,9 @@ TOWERS = {
         ("pretrained", "vectors"),
         settings="window_transformer",
     ),
+    "residual": TowerEntry(
+        "htcl_ray.models.towers.residual", "ResidualTower", ("pretrained", "vectors"), settings="residual"
+    ),
 }
 
 DEFAULT_TOWERS: dict[Extractor, str] = {"log_mel": "transformer", "pretrained": "window_transformer", "vectors": "mlp"}

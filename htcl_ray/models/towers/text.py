@@ -164,15 +164,19 @@ def text_encoder_from_name(settings: TextSettings) -> TextEncoder:
     """
     from transformers import AutoModel, AutoTokenizer
 
+    from htcl_ray.models.towers.joint_text import joint_family, joint_text_from_name
+
     name = settings.name_or_path
-    _check_length(settings)
+    family = joint_family(_check_length(settings))
+    if family is not None:
+        return joint_text_from_name(settings, family)
     try:
         transformer, loading = AutoModel.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a damaged file makes transformers and safetensors raise any error  # noqa: BLE001
-        raise _unusable(name, error) from None
+        raise unusable(name, error) from None
     check_tokenizer(tokenizer, transformer.config.to_dict(), f"the tokenizer of the text model '{name}'")
     encoder = TextEncoder(transformer, tokenizer, settings)
     missing = sorted(set(loading["missing_keys"]) & set(transformer.state_dict()))
@@ -214,6 +218,10 @@ def text_encoder_from_scratch(settings: TextSettings, vocabulary: str) -> TextEn
 
 def text_encoder_from_record(record: TextRecord, tokenizer: Any | None) -> TextEncoder:
     """Build the tower that a record describes, with random weights."""
+    if record.joint is not None:
+        from htcl_ray.models.towers.joint_text import joint_text_from_record
+
+        return joint_text_from_record(record, tokenizer)
     return TextEncoder(transformer_from_config(record.transformer), tokenizer, record.settings)
 
 
@@ -245,37 +253,40 @@ def check_text_settings(settings: TextSettings) -> TextEncoder | None:
 
     A local folder is loaded and returned. Of a hub model only the configuration and the tokenizer are read.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     name = settings.name_or_path
     if name is None:
         return None
     if Path(name).is_dir():
         return text_encoder_from_name(settings)
-    _check_length(settings)
+    config = _check_length(settings)
+    config = getattr(config, "text_config", config)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as in text_encoder_from_name  # noqa: BLE001
-        raise _unusable(name, error) from None
+        raise unusable(name, error) from None
     check_tokenizer(tokenizer, config.to_dict(), f"the tokenizer of the text model '{name}'")
     return None
 
 
-def _check_length(settings: TextSettings) -> None:
-    """Raise ConfigError unless the model can be loaded and takes `max_tokens` tokens."""
+def _check_length(settings: TextSettings) -> Any:
+    """The configuration of the model. Raises ConfigError unless it can be loaded and takes `max_tokens` tokens."""
     from transformers import AutoConfig
+
+    from htcl_ray.models.towers.joint_text import max_tokens
 
     try:
         config = AutoConfig.from_pretrained(settings.name_or_path, trust_remote_code=False)
     except Exception as error:  # as in text_encoder_from_name  # noqa: BLE001
-        raise _unusable(settings.name_or_path, error) from None
-    limit = getattr(config, "max_position_embeddings", None)
+        raise unusable(settings.name_or_path, error) from None
+    limit = max_tokens(getattr(config, "text_config", config))
     if limit is not None and settings.max_tokens > limit:
         raise ConfigError(
             f"text.max_tokens is {settings.max_tokens}, "
             f"but the text model '{settings.name_or_path}' takes at most {limit}"
         )
+    return config
 
 
 def tokenizer_from_name(name: str | None, transformer: Mapping[str, Any]) -> Any:
@@ -377,7 +388,8 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
-def _unusable(name: str | None, error: Exception) -> ConfigError:
+def unusable(name: str | None, error: Exception) -> ConfigError:
+    """The error of a text model that cannot be loaded."""
     return ConfigError(
         f"the text model '{name}' cannot be loaded ({_reason(error)}); expected a hub name or folder of a BERT-like "
         "model with safetensors weights and its tokenizer, or text.name_or_path=null to train one from scratch"

@@ -23,6 +23,7 @@ from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.train import preference_pairs
 from htcl_ray.pipelines.tuning.trial import TrialJob, run_trial
 from htcl_ray.progress import print_line
+from htcl_ray.training.joint_space import refuse_joint_space
 from htcl_ray.training.song_numbers import Pairs, Songs, read_pairs, read_songs
 from htcl_ray.training.stage_run import StageRun, check_data, check_parent
 from htcl_ray.training.trackers import check_tracking
@@ -46,6 +47,8 @@ def tune(config: Config, model: str | None = None) -> StepResult:
     Raises InputError before any trial starts, and StepError when every trial failed.
     """
     started = time.monotonic()
+    if "pretrain" in config.tune.stages:
+        refuse_joint_space(config, "htcl tune")
     workspace = Workspace(config.workspace)
     study = f"runs/tune/{config.tune.name}"
     features, pairs, parent = _inputs(workspace, config, model)

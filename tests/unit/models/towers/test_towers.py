@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 
 WIDTH = 12
 """Mel bands, or numbers of a vector."""
-FRAMES = {"transformer": 60, "cnn": 60, "mlp": 9, "window_transformer": 9}
+FRAMES = {"transformer": 60, "cnn": 60, "mlp": 9, "window_transformer": 9, "residual": 9}
 """Most frames of a song, by tower."""
 
 
@@ -193,6 +193,22 @@ def test_input_statistics_against_numpy(name: str):
     assert state["standardisation.deviation"][3] == pytest.approx(1e-4 * frames.std(axis=0).max())
     tower.fit_input([(torch.ones(1, 1, WIDTH).double(), torch.tensor([1]))])  # a second stage keeps them
     np.testing.assert_allclose(tower.state_dict()["standardisation.mean"], frames.mean(axis=0))
+
+
+def test_the_residual_tower_against_numpy():
+    """The mean of unit-norm vectors, and what its MLP adds times the gate; a new tower gives the mean."""
+    tower = tower_class("residual")(record("residual")).double().eval()
+    features, valid = song(5), 3
+    unit = features[0, :valid].numpy()
+    mean = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(tower(features, torch.tensor([valid]))[0].detach(), mean, atol=1e-12)
+    with torch.no_grad():
+        tower.gate.copy_(torch.linspace(-1, 1, WIDTH))
+    weights = {name: weight.detach().numpy() for name, weight in tower.named_parameters()}
+    hidden = np.maximum(weights["layers.0.weight"] @ mean + weights["layers.0.bias"], 0)
+    change = weights["layers.1.weight"] @ hidden + weights["layers.1.bias"]
+    expected = mean + np.linspace(-1, 1, WIDTH) * change
+    np.testing.assert_allclose(tower(features, torch.tensor([valid]))[0].detach(), expected, atol=1e-7)
 
 
 def test_models_of_vectors_refuse_audio():
