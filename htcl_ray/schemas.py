@@ -121,6 +121,9 @@ class Metadata(BaseModel):
     )
     language: Annotated[list[str] | None, ColumnTraits()] = Field(None, description="Languages of the lyrics.")
     year: Annotated[int | None, ColumnTraits(player="year")] = Field(None, description="Year of release.")
+    isrc: Annotated[str | None, ColumnTraits(in_results=False)] = Field(
+        None, description="International Standard Recording Code of the recording, such as 'GBAYE0601498'."
+    )
 
 
 @dataclass(frozen=True)

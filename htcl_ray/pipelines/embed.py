@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from htcl_ray.cluster.connection import address_of, connect
 from htcl_ray.config import Config
 from htcl_ray.config.sections import AudioRecipe, Require
+from htcl_ray.config.sections.model import UNUSED
 from htcl_ray.errors import InputError, MismatchError, WorkspaceError
 from htcl_ray.extractors.families import check_encoder, feature_width, recorded_extractor
 from htcl_ray.index.vectors import ModelVersions, Vectors, check_unit_norm, concatenate, matrix_of
@@ -236,8 +237,9 @@ def embed_shards(
 def _check_recipe(workspace: Workspace, features: Artifact, model: Artifact) -> None:
     """Check that the model was trained on features of the same kind. Raises MismatchError."""
     of_model, of_features = model.manifest["config"]["audio"], features.manifest["config"]["audio"]
+    unused = UNUSED[of_features.get("extractor", "log_mel")]
     for key in AudioRecipe.model_fields:
-        if of_model.get(key) != of_features.get(key):
+        if key not in unused and of_model.get(key) != of_features.get(key):
             raise MismatchError(
                 f"model {model.version} was trained with audio.{key}={of_model.get(key)}, but the features "
                 f"{features.version} were made with {of_features.get(key)}; run 'htcl preprocess' with the model's "

@@ -172,10 +172,9 @@ def _of_features(workspace: Workspace, kind: str, features_version: str) -> list
 def _made_with(candidates: list[Artifact], config: Config, section: str) -> list[Artifact]:
     """The artifacts that were made with the configured section. Raises MismatchError when none was.
 
-    Of `audio`, only the recipe counts: features do not depend on the tower.
+    Of `audio`, only the settings that change the features count.
     """
-    settings = config.audio.recipe if section == "audio" else getattr(config, section)
-    configured = settings.model_dump(mode="json")
+    configured = config.audio.determining if section == "audio" else getattr(config, section).model_dump(mode="json")
     used = {item.version: {key: item.manifest["config"][section].get(key) for key in configured} for item in candidates}
     fitting = [item for item in candidates if used[item.version] == configured]
     if fitting:

@@ -98,7 +98,7 @@ def plan_features(config: Config) -> FeaturesPlan:
     if config.data.split_column is None:
         splits = group_splits(artist_groups(usable["artist"]), config.data.split_shares)
         usable = usable.set_column(usable.schema.get_field_index("split"), "split", splits)
-    made_by = recipe.model_dump(mode="json"), extractor and extractor.model_dump(mode="json")
+    made_by = recipe.determining, extractor and extractor.model_dump(mode="json")
     own, other = (
         fingerprint(FORMAT_VERSION, inputs, made_by, settings, ffmpeg) for ffmpeg in (has_ffmpeg, not has_ffmpeg)
     )

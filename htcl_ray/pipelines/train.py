@@ -24,7 +24,7 @@ from htcl_ray.config import Config
 from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, StepError
 from htcl_ray.pipelines import inputs
-from htcl_ray.pipelines.joint_space import publish_joint_space
+from htcl_ray.pipelines.publish_joint_space import publish_joint_space
 from htcl_ray.training.runs import CHECKPOINT_LIST, best_epoch, is_resumable, score_order
 from htcl_ray.training.stage_run import StageRun, check_data, check_parent
 from htcl_ray.training.trackers import check_tracking

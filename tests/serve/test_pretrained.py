@@ -90,20 +90,20 @@ def test_an_upload_has_the_vectors_that_embed_gave_the_song(client: httpx.Client
     config, ids, folder = made
     index = SearchService.open(config, encoder=False).index
     files = sorted((folder / "music").iterdir())
-    found = []
+    hits = []
     for file in files[:3]:
         response = client.post("/v1/search/audio", files={"file": (file.name, file.read_bytes())}, data={"k": "1"})
         assert response.status_code == 200, response.text
         best = response.json()["results"][0]
-        found.append(best["song_id"])
+        hits.append(best["song_id"])
         given = client.post("/v1/embeddings", files={"file": (file.name, file.read_bytes())}).json()
         stored = index.vectors_of([best["song_id"]])
         for space, vector in (("semantic", stored.semantic[0]), ("preference", stored.preference[0])):
             np.testing.assert_allclose(given[space], vector, atol=2e-3)
     paths = dict(zip(*pq.read_table(folder / "catalog.parquet").select(["song_id", "audio_path"]), strict=True))
     names = {song.as_py(): Path(path.as_py()).name for song, path in paths.items()}
-    assert [names[song] for song in found] == [file.name for file in files[:3]]
-    assert set(found) <= set(ids)
+    assert [names[song] for song in hits] == [file.name for file in files[:3]]
+    assert set(hits) <= set(ids)
 
 
 def test_the_semantic_space_is_the_models_own(client: httpx.Client, made: tuple[Config, list[str], Path]):

@@ -24,6 +24,18 @@ SONGS = 40
 USERS = 24
 SPLITS = ("train", "test")
 
+ENCODER = {
+    "name_or_path": "some/encoder",
+    "family": "clap",
+    "fingerprint": "0123456789abcdef",
+    "width": 512,
+    "sample_rate": 48_000,
+    "window_seconds": 10.0,
+    "hop_seconds": 10.0,
+    "licence": "apache-2.0",
+}
+"""Record of an encoder in the manifest of the features, of which the report states the licence."""
+
 
 def split_of(i: int) -> str:
     return SPLITS[i % 2]
@@ -84,9 +96,8 @@ def write_split_features(config: Config, audio: Path) -> None:
     table = pa.table(columns, schema=features_schema(recipe.max_frames, recipe.n_mels))
     for shard in range(2):
         workspace.write_table(f"features/features-1/shard-{shard:05d}.parquet", table.slice(shard * 20, 20))
-    workspace.finish(
-        "features/features-1", build_manifest("features", config=config.model_dump(mode="json"), inputs={})
-    )
+    manifest = build_manifest("features", config=config.model_dump(mode="json"), inputs={}, extractor=ENCODER)
+    workspace.finish("features/features-1", manifest)
 
 
 def write_embeddings(config: Config, model: str | None = None) -> None:

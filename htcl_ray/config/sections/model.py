@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from htcl_ray.config.sections.base import Settings
 from htcl_ray.models.towers.registry import DEFAULT_TOWERS, TOWERS, Extractor, TowerName
+
+LOG_MEL_ONLY = ("sample_rate", "n_fft", "hop_length", "n_mels", "f_min", "f_max", "top_db")
+"""Keys that change log-mel frames only; a pretrained encoder has a sample rate of its own."""
+ENCODER_ONLY = ("name_or_path", "window_seconds", "hop_seconds")
+"""Keys that change the vectors of a pretrained encoder only."""
+UNUSED: dict[Extractor, tuple[str, ...]] = {
+    "log_mel": ENCODER_ONLY,
+    "pretrained": LOG_MEL_ONLY,
+    "vectors": (*LOG_MEL_ONLY, *ENCODER_ONLY, "clip_seconds", "min_seconds"),
+}
+"""Keys of the recipe that do not change the features of an extractor."""
 
 
 class AudioRecipe(Settings):
@@ -43,6 +54,16 @@ class AudioRecipe(Settings):
     that suits the encoder."""
     hop_seconds: float | None = Field(None, gt=0)
     """Distance in seconds between the starts of windows of the pretrained encoder. Null: `window_seconds`."""
+
+    @property
+    def determining(self) -> dict[str, Any]:
+        """The settings that change the features of this extractor, as JSON."""
+        unused = set(UNUSED[self.extractor])
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if name in AudioRecipe.model_fields and name not in unused
+        }
 
     @property
     def max_samples(self) -> int:

@@ -16,7 +16,7 @@ class ResidualTower(AudioTower):
     """Several vectors of a joint space → one vector of the same space; an MLP of their mean learns what to add to it.
 
     What is added is multiplied by a gate that begins at zero (ReZero, arXiv 2003.04887), so a new tower gives the mean
-    itself. There is no standardisation, which would leave the joint space.
+    itself. Vectors are not standardised, which would leave the joint space.
     """
 
     def __init__(self, record: ModelRecord) -> None:

@@ -6,8 +6,6 @@ Code from a model's folder or hub page is never executed.
 from __future__ import annotations
 
 import copy
-import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from htcl_ray.config.sections import TextSettings
 from htcl_ray.errors import ConfigError, InputError, MismatchError
 from htcl_ray.models.record import TextRecord
+from htcl_ray.models.towers.text_coverage import known_share
 from htcl_ray.models.towers.vocabulary import SPECIAL_TOKENS
 from htcl_ray.models.weights import check_numbers
 
@@ -34,8 +33,6 @@ UNKNOWN_TEXT = "\u2042 \u13a0 qxzj"
 """Text that is in hardly any vocabulary; a WordPiece tokenizer without [UNK] fails on it."""
 MAX_UNKNOWN_SHARE = 0.5
 """Largest accepted share of unknown tokens in a catalogue's song texts."""
-SYLLABLES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL SYLLABLE")
-"""Unicode names of characters that are a word or a syllable each begin with one of these."""
 
 
 class TextEncoder(nn.Module):
@@ -93,7 +90,7 @@ class TextEncoder(nn.Module):
             return np.array([1 - ids.count(unknown) / len(ids) if ids else 0.0 for ids in read])
         return np.array(
             [
-                _known_share(text, encoded.word_ids(row), [number not in special for number in ids], offsets)
+                known_share(text, encoded.word_ids(row), [number not in special for number in ids], offsets)
                 for row, (text, ids, offsets) in enumerate(
                     zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
                 )
@@ -129,31 +126,6 @@ class NoTextEncoder(TextEncoder):
             "this model is an audio encoder alone and has no text tower; "
             "expected audio, or a model of both to embed text"
         )
-
-
-def _known_share(
-    text: str, words: Sequence[int | None], known: Sequence[bool], offsets: Sequence[tuple[int, int]]
-) -> float:
-    """Compute `TextEncoder.coverage` of one text.
-
-    Per token: `words`, the word it belongs to; `known`, whether it is not special; `offsets`, its place in the text.
-    """
-    tokens_of, tokens_at = Counter(words), Counter(offsets)
-    counts = [unicodedata.category(character)[0] in "LNS" for character in text]
-    covered = [False] * len(text)
-    for word, is_known, (start, end) in zip(words, known, offsets, strict=True):
-        whole_word, whole_syllable = tokens_of[word] == 1, tokens_at[start, end] == 1 and _is_syllable(text[start:end])
-        if word is not None and is_known and (sum(counts[start:end]) > 1 or whole_word or whole_syllable):
-            covered[start:end] = [True] * (end - start)
-    read = max((end for _, end in offsets), default=0)
-    counted = [is_covered for is_covered, count in zip(covered[:read], counts, strict=False) if count]
-    return sum(counted) / len(counted) if counted else 0.0
-
-
-def _is_syllable(piece: str) -> bool:
-    return unicodedata.name(piece.strip()[:1] or " ", "").startswith(
-        SYLLABLES
-    )  # SentencePiece adds the space before a word to it
 
 
 def text_encoder_from_name(settings: TextSettings) -> TextEncoder:

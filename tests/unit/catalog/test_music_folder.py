@@ -352,6 +352,12 @@ class TestCommand:
         assert catalog.rejected.num_rows == 0
         assert "Loose; Ben; Folk" in catalog.songs["text"].to_pylist()
 
+    def test_the_recording_code_is_metadata_of_the_song(self, tmp_path: Path):
+        mp3(tmp_path / "music" / "a.mp3", text_frame("TIT2", "Title"), text_frame("TSRC", "DEABC8700001"))
+        out = tmp_path / "catalog.parquet"
+        assert cli.main(["import", "folder", str(tmp_path / "music"), "--out", str(out)]) == 0
+        assert read_catalog(DataSettings(catalog=[str(out)])).songs["isrc"].to_pylist() == ["DEABC8700001"]
+
     def test_a_second_import_replaces_the_first(self, music: Path, tmp_path: Path):
         out = tmp_path / "catalog.parquet"
         assert cli.main(["import", "folder", str(music), "--out", str(out)]) == 0

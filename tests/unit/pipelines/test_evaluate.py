@@ -32,7 +32,7 @@ from htcl_ray.pipelines.index import build_index
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import build_manifest
 from htcl_ray.workspace.storage import Workspace
-from tests.worlds.evaluated_workspace import SONGS, encode_features, grow, write_embeddings, write_evaluated
+from tests.worlds.evaluated_workspace import ENCODER, SONGS, encode_features, grow, write_embeddings, write_evaluated
 from tests.worlds.small_workspace import write_models
 
 pytestmark = pytest.mark.unit
@@ -81,6 +81,12 @@ def values(report: dict, task: str, metric: str) -> dict[str, float]:
         for method, of_method in report["tasks"][task]["methods"].items()
         if metric in of_method
     }
+
+
+def test_the_report_names_the_encoder_and_its_licence(evaluated: tuple[Config, StepResult]):
+    report = read(evaluated[1])
+    assert report["encoder"] == ENCODER
+    assert report["encoder"]["licence"] == "apache-2.0"
 
 
 def test_report_holds_every_task_and_method(evaluated: tuple[Config, StepResult]):

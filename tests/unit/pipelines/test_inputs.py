@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from htcl_ray.config import Config, resolve
-from htcl_ray.config.sections import Require
+from htcl_ray.config.sections import AudioRecipe, Require
 from htcl_ray.errors import ConfigError, GateError, InputError, MismatchError, WorkspaceError
 from htcl_ray.pipelines import inputs
 from htcl_ray.pipelines.embed import plan
@@ -369,3 +369,21 @@ def test_the_tower_changes_the_model_and_not_the_features(folder: Path):
     assert inputs.features(workspace, without_catalog).version == "v1"
     with pytest.raises(MismatchError, match=r"were made with audio\.n_mels=128, but the configuration says 64"):
         inputs.features(workspace, without_catalog.with_overrides({"audio.n_mels": 64}))
+
+
+def test_settings_of_other_extractors_do_not_change_features(folder: Path):
+    """Neither those of given vectors nor their fingerprint know of mel bands; those of log-mel frames do."""
+    (folder / "songs.csv").write_text('song_id,title,genre,vector\na,One,jazz,"[1, 2]"\nb,Two,rock,"[3, 1]"\n')
+    mel = {"audio.n_mels": 40, "audio.n_fft": 1024, "audio.clip_seconds": 7.0, "audio.sample_rate": 8000}
+    vectors = configured(audio__extractor="vectors")
+    other = vectors.with_overrides({**mel, "audio.hop_seconds": 3.0})
+    assert other.audio.determining == {"extractor": "vectors"}
+    assert plan_features(vectors).versions == plan_features(other).versions
+    workspace = Workspace(vectors.workspace)
+    workspace.finish("features/v1", build_manifest("features", config=vectors.model_dump(mode="json"), inputs={}))
+    assert inputs.features(workspace, other.with_overrides({"data.catalog": []})).version == "v1"
+
+    encoder = AudioRecipe(extractor="pretrained", name_or_path="some/encoder", n_mels=40).determining
+    assert set(encoder) == {"extractor", "clip_seconds", "min_seconds", "name_or_path", "window_seconds", "hop_seconds"}
+    log_mel = AudioRecipe().determining
+    assert set(AudioRecipe.model_fields) - set(log_mel) == {"name_or_path", "window_seconds", "hop_seconds"}

@@ -17,7 +17,7 @@ from htcl_ray.extractors.families import JOINT_FAMILIES
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.text import text_encoder_from_name
 from htcl_ray.pipelines import inputs
-from htcl_ray.pipelines.joint_space import publish_joint_space
+from htcl_ray.pipelines.publish_joint_space import publish_joint_space
 from htcl_ray.pipelines.run import run
 from htcl_ray.pipelines.train import pretrain
 from htcl_ray.training.joint_space import joint_model, joint_space, refuse_joint_space
@@ -149,7 +149,7 @@ REFUSED = {
         "of the kind 'audio-spectrogram-transformer', which has no text tower",
     ),
     "no text model": ({"text.name_or_path": None}, ConfigError, r"text\.name_or_path is not set"),
-    "log-mel": ({"audio.extractor": "log_mel"}, ConfigError, r"audio\.extractor is log_mel"),
+    "log-mel": ({"audio.extractor": "log_mel", "audio.tower": "cnn"}, ConfigError, r"audio\.extractor is log_mel"),
     "a warm start": ({"pretrain.warm_start": "model"}, ConfigError, r"pretrain\.warm_start has no use"),
 }
 
