@@ -26,7 +26,8 @@ from tests.worlds.tiny_encoders import BUILDERS
 
 pytestmark = pytest.mark.serve
 
-CLIPS = 8
+NAMES = [f"{first} {second}" for first in ("calm", "slow", "fast", "loud") for second in ("piano", "guitar")]
+"""File names, and so titles, of words that the tiny model knows."""
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +37,19 @@ def made(
     """`htcl import folder`, then `htcl run` with the joint space of a tiny CLAP and one epoch of stage 2."""
     folder = tmp_path_factory.mktemp("own-music")
     with open(shared_data / "music.csv", encoding="utf-8", newline="") as file:
-        paths = [row["audio_path"] for row in csv.DictReader(file)][:: 88 // CLIPS][:CLIPS]
+        paths = [row["audio_path"] for row in csv.DictReader(file)][:: 88 // len(NAMES)][: len(NAMES)]
     (folder / "music").mkdir()
-    for path in paths:
-        (folder / "music" / Path(path).name).symlink_to(shared_data / path)
+    for path, name in zip(paths, NAMES, strict=True):
+        (folder / "music" / f"{name}{Path(path).suffix}").symlink_to(shared_data / path)
     assert cli.main(["import", "folder", str(folder / "music"), "--out", str(folder / "catalog.parquet")]) == 0
     ids = pq.read_table(folder / "catalog.parquet")["song_id"].to_pylist()
-    assert len(ids) == CLIPS
+    assert len(ids) == len(NAMES)
     random = np.random.default_rng(0)
     with open(folder / "log.csv", "w", encoding="utf-8", newline="") as file:
         log = csv.writer(file)
         log.writerow(["user_id", "trigger_song_id", "song_id", "feedback", "timestamp"])
         for event in range(240):
-            first, second = random.choice(CLIPS, 2, replace=False)
+            first, second = random.choice(len(NAMES), 2, replace=False)
             log.writerow([f"user-{event % 20}", ids[first], ids[second], "like", 1_700_000_000 + 3600 * event])
     torch.manual_seed(0)
     BUILDERS["clap"](folder / "clap")
