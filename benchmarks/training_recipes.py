@@ -507,10 +507,10 @@ def semantics(model: HTCL, audio: np.ndarray, world: World, texts: list[str]) ->
     held_out = audio[world.test]
     scores = held_out @ model.embed_text(names).numpy().T
     queries = [(f"g{genre}", f"m{mood}") for genre in range(GENRES) for mood in range(MOODS)]
-    found = model.embed_text(["; ".join(query) for query in queries]).numpy() @ held_out.T
+    scores = model.embed_text(["; ".join(query) for query in queries]).numpy() @ held_out.T
     tags = np.array([(world.texts[song]["genre"], world.texts[song]["mood"]) for song in world.test])
     hits = [
-        np.mean((tags[np.argsort(-row)[:10]] == query).all(axis=1)) for row, query in zip(found, queries, strict=True)
+        np.mean((tags[np.argsort(-row)[:10]] == query).all(axis=1)) for row, query in zip(scores, queries, strict=True)
     ]
     return {
         "genre": float((scores.argmax(axis=1) == world.genre[world.test]).mean()),
