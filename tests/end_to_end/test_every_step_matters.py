@@ -30,8 +30,9 @@ STAGE_TWO_GAIN = "cold.preference.ndcg@10"
 RETENTION = ("probe_genre.preference.accuracy", "text_to_audio.preference.recall@10")
 """Bounds of the shipped gate. In a world this small, stage 2 may fail to show its gain or to keep what stage 1 knew."""
 WORLD = {"songs": 500, "artists": 100, "users": 400, "seed": 5, "seconds": 4.0}
-EPOCHS = {"pretrain__epochs": 24, "finetune__epochs": 8}
-"""Of every run but those that show it in less; enough for the baseline to be far from chance."""
+EPOCHS = {"pretrain__epochs": 16, "finetune__epochs": 4, "finetune__pairs_per_epoch": 2048}
+"""Of every run but those that show it in less. With worlds of the seeds 5, 6 and 7, the median rank is at .14, .07 and
+.09 of the gallery, the probe .58, .69 and .50, and the user AUC .67, .71 and .73."""
 
 
 @pytest.fixture(scope="module")
