@@ -11,6 +11,7 @@ from torch import Tensor
 
 from htcl_ray.models import HTCL
 from htcl_ray.models.towers.vocabulary import train_wordpiece
+from htcl_ray.training import length_groups as groups_module
 from htcl_ray.training.batches import Batch, encode
 from htcl_ray.training.length_groups import ACCEPTED_PADDING, GROUP_COST, LEVELS, length_groups, padded_share
 from tests.worlds.synthetic_features import tiny_config
@@ -39,7 +40,7 @@ def all_groupings(lengths: Tensor) -> list[list[Tensor]]:
 @pytest.mark.parametrize("group_cost", [0.0, 0.5, 2.0, 5.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_cheapest_of_all_groupings(seed: int, group_cost: float):
-    lengths = torch.from_numpy(np.random.default_rng(seed).integers(1, 60, 9))
+    lengths = torch.from_numpy(np.random.default_rng(seed).integers(1, 600, 9))
     groups = length_groups(lengths, group_cost)
     assert sorted(torch.cat(groups).tolist()) == list(range(9))
     longest = [int(lengths[group].max()) for group in groups]
@@ -52,6 +53,11 @@ def test_little_padding_is_not_worth_a_second_group():
     assert padded_share(lengths, [torch.arange(6)]) <= ACCEPTED_PADDING
     [group] = length_groups(lengths, 0.0)
     assert group.tolist() == list(range(6)), "rows stay in their order, and so do sums over them"
+
+
+def test_short_rows_stay_in_one_group():
+    [group] = length_groups(torch.tensor([64] * 40 + [8] * 40), 0.0)
+    assert group.tolist() == list(range(80))
 
 
 def test_previews_among_whole_songs():
@@ -70,6 +76,7 @@ def test_encoding_in_groups_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     mel = torch.from_numpy(np.random.default_rng(0).normal(-40, 12, (6, 32, 16)))
     batch = Batch(mel, valid, model.text_encoder.tokenize(texts), torch.zeros(6, 3, dtype=torch.int64))
     monkeypatch.setitem(GROUP_COST, "cpu", 0.3)
+    monkeypatch.setattr(groups_module, "SHORT", 0)
     assert [len(group) for group in length_groups(valid, 0.3)] == [3, 3]
     assert len(length_groups(batch.lengths_of_texts(), 0.3)) > 1
     audio, text = encode(model, batch)
