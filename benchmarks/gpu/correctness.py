@@ -53,12 +53,11 @@ SHALLOW = 2
 """Layers of both towers where depth adds only time."""
 BOUNDS: dict[Precision, dict[str, float]] = {
     "fp32": {"embeddings": 1e-4, "losses": 1e-4, "gradients": 2e-3},
-    "tf32": {"embeddings": 1e-2, "losses": 1e-2, "gradients": 5e-1},
+    "tf32": {"embeddings": 1e-2, "losses": 1e-2, "gradients": 1e-1},
     "bf16": {"embeddings": 5e-2, "losses": 5e-2, "gradients": 5e-1},
 }
 """Largest accepted relative difference from fp32 on the CPU. Gradients of a random model's contrastive loss are small
-differences of large numbers, so they lose more than the unit roundoff (2⁻²⁴, 2⁻¹¹, 2⁻⁸). With TF32 throughout, the
-logits lose as well, which training never does: 0.16 were seen in the text tower in stage 2, with bf16 towers 0.27."""
+differences of large numbers, so they lose more than the unit roundoff (2⁻²⁴, 2⁻¹¹, 2⁻⁸)."""
 COMPILED_BOUND = 1.5
 """Embeddings and gradients of a compiled step may differ from fp32 by this many times what those of the eager one
 do."""

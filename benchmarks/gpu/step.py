@@ -31,7 +31,7 @@ from benchmarks.synthetic_songs import MIXED_LENGTHS, World
 from htcl_ray.models import HTCL
 from htcl_ray.models.flops import TRAINING_PASSES, ForwardFlops, peak_tflops
 from htcl_ray.training.batches import Batch, BatchLoader, encode
-from htcl_ray.training.length_groups import GROUP_COST, length_groups
+from htcl_ray.training.length_groups import GROUP_COST
 from htcl_ray.training.optimization import build_optimizer
 
 COMPILED, EAGER, ONE_GROUP = "ours", "ours, not compiled", "ours, one group"
@@ -174,22 +174,16 @@ class Bench:
         rate, tflops = len(batch) / median, TRAINING_PASSES * sides.flops.of(frames, tokens) / median / 1e12
         self.songs_per_second[side] = rate
         if side in (COMPILED, EAGER):
-            micros = torch.split(batch.valid_frames, MICRO_BATCH if self.part.on_gpu else TOY_MICRO_BATCH)
-            groups = [length_groups(micro, GROUP_COST[self.part.kind]) for micro in micros]
-            computed = sum(
-                len(group) * int(micro[group].max())
-                for micro, of_micro in zip(micros, groups, strict=True)
-                for group in of_micro
-            )
+            padded = batch.padded_share(MICRO_BATCH if self.part.on_gpu else TOY_MICRO_BATCH)
         else:
             longest = batch.features.shape[1] if side == ONE_GROUP else self.world(clips).config.audio.max_frames
-            computed = longest * len(frames)
+            padded = 1 - sum(frames) / (longest * len(frames))
         values = {
             "songs_per_second": rate,
             "seconds_per_step": {"median": median, "least": min(seconds), "most": max(seconds), "steps": len(seconds)},
             "model_tflops": tflops,
             "mfu": tflops / self.peak if self.peak else None,
-            "padded_share": 1 - sum(frames) / computed,
+            "padded_share": padded,
             "share_of_time_without_gpu_work": idle,
             "memory_before_gb": held,
             "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.part.on_gpu else None,

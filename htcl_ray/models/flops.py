@@ -24,6 +24,8 @@ PEAK_TFLOPS = {
     "A10": 125,
 }
 """Dense bf16 by part of the device's name, from the vendors' data sheets; the first that matches."""
+STRIDE = 16
+"""Lengths that are counted are multiples of it, so that no tower's strides (8 and 16) round them."""
 TRAINING_PASSES = 3
 """Forward and backward cost three forward passes: each product has two gradients of its own size. Recomputation is not
 counted."""
@@ -54,7 +56,9 @@ class ForwardFlops:
 
 
 def _parabola(count: Callable[[int], int], longest: int) -> np.ndarray:
-    lengths = sorted({1 + (longest - 1) // 4, 1 + (longest - 1) // 2, longest})
+    least = max(1, longest // 4)
+    least -= least % STRIDE if least > STRIDE else 0
+    lengths = [least, 2 * least, 4 * least] if longest >= 4 else sorted({1, longest})
     return np.polyfit(lengths, [count(length) for length in lengths], len(lengths) - 1)
 
 

@@ -91,9 +91,14 @@ class Batch:
         attended = self.tokens["attention_mask"]
         return (attended * torch.arange(1, attended.shape[1] + 1)).amax(dim=1)
 
-    def padded_share(self) -> float:
-        """Share of the computed frames that are padding: 0 to 1. See `length_groups`."""
-        groups = length_groups(self.valid_frames, GROUP_COST[self.features.device.type])
+    def padded_share(self, songs_at_once: int | None = None) -> float:
+        """Share of the computed frames that are padding, 0 to 1, when so many songs are encoded at once (None: all).
+
+        See `length_groups`.
+        """
+        cost, size = GROUP_COST[self.features.device.type], songs_at_once or len(self)
+        parts = [(start, self.valid_frames[start : start + size]) for start in range(0, len(self), size)]
+        groups = [start + group for start, lengths in parts for group in length_groups(lengths, cost)]
         return padded_share(self.valid_frames, groups)
 
 

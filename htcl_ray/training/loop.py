@@ -110,7 +110,7 @@ def train(
         ]
         for songs in _timed(loader.stream(own, epoch), sums["seconds_waiting_for_data"]):
             set_learning_rate(optimizer, learning_rate_factor(step, settings.epochs * steps, settings))
-            sums["padded_share"] += songs.padded_share()
+            sums["padded_share"] += songs.padded_share(micro_batch_size and micro_batch_size * task.songs_per_row)
             operations = TRAINING_PASSES * flops.of(songs.valid_frames, songs.lengths_of_texts())
             sums["tflop_a_song"] += operations / len(songs) / 1e12
             terms = compute_gradients(model, songs.to(device), task, micro_batch_size)

@@ -85,6 +85,14 @@ def test_encoding_in_groups_changes_nothing(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(torch.stack([audio[row], text[row]]), torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
+def test_padded_share_of_micro_batches():
+    """Two songs of a micro-batch are too few for a second group, eight are not."""
+    valid = torch.tensor([400, 100, 100, 400, 400, 100, 100, 100])
+    batch = Batch(torch.zeros(8, 400, 1), valid, {"attention_mask": torch.ones(8, 3)}, torch.zeros(8, 3))
+    assert batch.padded_share() == 0
+    assert batch.padded_share(2) == pytest.approx(1 - 1700 / (4 * 800 - 2 * 300))
+
+
 def test_texts_padded_on_the_left_stay_whole():
     mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
     batch = Batch(torch.zeros(2, 4, 8), torch.tensor([4, 4]), {"attention_mask": mask}, torch.zeros(2, 3))
