@@ -206,9 +206,12 @@ def _search(config: Config, options: argparse.Namespace) -> None:
 
 
 def _import(config: Config, options: argparse.Namespace) -> None:
-    from htcl_ray.commands.import_folder import import_folder
+    from htcl_ray.commands.import_catalog import import_dataset, import_folder
 
-    import_folder(absolute(options.path), absolute(options.out))
+    if options.source == "folder":
+        import_folder(absolute(options.path), absolute(options.out))
+    else:
+        import_dataset(options.source, absolute(options.path), absolute(options.out))
 
 
 def _import_official(config: Config, options: argparse.Namespace) -> None:
@@ -231,7 +234,7 @@ COMMANDS: dict[str, Command] = {
         flags.run_flags,
     ),
     "import": Command(
-        "make a catalogue from a folder of music files, by their tags and paths",
+        "make a catalogue from a folder of music files, or a catalogue and a log from a public data set",
         _import,
         flags.import_flags,
         on_cluster=False,

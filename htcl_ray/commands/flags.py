@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-IMPORT_SOURCES = ("folder",)
+IMPORT_SOURCES = ("folder", "jamendo", "fma", "melon", "music4all-onion", "yambda", "listenbrainz")
 RUN_STEPS = ("preprocess", "pretrain", "finetune", "embed", "index", "evaluate")
 """The steps of `htcl run`, in their order."""
 
@@ -130,13 +130,19 @@ def demo_flags(parser: argparse.ArgumentParser) -> None:
 
 def import_flags(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `htcl import`."""
-    parser.add_argument("source", choices=IMPORT_SOURCES, help="what is imported: folder, a folder of music files")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        choices=IMPORT_SOURCES,
+        help=f"folder: music files, by their tags and paths; or a public data set: {', '.join(IMPORT_SOURCES[1:])}",
+    )
     parser.add_argument("path", metavar="DIR", help="the folder; its subfolders are read too")
     parser.add_argument(
         "--out",
         metavar="FILE.parquet",
         default="catalog.parquet",
-        help="the catalogue to write (default ./catalog.parquet); rejected.csv is written next to it",
+        help="the catalogue to write (default ./catalog.parquet); rejected.csv, or interactions.parquet of a "
+        "data set, is written next to it",
     )
 
 

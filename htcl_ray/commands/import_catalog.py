@@ -1,17 +1,22 @@
-"""`htcl import folder`: a folder of music files → a catalogue table, and a table of the files that cannot be read."""
+"""`htcl import`: a folder of music files, or a public data set → a catalogue table and its log."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
+import os
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from htcl_ray.catalog import public_datasets
 from htcl_ray.catalog.music_folder import ImportedFolder, Listing, Rejected, count_reasons, list_music, read_songs
 from htcl_ray.errors import TableError, WorkspaceError
-from htcl_ray.progress import Progress
+from htcl_ray.progress import Progress, Throttle
 from htcl_ray.workspace.filesystem import storage_errors
 from htcl_ray.workspace.local_copies import write_atomically
 from htcl_ray.workspace.paths import is_uri
@@ -19,6 +24,7 @@ from htcl_ray.workspace.paths import is_uri
 MADE_BY = b"htcl import"
 """Key of the Parquet metadata that marks a catalogue as one that may be overwritten."""
 REJECTED = "rejected.csv"
+LOG = "interactions.parquet"
 HEADER = ",".join(Rejected._fields).encode()
 EXTENSIONS_SHOWN = 5
 
@@ -45,6 +51,85 @@ def import_folder(folder: str, out: str) -> None:
     _print(folder, target, listing, imported)
 
 
+def import_dataset(name: str, folder: str, out: str) -> None:
+    """Write the catalogue of the public data set `name` to the Parquet file `out`, and its log next to it.
+
+    Tables are written piece by piece; a file appears when it is whole. Prints what was imported and left out, and the
+    next command. Raises TableError for a folder without the published files, WorkspaceError for an `out` that is not to
+    be overwritten.
+    """
+    if is_uri(folder) or is_uri(out):
+        raise TableError(f"htcl import {name} reads and writes local folders, but was given {folder} and {out}")
+    if not Path(folder).is_dir():
+        raise TableError(f"{folder} is no folder; expected the folder of the unpacked data set")
+    target = Path(out)
+    log = target.with_name(LOG)
+    _check_target(target)
+    _check_overwritten(log)
+    try:
+        dataset = public_datasets.DATASETS[name](Path(folder))
+        songs, columns = _write_stream(target, dataset.songs, name, "songs")
+        if not songs:
+            target.unlink()
+            left_out = "; ".join(f"{count:,} left out: {reason}" for reason, count in dataset.dropped.items())
+            raise TableError(
+                f"{folder} holds no song that can be imported ({left_out or 'its table is empty'}); "
+                "unpack the audio below that folder"
+            )
+        events, _ = _write_stream(log, dataset.events, name, "events") if dataset.events is not None else (0, [])
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
+        if isinstance(error, TableError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise TableError(
+            f"{folder} does not have the published layout of {name} ({reason}); see docs/own-data.md"
+        ) from error
+    print(f"import: {songs:,} songs → {target}")
+    if dataset.events is not None:
+        print(f"  {events:,} events → {log}")
+    for reason, count in dataset.dropped.items():
+        print(f"  {count:,} left out: {reason}")
+    if dataset.note:
+        print(f"  {dataset.note}")
+    print(_next(target, columns, log if events else None), flush=True)
+
+
+def _next(target: Path, columns: list[str], log: Path | None) -> str:
+    """The next command, as far as the columns allow one."""
+    command = f"htcl run --set data.catalog={target}"
+    if log is not None:
+        command += f" --set data.interactions={log}"
+    if "audio_path" in columns:
+        return f"next: {command}"
+    command += " --set audio.extractor=vectors"
+    if "vector" in columns:
+        return f"next: {command}"
+    return f"next: this data set has no audio; with a table of song_id and vector: {command} --set data.vectors=TABLE"
+
+
+def _write_stream(target: Path, tables: Iterable[pa.Table], name: str, unit: str) -> tuple[int, list[str]]:
+    """Write tables of one schema to a Parquet file; returns the number of rows and the columns."""
+    stream = iter(tables)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"no {unit}")
+    schema = first.schema.with_metadata({MADE_BY: name.encode()})
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    rows, throttle = 0, Throttle(2.0)
+    try:
+        with storage_errors(str(target)), pq.ParquetWriter(temporary, schema) as writer:
+            for table in itertools.chain([first], stream):
+                writer.write_table(table)
+                rows += table.num_rows
+                if throttle.is_due():
+                    throttle.restart()
+                    print(f"import  {rows:,} {unit}", flush=True)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows, list(schema.names)
+
+
 def _check_target(target: Path) -> None:
     if target.suffix != ".parquet":
         raise WorkspaceError(f"--out is {target}; expected a file name that ends in .parquet")
@@ -53,6 +138,10 @@ def _check_target(target: Path) -> None:
     rejected = target.with_name(REJECTED)
     if rejected.exists() and rejected.read_bytes()[: len(HEADER)] != HEADER:
         raise WorkspaceError(f"{rejected} exists and was not made by htcl import; choose another folder for --out")
+    _check_overwritten(target)
+
+
+def _check_overwritten(target: Path) -> None:
     if not target.exists():
         return
     try:
