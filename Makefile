@@ -32,6 +32,8 @@ fast: install ## lint, types, and the unit tests of what differs from the last c
 	$(BIN)/mypy
 	$(BIN)/python -m tests.changed
 
+# Hundreds of processes import the package, and each would compile it where Python may not keep compiled files.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: check pretrained-audio ## everything that continuous integration runs, on two processes
 	mkdir -p .test-results
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --junit-xml=.test-results/junit.xml

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from htcl_ray.cluster.ray_internals import (
+    few_processes,
     in_task_or_actor,
+    keep_nodes_of_ray_data,
     loopback_node,
     mute_data_errors,
     private_cluster_options,
@@ -29,6 +31,16 @@ from htcl_ray.workspace.credentials import without_credentials
 from htcl_ray.workspace.filesystem import storage_errors, storage_failure
 from htcl_ray.workspace.local_copies import private_folder, private_name
 from htcl_ray.workspace.paths import absolute_sqlite, is_relative
+
+TRAIN_VARIABLES = {
+    # Ray Train takes reports when it polls its workers, by default every 2 s: longer than an epoch of a small
+    # catalogue.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # It gives up on workers that have no node after a minute; a cloud takes several to start one, and spot nodes may be
+    # gone for longer.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+}
+"""Environment variables of a run of Ray Train and of its controller, if they are not set otherwise."""
 
 
 def connect(config: Config, metrics_port: int | None = None) -> None:
@@ -56,6 +68,9 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
     if address == "local":
         # Its only machine is never taken away while the cluster stays, so no process has to watch for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Its processes inherit these variables; see `torch_trainer`.
+        for name, value in {**TRAIN_VARIABLES, "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}.items():
+            os.environ.setdefault(name, value)
         local_only = {
             "num_cpus": config.ray.num_cpus or max(4, os.cpu_count() or 1),
             "object_store_memory": config.ray.object_store_bytes,
@@ -67,7 +82,10 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with loopback_node() if address == "local" else contextlib.nullcontext():
+        with contextlib.ExitStack() as private:
+            if address == "local":
+                private.enter_context(loopback_node())
+                private.enter_context(few_processes())
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local_only
             )
@@ -83,6 +101,8 @@ def connect(config: Config, metrics_port: int | None = None) -> None:
             ) from error
         raise StepError(f"cannot connect to Ray at '{address}': {reason}; check ray.address or RAY_ADDRESS") from error
     _quiet_ray_data()
+    if address == "local":
+        keep_nodes_of_ray_data()
     session = session_folder() if address == "local" else "the cluster's head node"
     named = "private cluster on this machine" if address == "local" else without_credentials(address)
     print(f"Ray: {named}; its logs are in {session}", flush=True)

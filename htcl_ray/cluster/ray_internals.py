@@ -17,6 +17,7 @@ import ipaddress
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ DRAIN_SECONDS = 1
 PLAIN_HANDLER = "PlainRayHandler"
 """Class of the handler by which Ray Data writes to the terminal."""
 SHUTDOWN_MESSAGE = r"ServeController\.graceful_shutdown failed"
+UNNEEDED_STARTS = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of `ray._private.node.Node` that start the autoscaler, the copier of logs and the server of the dashboard."""
 MONITOR = "monitor.py"
 """File name of the autoscaler's program."""
 
@@ -120,6 +123,119 @@ def loopback_node() -> Iterator[None]:
         del os.environ[LOOPBACK_SWITCH]
         if before is not None:
             os.environ[LOOPBACK_SWITCH] = before
+
+
+@contextlib.contextmanager
+def few_processes() -> Iterator[None]:
+    """Start a cluster in this block without three processes that one user on one machine does not need.
+
+    These are the autoscaler, the copier of logs to the terminal, and the server of usage statistics, which is what is
+    left of the dashboard with `include_dashboard=False`.
+    """
+    node: Any = importlib.import_module("ray._private.node").Node
+    originals = {name: getattr(node, name) for name in UNNEEDED_STARTS}
+    for name in originals:
+        setattr(node, name, _start_nothing)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(node, name, original)
+
+
+def _start_nothing(*_: Any, **__: Any) -> None:
+    """Take the place of a method of Ray's node that starts a process."""
+
+
+def on_private_cluster() -> bool:
+    """Whether this process is connected to a private cluster, whose node is a `loopback_node`."""
+    import ray
+
+    return ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
+
+
+def keep_nodes_of_ray_data() -> None:
+    """Let the runs of Ray Data of this process, which is on a private cluster, use its node without asking for others.
+
+    Ray Data otherwise starts a process that hands its requests to the autoscaler.
+    """
+    import ray
+    from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
+    from ray.data._internal.execution import streaming_executor
+    from ray.data._internal.execution.interfaces import ExecutionResources
+
+    class FixedNodes(ClusterAutoscaler):  # type: ignore[misc]
+        """All resources of the cluster, which does not grow."""
+
+        def try_trigger_scaling(self) -> None: ...
+
+        def on_executor_shutdown(self) -> None: ...
+
+        def get_total_resources(self) -> ExecutionResources:
+            return ExecutionResources.from_resource_dict(ray.cluster_resources())
+
+    def create(*_: Any, **__: Any) -> ClusterAutoscaler:
+        return FixedNodes()
+
+    streaming_executor.create_cluster_autoscaler = create
+
+
+def torch_trainer() -> Any:
+    """Class of a run of Ray Train: `ray.train.torch.TorchTrainer`, or on a private cluster one with fewer processes.
+
+    Ray Train starts four processes beside the controller and the workers of a run. Python starts twice in each of them
+    all, because they have environment variables of their own. On a private cluster
+
+    * processes inherit the variables that `connect` has set and start once;
+    * no process hands out shards of Ray Data, which this package does not use in training;
+    * no process asks an autoscaler for nodes, because there is none;
+    * no process watches the controller to remove its placement group: it would ask Ray's dashboard, which does not run.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if not on_private_cluster():
+        return TorchTrainer
+    import ray
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.controller.controller import TrainController
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+    class FixedNodes(FixedScalingPolicy):  # type: ignore[misc]
+        """Asks for no nodes."""
+
+        def after_controller_start(self, train_run_context: Any) -> None: ...
+
+        def _maybe_send_resource_request(self) -> None: ...
+
+    class PrivateController(TrainController):  # type: ignore[misc]
+        """Starts workers without environment variables of their own."""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            group = importlib.import_module("ray.train.v2._internal.execution.worker_group.worker_group")
+            group.get_env_vars_to_propagate = dict  # type: ignore[attr-defined]
+            super().__init__(*arguments, **named)
+
+    class PrivateTrainer(TorchTrainer):  # type: ignore[misc]
+        """A run with as few processes as it needs."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            parts["scaling_policy"] = FixedNodes(self.scaling_config)
+            controller = ray.remote(num_cpus=0)(PrivateController).remote(**parts)
+            if threading.current_thread() is threading.main_thread():
+                self._register_sigint_handler(controller)
+            try:
+                ray.get(controller.run.remote())
+                return ray.get(controller.get_result.remote())
+            finally:
+                ray.kill(controller)  # its 400 MB would stay until Python collects the last reference
+
+    return PrivateTrainer
 
 
 def session_folder() -> str:

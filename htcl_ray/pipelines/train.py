@@ -20,6 +20,7 @@ from typing import Any
 from htcl_ray import errors
 from htcl_ray.cluster import connection
 from htcl_ray.cluster.capacity import capacity, check_fits, use_gpu, worker_resources
+from htcl_ray.cluster.ray_internals import torch_trainer
 from htcl_ray.config import Config
 from htcl_ray.config.sections import StageSettings
 from htcl_ray.errors import ConfigError, MismatchError, StepError
@@ -143,17 +144,13 @@ def fit_stage(
     `lines`: see `connection.progress_lines`; `label`: see TrainJob. `callbacks`: of Ray Train.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from htcl_ray.pipelines.train_worker import TrainJob, train_worker
 
-    # Ray Train takes reports when it polls its workers, by default every 2 s: longer than an epoch of a small
-    # catalogue.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # It gives up on workers that have no node after a minute; a cloud takes several to start one, and spot nodes may be
-    # gone for longer.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")
+    for name, value in connection.TRAIN_VARIABLES.items():
+        os.environ.setdefault(name, value)
     settings = stage.settings
     gpu = use_gpu(settings, capacity())
     config = config.with_absolute_paths()  # workers run in a folder of their own
@@ -165,7 +162,7 @@ def fit_stage(
     )
     discard_unusable_checkpoints(workspace, run, stage.step)
     with _own_interrupt_handler():
-        trainer = TorchTrainer(
+        trainer = torch_trainer()(
             train_worker,
             train_loop_config={"job": job, "lines": lines},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,10 +100,11 @@ def test_runs_leave_their_figures(trained: Config):
 
 
 @pytest.mark.usefixtures("trained")
-def test_no_process_of_a_private_cluster_watches_for_preemption():
+def test_a_run_on_a_private_cluster_starts_no_other_process():
     logs = [log.read_text(errors="replace") for log in (Path(session_folder()) / "logs").glob("worker-*.out")]
-    assert any(":actor_name:TrainController" in log for log in logs)
-    assert not any(":actor_name:PreemptionWatcher" in log for log in logs)
+    actors = {name for log in logs for name in re.findall(r":actor_name:(\w+)", log)}
+    assert actors >= {"PrivateController", "RayTrainWorker", "SynchronizationActor", "_QueueActor"}
+    assert not actors & {"DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_AutoscalingCoordinatorActor"}
 
 
 def test_finished_stages_are_skipped(trained: Config):

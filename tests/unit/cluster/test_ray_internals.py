@@ -21,15 +21,19 @@ from htcl_ray.cluster.ray_internals import (
     MONITOR,
     PLAIN_HANDLER,
     SERVE_CONSTANTS,
+    UNNEEDED_STARTS,
     autoscaling_file,
     bind_grpc_to_loopback,
+    few_processes,
     haproxy_variables,
+    keep_nodes_of_ray_data,
     loopback_node,
     mute_data_errors,
     mute_serve_shutdown,
     optuna_study,
     optuna_trials,
     private_cluster_options,
+    torch_trainer,
     use_peer_addresses,
 )
 from htcl_ray.serving.haproxy import BINARY_PATH
@@ -77,6 +81,7 @@ def moved(name: str) -> str:
         ("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "ray.train.v2._internal.constants"),
         ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "ray.train.v2._internal.constants"),
         ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "ray.train.v2._internal.constants"),
+        ("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "ray._common.constants"),
         ("RAY_AIR_NEW_OUTPUT", "ray.tune.experimental.output"),
     ],
 )
@@ -123,6 +128,72 @@ def test_a_loopback_node_is_requested_only_inside_the_block(monkeypatch: pytest.
         with loopback_node():
             assert (constants.ENABLE_RAY_CLUSTER, os.environ[LOOPBACK_SWITCH]) == (False, "0")
         assert (constants.ENABLE_RAY_CLUSTER, os.environ.get(LOOPBACK_SWITCH)) == (before, value)
+
+
+def test_three_processes_of_a_node_are_left_out_only_inside_the_block():
+    from ray._private.node import Node
+
+    def starts() -> list[Any]:
+        return [getattr(Node, name, None) for name in UNNEEDED_STARTS]
+
+    before = starts()
+    assert None not in before, moved(f"one of {UNNEEDED_STARTS} of ray._private.node.Node")
+    for name in UNNEEDED_STARTS:
+        assert f"self.{name}(" in source("ray._private.node"), moved(f"the call of Node.{name}")
+    with few_processes():
+        assert not set(starts()) & set(before)
+    assert starts() == before
+
+
+@pytest.mark.parametrize(("address", "private"), [("127.0.0.1", True), ("10.0.0.1", False)])
+def test_a_lighter_run_of_ray_train_is_for_private_clusters(
+    address: str, private: bool, monkeypatch: pytest.MonkeyPatch
+):
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
+    trainer = torch_trainer()(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+    kinds = {type(callback) for callback in trainer._create_default_callbacks()}  # noqa: SLF001
+    helpers = {datasets.DatasetsCallback, placement_group_callback.PlacementGroupCleanerCallback}
+    assert kinds, moved("the callbacks of a trainer of Ray Train")
+    assert kinds & helpers == (set() if private else helpers), moved("the callbacks that start helper processes")
+    assert (type(trainer) is TorchTrainer) is not private
+
+
+def test_a_lighter_run_of_ray_train_overrides_what_ray_train_calls():
+    trainer = source("ray.train.v2.api.data_parallel_trainer")
+    for call in (
+        "self._initialize_and_run_controller(",
+        "callbacks=self._create_default_callbacks()",
+        "scaling_policy=create_scaling_policy(",
+        "self._register_sigint_handler(controller)",
+        "ray.get(controller.run.remote())",
+        "ray.get(controller.get_result.remote())",
+    ):
+        assert call in trainer, moved(f"{call} of a trainer of Ray Train")
+    policy = source("ray.train.v2._internal.execution.scaling_policy.scaling_policy")
+    for method in ("after_controller_start", "_maybe_send_resource_request", "_cancel_resource_request"):
+        assert f"def {method}(" in policy, moved(f"{method} of a scaling policy")
+    assert "if self._coordinator_client is None:" in policy, moved("the end of a scaling policy that asked for nothing")
+    workers = source("ray.train.v2._internal.execution.worker_group.worker_group")
+    assert "= get_env_vars_to_propagate()" in workers, moved("the environment variables of workers")
+
+
+def test_ray_data_uses_the_nodes_that_there_are(monkeypatch: pytest.MonkeyPatch):
+    import ray
+    from ray.data._internal.execution import streaming_executor
+
+    call = "= create_cluster_autoscaler("
+    assert call in source(streaming_executor.__name__), moved("the autoscaler of a run of Ray Data")
+    monkeypatch.setattr(streaming_executor, "create_cluster_autoscaler", None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0, "object_store_memory": 5.0})
+    keep_nodes_of_ray_data()
+    created: Any = streaming_executor.create_cluster_autoscaler
+    total = created().get_total_resources()
+    assert (total.cpu, total.object_store_memory) == (3, 5)
 
 
 def test_the_session_folder_and_the_mode_of_a_worker_are_known():
