@@ -159,7 +159,9 @@ LIST_METADATA = tuple(column.name for column in METADATA_COLUMNS if column.is_li
 TEXT_METADATA = tuple(column.name for column in METADATA_COLUMNS if column.type is str and not column.is_list)
 TAG_COLUMNS = tuple(column.name for column in METADATA_COLUMNS if column.traits.tag)
 PRINTED_COLUMNS = tuple(column.name for column in METADATA_COLUMNS if column.traits.printed)
-RESULT_COLUMNS = ("song_id", *(column.name for column in METADATA_COLUMNS if column.traits.in_results))
+ESTIMATED = "estimated"
+"""Column of tables and responses that names the columns of a song whose values were estimated from its audio."""
+RESULT_COLUMNS = ("song_id", *(column.name for column in METADATA_COLUMNS if column.traits.in_results), ESTIMATED)
 """Columns that each search result carries."""
 
 CATALOG_COLUMNS = ("song_id", "audio_path", "vector", *METADATA.names)
@@ -243,15 +245,25 @@ def embeddings_schema(dim: int) -> pa.Schema:
     )
 
 
+ESTIMATES = pa.schema(
+    [pa.field("song_id", pa.string(), nullable=False), *(METADATA.field(name) for name in TAG_COLUMNS)]
+)
+"""`estimates/<fingerprint>/*.parquet`: values that were estimated from the audio, best first, for songs and columns
+without a stated value; see `catalog/auto_tags.py`. Null where a value is stated or none reaches the minimum score."""
+
 INDEX_SONGS = pa.schema(
     [
         pa.field("song_id", pa.string(), nullable=False),
         pa.field("audio_path", pa.string()),
         pa.field("duplicate_group", pa.string()),
         *METADATA,
+        pa.field(ESTIMATED, pa.list_(pa.string())),
     ]
 )
-"""`index/<version>/songs.parquet`: row i describes vector i of `index.faiss`."""
+"""`index/<version>/songs.parquet`: row i describes vector i of `index.faiss`.
+
+`estimated`: names of the columns in TAG_COLUMNS whose values were estimated from the audio, null without any.
+"""
 
 SONG_MAP = pa.schema(
     [

@@ -145,6 +145,12 @@ class Filter(_Conditions):
     Text is compared without case. A song without a value does not match. `artist` matches each credited artist.
     """
 
+    include_estimated: bool | None = Field(
+        None,
+        description="false: genre, mood and tags match only where the catalogue states them, not where they were "
+        "estimated from the audio. Default true.",
+    )
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,

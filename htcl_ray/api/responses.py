@@ -46,11 +46,19 @@ else:
     )
 
 
-class Song(Metadata, _Identified):
+class _Estimated(ApiResponse):
+    estimated: list[str] | None = Field(
+        None,
+        description="Columns of this song, of genre, mood and tags, whose values were estimated from its audio by a "
+        "music tagger; null where the catalogue states them all.",
+    )
+
+
+class Song(_Estimated, Metadata, _Identified):
     """Catalogue metadata of one indexed song; unknown values are null."""
 
 
-class Result(_ResultMetadata, _Identified):
+class Result(_Estimated, _ResultMetadata, _Identified):
     """One song of a search response, with its scores and metadata."""
 
     score: float = Field(description="Ranking score: (1 - blend) · semantic_score + blend · preference_score.")

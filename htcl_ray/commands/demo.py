@@ -16,6 +16,7 @@ from htcl_ray.demo_world import ARTISTS, SEED, SONGS, TEXT_COLUMNS, make_world, 
 from htcl_ray.errors import ConfigError, StepError
 from htcl_ray.evaluation.metrics import metric_label
 from htcl_ray.schemas import TAG_COLUMNS
+from htcl_ray.search.results import printed
 from htcl_ray.workspace.artifacts import StepResult
 from htcl_ray.workspace.storage import Workspace
 
@@ -142,7 +143,7 @@ def _print_results(query: str, results: list[dict[str, Any]]) -> None:
     table = Table("song", "score", "semantic", "preference", *TAG_COLUMNS, title=query, title_justify="left")
     for hit in results:
         scores = [hit["score"], hit["semantic_score"], hit["preference_score"]]
-        labels = [", ".join(hit[name] or []) for name in TAG_COLUMNS]
+        labels = [printed(hit, name) for name in TAG_COLUMNS]
         table.add_row(hit["song_id"], *("–" if score is None else f"{score:.3f}" for score in scores), *labels)
     Console().print(table)
 

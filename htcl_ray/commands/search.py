@@ -15,7 +15,7 @@ from htcl_ray.config import Config
 from htcl_ray.errors import QueryError, first_fault
 from htcl_ray.pipelines.index import determined_index
 from htcl_ray.schemas import PRINTED_COLUMNS
-from htcl_ray.search.results import SearchResults
+from htcl_ray.search.results import SearchResults, printed
 from htcl_ray.search.service import LOW_COVERAGE, SearchService
 from htcl_ray.workspace.storage import Workspace
 
@@ -96,10 +96,9 @@ def _print(results: SearchResults) -> None:
     table = Table("song", "score", "semantic", "preference", *PRINTED_COLUMNS)
     for result in _results(results):
         scores = (result["score"], result["semantic_score"], result["preference_score"])
-        labels = (result[name] for name in PRINTED_COLUMNS)
         table.add_row(
             result["song_id"],
             *("–" if score is None else f"{score:.3f}" for score in scores),
-            *(", ".join(value) if isinstance(value, list) else str(value or "") for value in labels),
+            *(printed(result, name) for name in PRINTED_COLUMNS),
         )
     Console().print(table)

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from htcl_ray.config.sections import (
     AudioSettings,
+    CatalogSettings,
     DataSettings,
     Dimension,
     EmbedSettings,
@@ -56,6 +57,7 @@ class Config(Settings):
     """License of the trained models, for their model cards: an identifier of the Hugging Face Hub such as `apache-2.0`
     or `cc-by-nc-4.0`; `unknown` until it is decided, `other` for terms of your own."""
     data: DataSettings = DataSettings()
+    catalog: CatalogSettings = CatalogSettings()
     audio: AudioSettings = AudioSettings()
     pairs: PairSettings = PairSettings()
     text: TextSettings = TextSettings()
@@ -84,8 +86,8 @@ class Config(Settings):
                 f"model.window_seconds is {window:g}, but only log-mel frames are cut into windows and "
                 f"audio.extractor is {self.audio.extractor}; set it to null"
             )
-        tower = self.audio.tower_name
-        layers = self.model.layers_of(tower)
+        self.catalog.check_extractor(self.audio.extractor)
+        layers = self.model.layers_of(tower := self.audio.tower_name)
         for name, stage in (("pretrain", self.pretrain), ("finetune", self.finetune)):
             if stage.freeze_audio_layers > layers:
                 raise ValueError(

@@ -42,6 +42,13 @@ class PretrainedExtractor(ABC):
     def encode(self, inputs: dict[str, Tensor]) -> Tensor:
         """Inputs of a batch, each with the batch first → [batch, width]."""
 
+    def tag_scores(self, vectors: FloatArray) -> FloatArray:
+        """Probabilities of the tags of its family (`Family.tags`) in windows with these vectors.
+
+        [windows, width] → [windows, tags], each from 0 to 1. Only families with tags implement it.
+        """
+        raise NotImplementedError
+
     def windows(self, waveform: FloatArray) -> list[Inputs]:
         """Inputs of the model for every window of a mono waveform [samples]; see `ExtractorRecord.starts`."""
         length = self.record.window_samples

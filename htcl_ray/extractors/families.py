@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,19 @@ class Family:
     """Longest window that its processor takes whole, by the processor's file."""
     joint: bool = False
     """Whether its vectors are those of a space that it shares with a text tower of its own."""
+    tags: Callable[[Mapping[str, Any]], Sequence[str]] = lambda config: ()
+    """Tags whose probabilities it gives from the vector of a window; see `PretrainedExtractor.tag_scores`."""
 
 
 _TRANSFORMERS = "htcl_ray.extractors.transformers_audio"
 AST_HOP_SECONDS = 0.01
 FAMILIES: dict[str, Family] = {
     "musicnn": Family(
-        "htcl_ray.extractors.musicnn", "MusicnnExtractor", lambda config: int(config["units"]), window_seconds=2.992
+        "htcl_ray.extractors.musicnn",
+        "MusicnnExtractor",
+        lambda config: int(config["units"]),
+        window_seconds=2.992,
+        tags=lambda config: [str(tag) for tag in config["tags"]],
     ),
     "clap": Family(
         _TRANSFORMERS,
@@ -190,6 +196,17 @@ def find_extractor(recipe: AudioRecipe) -> tuple[Path, ExtractorRecord]:
         licence=config.get("license") or _licence(folder / CARD),
     )
     return folder, record
+
+
+def tags_of_encoder(folder: Path, record: ExtractorRecord) -> list[str]:
+    """Tags of the encoder in a folder that `find_extractor` returned, in the order of their scores; empty without any.
+
+    Raises MismatchError when its configuration lacks them.
+    """
+    try:
+        return list(FAMILIES[record.family].tags(_read_json(folder / CONFIG)))
+    except (KeyError, TypeError) as error:
+        raise MismatchError(f"{folder} is no model of the kind '{record.family}': it lacks {error}") from None
 
 
 def _folder(name: str) -> Path:

@@ -14,6 +14,7 @@ import ast
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -111,6 +112,13 @@ class MusicnnExtractor(PretrainedExtractor):
         """Vectors [batch, 200]."""
         vectors: Tensor = self.model(inputs["mel"])[0]
         return vectors
+
+    @torch.inference_mode()
+    def tag_scores(self, vectors: FloatArray) -> FloatArray:
+        """The last layer of the model, a sigmoid over 50 tags."""
+        model = cast("Musicnn", self.model)
+        scores: FloatArray = model.tags(torch.from_numpy(vectors).to(self.device)).sigmoid().cpu().numpy()
+        return scores
 
 
 def log_compressed(waveform: FloatArray) -> FloatArray:

@@ -25,7 +25,7 @@ from htcl_ray.index.folder import MAP_FILE, SONGS_FILE, read_manifest
 from htcl_ray.index.ranking import Hit, rank
 from htcl_ray.index.segments import IndexState
 from htcl_ray.index.vectors import UNIT_NORM_TOLERANCE, ModelVersions, Vectors
-from htcl_ray.schemas import INDEX_SONGS, SONG_MAP
+from htcl_ray.schemas import ESTIMATED, INDEX_SONGS, SONG_MAP
 from htcl_ray.workspace.manifest import MANIFEST, build_manifest, file_sha256
 from htcl_ray.workspace.storage import Workspace
 
@@ -234,8 +234,12 @@ class SongIndex:
         config: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
         quality: Mapping[str, Any] | None = None,
+        auto_tags: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compact, then write the structure's files, `songs.parquet`, the map, if any, and finally `manifest.json`."""
+        """Compact, then write the structure's files, `songs.parquet`, the map, if any, and finally `manifest.json`.
+
+        `auto_tags`: where estimated values of the songs come from, for the manifest.
+        """
         self.compact()
         whole = self.snapshot()
         target = Workspace(str(folder))
@@ -252,6 +256,7 @@ class SongIndex:
             inputs=inputs or {},
             quality=quality,
             **whole.describe(),
+            auto_tags=auto_tags,
             files={name: file_sha256(target.full(name)) for name in names},
         )
         target.finish("", self.manifest)
@@ -265,7 +270,12 @@ class SongIndex:
         """
         source = Workspace(str(folder))
         manifest = read_manifest(folder, dim=dim, model_versions=model_versions)
-        songs = pq.read_table(source.full(SONGS_FILE)).cast(INDEX_SONGS)
+        songs = pq.read_table(source.full(SONGS_FILE))
+        if ESTIMATED not in songs.column_names:  # an index of before estimates existed
+            songs = songs.append_column(
+                INDEX_SONGS.field(ESTIMATED), pa.nulls(len(songs), INDEX_SONGS.field(ESTIMATED).type)
+            )
+        songs = songs.cast(INDEX_SONGS)
         width = manifest["dim"] * (2 if manifest["has_preference"] else 1)
         structure = read_structure(Path(source.root), IndexPlan(**manifest["structure"]), width, songs.num_rows)
         settings = IndexSettings.model_validate(manifest["index"])

@@ -69,5 +69,11 @@ def _build(workspace: Workspace, source: Artifact, replay: Replay, path: str) ->
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
         inputs = {**source.manifest["inputs"], "compacted_from": source.version, "updates_through": replay.last}
-        built.save(folder, config=source.manifest["config"], inputs=inputs, quality=recall.quality())
+        built.save(
+            folder,
+            config=source.manifest["config"],
+            inputs=inputs,
+            quality=recall.quality(),
+            auto_tags=source.manifest.get("auto_tags"),
+        )
         workspace.publish(folder, path, built.manifest)

@@ -176,6 +176,7 @@ def _write_report(
     manifest = build_manifest("report", config=config.model_dump(mode="json"), inputs=inputs.versions)
     described = {key: manifest[key] for key in ("format_version", "created", "config", "inputs", "libraries")}
     described["encoder"] = inputs.features.manifest.get("extractor")
+    described["auto_tags"] = None if inputs.index is None else inputs.index.manifest.get("auto_tags")
     command = ["htcl", "evaluate", "--config", workspace.uri_of(f"{path}/config.yaml"), "--model", inputs.last.version]
     report, metrics = reports.report_tree({"run": run, "command": shlex.join(command), **described}, result, more)
     manifest["quality"] = {"summary": reports.phrase(report)}

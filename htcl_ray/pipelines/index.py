@@ -14,7 +14,8 @@ from htcl_ray.config import Config
 from htcl_ray.errors import InputError, MismatchError, StepError
 from htcl_ray.index.recall import build_measured
 from htcl_ray.pipelines.embed import EmbedJob, embeddings, plan, read_vectors
-from htcl_ray.schemas import FORMAT_VERSION, INDEX_SONGS
+from htcl_ray.pipelines.estimate_tags import estimates_version, find_estimates, with_estimates
+from htcl_ray.schemas import ESTIMATED, FORMAT_VERSION, INDEX_SONGS
 from htcl_ray.search.song_map import draw_map
 from htcl_ray.workspace.artifacts import Artifact, StepResult
 from htcl_ray.workspace.manifest import fingerprint
@@ -30,7 +31,7 @@ MORE_RECALL = {
 
 
 def build_index(config: Config, model: str | None = None) -> StepResult:
-    """Index the embeddings by the models of `inputs.models`, with the metadata of the songs.
+    """Index the embeddings by the models of `inputs.models`, with the metadata of the songs and its estimates.
 
     Raises StepError when the recall is below `index.min_recall`.
     """
@@ -52,7 +53,8 @@ def build_index(config: Config, model: str | None = None) -> StepResult:
 
 def index_version(config: Config, job: EmbedJob) -> str:
     """Fingerprint of the index that a configuration builds."""
-    return fingerprint("index", FORMAT_VERSION, job.version, config.index.model_dump(mode="json"))
+    estimates = (estimates_version(config, job.features.version),) if config.catalog.auto_tags else ()
+    return fingerprint("index", FORMAT_VERSION, job.version, config.index.model_dump(mode="json"), *estimates)
 
 
 def find_index(workspace: Workspace, config: Config, job: EmbedJob) -> Artifact | None:
@@ -81,7 +83,8 @@ def determined_index(workspace: Workspace, config: Config) -> str | None:
 
 def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> dict[str, Any]:
     song_ids, vectors = read_vectors(workspace, job.path)
-    metadata = _metadata(workspace, job, song_ids)
+    estimates = find_estimates(workspace, config, job.features.version)
+    metadata = with_estimates(workspace, _metadata(workspace, job, song_ids), estimates)
     index, recall = build_measured(
         song_ids, vectors, metadata=metadata, settings=config.index, model_versions=job.model_versions
     )
@@ -96,16 +99,21 @@ def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> di
         index.save(
             folder,
             config=config.model_dump(mode="json"),
-            inputs={**job.inputs, "embeddings": job.version},
+            inputs={**job.inputs, "embeddings": job.version, "estimates": estimates.version if estimates else None},
             quality=recall.quality(),
+            auto_tags=None if estimates is None else estimates.manifest["auto_tags"],
         )
         workspace.publish(folder, path, index.manifest)
     return index.manifest
 
 
 def _metadata(workspace: Workspace, job: EmbedJob, song_ids: list[str]) -> pa.Table:
-    """Rows of INDEX_SONGS in the order of the ids. Raises MismatchError when the features have other songs."""
-    table = workspace.read_tables(job.features.path, columns=INDEX_SONGS.names)
+    """Rows of INDEX_SONGS, but without estimates, in the order of the ids.
+
+    Raises MismatchError when the features have other songs.
+    """
+    columns = [name for name in INDEX_SONGS.names if name != ESTIMATED]
+    table = workspace.read_tables(job.features.path, columns)
     rows = pc.index_in(pa.array(song_ids), value_set=table["song_id"].combine_chunks())
     if rows.null_count or table.num_rows != len(song_ids):
         raise MismatchError(

@@ -11,7 +11,7 @@ from htcl_ray.api.requests import DEFAULT_K, Filter
 from htcl_ray.api.responses import EmbeddingResponse, RecommendResponse, Result, SearchResponse
 from htcl_ray.index.ranking import Hit
 from htcl_ray.index.vectors import ENCODER_DAMAGED, ModelVersions, Vectors, check_unit_norm
-from htcl_ray.schemas import TAG_COLUMNS
+from htcl_ray.schemas import ESTIMATED, TAG_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,13 @@ def embedding_response(vectors: Vectors, model_versions: ModelVersions) -> Embed
         text_coverage=coverage,
         model_versions=dict(model_versions),
     )
+
+
+def printed(song: Mapping[str, Any], column: str) -> str:
+    """A metadata column of a song or result as text for a terminal; estimated values are marked."""
+    value = song[column]
+    text = ", ".join(value) if isinstance(value, list) else str(value or "")
+    return f"{text} (estimated)" if text and column in (song.get(ESTIMATED) or ()) else text
 
 
 def tags_of(songs: Iterable[Mapping[str, Any]]) -> set[str]:

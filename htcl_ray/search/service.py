@@ -17,7 +17,7 @@ from htcl_ray.evaluation.release_gate import check_gates
 from htcl_ray.index.folder import check_fits
 from htcl_ray.index.song_index import SongIndex
 from htcl_ray.index.vectors import ENCODER_DAMAGED, Vectors, check_unit_norm, concatenate, unit_norm
-from htcl_ray.schemas import METADATA, RESULT_COLUMNS, TAG_COLUMNS
+from htcl_ray.schemas import ESTIMATED, METADATA, RESULT_COLUMNS, TAG_COLUMNS
 from htcl_ray.search.diversity import diverse_search
 from htcl_ray.search.results import (
     QueryOptions,
@@ -197,9 +197,9 @@ class SearchService:
         return self._search(self.index.snapshot(), query, QueryOptions(**options), exclude=exclude)
 
     def metadata(self, song_id: str) -> dict[str, Any]:
-        """All metadata of a song. Raises SongNotFoundError."""
+        """All metadata of a song, and which of it is estimated. Raises SongNotFoundError."""
         row = self.index.metadata_of(song_id)
-        return {name: row[name] for name in METADATA.names}
+        return {name: row[name] for name in (*METADATA.names, ESTIMATED)}
 
     def check(self, **options: Any) -> float:
         """Check the options before anything is encoded, and return the blend to use. Raises QueryError."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from htcl_ray.api.requests import Filter, YearRange
 from htcl_ray.catalog.artists import credits_of_cells
+from htcl_ray.schemas import ESTIMATED, TAG_COLUMNS
 
 CACHED_FILTERS = 32
 """Filters whose rows are cached for one table."""
@@ -105,8 +106,11 @@ def allowed_rows(songs: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
     """Mask of the rows of `songs`, a table of `schemas.INDEX_SONGS`, that meet all conditions, [rows]."""
     allowed = np.ones(songs.num_rows, dtype=bool)
     for name, wanted in conditions:
-        if wanted is not None:
-            allowed &= _matches(name, _one_array(songs[name]), wanted)
+        if wanted is None or name == "include_estimated":
+            continue
+        allowed &= _matches(name, _one_array(songs[name]), wanted)
+        if name in TAG_COLUMNS and conditions.include_estimated is False:
+            allowed &= ~_matches(ESTIMATED, _one_array(songs[ESTIMATED]), name)
     return allowed
 
 

@@ -454,6 +454,23 @@ def test_without_preference_the_dial_is_off(tmp_path: Path, new_page: Callable[.
         assert "Same listeners" not in cards(page).first.inner_text()
 
 
+def test_estimated_tags_are_marked(page: Page, server: Running):
+    estimated = {"genre": ["techno"], "mood": ["guessed"], "tags": ["given"], "estimated": ["mood"]}
+    live = server.backend.live
+    near = live.service.search_songs([song_id(3)], k=1).hits[0].song_id
+    before = {name: live.service.index.metadata_of(near)[name] for name in estimated}
+    live.describe(near, estimated)
+    try:
+        page.goto(f"{server.url}/#song={song_id(3)}")
+        page.reload()
+        tags = page.locator(f'#cards [data-song="{near}"] .tags')
+        expect(tags.locator(".estimated")).to_have_text(["estimated: guessed"])
+        assert tags.locator(".estimated").get_attribute("title") == "guessed (estimated from the audio)"
+        expect(tags.get_by_text("given")).not_to_have_class("estimated")
+    finally:
+        live.describe(near, before)
+
+
 def test_titles_that_are_markup_stay_words(page: Page, server: Running):
     server.backend.live.describe(song_id(3), {"title": "<img src=x onerror=alert(1)>", "genre": ["<b>bold</b>"]})
     try:

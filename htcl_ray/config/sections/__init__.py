@@ -1,7 +1,7 @@
 """The sections of a configuration: every key with its type, range, default and description."""
 
 from htcl_ray.config.sections.base import Names, Settings, nearest
-from htcl_ray.config.sections.data import DataSettings, PairSettings
+from htcl_ray.config.sections.data import CatalogSettings, DataSettings, PairSettings
 from htcl_ray.config.sections.model import AudioRecipe, AudioSettings, ModelSettings, TextSettings
 from htcl_ray.config.sections.serve import ServeSettings
 from htcl_ray.config.sections.steps import (
@@ -28,6 +28,7 @@ __all__ = [
     "AudioRecipe",
     "AudioSettings",
     "BestMetric",
+    "CatalogSettings",
     "DataSettings",
     "Dimension",
     "EmbedSettings",

@@ -1,4 +1,4 @@
-"""Sections `data` and `pairs`: input tables, their split, and preference pairs."""
+"""Sections `data`, `catalog` and `pairs`: input tables and their split, missing metadata, and preference pairs."""
 
 from __future__ import annotations
 
@@ -59,6 +59,26 @@ class DataSettings(Settings):
             if name not in known:
                 raise ValueError(f"'{name}' is not an expected column name; {nearest(name, known)}")
         return value
+
+
+class CatalogSettings(Settings):
+    """Completion of the catalogue's metadata."""
+
+    auto_tags: bool = False
+    """Complete the genre, mood and tags of songs that have none of them, by the tags of a pretrained music tagger
+    (`audio.extractor: pretrained` with `make pretrained-audio`). Estimated values are marked wherever they are shown;
+    what the catalogue states, training and evaluation stay as they are."""
+    auto_tags_min_score: float = Field(0.2, gt=0, le=1)
+    """Lowest score of an estimated value, above 0 to 1: the probability that the tagger gives a tag, as the mean over
+    the windows of a song. Lower: more values, more of them wrong."""
+
+    def check_extractor(self, extractor: str) -> None:
+        """Raise ValueError when estimated tags are to come from another extractor than a pretrained encoder."""
+        if self.auto_tags and extractor != "pretrained":
+            raise ValueError(
+                f"catalog.auto_tags needs a pretrained encoder that gives tags, but audio.extractor is {extractor}; "
+                "set audio.extractor=pretrained with such an encoder, or catalog.auto_tags=false"
+            )
 
 
 class PairSettings(Settings):

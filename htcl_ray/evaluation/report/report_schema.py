@@ -78,6 +78,9 @@ class Report(_Part):
     libraries: dict[str, str | None]
     encoder: dict[str, Any] | None = None
     """The pretrained encoder of the features, with its licence; null for other features."""
+    auto_tags: dict[str, Any] | None = None
+    """Estimated metadata of the evaluated index: the tagger with its licence, the minimum score, and the songs by
+    column. Estimated values are no labels of an evaluation. Null without any."""
     data: dict[str, Any]
     """Numbers of songs, artists and texts, and the spaces."""
     leakage: dict[str, Any]

@@ -15,6 +15,7 @@ from htcl_ray.index.live.activation import Activations, Pointer, check_name, loa
 from htcl_ray.index.live.replay import Replay
 from htcl_ray.index.live.update_log import Retry, Update, UpdateLog
 from htcl_ray.index.vectors import ModelVersions, Vectors
+from htcl_ray.schemas import ESTIMATED
 from htcl_ray.search.service import SearchService
 from htcl_ray.workspace.storage import Workspace
 
@@ -115,22 +116,27 @@ class LiveIndex:
         """Insert or replace a song, and return the name of the update.
 
         `vectors`: one unit-norm row of this index's models. `metadata`: any columns of `schemas.INDEX_SONGS` except
-        song_id; other columns keep their values. When this returns, the update is durable and visible on this replica;
-        the others apply it with their next poll.
+        song_id; other columns keep their values, except those that were estimated from the former audio. When this
+        returns, the update is durable and visible on this replica; the others apply it with their next poll.
         """
         index = self.service.index
         if len(vectors) != 1 or vectors.dim != index.dim or (vectors.preference is not None) != index.has_preference:
             raise ValueError(f"expected one row of vectors of {index.dim} dimensions, as the index has")
         with self._changing:
             self.active.replay.catch_up()
-            return self._write(Update(song_id, vectors, self._model_versions, self._known(song_id) | dict(metadata)))
+            return self._write(
+                Update(song_id, vectors, self._model_versions, _stated(self._known(song_id)) | dict(metadata))
+            )
 
     def describe(self, song_id: str, metadata: Mapping[str, Any]) -> str:
         """Change the given metadata columns of a song and keep its vectors; see `upsert`. Raises SongNotFoundError."""
         with self._changing:
             self.active.replay.catch_up()
             vectors = self.service.index.vectors_of([song_id])
-            return self._write(Update(song_id, vectors, self._model_versions, self._known(song_id) | dict(metadata)))
+            known = self._known(song_id)
+            estimated = [column for column in known.get(ESTIMATED) or () if column not in metadata] or None
+            about = known | {ESTIMATED: estimated} | dict(metadata)
+            return self._write(Update(song_id, vectors, self._model_versions, about))
 
     def remove(self, song_id: str) -> str:
         """Delete a song; see `upsert`. Raises SongNotFoundError."""
@@ -302,3 +308,8 @@ def describe_served(live: LiveIndex) -> ServedIndexResponse:
 
 def _active(replay: Replay, pointer: Pointer) -> Active:
     return Active(pointer.version, SearchService(replay.index), pointer.activated_at, replay)
+
+
+def _stated(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored columns of a song without the values that were estimated from its audio."""
+    return {**known, **dict.fromkeys(known.get(ESTIMATED) or ()), ESTIMATED: None}

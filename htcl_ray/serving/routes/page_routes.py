@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, Response
 
 from htcl_ray.config.sections import ServeSettings
 from htcl_ray.index.live.live_index import Active
+from htcl_ray.schemas import ESTIMATED
 from htcl_ray.search.service import LOW_COVERAGE
 from htcl_ray.search.song_map import draw_map, score_quantiles
 from htcl_ray.serving.backend import Backend
@@ -32,7 +33,9 @@ class MapSong(BaseModel):
     y: float = Field(ge=0, le=1, description="Vertical position.")
     title: str | None = Field(description="Title; null where the catalogue has none.")
     artist: str | None = Field(description="Artist; null where the catalogue has none.")
-    genre: list[str] | None = Field(description="Genres; null where the catalogue has none.")
+    genre: list[str] | None = Field(
+        description="Genres; null where the catalogue has none, also where they are estimated."
+    )
 
 
 class MapResponse(BaseModel):
@@ -135,9 +138,16 @@ def _map_response(active: Active, places: pa.Table) -> MapResponse:
         place for place in zip(*(column.to_pylist() for column in places.columns), strict=True) if place[0] in index
     ]
     rows = [index.row_of(song_id) for song_id, _, _ in present]
-    metadata = service.columns(index).metadata(rows, ["title", "artist", "genre"])
+    metadata = service.columns(index).metadata(rows, ["title", "artist", "genre", ESTIMATED])
     songs = [
-        MapSong(song_id=song_id, x=round(x, 4), y=round(y, 4), **about)
+        MapSong(
+            song_id=song_id,
+            x=round(x, 4),
+            y=round(y, 4),
+            title=about["title"],
+            artist=about["artist"],
+            genre=None if "genre" in (about[ESTIMATED] or ()) else about["genre"],
+        )
         for (song_id, x, y), about in zip(present, metadata, strict=True)
     ]
     return MapResponse(index=active.version, songs=songs)

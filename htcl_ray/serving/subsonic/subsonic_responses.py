@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from htcl_ray import __version__
-from htcl_ray.schemas import METADATA_COLUMNS
+from htcl_ray.schemas import ESTIMATED, METADATA_COLUMNS
 from htcl_ray.search.results import SearchResults
 
 PROTOCOL = "1.16.1"
@@ -60,7 +60,11 @@ class Entry(BaseModel):
 
     @classmethod
     def of(cls, song: dict[str, Any]) -> Self:
-        """Entry of a song, from a row with the metadata columns of the search service."""
+        """Entry of a song, from a row with the metadata columns of the search service.
+
+        Estimated values are left out, because the protocol has no mark for them.
+        """
+        song = {**song, **dict.fromkeys(song[ESTIMATED] or ())}
         genres = [Genre(name=name) for name in song["genre"] or ()]
         return cls(
             id=song["song_id"],

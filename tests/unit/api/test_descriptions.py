@@ -63,10 +63,10 @@ def described(schema: dict) -> bool:
 def test_metadata_columns_reach_every_model():
     names = {column.name for column in METADATA_COLUMNS}
     assert set(requests.SongMetadata.model_fields) == names
-    assert set(responses.Song.model_fields) == {"song_id", *names}
+    assert set(responses.Song.model_fields) == {"song_id", "estimated", *names}
     assert set(RESULT_COLUMNS) < set(responses.Result.model_fields)
     filterable = {column.name for column in METADATA_COLUMNS if column.traits.filterable}
-    assert set(requests.Filter.model_fields) == {"song_id", *filterable}
+    assert set(requests.Filter.model_fields) == {"song_id", "include_estimated", *filterable}
 
 
 def test_responses_ignore_fields_of_a_newer_server():

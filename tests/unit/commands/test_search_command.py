@@ -9,10 +9,12 @@ import pytest
 
 from htcl_ray.api.requests import Filter
 from htcl_ray.cli import main
+from htcl_ray.config.sections import ServeSettings
+from htcl_ray.index.live.live_index import LiveIndex
 from htcl_ray.search.service import SearchService
 from htcl_ray.workspace.storage import Workspace
 from tests.worlds.evaluated_workspace import write_evaluated
-from tests.worlds.live import write_index
+from tests.worlds.live import VERSIONS, write_index
 from tests.worlds.small_workspace import small_config
 
 pytestmark = pytest.mark.unit
@@ -86,6 +88,20 @@ def test_text_with_little_coverage_prints_a_warning(
 def test_table_output(workspace: Path, capsys: pytest.CaptureFixture):
     assert main(["search", "--workspace", str(workspace), "--song-id", "s1"]) == 0
     assert "s2" in capsys.readouterr().out
+
+
+def test_estimated_values_are_marked_in_the_table(
+    workspace: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    told = {"genre": ["jazz"], "tags": ["live"], "estimated": ["genre"]}
+    LiveIndex(Workspace(str(workspace)), ServeSettings(), VERSIONS).describe("s2", told)
+    assert main(["index", "--compact", "--workspace", str(workspace)]) == 0
+    capsys.readouterr()
+    assert main(["search", "--workspace", str(workspace), "--song-id", "s1", "-k", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "jazz (estimated)" in out
+    assert out.count("(estimated)") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from htcl_ray.audio import decode
+from htcl_ray.catalog.auto_tags import VALUES
 from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import InputError, MismatchError
 from htcl_ray.extractors.base import load_extractor
+from htcl_ray.extractors.families import tags_of_encoder
 from htcl_ray.extractors.musicnn import Musicnn, convert
 from htcl_ray.extractors.tensorflow_checkpoint import read_checkpoint
 from tests.conftest import REPOSITORY
@@ -152,6 +155,33 @@ def test_a_clip_shorter_than_a_window_is_repeated():
     whole = extractor.embed([np.tile(second, 3)])[0]
     cosine = float(vectors[0] @ whole[0] / np.linalg.norm(vectors[0]) / np.linalg.norm(whole[0]))
     assert cosine > 0.98
+
+
+@needs_weights
+def test_tags_of_real_music_are_the_stated_ones(shared_data: Path):
+    """Scores equal the last layer in NumPy; solo trumpet and vibraphone are jazz, and two songs are sung and folk."""
+    extractor = load_extractor(AudioRecipe(name_or_path=str(FOLDER)))
+    tags = tags_of_encoder(FOLDER, extractor.record)
+    assert (len(tags), tags[0], tags[-1]) == (50, "rock", "happy")
+    table = pq.read_table(shared_data / "music_vectors.parquet")
+    vectors = np.array(table["vector"].to_pylist(), np.float32)
+    scores = extractor.tag_scores(vectors)
+    weights = load_file(FOLDER / "model.safetensors")
+    logits = vectors.astype(np.float64) @ weights["tags.weight"].T.astype(np.float64) + weights["tags.bias"]
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+    songs = dict(zip(table["song_id"].to_pylist(), scores, strict=True))
+    with open(shared_data / "music.csv", encoding="utf-8", newline="") as file:
+        stated = list(csv.DictReader(file))
+    for song in stated:
+        of_song = dict(zip(tags, songs[song["song_id"]].tolist(), strict=True))
+        if song["genre"] == "Jazz":
+            assert max(of_song, key=of_song.__getitem__) == "jazz"
+        if song["genre"] == "Folk":
+            genres = [tag for tag in of_song if VALUES.get(tag, ("",))[0] == "genre"]
+            assert max(genres, key=of_song.__getitem__) == "folk"
+            assert of_song["female vocalists"] > of_song["instrumental"]
+    assert sum(song["genre"] in ("Jazz", "Folk") for song in stated) == 4
 
 
 def test_another_package_is_not_converted(tmp_path: Path):

@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 
+from htcl_ray.config import resolve
 from htcl_ray.config.sections import AudioRecipe
 from htcl_ray.errors import ConfigError, MismatchError
 from htcl_ray.extractors.base import PretrainedExtractor, load_extractor
 from htcl_ray.extractors.families import FAMILIES, find_extractor
+from htcl_ray.pipelines.estimate_tags import check_auto_tags
 from tests.worlds.tiny_encoders import BUILDERS
 
 pytestmark = pytest.mark.unit
@@ -171,3 +173,21 @@ def test_the_licence_is_read_from_the_model_card(models: Path, tmp_path: Path):
     assert find_extractor(recipe)[1].licence is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [audio]\n---\n# A model\n")
     assert find_extractor(recipe)[1].licence == "apache-2.0"
+
+
+def test_estimated_tags_need_an_encoder_that_gives_tags(models: Path):
+    settings = {
+        "audio.extractor": "pretrained",
+        "audio.name_or_path": str(models / "hubert"),
+        "catalog.auto_tags": True,
+    }
+    config = resolve("demo").with_overrides(settings)
+    with pytest.raises(ConfigError, match=r"gives tags of music, but the audio model .* is of the kind 'hubert'"):
+        check_auto_tags(config)
+    assert check_auto_tags(config.with_overrides({"catalog.auto_tags": False})) is None
+
+
+@pytest.mark.parametrize("extractor", ["log_mel", "vectors"])
+def test_estimated_tags_need_a_pretrained_encoder(extractor: str):
+    with pytest.raises(ConfigError, match=f"needs a pretrained encoder that gives tags, .* is {extractor}; set"):
+        resolve("demo").with_overrides({"audio.extractor": extractor, "catalog.auto_tags": True})

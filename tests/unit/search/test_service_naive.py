@@ -43,6 +43,7 @@ def catalogue(seed: int = 0) -> list[dict[str, Any]]:
             "language": ["en"] if row % 2 else ["de", "en"],
             "year": None if row % 17 == 0 else 1980 + row % 40,
             "duplicate_group": f"g{row // 10}" if row % 5 == 0 else None,
+            "estimated": [None, ["genre"], ["mood", "tags"], ["genre", "tags"]][row % 4],
         }
         for row in range(SONGS)
     ]
@@ -67,8 +68,13 @@ def service() -> SearchService:
 
 
 def holds(song: dict[str, Any], conditions: dict[str, Any]) -> bool:
+    stated_only = conditions.get("include_estimated") is False
     for name, wanted in conditions.items():
+        if name == "include_estimated":
+            continue
         value = song[name]
+        if stated_only and name in (song["estimated"] or ()):
+            return False
         if isinstance(wanted, dict):
             if value is None or not wanted.get("gte", -math.inf) <= value <= wanted.get("lte", math.inf):
                 return False
@@ -142,6 +148,10 @@ CONDITIONS: list[dict[str, Any]] = [
     {"song_id": ["s004", "s005", "S006", "unknown"]},
     {"title": "title 7", "genre": ["rock", "folk", "jazz"]},
     {"artist": "unknown"},
+    {"genre": ["rock"], "include_estimated": False},
+    {"genre": "JAZZ", "mood": ["Calm", "bright"], "include_estimated": False},
+    {"tags": ["tag 4"], "include_estimated": True},
+    {"include_estimated": False},
 ]
 
 

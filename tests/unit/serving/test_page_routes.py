@@ -168,6 +168,14 @@ def test_removed_and_renamed_songs_change_the_map_immediately(client: Client):
     assert songs["song 3"]["title"] == "Three"
 
 
+def test_an_estimated_genre_is_no_label_of_the_map(client: Client):
+    live = client.backend.live
+    live.describe("song 3", {"genre": ["jazz"], "estimated": ["genre"]})
+    live.describe("song 4", {"genre": ["folk"]})
+    songs = {song["song_id"]: song for song in client("/v1/map").json()["songs"]}
+    assert (songs["song 3"]["genre"], songs["song 4"]["genre"]) == (None, ["folk"])
+
+
 def test_an_index_with_removed_songs_is_drawn(client: Client):
     for i in range(19):
         client.backend.live.remove(f"song {i}")

@@ -24,7 +24,7 @@ from htcl_ray.index.vectors import Vectors
 from htcl_ray.search.service import SearchService
 from htcl_ray.serving.api_keys import Keys
 from htcl_ray.serving.http_app import create_app
-from htcl_ray.serving.subsonic.subsonic_responses import NAMESPACE
+from htcl_ray.serving.subsonic.subsonic_responses import NAMESPACE, Entry
 from htcl_ray.workspace.storage import Workspace
 from tests.conftest import REPOSITORY
 
@@ -104,6 +104,21 @@ def guest() -> Player:
 def code(response: dict[str, Any]) -> int:
     assert response["status"] == "failed"
     return response["error"]["code"]
+
+
+def test_estimated_values_are_not_told_to_players():
+    song = {
+        "song_id": "s",
+        "title": "T",
+        "artist": None,
+        "album": None,
+        "year": None,
+        "genre": ["jazz"],
+        "mood": ["calm"],
+    }
+    stated, estimated = (Entry.of({**song, "estimated": names}) for names in (None, ["genre"]))
+    assert (stated.genre, stated.moods) == ("jazz", ["calm"])
+    assert (estimated.genre, estimated.genres, estimated.moods) == (None, None, ["calm"])
 
 
 @pytest.mark.parametrize("suffix", ["", ".view"])

@@ -60,6 +60,22 @@ def test_upsert_replaces_vectors_and_keeps_absent_metadata(workspace: Workspace)
     assert one.service.index.metadata_of("a")["album"] == "Debut"
 
 
+def test_estimates_end_where_metadata_is_stated_or_the_audio_replaced(workspace: Workspace):
+    one = live(workspace)
+    columns = ("genre", "mood", "tags", "estimated")
+
+    def stored() -> tuple:
+        about = one.service.index.metadata_of("a")
+        return tuple(about[name] for name in columns)
+
+    one.describe("a", {"genre": ["jazz"], "mood": ["sad"], "tags": ["live"], "estimated": ["genre", "mood"]})
+    assert stored() == (["jazz"], ["sad"], ["live"], ["genre", "mood"])
+    one.describe("a", {"title": "A", "genre": ["blues"]})
+    assert stored() == (["blues"], ["sad"], ["live"], ["mood"])
+    one.upsert("a", unit_vectors(7), {"duplicate_group": None})
+    assert stored() == (["blues"], None, ["live"], None)
+
+
 def test_unknown_songs_are_rejected_after_catching_up(workspace: Workspace):
     one, other = live(workspace), live(workspace)
     with pytest.raises(SongNotFoundError):
