@@ -80,6 +80,7 @@ LISTENERS = {
     "finetune.freeze_text": True,
     "finetune.rehearsal_songs_per_pair": 0,
     "finetune.preference_loss_weight": 1.0,
+    "finetune.several_positives": False,
     "finetune.health": {"action": "off"},
 }
 GROUP = 8
@@ -114,7 +115,6 @@ class Context:
     frames: Frames
     genre: np.ndarray
     artist: np.ndarray
-    known: Pairs | None = None
 
 
 Wrap = Callable[[Task, Context], Task]
@@ -240,29 +240,6 @@ def two_crops(task: Task, context: Context) -> Task:
     )
 
 
-def several_positives(task: Task, context: Context) -> Task:
-    """Stage 2 with every known pair of a batch as a positive of `preference` (Khosla et al. 2020, L_out)."""
-    assert context.known is not None
-    pairs = context.known.train
-    known = torch.from_numpy(np.unique(pairs[:, 0] << 32 | pairs[:, 1]))
-
-    def terms(model: HTCL, audio: Tensor, text: Tensor, ids: Tensor) -> Terms:
-        given = task.terms(model, audio, text, ids)
-        n = len(audio) // task.songs_per_row
-        unit = F.normalize(audio, dim=1)
-        logits = unit[:n] @ unit[n : 2 * n].T * model.loss_parameters("logit_scale")["preference"].exp()
-        codes = ids[:n, None, 0] << 32 | ids[None, n : 2 * n, 0]
-        positive = torch.isin(codes, known) | torch.eye(n, dtype=torch.bool)
-        total = torch.zeros(())
-        for scores, matches in ((logits, positive), (logits.T, positive.T)):
-            negatives = scores.masked_fill(matches, -torch.inf).logsumexp(dim=1, keepdim=True)
-            losses = torch.logaddexp(scores, negatives) - scores
-            total = total + (losses * matches).sum(dim=1).div(matches.sum(dim=1)).mean() / 2
-        return {**given, "preference": total}
-
-    return replace(task, terms=terms)
-
-
 def layered_optimizer(decay: float, model: HTCL, settings: StageSettings) -> torch.optim.Optimizer:
     """The optimizer with the rate of each layer of the audio tower `decay` times that of the layer after it."""
     optimizer = build_optimizer(model, settings)
@@ -310,7 +287,7 @@ LISTENER_RECIPES: dict[str, Recipe] = {
     "same genre": Recipe(task=functools.partial(composed, "genre")),
     "same artist": Recipe(task=functools.partial(composed, "artist")),
     "nearest": Recipe(task=functools.partial(composed, "nearest")),
-    "several positives": Recipe(task=several_positives),
+    "several positives": Recipe({"finetune.several_positives": True}),
     "text: title, artist": Recipe(columns=(*TITLE, *ARTIST), stages=1),
     "text: title, artist, tags": Recipe(columns=(*TITLE, *ARTIST, *TAGS), stages=1),
     "text: tags, title, artist": Recipe(columns=(*TAGS, *TITLE, *ARTIST), stages=1),
@@ -333,7 +310,6 @@ LISTENER_RECIPES: dict[str, Recipe] = {
     ),
 }
 BEDS = {"esc10": ESC10_RECIPES, "listeners": LISTENER_RECIPES}
-STAGE_2_ONLY = ("several positives",)
 
 
 # ---------------------------------------------------------------- runs
@@ -465,7 +441,7 @@ def make_world(seed: int) -> World:
     )
 
 
-def run_listeners(name: str, recipe: Recipe, seed: int) -> dict[str, float]:
+def run_listeners(recipe: Recipe, seed: int) -> dict[str, float]:
     """Both stages; metrics of held-out songs by artists that training never saw."""
     world = make_world(seed)
     changes = {**LISTENERS, "pretrain.seed": seed, "finetune.seed": seed, **recipe.settings}
@@ -478,14 +454,13 @@ def run_listeners(name: str, recipe: Recipe, seed: int) -> dict[str, float]:
     songs = Songs([f"song-{number:05d}" for number in numbers], texts, ids, world.train, world.test[:0])
     none = world.pairs[:0]
     pairs = Pairs(world.pairs, world.weights, none, 0, none, world.weights[:0], 0)
-    first = Recipe() if name in STAGE_2_ONLY else recipe
     with tempfile.TemporaryDirectory() as scratch:
         frames = open_features(list(world.features[:, None, :]), Path(scratch))
         vocabulary = train_wordpiece([texts[song] for song in world.train], config.text.vocab_size)
         model = HTCL.untrained(config, vocabulary, feature_width=WIDTH)
-        context = Context(model, frames, world.genre, world.artist, pairs)
+        context = Context(model, frames, world.genre, world.artist)
         loader = BatchLoader(songs, frames, model.text_encoder, None)
-        train(first, pretrain_task(songs, config.pretrain), context, loader, config.pretrain)
+        train(recipe, pretrain_task(songs, config.pretrain), context, loader, config.pretrain)
         semantic = audio_towers.embed(model, frames, numbers)
         measured = {f"{metric} 1": value for metric, value in semantics(model, semantic, world, texts).items()}
         measured["cold ndcg@10 1"] = cold_ndcg(semantic, world)
@@ -505,7 +480,7 @@ def semantics(model: HTCL, audio: np.ndarray, world: World, texts: list[str]) ->
     """Accuracy of the nearest genre name and precision@10 of queries of a genre and a mood, on held-out songs."""
     names = [f"g{number}" for number in range(GENRES)]
     held_out = audio[world.test]
-    scores = held_out @ model.embed_text(names).numpy().T
+    of_names = held_out @ model.embed_text(names).numpy().T
     queries = [(f"g{genre}", f"m{mood}") for genre in range(GENRES) for mood in range(MOODS)]
     scores = model.embed_text(["; ".join(query) for query in queries]).numpy() @ held_out.T
     tags = np.array([(world.texts[song]["genre"], world.texts[song]["mood"]) for song in world.test])
@@ -513,7 +488,7 @@ def semantics(model: HTCL, audio: np.ndarray, world: World, texts: list[str]) ->
         np.mean((tags[np.argsort(-row)[:10]] == query).all(axis=1)) for row, query in zip(scores, queries, strict=True)
     ]
     return {
-        "genre": float((scores.argmax(axis=1) == world.genre[world.test]).mean()),
+        "genre": float((of_names.argmax(axis=1) == world.genre[world.test]).mean()),
         "tag queries": float(np.mean(hits)),
     }
 
@@ -619,7 +594,7 @@ def main() -> None:
         if (bed, name, seed, fold) in done:
             continue
         recipe, began = BEDS[bed][name], time.process_time()
-        metrics = run_esc10(recipe, seed, fold) if bed == "esc10" else run_listeners(name, recipe, seed)
+        metrics = run_esc10(recipe, seed, fold) if bed == "esc10" else run_listeners(recipe, seed)
         spent = round(time.process_time() - began, 1)
         line = {"bed": bed, "recipe": name, "seed": seed, "fold": fold, "metrics": metrics, "cpu_seconds": spent}
         lines.append(line)

@@ -19,6 +19,9 @@ from htcl_ray.losses.false_negatives import Excluded, exclude_negatives
 CHUNK_ENTRIES = 2**21
 """Logits held at a time unless the caller gives a number of rows."""
 
+Matching = Callable[[int, int, Tensor], Tensor]
+"""`matching(start, stop, excluded)` → bool [stop − start, m]: keys, of the excluded ones, that match these query
+rows."""
 ChunkLoss = Callable[..., Tensor]
 """(start, queries[start:stop], *shared) → the scalar loss of these rows."""
 
@@ -46,6 +49,14 @@ class ContrastiveLoss(ABC):
     @abstractmethod
     def chance_level(cls, num_candidates: int) -> float | None:
         """Value for equal embeddings, which carry no information; None where it depends on the learned parameters."""
+
+    def several_positives(self, queries: Tensor, keys: Tensor, matches: Tensor, excluded: Tensor) -> Tensor:
+        """Sum of the loss over queries that match several keys each. Scalar.
+
+        As `rows`, but with matches [n, m] bool, at least one in a row. Only losses whose entry in the registry says so
+        implement it.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def rows(
@@ -77,6 +88,7 @@ class ContrastiveLoss(ABC):
         first_positive: int = 0,
         excluded: Excluded | None = None,
         log_q: Tensor | None = None,
+        matching: Matching | None = None,
         chunk_rows: int | None = None,
     ) -> Tensor:
         """Sum of the loss over queries in one direction. Scalar. Memory grows with (n + m)·d, not with n·m.
@@ -87,13 +99,22 @@ class ContrastiveLoss(ABC):
         `log_q` [m]: log of the probability with which each key was drawn into the batch. It is subtracted from every
         logit, the positive's included (Bengio & Senécal 2008; Yi et al., RecSys 2019): the more keys, the closer the
         gradient is to that of the softmax over all songs, each counted once, however unevenly the keys are drawn.
+
+        `matching` finds further keys that match a query, among those that `excluded` marks (which must be given, and
+        `log_q` not): they become positives too.
         """
 
         def chunk(start: int, queries: Tensor, keys: Tensor, *parameters: Tensor) -> Tensor:
             stop = start + len(queries)
             positives = first_positive + torch.arange(start, stop, device=queries.device)
             mask = exclude_negatives(excluded, start, stop, positives)
-            return type(self)(*parameters).rows(queries, keys, positives, mask, log_q)
+            loss = type(self)(*parameters)
+            if matching is None:
+                return loss.rows(queries, keys, positives, mask, log_q)
+            assert mask is not None, "keys that match are among the excluded ones"
+            assert log_q is None, "several positives are not corrected for popularity"
+            matches = matching(start, stop, mask).scatter(1, positives[:, None], True)
+            return loss.several_positives(queries, keys, matches, mask)
 
         parameters = [getattr(self, field.name) for field in fields(self)]
         return sum_row_chunks(chunk, queries, (keys, *parameters), columns=len(keys), chunk_rows=chunk_rows)

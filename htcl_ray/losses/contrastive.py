@@ -40,6 +40,18 @@ class InfoNCE(ContrastiveLoss):
             logits = logits.masked_fill(excluded, -torch.inf)
         return F.cross_entropy(logits, positives, reduction="sum")
 
+    def several_positives(self, queries: Tensor, keys: Tensor, matches: Tensor, excluded: Tensor) -> Tensor:
+        """Mean over a query's positives of the cross entropy of each against the negatives (Khosla et al. 2020).
+
+        The sum over positives is outside the logarithm (`L_out`), and positives are no negatives of each other. With
+        one positive it is `rows`.
+        """
+        logits = queries @ keys.T * self.logit_scale.exp()
+        lowest = torch.finfo(logits.dtype).min  # not −∞, whose gradient is NaN where a query has no negative
+        negatives = logits.masked_fill(matches | excluded, lowest).logsumexp(dim=1, keepdim=True)
+        losses = F.softplus(negatives - logits).masked_fill(~matches, 0)
+        return (losses.sum(dim=1) / matches.sum(dim=1)).sum()
+
 
 @dataclass(frozen=True)
 class SigmoidLoss(ContrastiveLoss):

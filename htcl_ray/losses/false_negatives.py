@@ -34,6 +34,21 @@ def false_negatives(row_ids: Tensor, column_ids: Tensor, known_pairs: Tensor | N
     return related
 
 
+def directed_matches(rows: Tensor, columns: Tensor, pairs: Tensor, among: Tensor, *, reverse: bool = False) -> Tensor:
+    """Entries (row, column) of bool `among` [n, m] whose songs are one of the directed pairs: bool [n, m].
+
+    rows [n] and columns [m], int64 songs; `pairs`: sorted `pair_codes(trigger, recalled)`. Rows are triggers, or with
+    `reverse` recalled songs. Only the marked entries are looked up, which are few.
+    """
+    row, column = among.nonzero(as_tuple=True)
+    first, second = rows[row], columns[column]
+    codes = pair_codes(second, first) if reverse else pair_codes(first, second)
+    position = torch.searchsorted(pairs, codes).clamp(max=len(pairs) - 1)
+    matches = torch.zeros_like(among)
+    matches[row, column] = pairs[position] == codes
+    return matches
+
+
 def pair_codes(low: Tensor, high: Tensor) -> Tensor:
-    """One int64 for each unordered pair of song ids below 2³¹, low ≤ high."""
+    """One int64 for each pair of song ids below 2³¹: unordered where low ≤ high, else (trigger, recalled)."""
     return (low << 32) | high

@@ -21,10 +21,12 @@ class LossEntry:
     class_name: str
     corrects_popularity: bool = False
     """Whether the class takes `log_q`, which `finetune.popularity_correction` needs."""
+    several_positives: bool = False
+    """Whether the class has `several_positives`, which `finetune.several_positives` needs."""
 
 
 LOSSES = {
-    "softmax": LossEntry("htcl_ray.losses.contrastive", "InfoNCE", corrects_popularity=True),
+    "softmax": LossEntry("htcl_ray.losses.contrastive", "InfoNCE", corrects_popularity=True, several_positives=True),
     "sigmoid": LossEntry("htcl_ray.losses.contrastive", "SigmoidLoss"),
 }
 

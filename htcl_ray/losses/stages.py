@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htcl_ray.losses.base import ContrastiveLoss
+from htcl_ray.losses.base import ContrastiveLoss, Matching
 from htcl_ray.losses.collectives import gather_rows, rank
-from htcl_ray.losses.false_negatives import Excluded, false_negatives
+from htcl_ray.losses.false_negatives import Excluded, directed_matches, false_negatives
 
 Terms = dict[str, Tensor]
 Related = Callable[[Tensor, Tensor], Tensor]
@@ -53,6 +53,13 @@ class Side:
     """[keys]: log of the probability with which each key was drawn, to correct for it."""
     unused: Tensor | None = None
     """bool [keys]: keys that are no candidates of any query."""
+    more: int = 0
+    """Number of keys after those of the rows of all workers."""
+
+    @property
+    def matched(self) -> Tensor:
+        """Mask of the keys that are rows of the other side, [keys]."""
+        return torch.arange(len(self.keys), device=self.keys.device) < len(self.keys) - self.more
 
     @classmethod
     def of(cls, vectors: Tensor, ids: Tensor, log_q: Tensor | None = None) -> Side:
@@ -71,6 +78,7 @@ class Side:
             keys=torch.cat([self.keys, more.keys]),
             key_ids=torch.cat([self.key_ids, more.key_ids]),
             unused=torch.cat([unused.new_zeros(len(self.keys)), unused]),
+            more=len(more.keys),
         )
 
 
@@ -92,6 +100,7 @@ def finetune_terms(
     *,
     masked: bool = True,
     log_q: Tensor | None = None,
+    positives: Tensor | None = None,
     with_rejected: bool = False,
     rehearsed: int = 0,
 ) -> Terms:
@@ -105,6 +114,10 @@ def finetune_terms(
     `log_q` [songs, 2]: log of the probability that a song is drawn as trigger and as recalled song; InfoNCE of
     preference and fusion is corrected for it. The text term is not: it keeps stage 1's objective, in which every song
     has equal weight.
+
+    `positives`: sorted codes (trigger, recalled) of the training pairs. Every recalled song of the batch that is paired
+    with a trigger is then a positive of it in `preference`, and every such trigger of a recalled song, not only that of
+    its row. Needs `masked` and `known_pairs`, and not `log_q`.
 
     `with_rejected`: audio and text have n more rows after the recalled songs: the explicit negatives, songs rejected
     after the triggers. Their audio joins the candidates of all triggers in `preference`. A trigger without one has its
@@ -133,13 +146,15 @@ def finetune_terms(
         "text": _term(
             model, "text", Side.of(audio[matched], ids[matched]), Side.of(text[matched], ids[matched]), related
         ),
-        "preference": _term(model, "preference", trigger, preferred, related),
+        "preference": _term(model, "preference", trigger, preferred, related, positives),
         "fusion": (trigger_to_fusion + recalled_to_fusion) / 2,
     }
 
 
-def _term(model: TermModel, name: str, first: Side, second: Side, related: Related | None) -> Tensor:
-    """Compute the share of this worker in one term over the global batch."""
+def _term(
+    model: TermModel, name: str, first: Side, second: Side, related: Related | None, positives: Tensor | None = None
+) -> Tensor:
+    """Compute the share of this worker in one term over the global batch; `positives` as in `finetune_terms`."""
     loss = model.loss(name)
     offset = rank() * len(first.own)
     total = loss.sum_rows(
@@ -148,6 +163,7 @@ def _term(model: TermModel, name: str, first: Side, second: Side, related: Relat
         first_positive=offset,
         excluded=_excluded(first, second, related),
         log_q=second.log_q,
+        matching=_matching(first, second, positives),
     )
     if loss.directions == 2:
         total = total + loss.sum_rows(
@@ -156,6 +172,7 @@ def _term(model: TermModel, name: str, first: Side, second: Side, related: Relat
             first_positive=offset,
             excluded=_excluded(second, first, related),
             log_q=first.log_q,
+            matching=_matching(second, first, positives, reverse=True),
         )
     return total / (loss.directions * len(first.keys))
 
@@ -168,6 +185,16 @@ def _excluded(queries: Side, keys: Side, related: Related | None) -> Excluded | 
     if unused is None:
         return lambda start, stop: related(queries.own_ids[start:stop], keys.key_ids)
     return lambda start, stop: related(queries.own_ids[start:stop], keys.key_ids) | unused
+
+
+def _matching(queries: Side, keys: Side, positives: Tensor | None, *, reverse: bool = False) -> Matching | None:
+    """Keys of the batch's rows that form one of the directed pairs with a query; no other key is a positive."""
+    if positives is None:
+        return None
+    songs, candidates = queries.own_ids[:, 0], keys.key_ids[:, 0]
+    return lambda start, stop, excluded: directed_matches(
+        songs[start:stop], candidates, positives, excluded & keys.matched, reverse=reverse
+    )
 
 
 def total_loss(terms: Terms, weights: Mapping[str, float]) -> Tensor:

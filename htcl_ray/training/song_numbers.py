@@ -159,6 +159,12 @@ def known_pair_codes(pairs: Rows) -> Rows:
     return codes
 
 
+def directed_pair_codes(pairs: Rows) -> Rows:
+    """Sorted, unique codes of pairs (trigger, recalled), as `losses.false_negatives.directed_matches` takes them."""
+    codes: Rows = np.unique((pairs[:, 0] << 32) | pairs[:, 1])
+    return codes
+
+
 def _codes(pairs: Rows) -> Rows:
     codes: Rows = (pairs.min(axis=1) << 32) | pairs.max(axis=1)
     return codes

@@ -13,7 +13,14 @@ from htcl_ray.config.sections import FinetuneSettings, PretrainSettings
 from htcl_ray.losses.stages import Terms, finetune_terms, pretrain_terms
 from htcl_ray.models.htcl import HTCL
 from htcl_ray.training.order import pair_order, song_order, with_rehearsed, with_rejected
-from htcl_ray.training.song_numbers import Pairs, Rows, Songs, known_pair_codes, log_draw_probability
+from htcl_ray.training.song_numbers import (
+    Pairs,
+    Rows,
+    Songs,
+    directed_pair_codes,
+    known_pair_codes,
+    log_draw_probability,
+)
 
 LossTerms = Callable[[HTCL, Tensor, Tensor, Tensor], Terms]
 """(model, audio [S, dim], text [S, dim], ids [S, 3]) → named terms, this worker's share of each."""
@@ -56,6 +63,9 @@ def finetune_task(pairs: Pairs, training_songs: Rows, settings: FinetuneSettings
     """
     draws = settings.pairs_per_epoch or len(pairs.train)
     known = torch.from_numpy(known_pair_codes(pairs.train)).to(device)
+    positives = (
+        torch.from_numpy(directed_pair_codes(pairs.train)).to(device) if settings.uses_several_positives else None
+    )
     log_q = (
         torch.from_numpy(log_draw_probability(pairs.train, pairs.weights)).to(device)
         if settings.popularity_correction
@@ -79,6 +89,7 @@ def finetune_task(pairs: Pairs, training_songs: Rows, settings: FinetuneSettings
             known,
             masked=settings.mask_false_negatives,
             log_q=log_q,
+            positives=positives,
             with_rejected=settings.explicit_negatives,
             rehearsed=settings.rehearsal_songs_per_pair,
         )

@@ -48,6 +48,7 @@ class Variant:
     corrected: bool = False
     rejected: bool = False
     rehearsed: int = 0
+    several: bool = False
     tower: str = "transformer"
 
 
@@ -63,6 +64,8 @@ VARIANTS = [
     Variant("rehearsed-corrected", 2, rehearsed=1, corrected=True),
     Variant("rehearsed-rejected", 2, rehearsed=2, rejected=True),
     Variant("rehearsed-sigmoid", 2, loss="sigmoid", rehearsed=2),
+    Variant("several", 2, several=True),
+    Variant("several-rejected", 2, several=True, rejected=True),
     Variant("first-cnn", 1, tower="cnn"),
     Variant("second-mlp", 2, tower="mlp"),
     Variant("first-windows", 1, tower="window_transformer"),
@@ -129,6 +132,10 @@ def known_codes() -> Tensor:
     return torch.tensor(sorted({(min(pair) << 32) | max(pair) for pair in KNOWN + pairs_of_the_batch()}))
 
 
+def directed_codes() -> Tensor:
+    return torch.tensor(sorted({(trigger << 32) | recalled for trigger, recalled in KNOWN + pairs_of_the_batch()}))
+
+
 def task(variant: Variant) -> Task:
     rows = song_rows(variant)
     if variant.stage == 1:
@@ -140,6 +147,7 @@ def task(variant: Variant) -> Task:
             known_pairs=known_codes(),
             masked=variant.masked,
             log_q=log_q,
+            positives=directed_codes() if variant.several else None,
             with_rejected=variant.rejected,
             rehearsed=variant.rehearsed,
         )
@@ -196,6 +204,8 @@ class Entries:
             z = 2 * torch.eye(rows, len(second), dtype=logits.dtype) - 1
             entries = torch.log(1 + torch.exp(-z * (logits + self.model.logit_bias[name])))
             return torch.where(keep, entries, 0).sum() / rows
+        if self.variant.several and name == "preference":
+            return self.several(logits, keep, first_songs, second_songs) / (2 * rows)
         correct = torch.zeros(SONGS, 2) if not self.variant.corrected or name == "text" else LOG_Q
         forward = torch.where(keep, logits - correct[second_songs, drawn_as[1]], -torch.inf)
         backward = torch.where(keep, logits - correct[first_songs, drawn_as[0]][:, None], -torch.inf)[:, :rows]
@@ -206,6 +216,21 @@ class Entries:
             )
             / 2
         )
+
+    def several(self, logits: Tensor, keep: Tensor, triggers: list[int], recalled: list[int]) -> Tensor:
+        """Both directions of the preference term with every pair of the batch as a positive, summed over queries."""
+        pairs, rows, total = {*KNOWN, *pairs_of_the_batch()}, len(triggers), torch.zeros((), dtype=logits.dtype)
+        columns = recalled[:rows]
+        matches = [[i == j or (a, b) in pairs for j, b in enumerate(columns)] for i, a in enumerate(triggers)]
+        for query in range(rows):
+            for scores, kept, own in (
+                (logits[query], keep[query], [key for key in range(rows) if matches[query][key]]),
+                (logits[:, query], keep[:, query], [key for key in range(rows) if matches[key][query]]),
+            ):
+                negatives = [key for key in range(len(scores)) if kept[key] and key not in own]
+                for positive in own:
+                    total = total - torch.log_softmax(scores[[positive, *negatives]], dim=0)[0] / len(own)
+        return total
 
 
 def reference(model: HTCL, variant: Variant) -> dict[str, Tensor]:

@@ -235,14 +235,33 @@ class FinetuneSettings(StageSettings):
     popularity_correction: bool = False
     """Whether to subtract log q from the logits of the preference and fusion losses, where q is the sampling
     probability of the song (log-Q correction); softmax only."""
+    several_positives: bool | None = None
+    """Whether all songs of a batch that are paired with a trigger are its positives in the preference loss, not only
+    the one that was drawn with it (Khosla et al. 2020); softmax with masked false negatives only. Null: wherever that
+    is possible, without `popularity_correction`."""
     explicit_negatives: bool = False
     """Whether to add to each pair a song that was rejected after its trigger song (skip or dislike) as a negative of
     the preference loss. Encoding takes half as long again."""
+
+    @property
+    def uses_several_positives(self) -> bool:
+        """Whether `several_positives` is set, or null and possible."""
+        return self._can_have_several_positives if self.several_positives is None else self.several_positives
+
+    @property
+    def _can_have_several_positives(self) -> bool:
+        return LOSSES[self.loss].several_positives and self.mask_false_negatives and not self.popularity_correction
 
     @model_validator(mode="after")
     def _check_correction(self) -> Self:
         if self.popularity_correction and not LOSSES[self.loss].corrects_popularity:
             raise ValueError(f"popularity_correction corrects a softmax, and loss is {self.loss}; set one of them back")
+        if self.several_positives and not self._can_have_several_positives:
+            raise ValueError(
+                f"several_positives needs loss=softmax, mask_false_negatives=true and popularity_correction=false, but "
+                f"they are {self.loss}, {str(self.mask_false_negatives).lower()} and "
+                f"{str(self.popularity_correction).lower()}; set it to null, or set them back"
+            )
         if self.popularity_correction and self.explicit_negatives:
             raise ValueError(
                 "popularity_correction requires songs that are sampled by the weights of pairs, and explicit_negatives "
