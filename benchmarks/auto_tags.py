@@ -4,7 +4,7 @@
 
 The scores are those of musicnn's last layer for the given vectors of the shared clips. What is stated is little: of the
 88 pieces of music, 82 are called `game soundtrack`, which is no tag; the others are Folk, Jazz and Classical, and their
-tags say whether there is singing. No clip of ESC-10 is music, so each estimated genre there is wrong. Mood is not stated.
+tags say whether they are sung. No clip of ESC-10 is music, so each of its estimated genres is wrong. Mood is not stated.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def measures(estimated: dict[str, list[dict[str, Any]]], stated: dict[str, dict[
                     1,
                 )
             )
-    right, found, existing, right_voice, found_voice, pieces = np.array(values).sum(axis=0).tolist()
+    right, given, existing, right_voice, given_voice, pieces = np.array(values).sum(axis=0).tolist()
     return {
-        "genre": {"right": right, "estimated": found, "stated": existing},
-        "singing_or_none": {"right": right_voice, "estimated": found_voice, "stated": pieces},
+        "genre": {"right": right, "estimated": given, "stated": existing},
+        "singing_or_none": {"right": right_voice, "estimated": given_voice, "stated": pieces},
         "share_of_music_with": _shares(estimated["music"]),
         "share_of_esc10_with": _shares(estimated["esc10"]),
         "values_a_piece_of_music": round(

@@ -26,9 +26,9 @@ def test_values_are_those_of_the_best_scores_in_falling_order():
     random = np.random.default_rng(0)
     scores = random.random((30, len(TAGS))).astype(np.float32)
     table = songs(genre=[["stated"], [], None] * 10, tags=[None, ["piano"]] * 15)
-    found = estimated_values(table, scores, TAGS, 0.4)
-    assert found.schema == ESTIMATES
-    for row, (song, estimate) in enumerate(zip(table.to_pylist(), found.to_pylist(), strict=True)):
+    actual = estimated_values(table, scores, TAGS, 0.4)
+    assert actual.schema == ESTIMATES
+    for row, (song, estimate) in enumerate(zip(table.to_pylist(), actual.to_pylist(), strict=True)):
         for column in TAG_COLUMNS:
             best: dict[str, float] = {}
             for tag, score in zip(TAGS, scores[row].tolist(), strict=True):
