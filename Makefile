@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKSPACE ?= ./workspace
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast check install pretrained-text pretrained-audio clean
+.PHONY: help demo test fast types changed check install pretrained-text pretrained-audio clean
 
 # The stamp holds the state of the files that decide what is installed, so a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,7 +29,12 @@ check: install ## formatting, lint and types
 
 fast: install ## lint, types, and the unit tests of what differs from the last commit; seconds
 	$(BIN)/ruff check --quiet .
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types changed
+
+types: # the caches of mypy make the second run quick
 	$(BIN)/mypy
+
+changed:
 	$(BIN)/python -m tests.changed
 
 # Hundreds of processes import the package, and each would compile it where Python may not keep compiled files.
