@@ -214,7 +214,11 @@ class Score:
 
 
 def compose(song: SampleSong, seconds: float, rng: np.random.Generator) -> Score:
-    """Compose a score of at least `seconds`."""
+    """Compose a score of at least `seconds`.
+
+    The melody has a random generator of its own, so that a cover, composed from the same `rng`, shares it.
+    """
+    melody_rng = np.random.default_rng(rng.integers(2**63))
     genre, mood, artist = GENRE_STYLES[song.genre], MOOD_STYLES[song.mood], song.artist
     bar_steps = len(genre.bass)
     step = 60 / float(rng.uniform(*mood.beats_per_minute)) / STEPS_PER_BEAT
@@ -233,7 +237,7 @@ def compose(song: SampleSong, seconds: float, rng: np.random.Generator) -> Score
             genre.rhythm, genre.rhythm_steps, genre.rhythm_base, genre.rhythm_style, steps, roots, clock, pitch
         ),
         backing=_chords(*BACKINGS[song.backing], steps, roots, clock, pitch),
-        melody=_melody(mood, steps, roots, clock, pitch, rng),
+        melody=_melody(mood, steps, roots, clock, pitch, melody_rng),
         colour=_colour(mood, steps, roots, clock, pitch),
     )
 

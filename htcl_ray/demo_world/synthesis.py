@@ -9,9 +9,20 @@ import numpy as np
 import scipy.fft
 
 from htcl_ray.demo_world.score import GENRE_STYLES, MOOD_STYLES, Note, Score, compose
-from htcl_ray.demo_world.world import HIDDEN_TRAITS, SampleSong
+from htcl_ray.demo_world.world import HIDDEN_TRAITS, NUISANCE_TRAITS, SampleSong
 
 SAMPLE_RATE = 16000
+SWEEP_HERTZ = (0.42, 0.52)
+SWEEP_DECIBELS = 8.0
+"""Deviation of the gain above 700 Hz."""
+PULSE_HERTZ = 0.95
+PULSE_RATIO = 1.6
+"""Rate of the pulse at the highest value of the trait / that at 0."""
+PULSE_DECIBELS = 6.5
+"""Deviation of the level."""
+SKEW = 0.95
+"""Difference of the rising and the falling share of a cycle at the highest value of a trait."""
+BLUR_SAMPLES = SAMPLE_RATE * 64 // 1000
 _TABLE = 4096
 _TOP_HERTZ = 7600.0
 
@@ -82,11 +93,15 @@ TIMBRES = {
 }
 
 
-def render(song: SampleSong, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """Render a recording of a song: float32 [samples] in (-1, 1) at SAMPLE_RATE, determined by the arguments."""
+def render(song: SampleSong, seconds: float, composition: np.random.Generator, take: np.random.Generator) -> np.ndarray:
+    """Render a recording of a song: float32 [samples] in (-1, 1) at SAMPLE_RATE, determined by the arguments.
+
+    `composition` determines the score, `take` everything else.
+    """
     samples = round(seconds * SAMPLE_RATE)
-    score = compose(song, seconds, rng)
-    return produce(perform(song, score, samples, rng), dict(zip(HIDDEN_TRAITS, song.hidden, strict=True)), rng)
+    mix = perform(song, compose(song, seconds, composition), samples, take)
+    names, values = HIDDEN_TRAITS + NUISANCE_TRAITS, song.hidden + song.nuisance
+    return produce(mix, dict(zip(names, values, strict=True)), take)
 
 
 def perform(song: SampleSong, score: Score, samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -109,32 +124,48 @@ def perform(song: SampleSong, score: Score, samples: int, rng: np.random.Generat
     return mix
 
 
-def produce(mix: np.ndarray, hidden: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """Apply room, equaliser, sweep and pulse as the hidden traits determine, then a soft limiter and short fades."""
+def produce(mix: np.ndarray, traits: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+    """Apply room, equaliser, sweep and pulse as the traits determine, then a soft limiter and short fades.
+
+    `traits`: one value for each of HIDDEN_TRAITS and NUISANCE_TRAITS. Hidden traits change the course of two gains over
+    time and neither their mean nor their deviation (`_cycle`): the gain of everything above 700 Hz (sweep), and the
+    overall level (pulse).
+    """
     samples = len(mix)
-    amount = {name: (value + 1) / 2 for name, value in hidden.items()}
     size = scipy.fft.next_fast_len(samples + len(_room()), real=True)
     spectrum = scipy.fft.rfft(mix, size) * scipy.fft.rfft(_room(), size)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 60) / 700).astype(np.float32)
-    spectrum *= 10 ** (np.float32(2.2 / 20 * hidden["brightness"]) * octaves)
+    spectrum *= 10 ** (np.float32(2.2 / 20 * traits["brightness"]) * octaves)
     bell = np.exp(-2 * (octaves - np.float32(1.2)) ** 2)  # around 1600 Hz
-    spectrum *= 10 ** (np.float32(8 / 20 * hidden["presence"]) * bell)
-    closed = 1 / (1 + 2 ** (4 * octaves))  # above 700 Hz, 24 dB per octave
-    bright, dull = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum, spectrum * closed))
-    time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
-    depth = np.float32(0.9 * amount["sweep"]) * _wave(time, rng.uniform(0.33, 0.42), rng)
-    mix = bright + depth * (dull - bright)
-    mix /= np.sqrt(np.mean(mix**2)) + np.float32(1e-9)
-    mix *= 10 ** (np.float32(-14 / 20 * amount["pulse"]) * _wave(time, rng.uniform(1.1, 1.5), rng))
+    spectrum *= 10 ** (np.float32(8 / 20 * traits["presence"]) * bell)
+    below = 1 / (1 + 2 ** (4 * octaves))  # 700 Hz, 24 dB per octave
+    low, high = (scipy.fft.irfft(part, size)[:samples] for part in (spectrum * below, spectrum * (1 - below)))
+    sweep = _cycle(samples, rng.uniform(*SWEEP_HERTZ), (1 + SKEW * traits["sweep"]) / 2, rng)
+    mix = low + high * _gain(SWEEP_DECIBELS * sweep)
+    hertz = rng.uniform(0.95, 1.05) * PULSE_HERTZ * PULSE_RATIO ** traits["rate"]
+    mix *= _gain(PULSE_DECIBELS * _cycle(samples, hertz, (1 - SKEW * traits["shape"]) / 2, rng))
     mix = np.tanh(np.float32(0.4) * mix / (np.sqrt(np.mean(mix**2)) + np.float32(1e-9)))
+    time = np.arange(samples, dtype=np.float32) / np.float32(SAMPLE_RATE)
     fade = np.minimum(1, np.minimum(time, time[::-1]) / np.float32(0.03))
     return np.asarray(np.float32(0.9) * mix * fade)
 
 
-def _wave(time: np.ndarray, hertz: float, rng: np.random.Generator) -> np.ndarray:
-    """Compute a raised cosine between 0 and 1 with a random phase."""
-    cosine = np.cos(np.float32(2 * np.pi) * (np.float32(hertz) * time + np.float32(rng.uniform())))
-    return np.asarray(np.float32(0.5) - np.float32(0.5) * cosine)
+def _cycle(samples: int, hertz: float, rising: float, rng: np.random.Generator) -> np.ndarray:
+    """A repeated rise and fall with a random phase, of mean 0 and deviation 1 in this clip: float32 [samples].
+
+    `rising`: share of a cycle in which it rises, at constant speed. A cycle that rises for a share of 0.8 is one that
+    rises for 0.2 with time reversed, so nothing that ignores the order of frames tells them apart. The curve is as
+    smooth as a frame of the model's features, 128 ms, because a frame would blur fast changes and show a smaller
+    deviation.
+    """
+    phase = (np.arange(-BLUR_SAMPLES, samples + BLUR_SAMPLES) * (hertz / SAMPLE_RATE) + rng.uniform()) % 1.0
+    curve = np.cumsum(np.where(phase < rising, phase / rising, (1 - phase) / (1 - rising)))
+    curve = (curve[2 * BLUR_SAMPLES :] - curve[: -2 * BLUR_SAMPLES]) / (2 * BLUR_SAMPLES)
+    return np.asarray((curve - curve.mean()) / curve.std(), dtype=np.float32)
+
+
+def _gain(decibels: np.ndarray) -> np.ndarray:
+    return np.asarray(np.float32(10) ** (decibels / np.float32(20)))
 
 
 def _add(mix: np.ndarray, start: float, samples: np.ndarray, gain: float) -> None:

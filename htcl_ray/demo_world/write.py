@@ -19,7 +19,7 @@ import soundfile
 
 from htcl_ray.demo_world.listeners import make_tastes, simulate
 from htcl_ray.demo_world.synthesis import SAMPLE_RATE, render
-from htcl_ray.demo_world.world import World, make_world, random_stream
+from htcl_ray.demo_world.world import SampleSong, TextStyle, World, make_world, random_stream
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.workspace.manifest import file_sha256, fingerprint
 
@@ -110,9 +110,10 @@ def _write_audio(world: World, folder: Path, seconds: float) -> None:
 
 def _write_recordings(world: World, positions: list[int], folder: Path, seconds: float) -> None:
     for position in positions:
-        rng = random_stream(world.seed, "sound", position)
-        length = seconds * float(rng.uniform(0.97, 1.03))
-        waveform = render(world.songs[position], length, rng)
+        take = random_stream(world.seed, "take", position)
+        length = seconds * float(take.uniform(0.97, 1.03))
+        composition = random_stream(world.seed, "composition", world.songs[position].work)
+        waveform = render(world.songs[position], length, composition, take)
         soundfile.write(folder / f"{world.songs[position].song_id}.wav", waveform, SAMPLE_RATE, subtype="PCM_16")
 
 
@@ -157,15 +158,25 @@ def _catalog_rows(world: World) -> list[tuple[str, ...]]:
             song.song_id,
             f"audio/{song.song_id}.wav",
             song.title,
-            song.artist.name,
+            ";".join(artist.name for artist in song.credited),
             song.album,
             song.genre,
-            song.mood,
-            f"{song.lead};{song.backing}",
+            "" if song.text_style is TextStyle.NO_MOOD else song.mood,
+            ";".join(_tags(song)),
             str(song.year),
         )
         for song in world.songs
     ]
+
+
+def _tags(song: SampleSong) -> tuple[str, ...]:
+    match song.text_style:
+        case TextStyle.LEAD_ONLY:
+            return (song.lead,)
+        case TextStyle.BACKING_FIRST:
+            return song.backing, song.lead
+        case _:
+            return song.lead, song.backing
 
 
 def _log_rows(world: World, users: int) -> list[tuple[str, ...]]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from htcl_ray.demo_world import listeners
 from htcl_ray.demo_world.listeners import (
     DAYS,
     FIRST_DAY,
+    FLIP_SHARE,
     POSITIVE,
     RECOMMENDED,
+    RECOMMENDERS,
+    SILENT_SHARE,
     VISITS,
     Log,
     Tastes,
@@ -85,6 +89,53 @@ def test_popularity_is_skewed_and_independent_of_traits(world: World, log: Log) 
     offered = np.bincount(log.song, minlength=len(world.songs))
     assert np.corrcoef(offered, popularity(world))[0, 1] > 0.4
     assert np.abs(np.corrcoef(np.vstack([popularity(world), world.hidden.T]))[0, 1:]).max() < 0.1
+
+
+def test_some_songs_are_neither_offered_nor_picked(world: World, log: Log) -> None:
+    silent = np.flatnonzero(popularity(world) == 0)
+    assert len(silent) == SILENT_SHARE * len(world.songs)
+    assert not set(silent) & (set(log.song.tolist()) | set(log.trigger.tolist()))
+
+
+def test_exposure_depends_on_the_recommender(
+    world: World, tastes: Tastes, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users of one kind of recommender alone are offered more popular songs, more of the trigger's genre, or more of
+    their taste."""
+    genre = np.array([song.genre for song in world.songs])
+    measured = []
+    for recommender in RECOMMENDERS:
+        monkeypatch.setattr(listeners, "RECOMMENDERS", (recommender,))
+        of_one = simulate(world, tastes)
+        measured.append(
+            (
+                popularity(world)[of_one.song].mean(),
+                (genre[of_one.song] == genre[of_one.trigger]).mean(),
+                tastes.utility(world)[of_one.user, of_one.song].mean(),
+            )
+        )
+    assert np.argmax(measured, axis=0).tolist() == [0, 1, 2]
+
+
+def test_popular_songs_become_more_popular(world: World, tastes: Tastes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def concentration() -> float:
+        offered = np.sort(np.bincount(simulate(world, tastes).song, minlength=len(world.songs)))
+        return float(offered[-50:].sum() / offered.sum())
+
+    grown = concentration()
+    monkeypatch.setattr(listeners, "GROWTH", 0.0)
+    assert grown > concentration()
+
+
+def test_tastes_drift(world: World, tastes: Tastes) -> None:
+    first, last = tastes.hidden_at(0.0), tastes.hidden_at(1.0)
+    flipped = (np.sign(first) != np.sign(last)).sum(axis=1)
+    assert set(flipped) == {0, 1}
+    assert FLIP_SHARE - 0.1 < flipped.mean() < FLIP_SHARE + 0.1
+    correlation = np.corrcoef(tastes.named_utility(world, 0.0).ravel(), tastes.named_utility(world, 1.0).ravel())[0, 1]
+    assert 0.7 < correlation < 0.98
+    when = np.linspace(0, 1, len(first))
+    assert np.array_equal(tastes.utility(world, when)[3], tastes.utility(world, when[3])[3])
 
 
 def test_positive_feedback_follows_taste_with_noise(world: World, tastes: Tastes, log: Log) -> None:

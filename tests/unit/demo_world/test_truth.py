@@ -1,4 +1,4 @@
-"""The true traits as vectors: every trait that users have tastes for."""
+"""The true traits as vectors: every trait with a taste, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ pytestmark = pytest.mark.unit
 
 
 def test_true_vectors_hold_all_that_tastes_depend_on() -> None:
-    """Utilities are linear in them."""
+    """Utilities are linear in them, and brightness and presence are not in them."""
     world = make_world(songs=300, artists=60, seed=0)
     vectors = true_vectors(world)
-    assert vectors.shape == (300, 4 + 8 + 5 + 8)
+    assert vectors.shape == (300, 3 + 8 + 5 + 8)
     utility = make_tastes(world, 10).utility(world)
     design = np.hstack([vectors, np.ones((300, 1))])
     residual = utility.T - design @ np.linalg.lstsq(design, utility.T, rcond=None)[0]
     assert np.abs(residual).max() < 1e-4
+    nuisance = np.array([song.nuisance for song in world.songs])
+    explained = np.linalg.lstsq(design, nuisance, rcond=None)[0]
+    assert 1 - (nuisance - design @ explained).var() / nuisance.var() < 0.2
 
 
 def test_the_table_names_every_song(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from htcl_ray.demo_world.world import GENRES, HIDDEN_TRAITS, LEADS, MOODS, World, make_world, random_stream
+from htcl_ray.demo_world.world import GENRES, HIDDEN_TRAITS, LEADS, MOODS, TextStyle, World, make_world, random_stream
 
 pytestmark = pytest.mark.unit
 
@@ -64,12 +64,49 @@ def test_an_artist_has_one_genre(world: World) -> None:
 def test_duplicate_recordings_have_the_same_artist_and_another_id(world: World) -> None:
     copies = [(song, world.songs[song.recording]) for i, song in enumerate(world.songs) if song.recording != i]
     assert 5 <= len(copies) <= 10
+    assert not {original.recording for _, original in copies} & {world.songs.index(copy) for copy, _ in copies}
     for copy, original in copies:
         assert copy.song_id != original.song_id
         assert copy.album != original.album
         assert world.songs[original.recording] is original
         for field in ("title", "artist", "hidden", *NAMED):
             assert getattr(copy, field) == getattr(original, field)
+
+
+def test_remasters_share_everything_but_the_recording_and_covers_the_composition_only(world: World) -> None:
+    versions = [
+        (song, world.songs[song.work]) for i, song in enumerate(world.songs) if song.work != i and song.recording == i
+    ]
+    remasters = [(song, original) for song, original in versions if song.artist is original.artist]
+    covers = [(song, original) for song, original in versions if song.artist is not original.artist]
+    assert len(remasters) >= 15
+    assert len(covers) >= 25
+    for remaster, original in remasters:
+        assert remaster.title == f"{original.title} (remastered)"
+        assert remaster.hidden == original.hidden
+        assert remaster.nuisance != original.nuisance
+    for cover, original in covers:
+        assert (cover.title, cover.mood) == (original.title, original.mood)
+        assert cover.genre == cover.artist.genre
+    agreement = np.mean([np.sign(cover.hidden) == np.sign(original.hidden) for cover, original in covers])
+    assert 0.35 < agreement < 0.65
+
+
+def test_collaborations_are_between_artists_of_a_genre_in_pairs(world: World) -> None:
+    collaborations = [song for song in world.songs if song.guest is not None]
+    assert 20 < len(collaborations) < 150
+    partners: dict[str, set[str]] = {}
+    for song in collaborations:
+        assert song.guest is not None
+        assert song.guest.genre == song.artist.genre
+        for one, other in ((song.artist, song.guest), (song.guest, song.artist)):
+            partners.setdefault(one.name, set()).add(other.name)
+    assert {len(names) for names in partners.values()} == {1}
+
+
+def test_publishers_write_texts_in_several_styles(world: World) -> None:
+    styles = [artist.text_style for artist in world.artists]
+    assert all(styles.count(style) >= 5 for style in TextStyle)
 
 
 def test_hidden_traits_have_two_balanced_modes(world: World) -> None:
@@ -79,14 +116,16 @@ def test_hidden_traits_have_two_balanced_modes(world: World) -> None:
 
 
 def test_hidden_traits_cannot_be_predicted_from_the_text(world: World) -> None:
-    fields = (*NAMED, "year")
+    fields = (*NAMED, "year", "text_style", "guest")
     text = OneHotEncoder().fit_transform([[str(getattr(song, field)) for field in fields] for song in world.songs])
     for trait, values in zip(HIDDEN_TRAITS, world.hidden.T, strict=True):
         assert accuracy(text, values > 0) < 0.56, trait
 
 
 def test_hidden_traits_are_independent_of_each_other_and_of_the_artist(world: World) -> None:
-    assert np.abs(np.corrcoef(world.hidden.T) - np.eye(len(HIDDEN_TRAITS))).max() < 0.1
+    nuisance = np.array([song.nuisance for song in world.songs])
+    both = np.hstack([world.hidden, nuisance])
+    assert np.abs(np.corrcoef(both.T) - np.eye(both.shape[1])).max() < 0.1
     artist = OneHotEncoder().fit_transform([[song.artist.name] for song in world.songs])
     for trait, values in zip(HIDDEN_TRAITS, world.hidden.T, strict=True):
         assert accuracy(artist, values > 0) < 0.56, trait

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 from htcl_ray.demo_world import SampleTables, write, write_sample
-from htcl_ray.demo_world.world import HIDDEN_TRAITS, make_world
+from htcl_ray.demo_world.world import HIDDEN_TRAITS, NUISANCE_TRAITS, TextStyle, make_world
 from htcl_ray.errors import WorkspaceError
 from htcl_ray.schemas import Feedback
 
@@ -102,19 +103,26 @@ def test_the_catalogue_contains_named_traits_only(sample: SampleTables) -> None:
         assert row["audio_path"] == f"audio/{song.song_id}.wav"
         assert (row["title"], row["artist"], row["album"], row["year"]) == (
             song.title,
-            song.artist.name,
+            ";".join(artist.name for artist in song.credited),
             song.album,
             str(song.year),
         )
-        assert (row["genre"], row["mood"]) == (song.genre, song.mood)
-        assert row["tags"].split(";") == [song.lead, song.backing]
+        assert row["genre"] == song.genre
+        assert row["mood"] == ("" if song.text_style is TextStyle.NO_MOOD else song.mood)
+        tags = row["tags"].split(";")
+        if song.text_style is TextStyle.LEAD_ONLY:
+            assert tags == [song.lead]
+        elif song.text_style is TextStyle.BACKING_FIRST:
+            assert tags == [song.backing, song.lead]
+        else:
+            assert tags == [song.lead, song.backing]
 
 
 def test_no_file_names_hidden_traits(sample: SampleTables) -> None:
     folder = sample.catalog.parent
     assert {path.name for path in folder.iterdir()} == {"catalog.csv", "interactions.csv", "audio", "sample.json"}
-    text = "".join(path.read_text(encoding="utf-8").lower() for path in folder.iterdir() if path.is_file())
-    assert not [trait for trait in HIDDEN_TRAITS if trait in text]
+    text = " ".join(path.read_text(encoding="utf-8").lower() for path in folder.iterdir() if path.is_file())
+    assert not set(HIDDEN_TRAITS + NUISANCE_TRAITS) & set(re.findall("[a-z]+", text))
     known = {row["song_id"] for row in rows(sample.catalog)}
     assert {path.stem for path in (folder / "audio").iterdir()} <= known
 
