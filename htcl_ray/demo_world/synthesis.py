@@ -13,12 +13,12 @@ from htcl_ray.demo_world.world import HIDDEN_TRAITS, NUISANCE_TRAITS, SampleSong
 
 SAMPLE_RATE = 16000
 SWEEP_HERTZ = (0.42, 0.52)
-SWEEP_DECIBELS = 10.0
+SWEEP_DECIBELS = 8.0
 """Deviation of the gain above 700 Hz."""
 PULSE_HERTZ = 0.95
 PULSE_RATIO = 1.6
 """Rate of the pulse at the highest value of the trait / that at 0."""
-PULSE_DECIBELS = 9.0
+PULSE_DECIBELS = 7.0
 """Deviation of the level."""
 SKEW = 0.95
 """Difference of the rising and the falling share of a cycle at the highest value of a trait."""

@@ -25,6 +25,7 @@ from htcl_ray.workspace.storage import Workspace
 SONGS = 14
 GENRES = ("rock", "jazz", "folk")
 TINY = {
+    "audio.tower": "transformer",
     "audio.clip_seconds": 2.0,
     "model.conv_channels": 16,
     "model.width": 16,

@@ -67,12 +67,12 @@ def test_columns_accept_free_names():
             "model.window_seconds is 9; expected at most audio.clip_seconds (8), or null for whole clips",
         ),
         (
-            "pretrain.freeze_audio_layers=3",
-            "pretrain.freeze_audio_layers is 3; expected at most 2, the number of layers of the transformer tower",
+            "pretrain.freeze_audio_layers=6",
+            "pretrain.freeze_audio_layers is 6; expected at most 5, the number of layers of the cnn tower",
         ),
         (
             "finetune.mel_masks=8",
-            "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (128)",
+            "finetune.mel_masks × finetune.mel_mask_bands is 128; expected less than audio.n_mels (64)",
         ),
         ("pretrain.micro_batch_size=0", "'pretrain.micro_batch_size': it is 0; expected a number from 1, auto or null"),
         ("pretrain.micro_batch_size=fits", "it is 'fits'; expected a number from 1, auto or null"),

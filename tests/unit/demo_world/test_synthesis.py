@@ -189,7 +189,7 @@ def test_named_traits_of_unknown_artists_can_be_predicted_from_the_spectrogram(
         )
         return float(probe.fit(features[known], of_songs[known]).score(features[~known], of_songs[~known]))
 
-    assert accuracy([song.genre for song in world.songs]) > 0.75  # chance 0.125
+    assert accuracy([song.genre for song in world.songs]) > 0.65  # chance 0.125
     assert accuracy([song.mood for song in world.songs]) > 0.75  # chance 0.2
     assert accuracy([song.backing for song in world.songs]) > 0.5  # chance 0.2
     assert accuracy([song.lead for song in world.songs]) > 0.25  # chance 0.125

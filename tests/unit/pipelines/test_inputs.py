@@ -367,8 +367,8 @@ def test_the_tower_changes_the_model_and_not_the_features(folder: Path):
     workspace.finish("features/v1", build_manifest("features", config=cnn.model_dump(mode="json"), inputs={}))
     without_catalog = transformer.with_overrides({"data.catalog": []})
     assert inputs.features(workspace, without_catalog).version == "v1"
-    with pytest.raises(MismatchError, match=r"were made with audio\.n_mels=128, but the configuration says 64"):
-        inputs.features(workspace, without_catalog.with_overrides({"audio.n_mels": 64}))
+    with pytest.raises(MismatchError, match=r"were made with audio\.n_mels=64, but the configuration says 128"):
+        inputs.features(workspace, without_catalog.with_overrides({"audio.n_mels": 128}))
 
 
 def test_settings_of_other_extractors_do_not_change_features(folder: Path):

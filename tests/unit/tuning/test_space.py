@@ -167,7 +167,7 @@ def configured(space: str | None = None, *assignments: str) -> Config:
 )
 def test_an_invalid_space_is_refused_in_one_sentence(space: str, message: str):
     with pytest.raises(ConfigError) as caught:
-        search_space(configured(space), ROWS)
+        search_space(configured(space, "audio.tower=transformer", "audio.n_mels=128"), ROWS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "tune" in str(caught.value)
