@@ -51,7 +51,7 @@ from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import finetune, pretrain
 from htcl_ray.workspace.storage import Workspace
 
-COLD_BASELINES = ("semantic", "log_mel", "genre", "popularity", "random", "oracle")
+COLD_BASELINES = ("semantic", "log_mel", "genre", "artist_mean", "popularity", "random", "oracle")
 
 
 def configuration(workspace: Path, tables: SampleTables, seed: int, overrides: Sequence[str] = ()) -> Config:
@@ -93,7 +93,8 @@ def metrics(report: dict[str, Any]) -> dict[str, float]:
         method: value(report, "probe_genre", method, "accuracy")
         for method in ("semantic", "preference", "commonest", "log_mel")
     }
-    cold = ("semantic", "preference", "blend_0.5", "popularity", "random", "shuffled", "log_mel", "genre", "oracle")
+    model = ("semantic", "preference", "blend_0.5")
+    cold = (*model, "popularity", "random", "shuffled", "log_mel", "genre", "artist_mean", "oracle")
     chance, oracle = (value(report, "cold", method, "ndcg@10") for method in ("random", "oracle"))
     return {
         "text→audio median rank / gallery, stage 1": value(report, "text_to_audio", "semantic", "median_rank") / songs,

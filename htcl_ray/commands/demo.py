@@ -157,6 +157,7 @@ def against_oracle(report: str) -> str:
         "stage 1": "semantic",
         "raw log-mel statistics": "log_mel",
         "genre labels": "genre",
+        "artist mean": "artist_mean",
         "chance": "random",
         "an oracle that knows the true traits": "oracle",
     }

@@ -29,6 +29,7 @@ BASELINES = {
     "popularity": "popularity",
     "log_mel": "statistics of the raw features",
     "genre": "genre labels",
+    "artist_mean": "the mean of the artist's songs",
     "item_knn": "item-kNN",
     "als": "ALS",
 }
@@ -40,6 +41,7 @@ ADVICE = {
     "log_mel": "the vectors are not better than the mean and deviation of the features (log-mel bands, or the vectors "
     "of an encoder) here; train longer or on more songs, or use those",
     "genre": "recommend by genre label, or train stage 2 on more interactions",
+    "artist_mean": "recommend by artist or genre, or train stage 2 on more interactions",
     "popularity": "recommend what is popular, or train stage 2 on more interactions",
     "item_knn": COLLABORATIVE,
     "als": COLLABORATIVE,

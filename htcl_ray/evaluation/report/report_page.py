@@ -60,10 +60,11 @@ DEFINITIONS = {
         "song, the probability that a user who liked it scores higher than one who did not, averaged over songs. A "
         "method that knows only the popularity of songs has an item AUC of 0.5."
     ),
-    "random, shuffled, popularity, log-mel, genre labels, item-kNN, ALS": (
+    "random, shuffled, popularity, log-mel, genre labels, artist mean, item-kNN, ALS": (
         "A random order (exact expectation), the vectors randomly permuted across songs, positive training events "
         "(for cold-start songs: of their genre), mean and standard deviation of the raw mel bands, genre labels as "
-        "vectors, and two collaborative methods that see training users and no audio."
+        "vectors, for cold-start songs the mean vector of the artist's training songs (of its genre's, where the "
+        "artist has none), and two collaborative methods that see training users and no audio."
     ),
 }
 

@@ -20,6 +20,7 @@ METHOD_LABELS = {
     BLEND: "blend 0.5",
     "log_mel": "raw features",
     "genre": "genre labels",
+    "artist_mean": "artist mean",
     "item_knn": "item-kNN",
     "als": "ALS",
 }

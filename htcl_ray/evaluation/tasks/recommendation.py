@@ -56,13 +56,13 @@ def recommendation_tasks(songs: EvaluatedSongs, log: pd.DataFrame, settings: Eva
         both = [user_queries(activity, candidates, settings, known_users=known) for known in (False, True)]
         if not any(queries.users for queries in both):
             continue
-        scorers, missing = _scorers(songs, log, settings, hot=not is_cold)
+        scorers, about_songs = _scorers(songs, log, settings, hot=not is_cold)
         popularity = _popularity(songs, log, settings, during=is_cold)
         for (name, title), known, queries in zip(names, (False, True), both, strict=True):
             if queries.users:
                 items = item_queries(activity, candidates, settings, known_users=known) if is_cold else None
                 methods, counts = _task_metrics(songs, queries, items, scorers, popularity, settings)
-                counts = queries.counts | missing | counts
+                counts = queries.counts | about_songs | counts
                 tasks.append(TaskResult(name, title, "users", "users and artists", "random", methods, counts))
     return tasks
 
@@ -129,8 +129,8 @@ def _scorers(
     scorers = {space: [vector_scorer(vectors)] for space, vectors in songs.spaces.items()}
     if BLEND in songs.spaces:
         scorers[BLEND] = [blended_scorer(scorers["semantic"][0], scorers["preference"][0], 0.5)]
-    baselines, missing = baseline_scorers(songs, log, settings, hot=hot)
-    return scorers | baselines, missing
+    baselines, counts = baseline_scorers(songs, log, settings, hot=hot)
+    return scorers | baselines, counts
 
 
 def _task_metrics(

@@ -41,6 +41,12 @@ def user_vectors(vectors: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
     return _unit_norm(sums)
 
 
+def artist_mean_scorer(songs: EvaluatedSongs, vectors: np.ndarray) -> Scorer:
+    """Inner product of the user vector of `vectors` [catalogue, dim] with the `artist_means` of the song."""
+    means = artist_means(songs, vectors)
+    return lambda history, candidates: user_vectors(vectors, history) @ means[candidates].T
+
+
 def blended_scorer(first: Scorer, second: Scorer, blend: float) -> Scorer:
     """(1 − blend) · first + blend · second, as the index blends."""
     return lambda history, candidates: (1 - blend) * first(history, candidates) + blend * second(history, candidates)
@@ -60,12 +66,14 @@ def shuffled_scorers(vectors: np.ndarray, times: int, seed: int) -> list[Scorer]
 def baseline_scorers(
     songs: EvaluatedSongs, events: pd.DataFrame, settings: EvaluateSettings, *, hot: bool
 ) -> tuple[dict[str, list[Scorer]], dict[str, int]]:
-    """Scorers of the controls and baselines by name, and a count for each one whose library is missing.
+    """Scorers of the controls and baselines by name, and counts of what they lack.
 
     random      all candidates tied, so that metrics are exact expectations over random orders
     popularity  training positives of the song; for cold-start songs, which have none, those of its genre per song
     shuffled    the vectors of the model's last stage, randomly permuted across songs
     log_mel     raw log-mel statistics as vectors;  genre  genre labels as vectors
+    artist_mean for cold-start songs: the mean vector of the last stage over the artist's training songs, or else over
+                those of the genre, in place of the song's own
     oracle      the true traits as vectors, where they are known: an upper bound, no baseline
     item_knn, als  collaborative filtering, for hot songs
     """
@@ -79,18 +87,21 @@ def baseline_scorers(
         "log_mel": [vector_scorer(songs.log_mel)],
         "genre": [vector_scorer(genre_vectors(songs))],
     }
+    counts = {}
+    if not hot:
+        scorers["artist_mean"] = [artist_mean_scorer(songs, last)]
+        counts["songs_of_known_artists"] = int((of_known_artists(songs) & (songs.splits == settings.split)).sum())
     if songs.oracle is not None:
         scorers[ORACLE] = [vector_scorer(songs.oracle)]
-    missing = {}
     if hot:
         interactions = interaction_matrix(songs, positives)
         scorers["item_knn"] = [item_knn_scorer(interactions)]
         als = als_scorer(interactions, settings.seed)
         if als is None:
-            missing["als_missing"] = 1
+            counts["als_missing"] = 1
         else:
             scorers["als"] = [als]
-    return scorers, missing
+    return scorers, counts
 
 
 def genre_popularity(songs: EvaluatedSongs, plays: np.ndarray) -> np.ndarray:
@@ -101,6 +112,37 @@ def genre_popularity(songs: EvaluatedSongs, plays: np.ndarray) -> np.ndarray:
     frame = pd.DataFrame({"genre": [genre or "" for genre in songs.labels("genre")], "plays": plays})
     rate = frame[songs.splits == Split.TRAIN].groupby("genre")["plays"].mean()
     return frame["genre"].map(rate).fillna(0.0).to_numpy(dtype=np.float64)
+
+
+def artist_means(songs: EvaluatedSongs, vectors: np.ndarray) -> np.ndarray:
+    """Mean of `vectors` [catalogue, dim] over the training songs of each song's artist group, of unit norm.
+
+    Without such songs, as always in a split by artist: over the training songs of its (first) genre; without these
+    either, zero. float32 [catalogue, dim].
+    """
+    train = songs.splits == Split.TRAIN
+    known = of_known_artists(songs)
+    means = _means_by_label([genre or "" for genre in songs.labels("genre")], train, vectors)
+    means[known] = _means_by_label(songs.artists, train, vectors)[known]
+    return _unit_norm(means)
+
+
+def of_known_artists(songs: EvaluatedSongs) -> np.ndarray:
+    """Whether the artist group of each song has training songs; bool [catalogue]."""
+    artists = np.array(songs.artists)
+    known: np.ndarray = np.isin(artists, artists[songs.splits == Split.TRAIN])
+    return known
+
+
+def _means_by_label(labels: list[str], counted: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Mean of `vectors` over the rows of `counted` (a mask) with each row's label; zero where there are none."""
+    number, names = pd.factorize(np.array(labels))
+    membership = sparse.csr_matrix(
+        (counted.astype(np.float32), (number, np.arange(len(number)))), shape=(len(names), len(number))
+    )
+    counts = np.maximum(np.bincount(number[counted], minlength=len(names)), 1)
+    means: np.ndarray = (membership @ vectors / counts[:, None])[number].astype(np.float32)
+    return means
 
 
 def genre_vectors(songs: EvaluatedSongs) -> np.ndarray:

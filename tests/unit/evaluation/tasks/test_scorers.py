@@ -112,3 +112,29 @@ def test_genre_vectors_compare_labels():
     cosines = scorers.genre_vectors(songs) @ scorers.genre_vectors(songs).T
     expected = [[1, 0.5**0.5, 0, 0], [0.5**0.5, 1, 0.5**0.5, 0], [0, 0.5**0.5, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(cosines, expected, atol=1e-6)
+
+
+def test_the_mean_of_an_artist_is_over_training_songs_alone():
+    """Songs 3, 4 and 5 are held out: of a known artist, of an unknown artist with a genre, and of no known label."""
+    songs = dataclasses.replace(
+        made_up(6),
+        splits=SPLITS,
+        metadata=metadata(
+            6,
+            artist=["Ann", "Ben", "Ann", "Ann", "Cy", None],
+            genre=[["rock"], ["jazz"], ["rock"], ["folk"], ["jazz", "rock"], None],
+        ),
+    )
+    vectors = np.array([[3, 4], [0, 2], [9, 9], [7, 0], [5, 5], [1, 1]], dtype=np.float32)
+    assert scorers.of_known_artists(songs).tolist() == [True, True, True, True, False, False]
+    np.testing.assert_allclose(scorers.artist_means(songs, vectors)[3:], [[0.6, 0.8], [0, 1], [0, 0]], atol=1e-6)
+    history = histories([0], [1], songs=6)
+    np.testing.assert_allclose(
+        scorers.artist_mean_scorer(songs, vectors)(history, np.array([3, 4])), [[1, 0.8], [0.8, 1]], atol=1e-6
+    )
+
+
+def test_the_mean_of_an_artist_averages_several_songs():
+    songs = dataclasses.replace(made_up(6), splits=SPLITS, metadata=metadata(6, artist=["Ann", "Ann", *"bcd", "Ann"]))
+    vectors = np.array([[1, 0], [0, 1], [5, 5], [5, 5], [5, 5], [-1, 0]], dtype=np.float32)
+    np.testing.assert_allclose(scorers.artist_means(songs, vectors)[5], [0.5**0.5, 0.5**0.5], atol=1e-6)
