@@ -49,6 +49,7 @@ COMMON = {
     "pretrain.batch_size": 32,
     "pretrain.epochs": 60,
     "pretrain.learning_rate": 1e-3,
+    "pretrain.time_shift": False,
     "pretrain.health": {"action": "off"},
 }
 """Changes to the demo preset of every row."""

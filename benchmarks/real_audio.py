@@ -31,7 +31,9 @@ from htcl_ray.pipelines.preprocess import preprocess
 from htcl_ray.pipelines.train import pretrain
 from htcl_ray.search.service import SearchService
 
+TRANSFORMER = {"audio.tower": "transformer", "audio.n_mels": 128, "pretrain.time_shift": False}
 ESC10 = {
+    **TRANSFORMER,
     "audio.clip_seconds": 5.0,
     "audio.hop_length": 512,
     "audio.n_fft": 1024,
@@ -42,7 +44,7 @@ ESC10 = {
     "pretrain.learning_rate": 5e-4,
     "pretrain.batch_size": 32,
 }
-"""Changes to the demo preset. The class name is in the column `genre`, so that the linear probe predicts it."""
+"""Changes to the demo preset; of the convolutional tower see audio_towers.py. The class name is in the column `genre`, so that the linear probe predicts it."""
 PUBLISHED = {
     "source": "Piczak 2015, ESC-10, 400 clips, five folds, MFCC and zero-crossing features",
     "knn": 0.667,
@@ -50,7 +52,14 @@ PUBLISHED = {
     "random_forest": 0.727,
     "people": 0.957,
 }
-MUSIC = {"audio.clip_seconds": 15.0, "pretrain.epochs": 10, "pretrain.batch_size": 16, "data.max_rejected_share": 0.0}
+MUSIC = {
+    **TRANSFORMER,
+    "audio.clip_seconds": 15.0,
+    "pretrain.epochs": 10,
+    "pretrain.learning_rate": 1e-3,
+    "pretrain.batch_size": 16,
+    "data.max_rejected_share": 0.0,
+}
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -53,7 +53,9 @@ def make_world(folder: Path, size: str, songs: int, clips: Clips | None = None) 
     `clips`: full for the preset's length, mixed for MIXED_LENGTHS, sample for full ± 3 % as in the sample world. None
     is sample at demo size and full at paper size.
     """
-    config = resolve(size).with_overrides({"audio.tower": "transformer"})  # the published step has no other
+    config = resolve(size).with_overrides(
+        {"audio.tower": "transformer", "audio.n_mels": 128}  # the published step has no others
+    )
     longest, bands, rng = config.audio.max_frames, config.audio.n_mels, np.random.default_rng(0)
     lengths = clip_lengths(clips or ("full" if size == "paper" else "sample"), longest, songs, rng)
     stored = min(songs, STORED)
