@@ -135,7 +135,7 @@ def of_known_artists(songs: EvaluatedSongs) -> np.ndarray:
 
 
 def _means_by_label(labels: list[str], counted: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Mean of `vectors` over the rows of `counted` (a mask) with each row's label; zero where there are none."""
+    """Mean of `vectors` over the rows of `counted` (a mask) with each row's label; zero for a label without any."""
     number, names = pd.factorize(np.array(labels))
     membership = sparse.csr_matrix(
         (counted.astype(np.float32), (number, np.arange(len(number)))), shape=(len(names), len(number))
