@@ -57,7 +57,6 @@ ESC10 = {
     "model.cnn.channels": [16, 32, 64],
     "model.cnn.width": 64,
     "pretrain.time_shift": True,
-    "pretrain.epochs": 20,
     "text.width": 32,
     "text.layers": 1,
     "text.heads": 2,

@@ -89,6 +89,19 @@ def test_the_report_names_the_encoder_and_its_licence(evaluated: tuple[Config, S
     assert report["encoder"]["licence"] == "apache-2.0"
 
 
+def test_the_report_names_the_tagger_of_estimated_values(evaluated: tuple[Config, StepResult], tmp_path: Path):
+    assert read(evaluated[1])["auto_tags"] is None
+    config = copied(evaluated, tmp_path, without=("reports",))
+    workspace = Workspace(config.workspace)
+    ((index, manifest),) = workspace.finished("index")
+    origin = {"tagger": {"name_or_path": "a tagger", "licence": "isc"}, "min_score": 0.2, "songs": {"genre": 17}}
+    workspace.write_json(f"index/{index}/manifest.json", {**manifest, "auto_tags": origin})
+    result = step.evaluate(config)
+    assert read(result)["auto_tags"] == origin
+    page = (Path(result.location) / "report.html").read_text(encoding="utf-8")
+    assert "a tagger, licence isc; songs: genre 17" in page
+
+
 def test_report_holds_every_task_and_method(evaluated: tuple[Config, StepResult]):
     report = read(evaluated[1])
     spaces, controls = ["semantic", "preference", "blend_0.5"], ["random", "popularity", "shuffled", "log_mel", "genre"]
