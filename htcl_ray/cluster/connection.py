@@ -11,8 +11,10 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from htcl_ray.cluster.ray_internals import (
@@ -21,6 +23,7 @@ from htcl_ray.cluster.ray_internals import (
     keep_nodes_of_ray_data,
     loopback_node,
     mute_data_errors,
+    on_private_cluster,
     private_cluster_options,
     session_folder,
 )
@@ -189,9 +192,63 @@ def _quiet_ray_data() -> None:
     mute_data_errors()
 
 
+class LinePipe:
+    """Named pipe of this machine whose lines a command prints: what a worker on a private cluster writes to.
+
+    A line below 4,096 bytes is never mixed with that of another worker.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def put_nowait(self, line: str) -> None:
+        """Send a line without waiting; it is lost when the command no longer reads, or is 64 kB of lines behind."""
+        with contextlib.suppress(OSError):
+            pipe = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                os.write(pipe, f"{line}\n".encode())
+            finally:
+                os.close(pipe)
+
+
 @contextlib.contextmanager
 def progress_lines() -> Iterator[Any]:
-    """Queue by which remote workers print here until the block ends: `queue.put_nowait("line")`."""
+    """Object by which remote workers print here until the block ends: `lines.put_nowait("line")`.
+
+    On a private cluster it is a named pipe, which needs no process.
+    """
+    with (_piped_lines if on_private_cluster() else _queued_lines)() as lines:
+        yield lines
+
+
+@contextlib.contextmanager
+def _piped_lines() -> Iterator[LinePipe]:
+    with tempfile.TemporaryDirectory(dir=private_folder(), prefix="lines-") as folder:
+        lines = LinePipe(Path(folder) / "pipe")
+        os.mkfifo(lines.path, mode=0o600)
+        # Open for writing too, so that reading does not end while no worker has the pipe open.
+        reader = os.fdopen(os.open(lines.path, os.O_RDWR), encoding="utf-8", errors="replace")
+
+        def print_until_stopped() -> None:
+            with reader, contextlib.suppress(BrokenPipeError):  # as in `_queued_lines`
+                for line in iter(reader.readline, LAST_LINE):
+                    print_line(line.removesuffix("\n"))
+
+        printer = threading.Thread(target=print_until_stopped, name="progress-lines", daemon=True)
+        printer.start()
+        try:
+            yield lines
+        finally:
+            lines.put_nowait(LAST_LINE.removesuffix("\n"))
+            printer.join(timeout=10)
+
+
+LAST_LINE = "\0\n"
+"""Line that ends the reading of a pipe."""
+
+
+@contextlib.contextmanager
+def _queued_lines() -> Iterator[Any]:
     from ray.util.queue import Empty, Queue
 
     queue = Queue(actor_options={"num_cpus": 0})

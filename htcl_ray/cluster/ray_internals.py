@@ -155,7 +155,7 @@ def on_private_cluster() -> bool:
 
 
 def keep_nodes_of_ray_data() -> None:
-    """Let the runs of Ray Data of this process, which is on a private cluster, use its node without asking for others.
+    """Let the runs of Ray Data of this process, which is on a private cluster, use its node without requesting others.
 
     Ray Data otherwise starts a process that hands its requests to the autoscaler.
     """
@@ -164,7 +164,7 @@ def keep_nodes_of_ray_data() -> None:
     from ray.data._internal.execution import streaming_executor
     from ray.data._internal.execution.interfaces import ExecutionResources
 
-    class FixedNodes(ClusterAutoscaler):  # type: ignore[misc]
+    class NoAutoscaler(ClusterAutoscaler):  # type: ignore[misc]
         """All resources of the cluster, which does not grow."""
 
         def try_trigger_scaling(self) -> None: ...
@@ -175,7 +175,7 @@ def keep_nodes_of_ray_data() -> None:
             return ExecutionResources.from_resource_dict(ray.cluster_resources())
 
     def create(*_: Any, **__: Any) -> ClusterAutoscaler:
-        return FixedNodes()
+        return NoAutoscaler()
 
     streaming_executor.create_cluster_autoscaler = create
 
@@ -183,13 +183,14 @@ def keep_nodes_of_ray_data() -> None:
 def torch_trainer() -> Any:
     """Class of a run of Ray Train: `ray.train.torch.TorchTrainer`, or on a private cluster one with fewer processes.
 
-    Ray Train starts four processes beside the controller and the workers of a run. Python starts twice in each of them
-    all, because they have environment variables of their own. On a private cluster
+    Ray Train starts four processes in addition to the controller and the workers of a run. Python starts twice in each
+    of them all, because they have environment variables of their own. On a private cluster
 
     * processes inherit the variables that `connect` has set and start once;
     * no process hands out shards of Ray Data, which this package does not use in training;
-    * no process asks an autoscaler for nodes, because there is none;
-    * no process watches the controller to remove its placement group: it would ask Ray's dashboard, which does not run.
+    * no process requests nodes of an autoscaler, because none runs;
+    * no process watches the controller to remove its placement group: it would query Ray's dashboard, which does not
+      run.
     """
     from ray.train.torch import TorchTrainer
 
@@ -204,7 +205,7 @@ def torch_trainer() -> Any:
     unused = (DatasetsCallback, PlacementGroupCleanerCallback)
 
     class FixedNodes(FixedScalingPolicy):  # type: ignore[misc]
-        """Asks for no nodes."""
+        """Requests no nodes."""
 
         def after_controller_start(self, train_run_context: Any) -> None: ...
 

@@ -126,7 +126,7 @@ def test_the_winner_is_a_configuration_that_trains(searched: Config):
 
 
 def test_the_same_command_is_done(searched: Config):
-    """More trials than before: `test_failed_trials_run_again_and_more_trials_are_added`."""
+    """More trials than before: the second one of `test_a_killed_search_resumes`."""
     assert tune(searched).skipped
 
 
@@ -277,27 +277,26 @@ def _in_the_middle_of(trials: list[dict[str, Any]], number: int) -> bool:
     return len(trials) > number and trials[number]["state"] == "running" and len(trials[number]["history"]) >= 3
 
 
-def test_failed_trials_run_again_and_more_trials_are_added(
+def test_a_failed_trial_runs_again(
     searched: Config, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ):
-    """Trial 0 failed, as with a workspace that no trial can read; trial 1 had seen all its rows when the search was
-    killed, and trains no more; trial 2 is the one that a larger number of trials adds."""
+    """Trial 2 failed, as with a workspace that no trial can read; trial 1 had seen all its rows when the search was
+    killed, and trains no more; trial 0 had ended."""
     shutil.copytree(searched.workspace, tmp_path / "workspace")
     expected = table(searched)
-    config = searched.with_overrides({"workspace": str(tmp_path / "workspace"), "tune.trials": 3})
-    failed = {**expected[0], "state": "failed", "history": [], "error": "no such workspace"}
+    config = searched.with_overrides({"workspace": str(tmp_path / "workspace")})
+    failed = {**expected[2], "state": "failed", "history": [], "error": "no such workspace"}
     killed = {**expected[1], "state": "running", "history": expected[1]["history"][:2]}
     study = tmp_path / "workspace/runs/tune/pretrain"
-    (study / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in (failed, killed)))
+    (study / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in (expected[0], killed, failed)))
     (study / "manifest.json").unlink()
-    shutil.rmtree(study / "trials/0002")
     tune(config)
-    assert "trial 0 failed before and is tried again: no such workspace" in capsys.readouterr().out
+    assert "trial 2 failed before and is tried again: no such workspace" in capsys.readouterr().out
     after = table(config)
     assert [trial["state"] for trial in after] == ["finished"] * 3
     assert [trial["parameters"] for trial in after] == [trial["parameters"] for trial in expected]
     assert [trial["error"] for trial in after] == [None] * 3
     rows = [[item["rows"] for item in trial["history"]] for trial in after]
     assert rows == [[item["rows"] for item in trial["history"]] for trial in expected]
-    assert after[1]["history"] == expected[1]["history"]
+    assert after[:2] == [expected[0], {**expected[1], "attempts": after[1]["attempts"]}]
     assert len(after[1]["attempts"]) == len(killed["attempts"]), "trained again"

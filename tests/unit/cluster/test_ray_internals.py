@@ -177,12 +177,12 @@ def test_a_lighter_run_of_ray_train_overrides_what_ray_train_calls():
     policy = source("ray.train.v2._internal.execution.scaling_policy.scaling_policy")
     for method in ("after_controller_start", "_maybe_send_resource_request", "_cancel_resource_request"):
         assert f"def {method}(" in policy, moved(f"{method} of a scaling policy")
-    assert "if self._coordinator_client is None:" in policy, moved("the end of a scaling policy that asked for nothing")
+    assert "if self._coordinator_client is None:" in policy, moved("the end of a scaling policy without requests")
     workers = source("ray.train.v2._internal.execution.worker_group.worker_group")
     assert "= get_env_vars_to_propagate()" in workers, moved("the environment variables of workers")
 
 
-def test_ray_data_uses_the_nodes_that_there_are(monkeypatch: pytest.MonkeyPatch):
+def test_ray_data_uses_the_current_nodes(monkeypatch: pytest.MonkeyPatch):
     import ray
     from ray.data._internal.execution import streaming_executor
 
