@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from htcl_ray.workspace.local_copies import private_name
+
 HEAD_RESOURCE = "node:__internal_head__"
 """Resource of which every head node has 1."""
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -148,10 +150,14 @@ def _start_nothing(*_: Any, **__: Any) -> None:
 
 
 def on_private_cluster() -> bool:
-    """Whether this process is connected to a private cluster, whose node is a `loopback_node`."""
-    import ray
+    """Whether this process is connected to a private cluster: its session is in the private folder of a user.
 
-    return ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
+    The address of its node does not tell, since a machine without a network starts every cluster on loopback.
+    """
+    node = importlib.import_module("ray._private.worker").global_worker.node
+    if node is None:  # a client of a remote cluster
+        return False
+    return Path(node.get_session_dir_path()).parent.parent.name.startswith(private_name())
 
 
 def keep_nodes_of_ray_data() -> None:
