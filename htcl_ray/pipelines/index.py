@@ -94,12 +94,15 @@ def _build(workspace: Workspace, config: Config, job: EmbedJob, path: str) -> di
             f"index.min_recall is {config.index.min_recall}; {MORE_RECALL[index.kind]}, or lower index.min_recall"
         )
     index.song_map = draw_map(index)
+    made_from = {**job.inputs, "embeddings": job.version}
+    if estimates is not None:
+        made_from["estimates"] = estimates.version
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
         index.save(
             folder,
             config=config.model_dump(mode="json"),
-            inputs={**job.inputs, "embeddings": job.version, "estimates": estimates.version if estimates else None},
+            inputs=made_from,
             quality=recall.quality(),
             auto_tags=None if estimates is None else estimates.manifest["auto_tags"],
         )
