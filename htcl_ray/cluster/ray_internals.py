@@ -161,9 +161,10 @@ def on_private_cluster() -> bool:
 
 
 def keep_nodes_of_ray_data() -> None:
-    """Let the runs of Ray Data of this process, which is on a private cluster, use its node without requesting others.
+    """Let the runs of Ray Data of this process use the node of a private cluster without requesting others.
 
-    Ray Data otherwise starts a process that hands its requests to the autoscaler.
+    Ray Data otherwise starts a process that hands its requests to the autoscaler, as it still does when this process
+    connects to another cluster later.
     """
     import ray
     from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
@@ -180,8 +181,12 @@ def keep_nodes_of_ray_data() -> None:
         def get_total_resources(self) -> ExecutionResources:
             return ExecutionResources.from_resource_dict(ray.cluster_resources())
 
-    def create(*_: Any, **__: Any) -> ClusterAutoscaler:
-        return NoAutoscaler()
+    original = streaming_executor.create_cluster_autoscaler
+    if original.__module__ == __name__:  # replaced already
+        return
+
+    def create(*arguments: Any, **named: Any) -> ClusterAutoscaler:
+        return NoAutoscaler() if on_private_cluster() else original(*arguments, **named)
 
     streaming_executor.create_cluster_autoscaler = create
 

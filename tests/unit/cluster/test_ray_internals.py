@@ -190,12 +190,16 @@ def test_ray_data_uses_the_current_nodes(monkeypatch: pytest.MonkeyPatch):
 
     call = "= create_cluster_autoscaler("
     assert call in source(streaming_executor.__name__), moved("the autoscaler of a run of Ray Data")
-    monkeypatch.setattr(streaming_executor, "create_cluster_autoscaler", None)
+    monkeypatch.setattr(streaming_executor, "create_cluster_autoscaler", lambda: "Ray's own")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0, "object_store_memory": 5.0})
-    keep_nodes_of_ray_data()
+    for _ in range(2):  # a process may connect several times
+        keep_nodes_of_ray_data()
     created: Any = streaming_executor.create_cluster_autoscaler
+    monkeypatch.setattr(ray_internals, "on_private_cluster", lambda: True)
     total = created().get_total_resources()
     assert (total.cpu, total.object_store_memory) == (3, 5)
+    monkeypatch.setattr(ray_internals, "on_private_cluster", lambda: False)
+    assert created() == "Ray's own", "the same process on another cluster"
 
 
 def test_the_session_folder_and_the_mode_of_a_worker_are_known():
