@@ -50,6 +50,7 @@ NOT_HERE = {
     r"make (demo|test)": "`make test` runs this file; `make demo` is `htcl demo`: tests/end_to_end/test_demo.py",
     r"make pretrained-audio|htcl [\s\S]*audio\.extractor=pretrained": "downloads the weights of an encoder: "
     "tests/unit/extractors/test_musicnn.py, and benchmarks/own_music.py gives these commands",
+    r"htcl import yambda ": "a data set that is published elsewhere: tests/unit/catalog/test_public_datasets.py writes a few rows of it",
     r"export |cat > ": "sets variables for, or writes a file of, the cluster commands after it: tests/architecture/test_deploy.py",
     r"(export .* && )?ray get-auth-token |ray start --head": "a head node on the default ports: tests/worlds/ray_head.py uses free ones",
     r"ray job (submit|logs|status|stop) |DATA=.*s3://": "a cluster with its storage: tests/end_to_end/test_jobs.py runs every job, "
