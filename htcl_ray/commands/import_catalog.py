@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import os
-import uuid
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from htcl_ray.catalog import public_datasets
 from htcl_ray.catalog.music_folder import ImportedFolder, Listing, Rejected, count_reasons, list_music, read_songs
 from htcl_ray.errors import TableError, WorkspaceError
-from htcl_ray.progress import Progress, Throttle
-from htcl_ray.workspace.filesystem import storage_errors
+from htcl_ray.progress import SECONDS_BETWEEN_LINES, Progress, Throttle
+from htcl_ray.workspace.filesystem import explain, is_storage_error, storage_errors
 from htcl_ray.workspace.local_copies import write_atomically
 from htcl_ray.workspace.paths import is_uri
 
@@ -54,9 +54,9 @@ def import_folder(folder: str, out: str) -> None:
 def import_dataset(name: str, folder: str, out: str) -> None:
     """Write the catalogue of the public data set `name` to the Parquet file `out`, and its log next to it.
 
-    Tables are written piece by piece; a file appears when it is whole. Prints what was imported and left out, and the
-    next command. Raises TableError for a folder without the published files, WorkspaceError for an `out` that is not to
-    be overwritten.
+    Tables are written piece by piece; both files appear when they are whole. Prints what was imported and left out, and
+    the next command. Raises TableError for a folder without the published files, WorkspaceError for an `out` that is
+    not to be overwritten.
     """
     if is_uri(folder) or is_uri(out):
         raise TableError(f"htcl import {name} reads and writes local folders, but was given {folder} and {out}")
@@ -68,18 +68,23 @@ def import_dataset(name: str, folder: str, out: str) -> None:
     _check_overwritten(log)
     try:
         dataset = public_datasets.DATASETS[name](Path(folder))
-        songs, columns = _write_stream(target, dataset.songs, name, "songs")
-        if not songs:
-            target.unlink()
-            left_out = "; ".join(f"{count:,} left out: {reason}" for reason, count in dataset.dropped.items())
-            raise TableError(
-                f"{folder} holds no song that can be imported ({left_out or 'its table is empty'}); "
-                "unpack the audio below that folder"
-            )
-        events, _ = _write_stream(log, dataset.events, name, "events") if dataset.events is not None else (0, [])
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
-        if isinstance(error, TableError):
-            raise
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".import-") as scratch:
+            written = Path(scratch, target.name), Path(scratch, LOG)
+            songs, columns = _write_stream(written[0], dataset.songs, name, "songs")
+            if not songs:
+                left_out = "; ".join(f"{count:,} left out: {reason}" for reason, count in dataset.dropped.items())
+                raise TableError(
+                    f"{folder} holds no song that can be imported ({left_out or 'its table is empty'}); "
+                    "unpack the audio below that folder"
+                )
+            events = 0
+            if dataset.events is not None:
+                events, _ = _write_stream(written[1], dataset.events, name, "events")
+                os.replace(written[1], log)
+            os.replace(written[0], target)
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, csv.Error, pa.ArrowException) as error:
+        if is_storage_error(error):  # of the disk, and not of a file's content
+            raise explain(error, str(getattr(error, "filename", None) or target)) from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise TableError(
             f"{folder} does not have the published layout of {name} ({reason}); see docs/own-data.md"
@@ -114,19 +119,14 @@ def _write_stream(target: Path, tables: Iterable[pa.Table], name: str, unit: str
     if first is None:
         raise ValueError(f"no {unit}")
     schema = first.schema.with_metadata({MADE_BY: name.encode()})
-    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    rows, throttle = 0, Throttle(2.0)
-    try:
-        with storage_errors(str(target)), pq.ParquetWriter(temporary, schema) as writer:
-            for table in itertools.chain([first], stream):
-                writer.write_table(table)
-                rows += table.num_rows
-                if throttle.is_due():
-                    throttle.restart()
-                    print(f"import  {rows:,} {unit}", flush=True)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    rows, throttle = 0, Throttle(SECONDS_BETWEEN_LINES)
+    with pq.ParquetWriter(target, schema) as writer:
+        for table in itertools.chain([first], stream):
+            writer.write_table(table)
+            rows += table.num_rows
+            if throttle.is_due():
+                throttle.restart()
+                print(f"import  {rows:,} {unit}", flush=True)
     return rows, list(schema.names)
 
 

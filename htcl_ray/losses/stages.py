@@ -53,13 +53,13 @@ class Side:
     """[keys]: log of the probability with which each key was drawn, to correct for it."""
     unused: Tensor | None = None
     """bool [keys]: keys that are no candidates of any query."""
-    more: int = 0
+    extra: int = 0
     """Number of keys after those of the rows of all workers."""
 
     @property
-    def matched(self) -> Tensor:
+    def of_rows(self) -> Tensor:
         """Mask of the keys that are rows of the other side, [keys]."""
-        return torch.arange(len(self.keys), device=self.keys.device) < len(self.keys) - self.more
+        return torch.arange(len(self.keys), device=self.keys.device) < len(self.keys) - self.extra
 
     @classmethod
     def of(cls, vectors: Tensor, ids: Tensor, log_q: Tensor | None = None) -> Side:
@@ -78,7 +78,7 @@ class Side:
             keys=torch.cat([self.keys, more.keys]),
             key_ids=torch.cat([self.key_ids, more.key_ids]),
             unused=torch.cat([unused.new_zeros(len(self.keys)), unused]),
-            more=len(more.keys),
+            extra=len(more.keys),
         )
 
 
@@ -193,7 +193,7 @@ def _matching(queries: Side, keys: Side, positives: Tensor | None, *, reverse: b
         return None
     songs, candidates = queries.own_ids[:, 0], keys.key_ids[:, 0]
     return lambda start, stop, excluded: directed_matches(
-        songs[start:stop], candidates, positives, excluded & keys.matched, reverse=reverse
+        songs[start:stop], candidates, positives, excluded & keys.of_rows, reverse=reverse
     )
 
 

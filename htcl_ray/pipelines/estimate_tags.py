@@ -19,6 +19,7 @@ from htcl_ray.cluster.connection import connect
 from htcl_ray.config import Config
 from htcl_ray.errors import ConfigError, WorkspaceError
 from htcl_ray.extractors.families import ExtractorRecord, find_extractor, tags_of_encoder
+from htcl_ray.progress import Progress
 from htcl_ray.schemas import ESTIMATES, FORMAT_VERSION, TAG_COLUMNS
 from htcl_ray.workspace.artifacts import Artifact
 from htcl_ray.workspace.manifest import build_manifest, fingerprint
@@ -86,10 +87,10 @@ def make_estimates(workspace: Workspace, config: Config, features_version: str) 
         writer = EstimateWriter(workspace, config, features, estimates, record, tags)
         tasks = -(-len(missing) // SHARDS_AT_ONCE)
         dataset = ray.data.from_items([{"shard": name} for name in missing], override_num_blocks=tasks)
-        for _ in dataset.map_batches(writer, batch_size=SHARDS_AT_ONCE).iter_batches(
-            batch_size=None, prefetch_batches=0
-        ):
-            pass
+        written = dataset.map_batches(writer, batch_size=SHARDS_AT_ONCE)
+        with Progress("auto_tags", len(shards), "files", done=len(shards) - len(missing)) as progress:
+            for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
+                progress.advance(len(batch["shard"]))
     table = workspace.read_tables(estimates)
     counts = {name: len(table) - table[name].null_count for name in TAG_COLUMNS}
     print(f"preprocess  auto_tags: {described(counts)} of {len(table):,} songs estimated", flush=True)

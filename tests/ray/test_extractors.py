@@ -183,10 +183,11 @@ def check_auto_tags(config: Config, songs: set[str], stated: str) -> None:
     assert {kind: workspace.finished(kind) for kind in kinds} == before
     assert workspace.read_tables(finished(config, "features")[0]).equals(stored)
 
-    _, manifest = finished(config, "estimates")
+    estimates, manifest = finished(config, "estimates")
     assert manifest["auto_tags"]["tagger"]["licence"] == "isc"
     index = SearchService.open(tagged, determined_index(workspace, tagged)).index
     assert index.manifest["auto_tags"] == manifest["auto_tags"]
+    assert f"estimates/{index.manifest['inputs']['estimates']}" == estimates
     by_id = {song["song_id"]: song for song in index.songs.to_pylist()}
     assert by_id.keys() == songs
     assert by_id[stated]["genre"] == ["Opera"]
@@ -202,3 +203,4 @@ def check_auto_tags(config: Config, songs: set[str], stated: str) -> None:
     assert not service.search_songs([stated], k=9, filter=only_stated).hits
     plain = SearchService.open(config, determined_index(workspace, config)).index
     assert plain.songs["estimated"].null_count == len(songs)
+    assert "estimates" not in plain.manifest["inputs"]

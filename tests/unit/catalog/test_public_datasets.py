@@ -312,6 +312,10 @@ def test_another_folder_is_one_sentence(name: str, tmp_path: Path, capsys: pytes
         ("music4all-onion", "id_information.csv"),
         ("yambda", "embeddings.parquet"),
         ("listenbrainz", "listens/2023/2.listens"),
+        ("melon", "train.json"),
+        ("melon", "arena_mel/0/0.npy"),
+        ("music4all-onion", "userid_trackid_timestamp.tsv.bz2"),
+        ("yambda", "flat/50m/likes.parquet"),
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"[1]", b"a,b\n1,2\n", b"\xff\xfe\x00"])
